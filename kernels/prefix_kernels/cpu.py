@@ -1,0 +1,300 @@
+"""The torch executor: runs a pack plan with batched matrix products, on the CPU or any device.
+
+One pack is one product of all its query rows with its KV, head by head, so shared KV is read once
+for all requests of the pack. KV is read in place where its slots are consecutive and gathered
+where they are not; 16-bit and 8-bit values are widened block by block to float32, in which
+everything is computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from prefix_kernels.layout import PlanArrays, split_bounds
+from prefix_kernels.merge import merge_partials
+
+__all__ = ["TorchExecutor"]
+
+IntArray = NDArray[np.int64]
+
+# Scores computed at a time (2 MiB of float32): small enough to stay in the cache between the two
+# products, large enough to amortise a torch call. On an Ice Lake core 128 rows x 2,048 tokens x 8
+# heads took 6.1 ms in such blocks and 8.1 ms at once.
+SCORE_BLOCK_ELEMENTS = 1 << 19
+MIN_BLOCK_TOKENS = 256
+# Consecutive slots are read in place from this length on. A shorter run costs more in calls than
+# gathering it together with its neighbours does.
+MIN_RUN_TOKENS = 256
+
+
+@dataclass(slots=True)
+class _Run:
+    """Tokens ``[begin, end)`` of a pack; ``first_slot`` is -1 where slots are scattered."""
+
+    begin: int
+    end: int
+    first_slot: int
+
+
+@dataclass(slots=True)
+class _Pack:
+    """One pack, ready to run."""
+
+    queries: torch.Tensor  # [n] int64 on the device
+    num_queries: int
+    slot_offset: int
+    num_splits: int
+    planned_length: int
+    partials: list[torch.Tensor]  # per split [n] int64 on the device
+    runs: list[_Run] = field(default_factory=list)
+
+
+class TorchExecutor:
+    """Runs plans on tensors of one device.
+
+    Args:
+        num_qo_heads, num_kv_heads, v_head_dim: shape of the layers served.
+        device: where q, the caches and the outputs live.
+    """
+
+    def __init__(
+        self, num_qo_heads: int, num_kv_heads: int, v_head_dim: int, device: torch.device
+    ) -> None:
+        self._num_qo_heads = num_qo_heads
+        self._num_kv_heads = num_kv_heads
+        self._v_head_dim = v_head_dim
+        self._device = device
+        self._packs: list[_Pack] = []
+        self._num_shared = 0
+        self._kv_slots = torch.empty(0, dtype=torch.int64, device=device)
+        self._tail_lengths: list[int] = []
+        self._request_indptr = torch.zeros(1, dtype=torch.int64, device=device)
+        self._max_partials_per_request = 0
+        self._partial_out = torch.empty(0, device=device)
+        self._partial_lse = torch.empty(0, device=device)
+
+    def load(self, plan: PlanArrays, kv_slots: torch.Tensor) -> None:
+        """Get ready to run ``plan``.
+
+        Args:
+            plan: the plan.
+            kv_slots: int64 on the device, laid out by the plan; kept, not copied. The entries of
+                the growth room may change until :meth:`set_lengths` brings them into use.
+        """
+        self._kv_slots = kv_slots
+        self._num_shared = plan.num_packs - plan.batch_size
+        self._packs = self._prepare(plan)
+        self._find_runs(plan)
+        self._tail_lengths = (plan.seq_lens - plan.pack_start[self._num_shared :]).tolist()
+        self._request_indptr = torch.from_numpy(plan.request_indptr).to(self._device)
+        self._max_partials_per_request = int(np.diff(plan.request_indptr).max())
+        if self._partial_out.shape[0] < plan.num_partials:
+            shape = (plan.num_partials, self._num_qo_heads)
+            self._partial_out = torch.empty(*shape, self._v_head_dim, device=self._device)
+            self._partial_lse = torch.empty(shape, device=self._device)
+
+    def set_lengths(self, tail_lengths: IntArray) -> None:
+        """Set the tokens in each request's tail, [B]; the slots must be in ``kv_slots``."""
+        self._tail_lengths = tail_lengths.tolist()
+
+    def run(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        *,
+        sm_scale: float,
+        logit_cap: float,
+        k_scale: float | torch.Tensor,
+        v_scale: float | torch.Tensor,
+    ) -> None:
+        """Attend the batch's queries to its KV. Synchronises nothing; allocates temporaries.
+
+        Args:
+            q: [B, Hq, D].
+            k_cache, v_cache: [slots, Hkv, D] and [slots, Hkv, Dv].
+            out: [B, Hq, Dv], written.
+            lse: [B, Hq] float32, natural log; written where given.
+            sm_scale, logit_cap: as in the oracle.
+            k_scale, v_scale: numbers, or device tensors of shape [] or [Hkv].
+        """
+        batch, heads = q.shape[0], self._num_kv_heads
+        rows = q.float().view(batch, heads, -1, q.shape[2]) * (sm_scale * _per_head(k_scale))
+        num_partials = sum(len(p) for pack in self._packs for p in pack.partials)
+        partial_out = self._partial_out[:num_partials]
+        partial_lse = self._partial_lse[:num_partials]
+        for index, pack in enumerate(self._packs):
+            length = pack.planned_length
+            if index >= self._num_shared:
+                length = self._tail_lengths[index - self._num_shared]
+            # [n, Hkv, g, D] -> [Hkv, n * g, D]: the rows that read one head's KV together
+            pack_rows = rows[pack.queries].transpose(0, 1).reshape(heads, -1, q.shape[2])
+            for split, partials in enumerate(pack.partials):
+                begin, end = split_bounds(length, pack.num_splits, split)
+                values, logs = self._attend(
+                    pack, begin, end, pack_rows, k_cache, v_cache, logit_cap
+                )
+                shape = (heads, pack.num_queries, -1)
+                by_query = values.view(*shape, self._v_head_dim).transpose(0, 1)
+                partial_out[partials] = by_query.reshape(-1, *partial_out.shape[1:])
+                partial_lse[partials] = logs.view(shape).transpose(0, 1).reshape(
+                    -1, self._num_qo_heads
+                )
+        if isinstance(v_scale, torch.Tensor) or v_scale != 1.0:
+            partial_out.view(num_partials, heads, -1, self._v_head_dim).mul_(_per_head(v_scale))
+        merge_partials(
+            partial_out,
+            partial_lse,
+            self._request_indptr,
+            self._max_partials_per_request,
+            out,
+            lse,
+        )
+
+    def _prepare(self, plan: PlanArrays) -> list[_Pack]:
+        queries = torch.from_numpy(plan.queries).to(self._device)
+        partial_index = torch.from_numpy(plan.partial_index).to(self._device)
+        query_indptr = plan.query_indptr.tolist()
+        partial_indptr = plan.partial_indptr.tolist()
+        num_splits = plan.num_splits.tolist()
+        offsets = plan.slot_offset.tolist()
+        lengths = (plan.pack_end - plan.pack_start).tolist()
+        packs = []
+        for p in range(plan.num_packs):
+            begin, end = query_indptr[p], query_indptr[p + 1]
+            count = end - begin
+            base = partial_indptr[p]
+            partials = [
+                partial_index[base + s * count : base + (s + 1) * count]
+                for s in range(num_splits[p])
+            ]
+            packs.append(
+                _Pack(queries[begin:end], count, offsets[p], num_splits[p], lengths[p], partials)
+            )
+        return packs
+
+    def _find_runs(self, plan: PlanArrays) -> None:
+        """Find the stretches of consecutive slots, where looking costs no device sync."""
+        if self._device.type != "cpu":
+            for pack in self._packs:
+                pack.runs = [_Run(0, pack.planned_length, -1)]
+            return
+        slots = self._kv_slots.numpy()
+        breaks = np.flatnonzero(slots[1:] != slots[:-1] + 1) + 1
+        lengths = plan.pack_end - plan.pack_start
+        offsets = plan.slot_offset[:-1]
+        first_break = np.searchsorted(breaks, offsets, side="right")
+        last_break = np.searchsorted(breaks, offsets + lengths, side="left")
+        bounds = zip(first_break.tolist(), last_break.tolist(), strict=True)
+        for pack, (first, last) in zip(self._packs, bounds, strict=True):
+            cuts = (breaks[first:last] - pack.slot_offset).tolist() if last > first else []
+            edges = [0, *cuts, pack.planned_length]
+            pack.runs = _long_runs(edges, slots, pack.slot_offset)
+
+    def _attend(
+        self,
+        pack: _Pack,
+        begin: int,
+        end: int,
+        rows: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        logit_cap: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attend ``rows`` to tokens [begin, end) of a pack: normalised output and lse.
+
+        One pass over blocks with a running maximum (FlashAttention's online softmax).
+        """
+        heads, num_rows = rows.shape[0], rows.shape[1]
+        block = max(MIN_BLOCK_TOKENS, SCORE_BLOCK_ELEMENTS // (heads * num_rows))
+        peak = total = values = None
+        for low, high, first_slot in _blocks(pack, begin, end, block):
+            k, v = self._load(pack, low, high, first_slot, k_cache, v_cache)
+            scores = torch.bmm(rows, k.permute(1, 2, 0))
+            if logit_cap > 0:
+                scores.div_(logit_cap).tanh_().mul_(logit_cap)
+            block_peak = scores.amax(dim=-1, keepdim=True)
+            if peak is None or total is None or values is None:
+                peak = block_peak
+                total = scores.sub_(peak).exp_().sum(dim=-1, keepdim=True)
+                values = torch.bmm(scores, v.transpose(0, 1))
+                continue
+            new_peak = torch.maximum(peak, block_peak)
+            shrink = peak.sub_(new_peak).exp_()
+            peak = new_peak
+            total.mul_(shrink).add_(scores.sub_(peak).exp_().sum(dim=-1, keepdim=True))
+            values.mul_(shrink).baddbmm_(scores, v.transpose(0, 1))
+        if peak is None or total is None or values is None:
+            nothing = rows.new_zeros(heads, num_rows, self._v_head_dim)
+            return nothing, rows.new_full((heads, num_rows, 1), -torch.inf)
+        return values.div_(total), total.log_().add_(peak)
+
+    def _load(
+        self,
+        pack: _Pack,
+        low: int,
+        high: int,
+        first_slot: int,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of tokens [low, high) of a pack in float32, in place where that is possible."""
+        if first_slot >= 0:
+            part = slice(first_slot, first_slot + high - low)
+            return k_cache[part].float(), v_cache[part].float()
+        index = self._kv_slots[pack.slot_offset + low : pack.slot_offset + high]
+        return _gather(k_cache, index).float(), _gather(v_cache, index).float()
+
+
+def _gather(cache: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    # index_select does not exist for 8-bit floats on the CPU; their bytes move just as well.
+    if cache.dtype.itemsize == 1:
+        return cache.view(torch.uint8).index_select(0, index).view(cache.dtype)
+    return cache.index_select(0, index)
+
+
+def _per_head(scale: float | torch.Tensor) -> float | torch.Tensor:
+    """A scale that broadcasts over [B, Hkv, g, D]."""
+    if isinstance(scale, torch.Tensor) and scale.dim() == 1:
+        return scale[:, None, None]
+    return scale
+
+
+def _long_runs(edges: list[int], slots: IntArray, offset: int) -> list[_Run]:
+    """Turn the edges between consecutive stretches into runs, short ones gathered together."""
+    runs: list[_Run] = []
+    for begin, end in zip(edges[:-1], edges[1:], strict=True):
+        if end - begin >= MIN_RUN_TOKENS or len(edges) == 2:
+            runs.append(_Run(begin, end, int(slots[offset + begin]) if end > begin else -1))
+        elif runs and runs[-1].first_slot < 0:
+            runs[-1].end = end
+        else:
+            runs.append(_Run(begin, end, -1))
+    return runs
+
+
+def _blocks(pack: _Pack, begin: int, end: int, block: int) -> list[tuple[int, int, int]]:
+    """Blocks (low, high, first slot or -1) that cover tokens [begin, end) of a pack."""
+    runs = pack.runs
+    if end > pack.planned_length:  # a tail that has grown: the new slots are scattered
+        if pack.planned_length < MIN_RUN_TOKENS:
+            runs = [_Run(0, end, -1)]
+        elif runs[-1].first_slot < 0:
+            runs = [*runs[:-1], _Run(runs[-1].begin, end, -1)]
+        else:
+            runs = [*runs, _Run(pack.planned_length, end, -1)]
+    found = []
+    for run in runs:
+        low, stop = max(run.begin, begin), min(run.end, end)
+        while low < stop:
+            high = min(low + block, stop)
+            slot = run.first_slot + low - run.begin if run.first_slot >= 0 else -1
+            found.append((low, high, slot))
+            low = high
+    return found

@@ -1,0 +1,65 @@
+"""What an executor needs of a plan, and the one rule by which a pack is cut into splits."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["PlanArrays", "split_bounds"]
+
+IntArray = NDArray[np.int64]
+
+
+class PlanArrays(Protocol):
+    """A pack plan as host arrays. ``P`` packs serve ``B`` requests; the last ``B`` are the tails.
+
+    A pack is one stretch of positions that ``query_indptr[p + 1] - query_indptr[p]`` requests
+    read together, in ``num_splits[p]`` pieces. Pack ``P - B + b`` is the tail of request ``b``: it
+    alone grows. Piece ``s`` of pack ``p`` writes, for its ``j``-th query, the partial with number
+    ``partial_index[partial_indptr[p] + s * num_queries + j]``; the partials of request ``b`` are
+    the numbers from ``request_indptr[b]`` to ``request_indptr[b + 1]``.
+
+    The slots of pack ``p`` stand in ``kv_slots`` from ``slot_offset[p]`` on; behind those of a
+    tail is room for ``growth_room`` more.
+    """
+
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def num_packs(self) -> int: ...
+    @property
+    def num_partials(self) -> int: ...
+    @property
+    def growth_room(self) -> int: ...
+    @property
+    def seq_lens(self) -> IntArray: ...
+    @property
+    def pack_start(self) -> IntArray: ...
+    @property
+    def pack_end(self) -> IntArray: ...
+    @property
+    def query_indptr(self) -> IntArray: ...
+    @property
+    def queries(self) -> IntArray: ...
+    @property
+    def num_splits(self) -> IntArray: ...
+    @property
+    def slot_offset(self) -> IntArray: ...
+    @property
+    def partial_indptr(self) -> IntArray: ...
+    @property
+    def partial_index(self) -> IntArray: ...
+    @property
+    def request_indptr(self) -> IntArray: ...
+
+
+def split_bounds(length: int, num_splits: int, split: int) -> tuple[int, int]:
+    """Tokens of piece ``split`` of a pack that holds ``length`` tokens now, as [begin, end).
+
+    Pieces are equal up to rounding and depend on the current length only, so a plan stays valid
+    while its tails grow. A piece of a short pack may be empty.
+    """
+    chunk = -(-length // num_splits)
+    return min(split * chunk, length), min((split + 1) * chunk, length)

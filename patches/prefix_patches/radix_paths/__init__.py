@@ -1,0 +1,54 @@
+"""Radix paths of requests, read on the CPU: one adapter per kind of tree.
+
+A path is ``(node_ids, ends)``: the ids of the nodes from below the root down to the request's last
+node, and the position at which each of them ends. The adapters are found by the methods that a
+cache has, not by its class, since caches are wrapped and renamed between releases.
+
+====================================  =================================================
+adapter                               releases
+====================================  =================================================
+``collect_path_info``                 0.5.22 and later, Rust and Python tree core
+``node_by_id``                        0.5.19 and later with the Python tree core
+``tree_node``                         0.5.17, 0.5.18 (``TreeNode.parent``)
+none: rows are compared, or stock     0.5.21 with its Rust core
+====================================  =================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from prefix_patches.radix_paths import collect_path_info, node_by_id, tree_node
+
+__all__ = ["Path", "owned_length", "path_reader", "pool_row"]
+
+Path = tuple[tuple[int, ...], tuple[int, ...]]
+PathReader = Callable[[Sequence[Any]], list[Path]]
+
+NO_PATH: Path = ((), ())
+
+
+def path_reader(tree_cache: Any) -> PathReader | None:
+    """A function from requests to their paths, or None where the tree cannot tell."""
+    for adapter in (collect_path_info, node_by_id, tree_node):
+        reader = adapter.reader(tree_cache)
+        if reader is not None:
+            return reader
+    return None
+
+
+def owned_length(req: Any) -> int:
+    """Tokens at the start of a request's row that the tree owns.
+
+    ``req.kv.cache_protected_len`` from 0.5.19 on, ``req.cache_protected_len`` before.
+    """
+    state = getattr(req, "kv", None)
+    return int((req if state is None else state).cache_protected_len)
+
+
+def pool_row(req: Any) -> int:
+    """Row of ``req_to_token`` that a request holds: ``req.kv`` from 0.5.19 on, ``req`` before."""
+    state = getattr(req, "kv", None)
+    row = (req if state is None else state).req_pool_idx
+    return -1 if row is None else int(row)

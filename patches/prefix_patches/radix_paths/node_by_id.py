@@ -1,0 +1,32 @@
+"""Trees whose nodes can be looked up: ``tree_core.node_by_id`` (0.5.19 on, Python core).
+
+``req.last_node`` is an integer id, a node has ``parent`` and ``key``. The Rust core has the method
+too, but it raises NotImplementedError; then this is not the adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from prefix_patches.radix_paths.tree_node import path_of
+
+_NO_PATH: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+
+
+def reader(tree_cache: Any) -> Callable[[Sequence[Any]], list[Any]] | None:
+    """The adapter's reader, or None if this cache is of another kind."""
+    core = getattr(tree_cache, "tree_core", None)
+    look_up = getattr(core, "node_by_id", None)
+    if look_up is None:
+        return None
+    try:
+        core.root_node  # noqa: B018 - the Rust core's property raises
+    except (AttributeError, NotImplementedError):
+        return None
+
+    def read(reqs: Sequence[Any]) -> list[Any]:
+        nodes = [req.last_node for req in reqs]
+        return [path_of(look_up(node)) if type(node) is int else _NO_PATH for node in nodes]
+
+    return read

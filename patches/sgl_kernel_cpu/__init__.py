@@ -1,0 +1,1 @@
+"""Holds the stand-in `sgl_kernel`; this folder goes on PYTHONPATH, it is not imported itself."""

@@ -1,0 +1,128 @@
+"""`sglang-prefix exec`: run a command so that SGLang works on this host, GPU or not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from sglang_prefix.cli.output import fail
+
+__all__ = ["SglKernel", "exec_command", "find_sgl_kernel", "sglang_environment", "stand_in_root"]
+
+# Exit statuses that shells use for commands that cannot be started.
+_NOT_EXECUTABLE = 126
+_NOT_FOUND = 127
+
+# Run with -P: a folder `sgl_kernel` in the working directory is not an installation.
+_PROBE = "import sgl_kernel; print(getattr(sgl_kernel, 'IS_STAND_IN', False))"
+
+
+@dataclass(frozen=True, slots=True)
+class SglKernel:
+    """What `import sgl_kernel` gives in a fresh process.
+
+    Attributes:
+        kind: "real", "stand-in" (already on the path), "broken" (installed, does not import) or
+            "missing".
+        detail: for "broken", why it does not import, in one line; else empty.
+    """
+
+    kind: Literal["real", "stand-in", "broken", "missing"]
+    detail: str = ""
+
+
+def find_sgl_kernel() -> SglKernel:
+    """Import `sgl_kernel` in a subprocess, since loading kernels cannot be undone in this one."""
+    if find_spec("sgl_kernel") is None:
+        return SglKernel("missing")
+    probe = subprocess.run(
+        [sys.executable, "-P", "-c", _PROBE],
+        stdin=subprocess.DEVNULL,  # what is piped in is for the command
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
+    if probe.returncode:
+        return SglKernel("broken", _cause(probe.stderr) or f"status {probe.returncode}")
+    return SglKernel("stand-in" if probe.stdout.split()[-1:] == ["True"] else "real")
+
+
+def _cause(error_output: str) -> str:
+    """Pick the line of a failed import that a user can act on: the library that is missing."""
+    lines = [line.strip(" -") for line in error_output.strip().splitlines()]
+    missing = [line for line in lines if "cannot open shared object file" in line]
+    return [*lines[-1:], *missing[:1]][-1] if lines else ""
+
+
+def stand_in_root() -> Path:
+    """Return the folder that holds the stand-in `sgl_kernel`, to be put on `PYTHONPATH`."""
+    spec = find_spec("prefix_patches.sgl_kernel_cpu")
+    if spec is None or spec.origin is None:
+        raise RuntimeError("sglang-prefix is installed without its sgl_kernel stand-in: reinstall")
+    return Path(spec.origin).parent
+
+
+def sglang_environment(kernel: SglKernel, base: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return the environment in which SGLang imports on this host.
+
+    Args:
+        kernel: what `find_sgl_kernel` found; with "real" the environment is `base` as it is.
+        base: the environment to start from; not changed.
+    """
+    environment = dict(base)
+    if kernel.kind == "real":
+        return environment
+    if kernel.kind != "stand-in":
+        paths = [str(stand_in_root()), *filter(None, [base.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+    # Read once, when SGLang is imported: without it SGLang looks for CUDA.
+    environment["SGLANG_USE_CPU_ENGINE"] = "1"
+    return environment
+
+
+def exec_command(
+    command: Annotated[
+        list[str], typer.Argument(metavar="CMD...", help="The command and its arguments.")
+    ],
+) -> None:
+    """Run CMD; where the real sgl_kernel does not load, with a stand-in for it.
+
+    On a GPU host CMD runs untouched. Elsewhere PYTHONPATH and SGLANG_USE_CPU_ENGINE=1 are set for
+    it. CMD takes the place of this process, so signals reach it and its status is the result.
+    """
+    environment = sglang_environment(find_sgl_kernel())
+    # Python ignores these two for itself, and ignored signals would stay ignored in CMD.
+    for name in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(name, signal.SIG_DFL)
+    program = command[0]
+    try:
+        os.execve(_resolve(program), command, environment)
+    except FileNotFoundError:
+        fail(f"{program}: command not found", _NOT_FOUND)
+    except OSError as error:
+        fail(f"{program}: cannot be run: {error.strerror}", _NOT_EXECUTABLE)
+
+
+def _resolve(program: str) -> str:
+    """Find `program` as a shell would, then beside our own interpreter.
+
+    The second place makes `.venv/bin/sglang-prefix exec -- sglang serve` work in an environment
+    that was not activated.
+    """
+    if os.sep in program:
+        return program
+    beside = str(Path(sys.executable).parent)
+    found = shutil.which(program) or shutil.which(program, path=beside)
+    if found is None:
+        raise FileNotFoundError(program)
+    return found

@@ -1,0 +1,34 @@
+"""The `sglang-prefix` command: one typer application, one module per command."""
+
+from __future__ import annotations
+
+import typer
+
+from sglang_prefix.cli.doctor import doctor
+from sglang_prefix.cli.exec import exec_command
+from sglang_prefix.cli.output import JsonCommand
+from sglang_prefix.cli.tiny_model import tiny_model
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="sglang-prefix",
+    help="Decode attention for SGLang that reads a shared prefix once.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+# Options behind CMD are CMD's own, with or without `--` before it.
+app.command("exec", context_settings={"allow_interspersed_args": False})(exec_command)
+app.command("doctor", cls=JsonCommand)(doctor)
+app.command("tiny-model", cls=JsonCommand)(tiny_model)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Settings of the backend: one typed object, from ``SGLANG_PREFIX_*`` environment variables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+__all__ = ["GATES", "PrefixConfig", "verify_requested"]
+
+GATES = ("always", "never")
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixConfig:
+    """What a user can set.
+
+    Attributes:
+        gate: ``SGLANG_PREFIX_GATE``: "always" packs every batch it can, "never" leaves all to the
+            stock backend.
+        policy: ``SGLANG_PREFIX_POLICY``: name of the packing policy.
+        stock_backend: ``SGLANG_PREFIX_STOCK_BACKEND``: SGLang attention backend to delegate to;
+            None for the one that SGLang would have chosen.
+        verify: ``SGLANG_PREFIX_VERIFY``: check every plan against the slot rows and raise on a
+            difference; for debugging, costs a device sync per plan.
+        executor: ``SGLANG_PREFIX_EXECUTOR``: what runs the plans.
+    """
+
+    gate: str = "always"
+    policy: str = "pat"
+    stock_backend: str | None = None
+    verify: bool = False
+    executor: str = "auto"
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] | None = None) -> PrefixConfig:
+        """Read and validate the environment.
+
+        Raises:
+            ValueError: a variable has a value that is not legal; the message names both.
+        """
+        from sglang_prefix.packing import POLICIES
+        from sglang_prefix.runner import EXECUTORS
+
+        env = os.environ if env is None else env
+        default = cls()
+        return cls(
+            gate=_one_of(env, "SGLANG_PREFIX_GATE", default.gate, GATES),
+            policy=_one_of(env, "SGLANG_PREFIX_POLICY", default.policy, tuple(POLICIES)),
+            stock_backend=env.get("SGLANG_PREFIX_STOCK_BACKEND") or None,
+            verify=verify_requested(env),
+            executor=_one_of(env, "SGLANG_PREFIX_EXECUTOR", default.executor, EXECUTORS),
+        )
+
+
+def verify_requested(env: Mapping[str, str] | None = None) -> bool:
+    """Whether ``SGLANG_PREFIX_VERIFY`` asks for every plan to be checked."""
+    env = os.environ if env is None else env
+    return _one_of(env, "SGLANG_PREFIX_VERIFY", "0", ("0", "1")) == "1"
+
+
+def _one_of(env: Mapping[str, str], name: str, default: str, legal: tuple[str, ...]) -> str:
+    value = env.get(name) or default
+    if value not in legal:
+        raise ValueError(f"{name}={value!r} is not legal; legal: {', '.join(legal)}")
+    return value

@@ -1,0 +1,255 @@
+"""Which requests of a decode batch share which stretch of KV: the prefix forest.
+
+A forest comes from one of two sources and looks the same afterwards:
+
+* radix paths, handed over by the scheduler on the CPU (:meth:`PrefixForest.from_paths`);
+* slot rows of ``req_to_token`` (:meth:`PrefixForest.from_rows`), for any engine, and as a check.
+
+Both reduce to one question, "in which order do equal prefixes stand side by side, and how many
+tokens do neighbours have in common?". The nodes are then the intervals of that array of common
+lengths, as in the tree that a suffix array and its LCP array stand for. Chains of nodes that the
+same requests pass through are one node by construction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["PrefixForest", "RadixPath"]
+
+IntArray = NDArray[np.int64]
+
+# Sorts the end of a path before every node id that could continue it, shorter ends first.
+_PATH_END = -(1 << 62)
+
+
+class RadixPath(NamedTuple):
+    """Nodes of one radix path from below the root down to a request's last node.
+
+    ``node_ids[i]`` owns the positions from ``ends[i - 1]`` (0 for the first) to ``ends[i]``.
+    """
+
+    node_ids: tuple[int, ...]
+    ends: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PrefixForest:
+    """Shared KV of a batch of ``B`` requests as ``N`` nodes, parents before children.
+
+    A node is a maximal run of positions whose slots are the same for at least two requests; what
+    one request holds alone is its tail, from ``shared_lens`` on. All arrays are int64 on the host.
+
+    Attributes:
+        seq_lens: [B] KV tokens of each request, the newest token included.
+        shared_lens: [B] positions below it are covered by the nodes on the request's path.
+        order: [B] the batch rows, arranged so that every node's requests are consecutive.
+        node_begin, node_end: [N] a node's requests are ``order[node_begin:node_end]``.
+        node_start, node_stop: [N] a node's positions are ``[node_start, node_stop)``.
+        node_parent: [N] index of the parent node, -1 for a root.
+    """
+
+    seq_lens: IntArray
+    shared_lens: IntArray
+    order: IntArray
+    node_begin: IntArray
+    node_end: IntArray
+    node_start: IntArray
+    node_stop: IntArray
+    node_parent: IntArray
+
+    @property
+    def batch_size(self) -> int:
+        """Number of requests."""
+        return len(self.seq_lens)
+
+    @property
+    def num_nodes(self) -> int:
+        """Number of nodes that at least two requests share."""
+        return len(self.node_start)
+
+    @property
+    def unique_tokens(self) -> int:
+        """KV tokens of the batch when every shared one is counted once."""
+        shared = (self.node_stop - self.node_start) * (self.node_end - self.node_begin - 1)
+        return int(self.seq_lens.sum() - shared.sum())
+
+    def node_requests(self, node: int) -> IntArray:
+        """Batch rows of the requests that pass through ``node``."""
+        return self.order[self.node_begin[node] : self.node_end[node]]
+
+    def sharing(self) -> set[tuple[int, int, frozenset[int]]]:
+        """Every node as (start, stop, batch rows): equal for two forests that share alike."""
+        return {
+            (int(self.node_start[n]), int(self.node_stop[n]), frozenset(self.node_requests(n).tolist()))
+            for n in range(self.num_nodes)
+        }
+
+    @classmethod
+    def from_rows(
+        cls,
+        rows: NDArray[np.integer],
+        seq_lens: Sequence[int] | NDArray[np.integer],
+        *,
+        limits: Sequence[int] | NDArray[np.integer] | None = None,
+        page_size: int = 1,
+        prefix_closed: bool = False,
+    ) -> PrefixForest:
+        """Find the forest by comparing slot rows: exact for every content of the rows.
+
+        Args:
+            rows: [B, >= max(seq_lens)] KV slot of each position, one row per request.
+            seq_lens: [B] valid positions of each row.
+            limits: [B] positions at or past ``limits[b]`` count as private to request ``b``;
+                None stands for ``seq_lens``.
+            page_size: only whole pages are shared; a node ends on a multiple of it.
+            prefix_closed: the caller vouches that equal slots at one position mean equal slots at
+                every earlier one, which SGLang's pools guarantee. Common lengths are then found by
+                binary search instead of comparing every position.
+
+        Raises:
+            ValueError: a row is shorter than its length or its limit.
+        """
+        lens = np.asarray(seq_lens, dtype=np.int64)
+        caps = lens if limits is None else np.minimum(np.asarray(limits, dtype=np.int64), lens)
+        width = int(caps.max(initial=0))
+        rows = np.asarray(rows)
+        if rows.ndim != 2 or rows.shape[0] != len(lens) or rows.shape[1] < width:
+            raise ValueError(
+                f"rows has shape {rows.shape}; legal is [{len(lens)}, at least {width}]"
+            )
+        if width == 0 or len(lens) < 2:
+            return cls.from_neighbours(np.arange(len(lens)), np.zeros(max(len(lens) - 1, 0)), lens)
+        # A private position gets a value of its own, so that it equals no other row's.
+        alone = -1 - np.arange(len(lens), dtype=rows.dtype)[:, None]
+        keys = np.ascontiguousarray(
+            np.where(np.arange(width)[None, :] < caps[:, None], rows[:, :width], alone)
+        )
+        # Any order of the elements puts equal prefixes side by side, so bytes may be compared.
+        order = np.argsort(keys.view(np.dtype((np.void, keys.itemsize * width))).ravel())
+        keys = keys[order]
+        common = _common_by_search(keys) if prefix_closed else _common_by_scan(keys)
+        return cls.from_neighbours(order, common // page_size * page_size, lens)
+
+    @classmethod
+    def from_paths(
+        cls,
+        paths: Sequence[RadixPath],
+        limits: Sequence[int],
+        seq_lens: Sequence[int] | NDArray[np.integer],
+        *,
+        page_size: int = 1,
+    ) -> PrefixForest:
+        """Build the forest from radix paths, without looking at any slot.
+
+        Args:
+            paths: [B] path of each request; requests with the same node ids share their slots.
+            limits: [B] positions that the tree vouches for; 0 for a request whose row may not
+                have been rewritten to the tree's slots yet.
+            seq_lens: [B] KV tokens of each request.
+            page_size: only whole pages are shared.
+        """
+        lens = np.asarray(seq_lens, dtype=np.int64)
+        caps = np.minimum(np.asarray(limits, dtype=np.int64), lens).tolist()
+        keys = []
+        for path, cap in zip(paths, caps, strict=True):
+            ids, ends = path
+            if ends and ends[-1] > cap:
+                inside = sum(1 for end in ends if end < cap) + (cap > 0)
+                ids = ids[:inside]
+            keys.append((*ids, _PATH_END + cap))
+        order = sorted(range(len(keys)), key=keys.__getitem__)
+        common = np.zeros(max(len(order) - 1, 0), dtype=np.int64)
+        for i, (left, right) in enumerate(zip(order[:-1], order[1:], strict=True)):
+            key_left, key_right = keys[left], keys[right]
+            if key_left[0] != key_right[0] or key_left[0] < 0:
+                continue
+            same = 1
+            while key_left[same] == key_right[same] and key_left[same] >= 0:
+                same += 1
+            common[i] = min(paths[left].ends[same - 1], caps[left], caps[right])
+        return cls.from_neighbours(
+            np.asarray(order, dtype=np.int64), common // page_size * page_size, lens
+        )
+
+    @classmethod
+    def from_neighbours(
+        cls,
+        order: NDArray[np.integer],
+        common: NDArray[np.integer],
+        seq_lens: NDArray[np.integer],
+    ) -> PrefixForest:
+        """Build the forest from neighbours' common lengths.
+
+        Args:
+            order: [B] batch rows with equal prefixes side by side.
+            common: [B - 1] tokens that ``order[i]`` and ``order[i + 1]`` have in common.
+            seq_lens: [B] KV tokens by batch row.
+        """
+        order = np.asarray(order, dtype=np.int64)
+        common = np.asarray(common, dtype=np.int64)
+        lens = np.asarray(seq_lens, dtype=np.int64)
+        nodes = _intervals(common)
+        padded = np.concatenate(([0], common, [0]))
+        shared_lens = np.zeros(len(order), dtype=np.int64)
+        shared_lens[order] = np.maximum(padded[:-1], padded[1:])[: len(order)]
+        return cls(lens, shared_lens, order, *nodes.T, _parents(nodes))
+
+
+def _common_by_scan(keys: NDArray[np.integer]) -> IntArray:
+    """Common length of each row with the next, by comparing all positions."""
+    differ = keys[1:] != keys[:-1]
+    first = differ.argmax(axis=1)
+    return np.where(differ[np.arange(len(first)), first], first, keys.shape[1])
+
+
+def _common_by_search(keys: NDArray[np.integer]) -> IntArray:
+    """Common length of each row with the next, by binary search on equality at one position."""
+    pairs = np.arange(len(keys) - 1)
+    low = np.zeros(len(pairs), dtype=np.int64)  # positions known to be equal
+    high = np.full(len(pairs), keys.shape[1], dtype=np.int64)  # first position that may differ
+    while (low < high).any():
+        probe = np.minimum((low + high) // 2, keys.shape[1] - 1)
+        equal = keys[pairs, probe] == keys[pairs + 1, probe]
+        active = low < high
+        low = np.where(active & equal, probe + 1, low)
+        high = np.where(active & ~equal, probe, high)
+    return low
+
+
+def _intervals(common: IntArray) -> IntArray:
+    """Nodes as rows (begin, end, start, stop) in preorder: the intervals of the common lengths."""
+    found: list[tuple[int, int, int, int]] = []
+    open_nodes: list[tuple[int, int]] = []  # (stop, begin), deepest last
+    # Only a change of the common length opens or closes a node.
+    changes = np.flatnonzero(np.diff(common, prepend=0, append=0))
+    lengths = np.append(common, 0)[changes].tolist()
+    for at, length in zip(changes.tolist(), lengths, strict=True):
+        begin = at
+        while open_nodes and open_nodes[-1][0] > length:
+            stop, begin = open_nodes.pop()
+            start = max(length, open_nodes[-1][0]) if open_nodes else length
+            found.append((begin, at + 1, start, stop))
+        if length > 0 and (not open_nodes or open_nodes[-1][0] < length):
+            open_nodes.append((length, begin))
+    found.sort(key=lambda node: (node[0], node[2]))
+    return np.asarray(found, dtype=np.int64).reshape(len(found), 4)
+
+
+def _parents(nodes: IntArray) -> IntArray:
+    """Index of each node's parent, for nodes in preorder."""
+    parents = []
+    path: list[int] = []
+    ends = nodes[:, 1].tolist()
+    begins = nodes[:, 0].tolist()
+    for index, begin in enumerate(begins):
+        while path and ends[path[-1]] <= begin:
+            path.pop()
+        parents.append(path[-1] if path else -1)
+        path.append(index)
+    return np.asarray(parents, dtype=np.int64)

@@ -1,0 +1,127 @@
+"""What a pack costs: the byte model that packing and splitting decide by.
+
+Everything is counted in bytes of main-memory traffic for one layer, all heads together. Fixed
+costs are turned into the bytes that the device could have moved in the same time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["CPU_PROFILE", "GPU_PROFILE", "AttentionShape", "CostModel", "DeviceProfile"]
+
+# One partial is float32 output and lse, written by the forward stage and read by the merge.
+_PARTIAL_ITEMSIZE = 4
+_PARTIAL_PASSES = 2
+# A plan addresses KV by int32 slot index, read once per pack and KV head group.
+_SLOT_ITEMSIZE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """What a plan needs to know about the attention layers that it serves.
+
+    Attributes:
+        num_qo_heads, num_kv_heads: heads on this rank; the first is a multiple of the second.
+        head_dim, v_head_dim: elements per head of q and k, and of v.
+        q_itemsize, kv_itemsize: bytes per element of q, and of the KV cache.
+    """
+
+    num_qo_heads: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    q_itemsize: int
+    kv_itemsize: int
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one KV head."""
+        return self.num_qo_heads // self.num_kv_heads
+
+    @property
+    def kv_token_bytes(self) -> int:
+        """Bytes of K and V of one token, with its slot index."""
+        per_head = (self.head_dim + self.v_head_dim) * self.kv_itemsize
+        return self.num_kv_heads * per_head + _SLOT_ITEMSIZE
+
+    @property
+    def query_bytes(self) -> int:
+        """Bytes of one request's query."""
+        return self.num_qo_heads * self.head_dim * self.q_itemsize
+
+    @property
+    def partial_bytes(self) -> int:
+        """Bytes moved to write one request's partial and to read it again."""
+        return self.num_qo_heads * (self.v_head_dim + 1) * _PARTIAL_ITEMSIZE * _PARTIAL_PASSES
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceProfile:
+    """What the cost model knows of a device.
+
+    Attributes:
+        name: for messages and result files.
+        max_block_rows: query rows (requests times group size) that read one KV tile together.
+        reread_cost: cost of a further row block reading the same KV, as a share of reading it
+            from main memory; below 1 because the KV then comes from a cache.
+        pack_bytes: fixed cost of one pack, in bytes the device could have read instead.
+        num_workers: programs that run at the same time; packs are split until they fill it.
+        min_split_tokens: no pack is cut into pieces shorter than this.
+    """
+
+    name: str
+    max_block_rows: int
+    reread_cost: float
+    pack_bytes: int
+    num_workers: int
+    min_split_tokens: int
+
+
+# The torch executor takes all rows of a pack in one matrix product and parallelises inside it:
+# nothing is read twice and nothing is gained by splitting. A pack costs about eight torch calls;
+# at 5 us a call and 12 GB/s a core (benchmarks/results/cpu) that is the time of some 480 kB.
+CPU_PROFILE = DeviceProfile(
+    name="cpu",
+    max_block_rows=1 << 20,
+    reread_cost=0.0,
+    pack_bytes=480_000,
+    num_workers=1,
+    min_split_tokens=1 << 20,
+)
+
+# 128 rows is the widest tile (architecture.md, "Packing"). The other figures are the starting
+# point for tuning, from the data sheet, and not measured: 132 SMs at two programs each; a program
+# costs about 2 us to start and drain at 4.8 TB/s / 132 SMs; L2 delivers some 2.5 times what main
+# memory does.
+GPU_PROFILE = DeviceProfile(
+    name="cuda",
+    max_block_rows=128,
+    reread_cost=0.4,
+    pack_bytes=72_000,
+    num_workers=264,
+    min_split_tokens=256,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CostModel:
+    """Bytes of the parts of a plan, for one attention shape on one device."""
+
+    shape: AttentionShape
+    device: DeviceProfile
+
+    def row_blocks(self, num_queries: int) -> int:
+        """How many row blocks read a pack's KV, each of them all of it."""
+        return -(-num_queries * self.shape.group_size // self.device.max_block_rows)
+
+    @property
+    def query_bytes(self) -> int:
+        """Cost of one more query in a pack that writes partials: its q and its partial."""
+        return self.shape.query_bytes + self.shape.partial_bytes
+
+    @property
+    def reread_bytes(self) -> float:
+        """Cost per KV token of one more query in a pack, through the row blocks it adds."""
+        share = self.device.reread_cost * self.shape.group_size / self.device.max_block_rows
+        return share * self.shape.kv_token_bytes

@@ -1,0 +1,263 @@
+"""The pack plan: what the executors run, as host arrays, and the checks that it is right."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prefix_kernels.layout import split_bounds
+from sglang_prefix.packing.cost import CostModel
+from sglang_prefix.packing.packs import Packs
+
+__all__ = ["PackPlan", "PlanStats", "verify_plan", "verify_slots"]
+
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class PlanStats:
+    """What a plan reads, in numbers that can be compared between plans.
+
+    Attributes:
+        kv_tokens_read: KV tokens read; a pack's stretch counts once per row block that reads it.
+        kv_tokens_logical: KV tokens of all requests, which stock kernels read.
+        kv_tokens_unique: KV tokens of the batch with every shared one counted once.
+        kv_read_ratio: read / logical.
+        kv_unique_ratio: unique / logical, the ideal.
+        bytes_ratio: bytes moved with queries, slot indices and partials, over the bytes of one
+            pass per request.
+        num_packs: packs, the tails included.
+        num_partials: partial results, one per (pack split, query).
+    """
+
+    kv_tokens_read: int
+    kv_tokens_logical: int
+    kv_tokens_unique: int
+    kv_read_ratio: float
+    kv_unique_ratio: float
+    bytes_ratio: float
+    num_packs: int
+    num_partials: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackPlan:
+    """A partition of the attention work of one decode batch.
+
+    Every (request, position) belongs to exactly one pack of that request. ``P`` packs: shared ones
+    first, then one tail per request in batch order, which alone grows. Every (pack split, query)
+    owns one partial, numbered request by request, so that a request's partials are consecutive
+    and there are no holes; PAT numbers them per pack, which collides on uneven trees
+    (anchors 1.1, defect 1). All arrays are int64 on the host; see
+    :class:`prefix_kernels.layout.PlanArrays` for how they are read.
+    """
+
+    seq_lens: IntArray
+    pack_start: IntArray
+    pack_end: IntArray
+    query_indptr: IntArray
+    queries: IntArray
+    num_splits: IntArray
+    slot_offset: IntArray
+    partial_indptr: IntArray
+    partial_index: IntArray
+    request_indptr: IntArray
+    growth_room: int
+    kv_tokens_unique: int
+    costs: CostModel
+
+    @classmethod
+    def build(
+        cls,
+        packs: Packs,
+        seq_lens: IntArray,
+        num_splits: IntArray,
+        *,
+        growth_room: int,
+        kv_tokens_unique: int,
+        costs: CostModel,
+    ) -> PackPlan:
+        """Lay packs out: tails behind the shared packs, slots and partials by prefix sums.
+
+        Args:
+            packs: shared packs and tail starts.
+            seq_lens: [B] KV tokens of each request.
+            num_splits: [S + B] pieces of each shared pack, then of each tail.
+            growth_room: tokens that each tail may grow by before a new plan is needed.
+            kv_tokens_unique: the forest's unique tokens, for the statistics.
+            costs: shape and device that the plan was made for.
+        """
+        batch = len(seq_lens)
+        rows = np.arange(batch, dtype=np.int64)
+        pack_start = np.concatenate((packs.start, packs.tail_start))
+        pack_end = np.concatenate((packs.end, seq_lens))
+        queries = np.concatenate((packs.queries, rows))
+        query_indptr = np.concatenate((packs.query_indptr, len(packs.queries) + 1 + rows))
+        room = np.zeros(len(pack_start), dtype=np.int64)
+        room[len(packs.start) :] = growth_room
+        slot_offset = _prefix_sum(pack_end - pack_start + room)
+        num_queries = np.diff(query_indptr)
+        partial_indptr = _prefix_sum(num_splits * num_queries)
+        partial_query = _partial_queries(queries, query_indptr, num_splits)
+        partial_index = np.empty(len(partial_query), dtype=np.int64)
+        partial_index[np.argsort(partial_query, kind="stable")] = np.arange(len(partial_query))
+        request_indptr = _prefix_sum(np.bincount(partial_query, minlength=batch))
+        return cls(
+            seq_lens,
+            pack_start,
+            pack_end,
+            query_indptr,
+            queries,
+            num_splits,
+            slot_offset,
+            partial_indptr,
+            partial_index,
+            request_indptr,
+            growth_room,
+            kv_tokens_unique,
+            costs,
+        )
+
+    @property
+    def batch_size(self) -> int:
+        """Number of requests."""
+        return len(self.seq_lens)
+
+    @property
+    def num_packs(self) -> int:
+        """Number of packs, the tails included."""
+        return len(self.pack_start)
+
+    @property
+    def num_shared_packs(self) -> int:
+        """Number of packs before the tails."""
+        return self.num_packs - self.batch_size
+
+    @property
+    def num_partials(self) -> int:
+        """Number of partials: one per (pack split, query)."""
+        return len(self.partial_index)
+
+    @property
+    def num_slots(self) -> int:
+        """Entries of ``kv_slots``, growth room included."""
+        return int(self.slot_offset[-1])
+
+    def pack_queries(self, pack: int) -> IntArray:
+        """Batch rows of the requests that read ``pack``."""
+        return self.queries[self.query_indptr[pack] : self.query_indptr[pack + 1]]
+
+    def slot_sources(self) -> tuple[IntArray, IntArray, IntArray]:
+        """Where the planned slots come from: (index in kv_slots, batch row, position), flat."""
+        lengths = self.pack_end - self.pack_start
+        total = int(lengths.sum())
+        within = np.arange(total) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        first_query = self.queries[self.query_indptr[:-1]]
+        return (
+            np.repeat(self.slot_offset[:-1], lengths) + within,
+            np.repeat(first_query, lengths),
+            np.repeat(self.pack_start, lengths) + within,
+        )
+
+    def stats(self, grown_tokens: int = 0) -> PlanStats:
+        """Statistics of this plan after its tails have grown by ``grown_tokens`` in all."""
+        costs, shape = self.costs, self.costs.shape
+        num_queries = np.diff(self.query_indptr)
+        lengths = self.pack_end - self.pack_start
+        blocks = -(-num_queries * shape.group_size // costs.device.max_block_rows)
+        read = int((lengths * blocks).sum()) + grown_tokens
+        logical = int(self.seq_lens.sum()) + grown_tokens
+        unique = self.kv_tokens_unique + grown_tokens
+        # Reading a query and writing the output are charged once per partial on both sides.
+        moved = read * shape.kv_token_bytes + self.num_partials * costs.query_bytes
+        stock = logical * shape.kv_token_bytes + self.batch_size * costs.query_bytes
+        return PlanStats(
+            read,
+            logical,
+            unique,
+            read / logical,
+            unique / logical,
+            moved / stock,
+            self.num_packs,
+            self.num_partials,
+        )
+
+    def same_as(self, other: PackPlan) -> bool:
+        """Whether two plans are equal in every field."""
+        pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return all(np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b for a, b in pairs)
+
+
+def _prefix_sum(counts: IntArray) -> IntArray:
+    """Exclusive prefix sum with the total at the end."""
+    sums = np.zeros(len(counts) + 1, dtype=np.int64)
+    np.cumsum(counts, out=sums[1:])
+    return sums
+
+
+def _partial_queries(queries: IntArray, query_indptr: IntArray, num_splits: IntArray) -> IntArray:
+    """Batch row of every (pack, split, query), in that order."""
+    if (num_splits == 1).all():
+        return queries
+    pieces = zip(query_indptr[:-1], query_indptr[1:], num_splits, strict=True)
+    return np.concatenate([np.tile(queries[begin:end], n) for begin, end, n in pieces])
+
+
+def verify_plan(plan: PackPlan) -> None:
+    """Prove that a plan is a partition of the work; used by tests and SGLANG_PREFIX_VERIFY=1.
+
+    Every (request, position) is covered by one pack split, every partial is written by one
+    (pack split, query) and read by the request that it belongs to, and no two packs share an
+    entry of ``kv_slots``. Independent of how the plan was made.
+
+    Raises:
+        RuntimeError: the plan is wrong; the message says where.
+    """
+    covered = [np.zeros(int(length), dtype=np.int64) for length in plan.seq_lens]
+    writer = np.zeros(plan.num_partials, dtype=np.int64)
+    used = np.zeros(plan.num_slots, dtype=np.int64)
+    for pack in range(plan.num_packs):
+        start, end = int(plan.pack_start[pack]), int(plan.pack_end[pack])
+        queries = plan.pack_queries(pack)
+        room = plan.growth_room if pack >= plan.num_shared_packs else 0
+        used[plan.slot_offset[pack] : plan.slot_offset[pack] + end - start + room] += 1
+        _require(len(set(queries.tolist())) == len(queries), f"pack {pack} repeats a query")
+        for split in range(int(plan.num_splits[pack])):
+            low, high = split_bounds(end - start, int(plan.num_splits[pack]), split)
+            base = int(plan.partial_indptr[pack]) + split * len(queries)
+            for j, query in enumerate(queries.tolist()):
+                _require(start + high <= plan.seq_lens[query], f"pack {pack} outruns its query")
+                covered[query][start + low : start + high] += 1
+                partial = int(plan.partial_index[base + j])
+                writer[partial] += 1
+                mine = plan.request_indptr[query] <= partial < plan.request_indptr[query + 1]
+                _require(bool(mine), f"partial {partial} is not read by request {query}")
+    for query, count in enumerate(covered):
+        wrong = np.flatnonzero(count != 1)
+        _require(not len(wrong), f"request {query}: position {wrong[:1]} is not covered once")
+    _require(bool((writer == 1).all()), "a partial is not written exactly once")
+    _require(bool((used == 1).all()), "an entry of kv_slots does not belong to exactly one pack")
+    _require(int(plan.request_indptr[-1]) == plan.num_partials, "partials are left unread")
+
+
+def verify_slots(plan: PackPlan, rows: NDArray[np.integer]) -> None:
+    """Prove that every request of every pack holds the pack's slots at the pack's positions.
+
+    Args:
+        plan: the plan.
+        rows: [B, >= max(seq_lens)] slot rows of the batch.
+
+    Raises:
+        RuntimeError: a pack claims sharing that the rows do not show.
+    """
+    for pack in range(plan.num_shared_packs):
+        queries = plan.pack_queries(pack)
+        part = rows[queries, int(plan.pack_start[pack]) : int(plan.pack_end[pack])]
+        _require(bool((part == part[:1]).all()), f"pack {pack} claims sharing that is not there")
+
+
+def _require(condition: bool, what: str) -> None:
+    if not condition:
+        raise RuntimeError(f"the pack plan is wrong: {what}")

@@ -1,0 +1,104 @@
+"""From a forest to a plan: the one planner that the wrapper and the backend share."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sglang_prefix.forest import PrefixForest
+from sglang_prefix.packing import (
+    CPU_PROFILE,
+    GPU_PROFILE,
+    AttentionShape,
+    CostModel,
+    DeviceProfile,
+    policy_named,
+)
+from sglang_prefix.packing.packs import Packs
+from sglang_prefix.packing.splits import choose_num_splits
+from sglang_prefix.plan import PackPlan
+
+
+
+__all__ = ["GROWTH_ROOM_TOKENS", "PackPlanner", "profile_for"]
+
+# Tokens that a tail may grow by before its slots need a new plan. At 8 bytes a slot, 256 requests
+# cost 0.5 MB; at one token a step a plan lives for at most this many steps.
+GROWTH_ROOM_TOKENS = 256
+
+
+def profile_for(executor: str) -> DeviceProfile:
+    """The device profile that plans for an executor ("cpu" or "triton") are made with."""
+    return GPU_PROFILE if executor == "triton" else CPU_PROFILE
+
+
+class PackPlanner:
+    """Makes plans for one attention shape, one device and one policy.
+
+    Args:
+        shape: heads, head dims and item sizes of the layers served.
+        device: profile that the cost model uses.
+        policy: name of the packing policy.
+        max_partials: upper bound on a plan's partials; None for no bound. A plan over it loses
+            its splits first and its sharing next, so a bound of at least the batch size always
+            holds.
+        growth_room: tokens that each tail may grow by.
+
+    Raises:
+        ValueError: the policy is unknown.
+    """
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        device: DeviceProfile,
+        *,
+        policy: str = "pat",
+        max_partials: int | None = None,
+        growth_room: int = GROWTH_ROOM_TOKENS,
+    ) -> None:
+        self.costs = CostModel(shape, device)
+        self.policy_name = policy
+        self.max_partials = max_partials
+        self.growth_room = growth_room
+        self._policy = policy_named(policy)
+        self._query_policy = policy_named("query")
+
+    def plan(self, forest: PrefixForest) -> PackPlan:
+        """Pack a forest and lay the plan out, within the bound on partials.
+
+        Raises:
+            ValueError: the batch has more requests than partials are allowed.
+        """
+        if self.max_partials is not None and forest.batch_size > self.max_partials:
+            raise ValueError(
+                f"max_partials={self.max_partials} is below the batch size {forest.batch_size}; "
+                "legal: at least one partial per request"
+            )
+        packs = self._policy(forest, self.costs)
+        plan = self._lay_out(packs, forest, split=True)
+        if self._fits(plan):
+            return plan
+        plan = self._lay_out(packs, forest, split=False)
+        if self._fits(plan):
+            return plan
+        return self._lay_out(self._query_policy(forest, self.costs), forest, split=False)
+
+    def _fits(self, plan: PackPlan) -> bool:
+        return self.max_partials is None or plan.num_partials <= self.max_partials
+
+    def _lay_out(self, packs: Packs, forest: PrefixForest, *, split: bool) -> PackPlan:
+        lengths = np.concatenate((packs.end - packs.start, forest.seq_lens - packs.tail_start))
+        num_splits = np.ones(len(lengths), dtype=np.int64)
+        if split:
+            num_queries = np.concatenate(
+                (np.diff(packs.query_indptr), np.ones(forest.batch_size, dtype=np.int64))
+            )
+            num_splits = choose_num_splits(lengths, num_queries, self.costs)
+        return PackPlan.build(
+            packs,
+            forest.seq_lens,
+            num_splits,
+            growth_room=self.growth_room,
+            kv_tokens_unique=forest.unique_tokens,
+            costs=self.costs,
+        )

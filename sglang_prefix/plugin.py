@@ -1,0 +1,50 @@
+"""SGLang's way in: the plugin entry point and the factory of the backend `prefix`.
+
+SGLang calls `register` in every process of a server, also in those that never touch attention,
+and turns a failure there into a log line. So `register` only makes the name known; everything
+that costs time or can fail waits for `create_prefix_backend`, which runs in the processes that
+really use the backend and whose exception ends the server.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+__all__ = ["BACKEND_NAME", "create_prefix_backend", "register"]
+
+BACKEND_NAME = "prefix"
+
+
+def register() -> None:
+    """Make `prefix` a legal value of SGLang's attention backend flags. May be called again."""
+    from sglang.srt.layers.attention.attention_registry import register_attention_backend
+    from sglang.srt.server_args import ATTENTION_BACKEND_CHOICES, add_attention_backend_choices
+
+    # The factory goes first: a name that can be chosen but not built would be the worse half.
+    register_attention_backend(BACKEND_NAME)(create_prefix_backend)
+    if BACKEND_NAME not in ATTENTION_BACKEND_CHOICES:
+        add_attention_backend_choices([BACKEND_NAME])
+
+
+def create_prefix_backend(runner: ModelRunner) -> AttentionBackend:
+    """Build the backend for one model runner.
+
+    Args:
+        runner: SGLang's model runner, as handed over by its attention registry.
+
+    Raises:
+        RuntimeError: SGLang is outside the supported range; `sglang_prefix.backend` raises for
+            anything else that is missing.
+    """
+    from prefix_patches.versions import check_sglang_version
+
+    # Before our backend is imported: on a foreign release that import may fail obscurely.
+    check_sglang_version()
+
+    from sglang_prefix.backend import create_backend
+
+    return create_backend(runner)

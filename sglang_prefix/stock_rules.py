@@ -1,0 +1,44 @@
+"""Rules that SGLang applies to a stock backend by its name, checked for the one we delegate to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+__all__ = ["check_stock_rules"]
+
+# From SGLang's argument resolution (arg_groups/overrides.py, 0.5.23): page sizes to which it
+# snaps ``--page-size`` when one of these is named. It does not know them behind our name.
+PAGE_SIZES = {
+    "trtllm_mha": (16, 32, 64, 128),
+    "trtllm_mla": (32, 64),
+    "cutedsl_mla": (32, 64),
+    "flashmla": (64,),
+    "cutlass_mla": (128,),
+    "fa4": (128,),
+}
+# SGLang turns fa3 into triton for this cache dtype.
+_KV_DTYPES_REFUSED = {"fa3": (torch.float8_e5m2,)}
+
+
+def check_stock_rules(stock_name: str, model_runner: Any) -> None:
+    """Refuse a page size or KV dtype that the stock backend cannot serve.
+
+    Raises:
+        ValueError: the message names the flag to change, and the other way out.
+    """
+    other = "or name another stock backend in SGLANG_PREFIX_STOCK_BACKEND"
+    sizes = PAGE_SIZES.get(stock_name)
+    if sizes and model_runner.page_size not in sizes:
+        legal = ", ".join(map(str, sizes))
+        raise ValueError(
+            f"--page-size {model_runner.page_size} does not fit the stock attention backend "
+            f"{stock_name}; legal: {legal}. Pass --page-size {sizes[-1]}, {other}."
+        )
+    dtype = model_runner.token_to_kv_pool.dtype
+    if dtype in _KV_DTYPES_REFUSED.get(stock_name, ()):
+        raise ValueError(
+            f"--kv-cache-dtype {str(dtype).removeprefix('torch.')} does not fit the stock "
+            f"attention backend {stock_name}. Pass --kv-cache-dtype fp8_e4m3, {other}."
+        )

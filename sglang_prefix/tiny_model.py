@@ -1,0 +1,251 @@
+"""Small models with random weights, made locally: for tests, the demo and hosts without a GPU.
+
+Weights are drawn wide enough for attention to decide the tokens. With the usual tiny spread (or
+SGLang's dummy weights) a model whose attention is broken still says the same, and comparing its
+tokens would prove nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+__all__ = ["Arch", "Dtype", "TinyModelConfig", "build_tiny_model"]
+
+Arch = Literal["llama", "olmo3", "gemma2"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+_BOS, _EOS = "<|bos|>", "<|eos|>"
+_NUM_BYTES = 256
+_NUM_NAMED_TOKENS = _NUM_BYTES + 2
+
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TinyModelConfig:
+    """Shape and randomness of a tiny model. Raises ValueError for what no model can have.
+
+    Attributes:
+        arch: "llama" has full attention only; the others alternate, beginning with a
+            sliding-window layer, and "gemma2" can have a soft cap on its attention logits.
+        head_dim: None means hidden_size / num_heads.
+        vocab_size: at least 258, one token for each byte and two special ones. The rest has
+            names but is never produced by encoding text.
+        context_length: longest sequence, in tokens.
+        std: standard deviation of all weights but the norms, which are the identity, and the
+            tied embeddings of "gemma2", which get an eighth of it.
+        sliding_window: tokens that a sliding-window layer sees; not for "llama".
+        logit_cap: soft cap on attention logits; "gemma2" only, where None means no cap.
+        kv_scales: for each layer its (k_scale, v_scale), stored in the checkpoint together with
+            the FP8 cache scheme that makes SGLang load them; "llama" only.
+    """
+
+    arch: Arch = "llama"
+    hidden_size: int = 256
+    num_layers: int = 2
+    num_heads: int = 8
+    num_kv_heads: int = 2
+    head_dim: int | None = None
+    vocab_size: int = 512
+    context_length: int = 8192
+    dtype: Dtype = "float32"
+    std: float = 0.08
+    seed: int = 0
+    sliding_window: int | None = None
+    logit_cap: float | None = None
+    kv_scales: tuple[tuple[float, float], ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "context_length"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "positive")
+        _require(self.arch in get_args(Arch), "arch", self.arch, f"one of {get_args(Arch)}")
+        _require(self.dtype in get_args(Dtype), "dtype", self.dtype, f"one of {get_args(Dtype)}")
+        _require(self.std > 0, "std", self.std, "positive")
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            "num_heads",
+            self.num_heads,
+            f"a multiple of num_kv_heads ({self.num_kv_heads})",
+        )
+        if self.head_dim is None:
+            _require(
+                self.hidden_size % self.num_heads == 0,
+                "hidden_size",
+                self.hidden_size,
+                f"a multiple of num_heads ({self.num_heads}) where head_dim is not given",
+            )
+        width = self.resolved_head_dim
+        # Rotary embeddings turn pairs of channels.
+        _require(width > 0 and width % 2 == 0, "head_dim", width, "positive and even")
+        _require(
+            self.vocab_size >= _NUM_NAMED_TOKENS,
+            "vocab_size",
+            self.vocab_size,
+            f"at least {_NUM_NAMED_TOKENS}",
+        )
+        if self.sliding_window is not None:
+            fits = self.arch != "llama" and self.sliding_window > 0
+            _require(fits, "sliding_window", self.sliding_window, "positive, and not with llama")
+        if self.logit_cap is not None:
+            fits = self.arch == "gemma2" and self.logit_cap > 0
+            _require(fits, "logit_cap", self.logit_cap, "positive, and only with gemma2")
+        if self.kv_scales is not None:
+            fits = self.arch == "llama" and len(self.kv_scales) == self.num_layers
+            _require(fits, "kv_scales", self.kv_scales, "one pair per layer, and only with llama")
+
+    @property
+    def resolved_head_dim(self) -> int:
+        """Channels per head, given or derived."""
+        return self.head_dim if self.head_dim is not None else self.hidden_size // self.num_heads
+
+
+def build_tiny_model(directory: Path | str, config: TinyModelConfig | None = None) -> int:
+    """Write a model that SGLang and transformers load without network.
+
+    Args:
+        directory: made if it does not exist; files of the same names are replaced.
+        config: shape and seed; equal configurations give equal files. None means the defaults.
+
+    Returns:
+        The number of parameters.
+    """
+    from transformers import GenerationConfig
+
+    config = config or TinyModelConfig()
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    num_parameters = _write_weights(folder, config)
+    GenerationConfig(
+        bos_token_id=_NUM_BYTES, eos_token_id=_NUM_BYTES + 1, do_sample=False
+    ).save_pretrained(folder)
+    _write_tokenizer(folder, config)
+    return num_parameters
+
+
+def _require(condition: bool, name: str, value: object, legal: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} is {value!r}, but must be {legal}")
+
+
+def _write_weights(folder: Path, config: TinyModelConfig) -> int:
+    import torch
+    from safetensors.torch import save
+    from transformers import AutoModelForCausalLM
+
+    architecture = _architecture(config)
+    with torch.device("meta"):  # names and shapes are all we take from it
+        model = AutoModelForCausalLM.from_config(architecture)
+    architecture.architectures = [type(model).__name__]
+    architecture.save_pretrained(folder)
+
+    dtype = getattr(torch, config.dtype)
+    # Gemma's norms multiply by one plus their weight.
+    norm_weight = 0.0 if config.arch == "gemma2" else 1.0
+    # Gemma scales embeddings up and uses them as its output layer: at full spread every token
+    # would only repeat itself.
+    tied = "model.embed_tokens.weight" if architecture.tie_word_embeddings else None
+    generator = torch.Generator().manual_seed(config.seed)
+    weights = {}
+    for name, parameter in sorted(model.named_parameters()):
+        if parameter.ndim == 1:
+            weights[name] = torch.full(parameter.shape, norm_weight, dtype=dtype)
+        else:
+            std = config.std / 8 if name == tied else config.std
+            weights[name] = (torch.randn(parameter.shape, generator=generator) * std).to(dtype)
+    num_parameters = sum(weight.numel() for weight in weights.values())
+    for layer, (k_scale, v_scale) in enumerate(config.kv_scales or ()):
+        prefix = f"model.layers.{layer}.self_attn"
+        weights[f"{prefix}.k_scale"] = torch.tensor(k_scale)
+        weights[f"{prefix}.v_scale"] = torch.tensor(v_scale)
+    serialized = save(weights, metadata={"format": "pt"})
+    (folder / "model.safetensors").write_bytes(serialized)
+    return num_parameters
+
+
+def _architecture(config: TinyModelConfig) -> Any:
+    """Return the transformers configuration."""
+    from transformers import Gemma2Config, LlamaConfig, Olmo3Config
+
+    common: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": 2 * config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.resolved_head_dim,
+        "max_position_embeddings": config.context_length,
+        "bos_token_id": _NUM_BYTES,
+        "eos_token_id": _NUM_BYTES + 1,
+        "pad_token_id": None,
+        "tie_word_embeddings": False,
+        "initializer_range": config.std,
+        "dtype": config.dtype,
+    }
+    if config.arch == "llama":
+        if config.kv_scales is not None:
+            common["quantization_config"] = _FP8_CACHE_ONLY
+        return LlamaConfig(**common)
+    common["layer_types"] = [
+        "full_attention" if layer % 2 else "sliding_attention" for layer in range(config.num_layers)
+    ]
+    if config.sliding_window is not None:
+        common["sliding_window"] = config.sliding_window
+    if config.arch == "olmo3":
+        # SGLang 0.5.23 does not see a base inside these and takes 10000.
+        rope = {"rope_type": "default", "rope_theta": 10000.0}
+        bases = {"full_attention": rope, "sliding_attention": rope}
+        return Olmo3Config(**common, rope_parameters=bases)
+    # SGLang always ties the embeddings of this one.
+    return Gemma2Config(
+        **common | {"tie_word_embeddings": True},
+        query_pre_attn_scalar=config.resolved_head_dim,
+        attn_logit_softcapping=config.logit_cap,
+        final_logit_softcapping=None,
+        hidden_act="gelu_pytorch_tanh",  # SGLang's name for hidden_activation
+    )
+
+
+# Says that nothing but the KV cache is quantised; the scales are in the checkpoint.
+_FP8_CACHE_ONLY = {
+    "quant_method": "compressed-tensors",
+    "format": "dense",
+    "config_groups": {},
+    "kv_cache_scheme": {
+        "num_bits": 8,
+        "type": "float",
+        "strategy": "tensor",
+        "dynamic": False,
+        "symmetric": True,
+    },
+}
+
+
+def _write_tokenizer(folder: Path, config: TinyModelConfig) -> None:
+    """Write a tokenizer without merges, so that every byte of the text is one token."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), _BOS, _EOS]
+    # Random weights choose these as well; a name keeps every generated token visible.
+    words += [f"<|{index}|>" for index in range(len(words), config.vocab_size)]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        [AddedToken(word, special=True, normalized=False) for word in (_BOS, _EOS)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=_BOS,
+        eos_token=_EOS,
+        model_max_length=config.context_length,
+        clean_up_tokenization_spaces=False,
+        chat_template=_CHAT_TEMPLATE,
+    ).save_pretrained(folder)

@@ -1,0 +1,315 @@
+"""The standalone interface: plan a batch, then run its layers. Imports nothing of SGLang."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sglang_prefix import checks
+from sglang_prefix.config import verify_requested
+from sglang_prefix.forest import PrefixForest
+from sglang_prefix.packing import AttentionShape
+from sglang_prefix.plan import PackPlan, PlanStats, verify_plan, verify_slots
+from sglang_prefix.planner import PackPlanner, profile_for
+from sglang_prefix.runner import PlanRunner, executor_named
+
+__all__ = ["PrefixDecodeWrapper"]
+
+IntArray = NDArray[np.int64]
+
+
+class PrefixDecodeWrapper:
+    """Decode attention over a slot table that reads KV shared by several requests once.
+
+    ``plan`` once per batch, ``run`` once per layer and step::
+
+        w = PrefixDecodeWrapper(32, 8, 128, dtype=torch.float32)
+        w.plan(req_to_token, req_pool_indices, seq_lens)
+        out = w.run(q, k_cache, v_cache)
+
+    Args:
+        num_qo_heads, num_kv_heads: heads; the first must be a multiple of the second.
+        head_dim: elements per head of q and k.
+        v_head_dim: elements per head of v; None for ``head_dim``.
+        page_size: tokens per KV page; only whole pages are shared.
+        sm_scale: factor on the scores; None for ``1 / sqrt(head_dim)``.
+        logit_cap: scores become ``cap * tanh(score / cap)``; 0 for none.
+        policy: "pat", "node", "chunk" or "query".
+        q_dtype: dtype of q and of the output: float32, float16 or bfloat16.
+        kv_dtype: dtype of the caches: as q, or float8_e4m3fn, float8_e5m2; None for ``q_dtype``.
+        dtype: sets both at once.
+        max_batch_size, max_kv_tokens: bounds on a planned batch and on the sum of its lengths;
+            None for none.
+        max_partials: bound on partial results; a plan over it gives up splits, then sharing.
+            Must hold one per request.
+        device: where q, the caches and ``req_to_token`` live.
+        executor: "auto", "cpu" (torch, any device) or "triton".
+
+    Raises:
+        ValueError: an argument is not legal; the message names it, its value and what is legal.
+    """
+
+    def __init__(
+        self,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        v_head_dim: int | None = None,
+        page_size: int = 1,
+        sm_scale: float | None = None,
+        logit_cap: float = 0.0,
+        policy: str = "pat",
+        q_dtype: torch.dtype = torch.bfloat16,
+        kv_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        max_batch_size: int | None = None,
+        max_kv_tokens: int | None = None,
+        max_partials: int | None = None,
+        device: str | torch.device = "cpu",
+        executor: str = "auto",
+    ) -> None:
+        v_head_dim = head_dim if v_head_dim is None else v_head_dim
+        q_dtype = q_dtype if dtype is None else dtype
+        kv_dtype = (q_dtype if kv_dtype is None else kv_dtype) if dtype is None else dtype
+        checks.check_positive_ints(
+            num_qo_heads=num_qo_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            v_head_dim=v_head_dim,
+            page_size=page_size,
+        )
+        checks.check_head_groups(num_qo_heads, num_kv_heads)
+        checks.check_dtypes(q_dtype, kv_dtype)
+        for name, bound in (
+            ("max_batch_size", max_batch_size),
+            ("max_kv_tokens", max_kv_tokens),
+            ("max_partials", max_partials),
+        ):
+            if bound is not None:
+                checks.check_positive_ints(**{name: bound})
+        if max_partials is not None and max_batch_size is not None and max_partials < max_batch_size:
+            raise ValueError(
+                f"max_partials={max_partials} is below max_batch_size={max_batch_size}; legal: at "
+                "least one partial per request"
+            )
+        self.sm_scale = checks.check_scale("sm_scale", head_dim**-0.5 if sm_scale is None else sm_scale)
+        self.logit_cap = checks.check_logit_cap(logit_cap)
+        self.device = checks.check_device(device)
+        self.executor = executor_named(executor)
+        self.num_qo_heads, self.num_kv_heads = num_qo_heads, num_kv_heads
+        self.head_dim, self.v_head_dim, self.page_size = head_dim, v_head_dim, page_size
+        self.q_dtype, self.kv_dtype = q_dtype, kv_dtype
+        self.max_batch_size, self.max_kv_tokens = max_batch_size, max_kv_tokens
+        shape = AttentionShape(
+            num_qo_heads, num_kv_heads, head_dim, v_head_dim, q_dtype.itemsize, kv_dtype.itemsize
+        )
+        profile = profile_for(self.executor)
+        self._planner = PackPlanner(shape, profile, policy=policy, max_partials=max_partials)
+        self._runner = PlanRunner(num_qo_heads, num_kv_heads, v_head_dim, self.device, executor)
+        self._req_to_token = torch.empty(0, 0, dtype=torch.int32)
+        self._req_pool_indices = torch.empty(0, dtype=torch.int64)
+
+    @property
+    def current_plan(self) -> PackPlan:
+        """The plan in use.
+
+        Raises:
+            ValueError: nothing has been planned yet.
+        """
+        if self._runner.plan is None:
+            raise ValueError("run called before plan; legal: call plan(...) first")
+        return self._runner.plan
+
+    @property
+    def stats(self) -> PlanStats:
+        """What the plan in use reads, at the lengths in use.
+
+        Raises:
+            ValueError: nothing has been planned yet.
+        """
+        self.current_plan
+        return self._runner.stats
+
+    def plan(
+        self,
+        req_to_token: torch.Tensor,
+        req_pool_indices: torch.Tensor,
+        seq_lens: torch.Tensor,
+        *,
+        forest: PrefixForest | None = None,
+    ) -> None:
+        """Find what the batch shares and lay out its work.
+
+        With a ``forest`` and lengths on the CPU nothing is read back from the device. Without a
+        forest, rows on another device are copied to the CPU first, which synchronises once.
+
+        Args:
+            req_to_token: [rows, context] int32 or int64, slot of every position; on the device.
+                Kept, so that ``run(seq_lens=...)`` sees what is added to it later.
+            req_pool_indices: [B] int32 or int64, row of each request.
+            seq_lens: [B] int32 or int64, KV tokens of each request, at least 1.
+            forest: what is shared, if the caller knows; trusted, and compared with the rows
+                only under ``SGLANG_PREFIX_VERIFY=1``.
+
+        Raises:
+            ValueError: an argument is not legal, or the batch is over a bound. The plan that was
+                in use stays in use.
+            RuntimeError: ``SGLANG_PREFIX_VERIFY=1`` and the forest or the plan is wrong.
+        """
+        checks.check_table(req_to_token, self.device)
+        checks.check_index("req_pool_indices", req_pool_indices)
+        checks.check_index("seq_lens", seq_lens, len(req_pool_indices))
+        if self.max_batch_size is not None and len(seq_lens) > self.max_batch_size:
+            raise ValueError(
+                f"batch size {len(seq_lens)} is over max_batch_size={self.max_batch_size}"
+            )
+        verify = verify_requested()
+        if forest is not None and not verify:
+            lens = checks.lengths_of_forest(forest, seq_lens)
+            checks.check_lengths(lens, req_to_token.shape[1])
+            if req_pool_indices.device.type == "cpu":
+                checks.check_pool_indices(req_pool_indices.numpy(), req_to_token.shape[0])
+        else:
+            lens = _to_host(seq_lens)
+            checks.check_lengths(lens, req_to_token.shape[1])
+            pool_indices = _to_host(req_pool_indices)
+            checks.check_pool_indices(pool_indices, req_to_token.shape[0])
+            rows = _host_rows(req_to_token, pool_indices, int(lens.max()))
+            found = PrefixForest.from_rows(rows, lens, page_size=self.page_size)
+            if forest is not None:
+                checks.lengths_of_forest(forest, seq_lens)
+                checks.check_same_sharing(forest, found)
+            forest = found
+        if self.max_kv_tokens is not None and lens.sum() > self.max_kv_tokens:
+            raise ValueError(
+                f"the batch has {lens.sum()} KV tokens; max_kv_tokens={self.max_kv_tokens}"
+            )
+        plan = self._planner.plan(forest)
+        if verify:
+            verify_plan(plan)
+            verify_slots(plan, rows)
+        self._req_to_token = req_to_token
+        self._req_pool_indices = req_pool_indices.to(self.device)
+        self._runner.load(plan, req_to_token, self._req_pool_indices)
+
+    def advance(self, seq_lens: torch.Tensor, new_slots: torch.Tensor) -> None:
+        """Let requests grow without planning again, and without ``req_to_token``.
+
+        Args:
+            seq_lens: [B] int32 or int64, the new lengths; lengths on another device cost a sync.
+            new_slots: [sum of growth] int32 or int64, the slots of the new tokens, request after
+                request.
+
+        Raises:
+            ValueError: lengths shrink, or pass the growth room ("plan again"), or ``new_slots``
+                does not have one slot per new token. Nothing is changed then.
+        """
+        lens = self._checked_lengths(seq_lens)
+        if (lens < self._runner.seq_lens).any():
+            raise ValueError(
+                f"seq_lens={lens.tolist()} shrinks below {self._runner.seq_lens.tolist()}; legal: "
+                "the lengths in use or longer. Plan again."
+            )
+        grown = int((lens - self._runner.seq_lens).sum())
+        checks.check_index("new_slots", new_slots, grown)
+        checks.check_slots(new_slots)
+        self._runner.append(lens, new_slots.to(self.device))
+
+    def run(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        *,
+        out: torch.Tensor | None = None,
+        lse: torch.Tensor | None = None,
+        return_lse: bool = False,
+        seq_lens: torch.Tensor | None = None,
+        sm_scale: float | None = None,
+        logit_cap: float | None = None,
+        k_scale: float | torch.Tensor | None = None,
+        v_scale: float | torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
+        window_left: int = -1,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Attend one layer's queries under the plan.
+
+        Args:
+            q: [B, Hq, D] of ``q_dtype``.
+            k_cache, v_cache: [slots, Hkv, D] and [slots, Hkv, Dv] of ``kv_dtype``.
+            out: [B, Hq, Dv] of ``q_dtype`` to write into; None for a new one.
+            lse: [B, Hq] float32 to write the natural-log lse into.
+            return_lse: also return the lse.
+            seq_lens: [B] lengths for this call, at least the ones in use; the slots of the added
+                positions are read from the ``req_to_token`` given to ``plan``. None for the
+                lengths in use: those planned, or of the last :meth:`advance`.
+            sm_scale, logit_cap: override the wrapper's for this call.
+            k_scale, v_scale: dequantisation factors, numbers or device tensors of shape [] or
+                [Hkv]; None for 1.
+            sinks, window_left: not supported; anything but None and -1 is refused.
+
+        Returns:
+            The output [B, Hq, Dv], or (output, lse) with ``return_lse``.
+
+        Raises:
+            ValueError: an argument is not legal, nothing has been planned, or the batch size is
+                not the planned one.
+        """
+        plan = self.current_plan
+        checks.check_unsupported(sinks, window_left)
+        shape = (plan.batch_size, self.num_qo_heads, self.head_dim)
+        checks.check_tensor("q", q, shape, self.q_dtype, self.device)
+        slots = k_cache.shape[0] if isinstance(k_cache, torch.Tensor) and k_cache.dim() else -1
+        kv_shape = (slots, self.num_kv_heads, self.head_dim)
+        checks.check_tensor("k_cache", k_cache, kv_shape, self.kv_dtype, self.device)
+        kv_shape = (slots, self.num_kv_heads, self.v_head_dim)
+        checks.check_tensor("v_cache", v_cache, kv_shape, self.kv_dtype, self.device)
+        out_shape = (plan.batch_size, self.num_qo_heads, self.v_head_dim)
+        if out is None:
+            out = torch.empty(out_shape, dtype=self.q_dtype, device=self.device)
+        checks.check_tensor("out", out, out_shape, self.q_dtype, self.device)
+        if lse is None and return_lse:
+            lse = torch.empty(out_shape[:2], dtype=torch.float32, device=self.device)
+        if lse is not None:
+            checks.check_tensor("lse", lse, out_shape[:2], torch.float32, self.device)
+        scales = {
+            name: checks.check_kv_scale(name, scale, self.num_kv_heads, self.device)
+            for name, scale in (("k_scale", k_scale), ("v_scale", v_scale))
+        }
+        sm_scale = self.sm_scale if sm_scale is None else checks.check_scale("sm_scale", sm_scale)
+        logit_cap = self.logit_cap if logit_cap is None else checks.check_logit_cap(logit_cap)
+        in_use = self._runner.seq_lens
+        if seq_lens is not None:
+            lens = self._checked_lengths(seq_lens)
+            checks.check_lengths(lens, self._req_to_token.shape[1])
+            self._runner.append_from_rows(lens, self._req_to_token, self._req_pool_indices)
+        try:
+            self._runner.run(
+                q, k_cache, v_cache, out, lse, sm_scale=sm_scale, logit_cap=logit_cap, **scales
+            )
+        finally:
+            if seq_lens is not None:
+                self._runner.use_lengths(in_use)
+        return (out, lse) if return_lse and lse is not None else out
+
+    def _checked_lengths(self, seq_lens: torch.Tensor) -> IntArray:
+        checks.check_index("seq_lens", seq_lens, self.current_plan.batch_size)
+        lens = _to_host(seq_lens)
+        self._runner.check_lengths(lens)
+        return lens
+
+
+def _to_host(tensor: torch.Tensor) -> IntArray:
+    return np.asarray(tensor.cpu().numpy(), dtype=np.int64)
+
+
+def _host_rows(
+    req_to_token: torch.Tensor, pool_indices: IntArray, width: int
+) -> NDArray[np.integer]:
+    """The batch's slot rows up to the longest length, on the host."""
+    if req_to_token.device.type == "cpu":
+        return req_to_token.numpy()[pool_indices, :width]
+    index = torch.from_numpy(pool_indices).to(req_to_token.device)
+    return req_to_token[:, :width].index_select(0, index).cpu().numpy()

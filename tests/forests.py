@@ -1,0 +1,289 @@
+"""Batches to test with: uneven prefix forests as slot rows, as radix paths, in PAT's notation.
+
+A batch is grown request by request: each forks from an earlier one at some position and adds
+tokens of its own. That reaches many roots, mixed depths, ragged tails, requests that end inside a
+node that others continue, identical rows, lone requests and one-token tails, and it shrinks well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from sglang_prefix.forest import PrefixForest, RadixPath
+
+__all__ = [
+    "PAGE_ORDERS",
+    "PAT_TREES",
+    "Batch",
+    "Fork",
+    "batches",
+    "brute_force_sharing",
+    "build_batch",
+    "comb_batch",
+    "common_lengths",
+    "pat_tree",
+    "radix_paths",
+    "random_batch",
+]
+
+IntArray = NDArray[np.int64]
+
+PAGE_ORDERS = ("contiguous", "scattered", "mixed")
+
+# anchors 4.1: PAT's benchmark trees (flashserve/PAT, benchmark/run_kernel_bench.sh) and the ratio
+# of KV tokens read once per request to KV tokens stored.
+PAT_TREES = {
+    "1,10_4096,416": 5.47,
+    "1,256_256,32": 8.73,
+    "1,1024_2048,32": 61.18,
+    "1,2,64_1024,256,256": 5.49,
+    "1,4,256_32,256,32": 8.86,
+    "1,8,512_32,512,256": 3.03,
+    "1,8,512_32,2048,256": 8.11,
+    "1,8,512_512,512,256": 4.83,
+    "1,4,8,256_32,256,256,32": 13.05,
+    "1,4,16,512_1024,256,128,32": 36.00,
+    "1,4,16,64,256,1024_256,32,256,64,32,256": 3.29,
+    "1,16,32,64,128,1024_256,128,64,32,32,32": 12.88,
+    "1,16,32,64,256,1024_256,128,64,32,32,32": 11.76,
+    "1,8,16,32,64,128,1024_256,128,64,32,32,32,32": 13.96,
+    "1,8,16,32,64,256,1024_256,128,64,32,32,32,32": 12.73,
+    "2,8,16,256_256,256,32,32": 13.09,
+    "4,16,256,512_512,32,128,32": 6.97,
+    "8,16,32,256_512,512,256,32": 11.71,
+    "256_1024": 1.00,
+    "256_4096": 1.00,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """A request that has the first ``at`` tokens of request ``parent``, then ``own`` new ones.
+
+    With ``same_page`` and nothing of its own it also shares the page that it ends inside.
+    """
+
+    parent: int
+    at: int
+    own: int
+    same_page: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Slot rows as an engine holds them. ``growth_slots`` [B, growth] are free for new tokens.
+
+    Positions at or past a request's length hold stale slots: those of the request it forked from
+    where that one goes on, else anything.
+    """
+
+    req_to_token: NDArray[np.int32]
+    req_pool_indices: IntArray
+    seq_lens: IntArray
+    growth_slots: IntArray
+    page_size: int
+    num_slots: int
+
+    @property
+    def rows(self) -> NDArray[np.int32]:
+        """[B, context] the batch's own rows."""
+        return self.req_to_token[self.req_pool_indices]
+
+    def forest(self) -> PrefixForest:
+        """The forest of the rows."""
+        return PrefixForest.from_rows(self.rows, self.seq_lens, page_size=self.page_size)
+
+
+def build_batch(
+    forks: Sequence[Fork],
+    *,
+    page_size: int = 1,
+    order: str = "contiguous",
+    growth: int = 0,
+    seed: int = 0,
+) -> Batch:
+    """Lay requests out on pages; ``seed`` decides page order, pool rows and stale entries."""
+    rng = np.random.default_rng(seed)
+    pages: list[list[int]] = []
+    lens: list[int] = []
+    parents: list[int] = []
+    num_pages = 1  # page 0 is never used, as in SGLang's pools
+    for b, fork in enumerate(forks):
+        parent = fork.parent if fork.parent < b else b
+        at = min(fork.at, lens[parent]) if parent < b else 0
+        own = fork.own or int(at == 0)
+        shared = at // page_size + (fork.same_page and own == 0 and at % page_size > 0)
+        needed = -(-(at + own) // page_size) - shared
+        inherited = pages[parent][:shared] if parent < b else []
+        pages.append([*inherited, *range(num_pages, num_pages + needed)])
+        num_pages += needed
+        lens.append(at + own)
+        parents.append(parent)
+    growth_pages = -(-growth // page_size)
+    moved = _page_order(num_pages + len(forks) * growth_pages, order, rng)
+    context = max(lens) + growth + 3
+    num_rows = len(forks) + 3
+    table = rng.integers(1, len(moved) * page_size, (num_rows, context)).astype(np.int32)
+    pool = rng.permutation(num_rows)[: len(forks)]
+    offsets = np.arange(page_size)
+    for b, own_pages in enumerate(pages):
+        slots = (moved[own_pages][:, None] * page_size + offsets).ravel()
+        if parents[b] < b:
+            table[pool[b]] = table[pool[parents[b]]]
+        table[pool[b], : lens[b]] = slots[: lens[b]]
+    free = moved[num_pages:].reshape(len(forks), growth_pages, 1) * page_size + offsets
+    return Batch(
+        table,
+        pool.astype(np.int64),
+        np.asarray(lens, dtype=np.int64),
+        free.reshape(len(forks), growth_pages * page_size)[:, :growth],
+        page_size,
+        len(moved) * page_size,
+    )
+
+
+def _page_order(num_pages: int, order: str, rng: np.random.Generator) -> IntArray:
+    """Where each page lies in the pool: in order, anywhere, or in order with some displaced."""
+    moved = np.arange(num_pages)
+    if order == "contiguous":
+        return moved
+    some = (
+        moved[1:] if order == "scattered" else 1 + np.flatnonzero(rng.random(num_pages - 1) < 0.01)
+    )
+    moved[some] = rng.permutation(some)
+    return moved
+
+
+@st.composite
+def batches(
+    draw: st.DrawFn,
+    *,
+    max_requests: int = 12,
+    max_tokens: int = 160,
+    page_sizes: Sequence[int] = (1, 4, 16),
+    growth: int = 0,
+) -> Batch:
+    """Hypothesis strategy for batches of one to ``max_requests`` uneven requests."""
+    tokens = st.one_of(st.just(0), st.integers(0, 3), st.integers(0, max_tokens))
+    # A fork past the parent's end is one at its end: rows that continue, or equal, all of another.
+    forks = st.builds(Fork, st.integers(0, max_requests), tokens, tokens, st.booleans())
+    return build_batch(
+        draw(st.lists(forks, min_size=1, max_size=max_requests)),
+        page_size=draw(st.sampled_from(page_sizes)),
+        order=draw(st.sampled_from(PAGE_ORDERS)),
+        growth=growth,
+        seed=draw(st.integers(0, 1 << 16)),
+    )
+
+
+def random_batch(
+    seed: int,
+    *,
+    num_requests: int,
+    max_tokens: int,
+    page_size: int = 1,
+    order: str = "mixed",
+    growth: int = 0,
+) -> Batch:
+    """A larger uneven batch from a seed: most requests fork from one of the first few."""
+    rng = np.random.default_rng(seed)
+    forks = []
+    for b in range(num_requests):
+        long = int(rng.integers(max_tokens // 2, max_tokens))
+        own = long if b < 6 else int(rng.choice([0, 1, int(rng.integers(2, 9)), long]))
+        inside = int(rng.integers(1, max_tokens))
+        at = int(rng.choice([0, inside, 2 * max_tokens], p=[0.2, 0.5, 0.3]))
+        forks.append(Fork(int(rng.integers(0, min(b, 8) + 1)), at, own, bool(rng.integers(2))))
+    return build_batch(forks, page_size=page_size, order=order, growth=growth, seed=seed)
+
+
+def comb_batch(num_nodes: int, *, step: int = 1) -> Batch:
+    """A chain of nodes of ``step`` tokens at each of which one request leaves."""
+    forks = [Fork(0, 0, (num_nodes + 1) * step)]
+    forks += [Fork(0, (i + 1) * step, step) for i in range(num_nodes)]
+    return build_batch(forks)
+
+
+def pat_tree(tree: str) -> Batch:
+    """A tree in PAT's notation ``n1,n2,.._l1,l2,..``: level k has ``n_k`` nodes of ``l_k`` tokens.
+
+    The last level is the batch; children are dealt out to parents evenly.
+    """
+    counts, lengths = ([int(n) for n in part.split(",")] for part in tree.split("_"))
+    num_requests = counts[-1]
+    rows = np.empty((num_requests, sum(lengths)), dtype=np.int32)
+    at, slot = 0, 1
+    for count, length in zip(counts, lengths, strict=True):
+        node = np.arange(num_requests) * count // num_requests
+        rows[:, at : at + length] = slot + node[:, None] * length + np.arange(length)
+        at, slot = at + length, slot + count * length
+    everyone = np.arange(num_requests)
+    no_growth = np.empty((num_requests, 0), dtype=np.int64)
+    return Batch(rows, everyone, np.full(num_requests, at), no_growth, 1, slot)
+
+
+def radix_paths(batch: Batch, seed: int, *, cut_share: float = 0.3) -> list[RadixPath]:
+    """Radix paths over the whole pages of a batch, with random node ids.
+
+    Nodes are cut wherever rows part, and at a random share of all other pages, so that chains of
+    nodes with the same occupants, and with a single one, occur. Where a request ends inside a
+    node, the node goes on past its end.
+    """
+    rng = np.random.default_rng(seed)
+    size = batch.page_size
+    pages = [
+        (row[: length // size * size : size] // size).tolist()
+        for row, length in zip(batch.rows, batch.seq_lens.tolist(), strict=True)
+    ]
+    followers: dict[int, set[int]] = {}
+    for own in pages:
+        for page, following in pairwise(own):
+            followers.setdefault(page, set()).add(following)
+    cuts = {p for after in followers.values() if len(after) > 1 for p in after}
+    cuts |= {p for p in followers if rng.random() < cut_share}
+    ids = iter((rng.permutation(1 + sum(map(len, pages))) * 7).tolist())
+    node_of: dict[int, int] = {}
+    ends: dict[int, int] = {}
+    for own in pages:
+        for k, page in enumerate(own):
+            if page not in node_of:
+                new = k == 0 or page in cuts
+                node_of[page] = next(ids) if new else node_of[own[k - 1]]
+            ends[node_of[page]] = max(ends.get(node_of[page], 0), (k + 1) * size)
+    paths = []
+    for own in pages:
+        nodes = tuple(dict.fromkeys(node_of[page] for page in own))
+        paths.append(RadixPath(nodes, tuple(ends[node] for node in nodes)))
+    return paths
+
+
+def common_lengths(
+    rows: NDArray[np.integer], caps: NDArray[np.integer], page_size: int
+) -> list[list[int]]:
+    """[B][B] tokens that two rows have in common below both caps, in whole pages: by walking."""
+    table, limits = rows.tolist(), caps.tolist()
+    common = [[0] * len(table) for _ in table]
+    for a in range(len(table)):
+        for b in range(a):
+            at = 0
+            while at < min(limits[a], limits[b]) and table[a][at] == table[b][at]:
+                at += 1
+            common[a][b] = common[b][a] = at // page_size * page_size
+    return common
+
+
+def brute_force_sharing(common: list[list[int]]) -> set[tuple[int, int, frozenset[int]]]:
+    """What :meth:`PrefixForest.sharing` means, from every pair: runs with the same readers."""
+    found = set()
+    for a, lengths in enumerate(common):
+        bounds = sorted({0, *lengths})
+        for start, stop in pairwise(bounds):
+            readers = frozenset(b for b, n in enumerate(lengths) if n >= stop or b == a)
+            found.add((start, stop, readers))
+    return found

@@ -1,0 +1,77 @@
+"""The plugin entry point and the version check behind it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, entry_points, requires
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from prefix_patches import versions
+from prefix_patches.versions import SUPPORTED_SGLANG, check_sglang_version
+from sglang_prefix.plugin import create_prefix_backend, register
+
+
+def test_registering_twice_leaves_one_choice_and_our_factory() -> None:
+    register()
+    register()
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+    from sglang.srt.server_args import ATTENTION_BACKEND_CHOICES
+
+    assert ATTENTION_BACKEND_CHOICES.count("prefix") == 1
+    assert ATTENTION_BACKENDS["prefix"] is create_prefix_backend
+
+
+def test_sglang_finds_the_entry_point() -> None:
+    (entry,) = entry_points(group="sglang.srt.plugins", name="prefix")
+    assert entry.load() is register
+
+
+def test_importing_the_plugin_is_cheap() -> None:
+    code = (
+        "import sys, sglang_prefix.plugin;"
+        "print([m for m in ('torch', 'sglang', 'sglang_prefix.backend') if m in sys.modules])"
+    )
+    probe = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert probe.stdout.strip() == "[]"
+
+
+def pretend_version(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
+    monkeypatch.setattr(versions, "version", lambda _: found)
+
+
+@pytest.mark.parametrize(
+    "found", ["0.5.17", "0.5.23", "0.5.23.post1", "0.5.24.dev3+gabc", "0.5.30"]
+)
+def test_a_supported_sglang_passes(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
+    pretend_version(monkeypatch, found)
+    assert check_sglang_version() == found
+
+
+@pytest.mark.parametrize("found", ["0.5.16", "0.5.16.post3", "0.6.0", "0.6.0rc1", "1.0"])
+def test_the_factory_refuses_an_sglang_outside_the_range(
+    monkeypatch: pytest.MonkeyPatch, found: str
+) -> None:
+    pretend_version(monkeypatch, found)
+    with pytest.raises(RuntimeError) as failure:
+        create_prefix_backend(object())
+    assert f"SGLang {found} is installed" in str(failure.value)
+    assert SUPPORTED_SGLANG in str(failure.value)
+
+
+def test_a_missing_sglang_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(versions, "version", absent)
+    with pytest.raises(RuntimeError, match="no SGLang is installed"):
+        check_sglang_version()
+
+
+def test_the_metadata_declares_the_same_range() -> None:
+    declared = [Requirement(text) for text in requires("sglang-prefix") or []]
+    (sglang,) = [requirement for requirement in declared if requirement.name == "sglang"]
+    assert sglang.specifier == SpecifierSet(SUPPORTED_SGLANG)
