@@ -67,7 +67,9 @@ class PrefixAttnBackend(AttentionBackend):
         self.req_to_token_pool = model_runner.req_to_token_pool
         layers = [m for m in model_runner.model.modules() if isinstance(m, RadixAttention)]
         self.counters.delegated_layers = {
-            layer.layer_id: reason for layer in layers if (reason := layer_reason(layer))
+            layer.layer_id: reason
+            for layer in layers
+            if (reason := layer_reason(layer, stock_name))
         }
         self._server_reason = server_reason(model_runner, config.gate)
         self._runners: dict[AttentionShape, PlanRunner] = {}
@@ -113,9 +115,7 @@ class PrefixAttnBackend(AttentionBackend):
         if not self._packed or self.counters.delegated_layers:
             self._prepare_stock(forward_batch)
 
-    def init_forward_metadata_out_graph(
-        self, forward_batch: Any, in_capture: bool = False
-    ) -> None:
+    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         """Graph capture and replay: always the stock backend, so no plan is ever captured."""
         self._packed = False
         self._stock_is_ready = True
@@ -136,7 +136,7 @@ class PrefixAttnBackend(AttentionBackend):
         """Attention of one layer: ours for decode, the stock backend's for every other mode."""
         if forward_batch.forward_mode.is_decode():
             return self.forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
-        return self.stock.forward(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+        return self._stock_forward(q, k, v, layer, forward_batch, save_kv_cache, kwargs)
 
     def forward_decode(
         self,
@@ -152,7 +152,7 @@ class PrefixAttnBackend(AttentionBackend):
         runner = self._runner_for(layer, kwargs)
         if runner is None:
             self._prepare_stock(forward_batch)
-            return self.stock.forward(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+            return self._stock_forward(q, k, v, layer, forward_batch, save_kv_cache, kwargs)
         if save_kv_cache and k is not None and v is not None:
             write_kv(self.token_to_kv_pool, layer, forward_batch, k, v)
         try:
@@ -164,7 +164,7 @@ class PrefixAttnBackend(AttentionBackend):
             self._give_up_step("error")
             self._prepare_stock(forward_batch)
             # k and v have been written, and perhaps scaled in place: not a second time.
-            return self.stock.forward(q, k, v, layer, forward_batch, False, **kwargs)
+            return self._stock_forward(q, k, v, layer, forward_batch, False, kwargs)
 
     def _build_runners(
         self, model_runner: Any, layers: Iterable[RadixAttention], config: PrefixConfig
@@ -251,6 +251,21 @@ class PrefixAttnBackend(AttentionBackend):
             self._stock_is_ready = True
             self.stock.init_forward_metadata(forward_batch)
 
+    def _stock_forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        layer: RadixAttention,
+        forward_batch: Any,
+        save_kv_cache: bool,
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        output: torch.Tensor = self.stock.forward(
+            q, k, v, layer, forward_batch, save_kv_cache, **kwargs
+        )
+        return output
+
     def _run(self, runner: PlanRunner, q: torch.Tensor, layer: RadixAttention) -> torch.Tensor:
         q = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         out = q.new_empty(q.shape[0], layer.tp_q_head_num, layer.v_head_dim)
@@ -261,16 +276,14 @@ class PrefixAttnBackend(AttentionBackend):
             self.token_to_kv_pool.get_value_buffer(layer.layer_id),
             out,
             sm_scale=layer.scaling,
-            logit_cap=layer.logit_cap,
+            logit_cap=layer.logit_cap or 0.0,
             k_scale=layer.k_scale if scaled and layer.k_scale is not None else 1.0,
             v_scale=layer.v_scale if scaled and layer.v_scale is not None else 1.0,
         )
         return out.view(q.shape[0], -1)
 
 
-def _shape_of(
-    layer: RadixAttention, q_dtype: torch.dtype, kv_dtype: torch.dtype
-) -> AttentionShape:
+def _shape_of(layer: RadixAttention, q_dtype: torch.dtype, kv_dtype: torch.dtype) -> AttentionShape:
     return AttentionShape(
         layer.tp_q_head_num,
         layer.tp_k_head_num,
@@ -296,7 +309,6 @@ class _StockAttribute:
 
 # SGLang's base class answers for what a backend does not define. Ours asks the stock backend
 # instead, so that a release's new hooks reach it without a change here.
-for _name in vars(AttentionBackend):
-    if not _name.startswith("__") and _name not in vars(PrefixAttnBackend):
-        if _name != "_abc_impl":
-            setattr(PrefixAttnBackend, _name, _StockAttribute(_name))
+for _name in set(vars(AttentionBackend)) - set(vars(PrefixAttnBackend)):
+    if not _name.startswith(("__", "_abc")):
+        setattr(PrefixAttnBackend, _name, _StockAttribute(_name))

@@ -107,7 +107,8 @@ class BatchPlanner:
             return False
         if len(lens) != len(self._reqs) or batch.reqs != self._reqs:
             return False
-        if self._rows is not None and not np.array_equal(self._rows, _host_rows_of(batch)):
+        rows = _host_rows_of(batch)
+        if self._rows is not None and rows is not None and not np.array_equal(self._rows, rows):
             return False
         runner = self._shapes[0].runner
         plan = runner.plan

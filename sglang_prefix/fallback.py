@@ -31,7 +31,8 @@ REASONS = {
     "cross-attention": "the layer attends to an encoder",
     "attention-type": "the layer is not causal decoder attention",
     "position-encoding": "the layer encodes positions inside attention",
-    "logit-capping": "the layer caps logits in another way than tanh",
+    "logit-capping": "the layer caps logits in another way than tanh, or the stock backend, which "
+    "serves its prefill, ignores the cap",
     "head-groups": "query heads do not come in whole groups per KV head",
     # One batch.
     "no-request-info": "the batch came without its requests (warm-up, or a row without a request)",
@@ -66,9 +67,16 @@ def server_reason(model_runner: Any, gate: str) -> str | None:
     return next((reason for reason, holds in found.items() if holds), None)
 
 
-def layer_reason(layer: Any) -> str | None:
+# torch_native computes neither prefill nor decode with a cap (0.5.17 to 0.5.23). A capped decode
+# after an uncapped prefill would be neither stock's result nor the model's.
+_IGNORE_LOGIT_CAP = ("torch_native",)
+
+
+def layer_reason(layer: Any, stock_name: str) -> str | None:
     """Why a ``RadixAttention`` layer is left to the stock backend; None if it is packed."""
     window = layer.sliding_window_size
+    capped = (layer.logit_cap or 0) > 0
+    other_cap = layer.logit_capping_method != "tanh" or stock_name in _IGNORE_LOGIT_CAP
     attn_type = getattr(layer.attn_type, "value", layer.attn_type)
     found = {
         "sliding-window": window is not None and window > -1,
@@ -77,7 +85,7 @@ def layer_reason(layer: Any) -> str | None:
         "position-encoding": layer.use_irope
         or layer.xai_temperature_len > 0
         or layer.pos_encoding_mode != "NONE",
-        "logit-capping": layer.logit_cap > 0 and layer.logit_capping_method != "tanh",
+        "logit-capping": capped and other_cap,
         "head-groups": layer.tp_q_head_num % layer.tp_k_head_num != 0,
     }
     return next((reason for reason, holds in found.items() if holds), None)
@@ -94,4 +102,3 @@ def _decode_graphs_disabled(server_args: Any) -> bool:
     config = getattr(server_args, "cuda_graph_config", None)
     backend = getattr(getattr(config, "decode", None), "backend", None)
     return str(getattr(backend, "value", backend)).lower() == "disabled"
-

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -86,7 +87,11 @@ class PrefixForest:
     def sharing(self) -> set[tuple[int, int, frozenset[int]]]:
         """Every node as (start, stop, batch rows): equal for two forests that share alike."""
         return {
-            (int(self.node_start[n]), int(self.node_stop[n]), frozenset(self.node_requests(n).tolist()))
+            (
+                int(self.node_start[n]),
+                int(self.node_stop[n]),
+                frozenset(self.node_requests(n).tolist()),
+            )
             for n in range(self.num_nodes)
         }
 
@@ -124,7 +129,8 @@ class PrefixForest:
                 f"rows has shape {rows.shape}; legal is [{len(lens)}, at least {width}]"
             )
         if width == 0 or len(lens) < 2:
-            return cls.from_neighbours(np.arange(len(lens)), np.zeros(max(len(lens) - 1, 0)), lens)
+            nothing = np.zeros(max(len(lens) - 1, 0), dtype=np.int64)
+            return cls.from_neighbours(np.arange(len(lens)), nothing, lens)
         # A private position gets a value of its own, so that it equals no other row's.
         alone = -1 - np.arange(len(lens), dtype=rows.dtype)[:, None]
         keys = np.ascontiguousarray(
@@ -165,7 +171,7 @@ class PrefixForest:
             keys.append((*ids, _PATH_END + cap))
         order = sorted(range(len(keys)), key=keys.__getitem__)
         common = np.zeros(max(len(order) - 1, 0), dtype=np.int64)
-        for i, (left, right) in enumerate(zip(order[:-1], order[1:], strict=True)):
+        for i, (left, right) in enumerate(pairwise(order)):
             key_left, key_right = keys[left], keys[right]
             if key_left[0] != key_right[0] or key_left[0] < 0:
                 continue
@@ -191,14 +197,15 @@ class PrefixForest:
             common: [B - 1] tokens that ``order[i]`` and ``order[i + 1]`` have in common.
             seq_lens: [B] KV tokens by batch row.
         """
-        order = np.asarray(order, dtype=np.int64)
-        common = np.asarray(common, dtype=np.int64)
-        lens = np.asarray(seq_lens, dtype=np.int64)
-        nodes = _intervals(common)
-        padded = np.concatenate(([0], common, [0]))
-        shared_lens = np.zeros(len(order), dtype=np.int64)
-        shared_lens[order] = np.maximum(padded[:-1], padded[1:])[: len(order)]
-        return cls(lens, shared_lens, order, *nodes.T, _parents(nodes))
+        rows: IntArray = np.asarray(order, dtype=np.int64)
+        lengths: IntArray = np.asarray(common, dtype=np.int64)
+        lens: IntArray = np.asarray(seq_lens, dtype=np.int64)
+        nodes = _intervals(lengths)
+        padded = np.concatenate(([0], lengths, [0]))
+        shared_lens = np.zeros(len(rows), dtype=np.int64)
+        shared_lens[rows] = np.maximum(padded[:-1], padded[1:])[: len(rows)]
+        begin, end, start, stop = nodes.T
+        return cls(lens, shared_lens, rows, begin, end, start, stop, _parents(nodes))
 
 
 def _common_by_scan(keys: NDArray[np.integer]) -> IntArray:

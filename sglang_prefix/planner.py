@@ -17,8 +17,6 @@ from sglang_prefix.packing.packs import Packs
 from sglang_prefix.packing.splits import choose_num_splits
 from sglang_prefix.plan import PackPlan
 
-
-
 __all__ = ["GROWTH_ROOM_TOKENS", "PackPlanner", "profile_for"]
 
 # Tokens that a tail may grow by before its slots need a new plan. At 8 bytes a slot, 256 requests

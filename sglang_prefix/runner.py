@@ -89,7 +89,7 @@ class PlanRunner:
         self.seq_lens = plan.seq_lens
 
     def append(self, seq_lens: IntArray, new_slots: torch.Tensor) -> None:
-        """Let tails grow to ``seq_lens`` [B]; ``new_slots`` are the new tokens', request by request.
+        """Let tails grow to ``seq_lens`` [B]; ``new_slots`` go request by request.
 
         The caller has checked the lengths with :meth:`check_lengths`.
         """

@@ -89,12 +89,13 @@ class PrefixDecodeWrapper:
         ):
             if bound is not None:
                 checks.check_positive_ints(**{name: bound})
-        if max_partials is not None and max_batch_size is not None and max_partials < max_batch_size:
+        if max_partials is not None and max_partials < (max_batch_size or 1):
             raise ValueError(
                 f"max_partials={max_partials} is below max_batch_size={max_batch_size}; legal: at "
                 "least one partial per request"
             )
-        self.sm_scale = checks.check_scale("sm_scale", head_dim**-0.5 if sm_scale is None else sm_scale)
+        sm_scale = head_dim**-0.5 if sm_scale is None else sm_scale
+        self.sm_scale = checks.check_scale("sm_scale", sm_scale)
         self.logit_cap = checks.check_logit_cap(logit_cap)
         self.device = checks.check_device(device)
         self.executor = executor_named(executor)
@@ -119,7 +120,7 @@ class PrefixDecodeWrapper:
             ValueError: nothing has been planned yet.
         """
         if self._runner.plan is None:
-            raise ValueError("run called before plan; legal: call plan(...) first")
+            raise ValueError("nothing has been planned; legal: call plan(...) before run(...)")
         return self._runner.plan
 
     @property
@@ -129,8 +130,8 @@ class PrefixDecodeWrapper:
         Raises:
             ValueError: nothing has been planned yet.
         """
-        self.current_plan
-        return self._runner.stats
+        grown = self._runner.seq_lens - self.current_plan.seq_lens
+        return self.current_plan.stats(int(grown.sum()))
 
     def plan(
         self,

@@ -9,6 +9,7 @@ everything is computed.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -143,8 +144,8 @@ class TorchExecutor:
                 shape = (heads, pack.num_queries, -1)
                 by_query = values.view(*shape, self._v_head_dim).transpose(0, 1)
                 partial_out[partials] = by_query.reshape(-1, *partial_out.shape[1:])
-                partial_lse[partials] = logs.view(shape).transpose(0, 1).reshape(
-                    -1, self._num_qo_heads
+                partial_lse[partials] = (
+                    logs.view(shape).transpose(0, 1).reshape(-1, self._num_qo_heads)
                 )
         if isinstance(v_scale, torch.Tensor) or v_scale != 1.0:
             partial_out.view(num_partials, heads, -1, self._v_head_dim).mul_(_per_head(v_scale))
@@ -269,7 +270,7 @@ def _per_head(scale: float | torch.Tensor) -> float | torch.Tensor:
 def _long_runs(edges: list[int], slots: IntArray, offset: int) -> list[_Run]:
     """Turn the edges between consecutive stretches into runs, short ones gathered together."""
     runs: list[_Run] = []
-    for begin, end in zip(edges[:-1], edges[1:], strict=True):
+    for begin, end in pairwise(edges):
         if end - begin >= MIN_RUN_TOKENS or len(edges) == 2:
             runs.append(_Run(begin, end, int(slots[offset + begin]) if end > begin else -1))
         elif runs and runs[-1].first_slot < 0:

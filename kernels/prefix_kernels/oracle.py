@@ -41,7 +41,9 @@ def decode_attention_oracle(
     v_factor = _per_head(v_scale, num_kv_heads)
     out = torch.empty(*q.shape[:2], v_cache.shape[2], dtype=torch.float64)
     lse = torch.empty(*q.shape[:2], dtype=torch.float64)
-    for b, (row, length) in enumerate(zip(req_pool_indices.tolist(), seq_lens.tolist(), strict=True)):
+    for b, (row, length) in enumerate(
+        zip(req_pool_indices.tolist(), seq_lens.tolist(), strict=True)
+    ):
         slots = req_to_token[row, :length].long()
         k = (k_cache[slots].double() * k_factor).repeat_interleave(group, dim=1)
         v = (v_cache[slots].double() * v_factor).repeat_interleave(group, dim=1)

@@ -52,7 +52,7 @@ class Handover:
 
 def handover_of(model_runner: Any, *, create: bool = False) -> Handover | None:
     """The handover of a model runner; with ``create`` a new one where there is none."""
-    found = vars(model_runner).get(_HANDOVER_ATTRIBUTE)
+    found: Handover | None = vars(model_runner).get(_HANDOVER_ATTRIBUTE)
     if found is None and create:
         found = Handover()
         setattr(model_runner, _HANDOVER_ATTRIBUTE, found)

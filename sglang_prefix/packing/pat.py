@@ -104,7 +104,7 @@ def _candidate_starts(tree: _Tree, costs: CostModel) -> list[list[int]]:
         longest = gain / costs.shape.kv_token_bytes
         begin = tree.start[node]
         inherited = [start for start in starts[parent] if begin - start <= longest]
-        starts.append([begin, *inherited[: MAX_FOLD_LEVELS]])
+        starts.append([begin, *inherited[:MAX_FOLD_LEVELS]])
     return starts
 
 

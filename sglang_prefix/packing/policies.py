@@ -79,4 +79,3 @@ def policy_named(name: str) -> PackPolicy:
     if name not in POLICIES:
         raise ValueError(f"policy={name!r} is unknown; legal: {', '.join(map(repr, POLICIES))}")
     return POLICIES[name]
-

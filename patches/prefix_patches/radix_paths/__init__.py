@@ -32,7 +32,7 @@ NO_PATH: Path = ((), ())
 def path_reader(tree_cache: Any) -> PathReader | None:
     """A function from requests to their paths, or None where the tree cannot tell."""
     for adapter in (collect_path_info, node_by_id, tree_node):
-        reader = adapter.reader(tree_cache)
+        reader: PathReader | None = adapter.reader(tree_cache)
         if reader is not None:
             return reader
     return None

@@ -16,7 +16,7 @@ _NO_PATH: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
 
 def reader(tree_cache: Any) -> Callable[[Sequence[Any]], list[Any]] | None:
     """The adapter's reader, or None if this cache is of another kind."""
-    core = getattr(tree_cache, "tree_core", None)
+    core: Any = getattr(tree_cache, "tree_core", None)
     look_up = getattr(core, "node_by_id", None)
     if look_up is None:
         return None
