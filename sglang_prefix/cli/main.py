@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from sglang_prefix.cli.demo import demo
 from sglang_prefix.cli.doctor import doctor
 from sglang_prefix.cli.exec import exec_command
 from sglang_prefix.cli.output import JsonCommand
@@ -23,6 +24,7 @@ app = typer.Typer(
 app.command("exec", context_settings={"allow_interspersed_args": False})(exec_command)
 app.command("doctor", cls=JsonCommand)(doctor)
 app.command("tiny-model", cls=JsonCommand)(tiny_model)
+app.command("demo", cls=JsonCommand)(demo)
 
 
 def main() -> None:

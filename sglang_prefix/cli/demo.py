@@ -1,0 +1,246 @@
+"""`sglang-prefix demo`: the same forked requests through stock SGLang and through our backend."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sglang_prefix.cli.demo_workload import ForkedWorkload, build_workload
+from sglang_prefix.cli.output import JsonOption, console, fail, write_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["demo"]
+
+# The plan may read this much more than the ideal: packing trades short shared stretches for fewer
+# packs, and the first decode step of a request shares nothing.
+_READ_SLACK = 1.5
+_MIN_PACKED_SHARE = 0.9
+_MIN_CHANGED_SHARE = 0.5
+_BACKENDS = ("stock", "prefix")
+
+
+def demo(
+    model_path: Annotated[
+        str | None, typer.Option(help="Model to run. Default: a tiny random one, made here.")
+    ] = None,
+    requests: Annotated[int, typer.Option(min=16, help="Requests in the batch.")] = 16,
+    system_tokens: Annotated[int, typer.Option(min=1500)] = 1536,
+    branch_tokens: Annotated[int, typer.Option(min=16)] = 256,
+    branches: Annotated[int, typer.Option(min=2, help="Forks below the system prompt.")] = 4,
+    new_tokens: Annotated[int, typer.Option(min=32)] = 32,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds; the median counts.")] = 3,
+    dtype: Annotated[
+        str, typer.Option(help="Tokens can be held equal in float32 only; auto is the model's.")
+    ] = "float32",
+    json_file: JsonOption = None,
+) -> None:
+    """Compare stock decode with prefix decode in the real engine: tokens, KV read, time."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    out = console(json_file)
+    with tempfile.TemporaryDirectory(prefix="sglang-prefix-demo-") as folder:
+        root = Path(folder)
+        model = model_path or _make_model(root / "model")
+        workload = _load_workload(
+            model, requests, system_tokens, branch_tokens, branches, new_tokens
+        )
+        results = {}
+        for backend in _BACKENDS:
+            engine = _engine_arguments(model, device, dtype, workload)
+            if backend == "prefix":
+                engine["attention_backend"] = "prefix"
+            results[backend] = _run_engine(root / backend, backend, engine, workload, rounds, out)
+    report = _report(results, workload, device, dtype, model_path)
+    _print_table(report, out)
+    write_json(report, json_file)
+    if report["problems"]:
+        fail("; ".join(report["problems"]))
+
+
+def _make_model(directory: Path) -> str:
+    """A model of few weights and much attention, so that decode attention is what takes time."""
+    from sglang_prefix.tiny_model import TinyModelConfig, build_tiny_model
+
+    config = TinyModelConfig(num_layers=2, num_heads=8, num_kv_heads=2, head_dim=64)
+    build_tiny_model(directory, config)
+    return str(directory)
+
+
+def _load_workload(
+    model: str, requests: int, system: int, branch: int, branches: int, new_tokens: int
+) -> ForkedWorkload:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        fail(f"cannot load a tokenizer from {model}: {str(error).splitlines()[0]}")
+    return build_workload(
+        tokenizer,
+        num_requests=requests,
+        system_tokens=system,
+        branch_tokens=branch,
+        num_branches=branches,
+        new_tokens=new_tokens,
+    )
+
+
+def _engine_arguments(
+    model: str, device: str, dtype: str, workload: ForkedWorkload
+) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "model_path": model,
+        "device": device,
+        "dtype": dtype,
+        "random_seed": 0,
+        "log_level": "warning",
+    }
+    if device == "cpu":
+        longest = max(map(len, workload.prompts)) + workload.new_tokens
+        arguments["mem_fraction_static"] = 0.1
+        # Room for the whole batch without sharing: both engines run it in one piece.
+        arguments["max_total_tokens"] = len(workload.prompts) * longest + 4096
+    else:
+        # This release packs on the GPU without graphs only; both engines run alike.
+        arguments["disable_cuda_graph"] = True
+    return arguments
+
+
+def _run_engine(
+    directory: Path,
+    backend: str,
+    engine: dict[str, Any],
+    workload: ForkedWorkload,
+    rounds: int,
+    out: Console,
+) -> dict[str, Any]:
+    """Run one engine in a process of its own and show how far it is."""
+    directory.mkdir()
+    job = {
+        "engine": engine,
+        "prompts": workload.prompts,
+        "new_tokens": workload.new_tokens,
+        "rounds": rounds,
+        "control": backend == "prefix",
+    }
+    (directory / "job.json").write_text(json.dumps(job))
+    command = [sys.executable, "-m", "sglang_prefix.cli.main", "exec", "--", sys.executable]
+    command += ["-m", "sglang_prefix.cli.demo_worker", str(directory)]
+    # Whatever gate or policy the user has set, the demo shows the backend at work.
+    env = {**os.environ, "SGLANG_PREFIX_GATE": "always"}
+    with (directory / "log").open("wb") as log, out.status(f"{backend}: starting") as status:
+        # The worker kills its engine when our end of its standard input closes, however we end.
+        process = subprocess.Popen(
+            command,
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        began = time.monotonic()
+        while process.poll() is None:
+            event = _last_event(directory / "events.jsonl")
+            status.update(f"{backend} engine: {event} ({time.monotonic() - began:.0f} s)")
+            time.sleep(0.2)
+    result = directory / "result.json"
+    if not result.exists():
+        tail = (directory / "log").read_text(errors="replace").splitlines()[-15:]
+        fail(f"the {backend} engine ended with status {process.returncode}:\n" + "\n".join(tail))
+    out.print(f"{backend} engine: done in {time.monotonic() - began:.0f} s")
+    found: dict[str, Any] = json.loads(result.read_text())
+    return found
+
+
+def _last_event(path: Path) -> str:
+    lines = path.read_text().splitlines() if path.exists() else []
+    return str(json.loads(lines[-1])["event"]) if lines else "start"
+
+
+def _report(
+    results: dict[str, dict[str, Any]],
+    workload: ForkedWorkload,
+    device: str,
+    dtype: str,
+    model_path: str | None,
+) -> dict[str, Any]:
+    """Put the numbers together, with everything that keeps them from being evidence."""
+    stock, prefix = results["stock"], results["prefix"]
+    counters = prefix["counters"][0]
+    count = len(workload.prompts)
+    pairs = zip(stock["output_ids"], prefix["output_ids"], strict=True)
+    num_equal = sum(a == b for a, b in pairs)
+    pairs = zip(stock["output_ids"], prefix["control_output_ids"], strict=True)
+    num_changed = sum(a != b for a, b in pairs)
+    steps = counters["packed_steps"] + counters["stock_steps"] + counters["fallback_steps"]
+    packed_share = counters["packed_steps"] / max(steps, 1)
+    ratio = counters["kv_read_ratio"] if counters["packed_steps"] else 1.0
+    limit = _READ_SLACK * workload.ideal_read_ratio
+    problems = []
+    if dtype == "float32" and num_equal < count:
+        problems.append(f"tokens differ from stock in {count - num_equal} of {count} requests")
+    if packed_share < _MIN_PACKED_SHARE:
+        problems.append(f"only {packed_share:.0%} of the decode steps were packed")
+    if ratio > limit:
+        problems.append(f"kv_read_ratio {ratio:.3f} is over {limit:.3f}")
+    if num_changed < _MIN_CHANGED_SHARE * count:
+        problems.append(
+            f"broken attention changed only {num_changed} of {count} requests, so equal tokens "
+            "prove nothing on this model"
+        )
+    return {
+        "device": device,
+        "backend": "prefix",
+        "model": model_path or "tiny random model",
+        "dtype": dtype,
+        "num_requests": count,
+        "prompt_tokens": [len(prompt) for prompt in workload.prompts],
+        "new_tokens": workload.new_tokens,
+        "tokens_equal_stock": num_equal == count,
+        "num_requests_equal": num_equal,
+        "control_num_requests_changed": num_changed,
+        "kv_read_ratio": ratio,
+        "kv_unique_ratio_ideal": workload.ideal_read_ratio,
+        "num_packs": counters["num_packs"],
+        "packed_steps": counters["packed_steps"],
+        "stock_steps": counters["stock_steps"],
+        "fallback_steps": counters["fallback_steps"],
+        "fallback_reasons": counters["fallback_reasons"],
+        "stock_decode_seconds": stock["decode_seconds"],
+        "prefix_decode_seconds": prefix["decode_seconds"],
+        "decode_speedup": median(stock["decode_seconds"]) / median(prefix["decode_seconds"]),
+        "problems": problems,
+    }
+
+
+def _print_table(report: dict[str, Any], out: Console) -> None:
+    from rich.table import Table
+
+    count, new = report["num_requests"], report["new_tokens"]
+    title = f"{report['model']}, {report['device']}, {report['dtype']}: {count} requests"
+    table = Table("", "stock", "prefix", title=title)
+    equal = f"{report['num_requests_equal']} of {count} requests"
+    changed = f"{report['control_num_requests_changed']} of {count} requests change"
+    packs = (report["packed_steps"], report["stock_steps"], report["fallback_steps"])
+    seconds = [median(report[f"{backend}_decode_seconds"]) for backend in _BACKENDS]
+    table.add_row("tokens equal to stock", "", equal)
+    table.add_row("control: attention broken on purpose", "", changed)
+    table.add_row("decode steps: packed / stock / fallback", "", " / ".join(map(str, packs)))
+    table.add_row("packs in the last step", "", str(report["num_packs"]))
+    table.add_row("KV tokens read / KV tokens", "1.000", f"{report['kv_read_ratio']:.3f}")
+    table.add_row("  every shared token read once", "", f"{report['kv_unique_ratio_ideal']:.3f}")
+    table.add_row(f"decode time, {new} tokens each", *(f"{s:.2f} s" for s in seconds))
+    table.add_row("speed-up of decode", "", f"{report['decode_speedup']:.2f} x")
+    out.print(table)
