@@ -34,7 +34,7 @@ format: install  ## Rewrite the sources in the house style
 	$(BIN)/ruff format .
 
 bench-cpu: install  ## Measure the CPU executor against SGLang's own decode
-	$(BIN)/python -m benchmarks.cpu
+	$(BIN)/sglang-prefix exec -- $(BIN)/python -m benchmarks.cpu
 
 clean:  ## Remove the environment and everything that was built
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

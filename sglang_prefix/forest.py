@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import zip_longest
 from typing import NamedTuple
 
 import numpy as np
@@ -161,27 +161,22 @@ class PrefixForest:
             page_size: only whole pages are shared.
         """
         lens = np.asarray(seq_lens, dtype=np.int64)
-        caps = np.minimum(np.asarray(limits, dtype=np.int64), lens).tolist()
-        keys = []
-        for path, cap in zip(paths, caps, strict=True):
-            ids, ends = path
-            if ends and ends[-1] > cap:
-                inside = sum(1 for end in ends if end < cap) + (cap > 0)
-                ids = ids[:inside]
-            keys.append((*ids, _PATH_END + cap))
-        order = sorted(range(len(keys)), key=keys.__getitem__)
-        common = np.zeros(max(len(order) - 1, 0), dtype=np.int64)
-        for i, (left, right) in enumerate(pairwise(order)):
-            key_left, key_right = keys[left], keys[right]
-            if key_left[0] != key_right[0] or key_left[0] < 0:
-                continue
-            same = 1
-            while key_left[same] == key_right[same] and key_left[same] >= 0:
-                same += 1
-            common[i] = min(paths[left].ends[same - 1], caps[left], caps[right])
-        return cls.from_neighbours(
-            np.asarray(order, dtype=np.int64), common // page_size * page_size, lens
-        )
+        caps = np.minimum(np.asarray(limits, dtype=np.int64), lens)
+        # One column per request: node ids from the root down, then the end of the path.
+        ids = _columns([path.node_ids for path in paths])
+        ends = _columns([path.ends for path in paths])
+        starts = np.vstack((np.zeros_like(ends[:1]), ends[:-1]))
+        inside = (ids >= 0) & (starts < caps)
+        depth = inside.sum(axis=0)
+        keys = np.where(inside, ids, _PATH_END)
+        keys[depth, np.arange(len(lens))] = _PATH_END + caps
+        order = np.lexsort(keys[::-1])
+        left, right = order[:-1], order[1:]
+        same = (keys[:, left] == keys[:, right]) & inside[:, left]
+        levels = np.logical_and.accumulate(same).sum(axis=0)
+        common = np.where(levels > 0, ends[levels - 1, left], 0)
+        common = np.minimum(common, np.minimum(caps[left], caps[right]))
+        return cls.from_neighbours(order, common // page_size * page_size, lens)
 
     @classmethod
     def from_neighbours(
@@ -206,6 +201,12 @@ class PrefixForest:
         shared_lens[rows] = np.maximum(padded[:-1], padded[1:])[: len(rows)]
         begin, end, start, stop = nodes.T
         return cls(lens, shared_lens, rows, begin, end, start, stop, _parents(nodes))
+
+
+def _columns(sequences: Sequence[tuple[int, ...]]) -> IntArray:
+    """Sequences of unequal length as columns, filled up with -1, at least one row of it."""
+    padded = [*zip_longest(*sequences, fillvalue=-1), (-1,) * len(sequences)]
+    return np.asarray(padded, dtype=np.int64)
 
 
 def _common_by_scan(keys: NDArray[np.integer]) -> IntArray:

@@ -45,12 +45,12 @@ class _Run:
 class _Pack:
     """One pack, ready to run."""
 
-    queries: torch.Tensor  # [n] int64 on the device
+    queries: torch.Tensor | int  # [n] int64 on the device; the batch row itself for one query
     num_queries: int
     slot_offset: int
     num_splits: int
     planned_length: int
-    partials: list[torch.Tensor]  # per split [n] int64 on the device
+    partials: list[torch.Tensor] | list[int]  # per split, like ``queries``
     runs: list[_Run] = field(default_factory=list)
 
 
@@ -73,6 +73,7 @@ class TorchExecutor:
         self._num_shared = 0
         self._kv_slots = torch.empty(0, dtype=torch.int64, device=device)
         self._tail_lengths: list[int] = []
+        self._num_partials = 0
         self._request_indptr = torch.zeros(1, dtype=torch.int64, device=device)
         self._max_partials_per_request = 0
         self._partial_out = torch.empty(0, device=device)
@@ -88,6 +89,7 @@ class TorchExecutor:
         """
         self._kv_slots = kv_slots
         self._num_shared = plan.num_packs - plan.batch_size
+        self._num_partials = plan.num_partials
         self._packs = self._prepare(plan)
         self._find_runs(plan)
         self._tail_lengths = (plan.seq_lens - plan.pack_start[self._num_shared :]).tolist()
@@ -127,28 +129,32 @@ class TorchExecutor:
         """
         batch, heads = q.shape[0], self._num_kv_heads
         rows = q.float().view(batch, heads, -1, q.shape[2]) * (sm_scale * _per_head(k_scale))
-        num_partials = sum(len(p) for pack in self._packs for p in pack.partials)
-        partial_out = self._partial_out[:num_partials]
-        partial_lse = self._partial_lse[:num_partials]
+        partial_out = self._partial_out[: self._num_partials]
+        partial_lse = self._partial_lse[: self._num_partials]
+        out_by_head = partial_out.view(self._num_partials, heads, -1, self._v_head_dim)
+        lse_by_head = partial_lse.view(self._num_partials, heads, -1)
         for index, pack in enumerate(self._packs):
             length = pack.planned_length
             if index >= self._num_shared:
                 length = self._tail_lengths[index - self._num_shared]
-            # [n, Hkv, g, D] -> [Hkv, n * g, D]: the rows that read one head's KV together
-            pack_rows = rows[pack.queries].transpose(0, 1).reshape(heads, -1, q.shape[2])
+            pack_rows = rows[pack.queries]
+            if pack.num_queries > 1:
+                # [n, Hkv, g, D] -> [Hkv, n * g, D]: the rows that read one head's KV together
+                pack_rows = pack_rows.transpose(0, 1).reshape(heads, -1, q.shape[2])
             for split, partials in enumerate(pack.partials):
                 begin, end = split_bounds(length, pack.num_splits, split)
                 values, logs = self._attend(
                     pack, begin, end, pack_rows, k_cache, v_cache, logit_cap
                 )
-                shape = (heads, pack.num_queries, -1)
-                by_query = values.view(*shape, self._v_head_dim).transpose(0, 1)
-                partial_out[partials] = by_query.reshape(-1, *partial_out.shape[1:])
-                partial_lse[partials] = (
-                    logs.view(shape).transpose(0, 1).reshape(-1, self._num_qo_heads)
-                )
+                if pack.num_queries > 1:
+                    shape = (heads, pack.num_queries, -1)
+                    out_by_head[partials] = values.view(*shape, self._v_head_dim).transpose(0, 1)
+                    lse_by_head[partials] = logs.view(shape).transpose(0, 1)
+                else:
+                    out_by_head[partials] = values
+                    lse_by_head[partials] = logs[..., 0]
         if isinstance(v_scale, torch.Tensor) or v_scale != 1.0:
-            partial_out.view(num_partials, heads, -1, self._v_head_dim).mul_(_per_head(v_scale))
+            out_by_head.mul_(_per_head(v_scale))
         merge_partials(
             partial_out,
             partial_lse,
@@ -159,24 +165,28 @@ class TorchExecutor:
         )
 
     def _prepare(self, plan: PlanArrays) -> list[_Pack]:
-        queries = torch.from_numpy(plan.queries).to(self._device)
-        partial_index = torch.from_numpy(plan.partial_index).to(self._device)
-        query_indptr = plan.query_indptr.tolist()
-        partial_indptr = plan.partial_indptr.tolist()
+        counts = np.diff(plan.query_indptr).tolist()
         num_splits = plan.num_splits.tolist()
-        offsets = plan.slot_offset.tolist()
-        lengths = (plan.pack_end - plan.pack_start).tolist()
+        first_query = plan.queries[plan.query_indptr[:-1]].tolist()
+        queries = torch.from_numpy(plan.queries).to(self._device).split(counts)
+        sizes = [n for n, splits in zip(counts, num_splits, strict=True) for _ in range(splits)]
+        partials = torch.from_numpy(plan.partial_index).to(self._device).split(sizes)
+        single_partials = plan.partial_index[np.cumsum([0, *sizes[:-1]])].tolist()
+        offsets, lengths = plan.slot_offset.tolist(), (plan.pack_end - plan.pack_start).tolist()
         packs = []
-        for p in range(plan.num_packs):
-            begin, end = query_indptr[p], query_indptr[p + 1]
-            count = end - begin
-            base = partial_indptr[p]
-            partials = [
-                partial_index[base + s * count : base + (s + 1) * count]
-                for s in range(num_splits[p])
-            ]
+        at = 0
+        for p, (count, splits) in enumerate(zip(counts, num_splits, strict=True)):
+            own = slice(at, at + splits)
+            at += splits
             packs.append(
-                _Pack(queries[begin:end], count, offsets[p], num_splits[p], lengths[p], partials)
+                _Pack(
+                    queries[p] if count > 1 else first_query[p],
+                    count,
+                    offsets[p],
+                    splits,
+                    lengths[p],
+                    list(partials[own]) if count > 1 else single_partials[own],
+                )
             )
         return packs
 
@@ -190,13 +200,16 @@ class TorchExecutor:
         breaks = np.flatnonzero(slots[1:] != slots[:-1] + 1) + 1
         lengths = plan.pack_end - plan.pack_start
         offsets = plan.slot_offset[:-1]
-        first_break = np.searchsorted(breaks, offsets, side="right")
-        last_break = np.searchsorted(breaks, offsets + lengths, side="left")
-        bounds = zip(first_break.tolist(), last_break.tolist(), strict=True)
-        for pack, (first, last) in zip(self._packs, bounds, strict=True):
-            cuts = (breaks[first:last] - pack.slot_offset).tolist() if last > first else []
-            edges = [0, *cuts, pack.planned_length]
-            pack.runs = _long_runs(edges, slots, pack.slot_offset)
+        first_break = np.searchsorted(breaks, offsets, side="right").tolist()
+        last_break = np.searchsorted(breaks, offsets + lengths, side="left").tolist()
+        first_slot = slots[np.minimum(offsets, len(slots) - 1)].tolist()
+        for p, pack in enumerate(self._packs):
+            if first_break[p] >= last_break[p]:  # one stretch, or no token yet
+                slot = first_slot[p] if pack.planned_length else -1
+                pack.runs = [_Run(0, pack.planned_length, slot)]
+                continue
+            cuts = (breaks[first_break[p] : last_break[p]] - pack.slot_offset).tolist()
+            pack.runs = _long_runs([0, *cuts, pack.planned_length], slots, pack.slot_offset)
 
     def _attend(
         self,
@@ -271,8 +284,8 @@ def _long_runs(edges: list[int], slots: IntArray, offset: int) -> list[_Run]:
     """Turn the edges between consecutive stretches into runs, short ones gathered together."""
     runs: list[_Run] = []
     for begin, end in pairwise(edges):
-        if end - begin >= MIN_RUN_TOKENS or len(edges) == 2:
-            runs.append(_Run(begin, end, int(slots[offset + begin]) if end > begin else -1))
+        if end - begin >= MIN_RUN_TOKENS:
+            runs.append(_Run(begin, end, int(slots[offset + begin])))
         elif runs and runs[-1].first_slot < 0:
             runs[-1].end = end
         else:

@@ -39,6 +39,15 @@ __all__ = ["pack_pat"]
 MAX_FOLD_LEVELS = 8
 
 
+class _Bytes(NamedTuple):
+    """The cost model's figures, looked up once per plan."""
+
+    token: float  # one KV token, read
+    pack: float  # fixed cost of a pack
+    query: float  # one more query in a pack: its q and its partial
+    reread: float  # one more query in a pack, per KV token, through the row blocks it adds
+
+
 class _Choice(NamedTuple):
     """Cheapest way to serve a node's requests from a given start on."""
 
@@ -62,11 +71,14 @@ class _Tree(NamedTuple):
 def pack_pat(forest: PrefixForest, costs: CostModel) -> Packs:
     """Pack the forest with the fewest bytes moved under ``costs``; see the module text."""
     tree = _tree_of(forest)
-    starts = _candidate_starts(tree, costs)
+    cost = _Bytes(
+        costs.shape.kv_token_bytes, costs.device.pack_bytes, costs.query_bytes, costs.reread_bytes
+    )
+    starts = _candidate_starts(tree, cost)
     choices: list[dict[int, _Choice]] = [{} for _ in tree.start]
     for node in range(len(tree.start) - 1, -1, -1):  # children come after their parents
         for start in starts[node]:
-            choices[node][start] = _best_choice(tree, node, start, choices, costs)
+            choices[node][start] = _best_choice(tree, node, start, choices, cost)
     return _emit(forest, tree, choices)
 
 
@@ -89,52 +101,65 @@ def _tree_of(forest: PrefixForest) -> _Tree:
     )
 
 
-def _candidate_starts(tree: _Tree, costs: CostModel) -> list[list[int]]:
+def _candidate_starts(tree: _Tree, cost: _Bytes) -> list[list[int]]:
     """Where the KV that a node's requests read together may begin: its own start, or earlier.
 
-    Folding a node's KV away saves at most one pack and one partial per request, and makes at
-    least one reader more read it, so longer stretches need not be looked at.
+    A stretch that is too long to be worth reading again need not be tried. Folding it into one
+    child saves that child's queries; folding it into all ``k`` children and tails saves the pack
+    and every query, for ``k - 1`` more readers.
     """
     starts: list[list[int]] = []
     for node, parent in enumerate(tree.parent):
-        if parent < 0:
-            starts.append([tree.start[node]])
-            continue
-        gain = tree.num_requests[parent] * costs.query_bytes + costs.device.pack_bytes
-        longest = gain / costs.shape.kv_token_bytes
         begin = tree.start[node]
+        if parent < 0:
+            starts.append([begin])
+            continue
+        here, above = tree.num_requests[node], tree.num_requests[parent]
+        units = len(tree.children[parent]) + tree.num_own[parent]
+        longest = max(
+            _break_even(here * cost.query, cost.token - here * cost.reread),
+            _break_even(
+                cost.pack + above * cost.query, (units - 1) * cost.token - above * cost.reread
+            ),
+        )
         inherited = [start for start in starts[parent] if begin - start <= longest]
         starts.append([begin, *inherited[:MAX_FOLD_LEVELS]])
     return starts
 
 
+def _break_even(gain: float, loss_per_token: float) -> float:
+    """Longest stretch for which a fixed gain outweighs a loss that grows with its length."""
+    return gain / loss_per_token if loss_per_token > 0 else float("inf")
+
+
 def _best_choice(
-    tree: _Tree, node: int, start: int, choices: list[dict[int, _Choice]], costs: CostModel
+    tree: _Tree, node: int, start: int, choices: list[dict[int, _Choice]], cost: _Bytes
 ) -> _Choice:
     """Compare keeping a pack over ``[start, stop)`` with folding it into all that hangs below."""
     stop = tree.stop[node]
-    length = stop - start
-    token_bytes = costs.shape.kv_token_bytes
-    pack_bytes = costs.device.pack_bytes + length * token_bytes
-    kept_query_bytes = costs.query_bytes + length * costs.reread_bytes
+    stretch_bytes = (stop - start) * cost.token
+    kept_query_bytes = cost.query + (stop - start) * cost.reread
 
     own = tree.num_own[node]
-    tails_kept, tails_folded = own * kept_query_bytes, own * length * token_bytes
-    split_cost = pack_bytes + min(tails_kept, tails_folded)
+    tails_kept, tails_folded = own * kept_query_bytes, own * stretch_bytes
+    split_cost = cost.pack + stretch_bytes + min(tails_kept, tails_folded)
     fold_cost: float = tails_folded
     folded = []
     all_can_fold = True
     for child in tree.children[node]:
-        kept = choices[child][stop].cost + tree.num_requests[child] * kept_query_bytes
-        inherited = choices[child].get(start)
+        options = choices[child]
+        kept = options[stop].cost + tree.num_requests[child] * kept_query_bytes
+        inherited = options.get(start)
         if inherited is None:
             all_can_fold = False
             split_cost += kept
             continue
         fold_cost += inherited.cost
-        split_cost += min(kept, inherited.cost)
         if inherited.cost < kept:
             folded.append(child)
+            split_cost += inherited.cost
+        else:
+            split_cost += kept
     if all_can_fold and fold_cost <= split_cost:
         return _Choice(fold_cost, False, frozenset(tree.children[node]), True)
     return _Choice(split_cost, True, frozenset(folded), tails_folded < tails_kept)

@@ -1,0 +1,87 @@
+"""CPU benchmarks: ``make bench-cpu``, or ``sglang-prefix exec -- python -m benchmarks.cpu``.
+
+Writes every raw time to ``benchmarks/results/cpu/<date>-<commit>.json`` and prints the medians.
+Stock ``torch_native`` decode is a loop over requests, so the fair baseline stands beside it:
+policy ``query``, which shares nothing, on our own executor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.cpu_attention import CASES, measure_attention
+from benchmarks.cpu_planning import measure_planning
+from benchmarks.timing import environment
+
+RESULTS = Path(__file__).parent / "results" / "cpu"
+
+
+def main() -> None:
+    """Run all cases, print the tables, write the file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15, help="timed rounds per attention case")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="result file instead of the dated one")
+    arguments = parser.parse_args()
+    console = Console()
+    commit = _git("rev-parse", "--short", "HEAD")
+    report: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit + ("-dirty" if _git("status", "--porcelain", "-uno") else ""),
+        "seed": arguments.seed,
+        **environment(),
+    }
+    report["attention"] = [
+        measure_attention(case, arguments.rounds, arguments.seed) for case in CASES
+    ]
+    console.print(_attention_table(report["attention"]))
+    report["planning"] = [measure_planning(n, 50, arguments.seed) for n in (256, 1024)]
+    console.print(_planning_table(report["planning"]))
+    target = arguments.out or RESULTS / f"{report['date']}-{commit}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(report, indent=1) + "\n")
+    console.print(f"written to {target}")
+
+
+def _attention_table(results: list[dict[str, Any]]) -> Table:
+    title = "decode attention, Hq 32, Hkv 8, head dim 128, ms (median)"
+    columns = ("batch", "shared + private", "dtype", "slots", "stock", "query", "chunk", "node")
+    table = Table(*columns, "pat", "over stock", "target", "over query", title=title)
+    for r in results:
+        ms = r["median_ms"]
+        table.add_row(
+            str(r["batch"]),
+            f"{r['shared']} + {r['private']}",
+            r["dtype"],
+            "scattered" if r["scattered"] else "consecutive",
+            *(f"{ms[name]:.1f}" for name in ("stock", "query", "chunk", "node", "pat")),
+            f"{r['speedup_over_stock']:.2f}x",
+            f"{r['target']}x" if r["target"] else "",
+            f"{r['speedup_over_query']:.2f}x",
+        )
+    return table
+
+
+def _planning_table(results: list[dict[str, Any]]) -> Table:
+    names = list(results[0]["median_us"])
+    table = Table("requests", *names, title="host planning, three-level forest, us (median)")
+    for r in results:
+        table.add_row(str(r["num_requests"]), *(f"{r['median_us'][name]:.0f}" for name in names))
+    return table
+
+
+def _git(*arguments: str) -> str:
+    run = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+    return run.stdout.strip() if run.returncode == 0 else "unknown"
+
+
+if __name__ == "__main__":
+    main()

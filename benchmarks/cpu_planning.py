@@ -1,0 +1,111 @@
+"""Host time of planning, with SGLang's own path call beside it, on a real radix tree."""
+
+from __future__ import annotations
+
+from array import array
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.timing import interleaved, medians
+from prefix_patches.radix_paths import path_reader
+from sglang_prefix.forest import PrefixForest, RadixPath
+from sglang_prefix.packing import CPU_PROFILE, GPU_PROFILE, AttentionShape
+from sglang_prefix.planner import PackPlanner
+from sglang_prefix.runner import PlanRunner
+
+__all__ = ["measure_planning"]
+
+# Three levels: a root, branches below it, groups below each branch, requests below each group.
+ROOT, BRANCH, GROUP, PRIVATE = 512, 256, 128, 64
+SHAPE = AttentionShape(32, 8, 128, 128, 2, 2)
+
+
+def measure_planning(num_requests: int, rounds: int, seed: int) -> dict[str, Any]:
+    """Time the stages of a plan for ``num_requests`` requests in a three-level forest."""
+    tree = _RadixTree(num_requests, seed)
+    read = path_reader(tree.cache)
+    assert read is not None
+    paths = [RadixPath(*path) for path in read(tree.requests)]
+    limits = [path.ends[-1] for path in paths]
+    lens = np.asarray(limits) + 1
+    forest = PrefixForest.from_paths(paths, limits, lens)
+    planner = PackPlanner(SHAPE, CPU_PROFILE)
+    gpu_planner = PackPlanner(SHAPE, GPU_PROFILE)
+    plan = planner.plan(forest)
+    rows = torch.arange(num_requests)
+    runner = PlanRunner(32, 8, 128, torch.device("cpu"))
+    runner.load(plan, tree.table, rows)
+    new_slots = torch.zeros(num_requests, dtype=torch.int64)
+
+    def step() -> None:
+        runner.append(runner.seq_lens + 1, new_slots)
+
+    seconds = interleaved(
+        {
+            "sglang_path_call": lambda: read(tree.requests),
+            "forest": lambda: PrefixForest.from_paths(paths, limits, lens),
+            "pack_and_lay_out": lambda: planner.plan(forest),
+            "pack_and_lay_out_gpu_profile": lambda: gpu_planner.plan(forest),
+            "plan": lambda: planner.plan(PrefixForest.from_paths(paths, limits, lens)),
+            "forest_from_rows": lambda: PrefixForest.from_rows(
+                tree.table.numpy()[:, : int(lens.max())], lens
+            ),
+            "load_slots": lambda: runner.load(plan, tree.table, rows),
+        },
+        rounds,
+    )
+    runner.load(plan, tree.table, rows)
+    seconds |= interleaved({"step_without_plan": step}, min(rounds, 200))
+    return {
+        "num_requests": num_requests,
+        "nodes": forest.num_nodes,
+        "median_us": {name: value * 1e6 for name, value in medians(seconds).items()},
+        "seconds": seconds,
+    }
+
+
+class _RadixTree:
+    """SGLang's own radix cache over real pools, with a three-level forest inserted."""
+
+    def __init__(self, num_requests: int, seed: int) -> None:
+        from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
+        from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
+        from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+        from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
+        from sglang.srt.mem_cache.radix_cache import RadixKey
+        from sglang.srt.mem_cache.unified_cache.components import ComponentType
+        from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+        length = ROOT + BRANCH + GROUP + PRIVATE
+        size = num_requests * length
+        kv_pool = MHATokenToKVPool(size, 1, torch.float16, 1, 16, 1, "cpu", False)
+        pool = ReqToTokenPool(num_requests, length + 1, "cpu", False)
+        allocator = TokenToKVPoolAllocator(size, torch.int64, "cpu", kv_pool, False)
+        self.cache: Any = UnifiedRadixCache(
+            CacheInitParams(
+                disable=False,
+                req_to_token_pool=pool,
+                token_to_kv_pool_allocator=allocator,
+                page_size=1,
+                tree_components=(ComponentType.FULL,),
+            )
+        )
+        rng = np.random.default_rng(seed)
+        draw = lambda count: rng.integers(0, 30_000, count).tolist()  # noqa: E731
+        root = draw(ROOT)
+        branches = [draw(BRANCH) for _ in range(4)]
+        groups = [draw(GROUP) for _ in range(max(num_requests // 8, 1))]
+        self.requests = []
+        for request in range(num_requests):
+            group = request // 8
+            tokens = root + branches[group % 4] + groups[group] + draw(PRIVATE)
+            key = RadixKey(array("q", tokens))
+            self.cache.insert(InsertParams(key=key, value=allocator.alloc(length)))
+            match = self.cache.match_prefix(MatchPrefixParams(key=key))
+            self.requests.append(SimpleNamespace(last_node=match.last_device_node))
+            slots = self.cache.path_device_indices(match.last_device_node)
+            pool.req_to_token[request, :length] = slots.int()
+        self.table = pool.req_to_token[:num_requests]

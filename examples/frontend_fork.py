@@ -1,0 +1,46 @@
+"""Fork a prompt in SGLang's frontend language: the branches share their prefix in decode.
+
+Start a server first, then run this against it::
+
+    sglang-prefix tiny-model /tmp/tiny
+    sglang-prefix exec -- sglang serve --model-path /tmp/tiny --device cpu \
+        --dtype float32 --attention-backend prefix --port 30000
+    python examples/frontend_fork.py --base-url http://127.0.0.1:30000
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import sglang as sgl
+
+DOCUMENT = "A note on trees. " + "Every branch grows from the same trunk and reads it once. " * 20
+QUESTIONS = ("What grows?", "From where?", "Who reads the trunk?", "How often?")
+
+
+@sgl.function
+def ask(s, document: str, questions: tuple[str, ...]) -> None:
+    """Read the document once, then answer all questions side by side."""
+    s += document
+    s.text()  # `fork` sends the common prefix ahead only if its text is already known
+    branches = s.fork(len(questions))
+    for branch, question in zip(branches, questions, strict=True):
+        branch += "\nQuestion: " + question + "\nAnswer:"
+        branch += sgl.gen("answer", max_tokens=16, temperature=0, ignore_eos=True)
+    branches.join()
+    s["answers"] = [branch["answer"] for branch in branches]
+
+
+def main() -> None:
+    """Run the program against a server and print the answers."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--base-url", default="http://127.0.0.1:30000")
+    arguments = parser.parse_args()
+    sgl.set_default_backend(sgl.RuntimeEndpoint(arguments.base_url))
+    state = ask.run(document=DOCUMENT, questions=QUESTIONS)
+    for question, answer in zip(QUESTIONS, state["answers"], strict=True):
+        print(f"{question} -> {answer!r}")
+
+
+if __name__ == "__main__":
+    main()
