@@ -159,8 +159,16 @@ class PrefixForest:
                 have been rewritten to the tree's slots yet.
             seq_lens: [B] KV tokens of each request.
             page_size: only whole pages are shared.
+
+        Raises:
+            ValueError: the three do not have one entry per request.
         """
         lens = np.asarray(seq_lens, dtype=np.int64)
+        if not len(paths) == len(limits) == len(lens):
+            raise ValueError(
+                f"paths and limits have {len(paths)} and {len(limits)} entries; legal: "
+                f"{len(lens)}, as seq_lens has"
+            )
         caps = np.minimum(np.asarray(limits, dtype=np.int64), lens)
         # One column per request: node ids from the root down, then the end of the path.
         ids = _columns([path.node_ids for path in paths])
@@ -194,7 +202,7 @@ class PrefixForest:
         """
         rows: IntArray = np.asarray(order, dtype=np.int64)
         lengths: IntArray = np.asarray(common, dtype=np.int64)
-        lens: IntArray = np.asarray(seq_lens, dtype=np.int64)
+        lens: IntArray = np.array(seq_lens, dtype=np.int64)  # a copy: callers add to theirs
         nodes = _intervals(lengths)
         padded = np.concatenate(([0], lengths, [0]))
         shared_lens = np.zeros(len(rows), dtype=np.int64)

@@ -221,19 +221,23 @@ def verify_plan(plan: PackPlan) -> None:
     for pack in range(plan.num_packs):
         start, end = int(plan.pack_start[pack]), int(plan.pack_end[pack])
         queries = plan.pack_queries(pack)
+        fits = (end <= plan.seq_lens[queries]).all()
+        _require(bool(fits), f"pack {pack} outruns its query")
         room = plan.growth_room if pack >= plan.num_shared_packs else 0
-        used[plan.slot_offset[pack] : plan.slot_offset[pack] + end - start + room] += 1
+        first, last = int(plan.slot_offset[pack]), int(plan.slot_offset[pack]) + end - start + room
+        _require(0 <= first <= last <= len(used), f"pack {pack} leaves kv_slots")
+        used[first:last] += 1
         _require(len(set(queries.tolist())) == len(queries), f"pack {pack} repeats a query")
         for split in range(int(plan.num_splits[pack])):
             low, high = split_bounds(end - start, int(plan.num_splits[pack]), split)
             base = int(plan.partial_indptr[pack]) + split * len(queries)
             for j, query in enumerate(queries.tolist()):
-                _require(start + high <= plan.seq_lens[query], f"pack {pack} outruns its query")
                 covered[query][start + low : start + high] += 1
                 partial = int(plan.partial_index[base + j])
-                writer[partial] += 1
                 mine = plan.request_indptr[query] <= partial < plan.request_indptr[query + 1]
                 _require(bool(mine), f"partial {partial} is not read by request {query}")
+                _require(0 <= partial < len(writer), f"there is no partial {partial}")
+                writer[partial] += 1
     for query, count in enumerate(covered):
         wrong = np.flatnonzero(count != 1)
         _require(not len(wrong), f"request {query}: position {wrong[:1]} is not covered once")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -101,29 +104,34 @@ class PlanRunner:
             first = self._tail_offset + self.seq_lens - self._tail_start
             target = np.repeat(first, grown) + within
         self._write(target, new_slots)
-        self.use_lengths(seq_lens)
+        self._executor.set_lengths(seq_lens - self._tail_start)
+        self.seq_lens = seq_lens
 
-    def append_from_rows(
+    @contextmanager
+    def lengths_from_rows(
         self,
         seq_lens: IntArray,
         req_to_token: torch.Tensor,
         req_pool_indices: torch.Tensor,
-    ) -> None:
-        """Let tails grow to ``seq_lens`` [B], with the slots that ``req_to_token`` holds now."""
+    ) -> Iterator[None]:
+        """For a ``with`` block, let tails reach to ``seq_lens`` [B] as ``req_to_token`` has them.
+
+        Slots of positions at or past the lengths in use are read now; those before stay.
+        """
+        in_use = self.slot_range
         grown = np.maximum(seq_lens - self.seq_lens, 0)
         request = np.repeat(np.arange(len(grown)), grown)
         within = np.arange(len(request)) - np.repeat(np.cumsum(grown) - grown, grown)
         position = self.seq_lens[request] + within
         target = self._tail_offset[request] + position - self._tail_start[request]
         rows = req_pool_indices.long()[torch.from_numpy(request).to(self._device)]
-        slots = req_to_token[rows, torch.from_numpy(position).to(self._device)]
-        self._write(target, slots)
-        self._executor.set_lengths(seq_lens - self._tail_start)
-
-    def use_lengths(self, seq_lens: IntArray) -> None:
-        """Take lengths into use whose slots are already in place."""
-        self._executor.set_lengths(seq_lens - self._tail_start)
-        self.seq_lens = seq_lens
+        try:
+            self._write(target, req_to_token[rows, torch.from_numpy(position).to(self._device)])
+            self._executor.set_lengths(seq_lens - self._tail_start)
+            yield
+        finally:
+            self.slot_range = in_use
+            self._executor.set_lengths(self.seq_lens - self._tail_start)
 
     def check_lengths(self, seq_lens: IntArray) -> None:
         """Refuse lengths that this plan cannot serve.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -72,7 +74,11 @@ class PrefixDecodeWrapper:
     ) -> None:
         v_head_dim = head_dim if v_head_dim is None else v_head_dim
         q_dtype = q_dtype if dtype is None else dtype
-        kv_dtype = (q_dtype if kv_dtype is None else kv_dtype) if dtype is None else dtype
+        if dtype is not None and kv_dtype not in (None, dtype):
+            raise ValueError(
+                f"dtype={dtype} sets kv_dtype too, but kv_dtype={kv_dtype}; legal: one"
+            )
+        kv_dtype = q_dtype if kv_dtype is None else kv_dtype
         checks.check_positive_ints(
             num_qo_heads=num_qo_heads,
             num_kv_heads=num_kv_heads,
@@ -192,7 +198,7 @@ class PrefixDecodeWrapper:
             verify_plan(plan)
             verify_slots(plan, rows)
         self._req_to_token = req_to_token
-        self._req_pool_indices = req_pool_indices.to(self.device)
+        self._req_pool_indices = req_pool_indices.to(self.device, copy=True)
         self._runner.load(plan, req_to_token, self._req_pool_indices)
 
     def advance(self, seq_lens: torch.Tensor, new_slots: torch.Tensor) -> None:
@@ -281,18 +287,17 @@ class PrefixDecodeWrapper:
         }
         sm_scale = self.sm_scale if sm_scale is None else checks.check_scale("sm_scale", sm_scale)
         logit_cap = self.logit_cap if logit_cap is None else checks.check_logit_cap(logit_cap)
-        in_use = self._runner.seq_lens
+        longer: AbstractContextManager[None] = nullcontext()
         if seq_lens is not None:
             lens = self._checked_lengths(seq_lens)
             checks.check_lengths(lens, self._req_to_token.shape[1])
-            self._runner.append_from_rows(lens, self._req_to_token, self._req_pool_indices)
-        try:
+            longer = self._runner.lengths_from_rows(
+                lens, self._req_to_token, self._req_pool_indices
+            )
+        with longer:
             self._runner.run(
                 q, k_cache, v_cache, out, lse, sm_scale=sm_scale, logit_cap=logit_cap, **scales
             )
-        finally:
-            if seq_lens is not None:
-                self._runner.use_lengths(in_use)
         return (out, lse) if return_lse and lse is not None else out
 
     def _checked_lengths(self, seq_lens: torch.Tensor) -> IntArray:
@@ -303,7 +308,7 @@ class PrefixDecodeWrapper:
 
 
 def _to_host(tensor: torch.Tensor) -> IntArray:
-    return np.asarray(tensor.cpu().numpy(), dtype=np.int64)
+    return np.array(tensor.cpu().numpy(), dtype=np.int64)  # a copy: callers add to theirs
 
 
 def _host_rows(

@@ -34,10 +34,6 @@ from sglang_prefix.packing.packs import Packs, PacksBuilder
 
 __all__ = ["pack_pat"]
 
-# Bounds planning time on trees with long chains of tiny nodes: KV of at most this many ancestors
-# is considered for folding. Each level costs its readers at least one token more to read.
-MAX_FOLD_LEVELS = 8
-
 
 class _Bytes(NamedTuple):
     """The cost model's figures, looked up once per plan."""
@@ -77,7 +73,7 @@ def pack_pat(forest: PrefixForest, costs: CostModel) -> Packs:
     starts = _candidate_starts(tree, cost)
     choices: list[dict[int, _Choice]] = [{} for _ in tree.start]
     for node in range(len(tree.start) - 1, -1, -1):  # children come after their parents
-        for start in starts[node]:
+        for start, _ in starts[node]:
             choices[node][start] = _best_choice(tree, node, start, choices, cost)
     return _emit(forest, tree, choices)
 
@@ -101,30 +97,43 @@ def _tree_of(forest: PrefixForest) -> _Tree:
     )
 
 
-def _candidate_starts(tree: _Tree, cost: _Bytes) -> list[list[int]]:
+def _candidate_starts(tree: _Tree, cost: _Bytes) -> list[list[tuple[int, int]]]:
     """Where the KV that a node's requests read together may begin: its own start, or earlier.
+
+    Each with the depth of the node that begins there, the node's own first.
 
     A stretch that is too long to be worth reading again need not be tried. Folding it into one
     child saves that child's queries; folding it into all ``k`` children and tails saves the pack
-    and every query, for ``k - 1`` more readers.
+    and every query, for ``k - 1`` more readers. Of ancestors far above only a few are tried, so
+    that a long chain of tiny nodes costs no more than n log n: one that is ``d`` levels up counts
+    if its depth is a multiple of the largest power of two up to ``d / 2``.
     """
-    starts: list[list[int]] = []
+    starts: list[list[tuple[int, int]]] = []
     for node, parent in enumerate(tree.parent):
         begin = tree.start[node]
         if parent < 0:
-            starts.append([begin])
+            starts.append([(begin, 0)])
             continue
-        here, above = tree.num_requests[node], tree.num_requests[parent]
+        here, both = tree.num_requests[node], tree.num_requests[parent]
         units = len(tree.children[parent]) + tree.num_own[parent]
         longest = max(
             _break_even(here * cost.query, cost.token - here * cost.reread),
             _break_even(
-                cost.pack + above * cost.query, (units - 1) * cost.token - above * cost.reread
+                cost.pack + both * cost.query, (units - 1) * cost.token - both * cost.reread
             ),
         )
-        inherited = [start for start in starts[parent] if begin - start <= longest]
-        starts.append([begin, *inherited[:MAX_FOLD_LEVELS]])
+        depth = starts[parent][0][1] + 1
+        inherited = [
+            (start, above)
+            for start, above in starts[parent]
+            if begin - start <= longest and above % _power_of_two_up_to((depth - above) // 2) == 0
+        ]
+        starts.append([(begin, depth), *inherited])
     return starts
+
+
+def _power_of_two_up_to(number: int) -> int:
+    return 1 << max(number.bit_length() - 1, 0)
 
 
 def _break_even(gain: float, loss_per_token: float) -> float:
