@@ -149,7 +149,7 @@ class PrefixAttnBackend(AttentionBackend):
         **kwargs: Any,
     ) -> torch.Tensor:
         """Decode one layer; see :class:`AttentionBackend`. Writes KV exactly once per call."""
-        runner = self._runner_for(layer, kwargs)
+        runner = self._runner_for(q, layer, kwargs)
         if runner is None:
             self._prepare_stock(forward_batch)
             return self._stock_forward(q, k, v, layer, forward_batch, save_kv_cache, kwargs)
@@ -228,13 +228,19 @@ class PrefixAttnBackend(AttentionBackend):
             logger.exception("prefix attention: planning failed")
             return "error"
 
-    def _runner_for(self, layer: RadixAttention, kwargs: dict[str, Any]) -> PlanRunner | None:
+    def _runner_for(
+        self, q: torch.Tensor, layer: RadixAttention, kwargs: dict[str, Any]
+    ) -> PlanRunner | None:
         if not self._packed or layer.layer_id in self.counters.delegated_layers:
+            return None
+        runner = self._runners[_shape_of(layer, *self._dtypes)]
+        if q.numel() != len(runner.seq_lens) * layer.tp_q_head_num * layer.qk_head_dim:
+            self._give_up_step("other-batch")
             return None
         if any(value is not None for value in kwargs.values()):
             self._give_up_step("unknown-argument", ", ".join(kwargs))
             return None
-        return self._runners[_shape_of(layer, *self._dtypes)]
+        return runner
 
     def _give_up_step(self, reason: str, detail: str = "") -> None:
         """Leave the rest of this step to the stock backend, and count it there."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral, Real
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ _INDEX_DTYPES = (torch.int32, torch.int64)
 def check_positive_ints(**values: object) -> None:
     """Every value is an integer of at least 1."""
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
             raise ValueError(f"{name}={value!r}; legal: an integer of at least 1")
 
 
@@ -49,7 +50,7 @@ def check_head_groups(num_qo_heads: int, num_kv_heads: int) -> None:
     """Query heads come in whole groups per KV head."""
     if num_qo_heads % num_kv_heads:
         raise ValueError(
-            f"num_qo_heads={num_qo_heads} is not a multiple of num_kv_heads={num_kv_heads}"
+            f"num_qo_heads={num_qo_heads}; legal: a multiple of num_kv_heads={num_kv_heads}"
         )
 
 
@@ -70,12 +71,12 @@ def check_device(device: str | torch.device) -> torch.device:
         return torch.empty(0, device=found).device
     except (RuntimeError, TypeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device={device!r} cannot be used: {reason}") from None
+        raise ValueError(f"device={device!r}; legal: a device of this host ({reason})") from None
 
 
 def check_scale(name: str, value: float) -> float:
     """A finite number above 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise ValueError(f"{name}={value!r}; legal: a finite number above 0")
     if not math.isfinite(value) or value <= 0:
         raise ValueError(f"{name}={value!r}; legal: a finite number above 0")
@@ -211,6 +212,6 @@ def check_same_sharing(given: PrefixForest, found: PrefixForest) -> None:
         side, node = ("claims", extra) if extra else ("misses", missing)
         start, stop, requests = min(node, key=lambda n: n[:2])
         raise RuntimeError(
-            f"SGLANG_PREFIX_VERIFY: the forest {side} positions {start} to {stop} shared by "
-            f"requests {sorted(requests)}; the slot rows show otherwise"
+            f"SGLANG_PREFIX_VERIFY: the forest {side} a node of positions {start} to {stop} shared "
+            f"by requests {sorted(requests)}; the slot rows give other nodes"
         )

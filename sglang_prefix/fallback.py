@@ -40,6 +40,7 @@ REASONS = {
     "SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND=python can",
     "speculative": "the batch carries speculative state",
     # One call.
+    "other-batch": "the call has another number of queries than the batch that was planned",
     "unknown-argument": "the model passes an attention argument that the executors do not know",
     "error": "planning or running failed; see the traceback in the log",
 }

@@ -118,10 +118,15 @@ class PrefixForest:
                 binary search instead of comparing every position.
 
         Raises:
-            ValueError: a row is shorter than its length or its limit.
+            ValueError: there is not one row and one limit per length, or the rows are shorter than
+                the positions to compare.
         """
         lens = np.asarray(seq_lens, dtype=np.int64)
-        caps = lens if limits is None else np.minimum(np.asarray(limits, dtype=np.int64), lens)
+        caps = lens
+        if limits is not None:
+            if len(limits) != len(lens):
+                raise ValueError(f"limits has {len(limits)} entries; legal: {len(lens)}")
+            caps = np.minimum(np.asarray(limits, dtype=np.int64), lens)
         width = int(caps.max(initial=0))
         rows = np.asarray(rows)
         if rows.ndim != 2 or rows.shape[0] != len(lens) or rows.shape[1] < width:
@@ -131,10 +136,14 @@ class PrefixForest:
         if width == 0 or len(lens) < 2:
             nothing = np.zeros(max(len(lens) - 1, 0), dtype=np.int64)
             return cls.from_neighbours(np.arange(len(lens)), nothing, lens)
-        # A private position gets a value of its own, so that it equals no other row's.
-        alone = -1 - np.arange(len(lens), dtype=rows.dtype)[:, None]
+        rows = rows[:, :width]
+        # A private position gets a value of its own, one that no row holds.
+        lowest = min(int(rows.min()), 0)
+        if lowest - len(lens) < np.iinfo(rows.dtype).min:
+            rows = rows.astype(np.int64)
+        alone = lowest - 1 - np.arange(len(lens), dtype=rows.dtype)[:, None]
         keys = np.ascontiguousarray(
-            np.where(np.arange(width)[None, :] < caps[:, None], rows[:, :width], alone)
+            np.where(np.arange(width)[None, :] < caps[:, None], rows, alone)
         )
         # Any order of the elements puts equal prefixes side by side, so bytes may be compared.
         order = np.argsort(keys.view(np.dtype((np.void, keys.itemsize * width))).ravel())

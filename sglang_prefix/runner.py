@@ -73,7 +73,8 @@ class PlanRunner:
             req_pool_indices: [B] int32 or int64 on the device.
         """
         if self._kv_slots.shape[0] < plan.num_slots:
-            self._kv_slots = torch.zeros(plan.num_slots, dtype=torch.int64, device=self._device)
+            with torch.inference_mode(False):  # may be written from outside inference mode later
+                self._kv_slots = torch.zeros(plan.num_slots, dtype=torch.int64, device=self._device)
         kv_slots = self._kv_slots[: plan.num_slots]
         if self._device.type == "cpu":
             self.slot_range = _copy_slots_cpu(plan, req_to_token, req_pool_indices, kv_slots)

@@ -170,7 +170,8 @@ class PrefixDecodeWrapper:
         checks.check_index("seq_lens", seq_lens, len(req_pool_indices))
         if self.max_batch_size is not None and len(seq_lens) > self.max_batch_size:
             raise ValueError(
-                f"batch size {len(seq_lens)} is over max_batch_size={self.max_batch_size}"
+                f"seq_lens has {len(seq_lens)} entries; legal: up to "
+                f"max_batch_size={self.max_batch_size}"
             )
         verify = verify_requested()
         if forest is not None and not verify:
@@ -191,7 +192,8 @@ class PrefixDecodeWrapper:
             forest = found
         if self.max_kv_tokens is not None and lens.sum() > self.max_kv_tokens:
             raise ValueError(
-                f"the batch has {lens.sum()} KV tokens; max_kv_tokens={self.max_kv_tokens}"
+                f"seq_lens adds up to {lens.sum()} KV tokens; legal: up to "
+                f"max_kv_tokens={self.max_kv_tokens}"
             )
         plan = self._planner.plan(forest)
         if verify:
@@ -224,6 +226,7 @@ class PrefixDecodeWrapper:
         checks.check_slots(new_slots)
         self._runner.append(lens, new_slots.to(self.device))
 
+    @torch.no_grad()
     def run(
         self,
         q: torch.Tensor,
@@ -249,9 +252,10 @@ class PrefixDecodeWrapper:
             out: [B, Hq, Dv] of ``q_dtype`` to write into; None for a new one.
             lse: [B, Hq] float32 to write the natural-log lse into.
             return_lse: also return the lse.
-            seq_lens: [B] lengths for this call, at least the ones in use; the slots of the added
-                positions are read from the ``req_to_token`` given to ``plan``. None for the
-                lengths in use: those planned, or of the last :meth:`advance`.
+            seq_lens: [B] lengths for this call only, at least the planned ones; the slots of
+                positions past the lengths in use are read from the ``req_to_token`` given to
+                ``plan``. None for the lengths in use: those planned, or of the last
+                :meth:`advance`.
             sm_scale, logit_cap: override the wrapper's for this call.
             k_scale, v_scale: dequantisation factors, numbers or device tensors of shape [] or
                 [Hkv]; None for 1.

@@ -170,11 +170,18 @@ def batches(
     growth: int = 0,
 ) -> Batch:
     """Hypothesis strategy for batches of one to ``max_requests`` uneven requests."""
-    tokens = st.one_of(st.just(0), st.integers(0, 3), st.integers(0, max_tokens))
-    # A fork past the parent's end is one at its end: rows that continue, or equal, all of another.
-    forks = st.builds(Fork, st.integers(0, max_requests), tokens, tokens, st.booleans())
+    everything = st.just(max_requests * max_tokens)  # of the parent: continues or equals its row
+    forks = [
+        Fork(
+            draw(st.integers(0, b)),
+            draw(st.integers(0, max_tokens) | everything | st.integers(0, 3)),
+            draw(st.integers(0, max_tokens) | st.integers(0, 3)),
+            draw(st.booleans()),
+        )
+        for b in range(draw(st.integers(1, max_requests)))
+    ]
     return build_batch(
-        draw(st.lists(forks, min_size=1, max_size=max_requests)),
+        forks,
         page_size=draw(st.sampled_from(page_sizes)),
         order=draw(st.sampled_from(PAGE_ORDERS)),
         growth=growth,

@@ -51,7 +51,7 @@ def pack_set(packs: Packs) -> set[tuple[int, int, frozenset[int]]]:
 
 def children_of(forest: PrefixForest, node: int) -> list[int]:
     """Child nodes; -1 asks for the roots."""
-    return np.flatnonzero(forest.node_parent == node).tolist()
+    return [int(child) for child in np.flatnonzero(forest.node_parent == node)]
 
 
 def tail_requests(forest: PrefixForest, node: int) -> list[int]:
@@ -97,7 +97,7 @@ def cheapest_fold(forest: PrefixForest, costs: CostModel) -> float:
         return min(options)
 
     private = int((forest.seq_lens - forest.shared_lens).sum())
-    token = pack_cost(PacksBuilder(1).build(), np.ones(1), costs)
+    token = pack_cost(PacksBuilder(1).build(), np.ones(1, dtype=np.int64), costs)
     return sum(best(root, 0) for root in children_of(forest, -1)) + private * token
 
 

@@ -8,6 +8,7 @@ everything is computed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -50,7 +51,7 @@ class _Pack:
     slot_offset: int
     num_splits: int
     planned_length: int
-    partials: list[torch.Tensor] | list[int]  # per split, like ``queries``
+    partials: Sequence[torch.Tensor | int]  # per split, like ``queries``
     runs: list[_Run] = field(default_factory=list)
 
 
@@ -97,8 +98,9 @@ class TorchExecutor:
         self._max_partials_per_request = int(np.diff(plan.request_indptr).max())
         if self._partial_out.shape[0] < plan.num_partials:
             shape = (plan.num_partials, self._num_qo_heads)
-            self._partial_out = torch.empty(*shape, self._v_head_dim, device=self._device)
-            self._partial_lse = torch.empty(shape, device=self._device)
+            with torch.inference_mode(False):  # may be written from outside inference mode later
+                self._partial_out = torch.empty(*shape, self._v_head_dim, device=self._device)
+                self._partial_lse = torch.empty(shape, device=self._device)
 
     def set_lengths(self, tail_lengths: IntArray) -> None:
         """Set the tokens in each request's tail, [B]; the slots must be in ``kv_slots``."""
@@ -185,7 +187,7 @@ class TorchExecutor:
                     offsets[p],
                     splits,
                     lengths[p],
-                    list(partials[own]) if count > 1 else single_partials[own],
+                    partials[own] if count > 1 else single_partials[own],
                 )
             )
         return packs

@@ -76,6 +76,6 @@ def policy_named(name: str) -> PackPolicy:
     Raises:
         ValueError: the name is unknown; the message lists the legal ones.
     """
-    if name not in POLICIES:
+    if not isinstance(name, str) or name not in POLICIES:
         raise ValueError(f"policy={name!r} is unknown; legal: {', '.join(map(repr, POLICIES))}")
     return POLICIES[name]

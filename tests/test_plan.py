@@ -1,0 +1,345 @@
+"""The pack plan: a partition of the work, and a verifier that sees when it is not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from prefix_kernels.layout import split_bounds
+from sglang_prefix.packing import (
+    CPU_PROFILE,
+    GPU_PROFILE,
+    POLICIES,
+    AttentionShape,
+    CostModel,
+    DeviceProfile,
+)
+from sglang_prefix.packing.packs import PacksBuilder
+from sglang_prefix.packing.splits import choose_num_splits
+from sglang_prefix.plan import PackPlan, verify_plan, verify_slots
+from sglang_prefix.planner import GROWTH_ROOM_TOKENS, PackPlanner
+from tests.forests import Batch, Fork, batches, build_batch, random_batch
+
+SHAPE = AttentionShape(8, 2, 64, 64, 2, 2)
+# Cuts even the short packs of generated batches.
+MANY_SPLITS = DeviceProfile("many splits", 16, 0.4, 1_000, 48, 8)
+PROFILES = (CPU_PROFILE, GPU_PROFILE, MANY_SPLITS)
+
+IntArray = NDArray[np.int64]
+
+
+def plan_of(batch: Batch, profile: DeviceProfile = MANY_SPLITS, policy: str = "pat") -> PackPlan:
+    return PackPlanner(SHAPE, profile, policy=policy, growth_room=3).plan(batch.forest())
+
+
+def changed(array: IntArray, index: int, by: int) -> IntArray:
+    """A copy with one entry moved."""
+    copy = array.copy()
+    copy[index] += by
+    return copy
+
+
+@pytest.fixture
+def batch() -> Batch:
+    """Three levels, uneven tails, one request that ends inside a node, one alone."""
+    forks = [Fork(0, 0, 400), Fork(0, 300, 90), Fork(1, 360, 11), Fork(0, 200, 0), Fork(9, 0, 70)]
+    return build_batch([*forks, Fork(0, 300, 30), Fork(1, 360, 50)])
+
+
+@pytest.fixture
+def plan(batch: Batch) -> PackPlan:
+    plan = plan_of(batch, policy="node")
+    assert plan.num_shared_packs >= 3
+    assert (plan.num_splits[: plan.num_shared_packs] > 1).all()
+    assert (plan.num_splits[plan.num_shared_packs :] > 1).any()
+    return plan
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@given(batch=batches(max_tokens=300), profile=st.sampled_from(PROFILES))
+def test_plans_of_generated_forests_are_partitions(
+    policy: str, batch: Batch, profile: DeviceProfile
+) -> None:
+    plan = plan_of(batch, profile, policy)
+    verify_plan(plan)
+    verify_slots(plan, batch.rows)
+    # The same, counted over again: the slots that each request's packs read are its row's.
+    target, request, position = plan.slot_sources()
+    kv_slots = np.zeros(plan.num_slots, dtype=np.int64)
+    assert len(set(target.tolist())) == len(target)
+    kv_slots[target] = batch.rows[request, position]
+    read: dict[int, list[tuple[int, int]]] = {b: [] for b in range(plan.batch_size)}
+    for p in range(plan.num_packs):
+        start, length = int(plan.pack_start[p]), int(plan.pack_end[p] - plan.pack_start[p])
+        slots = kv_slots[plan.slot_offset[p] :][:length].tolist()
+        for b in plan.pack_queries(p).tolist():
+            read[b] += zip(range(start, start + length), slots, strict=True)
+    for b, length in enumerate(batch.seq_lens.tolist()):
+        assert sorted(read[b]) == list(enumerate(batch.rows[b, :length].tolist()))
+
+
+def test_tails_come_last_in_batch_order_with_their_growth_room(plan: PackPlan) -> None:
+    first = plan.num_shared_packs
+    assert plan.queries[plan.query_indptr[first] :].tolist() == list(range(plan.batch_size))
+    assert (plan.pack_end[first:] == plan.seq_lens).all()
+    room = np.diff(plan.slot_offset) - (plan.pack_end - plan.pack_start)
+    assert room[:first].tolist() == [0] * first
+    assert room[first:].tolist() == [3] * plan.batch_size
+    assert PackPlanner(SHAPE, CPU_PROFILE).growth_room == GROWTH_ROOM_TOKENS
+
+
+def test_slot_sources_name_a_reader_of_each_pack(plan: PackPlan, batch: Batch) -> None:
+    target, request, position = plan.slot_sources()
+    at = 0
+    for p in range(plan.num_packs):
+        length = int(plan.pack_end[p] - plan.pack_start[p])
+        here = slice(at, at + length)
+        assert target[here].tolist() == list(
+            range(plan.slot_offset[p], plan.slot_offset[p] + length)
+        )
+        assert set(request[here].tolist()) <= set(plan.pack_queries(p).tolist())
+        assert position[here].tolist() == list(range(plan.pack_start[p], plan.pack_end[p]))
+        at += length
+    assert at == len(target)
+
+
+# Each defect is a plan that differs from a right one in one place, and what the verifier says.
+
+
+def test_verifier_finds_a_position_covered_twice(plan: PackPlan) -> None:
+    tail = plan.num_shared_packs
+    assert plan.pack_start[tail] > 0
+    wrong = replace(plan, pack_start=changed(plan.pack_start, tail, -1))
+    with pytest.raises(RuntimeError, match=r"request 0: position .* is not covered once"):
+        verify_plan(wrong)
+
+
+def test_verifier_finds_a_position_left_out(plan: PackPlan) -> None:
+    for pack in (0, plan.num_shared_packs):
+        wrong = replace(plan, pack_start=changed(plan.pack_start, pack, 1))
+        with pytest.raises(RuntimeError, match="is not covered once"):
+            verify_plan(wrong)
+
+
+def test_verifier_finds_a_pack_that_outruns_its_query(plan: PackPlan) -> None:
+    wrong = replace(plan, pack_end=changed(plan.pack_end, plan.num_packs - 1, 1))
+    with pytest.raises(RuntimeError, match="outruns its query"):
+        verify_plan(wrong)
+
+
+def test_verifier_finds_a_request_twice_in_a_pack(plan: PackPlan) -> None:
+    wrong = replace(plan, queries=changed(plan.queries, 1, int(plan.queries[0] - plan.queries[1])))
+    with pytest.raises(RuntimeError, match="repeats a query"):
+        verify_plan(wrong)
+
+
+def test_verifier_finds_two_writers_of_one_partial(plan: PackPlan) -> None:
+    begin = int(plan.request_indptr[0])
+    wrong = plan.partial_index.copy()
+    wrong[wrong == begin + 1] = begin  # both belong to request 0
+    with pytest.raises(RuntimeError, match="not written exactly once"):
+        verify_plan(replace(plan, partial_index=wrong))
+
+
+def test_verifier_finds_a_partial_read_by_another_request(plan: PackPlan) -> None:
+    mine, other = int(plan.request_indptr[0]), int(plan.request_indptr[1])
+    wrong = plan.partial_index.copy()
+    a, b = np.flatnonzero(wrong == mine)[0], np.flatnonzero(wrong == other)[0]
+    wrong[[a, b]] = wrong[[b, a]]
+    with pytest.raises(RuntimeError, match="is not read by request"):
+        verify_plan(replace(plan, partial_index=wrong))
+
+
+def test_verifier_finds_a_partial_left_unread(plan: PackPlan) -> None:
+    wrong = replace(plan, request_indptr=changed(plan.request_indptr, plan.batch_size, -1))
+    with pytest.raises(RuntimeError, match="is not read by request"):
+        verify_plan(wrong)
+
+
+@pytest.mark.parametrize("pack", [1, -2])
+def test_verifier_finds_packs_that_share_slots(plan: PackPlan, pack: int) -> None:
+    wrong = replace(plan, slot_offset=changed(plan.slot_offset, pack, -1))
+    with pytest.raises(RuntimeError, match="kv_slots does not belong to exactly one pack"):
+        verify_plan(wrong)
+
+
+def test_verifier_finds_slots_past_the_end_of_kv_slots(plan: PackPlan) -> None:
+    wrong = replace(plan, slot_offset=changed(plan.slot_offset, -1, -1))
+    with pytest.raises(RuntimeError, match="kv_slots"):
+        verify_plan(wrong)
+
+
+def test_verifier_finds_a_partial_that_does_not_exist(plan: PackPlan) -> None:
+    wrong = replace(plan, partial_index=changed(plan.partial_index, 0, plan.num_partials))
+    with pytest.raises(RuntimeError, match="partial"):
+        verify_plan(wrong)
+
+
+def test_verify_slots_finds_sharing_that_is_not_there(plan: PackPlan, batch: Batch) -> None:
+    verify_slots(plan, batch.rows)
+    reader = int(plan.pack_queries(0)[-1])
+    with pytest.raises(RuntimeError, match="pack 0 claims sharing that is not there"):
+        verify_slots(plan, _with_other_slot(batch, reader, int(plan.pack_end[0]) - 1))
+
+
+def _with_other_slot(batch: Batch, request: int, position: int) -> NDArray[np.int32]:
+    rows = batch.rows.copy()
+    rows[request, position] = 0  # page 0 belongs to nobody
+    return rows
+
+
+# PAT's defect 1 (anchors 1.1): page 32, g 4, Hkv 8, 8 requests that share 4,096 tokens.
+COLLISION_TAILS = (40, 2100, 75, 3300, 520, 1024, 33, 7000)
+
+
+def published_numbering(plan: PackPlan) -> Counter[tuple[int, int]]:
+    """PAT's slot of each (pack split, query): how many partials the *first* query has by then."""
+    counts = [0] * plan.batch_size
+    writers: Counter[tuple[int, int]] = Counter()
+    packs = [*range(plan.num_shared_packs, plan.num_packs), *range(plan.num_shared_packs)]
+    for p in packs:
+        queries = plan.pack_queries(p).tolist()
+        for _ in range(int(plan.num_splits[p])):
+            slot = counts[queries[0]]
+            for b in queries:
+                writers[b, slot] += 1
+                counts[b] += 1
+    return writers
+
+
+def test_the_batch_on_which_pats_partial_slots_collide() -> None:
+    forks = [Fork(0, 4096, tail) if b else Fork(0, 0, 4096 + tail)
+             for b, tail in enumerate(COLLISION_TAILS)]  # fmt: skip
+    batch = build_batch(forks, page_size=32)
+    shape = AttentionShape(32, 8, 128, 128, 2, 2)
+    plan = PackPlanner(shape, GPU_PROFILE).plan(batch.forest())
+    assert plan.num_shared_packs == 1
+    tail_splits = plan.num_splits[plan.num_shared_packs :]
+    assert tail_splits.min() == 1 < tail_splits.max(), "cut for balance, not all alike"
+    collisions = [key for key, count in published_numbering(plan).items() if count > 1]
+    assert collisions, "the example no longer shows the defect"
+    verify_plan(plan)
+    verify_slots(plan, batch.rows)
+    partials = np.diff(plan.request_indptr)
+    assert (partials == plan.num_splits[0] + tail_splits).all()
+
+
+@given(length=st.integers(0, 3000), num_splits=st.integers(1, 70))
+def test_splits_cover_a_pack_in_order(length: int, num_splits: int) -> None:
+    at, longest = 0, -(-length // num_splits)
+    for split in range(num_splits):
+        begin, end = split_bounds(length, num_splits, split)
+        assert begin == at
+        assert begin <= end <= begin + longest
+        at = end
+    assert at == length
+
+
+def test_long_packs_are_split_to_fill_the_device() -> None:
+    """The worked example of choose_num_splits: 32 tails of 4,096 tokens, then 4."""
+    costs = CostModel(AttentionShape(32, 8, 128, 128, 2, 2), GPU_PROFILE)
+    for count, expected in ((32, 2), (4, 9)):
+        lengths, one = np.full(count, 4096), np.ones(count, dtype=np.int64)
+        assert choose_num_splits(lengths, one, costs).tolist() == [expected] * count
+    short = choose_num_splits(np.asarray([0, 1, 256]), np.ones(3, dtype=np.int64), costs)
+    assert short.tolist() == [1, 1, 1]
+    cpu = CostModel(costs.shape, CPU_PROFILE)
+    assert (
+        choose_num_splits(np.full(4, 1 << 22), np.ones(4, dtype=np.int64), cpu).tolist() == [1] * 4
+    )
+
+
+def test_a_bound_on_partials_costs_splits_first_then_sharing(batch: Batch) -> None:
+    forest = batch.forest()
+
+    def bounded(max_partials: int | None) -> PackPlan:
+        planner = PackPlanner(SHAPE, MANY_SPLITS, policy="node", max_partials=max_partials)
+        plan = planner.plan(forest)
+        verify_plan(plan)
+        assert max_partials is None or plan.num_partials <= max_partials
+        return plan
+
+    free = bounded(None)
+    unsplit = len(free.queries)  # one partial per (pack, query)
+    assert batch.seq_lens.shape[0] < unsplit < free.num_partials
+    assert bounded(free.num_partials).same_as(free)
+    for bound in (free.num_partials - 1, unsplit):
+        plan = bounded(bound)
+        assert (plan.num_splits == 1).all()
+        assert plan.num_shared_packs == free.num_shared_packs
+    for bound in (unsplit - 1, plan.batch_size):
+        plan = bounded(bound)
+        assert plan.num_shared_packs == 0
+        assert plan.num_partials == plan.batch_size
+
+
+def test_a_bound_below_the_batch_size_is_refused(batch: Batch) -> None:
+    size = len(batch.seq_lens)
+    planner = PackPlanner(SHAPE, CPU_PROFILE, max_partials=size - 1)
+    with pytest.raises(ValueError, match=f"max_partials={size - 1} .* batch size {size}; legal"):
+        planner.plan(batch.forest())
+
+
+def test_statistics_of_a_batch_computed_by_hand() -> None:
+    """Two requests of 6 and 7 tokens share 4; Hq 4, Hkv 2, d 8, two-byte q and KV."""
+    batch = build_batch([Fork(0, 0, 6), Fork(0, 4, 3)])
+    planner = PackPlanner(AttentionShape(4, 2, 8, 8, 2, 2), CPU_PROFILE, policy="node")
+    stats = planner.plan(batch.forest()).stats()
+    assert (stats.kv_tokens_read, stats.kv_tokens_logical, stats.kv_tokens_unique) == (9, 13, 9)
+    assert stats.kv_read_ratio == stats.kv_unique_ratio == 9 / 13
+    assert (stats.num_packs, stats.num_partials) == (3, 4)
+    # Token: 2 heads x (8 + 8) x 2 bytes + 4 of slot index = 68. Query: q 4 x 8 x 2 = 64, partial
+    # 4 heads x (8 + 1) x 4 bytes, written and read = 288.
+    assert stats.bytes_ratio == (9 * 68 + 4 * 352) / (13 * 68 + 2 * 352)
+    grown = planner.plan(batch.forest()).stats(grown_tokens=5)
+    assert (grown.kv_tokens_read, grown.kv_tokens_logical, grown.kv_tokens_unique) == (14, 18, 14)
+
+
+def test_statistics_count_a_pack_once_per_row_block() -> None:
+    """200 requests at a group size of 4 are 800 rows: seven blocks of 128."""
+    batch = build_batch([Fork(0, 0, 5001)] + [Fork(0, 5000, 1)] * 199)
+    shape = AttentionShape(8, 2, 64, 64, 2, 2)
+    stats = PackPlanner(shape, GPU_PROFILE, policy="node").plan(batch.forest()).stats()
+    assert stats.kv_tokens_read == 7 * 5000 + 200
+    assert stats.kv_tokens_unique == 5000 + 200
+    on_cpu = PackPlanner(shape, CPU_PROFILE, policy="node").plan(batch.forest()).stats()
+    assert on_cpu.kv_tokens_read == on_cpu.kv_tokens_unique
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_statistics_of_query_and_node_bound_the_others(policy: str) -> None:
+    forest = random_batch(1, num_requests=60, max_tokens=400).forest()
+    stats = PackPlanner(SHAPE, CPU_PROFILE, policy=policy).plan(forest).stats()
+    assert stats.kv_unique_ratio <= stats.kv_read_ratio <= 1.0
+    if policy == "query":
+        assert stats.kv_read_ratio == stats.bytes_ratio == 1.0
+    if policy == "node":
+        assert stats.kv_read_ratio == stats.kv_unique_ratio
+
+
+def test_plans_compare_by_content(batch: Batch) -> None:
+    plan = plan_of(batch)
+    assert plan.same_as(plan_of(batch))
+    assert not plan.same_as(plan_of(batch, policy="query"))
+    assert not plan.same_as(replace(plan, growth_room=plan.growth_room + 1))
+    assert not plan.same_as(replace(plan, num_splits=changed(plan.num_splits, 0, 1)))
+
+
+def test_a_plan_without_shared_packs_can_be_built() -> None:
+    lens = np.asarray([3, 1])
+    plan = PackPlan.build(
+        PacksBuilder(2).build(),
+        lens,
+        np.ones(2, dtype=np.int64),
+        growth_room=0,
+        kv_tokens_unique=4,
+        costs=CostModel(SHAPE, CPU_PROFILE),
+    )
+    verify_plan(plan)
+    assert (plan.num_packs, plan.num_partials, plan.num_slots) == (2, 2, 4)

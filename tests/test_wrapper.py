@@ -1,0 +1,382 @@
+"""The wrapper's contract (issue 2, item 8), line by line. Bad input: test_wrapper_errors.py."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sglang_prefix import PrefixDecodeWrapper, PrefixForest
+from sglang_prefix.packing import CPU_PROFILE, POLICIES, AttentionShape
+from sglang_prefix.planner import GROWTH_ROOM_TOKENS, PackPlanner
+from tests.attention import AttentionCase, assert_close, make_case
+from tests.forests import Batch, Fork, batches, build_batch, radix_paths, random_batch
+
+pytestmark = pytest.mark.usefixtures("nan_memory")
+
+INDEX_DTYPES = (torch.int32, torch.int64)
+
+
+def wrapper_for(case: AttentionCase, **options: object) -> PrefixDecodeWrapper:
+    return PrefixDecodeWrapper(
+        case.q.shape[1],
+        case.k_cache.shape[1],
+        case.q.shape[2],
+        v_head_dim=case.v_cache.shape[2],
+        q_dtype=case.q.dtype,
+        kv_dtype=case.k_cache.dtype,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def run(
+    wrapper: PrefixDecodeWrapper, case: AttentionCase, seq_lens: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run with outputs full of NaN that the wrapper must write."""
+    out, lse = case.poisoned_outputs()
+    result = wrapper.run(
+        case.q, case.k_cache, case.v_cache, out=out, lse=lse, seq_lens=seq_lens, **case.options
+    )
+    assert result is out
+    return out, lse
+
+
+@pytest.fixture
+def batch() -> Batch:
+    forks = [Fork(0, 0, 900), Fork(0, 800, 40), Fork(0, 850, 3), Fork(0, 800, 0), Fork(1, 830, 60)]
+    forks += [Fork(9, 0, 33), Fork(0, 900, 1), Fork(0, 0, 5), Fork(4, 860, 200), Fork(8, 1060, 20)]
+    return build_batch(forks, order="mixed", growth=64)
+
+
+@pytest.fixture
+def case(batch: Batch) -> AttentionCase:
+    return make_case(batch, group=4)
+
+
+@pytest.fixture
+def wrapper(case: AttentionCase) -> PrefixDecodeWrapper:
+    """Planned for ``case``, with shared packs."""
+    wrapper = wrapper_for(case)
+    wrapper.plan(case.req_to_token, case.req_pool_indices, case.seq_lens)
+    return wrapper
+
+
+def write_growth(batch: Batch, case: AttentionCase, tokens: int) -> torch.Tensor:
+    """Add tokens to every row of the table, in place; their slots, request by request."""
+    for b, row in enumerate(batch.req_pool_indices.tolist()):
+        n = int(batch.seq_lens[b])
+        case.req_to_token[row, n : n + tokens] = torch.from_numpy(batch.growth_slots[b, :tokens])
+    return torch.from_numpy(batch.growth_slots[:, :tokens].ravel().copy())
+
+
+def test_the_signature_is_the_contract() -> None:
+    def signature(function: object) -> list[tuple[str, str, object]]:
+        parameters = inspect.signature(function).parameters.values()  # type: ignore[arg-type]
+        kinds: dict[Any, str] = {
+            inspect.Parameter.POSITIONAL_OR_KEYWORD: "",
+            inspect.Parameter.KEYWORD_ONLY: "*",
+        }
+        return [
+            (p.name, kinds[p.kind], "" if p.default is p.empty else p.default)
+            for p in parameters
+            if p.name != "self"
+        ]
+
+    def keywords(**defaults: object) -> list[tuple[str, str, object]]:
+        return [(name, "*", default) for name, default in defaults.items()]
+
+    def positional(*names: str) -> list[tuple[str, str, object]]:
+        return [(name, "", "") for name in names]
+
+    none = None
+    assert signature(PrefixDecodeWrapper) == positional(
+        "num_qo_heads", "num_kv_heads", "head_dim"
+    ) + keywords(
+        v_head_dim=none, page_size=1, sm_scale=none, logit_cap=0.0, policy="pat",
+        q_dtype=torch.bfloat16, kv_dtype=none, dtype=none, max_batch_size=none, max_kv_tokens=none,
+        max_partials=none, device="cpu", executor="auto",
+    )  # fmt: skip
+    assert signature(PrefixDecodeWrapper.plan) == positional(
+        "req_to_token", "req_pool_indices", "seq_lens"
+    ) + keywords(forest=none)
+    assert signature(PrefixDecodeWrapper.run) == positional("q", "k_cache", "v_cache") + keywords(
+        out=none, lse=none, return_lse=False, seq_lens=none, sm_scale=none, logit_cap=none,
+        k_scale=none, v_scale=none, sinks=none, window_left=-1,
+    )  # fmt: skip
+    assert signature(PrefixDecodeWrapper.advance) == positional("seq_lens", "new_slots")
+
+
+def test_the_wrapper_imports_no_sglang() -> None:
+    code = (
+        "import sys, sglang_prefix, sglang_prefix.wrapper; sglang_prefix.PrefixDecodeWrapper;"
+        "print([m for m in sys.modules if m.split('.')[0] in ('sglang', 'sgl_kernel', 'triton')])"
+    )
+    probe = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert probe.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@settings(max_examples=40)
+@given(
+    batch=batches(max_tokens=600),
+    dtypes=st.tuples(*[st.sampled_from(INDEX_DTYPES)] * 3),
+    group=st.sampled_from([1, 3, 8]),
+    seed=st.integers(0, 1 << 16),
+    with_forest=st.booleans(),
+)
+def test_generated_batches(
+    policy: str,
+    batch: Batch,
+    dtypes: tuple[torch.dtype, ...],
+    group: int,
+    seed: int,
+    with_forest: bool,
+) -> None:
+    case = make_case(batch, group=group, v_head_dim=96, seed=seed)
+    wrapper = wrapper_for(case, policy=policy, page_size=batch.page_size)
+    indices = (case.req_to_token, case.req_pool_indices, case.seq_lens)
+    forest = None
+    if with_forest:
+        paths, lens = radix_paths(batch, seed), batch.seq_lens
+        forest = PrefixForest.from_paths(paths, lens.tolist(), lens, page_size=batch.page_size)
+    wrapper.plan(*(t.to(d) for t, d in zip(indices, dtypes, strict=True)), forest=forest)
+    assert_close(run(wrapper, case), case.oracle())
+    shape = AttentionShape(2 * group, 2, 64, 96, 4, 4)
+    planned = PackPlanner(shape, CPU_PROFILE, policy=policy).plan(forest or batch.forest())
+    assert wrapper.current_plan.same_as(planned)
+
+
+def test_what_run_returns(wrapper: PrefixDecodeWrapper, case: AttentionCase) -> None:
+    expected_out, expected_lse = case.oracle()
+    inputs = [t.clone() for t in (case.q, case.k_cache, case.v_cache, case.req_to_token)]
+    out = wrapper.run(case.q, case.k_cache, case.v_cache)
+    assert isinstance(out, torch.Tensor)
+    both = wrapper.run(case.q, case.k_cache, case.v_cache, return_lse=True)
+    assert isinstance(both, tuple)
+    assert torch.equal(both[0], out)
+    assert both[1].dtype == torch.float32
+    assert_close((out, both[1]), (expected_out, expected_lse))
+    given_out, given_lse = case.poisoned_outputs()
+    result = wrapper.run(
+        case.q, case.k_cache, case.v_cache, out=given_out, lse=given_lse, return_lse=True
+    )
+    assert result[0] is given_out
+    assert result[1] is given_lse
+    assert torch.equal(given_out, out)
+    for before, after in zip(
+        inputs, (case.q, case.k_cache, case.v_cache, case.req_to_token), strict=True
+    ):
+        torch.testing.assert_close(after, before, rtol=0, atol=0, equal_nan=True)
+
+
+def test_dtype_sets_both() -> None:
+    w = PrefixDecodeWrapper(4, 2, 8, dtype=torch.float16)
+    assert (w.q_dtype, w.kv_dtype) == (torch.float16, torch.float16)
+    w = PrefixDecodeWrapper(4, 2, 8, kv_dtype=torch.float8_e5m2)
+    assert (w.q_dtype, w.kv_dtype) == (torch.bfloat16, torch.float8_e5m2)
+    w = PrefixDecodeWrapper(4, 2, 8)
+    assert (w.q_dtype, w.kv_dtype) == (torch.bfloat16, torch.bfloat16)
+
+
+def test_the_same_row_twice(case: AttentionCase) -> None:
+    case.req_pool_indices[3] = case.req_pool_indices[0]
+    case.seq_lens[3] = case.seq_lens[0]
+    wrapper = wrapper_for(case)
+    wrapper.plan(case.req_to_token, case.req_pool_indices, case.seq_lens)
+    assert_close(run(wrapper, case), case.oracle())
+
+
+def test_longer_lengths_see_the_table_that_the_caller_updated(
+    wrapper: PrefixDecodeWrapper, batch: Batch, case: AttentionCase
+) -> None:
+    write_growth(batch, case, 5)  # after plan
+    planned = case.seq_lens
+    grown = planned + torch.arange(len(planned)) % 6
+    for dtype in INDEX_DTYPES:
+        assert_close(run(wrapper, case, grown.to(dtype)), case.oracle(grown))
+    assert_close(run(wrapper, case), case.oracle(planned))  # lengths of a call do not stick
+    stats = wrapper.stats
+    assert stats.kv_tokens_logical == int(planned.sum())
+    case.req_to_token[case.req_pool_indices[1], int(planned[1])] = int(batch.growth_slots[1, 40])
+    assert_close(run(wrapper, case, planned + 1), case.oracle(planned + 1))  # nor do their slots
+
+
+def test_rows_may_change_hands_after_plan(
+    wrapper: PrefixDecodeWrapper, case: AttentionCase
+) -> None:
+    expected = case.oracle()
+    case.req_to_token.zero_()
+    assert_close(run(wrapper, case), expected)
+
+
+@pytest.mark.parametrize("dtype", INDEX_DTYPES, ids=str)
+def test_advance_appends_without_the_table(
+    wrapper: PrefixDecodeWrapper, batch: Batch, case: AttentionCase, dtype: torch.dtype
+) -> None:
+    planned, table = case.seq_lens, case.req_to_token
+    for step in range(4):
+        grown = planned + step + 1
+        slots = torch.from_numpy(batch.growth_slots[:, step].copy())
+        wrapper.advance(grown.to(dtype), slots.to(dtype))
+        case.req_to_token = table.clone()
+        write_growth(batch, case, step + 1)
+        assert_close(run(wrapper, case), case.oracle(grown))  # and this sticks
+        assert wrapper.stats.kv_tokens_logical == int(grown.sum())
+    # Unevenly, and then a longer call on top, from the table that plan was given.
+    by = torch.arange(len(planned)) % 3
+    uneven = np.concatenate([batch.growth_slots[b, 4 : 4 + n] for b, n in enumerate(by.tolist())])
+    wrapper.advance((grown + by).to(dtype), torch.from_numpy(uneven).to(dtype))
+    write_growth(batch, case, 8)
+    assert_close(run(wrapper, case), case.oracle(grown + by))
+    table.copy_(case.req_to_token)
+    assert_close(run(wrapper, case, grown + 4), case.oracle(grown + 4))
+    assert_close(run(wrapper, case, planned + 1), case.oracle(planned + 1))  # shorter, for a call
+    assert_close(run(wrapper, case), case.oracle(grown + by))
+
+
+@pytest.mark.parametrize("dtype", INDEX_DTYPES, ids=str)
+def test_the_caller_may_update_lengths_in_place(
+    batch: Batch, case: AttentionCase, dtype: torch.dtype
+) -> None:
+    lens = case.seq_lens.to(dtype).clone()
+    wrapper = wrapper_for(case)
+    wrapper.plan(case.req_to_token, case.req_pool_indices, lens)
+    for step in range(3):
+        lens += 1
+        slots = torch.from_numpy(batch.growth_slots[:, step].copy())
+        wrapper.advance(lens, slots)
+        write_growth(batch, case, step + 1)
+        assert_close(run(wrapper, case), case.oracle(lens))
+
+
+def test_the_caller_may_use_the_index_tensor_again(
+    wrapper: PrefixDecodeWrapper, batch: Batch, case: AttentionCase
+) -> None:
+    write_growth(batch, case, 1)
+    expected = case.oracle(case.seq_lens + 1)
+    lens = case.seq_lens + 1
+    case.req_pool_indices.fill_(0)  # the caller prepares its next batch
+    assert_close(run(wrapper, case, lens), expected)
+
+
+def test_no_gradients_are_recorded(wrapper: PrefixDecodeWrapper, case: AttentionCase) -> None:
+    tracked = case.q.clone().requires_grad_()
+    for q in (tracked, case.q):
+        out = wrapper.run(q, case.k_cache, case.v_cache)
+        assert not out.requires_grad  # type: ignore[union-attr]
+
+
+def test_plan_in_inference_mode_run_outside(batch: Batch, case: AttentionCase) -> None:
+    wrapper = wrapper_for(case)
+    with torch.inference_mode():
+        wrapper.plan(case.req_to_token, case.req_pool_indices, case.seq_lens)
+    assert_close(run(wrapper, case), case.oracle())
+    wrapper.advance(case.seq_lens + 1, write_growth(batch, case, 1))
+    assert_close(run(wrapper, case), case.oracle(case.seq_lens + 1))
+
+
+def test_growth_goes_up_to_the_room(wrapper: PrefixDecodeWrapper, case: AttentionCase) -> None:
+    full = case.seq_lens + GROWTH_ROOM_TOKENS
+    slots = case.req_to_token[case.req_pool_indices[0], :1].long()
+    wrapper.advance(full, slots.repeat(int((full - case.seq_lens).sum())))
+    run(wrapper, case)
+    with pytest.raises(ValueError, match=r"(?i)seq_lens\[0\]=.*plan again"):
+        wrapper.advance(full + 1, slots.repeat(len(full)))
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [0.5, torch.tensor(0.5), torch.tensor([0.5, 2.0]), torch.tensor([0.5, 2.0]).bfloat16()],
+    ids=["float", "[]", "[Hkv]", "[Hkv] bfloat16"],
+)
+def test_scales(wrapper: PrefixDecodeWrapper, case: AttentionCase, scale: torch.Tensor) -> None:
+    case.options = {"k_scale": scale, "v_scale": 3.0}
+    assert_close(run(wrapper, case), case.oracle())
+    case.options = {"v_scale": scale}
+    assert_close(run(wrapper, case), case.oracle())
+    case.options = {}
+    assert_close(run(wrapper, case), case.oracle())
+
+
+def test_scale_and_cap_of_the_wrapper_and_of_a_call(batch: Batch, case: AttentionCase) -> None:
+    wrapper = wrapper_for(case, sm_scale=0.3, logit_cap=2.0)
+    wrapper.plan(case.req_to_token, case.req_pool_indices, case.seq_lens)
+    case.sm_scale, case.options = 0.3, {"logit_cap": 2.0}
+    expected = case.oracle()
+    found = wrapper.run(case.q, case.k_cache, case.v_cache, return_lse=True)
+    assert_close(found, expected)  # type: ignore[arg-type]
+    case.sm_scale, case.options = 0.7, {"logit_cap": 0.0}
+    found = wrapper.run(
+        case.q, case.k_cache, case.v_cache, return_lse=True, sm_scale=0.7, logit_cap=0.0
+    )
+    assert_close(found, case.oracle())  # type: ignore[arg-type]
+    found = wrapper.run(case.q, case.k_cache, case.v_cache, return_lse=True)
+    assert_close(found, expected)  # type: ignore[arg-type]
+
+
+def test_with_a_forest_nothing_is_read_back_from_the_device(batch: Batch) -> None:
+    """On the meta device there is nothing to read: any `.item()`, `.cpu()`, `.numpy()` raises."""
+    wrapper = PrefixDecodeWrapper(8, 2, 64, device="meta", page_size=batch.page_size)
+    lens = torch.from_numpy(batch.seq_lens)
+    table = torch.empty(batch.req_to_token.shape, dtype=torch.int32, device="meta")
+    indices = torch.empty(len(lens), dtype=torch.int64, device="meta")
+    wrapper.plan(table, indices, lens, forest=batch.forest())
+    assert wrapper.stats.num_packs > len(lens)
+    cache = torch.empty(batch.num_slots, 2, 64, dtype=torch.bfloat16, device="meta")
+    q = torch.empty(len(lens), 8, 64, dtype=torch.bfloat16, device="meta")
+    scale = torch.empty(2, device="meta")
+    wrapper.run(q, cache, cache, k_scale=scale, v_scale=scale, seq_lens=lens + 2)
+    wrapper.advance(lens + 1, torch.empty(len(lens), dtype=torch.int32, device="meta"))
+    assert wrapper.run(q, cache, cache).shape == (len(lens), 8, 64)  # type: ignore[union-attr]
+    with pytest.raises(NotImplementedError, match="meta"):
+        wrapper.plan(table, indices, lens)  # the documented copy
+
+
+def test_statistics(wrapper: PrefixDecodeWrapper, batch: Batch, case: AttentionCase) -> None:
+    stats, plan = wrapper.stats, wrapper.current_plan
+    assert stats == plan.stats()
+    assert 0 < stats.kv_unique_ratio <= stats.kv_read_ratio < 1
+    assert stats.kv_unique_ratio == batch.forest().unique_tokens / batch.seq_lens.sum()
+    assert stats.bytes_ratio > 0
+    assert stats.num_packs == plan.num_packs > len(batch.seq_lens)
+    assert stats.num_partials == plan.num_partials
+    query = wrapper_for(case, policy="query")
+    query.plan(case.req_to_token, case.req_pool_indices, case.seq_lens)
+    assert query.stats.kv_read_ratio == query.stats.bytes_ratio == 1.0
+
+
+def test_verify_passes_what_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_PREFIX_VERIFY", "1")
+    for seed, page_size in ((0, 1), (1, 16)):
+        batch = random_batch(seed, num_requests=15, max_tokens=90, page_size=page_size)
+        case = make_case(batch)
+        wrapper = wrapper_for(case, page_size=page_size)
+        for forest in (None, batch.forest()):
+            indices = (case.req_to_token, case.req_pool_indices, case.seq_lens)
+            wrapper.plan(*indices, forest=forest)
+            assert_close(run(wrapper, case), case.oracle())
+
+
+@pytest.mark.parametrize("at", [5, 7])
+def test_verify_finds_a_forest_that_is_wrong(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """Two requests share 6 tokens; the forest says 5, 7, or none."""
+    case = make_case(build_batch([Fork(0, 0, 9), Fork(0, 6, 3), Fork(9, 0, 4)]))
+    said = build_batch([Fork(0, 0, 9), Fork(0, at, 9 - at), Fork(9, 0, 4)]).forest()
+    none = PrefixForest.from_neighbours(np.arange(3), np.zeros(2, dtype=np.int64), said.seq_lens)
+    wrapper = wrapper_for(case)
+    indices = (case.req_to_token, case.req_pool_indices, case.seq_lens)
+    wrapper.plan(*indices)
+    monkeypatch.setenv("SGLANG_PREFIX_VERIFY", "1")
+    says = rf"SGLANG_PREFIX_VERIFY: the forest claims a node of positions 0 to {at} .* requests \[0, 1\]"
+    with pytest.raises(RuntimeError, match=says):
+        wrapper.plan(*indices, forest=said)
+    with pytest.raises(RuntimeError, match=r"misses a node of positions 0 to 6 shared by requests \[0, 1\]"):
+        wrapper.plan(*indices, forest=none)
+    assert_close(run(wrapper, case), case.oracle())  # the plan before is still in use
