@@ -374,9 +374,11 @@ def test_verify_finds_a_forest_that_is_wrong(monkeypatch: pytest.MonkeyPatch, at
     indices = (case.req_to_token, case.req_pool_indices, case.seq_lens)
     wrapper.plan(*indices)
     monkeypatch.setenv("SGLANG_PREFIX_VERIFY", "1")
-    says = rf"SGLANG_PREFIX_VERIFY: the forest claims a node of positions 0 to {at} .* requests \[0, 1\]"
+    says = rf"VERIFY: the forest claims a node of positions 0 to {at} .* requests \[0, 1\]"
     with pytest.raises(RuntimeError, match=says):
         wrapper.plan(*indices, forest=said)
-    with pytest.raises(RuntimeError, match=r"misses a node of positions 0 to 6 shared by requests \[0, 1\]"):
+    with pytest.raises(
+        RuntimeError, match=r"misses a node of positions 0 to 6 shared by requests \[0, 1\]"
+    ):
         wrapper.plan(*indices, forest=none)
     assert_close(run(wrapper, case), case.oracle())  # the plan before is still in use

@@ -1,0 +1,57 @@
+"""Engine results: each scenario runs once per session, two at a time, before it is asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pytest
+
+from sglang_prefix.tiny_model import build_tiny_model
+from tests.engine.driver import ScenarioResult, run_scenario
+from tests.engine.scenarios import MODELS, build
+
+Results = Callable[[str], ScenarioResult]
+
+# An engine's start is mostly imports on one core.
+CONCURRENT = min(2, os.cpu_count() or 1)
+_needed = pytest.StashKey[list[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Declare the marker that says which engines a test looks at."""
+    config.addinivalue_line("markers", "scenarios(*names): engines whose results the test compares")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Note the scenarios of the selected tests in the order in which they are wanted."""
+    marks = [mark for item in session.items for mark in item.iter_markers("scenarios")]
+    session.config.stash[_needed] = list(dict.fromkeys(n for mark in marks for n in mark.args))
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Folder of each model, with random weights on disk."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in MODELS}
+    for name, config in MODELS.items():
+        build_tiny_model(folders[name], config)
+    return {name: str(folder) for name, folder in folders.items()}
+
+
+@pytest.fixture(scope="session")
+def results(
+    models: dict[str, str],
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Results]:
+    """Result of a scenario by name; raises what its engine failed with."""
+    scenarios, folder = build(models), tmp_path_factory.mktemp("engines")
+    pool = ThreadPoolExecutor(CONCURRENT)
+
+    def submit(name: str) -> Future[ScenarioResult]:
+        return pool.submit(run_scenario, scenarios[name], folder / name.replace(" ", "-"))
+
+    futures = {name: submit(name) for name in request.config.stash[_needed]}
+    yield lambda name: futures[name].result()
+    pool.shutdown(cancel_futures=True)

@@ -1,0 +1,94 @@
+"""What makes two runs equal, and when equality says something about our decode."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tests.engine.driver import ScenarioResult, SectionResult
+
+__all__ = [
+    "LOGPROB_TOLERANCE_BF16_CACHE",
+    "assert_evidence",
+    "assert_packed",
+    "assert_same",
+    "num_changed",
+    "num_retracted",
+]
+
+# float32 sums in another order differ by a few 1e-6 in these logprobs of -1 to -5; a wrong token
+# or a missing page moves them by 1e-1.
+LOGPROB_TOLERANCE = 1e-4
+# With a bfloat16 cache such a difference now and then rounds a value to its neighbour, 2**-8 away.
+LOGPROB_TOLERANCE_BF16_CACHE = 2e-3
+
+
+def assert_evidence(
+    ours: SectionResult,
+    stock: SectionResult,
+    control: SectionResult,
+    max_ratio: float,
+    tolerance: float = LOGPROB_TOLERANCE,
+) -> None:
+    """Ours gave stock's answers, really packed, on a workload where attention decides them.
+
+    Args:
+        ours, stock: the workload under both.
+        control: the same requests with our decode broken on purpose.
+        max_ratio: the workload's ``kv_read_ratio`` must be below this.
+        tolerance: on each logprob.
+    """
+    # From the files on disk: with SGLang's dummy weights a zeroed attention gives the same tokens.
+    assert {run.load_format for run in (ours, stock, control)} == {"auto"}
+    assert_same(ours, stock, tolerance)
+    assert_packed(ours.counters, max_ratio)
+    assert num_changed(control, stock) * 2 >= len(stock.requests)
+
+
+def assert_packed(counters: Mapping[str, Any], max_ratio: float) -> None:
+    """At least 90% of the decode steps packed, no fallback, and less KV read than ``max_ratio``."""
+    steps = counters["packed_steps"] + counters["stock_steps"] + counters["fallback_steps"]
+    assert counters["packed_steps"] >= max(1, 0.9 * steps)
+    assert counters["fallback_reasons"] == {}
+    assert counters["kv_read_ratio"] < max_ratio
+
+
+def assert_same(
+    ours: SectionResult, stock: SectionResult, tolerance: float = LOGPROB_TOLERANCE
+) -> None:
+    """The same output ids and logprobs, up to the point where a client aborted."""
+    assert ours.requests.keys() == stock.requests.keys()
+    for rid, expected in stock.requests.items():
+        found = ours.requests[rid]
+        count = len(expected["output_ids"])
+        if rid.endswith("aborted"):
+            assert found["finish"] == "abort"
+            count = min(count, len(found["output_ids"]))
+        else:
+            assert found["finish"] == "length"
+            assert len(found["output_ids"]) == count
+        assert found["output_ids"][:count] == expected["output_ids"][:count], rid
+        difference = _largest(found["logprobs"][:count], expected["logprobs"][:count])
+        assert difference < tolerance, rid
+
+
+def num_changed(control: SectionResult, stock: SectionResult) -> int:
+    """Requests with other output ids."""
+    assert control.requests.keys() == stock.requests.keys()
+    return sum(
+        control.requests[rid]["output_ids"] != expected["output_ids"]
+        for rid, expected in stock.requests.items()
+    )
+
+
+def num_retracted(result: ScenarioResult) -> int:
+    """Requests that SGLang says it retracted because the KV pool was full."""
+    found = re.findall(
+        r"KV cache pool is full\. Retract requests\. #retracted_reqs: (\d+)", result.log
+    )
+    return sum(map(int, found))
+
+
+def _largest(found: Sequence[float], expected: Sequence[float]) -> float:
+    return max(abs(a - b) for a, b in zip(found, expected, strict=True))

@@ -1,0 +1,225 @@
+"""Breaks things on purpose in every process of an engine; Python imports this file at start-up.
+
+``SGLANG_PREFIX_TEST_MODE_FILE`` names a file that holds the mode of the moment, so one engine
+serves several controls. Everything is patched right after the module that defines it is imported.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.metadata
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+PAGE_TOKENS = 16
+
+
+def mode() -> str:
+    """What to break now; nothing while the engine starts."""
+    file = Path(os.environ["SGLANG_PREFIX_TEST_MODE_FILE"])
+    return file.read_text() if file.exists() else "none"
+
+
+def patch_runner(module: ModuleType) -> None:
+    """Break the attention of ``PlanRunner.run``: modes zeros, newest, page, run-error."""
+    run = module.PlanRunner.run
+
+    def broken(
+        self: Any, q: Any, k_cache: Any, v_cache: Any, out: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        now = mode()
+        if now == "run-error":
+            raise RuntimeError("raised on purpose by a test")
+        if now == "newest":
+            tails = self.seq_lens - self._tail_start
+            self._executor.set_lengths(tails - 1)
+            run(self, q, k_cache, v_cache, out, *args, **kwargs)
+            self._executor.set_lengths(tails)
+            return
+        if now == "page" and self.plan.num_shared_packs:
+            replaced, by = widest_pages(self)
+            saved = k_cache[replaced].clone(), v_cache[replaced].clone()
+            k_cache[replaced], v_cache[replaced] = k_cache[by], v_cache[by]
+            run(self, q, k_cache, v_cache, out, *args, **kwargs)
+            k_cache[replaced], v_cache[replaced] = saved
+            return
+        run(self, q, k_cache, v_cache, out, *args, **kwargs)
+        if now == "zeros":
+            out.zero_()
+
+    module.PlanRunner.run = broken
+
+
+def widest_pages(runner: Any) -> tuple[Any, Any]:
+    """Slots of the last page of the shared pack with the most requests, and of the one before."""
+    plan = runner.plan
+    long_enough = [
+        p
+        for p in range(plan.num_shared_packs)
+        if plan.pack_end[p] - plan.pack_start[p] >= 2 * PAGE_TOKENS
+    ]
+    widest = max(long_enough, key=lambda p: len(plan.pack_queries(p)))
+    end = int(plan.slot_offset[widest] + plan.pack_end[widest] - plan.pack_start[widest])
+    slots = runner._kv_slots
+    return slots[end - PAGE_TOKENS : end], slots[end - 2 * PAGE_TOKENS : end - PAGE_TOKENS]
+
+
+def patch_batch_planner(module: ModuleType) -> None:
+    """Let planning raise: mode plan-error."""
+    prepare = module.BatchPlanner.prepare
+
+    def broken(self: Any, forward_batch: Any) -> Any:
+        if mode() == "plan-error":
+            raise RuntimeError("raised on purpose by a test")
+        return prepare(self, forward_batch)
+
+    module.BatchPlanner.prepare = broken
+    compare_plans(module)
+
+
+def compare_plans(module: ModuleType) -> None:
+    """Let the wrapper plan every batch as well: mode compare-plans."""
+    plan_anew = module.BatchPlanner._plan_anew
+
+    def compared(self: Any, forward_batch: Any, lens: Any) -> Any:
+        if mode() != "compare-plans":
+            return plan_anew(self, forward_batch, lens)
+        planner, runner = self._shapes[0]
+        forests: list[Any] = []
+        plan = planner.plan
+
+        def noting_its_forest(forest: Any) -> Any:
+            forests.append(forest)
+            return plan(forest)
+
+        planner.plan = noting_its_forest
+        result = plan_anew(self, forward_batch, lens)
+        del planner.plan
+        # Otherwise the plan is for a first decode step, which only the scheduler knows.
+        if self._reqs is not None:
+            given = wrapper_plan(self, planner, forward_batch, lens, forests[-1])
+            found = wrapper_plan(self, planner, forward_batch, lens, None)
+            equal = given.same_as(runner.plan) and content(found) == content(runner.plan)
+            print(f"test hook: {'equal plans' if equal else 'plans differ'}", flush=True)
+        return result
+
+    module.BatchPlanner._plan_anew = compared
+
+
+def wrapper_plan(batches: Any, planner: Any, forward_batch: Any, lens: Any, forest: Any) -> Any:
+    """The plan that ``PrefixDecodeWrapper`` makes for a batch, from a forest or from the rows."""
+    import torch
+
+    from sglang_prefix import PrefixDecodeWrapper
+
+    shape = planner.costs.shape
+    wrapper = PrefixDecodeWrapper(
+        shape.num_qo_heads,
+        shape.num_kv_heads,
+        shape.head_dim,
+        v_head_dim=shape.v_head_dim,
+        page_size=batches._page_size,
+        policy=planner.policy_name,
+        dtype=torch.float32,
+    )
+    table, rows = batches._req_to_token, forward_batch.req_pool_indices
+    wrapper.plan(table, rows, torch.from_numpy(lens.copy()), forest=forest)
+    return wrapper.current_plan
+
+
+def content(plan: Any) -> Any:
+    """A plan without its order: forests from the tree and from rows number siblings differently."""
+    packs = [
+        (
+            int(plan.pack_start[p]),
+            int(plan.pack_end[p]),
+            int(plan.num_splits[p]),
+            tuple(sorted(plan.pack_queries(p).tolist())),
+        )
+        for p in range(plan.num_packs)
+    ]
+    return sorted(packs), plan.seq_lens.tolist(), plan.growth_room, plan.stats(0), plan.costs
+
+
+def apply_scales(module: ModuleType) -> None:
+    """Use KV scales although the cache holds unscaled values: mode scales."""
+    applies = vars(module)["applies_kv_scales"]
+    vars(module)["applies_kv_scales"] = lambda pool: mode() == "scales" or applies(pool)
+
+
+def allow_float32_scheme(module: ModuleType) -> None:
+    """Let SGLang load KV scales into a float32 model, so that answers can be compared exactly."""
+    import torch
+
+    legal = [torch.float16, torch.bfloat16, torch.float32]
+    module.CompressedTensorsConfig.get_supported_act_dtypes = classmethod(lambda cls: legal)
+
+
+def remove_init_new(module: ModuleType) -> None:
+    """Rename a symbol that our patches need."""
+    module.ForwardBatch.renamed_upstream = module.ForwardBatch.init_new
+    del module.ForwardBatch.init_new
+
+
+PATCHES: dict[str, Callable[[ModuleType], None]] = {
+    "sglang_prefix.runner": patch_runner,
+    "sglang_prefix.batch_planner": patch_batch_planner,
+    "sglang_prefix.backend": apply_scales,
+}
+
+
+class PatchedLoader(importlib.abc.Loader):
+    """Loads a module as its own loader does, then patches it."""
+
+    def __init__(self, loader: importlib.abc.Loader, patch: Callable[[ModuleType], None]) -> None:
+        self._loader, self._patch = loader, patch
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        """See :class:`importlib.abc.Loader`."""
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """See :class:`importlib.abc.Loader`."""
+        self._loader.exec_module(module)
+        self._patch(module)
+
+
+class PatchingFinder(importlib.abc.MetaPathFinder):
+    """Finds the modules in ``PATCHES``, which all lie in packages."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """See :class:`importlib.abc.MetaPathFinder`."""
+        if fullname not in PATCHES:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
+        if spec is not None and spec.loader is not None:
+            spec.loader = PatchedLoader(spec.loader, PATCHES[fullname])
+        return spec
+
+
+if "SGLANG_PREFIX_TEST_WITHOUT_INIT_NEW" in os.environ:
+    PATCHES["sglang.srt.model_executor.forward_batch_info"] = remove_init_new
+
+if "SGLANG_PREFIX_TEST_FLOAT32_SCHEME" in os.environ:
+    PATCHES["sglang.srt.layers.quantization.compressed_tensors.compressed_tensors"] = (
+        allow_float32_scheme
+    )
+
+if "SGLANG_PREFIX_TEST_VERSION" in os.environ:
+    real_version = importlib.metadata.version
+
+    def fake_version(distribution_name: str) -> str:
+        """The version that a test wants for SGLang, the true one for everything else."""
+        fake = os.environ["SGLANG_PREFIX_TEST_VERSION"]
+        return fake if distribution_name == "sglang" else real_version(distribution_name)
+
+    importlib.metadata.version = fake_version
+
+sys.meta_path.insert(0, PatchingFinder())

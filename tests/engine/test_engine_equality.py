@@ -1,0 +1,69 @@
+"""Our decode gives stock's tokens and logprobs in the real engine, however it is set up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+from tests.engine.conftest import Results
+from tests.engine.evidence import assert_evidence, num_retracted
+from tests.engine.scenarios import IDENTICAL, VARIANTS
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+
+
+def with_engines(names: Iterable[str]) -> list[Any]:
+    """Parameters for variants, each marked with the engines that its test compares."""
+    return [pytest.param(n, marks=pytest.mark.scenarios("stock", n, "control")) for n in names]
+
+
+@pytest.mark.parametrize("name", with_engines(VARIANTS))
+def test_waves_of_requests_get_stock_answers(name: str, results: Results) -> None:
+    stock, ours, control = results("stock"), results(name), results("control")
+    assert_evidence(
+        ours.sections["forest"],
+        stock.sections["forest"],
+        control.sections["zeros"],
+        VARIANTS[name].max_ratio,
+    )
+    assert (num_retracted(ours) > 0) == VARIANTS[name].retracts
+
+
+@pytest.mark.parametrize("name", with_engines(n for n, v in VARIANTS.items() if v.aborts))
+def test_aborted_ids_come_back_and_get_stock_answers(name: str, results: Results) -> None:
+    ours, control = results(name).sections["aborted"], results("control").sections["aborted zeros"]
+    assert_evidence(ours, results("stock").sections["aborted"], control, 0.6)
+    aborted = [request for rid, request in ours.requests.items() if rid.endswith("aborted")]
+    assert len(aborted) == 7
+    assert all(request["finish"] == "abort" for request in aborted)
+
+
+@pytest.mark.scenarios("no-radix-cache")
+def test_nothing_is_shared_without_a_radix_cache(results: Results) -> None:
+    counters = results("no-radix-cache").sections["forest"].counters
+    assert counters["kv_read_ratio"] == 1.0
+
+
+@pytest.mark.scenarios("stock", "tp-2 stock", "tp-2")
+def test_two_ranks_get_stock_answers(results: Results) -> None:
+    ours, stock = results("tp-2"), results("tp-2 stock")
+    assert_evidence(ours.sections["forest"], stock.sections["forest"], ours.sections["zeros"], 0.5)
+
+
+@pytest.mark.scenarios("stock", "control")
+def test_identical_prompts_are_packed_from_their_second_decode_step_on(results: Results) -> None:
+    sections = results("control").sections
+    ours = sections["identical"]
+    assert_evidence(ours, results("stock").sections["identical"], sections["identical zeros"], 0.2)
+    assert len({tuple(request["output_ids"]) for request in ours.requests.values()}) == 1
+    # None of them found the prompt in the cache: they were prefilled side by side.
+    assert {request["cached_tokens"] for request in ours.requests.values()} == {0}
+    count, length, max_new_tokens = IDENTICAL
+    steps = range(1, max_new_tokens)  # the first token comes from the prefill
+    counters = ours.counters
+    assert counters["packed_steps"] == len(steps)
+    assert counters["kv_tokens_logical"] == sum(count * (length + step) for step in steps)
+    later = sum(length + count * step for step in steps[1:])
+    assert counters["kv_tokens_read"] == count * (length + 1) + later

@@ -1,0 +1,213 @@
+"""The server, started through the CLI and spoken to over HTTP."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine.driver import kill_session
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+CLI = (sys.executable, "-m", "sglang_prefix.cli.main", "exec", "--")
+START_S = 240
+CALL_S = 120
+
+
+@dataclass
+class Server:
+    """A server that runs."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    model: str
+    log: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def call(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(
+            self.url + path, data, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=CALL_S) as answer:
+            text = answer.read()
+        return json.loads(text) if text else None
+
+    def counters(self) -> dict[str, Any]:
+        (backend,) = self.call("/server_info")["internal_states"][0]["sglang_prefix"]
+        return dict(backend)
+
+    def is_healthy(self) -> bool:
+        try:
+            self.call("/health")
+        except OSError:
+            return False
+        return True
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def server(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with the backend; the last test of this module ends it."""
+    port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
+    flags = ["--device", "cpu", "--attention-backend", "prefix", "--dtype", "float32"]
+    flags += ["--mem-fraction-static", "0.7", "--max-total-tokens", "20000"]
+    flags += ["--host", "127.0.0.1", "--port", str(port)]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*CLI, "sglang", "serve", "--model-path", models["llama"], *flags],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+    running = Server(process, port, models["llama"], log)
+    try:
+        deadline = time.monotonic() + START_S
+        while not running.is_healthy():
+            if process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"the server did not start:\n{log.read_text(errors='replace')[-4000:]}")
+            time.sleep(0.5)
+        yield running
+    finally:
+        kill_session(process)
+
+
+def running_in_session(session: int) -> list[str]:
+    """The processes of a session that have not ended; zombies have, whoever is to reap them."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            state, _, _, its_session = file.read_text().rpartition(")")[2].split()[:4]
+            if int(its_session) == session and state != "Z":
+                found.append(file.read_text())
+    return found
+
+
+def run_program(*command: str) -> str:
+    """Run a client to its end and return what it printed."""
+    done = subprocess.run(
+        [*CLI, sys.executable, *command],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=300,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_parallel_samples_share_their_prompt(server: Server) -> None:
+    before = server.counters()
+    sampling = {"n": 8, "temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
+    prompt = "Every branch grows from the same trunk. " * 12
+    answers = server.call("/generate", {"text": prompt, "sampling_params": sampling})
+    assert len(answers) == 8
+    assert len({tuple(answer["output_ids"]) for answer in answers}) == 1
+    assert_shared(before, server.counters(), 0.4)
+
+
+def test_chat_completions_share_their_prompt(server: Server) -> None:
+    before = server.counters()
+    message = {"role": "user", "content": "Name a tree that keeps its leaves. " * 14}
+    answer = server.call(
+        "/v1/chat/completions",
+        {
+            "model": server.model,
+            "messages": [message],
+            "n": 6,
+            "temperature": 0,
+            "max_tokens": 20,
+            "ignore_eos": True,
+        },
+    )
+    texts = [choice["message"]["content"] for choice in answer["choices"]]
+    assert len(texts) == 6
+    assert len(set(texts)) == 1
+    assert_shared(before, server.counters(), 0.4)
+
+
+def test_bench_serving_with_shared_prefixes(server: Server, tmp_path: Path) -> None:
+    before = server.counters()
+    report = tmp_path / "report.jsonl"
+    flags = f"""
+        --backend sglang --host 127.0.0.1 --port {server.port}
+        --model {server.model} --tokenizer {server.model}
+        --dataset-name generated-shared-prefix --gsp-num-groups 2 --gsp-prompts-per-group 8
+        --gsp-system-prompt-len 400 --gsp-question-len 16 --gsp-output-len 24 --tokenize-prompt
+        --num-prompts 16 --request-rate inf --max-concurrency 16 --seed 1 --flush-cache
+        --output-file {report}
+    """.split()
+    run_program("-m", "sglang.bench_serving", *flags)
+    assert json.loads(report.read_text().splitlines()[-1])["completed"] == 16
+    assert_shared(before, server.counters(), 0.4)
+
+
+# The programs in examples/ that need a server run against this one.
+
+
+def test_example_of_the_frontend_language(server: Server) -> None:
+    before = server.counters()
+    printed = run_program(str(EXAMPLES / "frontend_fork.py"), "--base-url", server.url)
+    assert printed.count("->") == 4
+    assert_shared(before, server.counters(), 0.6)
+
+
+def test_example_of_the_openai_client(server: Server) -> None:
+    before = server.counters()
+    printed = run_program(str(EXAMPLES / "openai_n.py"), "--base-url", server.url, "--n", "8")
+    assert len(printed.strip().splitlines()) >= 8
+    assert_shared(before, server.counters(), 0.6)
+
+
+def test_sigterm_ends_the_server_and_all_its_processes(server: Server) -> None:
+    server.process.send_signal(signal.SIGTERM)
+    server.process.wait(60)
+    assert not server.is_healthy()
+    deadline = time.monotonic() + 30
+    while left := running_in_session(server.process.pid):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
+
+
+def test_example_of_the_offline_engine(models: dict[str, str]) -> None:
+    printed = run_program(str(EXAMPLES / "offline_rollouts.py"), "--model-path", models["llama"])
+    assert printed.count("sample") >= 16
+    ratio = float(printed.rsplit("KV tokens read / KV tokens:", 1)[1].split()[0])
+    assert ratio < 0.4
+
+
+def assert_shared(before: dict[str, Any], after: dict[str, Any], max_ratio: float) -> None:
+    """What happened in between was packed, and read less KV than ``max_ratio``."""
+    packed = after["packed_steps"] - before["packed_steps"]
+    others = sum(after[name] - before[name] for name in ("stock_steps", "fallback_steps"))
+    assert packed >= max(1, 0.9 * (packed + others))
+    read = after["kv_tokens_read"] - before["kv_tokens_read"]
+    logical = after["kv_tokens_logical"] - before["kv_tokens_logical"]
+    assert read / logical < max_ratio

@@ -1,0 +1,186 @@
+"""Asked for `prefix` and something is missing or wrong: one message that names it, no server."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_prefix.config import PrefixConfig
+from tests.engine.driver import Scenario, Section, run_scenario
+
+FAILURES = {
+    "version": (
+        {"SGLANG_PREFIX_TEST_VERSION": "0.6.1"},
+        "RuntimeError: sglang-prefix needs SGLang >=0.5.17,<0.6, but SGLang 0.6.1 is installed",
+    ),
+    "symbol": (
+        {"SGLANG_PREFIX_TEST_WITHOUT_INIT_NEW": "1"},
+        "RuntimeError: sglang-prefix cannot attach to SGLang",
+    ),
+}
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", FAILURES)
+def test_the_engine_ends_with_one_message(
+    name: str, models: dict[str, str], tmp_path: Path
+) -> None:
+    env, message = FAILURES[name]
+    options = {"attention_backend": "prefix", "max_total_tokens": 2000}
+    scenario = Scenario(models["llama"], (Section("none", ()),), options, env, hooks=True)
+    with pytest.raises(RuntimeError, match="engine ended with status"):
+        run_scenario(scenario, tmp_path / "engine")
+    log = (tmp_path / "engine" / "log").read_text(errors="replace")
+    assert log.count(message) == 1
+    if name == "symbol":
+        assert "ForwardBatch.init_new" in log[log.index(message) :].splitlines()[0]
+    # The driver writes this file as soon as the engine is up.
+    assert not (tmp_path / "engine" / "mode").exists()
+
+
+@pytest.mark.parametrize(
+    ("variable", "legal"),
+    [
+        ("SGLANG_PREFIX_GATE", "always, never"),
+        ("SGLANG_PREFIX_POLICY", "pat"),
+        ("SGLANG_PREFIX_VERIFY", "0, 1"),
+        ("SGLANG_PREFIX_EXECUTOR", "auto, cpu"),
+    ],
+)
+def test_an_illegal_setting_is_named_with_what_is_legal(variable: str, legal: str) -> None:
+    with pytest.raises(ValueError, match=f"{variable}='maybe' is not legal; legal: .*") as failure:
+        PrefixConfig.from_env({variable: "maybe"})
+    for value in legal.split(", "):
+        assert value in str(failure.value)
+
+
+@pytest.mark.parametrize("variable", ["SGLANG_PREFIX_GATE", "SGLANG_PREFIX_POLICY"])
+def test_the_factory_reads_the_settings_before_anything_else(
+    variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang_prefix.plugin import create_prefix_backend
+
+    monkeypatch.setenv(variable, "maybe")
+    with pytest.raises(ValueError, match=variable):
+        create_prefix_backend(object())
+
+
+@pytest.mark.parametrize("name", ["nonesuch", "prefix"])
+def test_an_unknown_stock_backend_is_named_with_the_legal_ones(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang_prefix.plugin import create_prefix_backend, register
+
+    register()
+    monkeypatch.setenv("SGLANG_PREFIX_STOCK_BACKEND", name)
+    runner = SimpleNamespace(page_size=1, token_to_kv_pool=SimpleNamespace(dtype=torch.float32))
+    with pytest.raises(ValueError, match=f"SGLANG_PREFIX_STOCK_BACKEND='{name}'") as failure:
+        create_prefix_backend(runner)
+    legal = str(failure.value).split("legal: ")[1].split(", ")
+    assert "torch_native" in legal
+    assert "prefix" not in legal
+
+
+@pytest.mark.parametrize(
+    ("name", "page_size", "dtype", "flag"),
+    [
+        ("trtllm_mha", 1, torch.bfloat16, "--page-size 1 "),
+        ("flashmla", 16, torch.bfloat16, "--page-size 16 "),
+        ("fa4", 64, torch.bfloat16, "--page-size 64 "),
+        ("fa3", 1, torch.float8_e5m2, "--kv-cache-dtype float8_e5m2 "),
+    ],
+)
+def test_the_rules_of_a_stock_backend_name_the_flag(
+    name: str, page_size: int, dtype: torch.dtype, flag: str
+) -> None:
+    from sglang_prefix.stock_rules import check_stock_rules
+
+    runner = SimpleNamespace(page_size=page_size, token_to_kv_pool=SimpleNamespace(dtype=dtype))
+    with pytest.raises(ValueError, match=flag) as failure:
+        check_stock_rules(name, runner)
+    assert name in str(failure.value)
+    assert "SGLANG_PREFIX_STOCK_BACKEND" in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "page_size"), [("trtllm_mha", 64), ("torch_native", 1), ("fa3", 1), ("triton", 16)]
+)
+def test_what_fits_a_stock_backend_passes(name: str, page_size: int) -> None:
+    from sglang_prefix.stock_rules import check_stock_rules
+
+    pool = SimpleNamespace(dtype=torch.float8_e4m3fn)
+    check_stock_rules(name, SimpleNamespace(page_size=page_size, token_to_kv_pool=pool))
+
+
+def _without(owner: str, name: str) -> Callable[[pytest.MonkeyPatch], None]:
+    def remove(monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delattr(f"{owner}.{name}")
+
+    return remove
+
+
+def _with(owner: str, name: str, value: Any) -> Callable[[pytest.MonkeyPatch], None]:
+    return lambda monkeypatch: monkeypatch.setattr(f"{owner}.{name}", value)
+
+
+def _batch_second(cls: type, model_runner: Any, batch: Any) -> None: ...
+
+
+FORWARD_BATCH = "sglang.srt.model_executor.forward_batch_info.ForwardBatch"
+MODEL_RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
+SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+REGISTRY = "sglang.srt.layers.attention.attention_registry"
+
+
+@pytest.mark.parametrize(
+    ("change", "symbol"),
+    [
+        (_without(FORWARD_BATCH, "init_new"), f"{FORWARD_BATCH}.init_new"),
+        (_with(FORWARD_BATCH, "init_new", classmethod(_batch_second)), f"{FORWARD_BATCH}.init_new"),
+        (_without(MODEL_RUNNER, "forward"), f"{MODEL_RUNNER}.forward"),
+        (_without(SCHEDULER, "get_internal_state"), f"{SCHEDULER}.get_internal_state"),
+        (_with(REGISTRY, "ATTENTION_BACKENDS", None), f"{REGISTRY}.ATTENTION_BACKENDS"),
+    ],
+)
+def test_a_symbol_that_is_gone_is_named(
+    change: Callable[[pytest.MonkeyPatch], None], symbol: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sglang.srt.managers.scheduler
+    import sglang.srt.model_executor.model_runner  # noqa: F401
+
+    import prefix_patches
+
+    change(monkeypatch)
+    with pytest.raises(RuntimeError, match="cannot attach to SGLang") as failure:
+        prefix_patches.install()
+    message = str(failure.value)
+    assert symbol in message
+    assert message.count("sglang.") == 1  # and nothing else
+
+
+def test_a_patch_that_does_not_take_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import prefix_patches
+    from prefix_patches import model_runner_forward
+
+    monkeypatch.setattr(model_runner_forward, "installed", lambda: False)
+    monkeypatch.setattr(model_runner_forward, "install", lambda: None)
+    with pytest.raises(RuntimeError, match=r"model_runner_forward did not take effect"):
+        prefix_patches.install()
+
+
+def test_installing_twice_patches_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+    import prefix_patches
+
+    prefix_patches.install()
+    once = inspect.getattr_static(ForwardBatch, "init_new")
+    prefix_patches.install()
+    assert inspect.getattr_static(ForwardBatch, "init_new") is once

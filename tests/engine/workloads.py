@@ -1,0 +1,57 @@
+"""Requests that share prefixes in the ways that served traffic does, from fixed seeds."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+from tests.engine.driver import Request
+
+__all__ = ["aborted", "forest", "identical"]
+
+
+def _tokens(rng: random.Random, count: int) -> tuple[int, ...]:
+    return tuple(rng.randrange(256) for _ in range(count))
+
+
+def forest() -> tuple[Request, ...]:
+    """Three waves: a system prompt with branches, identical prompts, unrelated ones, late joins.
+
+    29 requests of 30 to 420 tokens. Lengths to generate are uneven, so requests leave all the
+    time; waves two and three join while others run, and read what finished requests have left in
+    the cache: prompts that continue a branch, repeat a prompt, or end inside one.
+    """
+    rng = random.Random(1)
+    system = _tokens(rng, 300)
+    branches = [system + _tokens(rng, 60) for _ in range(3)]
+    twin = branches[0] + _tokens(rng, 9)
+    deeper = branches[1] + _tokens(rng, 40)
+    prompts = [branches[i % 3] + _tokens(rng, 3 + i) for i in range(9)]
+    prompts += [twin, twin, twin]
+    prompts += [_tokens(rng, 30 + 35 * i) for i in range(3)]
+    first = [Request(f"a{i}", p, 8 + (i * 23) % 61) for i, p in enumerate(prompts)]
+    prompts = [deeper + _tokens(rng, 2 + i) for i in range(5)] + [prompts[4], prompts[4][:330]]
+    second = [Request(f"b{i}", p, 10 + (i * 17) % 45, after=4) for i, p in enumerate(prompts)]
+    prompts = [prompts[0] + _tokens(rng, 20), system + _tokens(rng, 1), deeper, deeper, twin]
+    prompts += [_tokens(rng, 50), prompts[0][:64]]
+    third = [Request(f"c{i}", p, 9 + (i * 11) % 40, after=12) for i, p in enumerate(prompts)]
+    return (*first, *second, *third)
+
+
+def aborted() -> tuple[Request, ...]:
+    """Two waves over two branches; every third request is aborted and comes again, same id."""
+    rng = random.Random(2)
+    system = _tokens(rng, 280)
+    branches = [system + _tokens(rng, 40) for _ in range(2)]
+    prompts = [branches[i % 2] + _tokens(rng, 2 + 3 * i) for i in range(8)]
+    prompts += [_tokens(rng, 40), _tokens(rng, 21)]
+    first = [Request(f"d{i}", p, 14 + 3 * i) for i, p in enumerate(prompts)]
+    late = [Request(f"e{i}", (*p, i), 20 + 2 * i, after=3) for i, p in enumerate(prompts)]
+    cut = [replace(r, max_new_tokens=60, abort_after=5) for r in (*first, *late)[::3]]
+    return (*cut, *first, *late)
+
+
+def identical(count: int, length: int, max_new_tokens: int) -> tuple[Request, ...]:
+    """One prompt, many times."""
+    prompt = _tokens(random.Random(3), length)
+    return tuple(Request(f"i{i}", prompt, max_new_tokens) for i in range(count))
