@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="result file instead of the dated one")
     arguments = parser.parse_args()
-    console = Console()
+    console = Console(width=max(Console().width, 130))  # the table is wide, also in a file
     commit = _git("rev-parse", "--short", "HEAD")
     report: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
