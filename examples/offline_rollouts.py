@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=24)
     arguments = parser.parse_args()
 
-    options = {} if torch.cuda.is_available() else {"device": "cpu", "mem_fraction_static": 0.1}
+    options = {} if torch.cuda.is_available() else {"device": "cpu", "mem_fraction_static": 0.7}
     engine = sglang.Engine(
         model_path=arguments.model_path,
         attention_backend="prefix",

@@ -212,11 +212,11 @@ class PrefixForest:
         rows: IntArray = np.asarray(order, dtype=np.int64)
         lengths: IntArray = np.asarray(common, dtype=np.int64)
         lens: IntArray = np.array(seq_lens, dtype=np.int64)  # a copy: callers add to theirs
-        nodes = _intervals(lengths)
-        padded = np.concatenate(([0], lengths, [0]))
-        shared_lens = np.zeros(len(rows), dtype=np.int64)
-        shared_lens[rows] = np.maximum(padded[:-1], padded[1:])[: len(rows)]
+        rows, nodes = _by_lowest_row(rows, _intervals(lengths))
         begin, end, start, stop = nodes.T
+        shared_lens = np.zeros(len(rows), dtype=np.int64)
+        for first, last, reach in zip(begin.tolist(), end.tolist(), stop.tolist(), strict=True):
+            shared_lens[rows[first:last]] = reach  # children come after their parents
         return cls(lens, shared_lens, rows, begin, end, start, stop, _parents(nodes))
 
 
@@ -264,6 +264,38 @@ def _intervals(common: IntArray) -> IntArray:
             open_nodes.append((length, begin))
     found.sort(key=lambda node: (node[0], node[2]))
     return np.asarray(found, dtype=np.int64).reshape(len(found), 4)
+
+
+def _by_lowest_row(order: IntArray, nodes: IntArray) -> tuple[IntArray, IntArray]:
+    """Put siblings in order of their lowest batch row, so that a forest has one form only.
+
+    What puts equal prefixes side by side, node ids or slots, says nothing about which of two
+    siblings comes first; plans made from either are to be the same.
+
+    Args:
+        order: [B] batch rows, equal prefixes side by side.
+        nodes: [N, 4] begin, end, start, stop in preorder, over ``order``.
+
+    Returns:
+        Both, rearranged.
+    """
+    if not len(nodes):
+        return np.arange(len(order)), nodes
+    spans = nodes[:, :2].ravel()
+    lowest = np.minimum.reduceat(np.append(order, len(order)), spans)[::2].tolist()
+    depths: list[int] = []
+    for parent in _parents(nodes).tolist():
+        depths.append(depths[parent] + 1 if parent >= 0 else 0)
+    # A request's key: the lowest rows of the nodes on its path, then its own.
+    keys = np.tile(order, (max(depths) + 2, 1))
+    for depth, (begin, end), row in zip(depths, nodes[:, :2].tolist(), lowest, strict=True):
+        keys[depth, begin:end] = row
+    arranged = np.lexsort(keys[::-1])
+    place = np.empty_like(arranged)
+    place[arranged] = np.arange(len(order))
+    begins = np.minimum.reduceat(np.append(place, len(order)), spans)[::2]
+    moved = np.column_stack((begins, begins + nodes[:, 1] - nodes[:, 0], nodes[:, 2:]))
+    return order[arranged], moved[np.lexsort((moved[:, 2], moved[:, 0]))]
 
 
 def _parents(nodes: IntArray) -> IntArray:

@@ -109,7 +109,7 @@ def _engine_arguments(
     }
     if device == "cpu":
         longest = max(map(len, workload.prompts)) + workload.new_tokens
-        arguments["mem_fraction_static"] = 0.1
+        arguments["mem_fraction_static"] = 0.7
         # Room for the whole batch without sharing: both engines run it in one piece.
         arguments["max_total_tokens"] = len(workload.prompts) * longest + 4096
     else:
