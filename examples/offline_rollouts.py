@@ -24,13 +24,15 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=24)
     arguments = parser.parse_args()
 
-    options = {} if torch.cuda.is_available() else {"device": "cpu", "mem_fraction_static": 0.7}
+    # On a GPU this release packs without CUDA graphs only.
+    on_gpu = {"disable_cuda_graph": True}
+    on_cpu = {"device": "cpu", "mem_fraction_static": 0.7}
     engine = sglang.Engine(
         model_path=arguments.model_path,
         attention_backend="prefix",
         max_total_tokens=40_000,
         log_level="warning",
-        **options,
+        **(on_gpu if torch.cuda.is_available() else on_cpu),
     )
     try:
         sampling = {

@@ -15,7 +15,7 @@ PROMPT = "Think of a number between one and ten and say why. " * 20
 
 
 def main() -> None:
-    """Ask for n samples and print them, then what the server's attention did."""
+    """Ask for n samples and print them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base-url", default="http://127.0.0.1:30000")
     parser.add_argument("--n", type=int, default=8, help="samples of the prompt")

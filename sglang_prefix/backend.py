@@ -11,19 +11,19 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import RadixAttention
 
 import prefix_patches
-from prefix_patches.attention_names import build_stock, default_stock_name
+from prefix_patches.attention_names import build_stock, default_stock_name, prefill_name
 from prefix_patches.handover import handover_of
 from prefix_patches.kv_write import applies_kv_scales, write_kv
 from prefix_patches.scheduler_internal_state import report_with
 from sglang_prefix.batch_planner import BatchPlanner, ShapeRunner
 from sglang_prefix.config import PrefixConfig
 from sglang_prefix.counters import BackendCounters
-from sglang_prefix.fallback import layer_reason, server_reason
+from sglang_prefix.fallback import REASONS, layer_reason, server_reason
 from sglang_prefix.packing import AttentionShape
 from sglang_prefix.planner import PackPlanner, profile_for
 from sglang_prefix.plugin import BACKEND_NAME
 from sglang_prefix.runner import PlanRunner
-from sglang_prefix.stock_rules import check_stock_rules
+from sglang_prefix.stock_rules import check_cpu_prefill, check_stock_rules
 
 __all__ = ["PrefixAttnBackend", "create_backend"]
 
@@ -39,6 +39,7 @@ def create_backend(model_runner: Any) -> PrefixAttnBackend:
     """
     config = PrefixConfig.from_env()
     prefix_patches.install()
+    check_cpu_prefill(model_runner, BACKEND_NAME)
     stock_name = config.stock_backend or default_stock_name(model_runner, BACKEND_NAME)
     check_stock_rules(stock_name, model_runner)
     stock = build_stock(model_runner, stock_name, BACKEND_NAME)
@@ -66,17 +67,26 @@ class PrefixAttnBackend(AttentionBackend):
         self.token_to_kv_pool = model_runner.token_to_kv_pool
         self.req_to_token_pool = model_runner.req_to_token_pool
         layers = [m for m in model_runner.model.modules() if isinstance(m, RadixAttention)]
-        self.counters.delegated_layers = {
-            layer.layer_id: reason
+        kv_dtype = self.token_to_kv_pool.dtype
+        stock_names = {stock_name, prefill_name(model_runner, BACKEND_NAME) or stock_name}
+        reasons = {
+            layer.layer_id: layer_reason(
+                layer,
+                stock_names,
+                kv_is_8_bit=applies_kv_scales(self.token_to_kv_pool),
+                same_dtype=kv_dtype == model_runner.dtype,
+            )
             for layer in layers
-            if (reason := layer_reason(layer, stock_name))
         }
+        self.counters.delegated_layers = {k: reason for k, reason in reasons.items() if reason}
         self._server_reason = server_reason(model_runner, config.gate)
-        self._runners: dict[AttentionShape, PlanRunner] = {}
+        # The layers that we take. A layer that is not among them, for whatever reason, is stock's.
+        self._runner_of: dict[RadixAttention, PlanRunner] = {}
         self._batches: BatchPlanner | None = None
         self._packed = False  # this step runs under a plan
         self._stock_is_ready = False  # the stock backend has this step's metadata
         self._fell_back = False  # this step has been counted as one that the stock backend served
+        self._failed = False  # a failure has been logged with its traceback
         self._verify = config.verify
         if self._server_reason is None:
             self._build_runners(model_runner, layers, config)
@@ -92,6 +102,9 @@ class PrefixAttnBackend(AttentionBackend):
             config.policy,
             f", inactive: {self._server_reason}" if self._server_reason else "",
         )
+        for reason in sorted(set(self.counters.delegated_layers.values())):
+            ids = [k for k, found in self.counters.delegated_layers.items() if found == reason]
+            logger.info("prefix attention: layers %s are stock's (%s)", ids, REASONS[reason])
 
     def __getattr__(self, name: str) -> Any:
         # Reached for names that neither we nor SGLang's base class define.
@@ -160,7 +173,7 @@ class PrefixAttnBackend(AttentionBackend):
         except Exception:
             if self._verify:
                 raise
-            logger.exception("prefix attention: layer %d failed", layer.layer_id)
+            self._log_failure(f"layer {layer.layer_id}")
             self._give_up_step("error")
             self._prepare_stock(forward_batch)
             # k and v have been written, and perhaps scaled in place: not a second time.
@@ -171,12 +184,12 @@ class PrefixAttnBackend(AttentionBackend):
     ) -> None:
         device = self.req_to_token_pool.req_to_token.device
         kv_dtype = self.token_to_kv_pool.dtype
-        shapes = []
+        shapes: dict[AttentionShape, ShapeRunner] = {}
         for layer in layers:
             if layer.layer_id in self.counters.delegated_layers:
                 continue
             shape = _shape_of(layer, model_runner.dtype, kv_dtype)
-            if shape not in self._runners:
+            if shape not in shapes:
                 runner = PlanRunner(
                     shape.num_qo_heads,
                     shape.num_kv_heads,
@@ -185,20 +198,20 @@ class PrefixAttnBackend(AttentionBackend):
                     config.executor,
                 )
                 profile = profile_for(runner.executor_name)
-                planner = PackPlanner(shape, profile, policy=config.policy)
-                self._runners[shape] = runner
-                shapes.append(ShapeRunner(planner, runner))
+                shapes[shape] = ShapeRunner(
+                    PackPlanner(shape, profile, policy=config.policy), runner
+                )
+            self._runner_of[layer] = shapes[shape].runner
         if not shapes:
             self._server_reason = "no-layer"
             return
         handover = handover_of(model_runner, create=True)
         assert handover is not None
-        self._dtypes = (model_runner.dtype, kv_dtype)
         self._batches = BatchPlanner(
             handover,
             self.req_to_token_pool.req_to_token,
             model_runner.page_size,
-            shapes,
+            list(shapes.values()),
             self.counters,
             verify=config.verify,
         )
@@ -219,26 +232,34 @@ class PrefixAttnBackend(AttentionBackend):
         assert self._batches is not None
         if getattr(forward_batch, "spec_info", None) is not None:
             return "speculative"
+        if getattr(forward_batch, "tbo_children", None):
+            return "two-batch-overlap"
         try:
             return self._batches.prepare(forward_batch)
         except Exception:
             self._batches.forget()
             if self._verify:
                 raise
-            logger.exception("prefix attention: planning failed")
+            self._log_failure("planning")
             return "error"
 
     def _runner_for(
         self, q: torch.Tensor, layer: RadixAttention, kwargs: dict[str, Any]
     ) -> PlanRunner | None:
-        if not self._packed or layer.layer_id in self.counters.delegated_layers:
+        runner = self._runner_of.get(layer)
+        if runner is None or not self._packed:
             return None
-        runner = self._runners[_shape_of(layer, *self._dtypes)]
+        unknown = [name for name, value in kwargs.items() if value is not None]
+        if unknown:
+            # The model will pass it at every step: the layer is stock's from now on.
+            del self._runner_of[layer]
+            self.counters.delegated_layers[layer.layer_id] = "unknown-argument"
+            if not self._runner_of:
+                self._server_reason = "no-layer"
+            self._give_up_step("unknown-argument", ", ".join(unknown))
+            return None
         if q.numel() != len(runner.seq_lens) * layer.tp_q_head_num * layer.qk_head_dim:
             self._give_up_step("other-batch")
-            return None
-        if any(value is not None for value in kwargs.values()):
-            self._give_up_step("unknown-argument", ", ".join(kwargs))
             return None
         return runner
 
@@ -250,7 +271,14 @@ class PrefixAttnBackend(AttentionBackend):
         if not self._fell_back:
             self._fell_back = True
             self.counters.packed_steps -= 1
+            if self._batches is not None:
+                self._batches.uncount_step()
             self.counters.fall_back(reason, detail)
+
+    def _log_failure(self, what: str) -> None:
+        """Log the exception at hand, with its traceback the first time only."""
+        logger.error("prefix attention: %s failed", what, exc_info=not self._failed)
+        self._failed = True
 
     def _prepare_stock(self, forward_batch: Any) -> None:
         if not self._stock_is_ready:

@@ -70,8 +70,10 @@ class BatchPlanner:
         self._counters = counters
         self._verify = verify
         self._reqs: list[Any] | None = None  # of the plan in use; None if it must not go on
+        self._states: list[Any] = []
         self._rows: IntArray | None = None
         self._epoch = -1
+        self._step_tokens = (0, 0)
 
     def prepare(self, forward_batch: Any) -> str | None:
         """Make the runners ready for a decode batch.
@@ -100,12 +102,21 @@ class BatchPlanner:
         """Make the next batch plan anew."""
         self._reqs = None
 
+    def uncount_step(self) -> None:
+        """Take back the tokens of a step that was prepared and then left to the stock backend."""
+        read, logical = self._step_tokens
+        self._step_tokens = (0, 0)
+        self._counters.kv_tokens_read -= read
+        self._counters.kv_tokens_logical -= logical
+
     def _goes_on(self, lens: IntArray) -> bool:
-        """Whether the plan in use serves this step too. One comparison, no loop over requests."""
+        """Whether the plan in use serves this step too: same requests, same rows, same tree."""
         batch = self._handover.batch
         if self._reqs is None or batch is None or self._epoch != self._handover.epoch:
             return False
         if len(lens) != len(self._reqs) or batch.reqs != self._reqs:
+            return False
+        if _states(batch.reqs) != self._states:
             return False
         rows = _host_rows_of(batch)
         if self._rows is not None and rows is not None and not np.array_equal(self._rows, rows):
@@ -121,7 +132,7 @@ class BatchPlanner:
         batch = self._handover.batch
         reqs = list(batch.reqs) if batch is not None else []
         complete = len(reqs) == len(lens)
-        settled = [req in self._handover.settled for req in reqs]
+        settled = [self._handover.is_settled(req) for req in reqs]
         forest = self._forest_from_paths(batch, reqs, settled, lens) if complete else None
         if forest is None:
             if self._req_to_token.device.type != "cpu":
@@ -139,9 +150,10 @@ class BatchPlanner:
             self._counters.packs, self._counters.partials = plan.num_packs, plan.num_partials
         if complete:
             # Their rows hold the tree's slots from the next step on, so that step plans again.
-            self._handover.settled.update(reqs)
+            self._handover.settle(reqs)
         if complete and all(settled):
             self._reqs, self._epoch = reqs, self._handover.epoch
+            self._states = _states(reqs)
             self._rows = _host_rows_of(batch)
         self._counters.plans += 1
         self._counters.plan_seconds += time.perf_counter() - began
@@ -160,8 +172,10 @@ class BatchPlanner:
         self._counters.path_seconds += time.perf_counter() - began
         paths, limits = [], []
         for req, is_settled in zip(reqs, settled, strict=True):
-            paths.append(RadixPath(*next(found)) if is_settled else RadixPath((), ()))
-            limits.append(owned_length(req) if is_settled else 0)
+            path = RadixPath(*next(found)) if is_settled else RadixPath((), ())
+            paths.append(path)
+            # A session's row may be owned past the path that the tree can show.
+            limits.append(min(owned_length(req), path.ends[-1]) if path.ends else 0)
         forest = PrefixForest.from_paths(paths, limits, lens, page_size=self._page_size)
         if self._verify:
             table = self._req_to_token.cpu().numpy()
@@ -177,12 +191,15 @@ class BatchPlanner:
         return np.asarray(rows.cpu().numpy())
 
     def _count_step(self) -> None:
-        runner = self._shapes[0].runner
-        plan = runner.plan
-        assert plan is not None
-        stats = runner.stats
+        stats = self._shapes[0].runner.stats
+        self._step_tokens = (stats.kv_tokens_read, stats.kv_tokens_logical)
         self._counters.kv_tokens_read += stats.kv_tokens_read
         self._counters.kv_tokens_logical += stats.kv_tokens_logical
+
+
+def _states(reqs: list[Any]) -> list[Any]:
+    """What changes when a request's KV moves although the same requests decode."""
+    return [(req.retraction_count, req.last_node) for req in reqs]
 
 
 def _host_lengths(forward_batch: Any) -> IntArray | None:

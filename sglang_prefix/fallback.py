@@ -6,8 +6,11 @@ Whatever is found here goes to the stock backend, is counted under its name, and
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from typing import Any
 
+from prefix_patches.kv_pool import is_block_quantized, is_slot_major
+from prefix_patches.resolved_args import resolved_args
 from sglang_prefix.checks import KV_DTYPES, Q_DTYPES
 
 __all__ = ["REASONS", "layer_reason", "server_reason"]
@@ -25,60 +28,80 @@ REASONS = {
     "kv-layout": "the KV pool is not laid out as [slot, head, dim]",
     "kv-dtype": "the KV cache dtype is not one that the executors read",
     "kv-quantized": "the KV cache is quantised in blocks",
+    "cpu-graph": "--enable-torch-compile captures decode on the CPU",
     "no-layer": "no attention layer of the model is supported",
     # One layer: the others are packed all the same.
     "sliding-window": "the layer attends to a window only",
     "cross-attention": "the layer attends to an encoder",
     "attention-type": "the layer is not causal decoder attention",
     "position-encoding": "the layer encodes positions inside attention",
-    "logit-capping": "the layer caps logits in another way than tanh, or the stock backend, which "
-    "serves its prefill, ignores the cap",
+    "logit-capping": "the layer caps logits in another way than tanh, or the backend that serves "
+    "its prefill ignores the cap",
+    "kv-scales": "the backend that serves the layer's prefill applies the KV scales otherwise",
+    "unknown-argument": "the model passes an attention argument that the executors do not know",
     "head-groups": "query heads do not come in whole groups per KV head",
     # One batch.
     "no-request-info": "the batch came without its requests (warm-up, or a row without a request)",
     "no-radix-paths": "this tree cannot be read on the CPU; "
     "SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND=python can",
+    "two-batch-overlap": "two-batch overlap splits the batch",
     "speculative": "the batch carries speculative state",
     # One call.
     "other-batch": "the call has another number of queries than the batch that was planned",
-    "unknown-argument": "the model passes an attention argument that the executors do not know",
     "error": "planning or running failed; see the traceback in the log",
 }
 
 
 def server_reason(model_runner: Any, gate: str) -> str | None:
     """Why nothing on this runner is packed, as a key of :data:`REASONS`; None to go ahead."""
-    server_args, pool = model_runner.server_args, model_runner.token_to_kv_pool
-    is_cuda = str(model_runner.device).startswith("cuda")
-    quantised = getattr(pool, "is_quantized_kv_cache", False)
-    layout = getattr(pool, "kv_cache_layout", "nhd")
+    args, pool = resolved_args(model_runner), model_runner.token_to_kv_pool
+    device = str(model_runner.device)
     found = {
         "gate-never": gate == "never",
         "draft-model": model_runner.is_draft_worker,
         "mla": model_runner.use_mla_backend,
         "encoder-decoder": getattr(model_runner.model_config, "is_encoder_decoder", False),
-        "deterministic": getattr(server_args, "enable_deterministic_inference", False),
+        "deterministic": getattr(args, "enable_deterministic_inference", False),
         "metadata-glue-graph": _is_set("SGLANG_ENABLE_METADATA_GLUE_GRAPH"),
-        "context-parallel": (getattr(server_args, "dcp_size", 1) or 1) > 1,
-        "kv-quantized": quantised() if callable(quantised) else quantised,
-        "kv-layout": layout != "nhd" or _is_set("SGLANG_USE_HND_KVCACHE"),
+        "context-parallel": (getattr(args, "dcp_size", 1) or 1) > 1,
+        "kv-quantized": is_block_quantized(pool)
+        or getattr(args, "kv_cache_dtype", None) in _BLOCK_QUANTIZED,
+        "kv-layout": not is_slot_major(pool) or _is_set("SGLANG_USE_HND_KVCACHE"),
         "kv-dtype": pool.dtype not in KV_DTYPES or model_runner.dtype not in Q_DTYPES,
-        "cuda-graph": is_cuda and not _decode_graphs_disabled(server_args),
+        "cuda-graph": device.startswith("cuda") and not _decode_graphs_disabled(args),
+        "cpu-graph": device == "cpu" and bool(getattr(args, "enable_torch_compile", False)),
     }
     return next((reason for reason, holds in found.items() if holds), None)
 
 
-# torch_native computes neither prefill nor decode with a cap (0.5.17 to 0.5.23). A capped decode
-# after an uncapped prefill would be neither stock's result nor the model's.
-_IGNORE_LOGIT_CAP = ("torch_native",)
+_BLOCK_QUANTIZED = ("mxfp8", "nvfp4", "fp4_e2m1")
+# These compute neither prefill nor decode with a cap (0.5.17 to 0.5.23). A capped decode after an
+# uncapped prefill would be neither stock's result nor the model's.
+_IGNORE_LOGIT_CAP = {"torch_native", "flex_attention", "trtllm_mha"}
+# These write and read KV without the layer's scales; the others apply them wherever the cache has
+# another dtype than the model.
+_IGNORE_KV_SCALES = {"torch_native", "flex_attention"}
 
 
-def layer_reason(layer: Any, stock_name: str) -> str | None:
-    """Why a ``RadixAttention`` layer is left to the stock backend; None if it is packed."""
+def layer_reason(
+    layer: Any, stock_names: Collection[str], *, kv_is_8_bit: bool, same_dtype: bool
+) -> str | None:
+    """Why a ``RadixAttention`` layer is left to the stock backend; None if it is packed.
+
+    Args:
+        layer: the layer.
+        stock_names: the backends that run its prefill, and its decode when we do not.
+        kv_is_8_bit: whether the KV cache holds 8-bit floats.
+        same_dtype: whether the KV cache has the model's dtype.
+    """
     window = layer.sliding_window_size
-    capped = (layer.logit_cap or 0) > 0
-    other_cap = layer.logit_capping_method != "tanh" or stock_name in _IGNORE_LOGIT_CAP
     attn_type = getattr(layer.attn_type, "value", layer.attn_type)
+    capped = (layer.logit_cap or 0) > 0
+    uncapped_stock = not _IGNORE_LOGIT_CAP.isdisjoint(stock_names)
+    # We apply scales to 8-bit caches and to no other. Which stock backends do so too?
+    scaled = layer.k_scale is not None or layer.v_scale is not None
+    unscaled = [name in _IGNORE_KV_SCALES for name in stock_names]
+    other_scales = any(unscaled) if kv_is_8_bit else not same_dtype and not all(unscaled)
     found = {
         "sliding-window": window is not None and window > -1,
         "cross-attention": layer.is_cross_attention,
@@ -86,20 +109,21 @@ def layer_reason(layer: Any, stock_name: str) -> str | None:
         "position-encoding": layer.use_irope
         or layer.xai_temperature_len > 0
         or layer.pos_encoding_mode != "NONE",
-        "logit-capping": capped and other_cap,
+        "logit-capping": capped and (layer.logit_capping_method != "tanh" or uncapped_stock),
+        "kv-scales": scaled and other_scales,
         "head-groups": layer.tp_q_head_num % layer.tp_k_head_num != 0,
     }
     return next((reason for reason, holds in found.items() if holds), None)
 
 
 def _is_set(name: str) -> bool:
-    return os.environ.get(name, "").lower() in ("1", "true", "yes")
+    return os.environ.get(name, "").lower() in ("1", "true", "yes", "y", "on")
 
 
-def _decode_graphs_disabled(server_args: Any) -> bool:
+def _decode_graphs_disabled(args: Any) -> bool:
     """``--disable-cuda-graph``, or the decode phase of the graph configuration switched off."""
-    if getattr(server_args, "disable_cuda_graph", False):
+    if getattr(args, "disable_cuda_graph", False):
         return True
-    config = getattr(server_args, "cuda_graph_config", None)
+    config = getattr(args, "cuda_graph_config", None)
     backend = getattr(getattr(config, "decode", None), "backend", None)
     return str(getattr(backend, "value", backend)).lower() == "disabled"

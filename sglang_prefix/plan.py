@@ -49,8 +49,8 @@ class PackPlan:
     Every (request, position) belongs to exactly one pack of that request. ``P`` packs: shared ones
     first, then one tail per request in batch order, which alone grows. Every (pack split, query)
     owns one partial, numbered request by request, so that a request's partials are consecutive
-    and there are no holes; PAT numbers them per pack, which collides on uneven trees
-    (anchors 1.1, defect 1). All arrays are int64 on the host; see
+    and there are no holes; PAT numbers them per pack, which collides on uneven
+    trees. All arrays are int64 on the host; see
     :class:`prefix_kernels.layout.PlanArrays` for how they are read.
     """
 
@@ -170,9 +170,14 @@ class PackPlan:
         read = int((lengths * blocks).sum()) + grown_tokens
         logical = int(self.seq_lens.sum()) + grown_tokens
         unique = self.kv_tokens_unique + grown_tokens
-        # Reading a query and writing the output are charged once per partial on both sides.
-        moved = read * shape.kv_token_bytes + self.num_partials * costs.query_bytes
-        stock = logical * shape.kv_token_bytes + self.batch_size * costs.query_bytes
+        # A request with one partial needs no merge: its output is written straight away, as stock
+        # kernels write theirs.
+        partials = np.diff(self.request_indptr)
+        merged = int(partials[partials > 1].sum())
+        output_bytes = self.batch_size * shape.num_qo_heads * shape.v_head_dim * shape.q_itemsize
+        moved = read * shape.kv_token_bytes + self.num_partials * shape.query_bytes + output_bytes
+        moved += merged * shape.partial_bytes
+        stock = logical * shape.kv_token_bytes + self.batch_size * shape.query_bytes + output_bytes
         return PlanStats(
             read,
             logical,

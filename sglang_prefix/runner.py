@@ -16,7 +16,7 @@ __all__ = ["EXECUTORS", "PlanRunner", "executor_named"]
 
 IntArray = NDArray[np.int64]
 
-EXECUTORS = ("auto", "cpu", "triton")
+EXECUTORS = ("auto", "cpu")
 
 
 def executor_named(name: str) -> str:
@@ -26,9 +26,8 @@ def executor_named(name: str) -> str:
         ValueError: the name is unknown, or names an executor that this release does not have.
     """
     if name not in EXECUTORS:
-        raise ValueError(f"executor={name!r} is unknown; legal: {', '.join(map(repr, EXECUTORS))}")
-    if name == "triton":
-        raise ValueError("executor='triton' is not in this release; legal: 'auto', 'cpu'")
+        state = "not in this release" if name == "triton" else "unknown"
+        raise ValueError(f"executor={name!r} is {state}; legal: {', '.join(map(repr, EXECUTORS))}")
     return "cpu"
 
 
@@ -65,7 +64,7 @@ class PlanRunner:
     def load(
         self, plan: PackPlan, req_to_token: torch.Tensor, req_pool_indices: torch.Tensor
     ) -> None:
-        """Take a plan into use and copy the slots of its positions. No device sync.
+        """Take a plan into use and copy the slots of its positions. Reads no device value.
 
         Args:
             plan: the plan.
@@ -171,8 +170,8 @@ class PlanRunner:
             low, high = self.slot_range
             if low < 0 or high >= k_cache.shape[0]:
                 raise ValueError(
-                    f"req_to_token holds slot {low if low < 0 else high}; legal: 0 to "
-                    f"{k_cache.shape[0] - 1} for this k_cache"
+                    f"the slots of req_to_token or new_slots reach {low if low < 0 else high}; "
+                    f"legal: 0 to {k_cache.shape[0] - 1} for this k_cache. Plan again."
                 )
         self._executor.run(
             q,

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
 
 import torch
+from packaging.version import Version
 
-__all__ = ["check_stock_rules"]
+from prefix_patches.attention_names import prefill_name
+from prefix_patches.resolved_args import resolved_args
+
+__all__ = ["check_cpu_prefill", "check_stock_rules"]
 
 # From SGLang's argument resolution (arg_groups/overrides.py, 0.5.23): page sizes to which it
 # snaps ``--page-size`` when one of these is named. It does not know them behind our name.
@@ -15,11 +20,32 @@ PAGE_SIZES = {
     "trtllm_mla": (32, 64),
     "cutedsl_mla": (32, 64),
     "flashmla": (64,),
+    "hpc_ops": (64,),
     "cutlass_mla": (128,),
     "fa4": (128,),
 }
 # SGLang turns fa3 into triton for this cache dtype.
 _KV_DTYPES_REFUSED = {"fa3": (torch.float8_e5m2,)}
+
+
+def check_cpu_prefill(model_runner: Any, own_name: str) -> None:
+    """Refuse ``--attention-backend prefix`` on the CPU where SGLang would prefill with Triton.
+
+    Before 0.5.22 SGLang decides by the prefill backend's name alone whether to launch its Triton
+    helpers, and does so for every name that it does not know.
+
+    Raises:
+        ValueError: the message names the flag to use instead.
+    """
+    release = Version(version("sglang"))
+    if model_runner.device != "cpu" or release >= Version("0.5.22"):
+        return
+    is_ours = resolved_args(model_runner).attention_backend == own_name
+    if is_ours and prefill_name(model_runner, own_name) is None:
+        raise ValueError(
+            f"--attention-backend {own_name} does not work on the CPU with SGLang {release}; "
+            f"use --decode-attention-backend {own_name}"
+        )
 
 
 def check_stock_rules(stock_name: str, model_runner: Any) -> None:
@@ -32,9 +58,10 @@ def check_stock_rules(stock_name: str, model_runner: Any) -> None:
     sizes = PAGE_SIZES.get(stock_name)
     if sizes and model_runner.page_size not in sizes:
         legal = ", ".join(map(str, sizes))
+        advised = 64 if 64 in sizes else sizes[0]  # as SGLang snaps it
         raise ValueError(
             f"--page-size {model_runner.page_size} does not fit the stock attention backend "
-            f"{stock_name}; legal: {legal}. Pass --page-size {sizes[-1]}, {other}."
+            f"{stock_name}; legal: {legal}. Pass --page-size {advised}, {other}."
         )
     dtype = model_runner.token_to_kv_pool.dtype
     if dtype in _KV_DTYPES_REFUSED.get(stock_name, ()):

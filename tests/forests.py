@@ -36,7 +36,7 @@ IntArray = NDArray[np.int64]
 
 PAGE_ORDERS = ("contiguous", "scattered", "mixed")
 
-# anchors 4.1: PAT's benchmark trees (flashserve/PAT, benchmark/run_kernel_bench.sh) and the ratio
+# PAT's benchmark trees (flashserve/PAT, benchmark/run_kernel_bench.sh) and the ratio
 # of KV tokens read once per request to KV tokens stored.
 PAT_TREES = {
     "1,10_4096,416": 5.47,

@@ -102,7 +102,7 @@ def cheapest_fold(forest: PrefixForest, costs: CostModel) -> float:
 
 
 def pat_published_rule(forest: PrefixForest, costs: CostModel, *, max_rows: int = 64) -> Packs:
-    """PAT's greedy profit rule as published (anchors 2.2; flashserve/PAT), in tokens.
+    """PAT's greedy profit rule as published (flashserve/PAT), in tokens.
 
     Leaves are the requests' tails. Children are visited in the order of the forest.
     """

@@ -1,4 +1,4 @@
-"""Who may import whom (architecture.md), and how long a file may get: read from the sources."""
+"""Who may import whom , and how long a file may get: read from the sources."""
 
 from __future__ import annotations
 

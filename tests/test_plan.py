@@ -194,7 +194,7 @@ def _with_other_slot(batch: Batch, request: int, position: int) -> NDArray[np.in
     return rows
 
 
-# PAT's defect 1 (anchors 1.1): page 32, g 4, Hkv 8, 8 requests that share 4,096 tokens.
+# Where PAT's partials collide: page 32, g 4, Hkv 8, 8 requests that share 4,096 tokens.
 COLLISION_TAILS = (40, 2100, 75, 3300, 520, 1024, 33, 7000)
 
 
@@ -295,8 +295,8 @@ def test_statistics_of_a_batch_computed_by_hand() -> None:
     assert stats.kv_read_ratio == stats.kv_unique_ratio == 9 / 13
     assert (stats.num_packs, stats.num_partials) == (3, 4)
     # Token: 2 heads x (8 + 8) x 2 bytes + 4 of slot index = 68. Query: q 4 x 8 x 2 = 64, partial
-    # 4 heads x (8 + 1) x 4 bytes, written and read = 288.
-    assert stats.bytes_ratio == (9 * 68 + 4 * 352) / (13 * 68 + 2 * 352)
+    # 4 heads x (8 + 1) x 4 bytes, written and read = 288. Output 2 x 4 x 8 x 2 = 128.
+    assert stats.bytes_ratio == (9 * 68 + 4 * (64 + 288) + 128) / (13 * 68 + 2 * 64 + 128)
     grown = planner.plan(batch.forest()).stats(grown_tokens=5)
     assert (grown.kv_tokens_read, grown.kv_tokens_logical, grown.kv_tokens_unique) == (14, 18, 14)
 

@@ -1,4 +1,4 @@
-"""The wrapper's contract (issue 2, item 8), line by line. Bad input: test_wrapper_errors.py."""
+"""The wrapper's contract, line by line. Bad input: test_wrapper_errors.py."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def test_heads(arguments: tuple[Any, ...], says: str) -> None:
         ({"logit_cap": -1.0}, r"logit_cap=-1.0; legal"),
         ({"logit_cap": float("nan")}, r"logit_cap=nan; legal"),
         ({"policy": "best"}, r"policy='best' is unknown; legal: 'pat', 'node', 'chunk', 'query'"),
-        ({"executor": "gpu"}, r"executor='gpu' is unknown; legal: 'auto', 'cpu', 'triton'"),
+        ({"executor": "gpu"}, r"executor='gpu' is unknown; legal: 'auto', 'cpu'"),
         ({"executor": "triton"}, r"executor='triton' is not in this release; legal"),
         ({"dtype": torch.float64}, r"q_dtype=torch.float64; legal: torch.float32"),
         ({"dtype": None, "q_dtype": torch.int8}, r"q_dtype=torch.int8; legal"),
@@ -336,7 +336,7 @@ def test_slots_outside_the_cache(case: AttentionCase, slot: int) -> None:
     wrapper = make_wrapper()
     table = case.req_to_token.clone()
     table[case.req_pool_indices[1], 852] = slot
-    says = rf"req_to_token.*slot {slot}; legal: 0 to {SLOTS - 1}"
+    says = rf"req_to_token.* reach {slot}; legal: 0 to {SLOTS - 1}"
     with pytest.raises(ValueError, match=says):  # noqa: PT012, either call may refuse it
         wrapper.plan(table, case.req_pool_indices, case.seq_lens)
         wrapper.run(case.q, case.k_cache, case.v_cache)
@@ -352,4 +352,4 @@ def test_slots_outside_the_cache_in_a_longer_call(
     longer = case.seq_lens + 1
     case.req_to_token[case.req_pool_indices[1], int(case.seq_lens[1])] = slot
     tensors = (case.q, case.k_cache, case.v_cache)
-    refused(wrapper, case, f"slot {slot}", lambda: wrapper.run(*tensors, seq_lens=longer))
+    refused(wrapper, case, f"reach {slot};", lambda: wrapper.run(*tensors, seq_lens=longer))

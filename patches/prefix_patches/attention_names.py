@@ -16,7 +16,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-__all__ = ["build_stock", "default_stock_name", "missing"]
+from prefix_patches.resolved_args import resolved_args
+
+__all__ = ["build_stock", "default_stock_name", "missing", "prefill_name"]
 
 _REGISTRY = "sglang.srt.layers.attention.attention_registry"
 _DEFAULTS = "sglang.srt.arg_groups.model_override_base"
@@ -39,7 +41,7 @@ def default_stock_name(model_runner: Any, own_name: str) -> str:
     That is what the user named with ``--attention-backend``, if it is not us, else the default of
     the architecture; on the CPU ``intel_amx`` where there is AMX and ``torch_native`` elsewhere.
     """
-    server_args = model_runner.server_args
+    server_args = resolved_args(model_runner)
     if server_args.attention_backend not in (None, own_name):
         return str(server_args.attention_backend)
     if model_runner.device == "cpu":
@@ -50,14 +52,21 @@ def default_stock_name(model_runner: Any, own_name: str) -> str:
     if hasattr(defaults, "get_default_attn_backend"):
         return str(
             defaults.get_default_attn_backend(
-                server_args, model_runner.use_mla_backend, model_runner.model_config
+                model_runner.server_args, model_runner.use_mla_backend, model_runner.model_config
             )
         )
     return str(
-        server_args._get_default_attn_backend(
+        model_runner.server_args._get_default_attn_backend(
             model_runner.use_mla_backend, model_runner.model_config
         )
     )
+
+
+def prefill_name(model_runner: Any, own_name: str) -> str | None:
+    """The backend that serves prefill where the user named one, else None for our delegate."""
+    args = resolved_args(model_runner)
+    named = getattr(args, "prefill_attention_backend", None)
+    return None if named in (None, own_name) else str(named)
 
 
 def build_stock(model_runner: Any, name: str, own_name: str) -> Any:

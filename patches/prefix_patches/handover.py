@@ -8,8 +8,9 @@ pass runs. One :class:`Handover` hangs on each model runner that uses our backen
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 __all__ = ["BATCH_ATTRIBUTE", "Handover", "handover_of"]
 
@@ -25,15 +26,16 @@ class Handover:
         batch: SGLang's ``ScheduleBatch`` of the pass under way; None outside a pass, and in
             passes that no schedule batch stands behind (warm-up, capture).
         epoch: grows with every pass that is not plain decode. Rows and tree may have changed then.
-        settled: requests that have decoded since they were last prefilled. Only their rows are
-            known to hold the tree's slots: under overlap scheduling the tree insert of a prefill
-            is processed after the next decode step has been launched.
+
+    A request is settled once it has decoded since it was last prefilled or retracted. Only then is
+    its row known to hold the tree's slots: under overlap scheduling the tree insert of a prefill is
+    processed after the next decode step has been launched.
     """
 
     def __init__(self) -> None:
         self.batch: Any = None
         self.epoch = 0
-        self.settled: WeakSet[Any] = WeakSet()
+        self._settled: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
     def enter(self, forward_batch: Any) -> Any:
         """Publish the batch behind ``forward_batch``; return what was published before."""
@@ -41,9 +43,21 @@ class Handover:
         self.batch = getattr(forward_batch, BATCH_ATTRIBUTE, None)
         if not forward_batch.forward_mode.is_decode():
             self.epoch += 1
-            for req in self.batch.reqs or () if self.batch is not None else ():
-                self.settled.discard(req)
+            # In a mixed batch the requests that decode are not inserted into the tree again.
+            decoding = {id(req) for req in getattr(self.batch, "decoding_reqs", None) or ()}
+            for req in getattr(self.batch, "reqs", None) or ():
+                if id(req) not in decoding:
+                    self._settled.pop(req, None)
         return previous
+
+    def is_settled(self, req: Any) -> bool:
+        """Whether the request's row is known to hold the tree's slots."""
+        return bool(self._settled.get(req) == req.retraction_count)
+
+    def settle(self, reqs: Iterable[Any]) -> None:
+        """Note that these requests have been launched in a decode step."""
+        for req in reqs:
+            self._settled[req] = req.retraction_count
 
     def leave(self, previous: Any) -> None:
         """Undo :meth:`enter`; passes may nest."""

@@ -41,14 +41,19 @@ def demo(
     new_tokens: Annotated[int, typer.Option(min=32)] = 32,
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds; the median counts.")] = 3,
     dtype: Annotated[
-        str, typer.Option(help="Tokens can be held equal in float32 only; auto is the model's.")
-    ] = "float32",
+        str | None,
+        typer.Option(
+            help="Default: float32 on the CPU, where tokens must be equal; auto, the model's, on "
+            "a GPU."
+        ),
+    ] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Compare stock decode with prefix decode in the real engine: tokens, KV read, time."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = dtype or ("float32" if device == "cpu" else "auto")
     out = console(json_file)
     with tempfile.TemporaryDirectory(prefix="sglang-prefix-demo-") as folder:
         root = Path(folder)
@@ -138,8 +143,8 @@ def _run_engine(
     (directory / "job.json").write_text(json.dumps(job))
     command = [sys.executable, "-m", "sglang_prefix.cli.main", "exec", "--", sys.executable]
     command += ["-m", "sglang_prefix.cli.demo_worker", str(directory)]
-    # Whatever gate or policy the user has set, the demo shows the backend at work.
-    env = {**os.environ, "SGLANG_PREFIX_GATE": "always"}
+    # Whatever the user's shell sets, the demo shows the backend as it comes.
+    env = {k: v for k, v in os.environ.items() if not k.startswith("SGLANG_PREFIX_")}
     with (directory / "log").open("wb") as log, out.status(f"{backend}: starting") as status:
         # The worker kills its engine when our end of its standard input closes, however we end.
         process = subprocess.Popen(
@@ -178,6 +183,8 @@ def _report(
 ) -> dict[str, Any]:
     """Put the numbers together, with everything that keeps them from being evidence."""
     stock, prefix = results["stock"], results["prefix"]
+    if not prefix["counters"]:
+        fail("the prefix engine reported no counters: was the plugin loaded?")
     counters = prefix["counters"][0]
     count = len(workload.prompts)
     pairs = zip(stock["output_ids"], prefix["output_ids"], strict=True)

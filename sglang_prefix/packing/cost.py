@@ -80,7 +80,8 @@ class DeviceProfile:
 
 # The torch executor takes all rows of a pack in one matrix product and parallelises inside it:
 # nothing is read twice and nothing is gained by splitting. A pack costs about eight torch calls;
-# at 5 us a call and 12 GB/s a core (benchmarks/results/cpu) that is the time of some 480 kB.
+# taking 5 us for a call and 12 GB/s for memory, that is the time of some 480 kB. Both are round
+# figures for one server core, not measurements of yours.
 CPU_PROFILE = DeviceProfile(
     name="cpu",
     max_block_rows=1 << 20,
@@ -90,7 +91,7 @@ CPU_PROFILE = DeviceProfile(
     min_split_tokens=1 << 20,
 )
 
-# 128 rows is the widest tile (architecture.md, "Packing"). The other figures are the starting
+# 128 rows is the widest tile of the kernels. The other figures are the starting
 # point for tuning, from the data sheet, and not measured: 132 SMs at two programs each; a program
 # costs about 2 us to start and drain at 4.8 TB/s / 132 SMs; L2 delivers some 2.5 times what main
 # memory does.

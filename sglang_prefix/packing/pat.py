@@ -5,7 +5,7 @@ parent's KV in a pack of its own, or folds it into the child's packs, so that th
 read that KV a second time but write one partial less. Its rule compares ``4 * queries`` with the
 passes over the parent's KV that a fold adds.
 
-That rule is improved on in five ways (its faults are listed in anchors 2.2):
+That rule is improved on in five ways :
 
 * *Units.* One partial costs ``num_qo_heads * (v_head_dim + 1)`` float32 values, written and read,
   and its query is read once more; one KV token costs ``num_kv_heads * (head_dim + v_head_dim)``

@@ -18,7 +18,7 @@ __all__ = ["POLICIES", "PackPolicy", "pack_chunk", "pack_node", "pack_query", "p
 
 PackPolicy = Callable[[PrefixForest, CostModel], Packs]
 
-# Tokens per chunk in ChunkAttention's benchmark (microsoft/chunk-attention; anchors 1.2).
+# Tokens per chunk in ChunkAttention's benchmark (microsoft/chunk-attention).
 CHUNK_TOKENS = 64
 
 

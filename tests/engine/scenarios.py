@@ -35,7 +35,7 @@ ROOMY = {"max_total_tokens": 20000}
 CROWDED = {"max_total_tokens": 760, "schedule_conservativeness": 0.01}
 RETRACT = {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "4"}
 VERIFY = {"SGLANG_PREFIX_VERIFY": "1"}
-# Tensor parallelism on a CPU without NUMA nodes; see design note sglang.md, section 8.
+# Tensor parallelism on a CPU without NUMA nodes.
 TWO_RANKS = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", "SGLANG_NCCL_SO_PATH": "/nonexistent.so"}
 
 

@@ -49,7 +49,12 @@ class Bench:
         )
         self.stock = TorchNativeAttnBackend(runner)
         config = PrefixConfig(verify=verify)
-        self.backend = PrefixAttnBackend(runner, self.stock, "torch_native", config)
+        self.backend = PrefixAttnBackend(
+            runner,
+            self.stock,
+            "triton",  # in name only: torch_native ignores scales, so we leave it layers with
+            config,
+        )
         self.batch = self._fill()
 
     def _fill(self) -> Any:
@@ -171,7 +176,7 @@ def test_stock_does_not_write_again_what_we_wrote_before_an_exception(
     backend = bench.backend
     writes = counted(bench.pool, "set_kv_buffer", monkeypatch)
     stock_calls = counted(bench.stock, "forward", monkeypatch)
-    (runner,) = backend._runners.values()
+    runner = next(iter(backend._runner_of.values()))
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("raised on purpose by a test")
@@ -200,7 +205,7 @@ def test_stock_does_not_write_again_what_we_wrote_before_an_exception(
 
 def test_verify_lets_the_exception_through(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(torch.float32, verify=True)
-    (runner,) = bench.backend._runners.values()
+    runner = next(iter(bench.backend._runner_of.values()))
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("raised on purpose by a test")

@@ -20,13 +20,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from prefix_patches.radix_paths import collect_path_info, node_by_id, tree_node
+from prefix_patches.radix_paths.tree_node import NO_PATH
 
-__all__ = ["Path", "owned_length", "path_reader", "pool_row"]
+__all__ = ["NO_PATH", "Path", "owned_length", "path_reader"]
 
 Path = tuple[tuple[int, ...], tuple[int, ...]]
 PathReader = Callable[[Sequence[Any]], list[Path]]
-
-NO_PATH: Path = ((), ())
 
 
 def path_reader(tree_cache: Any) -> PathReader | None:
@@ -41,14 +40,8 @@ def path_reader(tree_cache: Any) -> PathReader | None:
 def owned_length(req: Any) -> int:
     """Tokens at the start of a request's row that the tree owns.
 
-    ``req.kv.cache_protected_len`` from 0.5.19 on, ``req.cache_protected_len`` before.
+    ``req.kv.cache_protected_len`` from 0.5.19 on; ``req.cache_protected_len`` before, where
+    ``req.kv`` holds other things.
     """
-    state = getattr(req, "kv", None)
-    return int((req if state is None else state).cache_protected_len)
-
-
-def pool_row(req: Any) -> int:
-    """Row of ``req_to_token`` that a request holds: ``req.kv`` from 0.5.19 on, ``req`` before."""
-    state = getattr(req, "kv", None)
-    row = (req if state is None else state).req_pool_idx
-    return -1 if row is None else int(row)
+    state: Any = getattr(req, "kv", None)
+    return int((state if hasattr(state, "cache_protected_len") else req).cache_protected_len)

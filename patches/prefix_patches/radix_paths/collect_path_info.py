@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-_NO_PATH: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+from prefix_patches.radix_paths.tree_node import NO_PATH
 
 
 def reader(tree_cache: Any) -> Callable[[Sequence[Any]], list[Any]] | None:
@@ -29,6 +29,6 @@ def reader(tree_cache: Any) -> Callable[[Sequence[Any]], list[Any]] | None:
                 tuple([part.node_id for part in path]),
                 tuple([part.path_end for part in path]),
             )
-        return [found.get(node, _NO_PATH) if type(node) is int else _NO_PATH for node in nodes]
+        return [found.get(node, NO_PATH) if type(node) is int else NO_PATH for node in nodes]
 
     return read

@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from prefix_patches.radix_paths.tree_node import path_of
-
-_NO_PATH: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+from prefix_patches.radix_paths.tree_node import NO_PATH, path_of
 
 
 def reader(tree_cache: Any) -> Callable[[Sequence[Any]], list[Any]] | None:
@@ -27,6 +25,6 @@ def reader(tree_cache: Any) -> Callable[[Sequence[Any]], list[Any]] | None:
 
     def read(reqs: Sequence[Any]) -> list[Any]:
         nodes = [req.last_node for req in reqs]
-        return [path_of(look_up(node)) if type(node) is int else _NO_PATH for node in nodes]
+        return [path_of(look_up(node)) if type(node) is int else NO_PATH for node in nodes]
 
     return read

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+# Of a request that holds no node of a tree.
+NO_PATH: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+
 
 def reader(tree_cache: Any) -> Callable[[Sequence[Any]], list[Any]] | None:
     """The adapter's reader, or None if this cache is of another kind."""

@@ -1,0 +1,100 @@
+"""Radix path adapters, on objects shaped like those of each SGLang release that has them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from prefix_patches.handover import Handover
+from prefix_patches.radix_paths import owned_length, path_reader
+
+PATHS = {5: ((3, 5), (4, 9)), 6: ((3, 6), (4, 7)), 3: ((3,), (4,))}
+
+
+def linked_nodes() -> dict[int, Any]:
+    """Root 1 with node 3 of four tokens, and below it 5 and 6 of five and three."""
+    nodes = {1: SimpleNamespace(id=1, key=[], parent=None)}
+    for node, parent, length in ((3, 1, 4), (5, 3, 5), (6, 3, 3)):
+        nodes[node] = SimpleNamespace(id=node, key=[0] * length, parent=nodes[parent])
+    return nodes
+
+
+def read(cache: Any, last_nodes: list[Any]) -> list[Any]:
+    reader = path_reader(cache)
+    assert reader is not None
+    return reader([SimpleNamespace(last_node=node) for node in last_nodes])
+
+
+def test_linked_tree_nodes_of_0_5_17() -> None:
+    nodes = linked_nodes()
+    found = read(SimpleNamespace(), [nodes[5], nodes[6], nodes[3], nodes[1], None])
+    assert found == [PATHS[5], PATHS[6], PATHS[3], ((), ()), ((), ())]
+
+
+def test_node_by_id_of_0_5_19() -> None:
+    nodes = linked_nodes()
+    core = SimpleNamespace(node_by_id=nodes.__getitem__, root_node=nodes[1])
+    found = read(SimpleNamespace(tree_core=core), [5, 6, 1, object()])
+    assert found == [PATHS[5], PATHS[6], ((), ()), ((), ())]
+
+
+def test_a_core_that_cannot_look_nodes_up_has_no_reader() -> None:
+    class RustCore:  # as in 0.5.21: the method is there and raises
+        def node_by_id(self, node: int) -> Any:
+            raise NotImplementedError
+
+        @property
+        def root_node(self) -> Any:
+            raise NotImplementedError
+
+    assert path_reader(SimpleNamespace(tree_core=RustCore())) is None
+
+
+def test_collect_path_info_of_0_5_22() -> None:
+    def collect(ids: list[int]) -> list[list[Any]]:
+        return [
+            [SimpleNamespace(node_id=n, path_end=e) for n, e in zip(*PATHS[node], strict=True)]
+            for node in ids
+        ]
+
+    cache = SimpleNamespace(tree_core=SimpleNamespace(collect_path_info=collect))
+    virtual = object()  # a streaming session's last node
+    assert read(cache, [5, 5, virtual, 6]) == [PATHS[5], PATHS[5], ((), ()), PATHS[6]]
+
+
+def test_owned_length_is_where_each_release_keeps_it() -> None:
+    old = SimpleNamespace(cache_protected_len=7, kv=SimpleNamespace(kv_allocated_len=12))
+    without_kv = SimpleNamespace(cache_protected_len=7, kv=None)
+    new = SimpleNamespace(kv=SimpleNamespace(cache_protected_len=7))
+    assert [owned_length(req) for req in (old, without_kv, new)] == [7, 7, 7]
+
+
+class Request:
+    """Requests are held by weak references."""
+
+    retraction_count = 0
+
+
+def test_a_request_settles_with_its_second_decode_step_and_not_across_a_retraction() -> None:
+    handover, req = Handover(), Request()
+    assert not handover.is_settled(req)
+    handover.settle([req])
+    assert handover.is_settled(req)
+    req.retraction_count = 1
+    assert not handover.is_settled(req)
+
+
+def test_a_prefill_unsettles_its_requests_but_not_those_that_decode_beside_it() -> None:
+    handover, fresh, decoding = Handover(), Request(), Request()
+    handover.settle([fresh, decoding])
+    batch = SimpleNamespace(reqs=[fresh, decoding], decoding_reqs=[decoding])
+    extend = SimpleNamespace(
+        forward_mode=SimpleNamespace(is_decode=lambda: False), _sglang_prefix_schedule_batch=batch
+    )
+    before = handover.enter(extend)
+    assert handover.batch is batch
+    handover.leave(before)
+    assert handover.batch is None
+    assert handover.epoch == 1
+    assert not handover.is_settled(fresh)
+    assert handover.is_settled(decoding)
