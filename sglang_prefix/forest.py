@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -212,18 +212,23 @@ class PrefixForest:
         rows: IntArray = np.asarray(order, dtype=np.int64)
         lengths: IntArray = np.asarray(common, dtype=np.int64)
         lens: IntArray = np.array(seq_lens, dtype=np.int64)  # a copy: callers add to theirs
-        rows, nodes = _by_lowest_row(rows, _intervals(lengths))
-        begin, end, start, stop = nodes.T
+        padded = np.concatenate(([0], lengths, [0]))
         shared_lens = np.zeros(len(rows), dtype=np.int64)
-        for first, last, reach in zip(begin.tolist(), end.tolist(), stop.tolist(), strict=True):
-            shared_lens[rows[first:last]] = reach  # children come after their parents
-        return cls(lens, shared_lens, rows, begin, end, start, stop, _parents(nodes))
+        shared_lens[rows] = np.maximum(padded[:-1], padded[1:])[: len(rows)]
+        nodes = _intervals(lengths)
+        rows, nodes, parents = _by_lowest_row(rows, nodes, _parents(nodes))
+        begin, end, start, stop = nodes.T
+        return cls(lens, shared_lens, rows, begin, end, start, stop, parents)
 
 
 def _columns(sequences: Sequence[tuple[int, ...]]) -> IntArray:
     """Sequences of unequal length as columns, filled up with -1, at least one row of it."""
-    padded = [*zip_longest(*sequences, fillvalue=-1), (-1,) * len(sequences)]
-    return np.asarray(padded, dtype=np.int64)
+    lengths = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences))
+    depth = int(lengths.max(initial=0)) + 1
+    rows = np.full((len(sequences), depth), -1, dtype=np.int64)
+    flat = np.fromiter(chain.from_iterable(sequences), dtype=np.int64, count=int(lengths.sum()))
+    rows[np.arange(depth) < lengths[:, None]] = flat
+    return rows.T
 
 
 def _common_by_scan(keys: NDArray[np.integer]) -> IntArray:
@@ -266,7 +271,9 @@ def _intervals(common: IntArray) -> IntArray:
     return np.asarray(found, dtype=np.int64).reshape(len(found), 4)
 
 
-def _by_lowest_row(order: IntArray, nodes: IntArray) -> tuple[IntArray, IntArray]:
+def _by_lowest_row(
+    order: IntArray, nodes: IntArray, parents: IntArray
+) -> tuple[IntArray, IntArray, IntArray]:
     """Put siblings in order of their lowest batch row, so that a forest has one form only.
 
     What puts equal prefixes side by side, node ids or slots, says nothing about which of two
@@ -275,27 +282,35 @@ def _by_lowest_row(order: IntArray, nodes: IntArray) -> tuple[IntArray, IntArray
     Args:
         order: [B] batch rows, equal prefixes side by side.
         nodes: [N, 4] begin, end, start, stop in preorder, over ``order``.
+        parents: [N] index of each node's parent.
 
     Returns:
-        Both, rearranged.
+        All three, rearranged.
     """
     if not len(nodes):
-        return np.arange(len(order)), nodes
+        return np.arange(len(order)), nodes, parents
     spans = nodes[:, :2].ravel()
-    lowest = np.minimum.reduceat(np.append(order, len(order)), spans)[::2].tolist()
+    lowest = np.minimum.reduceat(np.append(order, len(order)), spans)[::2]
     depths: list[int] = []
-    for parent in _parents(nodes).tolist():
+    for parent in parents.tolist():
         depths.append(depths[parent] + 1 if parent >= 0 else 0)
     # A request's key: the lowest rows of the nodes on its path, then its own.
     keys = np.tile(order, (max(depths) + 2, 1))
-    for depth, (begin, end), row in zip(depths, nodes[:, :2].tolist(), lowest, strict=True):
+    for depth, begin, end, row in zip(
+        depths, nodes[:, 0].tolist(), nodes[:, 1].tolist(), lowest.tolist(), strict=True
+    ):
         keys[depth, begin:end] = row
     arranged = np.lexsort(keys[::-1])
-    place = np.empty_like(arranged)
+    place = np.empty(len(order) + 1, dtype=np.int64)
     place[arranged] = np.arange(len(order))
-    begins = np.minimum.reduceat(np.append(place, len(order)), spans)[::2]
-    moved = np.column_stack((begins, begins + nodes[:, 1] - nodes[:, 0], nodes[:, 2:]))
-    return order[arranged], moved[np.lexsort((moved[:, 2], moved[:, 0]))]
+    place[-1] = len(order)
+    moved = nodes.copy()
+    moved[:, 0] = np.minimum.reduceat(place, spans)[::2]
+    moved[:, 1] += moved[:, 0] - nodes[:, 0]
+    preorder = np.lexsort((moved[:, 2], moved[:, 0]))
+    index = np.full(len(nodes) + 1, -1)  # the last entry is the parent of roots
+    index[preorder] = np.arange(len(nodes))
+    return order[arranged], moved[preorder], index[parents[preorder]]
 
 
 def _parents(nodes: IntArray) -> IntArray:
