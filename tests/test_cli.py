@@ -31,9 +31,15 @@ def run_cli(*arguments: str, **options: object) -> subprocess.CompletedProcess[s
 
 
 class TestExec:
-    def test_real_kernel_leaves_the_environment_alone(self) -> None:
+    @pytest.mark.parametrize("kind", ["real", "missing", "broken"])
+    def test_a_gpu_leaves_the_environment_alone(self, kind: str) -> None:
         base = {"PYTHONPATH": "/mine", "HOME": "/home"}
-        assert sglang_environment(SglKernel("real"), base) == base
+        kernel = SglKernel(kind)  # type: ignore[arg-type]
+        assert sglang_environment(kernel, base, has_gpu=True) == base
+
+    def test_real_kernel_without_a_gpu_needs_the_cpu_engine_only(self) -> None:
+        found = sglang_environment(SglKernel("real"), {"PYTHONPATH": "/mine"}, has_gpu=False)
+        assert found == {"PYTHONPATH": "/mine", "SGLANG_USE_CPU_ENGINE": "1"}
 
     @pytest.mark.parametrize("kind", ["missing", "broken"])
     def test_without_a_kernel_the_stand_in_comes_first(self, kind: str) -> None:

@@ -149,8 +149,13 @@ def _check_patched_symbols() -> Check:
 
 def _check_backend() -> Check:
     import sglang_prefix.backend
+    from sglang_prefix.config import PrefixConfig
 
-    return Check("backend", True, f"{sglang_prefix.backend.__name__} imports")
+    try:
+        config = PrefixConfig.from_env()
+    except ValueError as error:
+        return Check("backend", False, str(error), "correct the environment variable")
+    return Check("backend", True, f"{sglang_prefix.backend.__name__} imports, {config}")
 
 
 _METADATA_CHECKS = (_check_torch, _check_sglang_version, _check_entry_point)

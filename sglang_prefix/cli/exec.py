@@ -23,6 +23,8 @@ __all__ = ["SglKernel", "exec_command", "find_sgl_kernel", "sglang_environment",
 _NOT_EXECUTABLE = 126
 _NOT_FOUND = 127
 
+_GPU_DEVICE_FILES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd")
+
 # Run with -P: a folder `sgl_kernel` in the working directory is not an installation.
 _PROBE = "import sgl_kernel; print(getattr(sgl_kernel, 'IS_STAND_IN', False))"
 
@@ -72,17 +74,26 @@ def stand_in_root() -> Path:
     return Path(spec.origin).parent
 
 
-def sglang_environment(kernel: SglKernel, base: Mapping[str, str] = os.environ) -> dict[str, str]:
+def gpu_is_present() -> bool:
+    """Whether this host has a GPU's device files: NVIDIA's driver or AMD's."""
+    return any(Path(node).exists() for node in _GPU_DEVICE_FILES)
+
+
+def sglang_environment(
+    kernel: SglKernel, base: Mapping[str, str] = os.environ, *, has_gpu: bool | None = None
+) -> dict[str, str]:
     """Return the environment in which SGLang imports on this host.
 
     Args:
-        kernel: what `find_sgl_kernel` found; with "real" the environment is `base` as it is.
+        kernel: what `find_sgl_kernel` found; "broken" and "missing" get the stand-in.
         base: the environment to start from; not changed.
+        has_gpu: whether there is a GPU, where the environment is `base` as it is, so that a broken
+            installation shows itself; None to look.
     """
     environment = dict(base)
-    if kernel.kind == "real":
+    if gpu_is_present() if has_gpu is None else has_gpu:
         return environment
-    if kernel.kind != "stand-in":
+    if kernel.kind in ("broken", "missing"):
         paths = [str(stand_in_root()), *filter(None, [base.get("PYTHONPATH")])]
         environment["PYTHONPATH"] = os.pathsep.join(paths)
     # Read once, when SGLang is imported: without it SGLang looks for CUDA.
