@@ -145,11 +145,11 @@ class PrefixAttnBackend(AttentionBackend):
         forward_batch: Any,
         save_kv_cache: bool = True,
         **kwargs: Any,
-    ) -> torch.Tensor:
+    ) -> Any:
         """Attention of one layer: ours for decode, the stock backend's for every other mode."""
         if forward_batch.forward_mode.is_decode():
             return self.forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
-        return self._stock_forward(q, k, v, layer, forward_batch, save_kv_cache, kwargs)
+        return self.stock.forward(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
 
     def forward_decode(
         self,
@@ -160,12 +160,12 @@ class PrefixAttnBackend(AttentionBackend):
         forward_batch: Any,
         save_kv_cache: bool = True,
         **kwargs: Any,
-    ) -> torch.Tensor:
+    ) -> Any:
         """Decode one layer; see :class:`AttentionBackend`. Writes KV exactly once per call."""
         runner = self._runner_for(q, layer, kwargs)
         if runner is None:
             self._prepare_stock(forward_batch)
-            return self._stock_forward(q, k, v, layer, forward_batch, save_kv_cache, kwargs)
+            return self.stock.forward(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
         if save_kv_cache and k is not None and v is not None:
             write_kv(self.token_to_kv_pool, layer, forward_batch, k, v)
         try:
@@ -177,7 +177,7 @@ class PrefixAttnBackend(AttentionBackend):
             self._give_up_step("error")
             self._prepare_stock(forward_batch)
             # k and v have been written, and perhaps scaled in place: not a second time.
-            return self._stock_forward(q, k, v, layer, forward_batch, False, kwargs)
+            return self.stock.forward(q, k, v, layer, forward_batch, False, **kwargs)
 
     def _build_runners(
         self, model_runner: Any, layers: Iterable[RadixAttention], config: PrefixConfig
@@ -284,21 +284,6 @@ class PrefixAttnBackend(AttentionBackend):
         if not self._stock_is_ready:
             self._stock_is_ready = True
             self.stock.init_forward_metadata(forward_batch)
-
-    def _stock_forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor | None,
-        v: torch.Tensor | None,
-        layer: RadixAttention,
-        forward_batch: Any,
-        save_kv_cache: bool,
-        kwargs: dict[str, Any],
-    ) -> torch.Tensor:
-        output: torch.Tensor = self.stock.forward(
-            q, k, v, layer, forward_batch, save_kv_cache, **kwargs
-        )
-        return output
 
     def _run(self, runner: PlanRunner, q: torch.Tensor, layer: RadixAttention) -> torch.Tensor:
         q = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)

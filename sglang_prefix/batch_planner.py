@@ -73,7 +73,7 @@ class BatchPlanner:
         self._states: list[Any] = []
         self._rows: IntArray | None = None
         self._epoch = -1
-        self._step_tokens = (0, 0)
+        self._plan_tokens = (0, 0)  # read and logical KV tokens of a step under the plan in use
 
     def prepare(self, forward_batch: Any) -> str | None:
         """Make the runners ready for a decode batch.
@@ -90,6 +90,9 @@ class BatchPlanner:
         if self._goes_on(lens):
             for _, runner in self._shapes:
                 runner.append(lens, forward_batch.out_cache_loc)
+            # Tails are read by their own request alone: one token more, read and logical.
+            read, logical = self._plan_tokens
+            self._plan_tokens = (read + len(lens), logical + len(lens))
             self._count_step()
             return None
         self._reqs = None
@@ -104,8 +107,7 @@ class BatchPlanner:
 
     def uncount_step(self) -> None:
         """Take back the tokens of a step that was prepared and then left to the stock backend."""
-        read, logical = self._step_tokens
-        self._step_tokens = (0, 0)
+        read, logical = self._plan_tokens
         self._counters.kv_tokens_read -= read
         self._counters.kv_tokens_logical -= logical
 
@@ -133,7 +135,7 @@ class BatchPlanner:
         reqs = list(batch.reqs) if batch is not None else []
         complete = len(reqs) == len(lens)
         settled = [self._handover.is_settled(req) for req in reqs]
-        forest = self._forest_from_paths(batch, reqs, settled, lens) if complete else None
+        forest = self._forest_from_paths(forward_batch, reqs, settled, lens) if complete else None
         if forest is None:
             if self._req_to_token.device.type != "cpu":
                 return "no-radix-paths" if complete else "no-request-info"
@@ -147,7 +149,9 @@ class BatchPlanner:
                 verify_plan(plan)
                 verify_slots(plan, self._rows_on_host(forward_batch, lens))
             runner.load(plan, self._req_to_token, forward_batch.req_pool_indices)
-            self._counters.packs, self._counters.partials = plan.num_packs, plan.num_partials
+            stats = plan.stats()
+            self._counters.packs, self._counters.partials = stats.num_packs, stats.num_partials
+            self._plan_tokens = (stats.kv_tokens_read, stats.kv_tokens_logical)
         if complete:
             # Their rows hold the tree's slots from the next step on, so that step plans again.
             self._handover.settle(reqs)
@@ -160,10 +164,10 @@ class BatchPlanner:
         return None
 
     def _forest_from_paths(
-        self, batch: Any, reqs: list[Any], settled: list[bool], lens: IntArray
+        self, forward_batch: Any, reqs: list[Any], settled: list[bool], lens: IntArray
     ) -> PrefixForest | None:
         """Forest from the tree, or None if this tree cannot be read on the CPU."""
-        read = path_reader(batch.tree_cache)
+        read = path_reader(self._handover.batch.tree_cache)
         if read is None:
             return None
         began = time.perf_counter()
@@ -178,8 +182,7 @@ class BatchPlanner:
             limits.append(min(owned_length(req), path.ends[-1]) if path.ends else 0)
         forest = PrefixForest.from_paths(paths, limits, lens, page_size=self._page_size)
         if self._verify:
-            table = self._req_to_token.cpu().numpy()
-            rows = table[np.asarray(_host_rows_of(batch)), : int(lens.max())]
+            rows = self._rows_on_host(forward_batch, lens)
             check_same_sharing(
                 forest,
                 PrefixForest.from_rows(rows, lens, limits=limits, page_size=self._page_size),
@@ -191,10 +194,9 @@ class BatchPlanner:
         return np.asarray(rows.cpu().numpy())
 
     def _count_step(self) -> None:
-        stats = self._shapes[0].runner.stats
-        self._step_tokens = (stats.kv_tokens_read, stats.kv_tokens_logical)
-        self._counters.kv_tokens_read += stats.kv_tokens_read
-        self._counters.kv_tokens_logical += stats.kv_tokens_logical
+        read, logical = self._plan_tokens
+        self._counters.kv_tokens_read += read
+        self._counters.kv_tokens_logical += logical
 
 
 def _states(reqs: list[Any]) -> list[Any]:

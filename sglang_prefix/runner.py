@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from prefix_kernels.cpu import TorchExecutor
-from sglang_prefix.plan import PackPlan, PlanStats
+from sglang_prefix.plan import PackPlan
 
 __all__ = ["EXECUTORS", "PlanRunner", "executor_named"]
 
@@ -184,12 +184,6 @@ class PlanRunner:
             k_scale=k_scale,
             v_scale=v_scale,
         )
-
-    @property
-    def stats(self) -> PlanStats:
-        """Statistics of the plan in use, at the lengths in use."""
-        assert self.plan is not None
-        return self.plan.stats(int((self.seq_lens - self.plan.seq_lens).sum()))
 
     def _write(self, target: IntArray, slots: torch.Tensor) -> None:
         if not len(target):
