@@ -68,7 +68,7 @@ def measure_attention(case: AttentionCase, rounds: int, seed: int) -> dict[str, 
     batch.check("stock", case)
     stats = {}
     for policy in POLICIES:
-        wrapper = PrefixDecodeWrapper(**HEADS, policy=policy, dtype=case.dtype)
+        wrapper = PrefixDecodeWrapper(*HEADS.values(), policy=policy, dtype=case.dtype)
         wrapper.plan(batch.table, batch.rows, batch.lengths)
         batch.run(wrapper)
         batch.check(policy, case)

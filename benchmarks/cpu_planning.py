@@ -94,7 +94,10 @@ class _RadixTree:
             )
         )
         rng = np.random.default_rng(seed)
-        draw = lambda count: rng.integers(0, 30_000, count).tolist()  # noqa: E731
+
+        def draw(count: int) -> list[int]:
+            return [int(token) for token in rng.integers(0, 30_000, count)]
+
         root = draw(ROOT)
         branches = [draw(BRANCH) for _ in range(4)]
         groups = [draw(GROUP) for _ in range(max(num_requests // 8, 1))]

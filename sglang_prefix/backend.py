@@ -12,7 +12,7 @@ from sglang.srt.layers.radix_attention import RadixAttention
 
 import prefix_patches
 from prefix_patches.attention_names import build_stock, default_stock_name, prefill_name
-from prefix_patches.handover import handover_of
+from prefix_patches.handover import ensure_handover
 from prefix_patches.kv_write import applies_kv_scales, write_kv
 from prefix_patches.scheduler_internal_state import report_with
 from sglang_prefix.batch_planner import BatchPlanner, ShapeRunner
@@ -90,7 +90,7 @@ class PrefixAttnBackend(AttentionBackend):
         self._verify = config.verify
         if self._server_reason is None:
             self._build_runners(model_runner, layers, config)
-        handover_of(model_runner, create=True)
+        ensure_handover(model_runner)
         report_with(self.counters.as_dict)
         taken = 0 if self._server_reason else len(layers) - len(self.counters.delegated_layers)
         logger.info(
@@ -196,6 +196,7 @@ class PrefixAttnBackend(AttentionBackend):
                     shape.v_head_dim,
                     device,
                     config.executor,
+                    check_slots=config.verify,
                 )
                 profile = profile_for(runner.executor_name)
                 shapes[shape] = ShapeRunner(
@@ -205,10 +206,8 @@ class PrefixAttnBackend(AttentionBackend):
         if not shapes:
             self._server_reason = "no-layer"
             return
-        handover = handover_of(model_runner, create=True)
-        assert handover is not None
         self._batches = BatchPlanner(
-            handover,
+            ensure_handover(model_runner),
             self.req_to_token_pool.req_to_token,
             model_runner.page_size,
             list(shapes.values()),

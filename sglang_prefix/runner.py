@@ -41,6 +41,7 @@ class PlanRunner:
         num_qo_heads, num_kv_heads, v_head_dim: shape of the layers served.
         device: where q, the caches and ``req_to_token`` live.
         executor: "auto" or "cpu", the torch executor, which runs on any device.
+        check_slots: refuse slots outside the caches also where looking costs a device sync.
     """
 
     def __init__(
@@ -50,7 +51,10 @@ class PlanRunner:
         v_head_dim: int,
         device: torch.device,
         executor: str = "auto",
+        *,
+        check_slots: bool = False,
     ) -> None:
+        self._checks_slots = check_slots or device.type == "cpu"
         self.executor_name = executor_named(executor)
         self._device = device
         self._executor = TorchExecutor(num_qo_heads, num_kv_heads, v_head_dim, device)
@@ -84,6 +88,8 @@ class PlanRunner:
             )
             rows = req_pool_indices.long()[request]
             kv_slots[target] = req_to_token[rows, position].long()
+            if self._checks_slots:
+                self.slot_range = _bounds(kv_slots[target])
         first_tail = plan.num_shared_packs
         self._tail_start = plan.pack_start[first_tail:]
         self._tail_offset = plan.slot_offset[first_tail:-1]
@@ -164,9 +170,9 @@ class PlanRunner:
         """Attend one layer's queries; arguments as in :meth:`TorchExecutor.run`.
 
         Raises:
-            ValueError: a slot lies outside the caches (checked on the CPU only).
+            ValueError: a slot lies outside the caches (checked on the CPU, or if asked for).
         """
-        if self._device.type == "cpu":
+        if self._checks_slots:
             low, high = self.slot_range
             if low < 0 or high >= k_cache.shape[0]:
                 raise ValueError(
@@ -189,10 +195,15 @@ class PlanRunner:
         if not len(target):
             return
         slots = slots.to(torch.int64)
-        if self._device.type == "cpu":
-            low, high = self.slot_range
-            self.slot_range = (min(low, int(slots.min())), max(high, int(slots.max())))
+        if self._checks_slots:
+            low, high = _bounds(slots)
+            self.slot_range = (min(self.slot_range[0], low), max(self.slot_range[1], high))
         self._kv_slots[torch.from_numpy(target).to(self._device)] = slots
+
+
+def _bounds(slots: torch.Tensor) -> tuple[int, int]:
+    """The smallest and the largest slot; (0, 0) if there is none."""
+    return (int(slots.min()), int(slots.max())) if len(slots) else (0, 0)
 
 
 def _copy_slots_cpu(

@@ -114,7 +114,14 @@ class PrefixDecodeWrapper:
         )
         profile = profile_for(self.executor)
         self._planner = PackPlanner(shape, profile, policy=policy, max_partials=max_partials)
-        self._runner = PlanRunner(num_qo_heads, num_kv_heads, v_head_dim, self.device, executor)
+        self._runner = PlanRunner(
+            num_qo_heads,
+            num_kv_heads,
+            v_head_dim,
+            self.device,
+            executor,
+            check_slots=verify_requested(),
+        )
         self._req_to_token = torch.empty(0, 0, dtype=torch.int32)
         self._req_pool_indices = torch.empty(0, dtype=torch.int64)
 

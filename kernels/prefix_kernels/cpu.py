@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,6 +42,14 @@ class _Run:
     first_slot: int
 
 
+class _Block(NamedTuple):
+    """Tokens ``[low, high)`` of a pack, taken in one go; ``first_slot`` as in :class:`_Run`."""
+
+    low: int
+    high: int
+    first_slot: int
+
+
 @dataclass(slots=True)
 class _Pack:
     """One pack, ready to run."""
@@ -52,6 +61,7 @@ class _Pack:
     planned_length: int
     partials: Sequence[torch.Tensor | int]  # per split, like ``queries``
     runs: list[_Run] = field(default_factory=list)
+    blocks: list[list[_Block]] = field(default_factory=list)  # per split, of the current length
 
 
 class TorchExecutor:
@@ -72,7 +82,6 @@ class TorchExecutor:
         self._packs: list[_Pack] = []
         self._num_shared = 0
         self._kv_slots = torch.empty(0, dtype=torch.int64, device=device)
-        self._tail_lengths: list[int] = []
         self._num_partials = 0
         self._request_indptr = torch.zeros(1, dtype=torch.int64, device=device)
         self._max_partials_per_request = 0
@@ -92,7 +101,8 @@ class TorchExecutor:
         self._num_partials = plan.num_partials
         self._packs = self._prepare(plan)
         self._find_runs(plan)
-        self._tail_lengths = (plan.seq_lens - plan.pack_start[self._num_shared :]).tolist()
+        for pack in self._packs:
+            self._cut(pack, pack.planned_length)
         self._request_indptr = torch.from_numpy(plan.request_indptr).to(self._device)
         self._max_partials_per_request = int(np.diff(plan.request_indptr).max())
         if self._partial_out.shape[0] < plan.num_partials:
@@ -103,7 +113,9 @@ class TorchExecutor:
 
     def set_lengths(self, tail_lengths: IntArray) -> None:
         """Set the tokens in each request's tail, [B]; the slots must be in ``kv_slots``."""
-        self._tail_lengths = tail_lengths.tolist()
+        tails = self._packs[self._num_shared :]
+        for pack, length in zip(tails, tail_lengths.tolist(), strict=True):
+            self._cut(pack, length)
 
     def run(
         self,
@@ -134,19 +146,13 @@ class TorchExecutor:
         partial_lse = self._partial_lse[: self._num_partials]
         out_by_head = partial_out.view(self._num_partials, heads, -1, self._v_head_dim)
         lse_by_head = partial_lse.view(self._num_partials, heads, -1)
-        for index, pack in enumerate(self._packs):
-            length = pack.planned_length
-            if index >= self._num_shared:
-                length = self._tail_lengths[index - self._num_shared]
+        for pack in self._packs:
             pack_rows = rows[pack.queries]
             if pack.num_queries > 1:
                 # [n, Hkv, g, D] -> [Hkv, n * g, D]: the rows that read one head's KV together
                 pack_rows = pack_rows.transpose(0, 1).reshape(heads, -1, q.shape[2])
-            for split, partials in enumerate(pack.partials):
-                begin, end = split_bounds(length, pack.num_splits, split)
-                values, logs = self._attend(
-                    pack, begin, end, pack_rows, k_cache, v_cache, logit_cap
-                )
+            for blocks, partials in zip(pack.blocks, pack.partials, strict=True):
+                values, logs = self._attend(pack, blocks, pack_rows, k_cache, v_cache, logit_cap)
                 if pack.num_queries > 1:
                     shape = (heads, pack.num_queries, -1)
                     out_by_head[partials] = values.view(*shape, self._v_head_dim).transpose(0, 1)
@@ -212,25 +218,33 @@ class TorchExecutor:
             cuts = (breaks[first_break[p] : last_break[p]] - pack.slot_offset).tolist()
             pack.runs = _long_runs([0, *cuts, pack.planned_length], slots, pack.slot_offset)
 
+    def _cut(self, pack: _Pack, length: int) -> None:
+        """Cut a pack that holds ``length`` tokens now into its splits, and those into blocks."""
+        num_rows = pack.num_queries * self._num_qo_heads
+        size = max(MIN_BLOCK_TOKENS, SCORE_BLOCK_ELEMENTS // num_rows)
+        runs = _grown_runs(pack, length)
+        pack.blocks = [
+            _blocks(runs, *split_bounds(length, pack.num_splits, split), size)
+            for split in range(pack.num_splits)
+        ]
+
     def _attend(
         self,
         pack: _Pack,
-        begin: int,
-        end: int,
+        blocks: list[_Block],
         rows: torch.Tensor,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         logit_cap: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attend ``rows`` to tokens [begin, end) of a pack: normalised output and lse.
+        """Attend ``rows`` to some blocks of a pack: normalised output and lse.
 
         One pass over blocks with a running maximum (FlashAttention's online softmax).
         """
         heads, num_rows = rows.shape[0], rows.shape[1]
-        block = max(MIN_BLOCK_TOKENS, SCORE_BLOCK_ELEMENTS // (heads * num_rows))
         peak = total = values = None
-        for low, high, first_slot in _blocks(pack, begin, end, block):
-            k, v = self._load(pack, low, high, first_slot, k_cache, v_cache)
+        for block in blocks:
+            k, v = self._load(pack, block, k_cache, v_cache)
             scores = torch.bmm(rows, k.permute(1, 2, 0))
             if logit_cap > 0:
                 scores.div_(logit_cap).tanh_().mul_(logit_cap)
@@ -253,13 +267,12 @@ class TorchExecutor:
     def _load(
         self,
         pack: _Pack,
-        low: int,
-        high: int,
-        first_slot: int,
+        block: _Block,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of tokens [low, high) of a pack in float32, in place where that is possible."""
+        """K and V of a block in float32, in place where that is possible."""
+        low, high, first_slot = block
         if first_slot >= 0:
             part = slice(first_slot, first_slot + high - low)
             return k_cache[part].float(), v_cache[part].float()
@@ -294,22 +307,25 @@ def _long_runs(edges: list[int], slots: IntArray, offset: int) -> list[_Run]:
     return runs
 
 
-def _blocks(pack: _Pack, begin: int, end: int, block: int) -> list[tuple[int, int, int]]:
-    """Blocks (low, high, first slot or -1) that cover tokens [begin, end) of a pack."""
-    runs = pack.runs
-    if end > pack.planned_length:  # a tail that has grown: the new slots are scattered
-        if pack.planned_length < MIN_RUN_TOKENS:
-            runs = [_Run(0, end, -1)]
-        elif runs[-1].first_slot < 0:
-            runs = [*runs[:-1], _Run(runs[-1].begin, end, -1)]
-        else:
-            runs = [*runs, _Run(pack.planned_length, end, -1)]
+def _grown_runs(pack: _Pack, length: int) -> list[_Run]:
+    """The runs of a pack that holds ``length`` tokens now; what a tail has gained is scattered."""
+    if length <= pack.planned_length:
+        return pack.runs
+    if pack.planned_length < MIN_RUN_TOKENS:
+        return [_Run(0, length, -1)]
+    if pack.runs[-1].first_slot < 0:
+        return [*pack.runs[:-1], _Run(pack.runs[-1].begin, length, -1)]
+    return [*pack.runs, _Run(pack.planned_length, length, -1)]
+
+
+def _blocks(runs: list[_Run], begin: int, end: int, size: int) -> list[_Block]:
+    """Blocks of at most ``size`` tokens that cover tokens [begin, end) of a pack."""
     found = []
     for run in runs:
         low, stop = max(run.begin, begin), min(run.end, end)
         while low < stop:
-            high = min(low + block, stop)
-            slot = run.first_slot + low - run.begin if run.first_slot >= 0 else -1
-            found.append((low, high, slot))
+            high = min(low + size, stop)
+            first_slot = run.first_slot + low - run.begin if run.first_slot >= 0 else -1
+            found.append(_Block(low, high, first_slot))
             low = high
     return found

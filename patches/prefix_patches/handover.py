@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
 
-__all__ = ["BATCH_ATTRIBUTE", "Handover", "handover_of"]
+__all__ = ["BATCH_ATTRIBUTE", "Handover", "ensure_handover", "handover_of"]
 
 # Name under which a schedule batch hangs on a forward batch, and a handover on a model runner.
 BATCH_ATTRIBUTE = "_sglang_prefix_schedule_batch"
@@ -64,10 +64,14 @@ class Handover:
         self.batch = previous
 
 
-def handover_of(model_runner: Any, *, create: bool = False) -> Handover | None:
-    """The handover of a model runner; with ``create`` a new one where there is none."""
+def handover_of(model_runner: Any) -> Handover | None:
+    """The handover of a model runner; None for one that does not use our backend."""
     found: Handover | None = vars(model_runner).get(_HANDOVER_ATTRIBUTE)
-    if found is None and create:
-        found = Handover()
-        setattr(model_runner, _HANDOVER_ATTRIBUTE, found)
+    return found
+
+
+def ensure_handover(model_runner: Any) -> Handover:
+    """The handover of a model runner, a new one where there is none."""
+    found = handover_of(model_runner) or Handover()
+    setattr(model_runner, _HANDOVER_ATTRIBUTE, found)
     return found

@@ -8,6 +8,8 @@ to be called. Anything else is absent, so that SGLang's optional imports stay op
 
 from __future__ import annotations
 
+import dis
+import sys
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -43,9 +45,13 @@ verify_tree_greedy_cpu = _refusal("verify_tree_greedy_cpu")
 
 
 def __getattr__(name: str) -> NoReturn:
-    # AttributeError, because `from sgl_kernel import X` turns it into the ImportError that SGLang
-    # expects, and `hasattr` into False.
-    raise AttributeError(
+    message = (
         f"sgl_kernel has no {name!r}: this is sglang-prefix's stand-in for hosts where the real "
         f"sgl_kernel does not load"
     )
+    # `from sgl_kernel import X` would turn an AttributeError into an ImportError without a reason;
+    # `hasattr` needs the AttributeError.
+    caller = sys._getframe(1)
+    if caller.f_code.co_code[caller.f_lasti] == dis.opmap["IMPORT_FROM"]:
+        raise ImportError(message, name="sgl_kernel")
+    raise AttributeError(message)
