@@ -36,7 +36,7 @@ def measure_planning(num_requests: int, rounds: int, seed: int) -> dict[str, Any
     gpu_planner = PackPlanner(SHAPE, GPU_PROFILE)
     plan = planner.plan(forest)
     rows = torch.arange(num_requests)
-    runner = PlanRunner(32, 8, 128, torch.device("cpu"))
+    runner = PlanRunner(SHAPE, torch.device("cpu"), "cpu")
     runner.load(plan, tree.table, rows)
     new_slots = torch.zeros(num_requests, dtype=torch.int64)
 

@@ -22,7 +22,7 @@ from sglang_prefix.fallback import REASONS, layer_reason, server_reason
 from sglang_prefix.packing import AttentionShape
 from sglang_prefix.planner import PackPlanner, profile_for
 from sglang_prefix.plugin import BACKEND_NAME
-from sglang_prefix.runner import PlanRunner
+from sglang_prefix.runner import PlanRunner, choose_executor
 from sglang_prefix.stock_rules import check_cpu_prefill, check_stock_rules
 
 __all__ = ["PrefixAttnBackend", "create_backend"]
@@ -190,14 +190,8 @@ class PrefixAttnBackend(AttentionBackend):
                 continue
             shape = _shape_of(layer, model_runner.dtype, kv_dtype)
             if shape not in shapes:
-                runner = PlanRunner(
-                    shape.num_qo_heads,
-                    shape.num_kv_heads,
-                    shape.v_head_dim,
-                    device,
-                    config.executor,
-                    check_slots=config.verify,
-                )
+                executor = choose_executor(config.executor, device, model_runner.dtype, kv_dtype)
+                runner = PlanRunner(shape, device, executor, check_slots=config.verify)
                 profile = profile_for(runner.executor_name)
                 shapes[shape] = ShapeRunner(
                     PackPlanner(shape, profile, policy=config.policy), runner

@@ -149,18 +149,6 @@ class PackPlan:
         """Batch rows of the requests that read ``pack``."""
         return self.queries[self.query_indptr[pack] : self.query_indptr[pack + 1]]
 
-    def slot_sources(self) -> tuple[IntArray, IntArray, IntArray]:
-        """Where the planned slots come from: (index in kv_slots, batch row, position), flat."""
-        lengths = self.pack_end - self.pack_start
-        total = int(lengths.sum())
-        within = np.arange(total) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        first_query = self.queries[self.query_indptr[:-1]]
-        return (
-            np.repeat(self.slot_offset[:-1], lengths) + within,
-            np.repeat(first_query, lengths),
-            np.repeat(self.pack_start, lengths) + within,
-        )
-
     def stats(self, grown_tokens: int = 0) -> PlanStats:
         """Statistics of this plan after its tails have grown by ``grown_tokens`` in all."""
         costs, shape = self.costs, self.costs.shape

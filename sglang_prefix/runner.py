@@ -4,61 +4,69 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from prefix_kernels.cpu import TorchExecutor
+from sglang_prefix.packing import AttentionShape
 from sglang_prefix.plan import PackPlan
 
-__all__ = ["EXECUTORS", "PlanRunner", "executor_named"]
+if TYPE_CHECKING:
+    from prefix_kernels.triton_executor import TritonExecutor
+
+__all__ = ["EXECUTORS", "PlanRunner", "choose_executor"]
 
 IntArray = NDArray[np.int64]
 
-EXECUTORS = ("auto", "cpu")
+EXECUTORS = ("auto", "cpu", "triton")
 
 
-def executor_named(name: str) -> str:
-    """Resolve ``"auto"`` and refuse what is unknown or not there yet.
+def choose_executor(
+    name: str, device: torch.device, q_dtype: torch.dtype, kv_dtype: torch.dtype
+) -> str:
+    """Resolve ``"auto"``: Triton on a GPU that its kernels can use, torch elsewhere.
 
     Raises:
-        ValueError: the name is unknown, or names an executor that this release does not have.
+        ValueError: the name is unknown, or its executor cannot take these tensors.
     """
     if name not in EXECUTORS:
-        state = "not in this release" if name == "triton" else "unknown"
-        raise ValueError(f"executor={name!r} is {state}; legal: {', '.join(map(repr, EXECUTORS))}")
-    return "cpu"
+        raise ValueError(f"executor={name!r}; legal: {', '.join(map(repr, EXECUTORS))}")
+    if name == "cpu" or (name == "auto" and device.type != "cuda"):
+        return "cpu"
+    # Not at the top: importing Triton takes a second, and the torch executor needs none of it.
+    from prefix_kernels.triton_executor import why_not_triton
+
+    why_not = why_not_triton(device, q_dtype, kv_dtype)
+    if why_not and name == "triton":
+        raise ValueError(f"executor='triton' cannot be used here: {why_not}; legal: 'cpu'")
+    return "cpu" if why_not else "triton"
 
 
 class PlanRunner:
     """The state behind a plan in use, shared by the wrapper and the SGLang backend.
 
-    The slots of the planned positions are copied when a plan is loaded, and appended to as tails
-    grow, so the rows of ``req_to_token`` may change hands afterwards.
-
     Args:
-        num_qo_heads, num_kv_heads, v_head_dim: shape of the layers served.
+        shape: heads, head dims and item sizes of the layers served.
         device: where q, the caches and ``req_to_token`` live.
-        executor: "auto" or "cpu", the torch executor, which runs on any device.
+        executor: "cpu", the torch executor, which runs on any device; or "triton".
         check_slots: refuse slots outside the caches also where looking costs a device sync.
     """
 
     def __init__(
         self,
-        num_qo_heads: int,
-        num_kv_heads: int,
-        v_head_dim: int,
+        shape: AttentionShape,
         device: torch.device,
-        executor: str = "auto",
+        executor: str,
         *,
         check_slots: bool = False,
     ) -> None:
         self._checks_slots = check_slots or device.type == "cpu"
-        self.executor_name = executor_named(executor)
+        self.executor_name = executor
         self._device = device
-        self._executor = TorchExecutor(num_qo_heads, num_kv_heads, v_head_dim, device)
-        self._kv_slots = torch.empty(0, dtype=torch.int64, device=device)
+        self._executor = _build_executor(shape, device, executor)
         self._tail_start = np.zeros(0, dtype=np.int64)
         self._tail_offset = np.zeros(0, dtype=np.int64)
         self.plan: PackPlan | None = None
@@ -75,25 +83,12 @@ class PlanRunner:
             req_to_token: [rows, context] int32 or int64 on the device.
             req_pool_indices: [B] int32 or int64 on the device.
         """
-        if self._kv_slots.shape[0] < plan.num_slots:
-            with torch.inference_mode(False):  # may be written from outside inference mode later
-                self._kv_slots = torch.zeros(plan.num_slots, dtype=torch.int64, device=self._device)
-        kv_slots = self._kv_slots[: plan.num_slots]
-        if self._device.type == "cpu":
-            self.slot_range = _copy_slots_cpu(plan, req_to_token, req_pool_indices, kv_slots)
-        else:
-            target, request, position = (
-                torch.from_numpy(part).to(self._device, non_blocking=True)
-                for part in plan.slot_sources()
-            )
-            rows = req_pool_indices.long()[request]
-            kv_slots[target] = req_to_token[rows, position].long()
-            if self._checks_slots:
-                self.slot_range = _bounds(kv_slots[target])
+        self._executor.load(plan, req_to_token, req_pool_indices)
+        if self._checks_slots:
+            self.slot_range = _bounds(self._executor.kv_slots)
         first_tail = plan.num_shared_packs
         self._tail_start = plan.pack_start[first_tail:]
         self._tail_offset = plan.slot_offset[first_tail:-1]
-        self._executor.load(plan, kv_slots)
         self.plan = plan
         self.seq_lens = plan.seq_lens
 
@@ -194,30 +189,24 @@ class PlanRunner:
     def _write(self, target: IntArray, slots: torch.Tensor) -> None:
         if not len(target):
             return
-        slots = slots.to(torch.int64)
         if self._checks_slots:
             low, high = _bounds(slots)
             self.slot_range = (min(self.slot_range[0], low), max(self.slot_range[1], high))
-        self._kv_slots[torch.from_numpy(target).to(self._device)] = slots
+        self._executor.write_slots(target, slots)
+
+
+def _build_executor(
+    shape: AttentionShape, device: torch.device, name: str
+) -> TorchExecutor | TritonExecutor:
+    if name == "cpu":
+        return TorchExecutor(shape.num_qo_heads, shape.num_kv_heads, shape.v_head_dim, device)
+    from prefix_kernels.tiles import TileShape
+    from prefix_kernels.triton_executor import TritonExecutor
+
+    tile_shape = TileShape(shape.head_dim, shape.v_head_dim, shape.q_itemsize, shape.kv_itemsize)
+    return TritonExecutor(shape.num_qo_heads, shape.num_kv_heads, tile_shape, device)
 
 
 def _bounds(slots: torch.Tensor) -> tuple[int, int]:
     """The smallest and the largest slot; (0, 0) if there is none."""
     return (int(slots.min()), int(slots.max())) if len(slots) else (0, 0)
-
-
-def _copy_slots_cpu(
-    plan: PackPlan,
-    req_to_token: torch.Tensor,
-    req_pool_indices: torch.Tensor,
-    kv_slots: torch.Tensor,
-) -> tuple[int, int]:
-    """Copy each pack's slots row by row; return the smallest and the largest."""
-    table, target = req_to_token.numpy(), kv_slots.numpy()
-    target.fill(0)
-    first_query = plan.queries[plan.query_indptr[:-1]]
-    rows = req_pool_indices.numpy()[first_query]
-    starts, ends, offsets = plan.pack_start, plan.pack_end, plan.slot_offset[:-1]
-    for row, start, end, offset in np.stack((rows, starts, ends, offsets), axis=1).tolist():
-        target[offset : offset + end - start] = table[row, start:end]
-    return int(target.min()), int(target.max())

@@ -14,7 +14,7 @@ from sglang_prefix.forest import PrefixForest
 from sglang_prefix.packing import AttentionShape
 from sglang_prefix.plan import PackPlan, PlanStats, verify_plan, verify_slots
 from sglang_prefix.planner import PackPlanner, profile_for
-from sglang_prefix.runner import PlanRunner, executor_named
+from sglang_prefix.runner import PlanRunner, choose_executor
 
 __all__ = ["PrefixDecodeWrapper"]
 
@@ -46,7 +46,8 @@ class PrefixDecodeWrapper:
         max_partials: bound on partial results; a plan over it gives up splits, then sharing.
             Must hold one per request.
         device: where q, the caches and ``req_to_token`` live.
-        executor: "auto", "cpu" (torch, any device) or "triton".
+        executor: "cpu" (torch, any device), "triton" (a GPU, or the CPU under
+            ``TRITON_INTERPRET=1``), or "auto", the faster one that works.
 
     Raises:
         ValueError: an argument is not legal; the message names it, its value and what is legal.
@@ -104,7 +105,7 @@ class PrefixDecodeWrapper:
         self.sm_scale = checks.check_scale("sm_scale", sm_scale)
         self.logit_cap = checks.check_logit_cap(logit_cap)
         self.device = checks.check_device(device)
-        self.executor = executor_named(executor)
+        self.executor = choose_executor(executor, self.device, q_dtype, kv_dtype)
         self.num_qo_heads, self.num_kv_heads = num_qo_heads, num_kv_heads
         self.head_dim, self.v_head_dim, self.page_size = head_dim, v_head_dim, page_size
         self.q_dtype, self.kv_dtype = q_dtype, kv_dtype
@@ -114,14 +115,7 @@ class PrefixDecodeWrapper:
         )
         profile = profile_for(self.executor)
         self._planner = PackPlanner(shape, profile, policy=policy, max_partials=max_partials)
-        self._runner = PlanRunner(
-            num_qo_heads,
-            num_kv_heads,
-            v_head_dim,
-            self.device,
-            executor,
-            check_slots=verify_requested(),
-        )
+        self._runner = PlanRunner(shape, self.device, self.executor, check_slots=verify_requested())
         self._req_to_token = torch.empty(0, 0, dtype=torch.int32)
         self._req_pool_indices = torch.empty(0, dtype=torch.int64)
 

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+# Triton decides when a kernel is defined whether it is compiled or interpreted. Ours, and Triton's
+# own library that they call, are interpreted in this process; programs that tests start are not.
+os.environ["TRITON_INTERPRET"] = "1"
+import triton
+
+del os.environ["TRITON_INTERPRET"]
+triton.knobs.propagate_env = False
+triton.knobs.runtime.interpret = True
 
 # A failing example is printed with the blob that reproduces it; nothing is derandomised, so every
 # run looks elsewhere. Deadlines would time the machine, not the code.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,62 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefix_kernels import cpu
-from sglang_prefix.packing import CPU_PROFILE, POLICIES, AttentionShape, DeviceProfile
-from sglang_prefix.plan import PackPlan, verify_plan
-from sglang_prefix.planner import PackPlanner
-from sglang_prefix.runner import PlanRunner
+from sglang_prefix.packing import POLICIES, DeviceProfile
 from tests.attention import AttentionCase, assert_close, make_case
 from tests.forests import Batch, Fork, batches, build_batch, random_batch
+from tests.plan_runs import PROFILES, SPLITS, WHOLE, Runs, check, grow, load
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
-# Packs are nearly free, so that short generated batches have some; with splits, short pieces too.
-WHOLE = replace(CPU_PROFILE, name="whole", pack_bytes=100)
-SPLITS = DeviceProfile("splits", 16, 0.4, 100, 24, 8)
-PROFILES = (WHOLE, SPLITS)
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 GROUPS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
 HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256), (64, 96))
-
-
-@dataclass
-class Runs:
-    """A case with its plan in use."""
-
-    case: AttentionCase
-    plan: PackPlan
-    runner: PlanRunner
-
-    def __call__(self) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse = self.case.poisoned_outputs()
-        case = self.case
-        self.runner.run(
-            case.q, case.k_cache, case.v_cache, out, lse, sm_scale=case.sm_scale, **case.options
-        )
-        return out, lse
-
-
-def load(
-    batch: Batch, case: AttentionCase, policy: str = "pat", profile: DeviceProfile = WHOLE
-) -> Runs:
-    num_qo_heads, num_kv_heads = case.q.shape[1], case.k_cache.shape[1]
-    dims = case.k_cache.shape[2], case.v_cache.shape[2]
-    shape = AttentionShape(
-        num_qo_heads, num_kv_heads, *dims, case.q.dtype.itemsize, case.k_cache.dtype.itemsize
-    )
-    plan = PackPlanner(shape, profile, policy=policy, growth_room=16).plan(batch.forest())
-    verify_plan(plan)
-    runner = PlanRunner(num_qo_heads, num_kv_heads, dims[1], torch.device("cpu"))
-    runner.load(plan, case.req_to_token, case.req_pool_indices)
-    return Runs(case, plan, runner)
-
-
-def check(
-    batch: Batch, case: AttentionCase, policy: str = "pat", profile: DeviceProfile = WHOLE
-) -> Runs:
-    runs = load(batch, case, policy, profile)
-    assert_close(runs(), case.oracle())
-    return runs
 
 
 @pytest.mark.parametrize("profile", PROFILES, ids=lambda p: p.name)
@@ -212,19 +165,6 @@ def test_strided_tensors() -> None:
     assert_close((out, lse), case.oracle())
 
 
-def grow(batch: Batch, case: AttentionCase, by: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Write the slots of new tokens into the table, in place; return lengths and these slots."""
-    slots = []
-    for b, n in enumerate(by.tolist()):
-        length = int(case.seq_lens[b])
-        grown = length - int(batch.seq_lens[b])
-        new = torch.from_numpy(batch.growth_slots[b, grown : grown + n]).int()
-        case.req_to_token[case.req_pool_indices[b], length : length + n] = new
-        slots.append(new)
-    case.seq_lens = case.seq_lens + torch.from_numpy(by)
-    return case.seq_lens, torch.cat(slots)
-
-
 @pytest.mark.parametrize("policy", ["pat", "query"])
 @pytest.mark.parametrize("profile", PROFILES, ids=lambda p: p.name)
 @settings(max_examples=30)
@@ -323,6 +263,7 @@ def test_control_one_pack_skipped(
     batch, case = broken
     runs = check(batch, case, "node", SPLITS)
     executor = runs.runner._executor
+    assert isinstance(executor, cpu.TorchExecutor)
     attend, skipped = executor._attend, executor._packs[0]
 
     def leave_out(pack: cpu._Pack, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,11 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from prefix_kernels.layout import split_bounds
+from prefix_kernels.slot_table import SlotTable
 from sglang_prefix.packing import (
     CPU_PROFILE,
     GPU_PROFILE,
@@ -70,10 +72,9 @@ def test_plans_of_generated_forests_are_partitions(
     verify_plan(plan)
     verify_slots(plan, batch.rows)
     # The same, counted over again: the slots that each request's packs read are its row's.
-    target, request, position = plan.slot_sources()
-    kv_slots = np.zeros(plan.num_slots, dtype=np.int64)
-    assert len(set(target.tolist())) == len(target)
-    kv_slots[target] = batch.rows[request, position]
+    table = SlotTable(torch.device("cpu"))
+    table.load(plan, torch.from_numpy(batch.req_to_token), torch.from_numpy(batch.req_pool_indices))
+    kv_slots = table.kv_slots.numpy()
     read: dict[int, list[tuple[int, int]]] = {b: [] for b in range(plan.batch_size)}
     for p in range(plan.num_packs):
         start, length = int(plan.pack_start[p]), int(plan.pack_end[p] - plan.pack_start[p])
@@ -92,21 +93,6 @@ def test_tails_come_last_in_batch_order_with_their_growth_room(plan: PackPlan) -
     assert room[:first].tolist() == [0] * first
     assert room[first:].tolist() == [3] * plan.batch_size
     assert PackPlanner(SHAPE, CPU_PROFILE).growth_room == GROWTH_ROOM_TOKENS
-
-
-def test_slot_sources_name_a_reader_of_each_pack(plan: PackPlan, batch: Batch) -> None:
-    target, request, position = plan.slot_sources()
-    at = 0
-    for p in range(plan.num_packs):
-        length = int(plan.pack_end[p] - plan.pack_start[p])
-        here = slice(at, at + length)
-        assert target[here].tolist() == list(
-            range(plan.slot_offset[p], plan.slot_offset[p] + length)
-        )
-        assert set(request[here].tolist()) <= set(plan.pack_queries(p).tolist())
-        assert position[here].tolist() == list(range(plan.pack_start[p], plan.pack_end[p]))
-        at += length
-    assert at == len(target)
 
 
 # Each defect is a plan that differs from a right one in one place, and what the verifier says.

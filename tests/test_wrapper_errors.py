@@ -92,7 +92,7 @@ def test_heads(arguments: tuple[Any, ...], says: str) -> None:
         ({"logit_cap": float("nan")}, r"logit_cap=nan; legal"),
         ({"policy": "best"}, r"policy='best' is unknown; legal: 'pat', 'node', 'chunk', 'query'"),
         ({"executor": "gpu"}, r"executor='gpu' is unknown; legal: 'auto', 'cpu'"),
-        ({"executor": "triton"}, r"executor='triton' is not in this release; legal"),
+        ({"executor": "triton"}, r"executor='triton' .*use float16 or float32; legal: 'cpu'"),
         ({"dtype": torch.float64}, r"q_dtype=torch.float64; legal: torch.float32"),
         ({"dtype": None, "q_dtype": torch.int8}, r"q_dtype=torch.int8; legal"),
         ({"dtype": None, "kv_dtype": torch.int8}, r"kv_dtype=torch.int8; legal"),

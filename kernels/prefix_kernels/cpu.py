@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from prefix_kernels.layout import PlanArrays, split_bounds
 from prefix_kernels.merge import merge_partials
+from prefix_kernels.slot_table import SlotTable
 
 __all__ = ["TorchExecutor"]
 
@@ -81,22 +82,24 @@ class TorchExecutor:
         self._device = device
         self._packs: list[_Pack] = []
         self._num_shared = 0
-        self._kv_slots = torch.empty(0, dtype=torch.int64, device=device)
+        self._slots = SlotTable(device)
         self._num_partials = 0
         self._request_indptr = torch.zeros(1, dtype=torch.int64, device=device)
         self._max_partials_per_request = 0
         self._partial_out = torch.empty(0, device=device)
         self._partial_lse = torch.empty(0, device=device)
 
-    def load(self, plan: PlanArrays, kv_slots: torch.Tensor) -> None:
-        """Get ready to run ``plan``.
+    def load(
+        self, plan: PlanArrays, req_to_token: torch.Tensor, req_pool_indices: torch.Tensor
+    ) -> None:
+        """Take a plan into use and copy the slots of its positions. Reads no device value.
 
         Args:
             plan: the plan.
-            kv_slots: int64 on the device, laid out by the plan; kept, not copied. The entries of
-                the growth room may change until :meth:`set_lengths` brings them into use.
+            req_to_token: [rows, context] int32 or int64 on the device.
+            req_pool_indices: [B] int32 or int64 on the device.
         """
-        self._kv_slots = kv_slots
+        self._slots.load(plan, req_to_token, req_pool_indices)
         self._num_shared = plan.num_packs - plan.batch_size
         self._num_partials = plan.num_partials
         self._packs = self._prepare(plan)
@@ -111,8 +114,17 @@ class TorchExecutor:
                 self._partial_out = torch.empty(*shape, self._v_head_dim, device=self._device)
                 self._partial_lse = torch.empty(shape, device=self._device)
 
+    @property
+    def kv_slots(self) -> torch.Tensor:
+        """Slots of the plan in use, laid out by it."""
+        return self._slots.kv_slots
+
+    def write_slots(self, target: IntArray, slots: torch.Tensor) -> None:
+        """Write ``slots`` [n] to the entries ``target`` [n] of ``kv_slots``."""
+        self._slots.write(target, slots)
+
     def set_lengths(self, tail_lengths: IntArray) -> None:
-        """Set the tokens in each request's tail, [B]; the slots must be in ``kv_slots``."""
+        """Set the tokens in each request's tail, [B]; their slots must have been written."""
         tails = self._packs[self._num_shared :]
         for pack, length in zip(tails, tail_lengths.tolist(), strict=True):
             self._cut(pack, length)
@@ -203,7 +215,7 @@ class TorchExecutor:
             for pack in self._packs:
                 pack.runs = [_Run(0, pack.planned_length, -1)]
             return
-        slots = self._kv_slots.numpy()
+        slots = self.kv_slots.numpy()
         breaks = np.flatnonzero(slots[1:] != slots[:-1] + 1) + 1
         lengths = plan.pack_end - plan.pack_start
         offsets = plan.slot_offset[:-1]
@@ -276,7 +288,7 @@ class TorchExecutor:
         if first_slot >= 0:
             part = slice(first_slot, first_slot + high - low)
             return k_cache[part].float(), v_cache[part].float()
-        index = self._kv_slots[pack.slot_offset + low : pack.slot_offset + high]
+        index = self.kv_slots[pack.slot_offset + low : pack.slot_offset + high]
         return _gather(k_cache, index).float(), _gather(v_cache, index).float()
 
 

@@ -1,0 +1,220 @@
+"""The pack-forward kernel: attention of a pack's queries over one piece of its KV.
+
+A program takes work items off a list until none is left. An item is one row block of one split of
+one pack; with a KV head it is what one tile computes. All query heads that read that KV head, of
+all requests of the pack, are rows of the tile, so shared KV is read once for all of them (PAT,
+arXiv 2511.22333, section 3). Softmax is online, in base 2, with one rescale per KV tile
+(FlashAttention-2, arXiv 2307.08691, section 3.1).
+
+Slots come from the plan's own ``kv_slots``, never from ``req_to_token``, and are loaded one KV tile
+ahead of the rows that they address: only then does the compiler keep several tiles in flight. Slot
+positions past the end repeat the last one, so that K and V need no mask and a score of -inf never
+meets foreign values.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from prefix_kernels import plan_header, work_list
+
+__all__ = ["pack_forward_kernel"]
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+ITEM_FIELDS = tl.constexpr(work_list.ITEM_FIELDS)
+HEADER_NUM_ITEMS = tl.constexpr(plan_header.HEADER_NUM_ITEMS)
+HEADER_ITEMS = tl.constexpr(plan_header.HEADER_ITEMS)
+HEADER_QUERIES = tl.constexpr(plan_header.HEADER_QUERIES)
+HEADER_PARTIALS = tl.constexpr(plan_header.HEADER_PARTIALS)
+
+
+@triton.jit
+def pack_forward_kernel(
+    # One layer.
+    q_ptr,  # [B, Hq, D]
+    k_ptr,  # [slots, Hkv, D]
+    v_ptr,  # [slots, Hkv, Dv]
+    out_ptr,  # [B, Hq, Dv]: of requests with a single partial
+    lse_ptr,  # [B, Hq] float32: likewise
+    partial_out_ptr,  # [partials, Hq, Dv] float32
+    partial_lse_ptr,  # [partials, Hq] float32, natural log
+    k_scale_ptr,  # float32, one per KV head at their strides
+    v_scale_ptr,
+    # The plan, laid out as `plan_buffers.py` says; fields of an item in `work_list.py`.
+    plan_ptr,  # int32
+    kv_slots_ptr,  # [kv slots] int32
+    tail_lengths_ptr,  # [B] int32
+    sm_scale,
+    v_factor,
+    logit_cap,
+    # Elements from request or slot to the next, and from head to head.
+    q_stride,
+    q_head_stride,
+    k_stride,
+    k_head_stride,
+    v_stride,
+    v_head_stride,
+    out_stride,
+    out_head_stride,
+    lse_stride,
+    lse_head_stride,
+    k_scale_stride,
+    v_scale_stride,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    V_HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # powers of two
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WIDE_BLOCK_M: tl.constexpr,  # the second tile class of a fused launch, 0 for none
+    WIDE_BLOCK_N: tl.constexpr,
+    LIST: tl.constexpr,  # which of the plan's work lists
+    HAS_CAP: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+    WRITES_LSE: tl.constexpr,
+):
+    num_tiles = tl.load(plan_ptr + HEADER_NUM_ITEMS + LIST) * NUM_KV_HEADS
+    items_ptr = plan_ptr + tl.load(plan_ptr + HEADER_ITEMS + LIST)
+    queries_ptr = plan_ptr + tl.load(plan_ptr + HEADER_QUERIES)
+    partials_ptr = plan_ptr + tl.load(plan_ptr + HEADER_PARTIALS)
+    for index in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        item_ptr = items_ptr + index // NUM_KV_HEADS * ITEM_FIELDS
+        kv_head = index % NUM_KV_HEADS
+        is_wide = False
+        if WIDE_BLOCK_M > 0:
+            is_wide = tl.load(item_ptr + 8) > 0
+        if is_wide:
+            if WIDE_BLOCK_M > 0:  # not compiled without a second class
+                _attend_item(
+                    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr,
+                    k_scale_ptr, v_scale_ptr, item_ptr, kv_slots_ptr, queries_ptr, partials_ptr,
+                    tail_lengths_ptr, kv_head, sm_scale, v_factor, logit_cap,
+                    q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
+                    out_stride, out_head_stride, lse_stride, lse_head_stride,
+                    k_scale_stride, v_scale_stride,
+                    NUM_KV_HEADS, GROUP_SIZE, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV,
+                    WIDE_BLOCK_M, WIDE_BLOCK_N, HAS_CAP, HAS_SCALES, WRITES_LSE,
+                )  # fmt: skip
+        else:
+            _attend_item(
+                q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr,
+                k_scale_ptr, v_scale_ptr, item_ptr, kv_slots_ptr, queries_ptr, partials_ptr,
+                tail_lengths_ptr, kv_head, sm_scale, v_factor, logit_cap,
+                q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
+                out_stride, out_head_stride, lse_stride, lse_head_stride,
+                k_scale_stride, v_scale_stride,
+                NUM_KV_HEADS, GROUP_SIZE, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV,
+                BLOCK_M, BLOCK_N, HAS_CAP, HAS_SCALES, WRITES_LSE,
+            )  # fmt: skip
+
+
+@triton.jit
+def _attend_item(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr,
+    k_scale_ptr, v_scale_ptr, item_ptr, kv_slots_ptr, queries_ptr, partials_ptr,
+    tail_lengths_ptr, kv_head, sm_scale, v_factor, logit_cap,
+    q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
+    out_stride, out_head_stride, lse_stride, lse_head_stride,
+    k_scale_stride, v_scale_stride,
+    NUM_KV_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_SCALES: tl.constexpr, WRITES_LSE: tl.constexpr,
+):  # fmt: skip
+    first_query = tl.load(item_ptr)
+    first_partial = tl.load(item_ptr + 1)
+    num_rows = tl.load(item_ptr + 3)
+    slots_ptr = kv_slots_ptr + tl.load(item_ptr + 4)
+    length = tl.load(item_ptr + 5)
+    if length < 0:  # a tail: its length changes under the plan
+        length = tl.load(tail_lengths_ptr - 1 - length)
+    # The rule of `layout.split_bounds`.
+    chunk = tl.cdiv(length, tl.load(item_ptr + 7))
+    begin = tl.minimum(tl.load(item_ptr + 6) * chunk, length)
+    end = tl.minimum(begin + chunk, length)
+    last = tl.maximum(end - 1, 0)
+
+    rows = tl.load(item_ptr + 2) + tl.arange(0, BLOCK_M)
+    row_exists = rows < num_rows
+    query = tl.load(queries_ptr + first_query + rows // GROUP_SIZE, mask=row_exists, other=0)
+    partial = tl.load(partials_ptr + first_partial + rows // GROUP_SIZE, mask=row_exists, other=0)
+    head = kv_head * GROUP_SIZE + rows % GROUP_SIZE
+    dims = tl.arange(0, BLOCK_D)
+    v_dims = tl.arange(0, BLOCK_DV)
+    q_row = query.to(tl.int64) * q_stride + head * q_head_stride
+    q = tl.load(
+        q_ptr + q_row[:, None] + dims[None, :],
+        mask=row_exists[:, None] & (dims < HEAD_DIM)[None, :],
+        other=0.0,
+    )
+    scale = sm_scale
+    if HAS_SCALES:
+        scale *= tl.load(k_scale_ptr + kv_head * k_scale_stride)
+    if not HAS_CAP:
+        scale *= LOG2E
+
+    tokens = tl.arange(0, BLOCK_N)
+    slots = tl.load(slots_ptr + tl.minimum(begin + tokens, last))
+    k_ptr += kv_head * k_head_stride
+    v_ptr += kv_head * v_head_stride
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    values = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    for start in range(begin, end, BLOCK_N):
+        slot = slots.to(tl.int64)
+        slots = tl.load(slots_ptr + tl.minimum(start + BLOCK_N + tokens, last))
+        k = tl.load(
+            k_ptr + slot[None, :] * k_stride + dims[:, None],
+            mask=(dims < HEAD_DIM)[:, None],
+            other=0.0,
+        )
+        scores = tl.dot(q, k.to(q.dtype), input_precision="ieee") * scale
+        if HAS_CAP:
+            # cap * tanh(x / cap), and from here on in base 2
+            scores = (1 - 2 / (tl.exp2(scores * (2 * LOG2E / logit_cap)) + 1)) * (logit_cap * LOG2E)
+        scores = tl.where((start + tokens < end)[None, :], scores, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 1))
+        shrink = tl.exp2(peak - new_peak)
+        weights = tl.exp2(scores - new_peak[:, None])
+        total = total * shrink + tl.sum(weights, 1)
+        v = tl.load(
+            v_ptr + slot[:, None] * v_stride + v_dims[None, :],
+            mask=(v_dims < V_HEAD_DIM)[None, :],
+            other=0.0,
+        )
+        values = tl.dot(
+            weights.to(q.dtype), v.to(q.dtype), values * shrink[:, None], input_precision="ieee"
+        )
+        peak = new_peak
+
+    # An empty piece, which has no peak, becomes zeros and a lse of -inf.
+    values /= tl.where(total > 0, total, 1.0)[:, None]
+    lse = tl.where(total > 0, (peak + tl.log2(total)) * LN2, float("-inf"))
+    factor = v_factor
+    if HAS_SCALES:
+        factor *= tl.load(v_scale_ptr + kv_head * v_scale_stride)
+    values *= factor
+    goes_to_partial = row_exists & (partial >= 0)
+    goes_to_out = row_exists & (partial < 0)
+    heads = NUM_KV_HEADS * GROUP_SIZE
+    partial_row = partial.to(tl.int64) * heads + head
+    out_row = query.to(tl.int64)
+    is_dim = (v_dims < V_HEAD_DIM)[None, :]
+    tl.store(
+        partial_out_ptr + partial_row[:, None] * V_HEAD_DIM + v_dims[None, :],
+        values,
+        mask=goes_to_partial[:, None] & is_dim,
+    )
+    tl.store(partial_lse_ptr + partial_row, lse, mask=goes_to_partial)
+    tl.store(
+        out_ptr + (out_row * out_stride + head * out_head_stride)[:, None] + v_dims[None, :],
+        values.to(out_ptr.dtype.element_ty),
+        mask=goes_to_out[:, None] & is_dim,
+    )
+    if WRITES_LSE:
+        tl.store(lse_ptr + out_row * lse_stride + head * lse_head_stride, lse, mask=goes_to_out)

@@ -1,0 +1,296 @@
+"""The Triton executor: runs a pack plan with our kernels, on CUDA or in Triton's interpreter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from triton.runtime.interpreter import InterpretedFunction
+
+from prefix_kernels.forward import pack_forward_kernel
+from prefix_kernels.launch import launch
+from prefix_kernels.layout import PlanArrays
+from prefix_kernels.merge_kernel import merge_kernel
+from prefix_kernels.plan_buffers import PlanBuffers, PlanCapacity, pack_plan
+from prefix_kernels.tiles import ROW_CLASSES, TileConfig, TileShape, choose_tile, next_power_of_two
+from prefix_kernels.work_list import build_work_list
+
+__all__ = ["LAUNCH_MODES", "TritonExecutor", "why_not_triton"]
+
+IntArray = NDArray[np.int64]
+
+LAUNCH_MODES = ("streams", "fused")
+
+# Programs of a persistent launch per SM: what registers and shared memory allow, at most.
+_PROGRAMS_PER_SM = 3
+# The interpreter runs programs one after another; a few show that the loop over items works.
+_INTERPRETED_PROGRAMS = 8
+_MERGE_PARTIALS = 8
+# Two tile classes of a fused launch have the same number of warps.
+_FUSED_ROWS = (16, 64)
+
+
+def why_not_triton(device: torch.device, q_dtype: torch.dtype, kv_dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot run on these tensors; None if they can."""
+    if device.type == "cuda":
+        if kv_dtype == torch.float8_e4m3fn and torch.cuda.get_device_capability(device) < (8, 9):
+            return "float8_e4m3fn needs a GPU of compute capability 8.9 or later"
+        return None
+    if not isinstance(pack_forward_kernel, InterpretedFunction):
+        return f"the kernels need a GPU, not {device}, or Triton's interpreter (TRITON_INTERPRET=1)"
+    if torch.bfloat16 in (q_dtype, kv_dtype):
+        return "Triton's interpreter computes bfloat16 products wrongly; use float16 or float32"
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Launch:
+    """One launch of the forward stage: a work list and the tiles that take it."""
+
+    work_list: int
+    num_items: int
+    tile: TileConfig
+    wide_tile: TileConfig | None = None
+
+
+class TritonExecutor:
+    """Runs plans with the pack-forward and merge kernels.
+
+    Args:
+        num_qo_heads, num_kv_heads: heads of the layers served.
+        shape: head dims and item sizes.
+        device: a CUDA device, or the CPU under the interpreter.
+        mode: "streams", one launch per tile class, each on its own stream; or "fused", one launch
+            for the two classes that have the same number of warps.
+        capacity: fixed sizes of the buffers; None to let them grow.
+    """
+
+    def __init__(
+        self,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        shape: TileShape,
+        device: torch.device,
+        *,
+        mode: str = "streams",
+        capacity: PlanCapacity | None = None,
+    ) -> None:
+        if mode not in LAUNCH_MODES:
+            raise ValueError(f"mode={mode!r}; legal: {', '.join(map(repr, LAUNCH_MODES))}")
+        self._num_kv_heads = num_kv_heads
+        self._group_size = num_qo_heads // num_kv_heads
+        self._shape = shape
+        self._device = device
+        self._mode = mode
+        self._buffers = PlanBuffers(num_qo_heads, shape.v_head_dim, device, capacity)
+        self._launches: list[_Launch] = []
+        self._num_rows = 0
+        self._num_slots = 0
+        self._needs_merge = False
+        with torch.inference_mode(False):
+            self._one = torch.ones(1, device=device)
+            self._no_lse = torch.empty(1, 1, device=device)
+        self._num_programs = _INTERPRETED_PROGRAMS
+        self._streams: list[torch.cuda.Stream] = []
+        if device.type == "cuda":
+            properties = torch.cuda.get_device_properties(device)
+            self._num_programs = properties.multi_processor_count * _PROGRAMS_PER_SM
+            self._streams = [torch.cuda.Stream(device) for _ in ROW_CLASSES[1:]]
+            self._fork = torch.cuda.Event()
+            self._joins = [torch.cuda.Event() for _ in self._streams]
+
+    @property
+    def buffers(self) -> PlanBuffers:
+        """The plan in use, on the device."""
+        return self._buffers
+
+    @property
+    def kv_slots(self) -> torch.Tensor:
+        """Slots of the plan in use, laid out by it."""
+        return self._buffers.kv_slots[: self._num_slots]
+
+    def load(
+        self,
+        plan: PlanArrays,
+        req_to_token: torch.Tensor,
+        req_pool_indices: torch.Tensor,
+        *,
+        num_rows: int | None = None,
+    ) -> None:
+        """Take a plan into use and copy the slots of its positions. Reads no device value.
+
+        Args:
+            plan: the plan.
+            req_to_token: [rows, context] int32 or int64 on the device.
+            req_pool_indices: [B] int32 or int64 on the device.
+            num_rows: rows of q and the outputs; those past the plan's requests are padding and
+                get zeros. None for as many as there are requests.
+        """
+        rows = np.diff(plan.query_indptr) * self._group_size
+        lengths = plan.pack_end - plan.pack_start
+        lengths[plan.num_packs - plan.batch_size :] += plan.growth_room
+        classes = self._row_classes(rows)
+        work = build_work_list(plan, self._group_size, classes)
+        tiles = [
+            choose_tile(block_m, int(lengths.max()), self._shape, max_rows=block_m)
+            for block_m in classes
+        ]
+        if self._mode == "fused":
+            lists = [work.items]
+            self._launches = [_Launch(0, len(work.items), tiles[0], *tiles[1:])]
+        else:
+            lists = [work.items[work.tile_class == i] for i in range(len(classes))]
+            self._launches = [
+                _Launch(i, len(items), tile)
+                for i, (items, tile) in enumerate(zip(lists, tiles, strict=True))
+                if len(items)
+            ]
+        self._num_rows = plan.batch_size if num_rows is None else num_rows
+        packed = pack_plan(plan, lists, work.partials, self._num_rows)
+        self._buffers.load(plan, packed, req_to_token, req_pool_indices)
+        self._num_slots = plan.num_slots
+        self._needs_merge = self._num_rows > plan.batch_size or bool(
+            (np.diff(plan.request_indptr) > 1).any()
+        )
+
+    def append(self, seq_lens: torch.Tensor, new_slots: torch.Tensor) -> None:
+        """Let every tail grow by the slot of one token; see :meth:`PlanBuffers.append`."""
+        self._buffers.append(seq_lens, new_slots)
+
+    def write_slots(self, target: IntArray, slots: torch.Tensor) -> None:
+        """Write ``slots`` [n] to the entries ``target`` [n] of ``kv_slots``."""
+        index = torch.from_numpy(target).to(self._device)
+        self._buffers.kv_slots[index] = slots.to(torch.int32)
+
+    def set_lengths(self, tail_lengths: IntArray) -> None:
+        """Set the tokens in each request's tail, [B]; their slots must have been written."""
+        lengths = torch.from_numpy(tail_lengths.astype(np.int32))
+        self._buffers.tail_lengths[: len(lengths)].copy_(lengths, non_blocking=True)
+
+    def run(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        *,
+        sm_scale: float,
+        logit_cap: float,
+        k_scale: float | torch.Tensor,
+        v_scale: float | torch.Tensor,
+    ) -> None:
+        """Attend the batch's queries to its KV. Allocates nothing, synchronises nothing.
+
+        Args:
+            q: [B, Hq, D]; this and the next three dense in their last dimension.
+            k_cache, v_cache: [slots, Hkv, D] and [slots, Hkv, Dv].
+            out: [B, Hq, Dv], written.
+            lse: [B, Hq] float32, natural log; written where given.
+            sm_scale, logit_cap: as in the oracle.
+            k_scale, v_scale: numbers, or float32 device tensors of shape [] or [Hkv].
+        """
+        k_factor, k_scales, k_scale_stride = self._split_scale(k_scale)
+        v_factor, v_scales, v_scale_stride = self._split_scale(v_scale)
+        buffers, shape = self._buffers, self._shape
+        lse_or_none = self._no_lse if lse is None else lse
+        outputs: dict[str, Any] = dict(  # noqa: C408
+            out_ptr=out,
+            lse_ptr=lse_or_none,
+            out_stride=out.stride(0),
+            out_head_stride=out.stride(1),
+            lse_stride=lse_or_none.stride(0),
+            lse_head_stride=lse_or_none.stride(1),
+            partial_out_ptr=buffers.partial_out,
+            partial_lse_ptr=buffers.partial_lse,
+            plan_ptr=buffers.plan,
+            V_HEAD_DIM=shape.v_head_dim,
+            BLOCK_DV=max(16, next_power_of_two(shape.v_head_dim)),
+            WRITES_LSE=lse is not None,
+        )
+        self._forward(
+            q_ptr=q,
+            k_ptr=k_cache,
+            v_ptr=v_cache,
+            k_scale_ptr=k_scales,
+            v_scale_ptr=v_scales,
+            kv_slots_ptr=buffers.kv_slots,
+            tail_lengths_ptr=buffers.tail_lengths,
+            sm_scale=sm_scale * k_factor,
+            v_factor=v_factor,
+            logit_cap=logit_cap,
+            q_stride=q.stride(0),
+            q_head_stride=q.stride(1),
+            k_stride=k_cache.stride(0),
+            k_head_stride=k_cache.stride(1),
+            v_stride=v_cache.stride(0),
+            v_head_stride=v_cache.stride(1),
+            **outputs,
+            k_scale_stride=k_scale_stride,
+            v_scale_stride=v_scale_stride,
+            NUM_KV_HEADS=self._num_kv_heads,
+            GROUP_SIZE=self._group_size,
+            HEAD_DIM=shape.head_dim,
+            BLOCK_D=max(16, next_power_of_two(shape.head_dim)),
+            HAS_CAP=logit_cap > 0,
+            HAS_SCALES=isinstance(k_scale, torch.Tensor) or isinstance(v_scale, torch.Tensor),
+        )
+        if self._needs_merge:
+            launch(
+                merge_kernel,
+                (self._num_rows, self._num_kv_heads * self._group_size),
+                **outputs,
+                NUM_QO_HEADS=self._num_kv_heads * self._group_size,
+                BLOCK_PARTIALS=_MERGE_PARTIALS,
+                num_warps=4,
+            )
+
+    def _forward(self, **arguments: Any) -> None:
+        """Launch the forward stage; the first launch on the current stream, others beside it."""
+        side = self._streams[: len(self._launches) - 1]
+        if side:
+            current = torch.cuda.current_stream(self._device)
+            self._fork.record(current)
+            for stream, join, work in zip(side, self._joins, self._launches[1:], strict=False):
+                stream.wait_event(self._fork)
+                with torch.cuda.stream(stream):
+                    self._launch(work, arguments)
+                join.record(stream)
+            self._launch(self._launches[0], arguments)
+            for join, _ in zip(self._joins, side, strict=False):
+                current.wait_event(join)
+            return
+        for work in self._launches:
+            self._launch(work, arguments)
+
+    def _launch(self, work: _Launch, arguments: dict[str, Any]) -> None:
+        wide = work.wide_tile
+        launch(
+            pack_forward_kernel,
+            (min(work.num_items * self._num_kv_heads, self._num_programs),),
+            **arguments,
+            LIST=work.work_list,
+            BLOCK_M=work.tile.block_m,
+            BLOCK_N=work.tile.block_n,
+            WIDE_BLOCK_M=wide.block_m if wide else 0,
+            WIDE_BLOCK_N=wide.block_n if wide else 0,
+            num_warps=work.tile.num_warps,
+            num_stages=work.tile.num_stages,
+        )
+
+    def _row_classes(self, rows: IntArray) -> list[int]:
+        """Rows of the tile classes in use, ascending."""
+        widest = int(rows.max())
+        if self._mode == "fused":
+            return list(_FUSED_ROWS if widest > _FUSED_ROWS[0] else _FUSED_ROWS[:1])
+        edges = np.minimum(np.searchsorted(ROW_CLASSES, rows), len(ROW_CLASSES) - 1)
+        return [ROW_CLASSES[i] for i in np.unique(edges)]
+
+    def _split_scale(self, scale: float | torch.Tensor) -> tuple[float, torch.Tensor, int]:
+        """A scale as a number, times a tensor and its stride from KV head to KV head."""
+        if isinstance(scale, torch.Tensor):
+            return 1.0, scale, scale.stride(0) if scale.dim() else 0
+        return scale, self._one, 0

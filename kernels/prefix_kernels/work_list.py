@@ -1,0 +1,89 @@
+"""From a plan to the list of work items that the pack-forward kernel takes its tiles from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prefix_kernels.layout import PlanArrays
+
+__all__ = ["ITEM_FIELDS", "WorkList", "build_work_list"]
+
+IntArray = NDArray[np.int64]
+
+# Fields of an item, in this order:
+#   0  index of the pack's first query in `queries`
+#   1  index of the split's first partial in `partials`
+#   2  first row of the block, among the pack's rows (query, grouped head)
+#   3  rows of the pack
+#   4  index of the pack's first slot in `kv_slots`
+#   5  tokens of a shared pack; -1 - b for the tail of request b
+#   6  split
+#   7  splits of the pack
+#   8  tile class
+ITEM_FIELDS = 9
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WorkList:
+    """Work items and what they refer to, ready for the device.
+
+    Attributes:
+        items: [n, ITEM_FIELDS] int32, the longest work first, whatever its tile class.
+        tile_class: [n] class of each item.
+        partials: int32, the plan's ``partial_index``; -1 where the request has no other partial,
+            so that its result goes straight to the output.
+    """
+
+    items: NDArray[np.int32]
+    tile_class: IntArray
+    partials: NDArray[np.int32]
+
+
+def build_work_list(plan: PlanArrays, group_size: int, block_rows: list[int]) -> WorkList:
+    """List the row blocks of all splits of all packs.
+
+    Args:
+        plan: the plan.
+        group_size: query heads per KV head.
+        block_rows: rows of each tile class, ascending; a pack takes the smallest that holds its
+            rows, or the largest.
+    """
+    num_queries = np.diff(plan.query_indptr)
+    rows = num_queries * group_size
+    pack_class = np.minimum(np.searchsorted(block_rows, rows), len(block_rows) - 1)
+    block_m = np.asarray(block_rows, dtype=np.int64)[pack_class]
+    row_blocks = -(-rows // block_m)
+    lengths = plan.pack_end - plan.pack_start
+    is_tail = np.arange(plan.num_packs) - (plan.num_packs - plan.batch_size)
+
+    # One entry per (pack, split, row block); row blocks of a split are neighbours, so that the
+    # second finds the KV of the first in the L2 cache.
+    per_pack = plan.num_splits * row_blocks
+    pack = np.repeat(np.arange(plan.num_packs), per_pack)
+    within = np.arange(len(pack)) - np.repeat(np.cumsum(per_pack) - per_pack, per_pack)
+    split, block = np.divmod(within, row_blocks[pack])
+    items = np.stack(
+        (
+            plan.query_indptr[pack],
+            plan.partial_indptr[pack] + split * num_queries[pack],
+            block * block_m[pack],
+            rows[pack],
+            plan.slot_offset[pack],
+            np.where(is_tail >= 0, -1 - is_tail, lengths)[pack],
+            split,
+            plan.num_splits[pack],
+            pack_class[pack],
+        ),
+        axis=1,
+    )
+    work = -(-lengths // plan.num_splits)[pack]
+    order = np.argsort(-work, kind="stable")
+    single = np.diff(plan.request_indptr) == 1
+    owner = np.repeat(np.arange(plan.batch_size), np.diff(plan.request_indptr))
+    partials = np.where(single[owner], -1, np.arange(plan.num_partials))[plan.partial_index]
+    return WorkList(
+        items[order].astype(np.int32), pack_class[pack][order], partials.astype(np.int32)
+    )
