@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefix_kernels import tiles
 from prefix_kernels.plan_buffers import PlanBuffers, PlanCapacity
-from prefix_kernels.triton_executor import LAUNCH_MODES, TritonExecutor
+from prefix_kernels.tiles import TileShape
+from prefix_kernels.triton_executor import LAUNCH_MODES, MERGE_MODES, TritonExecutor
 from sglang_prefix.packing import POLICIES, DeviceProfile
 from tests import plan_runs
 from tests.attention import KERNEL_TOLERANCES, AttentionCase, assert_close, make_case
@@ -24,6 +24,7 @@ pytestmark = pytest.mark.usefixtures("nan_memory")
 GROUPS = (1, 2, 3, 5, 7, 8, 16)
 HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256), (64, 96))
 DTYPES = (torch.float32, torch.float16)
+HOW = [(mode, merge) for mode in LAUNCH_MODES for merge in MERGE_MODES]
 
 
 def executor_of(runs: Runs) -> TritonExecutor:
@@ -32,16 +33,33 @@ def executor_of(runs: Runs) -> TritonExecutor:
     return executor
 
 
+def build_executor(
+    case: AttentionCase, how: tuple[str, str] = HOW[0], capacity: PlanCapacity | None = None
+) -> TritonExecutor:
+    shape = TileShape(
+        case.q.shape[2], case.v_cache.shape[2], case.q.dtype.itemsize, case.k_cache.dtype.itemsize
+    )
+    return TritonExecutor(
+        case.q.shape[1],
+        case.k_cache.shape[1],
+        shape,
+        torch.device("cpu"),
+        mode=how[0],
+        merge=how[1],
+        capacity=capacity,
+    )
+
+
 def load(
     batch: Batch,
     case: AttentionCase,
     policy: str = "node",
     profile: DeviceProfile = SPLITS,
-    mode: str = "streams",
+    how: tuple[str, str] = HOW[0],
 ) -> Runs:
     """A plan in use, its partials full of NaN."""
     runs = plan_runs.load(batch, case, policy, profile, "triton")
-    executor_of(runs)._mode = mode
+    runs.runner._executor = build_executor(case, how)
     runs.runner.load(runs.plan, case.req_to_token, case.req_pool_indices)
     poison(executor_of(runs).buffers)
     return runs
@@ -56,7 +74,7 @@ def assert_right(runs: Runs) -> None:
     assert_close(runs(), runs.case.oracle(), KERNEL_TOLERANCES)
 
 
-@pytest.mark.parametrize("mode", LAUNCH_MODES)
+@pytest.mark.parametrize("how", HOW, ids="-".join)
 @settings(max_examples=25)
 @given(
     batch=batches(max_requests=8, max_tokens=100),
@@ -67,7 +85,7 @@ def assert_right(runs: Runs) -> None:
     seed=st.integers(0, 1 << 16),
 )
 def test_generated_batches(
-    mode: str,
+    how: tuple[str, str],
     batch: Batch,
     policy: str,
     profile: DeviceProfile,
@@ -76,7 +94,7 @@ def test_generated_batches(
     seed: int,
 ) -> None:
     case = make_case(batch, group=group, head_dim=16, dtype=dtype, seed=seed)
-    assert_right(load(batch, case, policy, profile, mode))
+    assert_right(load(batch, case, policy, profile, how))
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -92,16 +110,16 @@ def test_every_group_size(group: int) -> None:
 def test_every_head_shape(dims: tuple[int, int], dtype: torch.dtype) -> None:
     batch = random_batch(3, num_requests=7, max_tokens=80, page_size=16)
     case = make_case(batch, group=4, head_dim=dims[0], v_head_dim=dims[1], dtype=dtype)
-    for mode in LAUNCH_MODES:
-        assert_right(load(batch, case, mode=mode))
+    for how in HOW:
+        assert_right(load(batch, case, how=how))
 
 
 def test_multi_query_attention_with_128_heads() -> None:
     """One KV head for 128 query heads: several row blocks already for one request."""
     batch = random_batch(4, num_requests=5, max_tokens=60)
     case = make_case(batch, num_kv_heads=1, group=128, head_dim=64, dtype=torch.float16)
-    for mode in LAUNCH_MODES:
-        assert_right(load(batch, case, mode=mode))
+    for how in HOW:
+        assert_right(load(batch, case, how=how))
 
 
 @pytest.mark.parametrize("kv_dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
@@ -164,12 +182,12 @@ def test_slots_are_copied_and_the_table_may_change(index_dtype: torch.dtype) -> 
     assert_close(runs(), expected)
 
 
-@pytest.mark.parametrize("mode", LAUNCH_MODES)
+@pytest.mark.parametrize("how", HOW, ids="-".join)
 @settings(max_examples=10)
 @given(batch=batches(max_requests=6, max_tokens=60, growth=16), data=st.data())
-def test_tails_grow_under_one_plan(mode: str, batch: Batch, data: st.DataObject) -> None:
+def test_tails_grow_under_one_plan(how: tuple[str, str], batch: Batch, data: st.DataObject) -> None:
     case = make_case(batch, num_kv_heads=1, head_dim=16)
-    runs = load(batch, case, data.draw(st.sampled_from(["pat", "node", "query"])), mode=mode)
+    runs = load(batch, case, data.draw(st.sampled_from(["pat", "node", "query"])), how=how)
     size = len(batch.seq_lens)
     for _ in range(2):
         steps = st.one_of(
@@ -196,11 +214,12 @@ def test_the_append_kernel_reads_lengths_on_the_device(index_dtype: torch.dtype)
         assert_right(runs)
 
 
-def test_rows_past_the_batch_get_zeros() -> None:
+@pytest.mark.parametrize("how", HOW, ids="-".join)
+def test_rows_past_the_batch_get_zeros(how: tuple[str, str]) -> None:
     """A graph is captured for more rows than a batch has."""
     batch = random_batch(14, num_requests=5, max_tokens=60)
-    case = make_case(batch, num_kv_heads=1, head_dim=16)
-    runs = load(batch, case)
+    case = make_case(batch, head_dim=16)
+    runs = load(batch, case, how=how)
     executor = executor_of(runs)
     executor.load(runs.plan, case.req_to_token, case.req_pool_indices, num_rows=8)
     case.q = torch.cat((case.q, torch.full((3, *case.q.shape[1:]), torch.nan)))
@@ -214,8 +233,8 @@ def test_rows_past_the_batch_get_zeros() -> None:
 def test_one_long_request_and_many_one_token_tails() -> None:
     forks = [Fork(0, 0, 700), *(Fork(0, 600, 1) for _ in range(70)), Fork(0, 700, 0)]
     batch = build_batch(forks)
-    for mode in LAUNCH_MODES:
-        assert_right(load(batch, make_case(batch, num_kv_heads=1, head_dim=16), "pat", mode=mode))
+    for how in HOW:
+        assert_right(load(batch, make_case(batch, num_kv_heads=1, head_dim=16), "pat", how=how))
 
 
 def test_a_thousand_requests() -> None:
@@ -233,8 +252,8 @@ def test_a_chain_of_nodes() -> None:
 def test_the_same_plan_and_inputs_give_the_same_bits() -> None:
     batch = random_batch(11, num_requests=12, max_tokens=120)
     case = make_case(batch, group=4, head_dim=32, dtype=torch.float16)
-    for mode in LAUNCH_MODES:
-        runs = load(batch, case, mode=mode)
+    for how in HOW:
+        runs = load(batch, case, how=how)
         (out, lse), (again, lse_again) = runs(), runs()
         assert torch.equal(out, again)
         assert torch.equal(lse, lse_again)
@@ -256,13 +275,29 @@ def test_a_plan_over_the_capacity_is_refused() -> None:
     batch = random_batch(9, num_requests=12, max_tokens=150)
     case = make_case(batch, head_dim=16)
     plan = plan_runs.load(batch, case).plan
-    shape = tiles.TileShape(16, 16, 4, 4)
     small = PlanCapacity(64, 1 << 16, 1 << 16, plan.num_partials - 1)
-    executor = TritonExecutor(4, 2, shape, torch.device("cpu"), capacity=small)
+    executor = build_executor(case, capacity=small)
     with pytest.raises(ValueError, match=r"partials=\d+.*legal: up to .*partials="):
         executor.load(plan, case.req_to_token, case.req_pool_indices)
     with pytest.raises(ValueError, match=r"mode='both'; legal: 'streams', 'fused'"):
-        TritonExecutor(4, 2, shape, torch.device("cpu"), mode="both")
+        build_executor(case, ("both", "launch"))
+    with pytest.raises(ValueError, match=r"merge='never'; legal: 'launch', 'arrival'"):
+        build_executor(case, ("fused", "never"))
+
+
+def test_arrivals_are_counted_back_to_zero_and_survive_an_aborted_step() -> None:
+    batch = random_batch(15, num_requests=9, max_tokens=90, growth=4)
+    case = make_case(batch, group=3, head_dim=16)
+    runs = load(batch, case, how=("streams", "arrival"))
+    assert (runs.plan.request_indptr[1:] - runs.plan.request_indptr[:-1] > 1).any()
+    arrivals = executor_of(runs).buffers.arrivals
+    assert_right(runs)
+    assert not arrivals.any()
+    arrivals.fill_(1)  # a step that was given up half-way
+    lens, slots = grow(batch, case, np.ones(9, dtype=np.int64))
+    executor_of(runs).append(lens, slots)
+    poison(executor_of(runs).buffers)
+    assert_right(runs)
 
 
 # Controls: the comparison sees each of these.

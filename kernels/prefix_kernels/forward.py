@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from prefix_kernels import plan_header, work_list
+from prefix_kernels.merge_kernel import merge_heads
 
 __all__ = ["pack_forward_kernel"]
 
@@ -28,6 +29,8 @@ HEADER_NUM_ITEMS = tl.constexpr(plan_header.HEADER_NUM_ITEMS)
 HEADER_ITEMS = tl.constexpr(plan_header.HEADER_ITEMS)
 HEADER_QUERIES = tl.constexpr(plan_header.HEADER_QUERIES)
 HEADER_PARTIALS = tl.constexpr(plan_header.HEADER_PARTIALS)
+HEADER_REQUEST_INDPTR = tl.constexpr(plan_header.HEADER_REQUEST_INDPTR)
+HEADER_NUM_REQUESTS = tl.constexpr(plan_header.HEADER_NUM_REQUESTS)
 
 
 @triton.jit
@@ -46,6 +49,8 @@ def pack_forward_kernel(
     plan_ptr,  # int32
     kv_slots_ptr,  # [kv slots] int32
     tail_lengths_ptr,  # [B] int32
+    arrivals_ptr,  # [rows, Hkv] int32, zeros before and after the launch
+    num_rows,  # of q and the outputs, padding included
     sm_scale,
     v_factor,
     logit_cap,
@@ -76,11 +81,13 @@ def pack_forward_kernel(
     HAS_CAP: tl.constexpr,
     HAS_SCALES: tl.constexpr,
     WRITES_LSE: tl.constexpr,
+    MERGES: tl.constexpr,  # whether the last program to arrive merges a request's partials
 ):
     num_tiles = tl.load(plan_ptr + HEADER_NUM_ITEMS + LIST) * NUM_KV_HEADS
     items_ptr = plan_ptr + tl.load(plan_ptr + HEADER_ITEMS + LIST)
     queries_ptr = plan_ptr + tl.load(plan_ptr + HEADER_QUERIES)
     partials_ptr = plan_ptr + tl.load(plan_ptr + HEADER_PARTIALS)
+    request_indptr_ptr = plan_ptr + tl.load(plan_ptr + HEADER_REQUEST_INDPTR)
     for index in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         item_ptr = items_ptr + index // NUM_KV_HEADS * ITEM_FIELDS
         kv_head = index % NUM_KV_HEADS
@@ -92,31 +99,45 @@ def pack_forward_kernel(
                 _attend_item(
                     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr,
                     k_scale_ptr, v_scale_ptr, item_ptr, kv_slots_ptr, queries_ptr, partials_ptr,
-                    tail_lengths_ptr, kv_head, sm_scale, v_factor, logit_cap,
+                    tail_lengths_ptr, arrivals_ptr, request_indptr_ptr, kv_head,
+                    sm_scale, v_factor, logit_cap,
                     q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
                     out_stride, out_head_stride, lse_stride, lse_head_stride,
                     k_scale_stride, v_scale_stride,
                     NUM_KV_HEADS, GROUP_SIZE, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV,
-                    WIDE_BLOCK_M, WIDE_BLOCK_N, HAS_CAP, HAS_SCALES, WRITES_LSE,
+                    WIDE_BLOCK_M, WIDE_BLOCK_N, HAS_CAP, HAS_SCALES, WRITES_LSE, MERGES,
                 )  # fmt: skip
         else:
             _attend_item(
                 q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr,
                 k_scale_ptr, v_scale_ptr, item_ptr, kv_slots_ptr, queries_ptr, partials_ptr,
-                tail_lengths_ptr, kv_head, sm_scale, v_factor, logit_cap,
+                tail_lengths_ptr, arrivals_ptr, request_indptr_ptr, kv_head,
+                sm_scale, v_factor, logit_cap,
                 q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
                 out_stride, out_head_stride, lse_stride, lse_head_stride,
                 k_scale_stride, v_scale_stride,
                 NUM_KV_HEADS, GROUP_SIZE, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV,
-                BLOCK_M, BLOCK_N, HAS_CAP, HAS_SCALES, WRITES_LSE,
+                BLOCK_M, BLOCK_N, HAS_CAP, HAS_SCALES, WRITES_LSE, MERGES,
             )  # fmt: skip
+    if MERGES and LIST == 0:
+        # No program arrives for padding rows; these have no partials, so merging gives zeros.
+        for row in range(
+            tl.load(plan_ptr + HEADER_NUM_REQUESTS) + tl.program_id(0), num_rows, tl.num_programs(0)
+        ):
+            for kv_head in range(NUM_KV_HEADS):
+                merge_heads(
+                    partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr, row, kv_head, 0, 0,
+                    out_stride, out_head_stride, lse_stride, lse_head_stride,
+                    NUM_KV_HEADS, GROUP_SIZE, V_HEAD_DIM, BLOCK_DV, WRITES_LSE,
+                )  # fmt: skip
 
 
 @triton.jit
 def _attend_item(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr,
     k_scale_ptr, v_scale_ptr, item_ptr, kv_slots_ptr, queries_ptr, partials_ptr,
-    tail_lengths_ptr, kv_head, sm_scale, v_factor, logit_cap,
+    tail_lengths_ptr, arrivals_ptr, request_indptr_ptr, kv_head,
+    sm_scale, v_factor, logit_cap,
     q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
     out_stride, out_head_stride, lse_stride, lse_head_stride,
     k_scale_stride, v_scale_stride,
@@ -125,6 +146,7 @@ def _attend_item(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_CAP: tl.constexpr, HAS_SCALES: tl.constexpr, WRITES_LSE: tl.constexpr,
+    MERGES: tl.constexpr,
 ):  # fmt: skip
     first_query = tl.load(item_ptr)
     first_partial = tl.load(item_ptr + 1)
@@ -218,3 +240,43 @@ def _attend_item(
     )
     if WRITES_LSE:
         tl.store(lse_ptr + out_row * lse_stride + head * lse_head_stride, lse, mask=goes_to_out)
+    if MERGES:
+        _arrive(
+            partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr, arrivals_ptr, request_indptr_ptr,
+            query, goes_to_partial, kv_head,
+            out_stride, out_head_stride, lse_stride, lse_head_stride,
+            NUM_KV_HEADS, GROUP_SIZE, V_HEAD_DIM, BLOCK_DV, WRITES_LSE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _arrive(
+    partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr, arrivals_ptr, request_indptr_ptr,
+    query, goes_to_partial, kv_head,
+    out_stride, out_head_stride, lse_stride, lse_head_stride,
+    NUM_KV_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr,
+    V_HEAD_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, WRITES_LSE: tl.constexpr,
+):  # fmt: skip
+    """Count this tile's rows in, and merge the requests that have all of theirs.
+
+    A request is complete for a KV head when every grouped head of every partial has arrived. Which
+    program sees that is chance; what it computes is not, since it merges in partial order.
+    """
+    tl.debug_barrier()  # the partials of all threads come before the count
+    counter_ptr = arrivals_ptr + query * NUM_KV_HEADS + kv_head
+    before = tl.atomic_add(counter_ptr, 1, mask=goes_to_partial, sem="acq_rel", scope="gpu")
+    begin = tl.load(request_indptr_ptr + query, mask=goes_to_partial, other=0)
+    end = tl.load(request_indptr_ptr + query + 1, mask=goes_to_partial, other=0)
+    completes = goes_to_partial & (before == (end - begin) * GROUP_SIZE - 1)
+    tl.store(counter_ptr, 0, mask=completes)
+    tl.debug_barrier()
+    waiting = tl.where(completes, query, -1)  # at most one row of a request is its last
+    for _ in range(tl.sum(completes.to(tl.int32), 0)):
+        request = tl.max(waiting, 0)
+        waiting = tl.where(waiting == request, -1, waiting)
+        merge_heads(
+            partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr, request, kv_head,
+            tl.load(request_indptr_ptr + request), tl.load(request_indptr_ptr + request + 1),
+            out_stride, out_head_stride, lse_stride, lse_head_stride,
+            NUM_KV_HEADS, GROUP_SIZE, V_HEAD_DIM, BLOCK_DV, WRITES_LSE,
+        )  # fmt: skip

@@ -95,7 +95,7 @@ class PlanBuffers:
     they never do, and a plan that does not fit is refused.
 
     Args:
-        num_qo_heads, v_head_dim: shape of a partial.
+        num_qo_heads, num_kv_heads, v_head_dim: shape of the layers served.
         device: where the layers run.
         capacity: what to hold for good; None to grow.
     """
@@ -103,11 +103,13 @@ class PlanBuffers:
     def __init__(
         self,
         num_qo_heads: int,
+        num_kv_heads: int,
         v_head_dim: int,
         device: torch.device,
         capacity: PlanCapacity | None = None,
     ) -> None:
         self._partial_shape = (num_qo_heads, v_head_dim)
+        self._num_kv_heads = num_kv_heads
         self._device = device
         self._grows = capacity is None
         self.capacity = capacity or PlanCapacity(0, 0, 0, 0)
@@ -119,6 +121,8 @@ class PlanBuffers:
             self.plan = torch.zeros(size.plan_size, dtype=torch.int32, device=device)
             self.kv_slots = torch.zeros(size.slots, dtype=torch.int32, device=device)
             self.tail_lengths = torch.zeros(size.rows, dtype=torch.int32, device=device)
+            arrivals = (size.rows, self._num_kv_heads)
+            self.arrivals = torch.zeros(arrivals, dtype=torch.int32, device=device)
             shape = (size.partials, *self._partial_shape)
             self.partial_out = torch.empty(shape, dtype=torch.float32, device=device)
             self.partial_lse = torch.empty(shape[:2], dtype=torch.float32, device=device)
@@ -148,6 +152,7 @@ class PlanBuffers:
             self.capacity = self.capacity.grown_to(need)
             self._allocate()
         self.kv_slots[: plan.num_slots].zero_()  # what an older plan left means nothing now
+        self.arrivals.zero_()
         self.plan[: len(packed)].copy_(torch.from_numpy(packed), non_blocking=True)
         lengths = plan.pack_end - plan.pack_start
         blocks = max(1, -(-int(lengths.max()) // _COPY_BLOCK))
@@ -180,6 +185,8 @@ class PlanBuffers:
             new_slots_ptr=new_slots,
             kv_slots_ptr=self.kv_slots,
             tail_lengths_ptr=self.tail_lengths,
+            arrivals_ptr=self.arrivals,
             num_rows=rows,
+            NUM_KV_HEADS=self._num_kv_heads,
             BLOCK=_APPEND_BLOCK,
         )

@@ -50,13 +50,16 @@ def append_slots_kernel(
     new_slots_ptr,  # [rows] int32 or int64, slot of the new token
     kv_slots_ptr,  # [kv slots] int32, written
     tail_lengths_ptr,  # [rows] int32, written
+    arrivals_ptr,  # [rows, Hkv] int32, zeroed
     num_rows,
+    NUM_KV_HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Write this step's slots into the tails' growth room, and the lengths of the tails.
 
-    Nothing is counted up, so a step that is repeated or given up leaves no trace. Rows at or past
-    the number of requests are padding and have no tail.
+    Nothing is counted up, so a step that is repeated or given up leaves no trace; the arrivals that
+    a step which was given up has left behind go, too. Rows at or past the number of requests are
+    padding and have no tail.
     """
     request = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = (request < num_rows) & (request < tl.load(plan_ptr + HEADER_NUM_REQUESTS))
@@ -68,3 +71,6 @@ def append_slots_kernel(
     slot = tl.load(new_slots_ptr + request, mask=exists, other=0).to(tl.int32)
     tl.store(kv_slots_ptr + target, slot, mask=exists & (tail_length > 0))
     tl.store(tail_lengths_ptr + request, tail_length, mask=exists)
+    for kv_head in range(NUM_KV_HEADS):
+        arrival_ptr = arrivals_ptr + request * NUM_KV_HEADS + kv_head
+        tl.store(arrival_ptr, 0, mask=request < num_rows)

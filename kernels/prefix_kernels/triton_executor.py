@@ -15,20 +15,30 @@ from prefix_kernels.launch import launch
 from prefix_kernels.layout import PlanArrays
 from prefix_kernels.merge_kernel import merge_kernel
 from prefix_kernels.plan_buffers import PlanBuffers, PlanCapacity, pack_plan
-from prefix_kernels.tiles import ROW_CLASSES, TileConfig, TileShape, choose_tile, next_power_of_two
+from prefix_kernels.tiles import (
+    ROW_CLASSES,
+    TileConfig,
+    TileShape,
+    choose_tile,
+    next_power_of_two,
+    row_class,
+)
 from prefix_kernels.work_list import build_work_list
 
-__all__ = ["LAUNCH_MODES", "TritonExecutor", "why_not_triton"]
+__all__ = ["LAUNCH_MODES", "MERGE_MODES", "TritonExecutor", "why_not_triton"]
 
 IntArray = NDArray[np.int64]
 
 LAUNCH_MODES = ("streams", "fused")
+MERGE_MODES = ("launch", "arrival")
 
-# Programs of a persistent launch per SM: what registers and shared memory allow, at most.
-_PROGRAMS_PER_SM = 3
+# Programs of a persistent launch per SM, by the rows of its tile: what registers and shared memory
+# leave room for at head dim 128 on sm_90 (`sglang-prefix kernels`).
+_PROGRAMS_PER_SM = {16: 3, 32: 2, 64: 2, 128: 1}
 # The interpreter runs programs one after another; a few show that the loop over items works.
 _INTERPRETED_PROGRAMS = 8
-_MERGE_PARTIALS = 8
+# Where a tile must do for packs of all lengths.
+_ANY_LENGTH = 1 << 30
 # Two tile classes of a fused launch have the same number of warps.
 _FUSED_ROWS = (16, 64)
 
@@ -51,7 +61,7 @@ class _Launch:
     """One launch of the forward stage: a work list and the tiles that take it."""
 
     work_list: int
-    num_items: int
+    num_programs: int
     tile: TileConfig
     wide_tile: TileConfig | None = None
 
@@ -65,7 +75,12 @@ class TritonExecutor:
         device: a CUDA device, or the CPU under the interpreter.
         mode: "streams", one launch per tile class, each on its own stream; or "fused", one launch
             for the two classes that have the same number of warps.
-        capacity: fixed sizes of the buffers; None to let them grow.
+        merge: "launch", a launch of its own; or "arrival", by the forward program that is the last
+            to arrive for a request.
+        capacity: fixed sizes of the buffers. Launches are fixed then, too: whatever plan of the
+            same number of rows is loaded, :meth:`append` and :meth:`run` launch the same kernels on
+            the same addresses, so that a captured graph replays under any of them. None to let the
+            buffers grow and to fit the launches to each plan.
     """
 
     def __init__(
@@ -76,16 +91,20 @@ class TritonExecutor:
         device: torch.device,
         *,
         mode: str = "streams",
+        merge: str = "launch",
         capacity: PlanCapacity | None = None,
     ) -> None:
-        if mode not in LAUNCH_MODES:
-            raise ValueError(f"mode={mode!r}; legal: {', '.join(map(repr, LAUNCH_MODES))}")
+        for name, value, legal in (("mode", mode, LAUNCH_MODES), ("merge", merge, MERGE_MODES)):
+            if value not in legal:
+                raise ValueError(f"{name}={value!r}; legal: {', '.join(map(repr, legal))}")
         self._num_kv_heads = num_kv_heads
         self._group_size = num_qo_heads // num_kv_heads
         self._shape = shape
         self._device = device
         self._mode = mode
-        self._buffers = PlanBuffers(num_qo_heads, shape.v_head_dim, device, capacity)
+        self._merges_on_arrival = merge == "arrival"
+        self._launches_are_fixed = capacity is not None
+        self._buffers = PlanBuffers(num_qo_heads, num_kv_heads, shape.v_head_dim, device, capacity)
         self._launches: list[_Launch] = []
         self._num_rows = 0
         self._num_slots = 0
@@ -93,11 +112,10 @@ class TritonExecutor:
         with torch.inference_mode(False):
             self._one = torch.ones(1, device=device)
             self._no_lse = torch.empty(1, 1, device=device)
-        self._num_programs = _INTERPRETED_PROGRAMS
+        self._num_sms = 0
         self._streams: list[torch.cuda.Stream] = []
         if device.type == "cuda":
-            properties = torch.cuda.get_device_properties(device)
-            self._num_programs = properties.multi_processor_count * _PROGRAMS_PER_SM
+            self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
             self._streams = [torch.cuda.Stream(device) for _ in ROW_CLASSES[1:]]
             self._fork = torch.cuda.Event()
             self._joins = [torch.cuda.Event() for _ in self._streams]
@@ -129,31 +147,22 @@ class TritonExecutor:
             num_rows: rows of q and the outputs; those past the plan's requests are padding and
                 get zeros. None for as many as there are requests.
         """
-        rows = np.diff(plan.query_indptr) * self._group_size
-        lengths = plan.pack_end - plan.pack_start
-        lengths[plan.num_packs - plan.batch_size :] += plan.growth_room
-        classes = self._row_classes(rows)
+        num_rows = plan.batch_size if num_rows is None else num_rows
+        classes = self._row_classes(plan, num_rows)
         work = build_work_list(plan, self._group_size, classes)
-        tiles = [
-            choose_tile(block_m, int(lengths.max()), self._shape, max_rows=block_m)
-            for block_m in classes
-        ]
         if self._mode == "fused":
             lists = [work.items]
-            self._launches = [_Launch(0, len(work.items), tiles[0], *tiles[1:])]
         else:
             lists = [work.items[work.tile_class == i] for i in range(len(classes))]
-            self._launches = [
-                _Launch(i, len(items), tile)
-                for i, (items, tile) in enumerate(zip(lists, tiles, strict=True))
-                if len(items)
-            ]
-        self._num_rows = plan.batch_size if num_rows is None else num_rows
+        self._plan_launches(plan, classes, [len(items) for items in lists])
+        self._num_rows = num_rows
         packed = pack_plan(plan, lists, work.partials, self._num_rows)
         self._buffers.load(plan, packed, req_to_token, req_pool_indices)
         self._num_slots = plan.num_slots
-        self._needs_merge = self._num_rows > plan.batch_size or bool(
-            (np.diff(plan.request_indptr) > 1).any()
+        self._needs_merge = (
+            self._launches_are_fixed
+            or num_rows > plan.batch_size
+            or bool((np.diff(plan.request_indptr) > 1).any())
         )
 
     def append(self, seq_lens: torch.Tensor, new_slots: torch.Tensor) -> None:
@@ -207,6 +216,8 @@ class TritonExecutor:
             partial_out_ptr=buffers.partial_out,
             partial_lse_ptr=buffers.partial_lse,
             plan_ptr=buffers.plan,
+            NUM_KV_HEADS=self._num_kv_heads,
+            GROUP_SIZE=self._group_size,
             V_HEAD_DIM=shape.v_head_dim,
             BLOCK_DV=max(16, next_power_of_two(shape.v_head_dim)),
             WRITES_LSE=lse is not None,
@@ -219,6 +230,9 @@ class TritonExecutor:
             v_scale_ptr=v_scales,
             kv_slots_ptr=buffers.kv_slots,
             tail_lengths_ptr=buffers.tail_lengths,
+            arrivals_ptr=buffers.arrivals,
+            num_rows=self._num_rows,
+            MERGES=self._merges_on_arrival,
             sm_scale=sm_scale * k_factor,
             v_factor=v_factor,
             logit_cap=logit_cap,
@@ -231,20 +245,16 @@ class TritonExecutor:
             **outputs,
             k_scale_stride=k_scale_stride,
             v_scale_stride=v_scale_stride,
-            NUM_KV_HEADS=self._num_kv_heads,
-            GROUP_SIZE=self._group_size,
             HEAD_DIM=shape.head_dim,
             BLOCK_D=max(16, next_power_of_two(shape.head_dim)),
             HAS_CAP=logit_cap > 0,
             HAS_SCALES=isinstance(k_scale, torch.Tensor) or isinstance(v_scale, torch.Tensor),
         )
-        if self._needs_merge:
+        if self._needs_merge and not self._merges_on_arrival:
             launch(
                 merge_kernel,
-                (self._num_rows, self._num_kv_heads * self._group_size),
+                (self._num_rows, self._num_kv_heads),
                 **outputs,
-                NUM_QO_HEADS=self._num_kv_heads * self._group_size,
-                BLOCK_PARTIALS=_MERGE_PARTIALS,
                 num_warps=4,
             )
 
@@ -270,7 +280,7 @@ class TritonExecutor:
         wide = work.wide_tile
         launch(
             pack_forward_kernel,
-            (min(work.num_items * self._num_kv_heads, self._num_programs),),
+            (work.num_programs,),
             **arguments,
             LIST=work.work_list,
             BLOCK_M=work.tile.block_m,
@@ -281,13 +291,39 @@ class TritonExecutor:
             num_stages=work.tile.num_stages,
         )
 
-    def _row_classes(self, rows: IntArray) -> list[int]:
+    def _row_classes(self, plan: PlanArrays, num_rows: int) -> list[int]:
         """Rows of the tile classes in use, ascending."""
-        widest = int(rows.max())
+        num_queries = (
+            np.full(1, num_rows) if self._launches_are_fixed else np.diff(plan.query_indptr)
+        )
+        rows = num_queries * self._group_size
         if self._mode == "fused":
-            return list(_FUSED_ROWS if widest > _FUSED_ROWS[0] else _FUSED_ROWS[:1])
+            return list(_FUSED_ROWS if rows.max() > _FUSED_ROWS[0] else _FUSED_ROWS[:1])
+        if self._launches_are_fixed:  # no more than two launches inside a graph
+            return sorted({ROW_CLASSES[0], row_class(int(rows.max()))})
         edges = np.minimum(np.searchsorted(ROW_CLASSES, rows), len(ROW_CLASSES) - 1)
         return [ROW_CLASSES[i] for i in np.unique(edges)]
+
+    def _plan_launches(self, plan: PlanArrays, classes: list[int], num_items: list[int]) -> None:
+        """Decide tiles and grids; without regard to the plan where launches are fixed."""
+        lengths = plan.pack_end - plan.pack_start
+        lengths[plan.num_packs - plan.batch_size :] += plan.growth_room
+        longest = _ANY_LENGTH if self._launches_are_fixed else int(lengths.max())
+        tiles = [choose_tile(rows, longest, self._shape, max_rows=rows) for rows in classes]
+        if self._mode == "fused":
+            self._launches = [_Launch(0, self._num_programs(tiles[-1], num_items[0]), *tiles)]
+            return
+        self._launches = [
+            _Launch(i, self._num_programs(tile, num_items[i]), tile)
+            for i, tile in enumerate(tiles)
+            if num_items[i] or self._launches_are_fixed
+        ]
+
+    def _num_programs(self, tile: TileConfig, num_items: int) -> int:
+        resident = self._num_sms * _PROGRAMS_PER_SM[tile.block_m] or _INTERPRETED_PROGRAMS
+        if self._launches_are_fixed:
+            return resident
+        return max(1, min(num_items * self._num_kv_heads, resident))
 
     def _split_scale(self, scale: float | torch.Tensor) -> tuple[float, torch.Tensor, int]:
         """A scale as a number, times a tensor and its stride from KV head to KV head."""
