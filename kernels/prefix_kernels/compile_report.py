@@ -1,39 +1,37 @@
-"""What the compiler makes of the kernels, for any architecture and without a GPU."""
+"""What the compiler makes of the kernels, for any architecture and without a GPU.
+
+Compiled in processes of their own: one kernel takes seconds, and a process in which Triton
+interprets its kernels cannot compile them.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import re
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from prefix_kernels.kernel_variants import ARCHS, KernelVariant
+from prefix_kernels.tiles import next_power_of_two
 
-from prefix_kernels.forward import pack_forward_kernel
-from prefix_kernels.merge_kernel import merge_kernel
-from prefix_kernels.tiles import ROW_CLASSES, TileConfig, TileShape, choose_tile, next_power_of_two
+__all__ = ["SPILL_FREE_HEAD_DIM", "KernelReport", "compile_variants", "find_problems"]
 
-__all__ = ["ARCHS", "HEAD_DIMS", "KernelReport", "report_kernels"]
+# Head dims up to this one must not spill: they are what most models have.
+SPILL_FREE_HEAD_DIM = 128
 
-# Shared memory that one program may use, in bytes (CUDA programming guide, compute capabilities).
-ARCHS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
-HEAD_DIMS = (64, 80, 96, 128, 192, 256)
-
-_TYPES = {
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-    torch.float8_e4m3fn: "fp8e4nv",
-}
+_INTERPRET = "TRITON_INTERPRET"
+_FLOATS = ("sm_scale", "v_factor", "logit_cap")
+_NUM_KV_HEADS = 8
 # Names of matrix instructions in SASS: Ampere's, Hopper's and Blackwell's.
-_MATRIX_INSTRUCTION = re.compile(r"\b(HMMA|QMMA|HGMMA|QGMMA|UTCHMMA|UTCQMMA)\b")
-_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_MATRIX_INSTRUCTION = re.compile(r"\b([HQ]MMA|[HQ]GMMA|UTC[HQ]MMA)\b")
+_ASYNC_COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global[^,]*?, \[[^]]*\], (?:0x)?(\w+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,192 +39,193 @@ class KernelReport:
     """One compiled kernel variant.
 
     Attributes:
-        kernel: "pack_forward", "pack_forward_fused" or "merge".
+        variant: what was compiled.
         arch: "sm_80", "sm_90" or "sm_100".
-        head_dim: elements per head; of q, k and v.
-        dtype, kv_dtype: of q and the output, and of the caches.
-        group_size: query heads per KV head.
-        block_m, block_n: the tile; of a fused kernel, its wide one.
-        num_warps, num_stages: compile options.
         registers: per thread.
-        spill_bytes: bytes per thread that did not fit into registers.
+        spill_bytes: stack per thread, which holds what did not fit into registers.
         shared_bytes: shared memory of a program.
         shared_limit: what the architecture allows.
-        uses_mma: whether the binary has matrix instructions.
-        instructions: their names.
+        instructions: names of the matrix instructions in the binary.
+        async_copy_bytes: widths of the asynchronous copies from global to shared memory.
     """
 
-    kernel: str
+    variant: KernelVariant
     arch: str
-    head_dim: int
-    dtype: str
-    kv_dtype: str
-    group_size: int
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
     registers: int
     spill_bytes: int
     shared_bytes: int
     shared_limit: int
-    uses_mma: bool
     instructions: tuple[str, ...]
+    async_copy_bytes: tuple[int, ...]
+
+    @property
+    def uses_mma(self) -> bool:
+        """Whether the binary uses the matrix unit."""
+        return bool(self.instructions)
+
+    def as_dict(self) -> dict[str, Any]:
+        """One flat object, as JSON has it."""
+        variant, narrow = self.variant, self.variant.narrow_tile
+        return {
+            "kernel": variant.kernel,
+            "arch": self.arch,
+            "head_dim": variant.head_dim,
+            "dtype": variant.dtype,
+            "kv_dtype": variant.kv_dtype,
+            "group_size": variant.group_size,
+            "merges": variant.merges,
+            "block_m": variant.tile.block_m,
+            "block_n": variant.tile.block_n,
+            "narrow_block_m": narrow.block_m if narrow else None,
+            "narrow_block_n": narrow.block_n if narrow else None,
+            "num_warps": variant.tile.num_warps,
+            "num_stages": variant.tile.num_stages,
+            "registers": self.registers,
+            "spill_bytes": self.spill_bytes,
+            "shared_bytes": self.shared_bytes,
+            "shared_limit": self.shared_limit,
+            "uses_mma": self.uses_mma,
+            "instructions": list(self.instructions),
+            "async_copy_bytes": list(self.async_copy_bytes),
+        }
 
 
-def report_kernels(
-    arch: str,
-    *,
-    head_dims: Iterable[int] = HEAD_DIMS,
-    dtypes: Iterable[tuple[torch.dtype, torch.dtype]] = ((torch.bfloat16, torch.bfloat16),),
-    group_size: int = 4,
+def find_problems(reports: Iterable[KernelReport]) -> list[str]:
+    """One line for each variant that spills, up to head dim 128, or does not fit."""
+    problems = []
+    for report in reports:
+        variant = report.variant
+        tile = f"{variant.tile.block_m}x{variant.tile.block_n}"
+        name = f"{variant.kernel} {variant.dtype}/{variant.kv_dtype} head dim {variant.head_dim}"
+        if report.spill_bytes and variant.head_dim <= SPILL_FREE_HEAD_DIM:
+            problems.append(f"{name} {tile} spills {report.spill_bytes} bytes")
+        if report.shared_bytes > report.shared_limit:
+            size = f"{report.shared_bytes} bytes of shared memory, over {report.shared_limit}"
+            problems.append(f"{name} {tile} uses {size}")
+    return problems
+
+
+def compile_variants(
+    variants: Iterable[KernelVariant], arch: str, *, jobs: int | None = None
 ) -> Iterator[KernelReport]:
-    """Compile every tile variant for an architecture, and the merge.
+    """Compile variants, several at a time, and report on each in their order.
 
     Args:
-        arch: a key of :data:`ARCHS`.
-        head_dims: elements per head.
-        dtypes: pairs of q's dtype and the caches'.
-        group_size: query heads per KV head.
+        variants: what to compile.
+        arch: a key of :data:`kernel_variants.ARCHS`.
+        jobs: processes at work; None for one per CPU.
     """
-    dtypes = list(dtypes)
-    for head_dim in head_dims:
-        for q_dtype, kv_dtype in dtypes:
-            shape = TileShape(head_dim, head_dim, q_dtype.itemsize, kv_dtype.itemsize)
-            for tile, wide in _variants(shape):
-                yield _report_forward(arch, shape, q_dtype, kv_dtype, group_size, tile, wide)
-        yield _report_merge(arch, head_dim, dtypes[0][0])
+    variants = list(variants)
+    jobs = max(1, min(jobs or len(os.sched_getaffinity(0)), len(variants)))
+    # Spawned, so that the workers' Triton reads the environment afresh.
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _ignore_interrupts)
+    interpret = os.environ.pop(_INTERPRET, None)
+    try:
+        reports = pool.map(_compile, variants, [arch] * len(variants))
+    finally:
+        if interpret is not None:
+            os.environ[_INTERPRET] = interpret
+    try:
+        yield from reports
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _variants(shape: TileShape) -> Iterator[tuple[TileConfig, TileConfig | None]]:
-    """All tiles that can be chosen: each row class at each KV length, then the fused pair."""
-    seen: set[TileConfig] = set()
-    for block_m in ROW_CLASSES:
-        for kv_length in (16, 32, 64, 128, 1 << 20):
-            tile = choose_tile(block_m, kv_length, shape)
-            if tile not in seen:
-                seen.add(tile)
-                yield tile, None
-    narrow, wide = (choose_tile(rows, 1 << 20, shape) for rows in (16, 64))
-    yield narrow, wide
+def _ignore_interrupts() -> None:
+    """Ctrl-C ends the parent, which then ends the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _report_forward(
-    arch: str,
-    shape: TileShape,
-    q_dtype: torch.dtype,
-    kv_dtype: torch.dtype,
-    group_size: int,
-    tile: TileConfig,
-    wide: TileConfig | None,
-) -> KernelReport:
-    q, kv = _TYPES[q_dtype], _TYPES[kv_dtype]
-    pointers = {"q": q, "k": kv, "v": kv, "out": q, "plan": "i32", "kv_slots": "i32"}
-    pointers |= {"tail_lengths": "i32", "lse": "fp32", "partial_out": "fp32"}
-    pointers |= {"partial_lse": "fp32", "k_scale": "fp32", "v_scale": "fp32"}
-    constants = {
-        "NUM_KV_HEADS": 8,
-        "GROUP_SIZE": group_size,
-        "HEAD_DIM": shape.head_dim,
-        "V_HEAD_DIM": shape.v_head_dim,
-        "BLOCK_D": next_power_of_two(shape.head_dim),
-        "BLOCK_DV": next_power_of_two(shape.v_head_dim),
+def _compile(variant: KernelVariant, arch: str) -> KernelReport:
+    """Compile as a launch with aligned tensors does."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, pointers, constants = _arguments(variant)
+    signature, hints = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in _FLOATS:
+            signature[name] = "fp32"
+        else:
+            pointer = pointers.get(name.removesuffix("_ptr"), "i32")
+            signature[name] = f"*{pointer}" if name.endswith("_ptr") else "i32"
+            hints[(index,)] = [["tt.divisibility", 16]]
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants, hints),
+        target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32),
+        options={"num_warps": variant.tile.num_warps, "num_stages": variant.tile.num_stages},
+    )
+    registers, stack, instructions = _inspect(compiled.asm["cubin"])
+    copies = {int(size, 16) for size in _ASYNC_COPY.findall(compiled.asm["ptx"])}
+    return KernelReport(
+        variant,
+        arch,
+        registers,
+        stack,
+        int(compiled.metadata.shared),
+        ARCHS[arch],
+        instructions,
+        tuple(sorted(copies)),
+    )
+
+
+def _arguments(variant: KernelVariant) -> tuple[Any, dict[str, str], dict[str, Any]]:
+    """The kernel, the types of its pointers other than int32, and its constants."""
+    from prefix_kernels.forward import pack_forward_kernel
+    from prefix_kernels.merge_kernel import merge_kernel
+    from prefix_kernels.slots import append_slots_kernel, copy_slots_kernel
+
+    heads = {"NUM_KV_HEADS": _NUM_KV_HEADS}
+    block = {"BLOCK": variant.tile.block_n}
+    # SGLang's table is int32, what it passes per request is int64.
+    if variant.kernel == "copy_slots":
+        return copy_slots_kernel, {"req_pool_indices": "i64"}, block
+    if variant.kernel == "append_slots":
+        pointers = {"seq_lens": "i64", "new_slots": "i64"}
+        return append_slots_kernel, pointers, heads | block
+    q, kv = variant.dtype, variant.kv_dtype
+    pointers = {"out": q, "lse": "fp32", "partial_out": "fp32", "partial_lse": "fp32"}
+    outputs = heads | {
+        "GROUP_SIZE": variant.group_size,
+        "V_HEAD_DIM": variant.head_dim,
+        "BLOCK_DV": next_power_of_two(variant.head_dim),
+        "WRITES_LSE": False,
+    }
+    if variant.kernel == "merge":
+        return merge_kernel, pointers, outputs
+    pointers |= {"q": q, "k": kv, "v": kv, "k_scale": "fp32", "v_scale": "fp32"}
+    narrow = variant.narrow_tile
+    tile, wide = (narrow, variant.tile) if narrow else (variant.tile, None)
+    constants = outputs | {
+        "HEAD_DIM": variant.head_dim,
+        "BLOCK_D": next_power_of_two(variant.head_dim),
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "WIDE_BLOCK_M": wide.block_m if wide else 0,
         "WIDE_BLOCK_N": wide.block_n if wide else 0,
         "LIST": 0,
         "HAS_CAP": False,
-        "HAS_SCALES": kv_dtype.itemsize == 1,
-        "WRITES_LSE": False,
+        "HAS_SCALES": kv.startswith("fp8"),
+        "MERGES": variant.merges,
     }
-    largest = wide or tile
-    stages = min(tile.num_stages, largest.num_stages)
-    found = _compile(pack_forward_kernel, arch, pointers, constants, tile.num_warps, stages)
-    return KernelReport(
-        "pack_forward_fused" if wide else "pack_forward",
-        arch,
-        shape.head_dim,
-        q,
-        kv,
-        group_size,
-        largest.block_m,
-        largest.block_n,
-        tile.num_warps,
-        stages,
-        *found,
-    )
+    return pack_forward_kernel, pointers, constants
 
 
-def _report_merge(arch: str, head_dim: int, dtype: torch.dtype) -> KernelReport:
-    pointers = {"partial_out": "fp32", "partial_lse": "fp32", "plan": "i32"}
-    pointers |= {"out": _TYPES[dtype], "lse": "fp32"}
-    constants = {
-        "NUM_QO_HEADS": 32,
-        "V_HEAD_DIM": head_dim,
-        "BLOCK_DV": next_power_of_two(head_dim),
-        "BLOCK_PARTIALS": 8,
-        "WRITES_LSE": False,
-    }
-    found = _compile(merge_kernel, arch, pointers, constants, 4, 3)
-    name = _TYPES[dtype]
-    return KernelReport("merge", arch, head_dim, name, "fp32", 1, 1, 8, 4, 3, *found)
+def _inspect(cubin: bytes) -> tuple[int, int, tuple[str, ...]]:
+    """Registers and stack bytes per thread of a binary, and its matrix instructions."""
+    import triton
 
-
-def _compile(
-    kernel: Any,
-    arch: str,
-    pointers: dict[str, str],
-    constants: dict[str, int],
-    num_warps: int,
-    num_stages: int,
-) -> tuple[int, int, int, int, bool, tuple[str, ...]]:
-    """Compile as a launch with aligned tensors does; return the last fields of a report."""
-    signature, hints = {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-            continue
-        pointer = pointers.get(name.removesuffix("_ptr"))
-        is_float = name in ("sm_scale", "v_factor", "logit_cap")
-        signature[name] = f"*{pointer}" if pointer else "fp32" if is_float else "i32"
-        if not is_float:
-            hints[(index,)] = [["tt.divisibility", 16]]
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constants, hints),
-        target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32),
-        options={"num_warps": num_warps, "num_stages": num_stages},
-    )
-    registers, spilled = _resources(compiled.asm["ptx"])
-    instructions = _matrix_instructions(compiled.asm["cubin"])
-    shared = int(compiled.metadata.shared)
-    return registers, spilled, shared, ARCHS[arch], bool(instructions), instructions
-
-
-def _resources(ptx: str) -> tuple[int, int]:
-    """Registers and spilled bytes per thread, as ptxas says."""
-    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
-    if target is None:
-        raise RuntimeError("the compiled kernel names no target")
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(ptx)
-        newer = _TOOLS / "ptxas-blackwell"  # where Triton ships two
-        is_blackwell = target.group(1).startswith("sm_10")
-        ptxas = str(newer if is_blackwell and newer.exists() else _TOOLS / "ptxas")
-        command = [ptxas, "-v", f"-arch={target.group(1)}", str(source), "-o", f"{folder}/out"]
-        run = subprocess.run(command, capture_output=True, text=True, check=True)
-    registers = re.search(r"Used (\d+) registers", run.stderr)
-    spills = re.findall(r"(\d+) bytes spill", run.stderr)
-    if registers is None or not spills:
-        raise RuntimeError(f"ptxas printed no resource usage: {run.stderr}")
-    return int(registers.group(1)), max(map(int, spills))
-
-
-def _matrix_instructions(cubin: bytes) -> tuple[str, ...]:
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder, "kernel.cubin")
         binary.write_bytes(cubin)
-        command = [str(_TOOLS / "cuobjdump"), "-sass", str(binary)]
-        run = subprocess.run(command, capture_output=True, text=True, check=True)
-    return tuple(sorted(set(_MATRIX_INSTRUCTION.findall(run.stdout))))
+        command = [str(tools / "cuobjdump"), "-res-usage", "-sass", str(binary)]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", printed)
+    if usage is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {printed[:1000]}")
+    instructions = tuple(sorted(set(_MATRIX_INSTRUCTION.findall(printed))))
+    return int(usage.group(1)), int(usage.group(2)), instructions

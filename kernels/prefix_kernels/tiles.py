@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 __all__ = [
     "ROW_CLASSES",
     "TileConfig",
     "TileShape",
+    "choose_fused_tiles",
     "choose_tile",
     "next_power_of_two",
     "row_class",
@@ -92,3 +93,9 @@ def choose_tile(
         limit //= 2
     num_stages = max(2, min(4, _KV_BYTES_IN_FLIGHT // (limit * token_bytes) + 1))
     return TileConfig(block_m, limit, 8 if block_m == 128 else 4, num_stages)
+
+
+def choose_fused_tiles(kv_length: int, shape: TileShape) -> tuple[TileConfig, TileConfig]:
+    narrow, wide = (choose_tile(rows, kv_length, shape, max_rows=rows) for rows in (16, 64))
+    stages = min(narrow.num_stages, wide.num_stages)
+    return replace(narrow, num_stages=stages), replace(wide, num_stages=stages)

@@ -1,0 +1,80 @@
+"""What a CUDA graph keeps of a step, without a GPU: kernels, grids, raw addresses and numbers.
+
+A recording holds no tensor and no plan, so a replay sees exactly what a replayed graph would see:
+whatever stands at the recorded addresses.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from prefix_kernels.launch import recorded
+
+__all__ = ["Recording", "record"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Address:
+    """A tensor argument, reduced to where it lies."""
+
+    pointer: int
+    num_bytes: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> _Address:
+        storage = tensor.untyped_storage()
+        num_bytes = storage.nbytes() - tensor.storage_offset() * tensor.itemsize
+        return cls(tensor.data_ptr(), int(num_bytes), tensor.dtype)
+
+    def tensor(self) -> torch.Tensor:
+        """The memory at this address, whoever owns it."""
+        memory = (ctypes.c_char * self.num_bytes).from_address(self.pointer)
+        return torch.frombuffer(memory, dtype=torch.uint8).view(self.dtype)
+
+
+@dataclass(slots=True)
+class Recording:
+    """The launches of a step in their order."""
+
+    launches: list[tuple[Any, tuple[int, ...], dict[str, Any]]] = field(default_factory=list)
+
+    def add(self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+        """Keep a launch, its tensors by address only."""
+        frozen = {
+            name: _Address.of(value) if isinstance(value, torch.Tensor) else value
+            for name, value in arguments.items()
+        }
+        self.launches.append((kernel, grid, frozen))
+
+    def replay(self, upto: int | None = None) -> None:
+        """Launch everything again, or the first ``upto`` launches, as an aborted replay does."""
+        for kernel, grid, arguments in self.launches[:upto]:
+            kernel[grid](
+                **{
+                    name: value.tensor() if isinstance(value, _Address) else value
+                    for name, value in arguments.items()
+                }
+            )
+
+    def addresses(self) -> set[int]:
+        """Everything that the launches point at."""
+        return {
+            value.pointer
+            for _, _, arguments in self.launches
+            for value in arguments.values()
+            if isinstance(value, _Address)
+        }
+
+
+def record(step: Callable[[], object]) -> Recording:
+    """Run ``step`` and keep what it launched."""
+    recording = Recording()
+    with recorded(recording.add):
+        step()
+    return recording
