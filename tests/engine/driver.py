@@ -57,12 +57,14 @@ class Section:
         mode: what ``hooks/sitecustomize.py`` does meanwhile.
         one_batch: send all at once behind a prefill that keeps the scheduler busy, so that they
             are prefilled in one batch.
+        logprobs: ask for them; SGLang then mixes no prefill into a decode batch.
     """
 
     name: str
     requests: tuple[Request, ...]
     mode: str = "none"
     one_batch: bool = False
+    logprobs: bool = True
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ class SectionResult:
     Attributes:
         requests: by rid, "RID aborted" for one that the client aborts: output_ids, logprobs,
             cached_tokens, finish (the type of the reason). With beams, output_ids are those of
-            all beams, best first, and logprobs the scores of the beams.
+            all beams, best first, and logprobs the scores of the beams. Without logprobs asked for,
+            an empty list.
         counters: the backend's counters, what this section added to them.
         load_format: how the engine got its weights; "dummy" ones would prove nothing.
     """
@@ -213,7 +216,7 @@ async def _run_section(engine: Any, section: dict[str, Any]) -> dict[str, Any]:
             await progress.wait_for(lambda: finished >= request["after"])
         async with running.setdefault(request["rid"], asyncio.Lock()):
             name = request["rid"] if request["abort_after"] is None else f"{request['rid']} aborted"
-            results[name] = await _generate(engine, request)
+            results[name] = await _generate(engine, request, section["logprobs"])
         async with progress:
             finished += 1
             progress.notify_all()
@@ -228,7 +231,9 @@ async def _run_section(engine: Any, section: dict[str, Any]) -> dict[str, Any]:
     return results
 
 
-async def _generate(engine: Any, request: dict[str, Any]) -> dict[str, Any]:
+async def _generate(
+    engine: Any, request: dict[str, Any], wants_logprobs: bool = True
+) -> dict[str, Any]:
     beam_width = request["beam_width"]
     stream = await engine.async_generate(
         input_ids=list(request["prompt"]),
@@ -238,7 +243,7 @@ async def _generate(engine: Any, request: dict[str, Any]) -> dict[str, Any]:
             "ignore_eos": True,
         }
         | ({} if beam_width is None else {"beam_width": beam_width, "n": beam_width}),
-        return_logprob=beam_width is None,  # SGLang refuses the two together
+        return_logprob=wants_logprobs and beam_width is None,  # SGLang refuses the two together
         stream=True,
         rid=request["rid"],
     )
@@ -251,7 +256,7 @@ async def _generate(engine: Any, request: dict[str, Any]) -> dict[str, Any]:
     meta = chunk["meta_info"]
     if beam_width is None:
         output_ids = chunk["output_ids"]
-        logprobs = [entry[0] for entry in meta["output_token_logprobs"]]
+        logprobs = [entry[0] for entry in meta.get("output_token_logprobs", ())]
     else:
         beams = meta["beam_results"]
         output_ids = [token for beam in beams for token in beam["output_ids"]]

@@ -28,6 +28,8 @@ CONTROLS = ("zeros", "newest", "page")
 
 FOREST = Section("forest", workloads.forest())
 ABORTED = Section("aborted", workloads.aborted())
+# What prefill and decode share a batch for, when the engine mixes them.
+MIXED = Section("mixed", FOREST.requests, "tell-mixed", logprobs=False)
 # Requests, tokens of the prompt, tokens to generate.
 IDENTICAL = (64, 60, 9)
 ALIKE = Section("identical", workloads.identical(*IDENTICAL), one_batch=True)
@@ -101,7 +103,7 @@ VARIANTS = {
             **ROOMY,
         },
         0.45,
-        (FOREST, BEAMS),
+        (FOREST, BEAMS, MIXED),
         VERIFY | {"SGLANG_PREFIX_POLICY": "chunk"},
     ),
     "chunk-128 page-16 policy-node": Variant(
@@ -166,7 +168,9 @@ def build(models: Mapping[str, str]) -> dict[str, Scenario]:
     dp_attention = {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True}
     told = replace(FOREST, mode="tell-padding")
     variants = {
-        name: Scenario(llama, variant.sections, variant.engine, variant.env)
+        name: Scenario(
+            llama, variant.sections, variant.engine, variant.env, hooks=MIXED in variant.sections
+        )
         for name, variant in VARIANTS.items()
     }
     return {

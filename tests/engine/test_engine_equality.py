@@ -52,6 +52,20 @@ def test_beam_search_finds_stock_beams(name: str, results: Results) -> None:
     assert ours.counters["plans"] == ours.counters["packed_steps"]
 
 
+MIXING = "named-prefill chunk-64 mixed policy-chunk"
+
+
+@pytest.mark.scenarios("stock", MIXING, "control")
+def test_passes_that_prefill_and_decode_at_once(results: Results) -> None:
+    """Decoding requests in them stay settled, and the plan is made anew behind them."""
+    ours, stock, control = results(MIXING), results("stock"), results("control")
+    max_ratio = VARIANTS[MIXING].max_ratio
+    assert_evidence(
+        ours.sections["mixed"], stock.sections["forest"], control.sections["zeros"], max_ratio
+    )
+    assert ours.log.count("test hook: mixed pass") > 10
+
+
 @pytest.mark.scenarios("no-radix-cache")
 def test_nothing_is_shared_without_a_radix_cache(results: Results) -> None:
     counters = results("no-radix-cache").sections["forest"].counters

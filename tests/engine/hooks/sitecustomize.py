@@ -85,6 +85,18 @@ def patch_batch_planner(module: ModuleType) -> None:
     compare_plans(module)
 
 
+def patch_handover(module: ModuleType) -> None:
+    """Tell of passes that prefill and decode at once: mode tell-mixed."""
+    enter = module.Handover.enter
+
+    def telling(self: Any, forward_batch: Any) -> Any:
+        if mode() == "tell-mixed" and forward_batch.forward_mode.is_mixed():
+            print("test hook: mixed pass", flush=True)
+        return enter(self, forward_batch)
+
+    module.Handover.enter = telling
+
+
 def compare_plans(module: ModuleType) -> None:
     """Let the wrapper plan every batch as well: mode compare-plans."""
     plan_anew = module.BatchPlanner._plan_anew
@@ -161,6 +173,7 @@ def remove_init_new(module: ModuleType) -> None:
 
 
 PATCHES: dict[str, Callable[[ModuleType], None]] = {
+    "prefix_patches.handover": patch_handover,
     "sglang_prefix.runner": patch_runner,
     "sglang_prefix.batch_planner": patch_batch_planner,
     "sglang_prefix.backend": apply_scales,
