@@ -10,6 +10,7 @@ import pytest
 
 from sglang_prefix.tiny_model import build_tiny_model
 from tests.engine.driver import ScenarioResult, run_scenario
+from tests.engine.qwen3 import turn_into_qwen3
 from tests.engine.scenarios import MODELS, build
 
 Results = Callable[[str], ScenarioResult]
@@ -36,6 +37,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folders = {name: tmp_path_factory.mktemp(name) for name in MODELS}
     for name, config in MODELS.items():
         build_tiny_model(folders[name], config)
+    turn_into_qwen3(folders["qwen3"])
     return {name: str(folder) for name, folder in folders.items()}
 
 

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -35,6 +36,7 @@ class Request:
         max_new_tokens: tokens to generate, never fewer, since the end token is ignored.
         after: joins when this many requests of the section have finished.
         abort_after: aborted by the client when it has this many tokens.
+        beam_width: beam search with this many beams, all of which come back.
     """
 
     rid: str
@@ -42,6 +44,7 @@ class Request:
     max_new_tokens: int
     after: int = 0
     abort_after: int | None = None
+    beam_width: int | None = None
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,14 @@ class Section:
         mode: what ``hooks/sitecustomize.py`` does meanwhile.
         one_batch: send all at once behind a prefill that keeps the scheduler busy, so that they
             are prefilled in one batch.
+        logprobs: ask for them; SGLang then mixes no prefill into a decode batch.
     """
 
     name: str
     requests: tuple[Request, ...]
     mode: str = "none"
     one_batch: bool = False
+    logprobs: bool = True
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,9 @@ class SectionResult:
 
     Attributes:
         requests: by rid, "RID aborted" for one that the client aborts: output_ids, logprobs,
-            cached_tokens, finish (the type of the reason).
+            cached_tokens, finish (the type of the reason). With beams, output_ids are those of
+            all beams, best first, and logprobs the scores of the beams. Without logprobs asked for,
+            an empty list.
         counters: the backend's counters, what this section added to them.
         load_format: how the engine got its weights; "dummy" ones would prove nothing.
     """
@@ -157,6 +164,13 @@ def kill_session(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
+def free_port() -> int:
+    """A TCP port that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
 def main() -> None:
     """Run the scenario in the folder that is the only argument."""
     import sglang
@@ -169,6 +183,7 @@ def main() -> None:
         "mem_fraction_static": 0.7,  # the pool is bounded by tokens; this only has to be enough
         "random_seed": 0,
         "log_level": "info",
+        "port": free_port(),  # with DP attention, processes of an engine talk on ports from here on
     } | scenario["engine"]
     engine = sglang.Engine(model_path=scenario["model"], **options)
     (folder / "mode").write_text("none")
@@ -201,14 +216,14 @@ async def _run_section(engine: Any, section: dict[str, Any]) -> dict[str, Any]:
             await progress.wait_for(lambda: finished >= request["after"])
         async with running.setdefault(request["rid"], asyncio.Lock()):
             name = request["rid"] if request["abort_after"] is None else f"{request['rid']} aborted"
-            results[name] = await _generate(engine, request)
+            results[name] = await _generate(engine, request, section["logprobs"])
         async with progress:
             finished += 1
             progress.notify_all()
 
     tasks: list[asyncio.Task[Any]] = []
     if section["one_batch"]:
-        plug = {"rid": "plug", "prompt": [3] * 4000, "max_new_tokens": 1, "abort_after": None}
+        plug = asdict(Request("plug", (3,) * 4000, 1))
         tasks.append(asyncio.create_task(_generate(engine, plug)))
         await asyncio.sleep(0.05)  # its prefill takes about a second
     tasks += [asyncio.create_task(serve(request)) for request in section["requests"]]
@@ -216,15 +231,19 @@ async def _run_section(engine: Any, section: dict[str, Any]) -> dict[str, Any]:
     return results
 
 
-async def _generate(engine: Any, request: dict[str, Any]) -> dict[str, Any]:
+async def _generate(
+    engine: Any, request: dict[str, Any], wants_logprobs: bool = True
+) -> dict[str, Any]:
+    beam_width = request["beam_width"]
     stream = await engine.async_generate(
-        input_ids=request["prompt"],
+        input_ids=list(request["prompt"]),
         sampling_params={
             "temperature": 0,
             "max_new_tokens": request["max_new_tokens"],
             "ignore_eos": True,
-        },
-        return_logprob=True,
+        }
+        | ({} if beam_width is None else {"beam_width": beam_width, "n": beam_width}),
+        return_logprob=wants_logprobs and beam_width is None,  # SGLang refuses the two together
         stream=True,
         rid=request["rid"],
     )
@@ -235,9 +254,16 @@ async def _generate(engine: Any, request: dict[str, Any]) -> dict[str, Any]:
             engine.tokenizer_manager.abort_request(request["rid"])
             abort_after = None
     meta = chunk["meta_info"]
+    if beam_width is None:
+        output_ids = chunk["output_ids"]
+        logprobs = [entry[0] for entry in meta.get("output_token_logprobs", ())]
+    else:
+        beams = meta["beam_results"]
+        output_ids = [token for beam in beams for token in beam["output_ids"]]
+        logprobs = [beam["meta_info"]["sequence_score"] for beam in beams]
     return {
-        "output_ids": chunk["output_ids"],
-        "logprobs": [entry[0] for entry in meta["output_token_logprobs"]],
+        "output_ids": output_ids,
+        "logprobs": logprobs,
         "cached_tokens": meta["cached_tokens"],
         "finish": (meta["finish_reason"] or {}).get("type"),
     }
@@ -245,7 +271,7 @@ async def _generate(engine: Any, request: dict[str, Any]) -> dict[str, Any]:
 
 def _counters(engine: Any) -> dict[str, Any]:
     states = engine.get_server_info()["internal_states"][0].get("sglang_prefix", [{}])
-    assert len(states) == 1  # one model runner, hence one backend
+    assert len(states) == 1  # one model runner of the first rank, hence one backend
     return dict(states[0])
 
 

@@ -19,6 +19,8 @@ MODELS = {
     # Layers 0 and 2 see 48 tokens, less than nearly every prompt has; 1 and 3 see all.
     "sliding": TinyModelConfig(arch="olmo3", num_layers=4, sliding_window=48),
     "scales": TinyModelConfig(kv_scales=SCALES),
+    # Turned into a Qwen3: SGLang's Llama is not made for DP attention.
+    "qwen3": TinyModelConfig(),
 }
 
 # Ways to break our decode, and the tests of what happens when it raises.
@@ -26,9 +28,12 @@ CONTROLS = ("zeros", "newest", "page")
 
 FOREST = Section("forest", workloads.forest())
 ABORTED = Section("aborted", workloads.aborted())
+# What prefill and decode share a batch for, when the engine mixes them.
+MIXED = Section("mixed", FOREST.requests, "tell-mixed", logprobs=False)
 # Requests, tokens of the prompt, tokens to generate.
 IDENTICAL = (64, 60, 9)
 ALIKE = Section("identical", workloads.identical(*IDENTICAL), one_batch=True)
+BEAMS = Section("beams", workloads.beams(), one_batch=True)
 
 ROOMY = {"max_total_tokens": 20000}
 # So small that requests are retracted: SGLang admits as if they were to generate four tokens.
@@ -62,6 +67,11 @@ class Variant:
         """Whether clients abort requests in it."""
         return ABORTED in self.sections
 
+    @property
+    def searches_beams(self) -> bool:
+        """Whether requests ask for beam search in it."""
+        return BEAMS in self.sections
+
 
 VARIANTS = {
     "attention-backend": Variant(
@@ -93,7 +103,8 @@ VARIANTS = {
             **ROOMY,
         },
         0.45,
-        env=VERIFY | {"SGLANG_PREFIX_POLICY": "chunk"},
+        (FOREST, BEAMS, MIXED),
+        VERIFY | {"SGLANG_PREFIX_POLICY": "chunk"},
     ),
     "chunk-128 page-16 policy-node": Variant(
         {
@@ -111,8 +122,8 @@ VARIANTS = {
     "named-stock no-overlap policy-query": Variant(
         {"attention_backend": "prefix", "disable_overlap_schedule": True, **ROOMY},
         1.001,
-        env=VERIFY
-        | {"SGLANG_PREFIX_POLICY": "query", "SGLANG_PREFIX_STOCK_BACKEND": "torch_native"},
+        (FOREST, BEAMS),
+        VERIFY | {"SGLANG_PREFIX_POLICY": "query", "SGLANG_PREFIX_STOCK_BACKEND": "torch_native"},
     ),
 }
 
@@ -141,25 +152,40 @@ def build(models: Mapping[str, str]) -> dict[str, Scenario]:
     Args:
         models: folder of each of ``MODELS``.
     """
-    llama, sliding, scales = models["llama"], models["sliding"], models["scales"]
+    llama, sliding, scales, qwen3 = (
+        models[name] for name in ("llama", "sliding", "scales", "qwen3")
+    )
     modes = ("none", *CONTROLS, "plan-error", "run-error", "compare-plans")
     control = (*map(_under, modes), ALIKE, _zeroed(ALIKE), _zeroed(ABORTED))
+    control += (BEAMS, _zeroed(BEAMS))
     zeros = (FOREST, _under("zeros"))
     # SGLang has no quantisation scheme for float32, and only a scheme makes it load KV scales.
     float32 = {"SGLANG_PREFIX_TEST_FLOAT32_SCHEME": "1"}
     # The scheme asks for an FP8 cache, which SGLang has on a CPU with AMX only.
     wide = {"kv_cache_dtype": "bfloat16"}
+    # torch_native has no length for padding rows, without which SGLang cannot pad on a CPU.
+    padded = TWO_RANKS | {"SGLANG_PREFIX_TEST_PAD_ON_CPU": "1"}
+    dp_attention = {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True}
+    told = replace(FOREST, mode="tell-padding")
     variants = {
-        name: Scenario(llama, variant.sections, variant.engine, variant.env)
+        name: Scenario(
+            llama, variant.sections, variant.engine, variant.env, hooks=MIXED in variant.sections
+        )
         for name, variant in VARIANTS.items()
     }
     return {
-        "stock": Scenario(llama, (FOREST, ABORTED, ALIKE), _stock()),
+        "stock": Scenario(llama, (FOREST, ABORTED, ALIKE, BEAMS), _stock()),
         **variants,
         "control": Scenario(llama, control, _ours(), hooks=True),
         "gate-never": Scenario(llama, (FOREST,), _ours(), {"SGLANG_PREFIX_GATE": "never"}),
         "tp-2 stock": Scenario(llama, (FOREST,), _stock(tp_size=2), TWO_RANKS),
         "tp-2": Scenario(llama, zeros, _ours(tp_size=2), VERIFY | TWO_RANKS, hooks=True),
+        "dp-attention stock": Scenario(
+            qwen3, (FOREST,), _stock(**dp_attention), padded, hooks=True
+        ),
+        "dp-attention": Scenario(
+            qwen3, (told, _under("zeros")), _ours(**dp_attention), VERIFY | padded, hooks=True
+        ),
         "sliding stock": Scenario(sliding, (FOREST,), _stock()),
         "sliding": Scenario(sliding, zeros, _ours(), VERIFY, hooks=True),
         "scales stock": Scenario(scales, (FOREST,), _stock(**wide), float32, hooks=True),

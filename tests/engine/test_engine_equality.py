@@ -40,6 +40,32 @@ def test_aborted_ids_come_back_and_get_stock_answers(name: str, results: Results
     assert all(request["finish"] == "abort" for request in aborted)
 
 
+SEARCHES = {n: v.max_ratio for n, v in VARIANTS.items() if v.searches_beams}
+
+
+@pytest.mark.parametrize("name", with_engines(["control", *SEARCHES]))
+def test_beam_search_finds_stock_beams(name: str, results: Results) -> None:
+    ours, control = results(name).sections["beams"], results("control").sections["beams zeros"]
+    max_ratio = max(SEARCHES.get(name, 0), 0.6)
+    assert_evidence(ours, results("stock").sections["beams"], control, max_ratio)
+    # Beam members have no request, and their rows change hands: a plan is good for one step.
+    assert ours.counters["plans"] == ours.counters["packed_steps"]
+
+
+MIXING = "named-prefill chunk-64 mixed policy-chunk"
+
+
+@pytest.mark.scenarios("stock", MIXING, "control")
+def test_passes_that_prefill_and_decode_at_once(results: Results) -> None:
+    """Decoding requests in them stay settled, and the plan is made anew behind them."""
+    ours, stock, control = results(MIXING), results("stock"), results("control")
+    max_ratio = VARIANTS[MIXING].max_ratio
+    assert_evidence(
+        ours.sections["mixed"], stock.sections["forest"], control.sections["zeros"], max_ratio
+    )
+    assert ours.log.count("test hook: mixed pass") > 10
+
+
 @pytest.mark.scenarios("no-radix-cache")
 def test_nothing_is_shared_without_a_radix_cache(results: Results) -> None:
     counters = results("no-radix-cache").sections["forest"].counters
@@ -50,6 +76,16 @@ def test_nothing_is_shared_without_a_radix_cache(results: Results) -> None:
 def test_two_ranks_get_stock_answers(results: Results) -> None:
     ours, stock = results("tp-2"), results("tp-2 stock")
     assert_evidence(ours.sections["forest"], stock.sections["forest"], ours.sections["zeros"], 0.5)
+
+
+@pytest.mark.scenarios("dp-attention stock", "dp-attention")
+def test_dp_attention_pads_batches_and_they_get_stock_answers(results: Results) -> None:
+    ours, stock = results("dp-attention"), results("dp-attention stock")
+    assert_evidence(ours.sections["forest"], stock.sections["forest"], ours.sections["zeros"], 0.75)
+    # The log is that of both ranks, the counters are those of the first.
+    assert ours.log.count("test hook: padded batch") > 10
+    counters = ours.sections["forest"].counters
+    assert counters["plans"] < counters["packed_steps"]  # batches without padding keep their plans
 
 
 @pytest.mark.scenarios("stock", "control")

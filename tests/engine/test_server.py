@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.driver import kill_session
+from tests.engine.driver import free_port, kill_session
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -60,12 +59,6 @@ class Server:
         except OSError:
             return False
         return True
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

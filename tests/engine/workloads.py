@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from tests.engine.driver import Request
 
-__all__ = ["aborted", "forest", "identical"]
+__all__ = ["aborted", "beams", "forest", "identical"]
 
 
 def _tokens(rng: random.Random, count: int) -> tuple[int, ...]:
@@ -55,3 +55,15 @@ def identical(count: int, length: int, max_new_tokens: int) -> tuple[Request, ..
     """One prompt, many times."""
     prompt = _tokens(random.Random(3), length)
     return tuple(Request(f"i{i}", prompt, max_new_tokens) for i in range(count))
+
+
+def beams() -> tuple[Request, ...]:
+    """Beam searches over two branches, and requests beside them that end before they do."""
+    rng = random.Random(4)
+    system = _tokens(rng, 200)
+    branches = [system + _tokens(rng, 40) for _ in range(2)]
+    prompts = [branches[i % 2] + _tokens(rng, 3 + 5 * i) for i in range(6)]
+    searches = [
+        Request(f"j{i}", p, 24 + 3 * i, beam_width=3 + i) for i, p in enumerate(prompts[:4])
+    ]
+    return (*searches, *(Request(f"k{i}", p, 12 + i) for i, p in enumerate(prompts[4:])))

@@ -70,16 +70,31 @@ def widest_pages(runner: Any) -> tuple[Any, Any]:
 
 
 def patch_batch_planner(module: ModuleType) -> None:
-    """Let planning raise: mode plan-error."""
+    """Let planning raise, or tell of batches with padding: modes plan-error, tell-padding."""
     prepare = module.BatchPlanner.prepare
 
     def broken(self: Any, forward_batch: Any) -> Any:
-        if mode() == "plan-error":
+        now = mode()
+        if now == "plan-error":
             raise RuntimeError("raised on purpose by a test")
+        if now == "tell-padding" and len(self._handover.batch.reqs) < forward_batch.batch_size:
+            print("test hook: padded batch", flush=True)
         return prepare(self, forward_batch)
 
     module.BatchPlanner.prepare = broken
     compare_plans(module)
+
+
+def patch_handover(module: ModuleType) -> None:
+    """Tell of passes that prefill and decode at once: mode tell-mixed."""
+    enter = module.Handover.enter
+
+    def telling(self: Any, forward_batch: Any) -> Any:
+        if mode() == "tell-mixed" and forward_batch.forward_mode.is_mixed():
+            print("test hook: mixed pass", flush=True)
+        return enter(self, forward_batch)
+
+    module.Handover.enter = telling
 
 
 def compare_plans(module: ModuleType) -> None:
@@ -146,6 +161,11 @@ def allow_float32_scheme(module: ModuleType) -> None:
     module.CompressedTensorsConfig.get_supported_act_dtypes = classmethod(lambda cls: legal)
 
 
+def pad_on_cpu(module: ModuleType) -> None:
+    """Give ``torch_native`` the length of padding rows that AMX has, so that it can be padded."""
+    module.TorchNativeAttnBackend.get_cpu_graph_seq_len_fill_value = lambda self: 1
+
+
 def remove_init_new(module: ModuleType) -> None:
     """Rename a symbol that our patches need."""
     module.ForwardBatch.renamed_upstream = module.ForwardBatch.init_new
@@ -153,6 +173,7 @@ def remove_init_new(module: ModuleType) -> None:
 
 
 PATCHES: dict[str, Callable[[ModuleType], None]] = {
+    "prefix_patches.handover": patch_handover,
     "sglang_prefix.runner": patch_runner,
     "sglang_prefix.batch_planner": patch_batch_planner,
     "sglang_prefix.backend": apply_scales,
@@ -197,6 +218,9 @@ if "SGLANG_PREFIX_TEST_FLOAT32_SCHEME" in os.environ:
     PATCHES["sglang.srt.layers.quantization.compressed_tensors.compressed_tensors"] = (
         allow_float32_scheme
     )
+
+if "SGLANG_PREFIX_TEST_PAD_ON_CPU" in os.environ:
+    PATCHES["sglang.srt.layers.attention.torch_native_backend"] = pad_on_cpu
 
 if "SGLANG_PREFIX_TEST_VERSION" in os.environ:
     real_version = importlib.metadata.version

@@ -1,0 +1,289 @@
+"""The scheduler's side of a :class:`BatchPlanner`: pools, a radix cache of SGLang's, its passes.
+
+Every decode step runs under the plan in use and is compared with the oracle, for two attention
+shapes. Slots hold values of their own, so that a plan which kept a slot too long shows.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+
+from prefix_kernels.oracle import decode_attention_oracle
+from prefix_patches.handover import BATCH_ATTRIBUTE, Handover
+from sglang_prefix.batch_planner import BatchPlanner, ShapeRunner
+from sglang_prefix.counters import BackendCounters
+from sglang_prefix.packing import CPU_PROFILE, AttentionShape
+from sglang_prefix.planner import GROWTH_ROOM_TOKENS, PackPlanner
+from sglang_prefix.runner import PlanRunner
+from tests.attention import assert_close
+
+__all__ = ["Request", "Scheduler", "Step"]
+
+CPU = torch.device("cpu")
+NUM_SLOTS, NUM_ROWS, CONTEXT = 2048, 16, 160
+# Query heads, KV heads, head dim.
+SHAPES = ((4, 2, 32), (3, 1, 16))
+
+
+class Request:
+    """What a planner reads of SGLang's ``Req``, and the tokens that it holds KV of."""
+
+    def __init__(self, row: int, tokens: Sequence[int], last_node: Any, owned: int) -> None:
+        self.rid = f"r{row}"
+        self.retraction_count = 0
+        self.last_node = last_node
+        self.kv = SimpleNamespace(req_pool_idx=row, cache_protected_len=owned)
+        self.tokens = list(tokens)
+
+
+class Step(NamedTuple):
+    """What a decode step added to the counters."""
+
+    plans: int
+    read: int
+    logical: int
+
+
+class Scheduler:
+    """Prefills, decodes and publishes requests around one planner.
+
+    Args:
+        page_size: tokens per KV page.
+        growth_room: tokens that a plan's tails may grow by.
+    """
+
+    def __init__(self, *, page_size: int = 1, growth_room: int = GROWTH_ROOM_TOKENS) -> None:
+        self.page_size = page_size
+        self.allocator, self.cache = _pools(page_size)
+        generator = torch.Generator().manual_seed(0)
+        self.caches = [
+            torch.randn(2, NUM_SLOTS + page_size, heads, dim, generator=generator)
+            for _, heads, dim in SHAPES
+        ]
+        # Row 0 is all zeros and belongs to padding; the others hold what was left in them.
+        self.table = torch.randint(1, NUM_SLOTS, (NUM_ROWS, CONTEXT), generator=generator).int()
+        self.table[0] = 0
+        self.free_rows = list(range(1, NUM_ROWS))
+        self.handover = Handover()
+        self.counters = BackendCounters()
+        # Policy "node" packs every node however small, so that what is read can be foretold.
+        self.shapes = [
+            ShapeRunner(
+                PackPlanner(
+                    AttentionShape(qo_heads, kv_heads, dim, dim, 4, 4),
+                    CPU_PROFILE,
+                    policy="node",
+                    growth_room=growth_room,
+                ),
+                PlanRunner(qo_heads, kv_heads, dim, CPU),
+            )
+            for qo_heads, kv_heads, dim in SHAPES
+        ]
+        self.planner = BatchPlanner(
+            self.handover, self.table, page_size, self.shapes, self.counters, verify=True
+        )
+
+    def prefill(self, *prompts: Sequence[int]) -> list[Request]:
+        """One prefill pass over new requests, each of which adopts what the tree has.
+
+        The tree learns of them in :meth:`publish`: under overlap scheduling not before their
+        first decode step.
+        """
+        reqs = []
+        for prompt in prompts:
+            node, slots = self._match(prompt[:-1])
+            row = self.free_rows.pop()
+            self.table[row, : len(slots)] = slots.int()
+            req = Request(row, prompt[: len(slots)], node, len(slots))
+            self.grow(req, prompt[len(slots) :])
+            reqs.append(req)
+        self.run_pass("EXTEND", reqs)
+        return reqs
+
+    def publish(self, *reqs: Request) -> None:
+        """Insert requests into the tree; their rows now hold the tree's slots."""
+        from sglang.srt.mem_cache.base_prefix_cache import InsertParams
+
+        for req in reqs:
+            whole = len(req.tokens) // self.page_size * self.page_size
+            slots = self.table[req.kv.req_pool_idx, :whole].long()
+            key = _radix_key(req.tokens[:whole])
+            self.cache.insert(InsertParams(key=key, value=slots))
+            req.last_node, slots = self._match(req.tokens[:whole])
+            self.table[req.kv.req_pool_idx, : len(slots)] = slots.int()
+            req.kv.cache_protected_len = len(slots)
+
+    def start(self, *prompts: Sequence[int]) -> list[Request]:
+        """Requests that decode under a plan which may go on."""
+        reqs = self.prefill(*prompts)
+        self.decode(reqs)
+        self.publish(*reqs)
+        assert self.decode(reqs).plans == 1
+        return reqs
+
+    def decode(
+        self,
+        reqs: Sequence[Request],
+        *,
+        members: Sequence[Request] = (),
+        pads: int = 0,
+        published: bool = True,
+    ) -> Step:
+        """One decode step of every request, compared with the oracle.
+
+        Args:
+            reqs: the requests of the batch.
+            members: rows that no request of the batch stands for, as in beam search.
+            pads: rows of padding, as under DP attention.
+            published: whether the schedule batch reaches the planner.
+        """
+        before = self.counted()
+        forward_batch = self.decode_batch(reqs, members=members, pads=pads, published=published)
+        reason = self.prepare(forward_batch)
+        assert reason is None
+        self.check_attention(forward_batch)
+        # As SGLang does: the next step's lengths are made in place.
+        forward_batch.seq_lens_cpu.add_(1)
+        return Step(*(now - then for now, then in zip(self.counted(), before, strict=True)))
+
+    def decode_batch(
+        self,
+        reqs: Sequence[Request],
+        *,
+        members: Sequence[Request] = (),
+        pads: int = 0,
+        published: bool = True,
+    ) -> Any:
+        """The forward batch of a decode step, for which every row has got its new slot."""
+        from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+
+        rows = [req.kv.req_pool_idx for req in (*reqs, *members)]
+        for req in (*reqs, *members):
+            self.grow(req, (int(torch.randint(1000, (1,))),))
+        lens = [len(req.tokens) for req in (*reqs, *members)]
+        new_slots = [int(self.table[row, n - 1]) for row, n in zip(rows, lens, strict=True)]
+        forward_batch = ForwardBatch(
+            forward_mode=ForwardMode.DECODE,
+            batch_size=len(rows) + pads,
+            input_ids=torch.zeros(len(rows) + pads, dtype=torch.int64),
+            req_pool_indices=torch.tensor(rows + [0] * pads),
+            seq_lens=torch.tensor(lens + [1] * pads),
+            seq_lens_cpu=torch.tensor(lens + [1] * pads),
+            seq_lens_sum=sum(lens) + pads,
+            out_cache_loc=torch.tensor(new_slots + [0] * pads),
+        )
+        if published:
+            setattr(forward_batch, BATCH_ATTRIBUTE, self._schedule_batch(reqs, rows))
+        return forward_batch
+
+    def prepare(self, forward_batch: Any) -> str | None:
+        """What the planner says within the forward pass."""
+        previous = self.handover.enter(forward_batch)
+        try:
+            return self.planner.prepare(forward_batch)
+        finally:
+            self.handover.leave(previous)
+
+    def run_pass(self, mode: str, reqs: Sequence[Request]) -> None:
+        """A forward pass that our decode has no part in."""
+        from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+        rows = [req.kv.req_pool_idx for req in reqs]
+        forward_batch = SimpleNamespace(
+            forward_mode=ForwardMode[mode], **{BATCH_ATTRIBUTE: self._schedule_batch(reqs, rows)}
+        )
+        self.handover.leave(self.handover.enter(forward_batch))
+
+    def check_attention(self, forward_batch: Any) -> None:
+        """Both runners' outputs for this batch are the oracle's."""
+        for (_, runner), (qo_heads, _, dim), (k_cache, v_cache) in zip(
+            self.shapes, SHAPES, self.caches, strict=True
+        ):
+            q = torch.randn(forward_batch.batch_size, qo_heads, dim)
+            out, lse = torch.full_like(q, torch.nan), torch.full(q.shape[:2], torch.nan)
+            runner.run(q, k_cache, v_cache, out, lse, sm_scale=dim**-0.5)
+            expected = decode_attention_oracle(
+                q,
+                k_cache,
+                v_cache,
+                self.table,
+                forward_batch.req_pool_indices,
+                forward_batch.seq_lens,
+                sm_scale=dim**-0.5,
+            )
+            assert_close((out, lse), expected)
+
+    def grow(self, req: Request, tokens: Sequence[int]) -> None:
+        """Append tokens to a request, on pages of its own."""
+        row = self.table[req.kv.req_pool_idx]
+        for token in tokens:
+            position = len(req.tokens)
+            inside = position % self.page_size
+            row[position] = row[position - 1] + 1 if inside else self._new_page()
+            req.tokens.append(token)
+
+    def counted(self) -> tuple[int, int, int]:
+        """Plans, KV tokens read and KV tokens of all requests so far."""
+        counters = self.counters
+        return counters.plans, counters.kv_tokens_read, counters.kv_tokens_logical
+
+    def distinct_slots(self, reqs: Sequence[Request]) -> int:
+        """KV tokens of some requests when those that they share count once."""
+        held = [self.table[req.kv.req_pool_idx, : len(req.tokens)] for req in reqs]
+        return len(set(torch.cat(held).tolist()))
+
+    def _new_page(self) -> torch.Tensor:
+        slots: torch.Tensor = self.allocator.alloc(self.page_size)
+        return slots[0].int()
+
+    def _match(self, tokens: Sequence[int]) -> tuple[Any, torch.Tensor]:
+        """The node that a prefix ends at, and the slots that the tree has for it."""
+        from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
+
+        found = self.cache.match_prefix(MatchPrefixParams(key=_radix_key(tokens)))
+        node = found.last_device_node
+        return node, self.cache.path_device_indices(node)
+
+    def _schedule_batch(self, reqs: Sequence[Request], rows: Sequence[int]) -> Any:
+        return SimpleNamespace(
+            reqs=list(reqs), req_pool_indices_cpu=torch.tensor(rows), tree_cache=self.cache
+        )
+
+
+def _radix_key(tokens: Sequence[int]) -> Any:
+    from sglang.srt.mem_cache.radix_cache import RadixKey
+
+    return RadixKey(array("q", tokens))
+
+
+def _pools(page_size: int) -> tuple[Any, Any]:
+    """SGLang's slot allocator and radix cache."""
+    # Here, because importing SGLang takes ten seconds, and collecting tests should not.
+    from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator
+    from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
+    from sglang.srt.mem_cache.unified_cache.components import ComponentType
+    from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+    kv_pool = MHATokenToKVPool(NUM_SLOTS, page_size, torch.float32, 1, 8, 1, "cpu", False)
+    options = (torch.float32, "cpu", kv_pool, False)
+    allocator = (
+        TokenToKVPoolAllocator(NUM_SLOTS, *options)
+        if page_size == 1
+        else PagedTokenToKVPoolAllocator(NUM_SLOTS, page_size, *options)
+    )
+    cache = UnifiedRadixCache(
+        CacheInitParams(
+            disable=False,
+            req_to_token_pool=ReqToTokenPool(NUM_ROWS, CONTEXT, "cpu", False),
+            token_to_kv_pool_allocator=allocator,
+            page_size=page_size,
+            tree_components=(ComponentType.FULL,),
+        )
+    )
+    return allocator, cache
