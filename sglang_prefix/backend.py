@@ -94,9 +94,11 @@ class PrefixAttnBackend(AttentionBackend):
         report_with(self.counters.as_dict)
         taken = 0 if self._server_reason else len(layers) - len(self.counters.delegated_layers)
         logger.info(
-            "prefix attention: %d of %d layers, stock backend %s, gate %s, policy %s%s",
+            "prefix attention: %d of %d layers, executor %s, stock backend %s, gate %s, "
+            "policy %s%s",
             taken,
             len(layers),
+            "/".join(sorted({r.executor_name for r in self._runner_of.values()})) or "none",
             stock_name,
             config.gate,
             config.policy,

@@ -89,7 +89,9 @@ class BatchPlanner:
             return "no-request-info"
         if self._goes_on(lens):
             for _, runner in self._shapes:
-                runner.append(lens, forward_batch.out_cache_loc)
+                runner.append(
+                    lens, forward_batch.out_cache_loc, forward_batch.seq_lens[: len(lens)]
+                )
             # Tails are read by their own request alone: one token more, read and logical.
             read, logical = self._plan_tokens
             self._plan_tokens = (read + len(lens), logical + len(lens))

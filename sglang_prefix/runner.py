@@ -92,13 +92,31 @@ class PlanRunner:
         self.plan = plan
         self.seq_lens = plan.seq_lens
 
-    def append(self, seq_lens: IntArray, new_slots: torch.Tensor) -> None:
+    def append(
+        self,
+        seq_lens: IntArray,
+        new_slots: torch.Tensor,
+        device_lens: torch.Tensor | None = None,
+    ) -> None:
         """Let tails grow to ``seq_lens`` [B]; ``new_slots`` go request by request.
 
         The caller has checked the lengths with :meth:`check_lengths`.
+
+        Args:
+            seq_lens: [B] the new lengths.
+            new_slots: slots of the new tokens, on the device.
+            device_lens: [B] int32 or int64, the same lengths on the device, if the caller has
+                them there. They spare the kernels a copy where every request grows by one.
         """
         grown = seq_lens - self.seq_lens
-        if (grown == 1).all():
+        by_one = bool((grown == 1).all())
+        append_on_device = getattr(self._executor, "append", None)  # Triton's has a kernel for it
+        if by_one and device_lens is not None and append_on_device is not None:
+            self._note_slots(new_slots)
+            append_on_device(device_lens, new_slots)
+            self.seq_lens = seq_lens
+            return
+        if by_one:
             target = self._tail_offset + self.seq_lens - self._tail_start
         else:
             within = np.arange(int(grown.sum())) - np.repeat(np.cumsum(grown) - grown, grown)
@@ -189,10 +207,13 @@ class PlanRunner:
     def _write(self, target: IntArray, slots: torch.Tensor) -> None:
         if not len(target):
             return
+        self._note_slots(slots)
+        self._executor.write_slots(target, slots)
+
+    def _note_slots(self, slots: torch.Tensor) -> None:
         if self._checks_slots:
             low, high = _bounds(slots)
             self.slot_range = (min(self.slot_range[0], low), max(self.slot_range[1], high))
-        self._executor.write_slots(target, slots)
 
 
 def _build_executor(

@@ -72,17 +72,15 @@ class Scheduler:
         self.handover = Handover()
         self.counters = BackendCounters()
         # Policy "node" packs every node however small, so that what is read can be foretold.
+        shapes = [
+            AttentionShape(qo_heads, kv_heads, dim, dim, 4, 4) for qo_heads, kv_heads, dim in SHAPES
+        ]
         self.shapes = [
             ShapeRunner(
-                PackPlanner(
-                    AttentionShape(qo_heads, kv_heads, dim, dim, 4, 4),
-                    CPU_PROFILE,
-                    policy="node",
-                    growth_room=growth_room,
-                ),
-                PlanRunner(qo_heads, kv_heads, dim, CPU),
+                PackPlanner(shape, CPU_PROFILE, policy="node", growth_room=growth_room),
+                PlanRunner(shape, CPU, "cpu"),
             )
-            for qo_heads, kv_heads, dim in SHAPES
+            for shape in shapes
         ]
         self.planner = BatchPlanner(
             self.handover, self.table, page_size, self.shapes, self.counters, verify=True

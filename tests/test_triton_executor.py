@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefix_kernels.plan_buffers import PlanBuffers, PlanCapacity
+from prefix_kernels.plan_buffers import PlanBuffers, PlanCapacity, pack_plan
 from prefix_kernels.tiles import TileShape
 from prefix_kernels.triton_executor import LAUNCH_MODES, MERGE_MODES, TritonExecutor
+from sglang_prefix import PrefixDecodeWrapper
 from sglang_prefix.packing import POLICIES, DeviceProfile
 from tests import plan_runs
 from tests.attention import KERNEL_TOLERANCES, AttentionCase, assert_close, make_case
@@ -298,6 +300,52 @@ def test_arrivals_are_counted_back_to_zero_and_survive_an_aborted_step() -> None
     executor_of(runs).append(lens, slots)
     poison(executor_of(runs).buffers)
     assert_right(runs)
+
+
+def test_the_wrapper_plans_grows_and_runs_with_the_kernels() -> None:
+    batch = random_batch(16, num_requests=7, max_tokens=80, growth=8)
+    case = make_case(batch, group=2, head_dim=32, dtype=torch.float16)
+    wrapper = PrefixDecodeWrapper(4, 2, 32, dtype=torch.float16, executor="triton")
+    assert wrapper.executor == "triton"
+    wrapper.plan(case.req_to_token, case.req_pool_indices, case.seq_lens)
+    assert_close(wrapper_run(wrapper, case), case.oracle(), KERNEL_TOLERANCES)
+    # For one call only, from the table: several tokens, none, one.
+    before = case.seq_lens
+    lens, slots = grow(batch, case, np.asarray([3, 0, 1, 2, 0, 1, 5]))
+    assert_close(wrapper_run(wrapper, case, seq_lens=lens), case.oracle(), KERNEL_TOLERANCES)
+    assert_close(wrapper_run(wrapper, case), case.oracle(before), KERNEL_TOLERANCES)
+    # For good, without the table.
+    case.req_to_token.fill_(1 << 20)
+    wrapper.advance(lens, slots)
+    expected = make_case(batch, group=2, head_dim=32, dtype=torch.float16)
+    grow(batch, expected, np.asarray([3, 0, 1, 2, 0, 1, 5]))
+    assert_close(wrapper_run(wrapper, case), expected.oracle(), KERNEL_TOLERANCES)
+
+
+def wrapper_run(
+    wrapper: PrefixDecodeWrapper, case: AttentionCase, seq_lens: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = case.poisoned_outputs()
+    wrapper.run(case.q, case.k_cache, case.v_cache, out=out, lse=lse, seq_lens=seq_lens)
+    return out, lse
+
+
+def test_a_slot_outside_the_caches_is_refused_before_any_launch() -> None:
+    batch = random_batch(17, num_requests=4, max_tokens=50)
+    case = make_case(batch, head_dim=16)
+    case.req_to_token[:, 3] = len(case.k_cache)
+    runs = load(batch, case)
+    with pytest.raises(ValueError, match=rf"reach {len(case.k_cache)}; legal: 0 to"):
+        runs()
+
+
+def test_indices_past_int32_are_refused() -> None:
+    batch = random_batch(17, num_requests=4, max_tokens=50)
+    plan = plan_runs.load(batch, make_case(batch, head_dim=16)).plan
+    slot_offset = plan.slot_offset.copy()
+    slot_offset[-1] = 1 << 31
+    with pytest.raises(ValueError, match=r"2147483648 kv_slots.*legal: up to 2147483647"):
+        pack_plan(replace(plan, slot_offset=slot_offset), [], np.zeros(1, dtype=np.int32), 4)
 
 
 # Controls: the comparison sees each of these.

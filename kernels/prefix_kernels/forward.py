@@ -148,9 +148,6 @@ def _attend_item(
     HAS_CAP: tl.constexpr, HAS_SCALES: tl.constexpr, WRITES_LSE: tl.constexpr,
     MERGES: tl.constexpr,
 ):  # fmt: skip
-    first_query = tl.load(item_ptr)
-    first_partial = tl.load(item_ptr + 1)
-    num_rows = tl.load(item_ptr + 3)
     slots_ptr = kv_slots_ptr + tl.load(item_ptr + 4)
     length = tl.load(item_ptr + 5)
     if length < 0:  # a tail: its length changes under the plan
@@ -162,9 +159,9 @@ def _attend_item(
     last = tl.maximum(end - 1, 0)
 
     rows = tl.load(item_ptr + 2) + tl.arange(0, BLOCK_M)
-    row_exists = rows < num_rows
+    row_exists = rows < tl.load(item_ptr + 3)
+    first_query = tl.load(item_ptr)
     query = tl.load(queries_ptr + first_query + rows // GROUP_SIZE, mask=row_exists, other=0)
-    partial = tl.load(partials_ptr + first_partial + rows // GROUP_SIZE, mask=row_exists, other=0)
     head = kv_head * GROUP_SIZE + rows % GROUP_SIZE
     dims = tl.arange(0, BLOCK_D)
     v_dims = tl.arange(0, BLOCK_DV)
@@ -182,8 +179,8 @@ def _attend_item(
 
     tokens = tl.arange(0, BLOCK_N)
     slots = tl.load(slots_ptr + tl.minimum(begin + tokens, last))
-    k_ptr += kv_head * k_head_stride
-    v_ptr += kv_head * v_head_stride
+    k_ptr += kv_head.to(tl.int64) * k_head_stride
+    v_ptr += kv_head.to(tl.int64) * v_head_stride
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     values = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -214,25 +211,28 @@ def _attend_item(
         )
         peak = new_peak
 
+    # Read again, volatile so that the compiler does: who the rows are need not wait in registers,
+    # where they would stand once per layout, while the loop runs.
+    rows = tl.load(item_ptr + 2, volatile=True) + tl.arange(0, BLOCK_M)
+    row_exists = rows < tl.load(item_ptr + 3, volatile=True)
+    first_query = tl.load(item_ptr, volatile=True)
+    first_partial = tl.load(item_ptr + 1)
+    query = tl.load(queries_ptr + first_query + rows // GROUP_SIZE, mask=row_exists, other=0)
+    partial = tl.load(partials_ptr + first_partial + rows // GROUP_SIZE, mask=row_exists, other=0)
+    head = kv_head * GROUP_SIZE + rows % GROUP_SIZE
+    goes_to_partial = row_exists & (partial >= 0)
+    goes_to_out = row_exists & (partial < 0)
+
     # An empty piece, which has no peak, becomes zeros and a lse of -inf.
-    values /= tl.where(total > 0, total, 1.0)[:, None]
-    lse = tl.where(total > 0, (peak + tl.log2(total)) * LN2, float("-inf"))
+    divisor = tl.where(total > 0, total, 1.0)
+    lse = tl.where(total > 0, (peak + tl.log2(divisor)) * LN2, float("-inf"))
     factor = v_factor
     if HAS_SCALES:
         factor *= tl.load(v_scale_ptr + kv_head * v_scale_stride)
-    values *= factor
-    goes_to_partial = row_exists & (partial >= 0)
-    goes_to_out = row_exists & (partial < 0)
-    heads = NUM_KV_HEADS * GROUP_SIZE
-    partial_row = partial.to(tl.int64) * heads + head
-    out_row = query.to(tl.int64)
+    values *= (factor / divisor)[:, None]
     is_dim = (v_dims < V_HEAD_DIM)[None, :]
-    tl.store(
-        partial_out_ptr + partial_row[:, None] * V_HEAD_DIM + v_dims[None, :],
-        values,
-        mask=goes_to_partial[:, None] & is_dim,
-    )
-    tl.store(partial_lse_ptr + partial_row, lse, mask=goes_to_partial)
+    # The narrower type goes first: values in the layout of a store are then fewest at any time.
+    out_row = query.to(tl.int64)
     tl.store(
         out_ptr + (out_row * out_stride + head * out_head_stride)[:, None] + v_dims[None, :],
         values.to(out_ptr.dtype.element_ty),
@@ -240,6 +240,13 @@ def _attend_item(
     )
     if WRITES_LSE:
         tl.store(lse_ptr + out_row * lse_stride + head * lse_head_stride, lse, mask=goes_to_out)
+    partial_row = partial.to(tl.int64) * (NUM_KV_HEADS * GROUP_SIZE) + head
+    tl.store(
+        partial_out_ptr + partial_row[:, None] * V_HEAD_DIM + v_dims[None, :],
+        values,
+        mask=goes_to_partial[:, None] & is_dim,
+    )
+    tl.store(partial_lse_ptr + partial_row, lse, mask=goes_to_partial)
     if MERGES:
         _arrive(
             partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr, arrivals_ptr, request_indptr_ptr,

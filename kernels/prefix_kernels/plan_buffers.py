@@ -18,6 +18,7 @@ __all__ = ["PlanBuffers", "PlanCapacity", "pack_plan"]
 
 Int32Array = NDArray[np.int32]
 
+_INT32_MAX = (1 << 31) - 1
 _COPY_BLOCK = 1024
 _APPEND_BLOCK = 128
 
@@ -58,7 +59,15 @@ def pack_plan(
         lists: work items, [n, ITEM_FIELDS] each, one list per launch of the forward stage.
         partials: where each (pack split, query) writes, see `work_list.py`.
         rows: rows of the batch, padding included; those past the plan's requests have no partial.
+
+    Raises:
+        ValueError: an index does not fit into 32 bits.
     """
+    if max(plan.num_slots, len(partials), *(items.size for items in lists)) > _INT32_MAX:
+        raise ValueError(
+            f"the plan has {plan.num_slots} kv_slots and {len(partials)} partials; "
+            f"legal: up to {_INT32_MAX} of each"
+        )
     first_tail = plan.num_packs - plan.batch_size
     request_indptr = np.full(rows + 1, plan.num_partials)
     request_indptr[: plan.batch_size + 1] = plan.request_indptr
@@ -133,6 +142,7 @@ class PlanBuffers:
         packed: Int32Array,
         req_to_token: torch.Tensor,
         req_pool_indices: torch.Tensor,
+        num_rows: int,
     ) -> None:
         """Copy a plan to the device and, there, the slots of its packs. Reads no device value.
 
@@ -141,11 +151,12 @@ class PlanBuffers:
             packed: the same from :func:`pack_plan`.
             req_to_token: [rows, context] int32 or int64, dense in its second dimension.
             req_pool_indices: [B] int32 or int64.
+            num_rows: rows of the batch, padding included.
 
         Raises:
             ValueError: the plan is larger than the capacity.
         """
-        need = PlanCapacity(plan.batch_size, len(packed), plan.num_slots, plan.num_partials)
+        need = PlanCapacity(num_rows, len(packed), plan.num_slots, plan.num_partials)
         if not self.capacity.holds(need):
             if not self._grows:
                 raise ValueError(f"the plan needs {need}; legal: up to {self.capacity}")

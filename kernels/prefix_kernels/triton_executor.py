@@ -157,7 +157,7 @@ class TritonExecutor:
         self._plan_launches(plan, classes, [len(items) for items in lists])
         self._num_rows = num_rows
         packed = pack_plan(plan, lists, work.partials, self._num_rows)
-        self._buffers.load(plan, packed, req_to_token, req_pool_indices)
+        self._buffers.load(plan, packed, req_to_token, req_pool_indices, num_rows)
         self._num_slots = plan.num_slots
         self._needs_merge = (
             self._launches_are_fixed

@@ -30,6 +30,7 @@ FOREST = Section("forest", workloads.forest())
 ABORTED = Section("aborted", workloads.aborted())
 # What prefill and decode share a batch for, when the engine mixes them.
 MIXED = Section("mixed", FOREST.requests, "tell-mixed", logprobs=False)
+GROVE = Section("grove", workloads.grove())
 # Requests, tokens of the prompt, tokens to generate.
 IDENTICAL = (64, 60, 9)
 ALIKE = Section("identical", workloads.identical(*IDENTICAL), one_batch=True)
@@ -173,8 +174,13 @@ def build(models: Mapping[str, str]) -> dict[str, Scenario]:
         )
         for name, variant in VARIANTS.items()
     }
+    # The kernels on the CPU; SGLang's own CPU engine runs no Triton kernel.
+    interpreted = {"TRITON_INTERPRET": "1", "SGLANG_PREFIX_EXECUTOR": "triton"}
     return {
-        "stock": Scenario(llama, (FOREST, ABORTED, ALIKE, BEAMS), _stock()),
+        "stock": Scenario(llama, (FOREST, ABORTED, ALIKE, BEAMS, GROVE), _stock()),
+        "triton": Scenario(
+            llama, (GROVE, _zeroed(GROVE)), _ours(), VERIFY | interpreted, hooks=True
+        ),
         **variants,
         "control": Scenario(llama, control, _ours(), hooks=True),
         "gate-never": Scenario(llama, (FOREST,), _ours(), {"SGLANG_PREFIX_GATE": "never"}),

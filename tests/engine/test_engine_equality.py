@@ -66,6 +66,14 @@ def test_passes_that_prefill_and_decode_at_once(results: Results) -> None:
     assert ours.log.count("test hook: mixed pass") > 10
 
 
+@pytest.mark.scenarios("stock", "triton")
+def test_the_triton_kernels_give_stock_answers(results: Results) -> None:
+    """The kernels that run on a GPU, in Triton's interpreter."""
+    ours, control = results("triton").sections["grove"], results("triton").sections["grove zeros"]
+    assert_evidence(ours, results("stock").sections["grove"], control, 0.6)
+    assert "executor triton" in results("triton").log
+
+
 @pytest.mark.scenarios("no-radix-cache")
 def test_nothing_is_shared_without_a_radix_cache(results: Results) -> None:
     counters = results("no-radix-cache").sections["forest"].counters

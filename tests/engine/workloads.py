@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from tests.engine.driver import Request
 
-__all__ = ["aborted", "beams", "forest", "identical"]
+__all__ = ["aborted", "beams", "forest", "grove", "identical"]
 
 
 def _tokens(rng: random.Random, count: int) -> tuple[int, ...]:
@@ -36,6 +36,18 @@ def forest() -> tuple[Request, ...]:
     prompts += [_tokens(rng, 50), prompts[0][:64]]
     third = [Request(f"c{i}", p, 9 + (i * 11) % 40, after=12) for i, p in enumerate(prompts)]
     return (*first, *second, *third)
+
+
+def grove() -> tuple[Request, ...]:
+    """A small forest for kernels in Triton's interpreter: two waves over two branches."""
+    rng = random.Random(5)
+    system = _tokens(rng, 120)
+    branches = [system + _tokens(rng, 30) for _ in range(2)]
+    prompts = [branches[i % 2] + _tokens(rng, 3 + 4 * i) for i in range(6)]
+    first = [Request(f"g{i}", p, 6 + (i * 5) % 11) for i, p in enumerate(prompts)]
+    prompts = [prompts[0], prompts[1] + _tokens(rng, 4), prompts[2][:130], _tokens(rng, 25)]
+    second = [Request(f"h{i}", p, 5 + 3 * i, after=2) for i, p in enumerate(prompts)]
+    return (*first, *second)
 
 
 def aborted() -> tuple[Request, ...]:

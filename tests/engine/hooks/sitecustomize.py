@@ -65,7 +65,7 @@ def widest_pages(runner: Any) -> tuple[Any, Any]:
     ]
     widest = max(long_enough, key=lambda p: len(plan.pack_queries(p)))
     end = int(plan.slot_offset[widest] + plan.pack_end[widest] - plan.pack_start[widest])
-    slots = runner._kv_slots
+    slots = runner._executor.kv_slots
     return slots[end - PAGE_TOKENS : end], slots[end - 2 * PAGE_TOKENS : end - PAGE_TOKENS]
 
 
