@@ -33,7 +33,8 @@ def choose_executor(
         ValueError: the name is unknown, or its executor cannot take these tensors.
     """
     if name not in EXECUTORS:
-        raise ValueError(f"executor={name!r}; legal: {', '.join(map(repr, EXECUTORS))}")
+        legal = ", ".join(map(repr, EXECUTORS))
+        raise ValueError(f"executor={name!r} is unknown; legal: {legal}")
     if name == "cpu" or (name == "auto" and device.type != "cuda"):
         return "cpu"
     # Not at the top: importing Triton takes a second, and the torch executor needs none of it.

@@ -30,7 +30,13 @@ HOST_IMPORTS = {
         "sglang_prefix.packing",
         "sglang_prefix.plan",
     },
-    "runner": {"numpy", "torch", "sglang_prefix.plan", "prefix_kernels"},
+    "runner": {
+        "numpy",
+        "torch",
+        "sglang_prefix.packing",
+        "sglang_prefix.plan",
+        "prefix_kernels",
+    },
     "checks": {"numpy", "torch", "sglang_prefix.forest"},
     "wrapper": {"numpy", "torch", "sglang_prefix", "prefix_kernels"},
 }

@@ -91,8 +91,11 @@ def test_heads(arguments: tuple[Any, ...], says: str) -> None:
         ({"logit_cap": -1.0}, r"logit_cap=-1.0; legal"),
         ({"logit_cap": float("nan")}, r"logit_cap=nan; legal"),
         ({"policy": "best"}, r"policy='best' is unknown; legal: 'pat', 'node', 'chunk', 'query'"),
-        ({"executor": "gpu"}, r"executor='gpu' is unknown; legal: 'auto', 'cpu'"),
-        ({"executor": "triton"}, r"executor='triton' .*use float16 or float32; legal: 'cpu'"),
+        ({"executor": "gpu"}, r"executor='gpu' is unknown; legal: 'auto', 'cpu', 'triton'"),
+        (
+            {"executor": "triton", "dtype": torch.bfloat16},
+            r"executor='triton' cannot be used here: .*use float16 or float32; legal: 'cpu'",
+        ),
         ({"dtype": torch.float64}, r"q_dtype=torch.float64; legal: torch.float32"),
         ({"dtype": None, "q_dtype": torch.int8}, r"q_dtype=torch.int8; legal"),
         ({"dtype": None, "kv_dtype": torch.int8}, r"kv_dtype=torch.int8; legal"),
