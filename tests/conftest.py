@@ -19,6 +19,9 @@ del os.environ["TRITON_INTERPRET"]
 triton.knobs.propagate_env = False
 triton.knobs.runtime.interpret = True
 
+# Workers share the cores with engines; threads that wait for a core spin meanwhile.
+torch.set_num_threads(1)
+
 # A failing example is printed with the blob that reproduces it; nothing is derandomised, so every
 # run looks elsewhere. Deadlines would time the machine, not the code.
 settings.register_profile(

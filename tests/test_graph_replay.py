@@ -21,7 +21,7 @@ from tests.replay import Recording, record
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
-ROWS, NUM_KV_HEADS, GROUP, DIM, NUM_SLOTS = 10, 2, 3, 16, 3000
+ROWS, NUM_KV_HEADS, GROUP, DIM, NUM_SLOTS = 7, 2, 3, 16, 3000
 SHAPE = AttentionShape(NUM_KV_HEADS * GROUP, NUM_KV_HEADS, DIM, DIM, 4, 4)
 CAPACITY = PlanCapacity(ROWS, 1 << 14, 1 << 14, 1 << 9)
 
@@ -133,13 +133,13 @@ def recording(server: Server) -> Recording:
 
 def forests() -> Iterator[tuple[str, Batch, str]]:
     """Batches of up to ROWS requests that share in other ways, or not at all."""
-    everyone = [Fork(0, 0, 150), *(Fork(0, 140, 3 + b) for b in range(ROWS - 1))]
+    everyone = [Fork(0, 0, 90), *(Fork(0, 80, 3 + b) for b in range(ROWS - 1))]
     yield "one prefix", build_batch(everyone, growth=6), "node"
-    yield "uneven", random_batch(21, num_requests=ROWS, max_tokens=120, growth=6), "node"
-    yield "fewer", random_batch(22, num_requests=4, max_tokens=90, growth=6), "pat"
+    yield "uneven", random_batch(21, num_requests=ROWS, max_tokens=70, growth=6), "node"
+    yield "fewer", random_batch(22, num_requests=4, max_tokens=60, growth=6), "pat"
     alone = [Fork(b, 0, 7 + 11 * b) for b in range(ROWS - 1)]
     yield "nothing shared", build_batch(alone, growth=6, order="scattered"), "query"
-    yield "one request", build_batch([Fork(0, 0, 200)], growth=6), "pat"
+    yield "one request", build_batch([Fork(0, 0, 130)], growth=6), "pat"
     same = [Fork(0, 0, 64), *(Fork(0, 64, 0) for _ in range(ROWS - 1))]
     yield "identical rows", build_batch(same, growth=6), "node"
 
@@ -162,7 +162,7 @@ def test_one_recording_serves_every_forest(server: Server, recording: Recording)
 
 
 def test_a_replay_after_an_aborted_one(server: Server, recording: Recording) -> None:
-    batch = random_batch(23, num_requests=ROWS, max_tokens=100, growth=6)
+    batch = random_batch(23, num_requests=ROWS, max_tokens=60, growth=6)
     case = make_case(batch, num_kv_heads=NUM_KV_HEADS, group=GROUP, head_dim=DIM)
     server.load(batch, case, "node")
     newest = case.req_to_token[case.req_pool_indices, case.seq_lens - 1]

@@ -77,7 +77,7 @@ def assert_right(runs: Runs) -> None:
 
 
 @pytest.mark.parametrize("how", HOW, ids="-".join)
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(
     batch=batches(max_requests=8, max_tokens=100),
     policy=st.sampled_from(sorted(POLICIES)),
@@ -112,7 +112,7 @@ def test_every_group_size(group: int) -> None:
 def test_every_head_shape(dims: tuple[int, int], dtype: torch.dtype) -> None:
     batch = random_batch(3, num_requests=7, max_tokens=80, page_size=16)
     case = make_case(batch, group=4, head_dim=dims[0], v_head_dim=dims[1], dtype=dtype)
-    for how in HOW:
+    for how in (HOW[0], HOW[-1]):
         assert_right(load(batch, case, how=how))
 
 
@@ -120,7 +120,7 @@ def test_multi_query_attention_with_128_heads() -> None:
     """One KV head for 128 query heads: several row blocks already for one request."""
     batch = random_batch(4, num_requests=5, max_tokens=60)
     case = make_case(batch, num_kv_heads=1, group=128, head_dim=64, dtype=torch.float16)
-    for how in HOW:
+    for how in (HOW[0], HOW[-1]):
         assert_right(load(batch, case, how=how))
 
 
@@ -185,7 +185,7 @@ def test_slots_are_copied_and_the_table_may_change(index_dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("how", HOW, ids="-".join)
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(batch=batches(max_requests=6, max_tokens=60, growth=16), data=st.data())
 def test_tails_grow_under_one_plan(how: tuple[str, str], batch: Batch, data: st.DataObject) -> None:
     case = make_case(batch, num_kv_heads=1, head_dim=16)
