@@ -6,9 +6,10 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint format bench-cpu clean
+.PHONY: gpu-check gpu-bench gpu-check-dry gpu-bench-dry
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,7 +23,7 @@ demo: install  ## Compare stock decode with prefix decode in the real engine
 	$(BIN)/sglang-prefix demo
 
 test: install  ## Run all tests; they see the sgl_kernel stand-in where there is no GPU
-	$(BIN)/sglang-prefix exec -- $(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/sglang-prefix exec -- $(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
 
 lint: install  ## Check style and types
 	$(BIN)/ruff check .
@@ -35,6 +36,23 @@ format: install  ## Rewrite the sources in the house style
 
 bench-cpu: install  ## Measure the CPU executor against SGLang's own decode
 	$(BIN)/sglang-prefix exec -- $(BIN)/python -m benchmarks.cpu
+
+# On a GPU host: its own python3 with torch, triton and numpy; nothing is installed.
+GPU_PYTHON ?= python3
+GPU_ENTRY := PYTHONPATH="$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/patches$${PYTHONPATH:+:$$PYTHONPATH}"
+GPU_DRY := TRITON_INTERPRET=1 $(GPU_ENTRY)
+
+gpu-check:  ## Compare all kernel variants with the oracle on this host's GPU (GPU_ARGS="--resume FILE")
+	$(GPU_ENTRY) $(GPU_PYTHON) -m benchmarks.gpu.check $(GPU_ARGS)
+
+gpu-bench:  ## Measure on this host's GPU, against what can be imported (GPU_ARGS="--resume FILE")
+	$(GPU_ENTRY) $(GPU_PYTHON) -m benchmarks.gpu.bench $(GPU_ARGS)
+
+gpu-check-dry: install  ## The logic of gpu-check on tiny shapes, without a GPU
+	$(GPU_DRY) $(BIN)/python -m benchmarks.gpu.check --dry $(GPU_ARGS)
+
+gpu-bench-dry: install  ## The logic of gpu-bench on tiny shapes, without a GPU; measures nothing
+	$(GPU_DRY) $(BIN)/python -m benchmarks.gpu.bench --dry $(GPU_ARGS)
 
 clean:  ## Remove the environment and everything that was built
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -15,27 +15,10 @@ import torch
 from numpy.typing import NDArray
 
 from prefix_kernels.oracle import decode_attention_oracle
+from prefix_kernels.tolerances import KERNEL_TOLERANCES, TOLERANCES
 from tests.forests import Batch
 
 __all__ = ["KERNEL_TOLERANCES", "TOLERANCES", "AttentionCase", "assert_close", "make_case"]
-
-# Output tolerance by its dtype, (relative, absolute). Everything is computed in float32 from the
-# same rounded inputs that the oracle sees, so float32 differs by summation order and by exp of
-# scores that are off by some 1e-6; the 16-bit types by half a unit in the last place of the final
-# rounding on top: 2**-11 and 2**-8. lse is float32 for all of them.
-TOLERANCES = {
-    torch.float32: (1e-5, 1e-5),
-    torch.float16: (2**-11 + 1e-5, 1e-5),
-    torch.bfloat16: (2**-8 + 1e-5, 1e-5),
-}
-
-# The kernels round softmax weights, each at most 1, to q's dtype before the second product: half a
-# unit in the last place of every weight, against values of up to some 4.
-KERNEL_TOLERANCES = {
-    torch.float32: TOLERANCES[torch.float32],
-    torch.float16: (2**-10, 4 * 2**-11),
-    torch.bfloat16: (2**-7, 4 * 2**-8),
-}
 
 IntArray = NDArray[np.int64]
 

@@ -33,14 +33,14 @@ def decode_attention_oracle(
         k_scale, v_scale: dequantisation factors, a number or a tensor of shape [] or [Hkv].
 
     Returns:
-        Output [B, Hq, Dv] and natural-log lse [B, Hq], both float64.
+        Output [B, Hq, Dv] and natural-log lse [B, Hq], both float64, on the device of q.
     """
     num_kv_heads = k_cache.shape[1]
     group = q.shape[1] // num_kv_heads
-    k_factor = _per_head(k_scale, num_kv_heads)
-    v_factor = _per_head(v_scale, num_kv_heads)
-    out = torch.empty(*q.shape[:2], v_cache.shape[2], dtype=torch.float64)
-    lse = torch.empty(*q.shape[:2], dtype=torch.float64)
+    k_factor = _per_head(k_scale, num_kv_heads, q.device)
+    v_factor = _per_head(v_scale, num_kv_heads, q.device)
+    out = torch.empty(*q.shape[:2], v_cache.shape[2], dtype=torch.float64, device=q.device)
+    lse = torch.empty(*q.shape[:2], dtype=torch.float64, device=q.device)
     for b, (row, length) in enumerate(
         zip(req_pool_indices.tolist(), seq_lens.tolist(), strict=True)
     ):
@@ -55,5 +55,5 @@ def decode_attention_oracle(
     return out, lse
 
 
-def _per_head(scale: float | torch.Tensor, num_kv_heads: int) -> torch.Tensor:
-    return torch.as_tensor(scale, dtype=torch.float64).cpu().expand(num_kv_heads)[:, None]
+def _per_head(scale: float | torch.Tensor, num_kv_heads: int, device: torch.device) -> torch.Tensor:
+    return torch.as_tensor(scale, dtype=torch.float64, device=device).expand(num_kv_heads)[:, None]

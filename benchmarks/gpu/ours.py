@@ -1,0 +1,152 @@
+"""Our own candidates: a policy and a launch mode, planned and run as the backend does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from prefix_kernels import plan_header
+from prefix_kernels.plan_buffers import PlanCapacity
+from prefix_kernels.tiles import TileShape
+from prefix_kernels.triton_executor import TritonExecutor
+from sglang_prefix.forest import PrefixForest
+from sglang_prefix.packing import GPU_PROFILE, AttentionShape, DeviceProfile
+from sglang_prefix.plan import PackPlan
+from sglang_prefix.planner import PackPlanner
+
+__all__ = ["Heads", "PackedAttention", "drop_one_work_item"]
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Heads of a layer: ``kv`` KV heads, ``qo`` query heads, ``dim`` and ``v_dim`` elements."""
+
+    qo: int
+    kv: int
+    dim: int = 128
+    v_dim: int = 128
+
+    def shape(self, q_dtype: torch.dtype, kv_dtype: torch.dtype) -> AttentionShape:
+        """The same with item sizes."""
+        return AttentionShape(
+            self.qo, self.kv, self.dim, self.v_dim, q_dtype.itemsize, kv_dtype.itemsize
+        )
+
+
+class PackedAttention:
+    """Planner and executor of one attention shape, policy, launch mode and merge mode.
+
+    Buffers grow and launches fit each plan until :meth:`fix_capacity` is called.
+
+    Args:
+        shape: heads and item sizes.
+        device: where.
+        policy, mode, merge: names.
+        profile: what the planner believes of the device.
+        growth_room: tokens that tails may grow by.
+    """
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        device: torch.device,
+        *,
+        policy: str = "pat",
+        mode: str = "streams",
+        merge: str = "launch",
+        profile: DeviceProfile = GPU_PROFILE,
+        growth_room: int = 256,
+    ) -> None:
+        self.shape, self.device = shape, device
+        self._how = {"mode": mode, "merge": merge}
+        self.planner = PackPlanner(shape, profile, policy=policy, growth_room=growth_room)
+        self.executor = self._executor(None)
+        self.breaks = False
+
+    def plan(self, forest: PrefixForest) -> PackPlan:
+        """Pack a forest."""
+        return self.planner.plan(forest)
+
+    def fix_capacity(self, plans: list[PackPlan], *load_arguments: Any, rows: int) -> None:
+        """Fix buffers and launches for batches of ``rows``, as graphs need; must hold ``plans``."""
+        for plan in plans:
+            self.executor.load(plan, *load_arguments)
+        need = self.executor.buffers.capacity
+        # Other tile classes make other row blocks, so a packed plan may be larger.
+        capacity = PlanCapacity(max(need.rows, rows), 4 * need.plan_size, need.slots, need.partials)
+        self.executor = self._executor(capacity)
+
+    def load(
+        self,
+        plan: PackPlan,
+        req_to_token: torch.Tensor,
+        req_pool_indices: torch.Tensor,
+        *,
+        num_rows: int | None = None,
+    ) -> None:
+        """Take a plan into use; a control loses one work item of it."""
+        self.executor.load(plan, req_to_token, req_pool_indices, num_rows=num_rows)
+        if self.breaks:
+            drop_one_work_item(self.executor)
+
+    def run(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor | None = None,
+        *,
+        sm_scale: float,
+        logit_cap: float = 0.0,
+        k_scale: float | torch.Tensor = 1.0,
+        v_scale: float | torch.Tensor = 1.0,
+    ) -> None:
+        """Launch one layer."""
+        self.executor.run(
+            q,
+            k_cache,
+            v_cache,
+            out,
+            lse,
+            sm_scale=sm_scale,
+            logit_cap=logit_cap,
+            k_scale=k_scale,
+            v_scale=v_scale,
+        )
+
+    def poison_partials(self) -> None:
+        """Fill the partial results with NaN."""
+        self.executor.buffers.partial_out.fill_(torch.nan)
+        self.executor.buffers.partial_lse.fill_(torch.nan)
+
+    def runner(
+        self, q: torch.Tensor, out: torch.Tensor, sm_scale: float
+    ) -> Callable[[torch.Tensor, torch.Tensor], object]:
+        """``run`` on fixed tensors, as a function of the caches."""
+        return lambda k, v: self.run(q, k, v, out, sm_scale=sm_scale)
+
+    def _executor(self, capacity: PlanCapacity | None) -> TritonExecutor:
+        shape = self.shape
+        tile_shape = TileShape(
+            shape.head_dim, shape.v_head_dim, shape.q_itemsize, shape.kv_itemsize
+        )
+        return TritonExecutor(
+            shape.num_qo_heads,
+            shape.num_kv_heads,
+            tile_shape,
+            self.device,
+            capacity=capacity,
+            **self._how,
+        )
+
+
+def drop_one_work_item(executor: TritonExecutor) -> None:
+    """Break the plan in use: its longest work list with an item loses the last one."""
+    counts = executor.buffers.plan[
+        plan_header.HEADER_NUM_ITEMS : plan_header.HEADER_NUM_ITEMS + plan_header.MAX_LISTS
+    ]
+    counts[int(counts.argmax())] -= 1
