@@ -27,6 +27,8 @@ __all__ = ["SPILL_FREE_HEAD_DIM", "KernelReport", "compile_variants", "find_prob
 SPILL_FREE_HEAD_DIM = 128
 
 _INTERPRET = "TRITON_INTERPRET"
+# Triton's names of what is not called the same there.
+_TRITON_DTYPES = {"fp8_e4m3": "fp8e4nv", "fp8_e5m2": "fp8e5"}
 _FLOATS = ("sm_scale", "v_factor", "logit_cap")
 _NUM_KV_HEADS = 8
 # Names of matrix instructions in SASS: Ampere's, Hopper's and Blackwell's.
@@ -73,7 +75,7 @@ class KernelReport:
             "dtype": variant.dtype,
             "kv_dtype": variant.kv_dtype,
             "group_size": variant.group_size,
-            "merges": variant.merges,
+            "merge": variant.merge,
             "block_m": variant.tile.block_m,
             "block_n": variant.tile.block_n,
             "narrow_block_m": narrow.block_m if narrow else None,
@@ -153,10 +155,14 @@ def _compile(variant: KernelVariant, arch: str) -> KernelReport:
             pointer = pointers.get(name.removesuffix("_ptr"), "i32")
             signature[name] = f"*{pointer}" if name.endswith("_ptr") else "i32"
             hints[(index,)] = [["tt.divisibility", 16]]
+    tile = variant.tile
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    if tile.max_registers:
+        options["maxnreg"] = tile.max_registers
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, hints),
         target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32),
-        options={"num_warps": variant.tile.num_warps, "num_stages": variant.tile.num_stages},
+        options=options,
     )
     registers, stack, instructions = _inspect(compiled.asm["cubin"])
     copies = {int(size, 16) for size in _ASYNC_COPY.findall(compiled.asm["ptx"])}
@@ -186,7 +192,7 @@ def _arguments(variant: KernelVariant) -> tuple[Any, dict[str, str], dict[str, A
     if variant.kernel == "append_slots":
         pointers = {"seq_lens": "i64", "new_slots": "i64"}
         return append_slots_kernel, pointers, heads | block
-    q, kv = variant.dtype, variant.kv_dtype
+    q, kv = (_TRITON_DTYPES.get(name, name) for name in (variant.dtype, variant.kv_dtype))
     pointers = {"out": q, "lse": "fp32", "partial_out": "fp32", "partial_lse": "fp32"}
     outputs = heads | {
         "GROUP_SIZE": variant.group_size,
@@ -209,7 +215,7 @@ def _arguments(variant: KernelVariant) -> tuple[Any, dict[str, str], dict[str, A
         "LIST": 0,
         "HAS_CAP": False,
         "HAS_SCALES": kv.startswith("fp8"),
-        "MERGES": variant.merges,
+        "MERGES": variant.merge == "arrival",
     }
     return pack_forward_kernel, pointers, constants
 

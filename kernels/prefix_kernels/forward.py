@@ -220,7 +220,6 @@ def _attend_item(
     query = tl.load(queries_ptr + first_query + rows // GROUP_SIZE, mask=row_exists, other=0)
     partial = tl.load(partials_ptr + first_partial + rows // GROUP_SIZE, mask=row_exists, other=0)
     head = kv_head * GROUP_SIZE + rows % GROUP_SIZE
-    goes_to_partial = row_exists & (partial >= 0)
     goes_to_out = row_exists & (partial < 0)
 
     # An empty piece, which has no peak, becomes zeros and a lse of -inf.
@@ -231,7 +230,8 @@ def _attend_item(
         factor *= tl.load(v_scale_ptr + kv_head * v_scale_stride)
     values *= (factor / divisor)[:, None]
     is_dim = (v_dims < V_HEAD_DIM)[None, :]
-    # The narrower type goes first: values in the layout of a store are then fewest at any time.
+    # One store after the other, the narrower type first, and `partial` once for each: fewest values
+    # then wait in the layout of a store at any time.
     out_row = query.to(tl.int64)
     tl.store(
         out_ptr + (out_row * out_stride + head * out_head_stride)[:, None] + v_dims[None, :],
@@ -240,6 +240,8 @@ def _attend_item(
     )
     if WRITES_LSE:
         tl.store(lse_ptr + out_row * lse_stride + head * lse_head_stride, lse, mask=goes_to_out)
+    partial = tl.load(partials_ptr + first_partial + rows // GROUP_SIZE, mask=row_exists, other=-1)
+    goes_to_partial = partial >= 0
     partial_row = partial.to(tl.int64) * (NUM_KV_HEADS * GROUP_SIZE) + head
     tl.store(
         partial_out_ptr + partial_row[:, None] * V_HEAD_DIM + v_dims[None, :],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,11 @@ from prefix_kernels.layout import PlanArrays
 from prefix_kernels.merge_kernel import merge_kernel
 from prefix_kernels.plan_buffers import PlanBuffers, PlanCapacity, pack_plan
 from prefix_kernels.tiles import (
+    FUSED_ROWS,
     ROW_CLASSES,
     TileConfig,
     TileShape,
+    choose_fused_tiles,
     choose_tile,
     next_power_of_two,
     row_class,
@@ -32,15 +34,12 @@ IntArray = NDArray[np.int64]
 LAUNCH_MODES = ("streams", "fused")
 MERGE_MODES = ("launch", "arrival")
 
-# Programs of a persistent launch per SM, by the rows of its tile: what registers and shared memory
-# leave room for at head dim 128 on sm_90 (`sglang-prefix kernels`).
-_PROGRAMS_PER_SM = {16: 3, 32: 2, 64: 2, 128: 1}
+# Compute capabilities with wgmma or tcgen05.
+_WGMMA_MAJORS = (9, 10)
 # The interpreter runs programs one after another; a few show that the loop over items works.
 _INTERPRETED_PROGRAMS = 8
 # Where a tile must do for packs of all lengths.
 _ANY_LENGTH = 1 << 30
-# Two tile classes of a fused launch have the same number of warps.
-_FUSED_ROWS = (16, 64)
 
 
 def why_not_triton(device: torch.device, q_dtype: torch.dtype, kv_dtype: torch.dtype) -> str | None:
@@ -99,6 +98,9 @@ class TritonExecutor:
                 raise ValueError(f"{name}={value!r}; legal: {', '.join(map(repr, legal))}")
         self._num_kv_heads = num_kv_heads
         self._group_size = num_qo_heads // num_kv_heads
+        if device.type == "cuda":
+            major, _ = torch.cuda.get_device_capability(device)
+            shape = replace(shape, has_wgmma=major in _WGMMA_MAJORS)
         self._shape = shape
         self._device = device
         self._mode = mode
@@ -289,6 +291,7 @@ class TritonExecutor:
             WIDE_BLOCK_N=wide.block_n if wide else 0,
             num_warps=work.tile.num_warps,
             num_stages=work.tile.num_stages,
+            maxnreg=work.tile.max_registers,
         )
 
     def _row_classes(self, plan: PlanArrays, num_rows: int) -> list[int]:
@@ -298,19 +301,20 @@ class TritonExecutor:
         )
         rows = num_queries * self._group_size
         if self._mode == "fused":
-            return list(_FUSED_ROWS if rows.max() > _FUSED_ROWS[0] else _FUSED_ROWS[:1])
+            return list(FUSED_ROWS if rows.max() > FUSED_ROWS[0] else FUSED_ROWS[:1])
         if self._launches_are_fixed:  # no more than two launches inside a graph
-            return sorted({ROW_CLASSES[0], row_class(int(rows.max()))})
-        edges = np.minimum(np.searchsorted(ROW_CLASSES, rows), len(ROW_CLASSES) - 1)
-        return [ROW_CLASSES[i] for i in np.unique(edges)]
+            return sorted({ROW_CLASSES[0], row_class(int(rows.max()), self._shape)})
+        return sorted({row_class(number, self._shape) for number in np.unique(rows).tolist()})
 
     def _plan_launches(self, plan: PlanArrays, classes: list[int], num_items: list[int]) -> None:
         """Decide tiles and grids; without regard to the plan where launches are fixed."""
         lengths = plan.pack_end - plan.pack_start
         lengths[plan.num_packs - plan.batch_size :] += plan.growth_room
         longest = _ANY_LENGTH if self._launches_are_fixed else int(lengths.max())
-        tiles = [choose_tile(rows, longest, self._shape, max_rows=rows) for rows in classes]
+        tiles = [choose_tile(rows, longest, self._shape) for rows in classes]
         if self._mode == "fused":
+            if len(tiles) > 1:
+                tiles = list(choose_fused_tiles(longest, self._shape))
             self._launches = [_Launch(0, self._num_programs(tiles[-1], num_items[0]), *tiles)]
             return
         self._launches = [
@@ -320,7 +324,7 @@ class TritonExecutor:
         ]
 
     def _num_programs(self, tile: TileConfig, num_items: int) -> int:
-        resident = self._num_sms * _PROGRAMS_PER_SM[tile.block_m] or _INTERPRETED_PROGRAMS
+        resident = self._num_sms * tile.programs_per_sm or _INTERPRETED_PROGRAMS
         if self._launches_are_fixed:
             return resident
         return max(1, min(num_items * self._num_kv_heads, resident))

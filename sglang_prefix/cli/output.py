@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -58,7 +58,7 @@ def console(json_target: str | None = None) -> Console:
     return Console(stderr=json_target == _STDOUT)
 
 
-def write_json(data: Mapping[str, Any], target: str | None) -> None:
+def write_json(data: Mapping[str, Any] | Sequence[Any], target: str | None) -> None:
     """Write `data` to where `--json` points: a file, standard output ("-") or nowhere (None)."""
     if target is None:
         return

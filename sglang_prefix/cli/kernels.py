@@ -1,0 +1,137 @@
+"""`sglang-prefix kernels`: what the compiler makes of the kernels, without a GPU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from prefix_kernels.kernel_variants import (
+    ARCHS,
+    DEFAULT_DTYPES,
+    HEAD_DIMS,
+    MERGE_FORMS,
+    KernelVariant,
+    kernel_variants,
+    legal_dtypes,
+)
+from sglang_prefix.cli.output import JsonOption, console, fail, write_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from prefix_kernels.compile_report import KernelReport
+
+__all__ = ["kernels"]
+
+
+def kernels(
+    arch: Annotated[str, typer.Option(help=f"One of {', '.join(ARCHS)}.")],
+    head_dim: Annotated[
+        list[int] | None,
+        typer.Option(help=f"May be repeated. Default: {', '.join(map(str, HEAD_DIMS))}."),
+    ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="Q/KV",
+            help="Dtypes of queries and caches; may be repeated. Default: "
+            f"{' and '.join(map('/'.join, DEFAULT_DTYPES))}, the latter where the arch has it.",
+        ),
+    ] = None,
+    merge: Annotated[
+        list[str] | None,
+        typer.Option(help=f"May be repeated. Default: {' and '.join(MERGE_FORMS)}."),
+    ] = None,
+    group_size: Annotated[int, typer.Option(min=1, help="Query heads per KV head.")] = 4,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Compilers at work. Default: one per CPU.")
+    ] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Compile every kernel variant for an architecture; needs no GPU.
+
+    Reports registers, spills, shared memory and matrix instructions. Ends with 1 if a variant of
+    head dim 128 or less spills, or if one does not fit into shared memory.
+    """
+    _check("arch", [arch], list(ARCHS))
+    _check("head-dim", head_dim or [], list(HEAD_DIMS))
+    _check("merge", merge or [], list(MERGE_FORMS))
+    legal = {"/".join(pair): pair for pair in legal_dtypes(arch)}
+    _check("dtype", dtype or [], list(legal), f" with --arch {arch}")
+    variants = kernel_variants(
+        arch,
+        head_dims=dict.fromkeys(head_dim or HEAD_DIMS),
+        dtypes=[legal[name] for name in dict.fromkeys(dtype)] if dtype else None,
+        merges=dict.fromkeys(merge or MERGE_FORMS),
+        group_size=group_size,
+    )
+    out = console(json_file)
+    reports = _compile(list(variants), arch, jobs, out)
+    _print_table(reports, arch, out)
+    write_json([report.as_dict() for report in reports], json_file)
+    _fail_on_problems(reports)
+
+
+def _check(
+    option: str, values: list[str] | list[int], legal: list[object], where: str = ""
+) -> None:
+    for value in values:
+        if value not in legal:
+            names = ", ".join(map(str, legal))
+            fail(f"--{option} is {value}; legal{where}: {names}", 2)
+
+
+def _compile(
+    variants: list[KernelVariant], arch: str, jobs: int | None, out: Console
+) -> list[KernelReport]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from prefix_kernels.compile_report import compile_variants
+
+    columns = (TextColumn("compiling for {task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=out, transient=True) as progress:
+        reports = compile_variants(variants, arch, jobs=jobs)
+        return list(progress.track(reports, total=len(variants), description=arch))
+
+
+def _print_table(reports: list[KernelReport], arch: str, out: Console) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"sglang-prefix kernels, {arch}", title_justify="left")
+    for name in ("kernel", "dtypes", "merge"):
+        table.add_column(name, no_wrap=True)
+    for name in ("head dim", "tile", "warps", "stages", "registers", "spilled", "shared KiB"):
+        table.add_column(name, justify="right")
+    table.add_column("matrix unit")
+    section = None
+    for report in reports:
+        variant, tile, narrow = report.variant, report.variant.tile, report.variant.narrow_tile
+        if section not in (None, (variant.head_dim, variant.kv_dtype)):
+            table.add_section()
+        section = (variant.head_dim, variant.kv_dtype)
+        name = f"{tile.block_m}x{tile.block_n}"
+        table.add_row(
+            variant.kernel,
+            f"{variant.dtype}/{variant.kv_dtype}",
+            variant.merge,
+            str(variant.head_dim or ""),
+            f"{narrow.block_m}x{narrow.block_n}, {name}" if narrow else name,
+            str(tile.num_warps),
+            str(tile.num_stages),
+            str(report.registers),
+            str(report.spill_bytes),
+            f"{report.shared_bytes / 1024:.1f}",
+            " ".join(report.instructions) or "no",
+        )
+    out.print(table)
+
+
+def _fail_on_problems(reports: list[KernelReport]) -> None:
+    from prefix_kernels.compile_report import find_problems
+
+    problems = find_problems(reports)
+    for problem in problems[:-1]:
+        typer.echo(f"sglang-prefix: {problem}", err=True)
+    if problems:
+        fail(problems[-1])
