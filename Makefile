@@ -23,7 +23,7 @@ demo: install  ## Compare stock decode with prefix decode in the real engine
 	$(BIN)/sglang-prefix demo
 
 test: install  ## Run all tests; they see the sgl_kernel stand-in where there is no GPU
-	$(BIN)/sglang-prefix exec -- $(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+	$(BIN)/sglang-prefix exec -- $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 lint: install  ## Check style and types
 	$(BIN)/ruff check .

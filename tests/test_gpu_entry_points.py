@@ -25,7 +25,6 @@ from tests import forests
 from tests.plan_runs import SPLITS
 
 # One worker of pytest-xdist, so that the dry runs happen once.
-pytestmark = pytest.mark.xdist_group("gpu entry points")
 
 ROOT = Path(__file__).parents[1]
 BENCH, CHECK = "benchmarks.gpu.bench", "benchmarks.gpu.check"

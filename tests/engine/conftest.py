@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
@@ -24,13 +23,6 @@ _needed = pytest.StashKey[list[str]]()
 def pytest_configure(config: pytest.Config) -> None:
     """Declare the marker that says which engines a test looks at."""
     config.addinivalue_line("markers", "scenarios(*names): engines whose results the test compares")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep all engines in one worker of pytest-xdist, so that each is started once."""
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.xdist_group("engines"))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

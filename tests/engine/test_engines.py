@@ -1,4 +1,10 @@
-"""Our decode gives stock's tokens and logprobs in the real engine, however it is set up."""
+"""The real engine: our decode gives stock's tokens and logprobs, however it is set up.
+
+One file, because engines are started once for all tests of a process, and pytest-xdist sends the
+tests of a file to one process. First whether answers are stock's; then controls, which break our
+decode on purpose, so that equal answers mean something; then the gate, layers that are left to
+stock, and KV scales.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +14,15 @@ from typing import Any
 import pytest
 
 from tests.engine.conftest import Results
-from tests.engine.evidence import assert_evidence, num_retracted
-from tests.engine.scenarios import IDENTICAL, VARIANTS
+from tests.engine.evidence import (
+    LOGPROB_TOLERANCE_BF16_CACHE,
+    assert_evidence,
+    assert_packed,
+    assert_same,
+    num_changed,
+    num_retracted,
+)
+from tests.engine.scenarios import CONTROLS, IDENTICAL, VARIANTS
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -111,3 +124,79 @@ def test_identical_prompts_are_packed_from_their_second_decode_step_on(results: 
     assert counters["kv_tokens_logical"] == sum(count * (length + step) for step in steps)
     later = sum(length + count * step for step in steps[1:])
     assert counters["kv_tokens_read"] == count * (length + 1) + later
+
+
+# Controls.
+
+
+@pytest.mark.scenarios("stock", "control")
+@pytest.mark.parametrize("mode", CONTROLS)
+def test_a_broken_decode_changes_half_of_the_requests(mode: str, results: Results) -> None:
+    broken, stock = results("control").sections[mode], results("stock").sections["forest"]
+    assert num_changed(broken, stock) * 2 >= len(stock.requests)
+    assert_packed(broken.counters, 0.45)
+
+
+@pytest.mark.scenarios("stock", "control")
+def test_the_hook_itself_changes_nothing(results: Results) -> None:
+    sections = results("control").sections
+    stock = results("stock").sections["forest"]
+    assert_evidence(sections["none"], stock, sections["zeros"], 0.45)
+
+
+@pytest.mark.scenarios("stock", "control")
+@pytest.mark.parametrize("mode", ["plan-error", "run-error"])
+def test_an_exception_hands_every_step_to_stock(mode: str, results: Results) -> None:
+    sections = results("control").sections
+    assert_same(sections[mode], results("stock").sections["forest"])
+    counters = sections[mode].counters
+    assert counters["packed_steps"] == 0
+    assert counters["fallback_reasons"] == {"error": counters["fallback_steps"]}
+    assert counters["fallback_steps"] > 50
+    # The engine lived on, and the next section packed again.
+    assert sections["compare-plans"].counters["packed_steps"] > 50
+
+
+@pytest.mark.scenarios("stock", "control")
+def test_the_wrapper_makes_the_plans_of_the_backend(results: Results) -> None:
+    control = results("control")
+    assert "test hook: plans differ" not in control.log
+    # Every plan was compared but those for a first decode step, which only the backend's
+    # scheduler knows to be private.
+    plans = control.sections["compare-plans"].counters["plans"]
+    assert control.log.count("test hook: equal plans") > plans / 2
+
+
+# The gate, layers that are left to stock, KV scales.
+
+
+@pytest.mark.scenarios("stock", "gate-never")
+def test_a_closed_gate_leaves_every_step_to_stock(results: Results) -> None:
+    ours = results("gate-never").sections["forest"]
+    assert_same(ours, results("stock").sections["forest"])
+    assert ours.counters["stock_steps"] > 50
+    assert ours.counters["packed_steps"] == ours.counters["fallback_steps"] == 0
+    assert ours.counters["plans"] == 0
+
+
+@pytest.mark.scenarios("sliding stock", "sliding")
+def test_sliding_window_layers_go_to_stock_and_full_ones_are_packed(results: Results) -> None:
+    ours, stock = results("sliding"), results("sliding stock")
+    assert_evidence(ours.sections["forest"], stock.sections["forest"], ours.sections["zeros"], 0.45)
+    delegated = ours.sections["forest"].counters["delegated_layers"]
+    assert delegated == {"0": "sliding-window", "2": "sliding-window"}
+
+
+@pytest.mark.scenarios("scales stock", "scales")
+def test_scales_in_the_checkpoint_do_what_they_do_in_stock(results: Results) -> None:
+    ours, stock = results("scales"), results("scales stock")
+    assert_evidence(
+        ours.sections["forest"],
+        stock.sections["forest"],
+        ours.sections["zeros"],
+        0.5,
+        LOGPROB_TOLERANCE_BF16_CACHE,
+    )
+    # The layers do carry them: applied to a cache that holds unscaled values they do harm.
+    harmed = num_changed(ours.sections["scales"], stock.sections["forest"])
+    assert harmed * 2 >= len(stock.sections["forest"].requests)
