@@ -24,8 +24,6 @@ from sglang_prefix.planner import PackPlanner
 from tests import forests
 from tests.plan_runs import SPLITS
 
-# One worker of pytest-xdist, so that the dry runs happen once.
-
 ROOT = Path(__file__).parents[1]
 BENCH, CHECK = "benchmarks.gpu.bench", "benchmarks.gpu.check"
 

@@ -101,9 +101,9 @@ def _print_table(reports: list[KernelReport], arch: str, out: Console) -> None:
     table = Table(title=f"sglang-prefix kernels, {arch}", title_justify="left")
     for name in ("kernel", "dtypes", "merge"):
         table.add_column(name, no_wrap=True)
-    for name in ("head dim", "tile", "warps", "stages", "registers", "spilled", "shared KiB"):
+    for name in ("dim", "tile", "warps", "stages", "regs", "spill B", "smem KiB"):
         table.add_column(name, justify="right")
-    table.add_column("matrix unit")
+    table.add_column("mma")
     section = None
     for report in reports:
         variant, tile, narrow = report.variant, report.variant.tile, report.variant.narrow_tile
@@ -114,15 +114,15 @@ def _print_table(reports: list[KernelReport], arch: str, out: Console) -> None:
         table.add_row(
             variant.kernel,
             f"{variant.dtype}/{variant.kv_dtype}",
-            variant.merge,
+            variant.merge if variant.kernel.startswith("pack_forward") else "",
             str(variant.head_dim or ""),
-            f"{narrow.block_m}x{narrow.block_n}, {name}" if narrow else name,
+            f"{narrow.block_m}x{narrow.block_n} {name}" if narrow else name,
             str(tile.num_warps),
             str(tile.num_stages),
             str(report.registers),
             str(report.spill_bytes),
             f"{report.shared_bytes / 1024:.1f}",
-            " ".join(report.instructions) or "no",
+            " ".join(report.instructions),
         )
     out.print(table)
 
