@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 __all__ = ["kernels"]
 
+# Columns of the table in a file or a pipe, where nothing says how wide a line may be.
+_FILE_WIDTH = 120
+
 
 def kernels(
     arch: Annotated[str, typer.Option(help=f"One of {', '.join(ARCHS)}.")],
@@ -124,6 +127,8 @@ def _print_table(reports: list[KernelReport], arch: str, out: Console) -> None:
             f"{report.shared_bytes / 1024:.1f}",
             " ".join(report.instructions),
         )
+    if not out.is_terminal:
+        out.width = max(out.width, _FILE_WIDTH)
     out.print(table)
 
 
