@@ -83,6 +83,7 @@ class TorchExecutor:
         self._packs: list[_Pack] = []
         self._num_shared = 0
         self._slots = SlotTable(device)
+        self._uncut_lengths: IntArray | None = None  # of tails, until the first layer needs them
         self._num_partials = 0
         self._request_indptr = torch.zeros(1, dtype=torch.int64, device=device)
         self._max_partials_per_request = 0
@@ -104,8 +105,9 @@ class TorchExecutor:
         self._num_partials = plan.num_partials
         self._packs = self._prepare(plan)
         self._find_runs(plan)
-        for pack in self._packs:
+        for pack in self._packs[: self._num_shared]:
             self._cut(pack, pack.planned_length)
+        self.set_lengths(plan.seq_lens - plan.pack_start[self._num_shared :])
         self._request_indptr = torch.from_numpy(plan.request_indptr).to(self._device)
         self._max_partials_per_request = int(np.diff(plan.request_indptr).max())
         if self._partial_out.shape[0] < plan.num_partials:
@@ -125,9 +127,7 @@ class TorchExecutor:
 
     def set_lengths(self, tail_lengths: IntArray) -> None:
         """Set the tokens in each request's tail, [B]; their slots must have been written."""
-        tails = self._packs[self._num_shared :]
-        for pack, length in zip(tails, tail_lengths.tolist(), strict=True):
-            self._cut(pack, length)
+        self._uncut_lengths = tail_lengths
 
     def run(
         self,
@@ -152,6 +152,7 @@ class TorchExecutor:
             sm_scale, logit_cap: as in the oracle.
             k_scale, v_scale: numbers, or device tensors of shape [] or [Hkv].
         """
+        self._cut_tails()
         batch, heads = q.shape[0], self._num_kv_heads
         rows = q.float().view(batch, heads, -1, q.shape[2]) * (sm_scale * _per_head(k_scale))
         partial_out = self._partial_out[: self._num_partials]
@@ -229,6 +230,15 @@ class TorchExecutor:
                 continue
             cuts = (breaks[first_break[p] : last_break[p]] - pack.slot_offset).tolist()
             pack.runs = _long_runs([0, *cuts, pack.planned_length], slots, pack.slot_offset)
+
+    def _cut_tails(self) -> None:
+        """Cut the tails whose lengths have been set since the last run: once for all layers."""
+        if self._uncut_lengths is None:
+            return
+        tails = self._packs[self._num_shared :]
+        for pack, length in zip(tails, self._uncut_lengths.tolist(), strict=True):
+            self._cut(pack, length)
+        self._uncut_lengths = None
 
     def _cut(self, pack: _Pack, length: int) -> None:
         """Cut a pack that holds ``length`` tokens now into its splits, and those into blocks."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from prefix_kernels.tiles import (
+    MERGE_MODES,
     TileConfig,
     TileShape,
     choose_fused_tiles,
@@ -17,7 +18,6 @@ __all__ = [
     "ARCHS",
     "DEFAULT_DTYPES",
     "HEAD_DIMS",
-    "MERGE_FORMS",
     "KernelVariant",
     "kernel_variants",
     "legal_dtypes",
@@ -26,7 +26,6 @@ __all__ = [
 # Shared memory that one program may use, in bytes (CUDA programming guide, compute capabilities).
 ARCHS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
-MERGE_FORMS = ("launch", "arrival")
 
 _ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8_e4m3": 1, "fp8_e5m2": 1}
 # Dtypes of q, which is the output's, and of the caches.
@@ -56,7 +55,7 @@ class KernelVariant:
         dtype, kv_dtype: of q and the output, and of the caches; of a slot kernel, both "int32".
         tile: the tile, of a fused kernel its wide one; else rows and elements taken at once.
         narrow_tile: the other tile of a fused kernel.
-        merge: of the forward stage, one of :data:`MERGE_FORMS`: with "arrival", the program that
+        merge: of the forward stage, one of :data:`MERGE_MODES`: with "arrival", the program that
             completes a request merges it.
         group_size: query heads per KV head.
     """
@@ -81,7 +80,7 @@ def kernel_variants(
     *,
     head_dims: Iterable[int] = HEAD_DIMS,
     dtypes: Iterable[tuple[str, str]] | None = None,
-    merges: Iterable[str] = MERGE_FORMS,
+    merges: Iterable[str] = MERGE_MODES,
     group_size: int = 4,
 ) -> Iterator[KernelVariant]:
     """List what `TritonExecutor` launches in all of its modes.
@@ -90,7 +89,7 @@ def kernel_variants(
         arch: a key of :data:`ARCHS`.
         head_dims: elements per head.
         dtypes: of q and the caches; None for those of :data:`DEFAULT_DTYPES` that the arch has.
-        merges: of :data:`MERGE_FORMS`.
+        merges: of :data:`MERGE_MODES`.
         group_size: query heads per KV head.
     """
     if dtypes is None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 __all__ = [
     "FUSED_ROWS",
+    "LAUNCH_MODES",
+    "MERGE_MODES",
     "ROW_CLASSES",
     "TileConfig",
     "TileShape",
@@ -15,6 +17,10 @@ __all__ = [
     "row_class",
     "row_classes",
 ]
+
+# The ways to launch a plan, see `TritonExecutor`.
+LAUNCH_MODES = ("streams", "fused")
+MERGE_MODES = ("launch", "arrival")
 
 # Rows of the tiles. The smallest is the matrix unit's; 64 is the least that Hopper's wgmma and
 # Blackwell's tcgen05 take.

@@ -17,6 +17,8 @@ from prefix_kernels.merge_kernel import merge_kernel
 from prefix_kernels.plan_buffers import PlanBuffers, PlanCapacity, pack_plan
 from prefix_kernels.tiles import (
     FUSED_ROWS,
+    LAUNCH_MODES,
+    MERGE_MODES,
     ROW_CLASSES,
     TileConfig,
     TileShape,
@@ -30,9 +32,6 @@ from prefix_kernels.work_list import build_work_list
 __all__ = ["LAUNCH_MODES", "MERGE_MODES", "TritonExecutor", "why_not_triton"]
 
 IntArray = NDArray[np.int64]
-
-LAUNCH_MODES = ("streams", "fused")
-MERGE_MODES = ("launch", "arrival")
 
 # Compute capabilities with wgmma or tcgen05.
 _WGMMA_MAJORS = (9, 10)

@@ -10,11 +10,11 @@ from prefix_kernels.kernel_variants import (
     ARCHS,
     DEFAULT_DTYPES,
     HEAD_DIMS,
-    MERGE_FORMS,
     KernelVariant,
     kernel_variants,
     legal_dtypes,
 )
+from prefix_kernels.tiles import MERGE_MODES
 from sglang_prefix.cli.output import JsonOption, console, fail, write_json
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def kernels(
     ] = None,
     merge: Annotated[
         list[str] | None,
-        typer.Option(help=f"May be repeated. Default: {' and '.join(MERGE_FORMS)}."),
+        typer.Option(help=f"May be repeated. Default: {' and '.join(MERGE_MODES)}."),
     ] = None,
     group_size: Annotated[int, typer.Option(min=1, help="Query heads per KV head.")] = 4,
     jobs: Annotated[
@@ -59,14 +59,14 @@ def kernels(
     """
     _check("arch", [arch], list(ARCHS))
     _check("head-dim", head_dim or [], list(HEAD_DIMS))
-    _check("merge", merge or [], list(MERGE_FORMS))
+    _check("merge", merge or [], list(MERGE_MODES))
     legal = {"/".join(pair): pair for pair in legal_dtypes(arch)}
     _check("dtype", dtype or [], list(legal), f" with --arch {arch}")
     variants = kernel_variants(
         arch,
         head_dims=dict.fromkeys(head_dim or HEAD_DIMS),
         dtypes=[legal[name] for name in dict.fromkeys(dtype)] if dtype else None,
-        merges=dict.fromkeys(merge or MERGE_FORMS),
+        merges=dict.fromkeys(merge or MERGE_MODES),
         group_size=group_size,
     )
     out = console(json_file)
