@@ -194,7 +194,7 @@ class PrefixAttnBackend(AttentionBackend):
             if shape not in shapes:
                 executor = choose_executor(config.executor, device, model_runner.dtype, kv_dtype)
                 runner = PlanRunner(shape, device, executor, check_slots=config.verify)
-                profile = profile_for(runner.executor_name)
+                profile = profile_for(runner.executor_name, runner.max_block_rows)
                 shapes[shape] = ShapeRunner(
                     PackPlanner(shape, profile, policy=config.policy), runner
                 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from sglang_prefix.forest import PrefixForest
@@ -24,9 +26,15 @@ __all__ = ["GROWTH_ROOM_TOKENS", "PackPlanner", "profile_for"]
 GROWTH_ROOM_TOKENS = 256
 
 
-def profile_for(executor: str) -> DeviceProfile:
-    """The device profile that plans for an executor ("cpu" or "triton") are made with."""
-    return GPU_PROFILE if executor == "triton" else CPU_PROFILE
+def profile_for(executor: str, max_block_rows: int | None = None) -> DeviceProfile:
+    """The device profile that plans for an executor are made with.
+
+    Args:
+        executor: "cpu" or "triton".
+        max_block_rows: rows that it takes in one pass; None for the profile's own.
+    """
+    profile = GPU_PROFILE if executor == "triton" else CPU_PROFILE
+    return replace(profile, max_block_rows=max_block_rows) if max_block_rows else profile
 
 
 class PackPlanner:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from prefix_kernels.cpu import TorchExecutor
+from prefix_kernels.layout import PlanExecutor
 from sglang_prefix.packing import AttentionShape
 from sglang_prefix.plan import PackPlan
-
-if TYPE_CHECKING:
-    from prefix_kernels.triton_executor import TritonExecutor
 
 __all__ = ["EXECUTORS", "PlanRunner", "choose_executor"]
 
@@ -74,6 +71,11 @@ class PlanRunner:
         self.seq_lens = np.zeros(0, dtype=np.int64)
         self.slot_range = (0, 0)
 
+    @property
+    def max_block_rows(self) -> int | None:
+        """Query rows (requests times group size) that read KV in one pass; None for any number."""
+        return self._executor.max_block_rows
+
     def load(
         self, plan: PackPlan, req_to_token: torch.Tensor, req_pool_indices: torch.Tensor
     ) -> None:
@@ -111,10 +113,8 @@ class PlanRunner:
         """
         grown = seq_lens - self.seq_lens
         by_one = bool((grown == 1).all())
-        append_on_device = getattr(self._executor, "append", None)  # Triton's has a kernel for it
-        if by_one and device_lens is not None and append_on_device is not None:
+        if by_one and device_lens is not None and self._executor.append(device_lens, new_slots):
             self._note_slots(new_slots)
-            append_on_device(device_lens, new_slots)
             self.seq_lens = seq_lens
             return
         if by_one:
@@ -217,9 +217,7 @@ class PlanRunner:
             self.slot_range = (min(self.slot_range[0], low), max(self.slot_range[1], high))
 
 
-def _build_executor(
-    shape: AttentionShape, device: torch.device, name: str
-) -> TorchExecutor | TritonExecutor:
+def _build_executor(shape: AttentionShape, device: torch.device, name: str) -> PlanExecutor:
     if name == "cpu":
         return TorchExecutor(shape.num_qo_heads, shape.num_kv_heads, shape.v_head_dim, device)
     from prefix_kernels.tiles import TileShape

@@ -113,9 +113,9 @@ class PrefixDecodeWrapper:
         shape = AttentionShape(
             num_qo_heads, num_kv_heads, head_dim, v_head_dim, q_dtype.itemsize, kv_dtype.itemsize
         )
-        profile = profile_for(self.executor)
-        self._planner = PackPlanner(shape, profile, policy=policy, max_partials=max_partials)
         self._runner = PlanRunner(shape, self.device, self.executor, check_slots=verify_requested())
+        profile = profile_for(self.executor, self._runner.max_block_rows)
+        self._planner = PackPlanner(shape, profile, policy=policy, max_partials=max_partials)
         self._req_to_token = torch.empty(0, 0, dtype=torch.int32)
         self._req_pool_indices = torch.empty(0, dtype=torch.int64)
 

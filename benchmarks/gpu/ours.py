@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -62,8 +62,10 @@ class PackedAttention:
     ) -> None:
         self.shape, self.device = shape, device
         self._how = {"mode": mode, "merge": merge}
-        self.planner = PackPlanner(shape, profile, policy=policy, growth_room=growth_room)
         self.executor = self._executor(None)
+        rows = min(profile.max_block_rows, self.executor.max_block_rows)
+        profile = replace(profile, max_block_rows=rows)
+        self.planner = PackPlanner(shape, profile, policy=policy, growth_room=growth_room)
         self.breaks = False
 
     def plan(self, forest: PrefixForest) -> PackPlan:
@@ -92,31 +94,9 @@ class PackedAttention:
         if self.breaks:
             drop_one_work_item(self.executor)
 
-    def run(
-        self,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor | None = None,
-        *,
-        sm_scale: float,
-        logit_cap: float = 0.0,
-        k_scale: float | torch.Tensor = 1.0,
-        v_scale: float | torch.Tensor = 1.0,
-    ) -> None:
-        """Launch one layer."""
-        self.executor.run(
-            q,
-            k_cache,
-            v_cache,
-            out,
-            lse,
-            sm_scale=sm_scale,
-            logit_cap=logit_cap,
-            k_scale=k_scale,
-            v_scale=v_scale,
-        )
+    def run(self, *tensors: torch.Tensor, **factors: Any) -> None:
+        """Launch one layer: :meth:`TritonExecutor.run`."""
+        self.executor.run(*tensors, **factors)
 
     def poison_partials(self) -> None:
         """Fill the partial results with NaN."""

@@ -116,10 +116,17 @@ class TorchExecutor:
                 self._partial_out = torch.empty(*shape, self._v_head_dim, device=self._device)
                 self._partial_lse = torch.empty(shape, device=self._device)
 
+    # One product takes all rows of a pack.
+    max_block_rows: int | None = None
+
     @property
     def kv_slots(self) -> torch.Tensor:
         """Slots of the plan in use, laid out by it."""
         return self._slots.kv_slots
+
+    def append(self, seq_lens: torch.Tensor, new_slots: torch.Tensor) -> bool:
+        """Not here: the tails' lengths decide on the host how KV is cut."""
+        return False
 
     def write_slots(self, target: IntArray, slots: torch.Tensor) -> None:
         """Write ``slots`` [n] to the entries ``target`` [n] of ``kv_slots``."""
@@ -135,12 +142,12 @@ class TorchExecutor:
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         out: torch.Tensor,
-        lse: torch.Tensor | None,
+        lse: torch.Tensor | None = None,
         *,
         sm_scale: float,
-        logit_cap: float,
-        k_scale: float | torch.Tensor,
-        v_scale: float | torch.Tensor,
+        logit_cap: float = 0.0,
+        k_scale: float | torch.Tensor = 1.0,
+        v_scale: float | torch.Tensor = 1.0,
     ) -> None:
         """Attend the batch's queries to its KV. Synchronises nothing; allocates temporaries.
 

@@ -1,13 +1,14 @@
-"""What an executor needs of a plan, and the one rule by which a pack is cut into splits."""
+"""What an executor needs of a plan and is to its caller, and how a pack is cut into splits."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-__all__ = ["PlanArrays", "split_bounds"]
+__all__ = ["PlanArrays", "PlanExecutor", "split_bounds"]
 
 IntArray = NDArray[np.int64]
 
@@ -55,6 +56,39 @@ class PlanArrays(Protocol):
     def partial_index(self) -> IntArray: ...
     @property
     def request_indptr(self) -> IntArray: ...
+
+
+class PlanExecutor(Protocol):
+    """What runs plans: `cpu.TorchExecutor` or `triton_executor.TritonExecutor`.
+
+    ``max_block_rows`` query rows (requests times group size) read KV in one pass; None for any
+    number. ``append`` lets every tail grow by one token from device tensors alone, and is False
+    where the executor cannot.
+    """
+
+    @property
+    def max_block_rows(self) -> int | None: ...
+    @property
+    def kv_slots(self) -> torch.Tensor: ...
+    def load(
+        self, plan: PlanArrays, req_to_token: torch.Tensor, req_pool_indices: torch.Tensor
+    ) -> None: ...
+    def write_slots(self, target: IntArray, slots: torch.Tensor) -> None: ...
+    def set_lengths(self, tail_lengths: IntArray) -> None: ...
+    def append(self, seq_lens: torch.Tensor, new_slots: torch.Tensor) -> bool: ...
+    def run(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor | None = None,
+        *,
+        sm_scale: float,
+        logit_cap: float = 0.0,
+        k_scale: float | torch.Tensor = 1.0,
+        v_scale: float | torch.Tensor = 1.0,
+    ) -> None: ...
 
 
 def split_bounds(length: int, num_splits: int, split: int) -> tuple[int, int]:

@@ -26,6 +26,7 @@ from prefix_kernels.tiles import (
     choose_tile,
     next_power_of_two,
     row_class,
+    row_classes,
 )
 from prefix_kernels.work_list import build_work_list
 
@@ -117,9 +118,15 @@ class TritonExecutor:
         self._streams: list[torch.cuda.Stream] = []
         if device.type == "cuda":
             self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-            self._streams = [torch.cuda.Stream(device) for _ in ROW_CLASSES[1:]]
+            # One more than there are launches beside the first: see `_side_streams`.
+            self._streams = [torch.cuda.Stream(device) for _ in ROW_CLASSES]
             self._fork = torch.cuda.Event()
-            self._joins = [torch.cuda.Event() for _ in self._streams]
+            self._joins = [torch.cuda.Event() for _ in ROW_CLASSES[1:]]
+
+    @property
+    def max_block_rows(self) -> int:
+        """Rows of the widest tile, in which one pass over the KV serves them all."""
+        return FUSED_ROWS[-1] if self._mode == "fused" else row_classes(self._shape)[-1]
 
     @property
     def buffers(self) -> PlanBuffers:
@@ -166,9 +173,10 @@ class TritonExecutor:
             or bool((np.diff(plan.request_indptr) > 1).any())
         )
 
-    def append(self, seq_lens: torch.Tensor, new_slots: torch.Tensor) -> None:
+    def append(self, seq_lens: torch.Tensor, new_slots: torch.Tensor) -> bool:
         """Let every tail grow by the slot of one token; see :meth:`PlanBuffers.append`."""
         self._buffers.append(seq_lens, new_slots)
+        return True
 
     def write_slots(self, target: IntArray, slots: torch.Tensor) -> None:
         """Write ``slots`` [n] to the entries ``target`` [n] of ``kv_slots``."""
@@ -186,12 +194,12 @@ class TritonExecutor:
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         out: torch.Tensor,
-        lse: torch.Tensor | None,
+        lse: torch.Tensor | None = None,
         *,
         sm_scale: float,
-        logit_cap: float,
-        k_scale: float | torch.Tensor,
-        v_scale: float | torch.Tensor,
+        logit_cap: float = 0.0,
+        k_scale: float | torch.Tensor = 1.0,
+        v_scale: float | torch.Tensor = 1.0,
     ) -> None:
         """Attend the batch's queries to its KV. Allocates nothing, synchronises nothing.
 
@@ -261,9 +269,9 @@ class TritonExecutor:
 
     def _forward(self, **arguments: Any) -> None:
         """Launch the forward stage; the first launch on the current stream, others beside it."""
-        side = self._streams[: len(self._launches) - 1]
-        if side:
+        if len(self._launches) > 1 and self._streams:
             current = torch.cuda.current_stream(self._device)
+            side = self._side_streams(current)
             self._fork.record(current)
             for stream, join, work in zip(side, self._joins, self._launches[1:], strict=False):
                 stream.wait_event(self._fork)
@@ -276,6 +284,14 @@ class TritonExecutor:
             return
         for work in self._launches:
             self._launch(work, arguments)
+
+    def _side_streams(self, current: torch.cuda.Stream) -> list[torch.cuda.Stream]:
+        """Streams for the launches after the first, none of them ``current``.
+
+        torch hands out streams from a pool of 32 in turn, so one of ours can be the caller's.
+        """
+        others = [s for s in self._streams if s.cuda_stream != current.cuda_stream]
+        return others[: len(self._launches) - 1]
 
     def _launch(self, work: _Launch, arguments: dict[str, Any]) -> None:
         wide = work.wide_tile
