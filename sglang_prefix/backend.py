@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,17 +14,25 @@ from prefix_patches.attention_names import build_stock, default_stock_name, pref
 from prefix_patches.handover import ensure_handover
 from prefix_patches.kv_write import applies_kv_scales, write_kv
 from prefix_patches.scheduler_internal_state import report_with
-from sglang_prefix.batch_planner import BatchPlanner, ShapeRunner
+from sglang_prefix.batch_planner import BatchPlanner
 from sglang_prefix.config import PrefixConfig
 from sglang_prefix.counters import BackendCounters
-from sglang_prefix.fallback import REASONS, layer_reason, server_reason
-from sglang_prefix.packing import AttentionShape
-from sglang_prefix.planner import PackPlanner, profile_for
+from sglang_prefix.fallback import REASONS, captures_decode, server_reason
+from sglang_prefix.gate import Gate, limits_of
 from sglang_prefix.plugin import BACKEND_NAME
-from sglang_prefix.runner import PlanRunner, choose_executor
+from sglang_prefix.runner import PlanRunner
+from sglang_prefix.served_layers import (
+    ServedLayers,
+    attention_layers,
+    find_delegated,
+    serve_layers,
+)
 from sglang_prefix.stock_rules import check_cpu_prefill, check_stock_rules
 
 __all__ = ["PrefixAttnBackend", "create_backend"]
+
+# Labels of decode graphs.
+PACKED, STOCK = "packed", "stock"
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +59,10 @@ class PrefixAttnBackend(AttentionBackend):
     Which layers are taken is decided here, once. Everything that is not defined below, methods
     and attributes alike, is the stock backend's.
 
+    Decode graphs are captured once per label of the handover, "packed" with our kernels and
+    "stock" without, and each step replays one of the two. Whatever changes from step to step
+    stands in device buffers of fixed addresses, which are filled before the replay.
+
     Args:
         model_runner: SGLang's model runner; its pools and its model exist, its graphs do not.
         stock: the backend to delegate to.
@@ -66,43 +77,67 @@ class PrefixAttnBackend(AttentionBackend):
         self.counters = BackendCounters()
         self.token_to_kv_pool = model_runner.token_to_kv_pool
         self.req_to_token_pool = model_runner.req_to_token_pool
-        layers = [m for m in model_runner.model.modules() if isinstance(m, RadixAttention)]
-        kv_dtype = self.token_to_kv_pool.dtype
         stock_names = {stock_name, prefill_name(model_runner, BACKEND_NAME) or stock_name}
-        reasons = {
-            layer.layer_id: layer_reason(
-                layer,
-                stock_names,
-                kv_is_8_bit=applies_kv_scales(self.token_to_kv_pool),
-                same_dtype=kv_dtype == model_runner.dtype,
-            )
-            for layer in layers
-        }
-        self.counters.delegated_layers = {k: reason for k, reason in reasons.items() if reason}
+        self.counters.delegated_layers = find_delegated(model_runner, stock_names)
         self._server_reason = server_reason(model_runner, config.gate)
         # The layers that we take. A layer that is not among them, for whatever reason, is stock's.
         self._runner_of: dict[RadixAttention, PlanRunner] = {}
         self._batches: BatchPlanner | None = None
+        self._handover = ensure_handover(model_runner)
+        self._gate_name = config.gate
+        self._served: ServedLayers | None = None
         self._packed = False  # this step runs under a plan
+        self._in_graph = False  # its kernels are a graph's
         self._stock_is_ready = False  # the stock backend has this step's metadata
         self._fell_back = False  # this step has been counted as one that the stock backend served
         self._failed = False  # a failure has been logged with its traceback
         self._verify = config.verify
         if self._server_reason is None:
-            self._build_runners(model_runner, layers, config)
-        ensure_handover(model_runner)
+            self._serve(model_runner, stock_name, config)
         report_with(self.counters.as_dict)
-        taken = 0 if self._server_reason else len(layers) - len(self.counters.delegated_layers)
+        self._announce(len(attention_layers(model_runner)), stock_name, config)
+
+    def _serve(self, model_runner: Any, stock_name: str, config: PrefixConfig) -> None:
+        served = serve_layers(model_runner, self.counters.delegated_layers, config)
+        if not served.shapes:
+            self._server_reason = "no-layer"
+            return
+        on_gpu = served.executor_names == ["triton"] and str(model_runner.device) != "cpu"
+        if captures_decode(model_runner):
+            if served.executor_names != ["triton"]:
+                self._server_reason = "cuda-graph"
+                return
+            labels = (PACKED, STOCK) if config.gate == "auto" else (PACKED,)
+            self._handover.graph_labels = labels
+        self._served = served
+        self._runner_of = served.runner_of
+        device = self.req_to_token_pool.req_to_token.device
+        self._batches = BatchPlanner(
+            self._handover,
+            self.req_to_token_pool.req_to_token,
+            model_runner.page_size,
+            served.shapes,
+            self.counters,
+            gate=Gate(limits_of(device), stock_name) if config.gate == "auto" and on_gpu else None,
+            verify=config.verify,
+        )
+
+    def _announce(self, num_layers: int, stock_name: str, config: PrefixConfig) -> None:
+        """One line that says whether anything is packed, and one per reason to delegate a layer."""
+        taken = 0 if self._server_reason else len(self._runner_of)
+        workspace = self._served.workspace if self._served else None
         logger.info(
-            "prefix attention: %d of %d layers, executor %s, stock backend %s, gate %s, "
-            "policy %s%s",
+            "prefix attention: %d of %d layers, executor %s, stock backend %s, gate %s, policy %s, "
+            "graph labels %s%s%s",
             taken,
-            len(layers),
-            "/".join(sorted({r.executor_name for r in self._runner_of.values()})) or "none",
+            num_layers,
+            "/".join(self._served.executor_names) if self._served else "none",
             stock_name,
             config.gate,
             config.policy,
-            f", inactive: {self._server_reason}" if self._server_reason else "",
+            "/".join(self._handover.graph_labels) or "none",
+            f", workspace {workspace.num_bytes / 2**20:.0f} MiB" if workspace else "",
+            f", inactive: {REASONS[self._server_reason]}" if self._server_reason else "",
         )
         for reason in sorted(set(self.counters.delegated_layers.values())):
             ids = [k for k, found in self.counters.delegated_layers.items() if found == reason]
@@ -126,17 +161,47 @@ class PrefixAttnBackend(AttentionBackend):
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """Eager entry point: decide who serves the batch, and prepare it."""
         self._begin_step(forward_batch)
-        # A model with delegated layers needs the stock metadata in every step.
-        if not self._packed or self.counters.delegated_layers:
+        if self._needs_stock():
             self._prepare_stock(forward_batch)
 
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        """Buffers for graphs of up to ``max_bs`` requests: ours exist, so this only checks.
+
+        Raises:
+            ValueError: without a stock graph to go to, some batch could outgrow the workspace.
+        """
+        self.stock.init_cuda_graph_state(max_bs, max_num_tokens)
+        workspace = self._served.workspace if self._served else None
+        if workspace is None or not self._handover.graph_labels:
+            return
+        if workspace.sure_rows < max_bs and STOCK not in self._handover.graph_labels:
+            raise ValueError(
+                f"SGLANG_PREFIX_GATE={self._gate_name} captures graphs of {max_bs} requests, but "
+                f"the workspace is sure to hold {workspace.sure_rows}; raise "
+                "SGLANG_PREFIX_WORKSPACE_MIB, lower --cuda-graph-max-bs or --context-length, or "
+                "use SGLANG_PREFIX_GATE=auto"
+            )
+
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
-        """Graph capture and replay: always the stock backend, so no plan is ever captured."""
-        self._packed = False
-        self._stock_is_ready = True
-        if forward_batch.forward_mode.is_decode() and not in_capture:
-            self.counters.fall_back(self._server_reason or "cuda-graph")
-        self.stock.init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
+        """Outside the graph, before it is captured or replayed: choose the graph, fill buffers."""
+        self._packed = self._stock_is_ready = self._fell_back = False
+        self._in_graph = True
+        if forward_batch.forward_mode.is_decode():
+            if in_capture:
+                self._begin_capture(forward_batch)
+            else:
+                self._begin_replay(forward_batch)
+        if self._needs_stock():
+            self._stock_is_ready = True
+            self.stock.init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
+
+    def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
+        """Inside the graph, before the model: tails grow by this step's slots."""
+        if self._packed and self._served is not None:
+            for shape in self._served.shapes:
+                shape.runner.append_in_graph(forward_batch.seq_lens, forward_batch.out_cache_loc)
+        if self._needs_stock():
+            self.stock.init_forward_metadata_in_graph(forward_batch)
 
     def forward(
         self,
@@ -173,7 +238,7 @@ class PrefixAttnBackend(AttentionBackend):
         try:
             return self._run(runner, q, layer)
         except Exception:
-            if self._verify:
+            if self._verify or self._in_graph:
                 raise
             self._log_failure(f"layer {layer.layer_id}")
             self._give_up_step("error")
@@ -181,56 +246,48 @@ class PrefixAttnBackend(AttentionBackend):
             # k and v have been written, and perhaps scaled in place: not a second time.
             return self.stock.forward(q, k, v, layer, forward_batch, False, **kwargs)
 
-    def _build_runners(
-        self, model_runner: Any, layers: Iterable[RadixAttention], config: PrefixConfig
-    ) -> None:
-        device = self.req_to_token_pool.req_to_token.device
-        kv_dtype = self.token_to_kv_pool.dtype
-        shapes: dict[AttentionShape, ShapeRunner] = {}
-        for layer in layers:
-            if layer.layer_id in self.counters.delegated_layers:
-                continue
-            shape = _shape_of(layer, model_runner.dtype, kv_dtype)
-            if shape not in shapes:
-                executor = choose_executor(config.executor, device, model_runner.dtype, kv_dtype)
-                runner = PlanRunner(shape, device, executor, check_slots=config.verify)
-                profile = profile_for(runner.executor_name, runner.max_block_rows)
-                shapes[shape] = ShapeRunner(
-                    PackPlanner(shape, profile, policy=config.policy), runner
-                )
-            self._runner_of[layer] = shapes[shape].runner
-        if not shapes:
-            self._server_reason = "no-layer"
-            return
-        self._batches = BatchPlanner(
-            ensure_handover(model_runner),
-            self.req_to_token_pool.req_to_token,
-            model_runner.page_size,
-            list(shapes.values()),
-            self.counters,
-            verify=config.verify,
-        )
+    def _needs_stock(self) -> bool:
+        """Whether the stock backend needs metadata in this step."""
+        return not self._packed or bool(self.counters.delegated_layers)
 
     def _begin_step(self, forward_batch: Any) -> None:
-        self._packed = self._stock_is_ready = self._fell_back = False
-        if not forward_batch.forward_mode.is_decode():
-            return
-        reason = self._server_reason or self._plan(forward_batch)
-        if reason is None:
+        self._packed = self._stock_is_ready = self._fell_back = self._in_graph = False
+        if forward_batch.forward_mode.is_decode():
+            self._count(self._server_reason or self._plan(forward_batch))
+
+    def _begin_capture(self, forward_batch: Any) -> None:
+        if self._handover.graph_labels and self._handover.graph_label == PACKED:
+            assert self._batches is not None
+            self._batches.prepare_private(forward_batch)
             self._packed = True
+
+    def _begin_replay(self, forward_batch: Any) -> None:
+        labels = self._handover.graph_labels
+        self._count(self._server_reason or self._plan(forward_batch, in_graph=True))
+        if not self._packed and labels and STOCK not in labels:
+            # There is no stock graph: served by ours, with nothing taken to be shared.
+            assert self._batches is not None
+            self._batches.prepare_private(forward_batch)
+            self._packed = True
+        self._handover.graph_label = PACKED if self._packed else STOCK
+
+    def _count(self, reason: str | None) -> None:
+        """Note who serves this decode step."""
+        self._packed = reason is None
+        if reason is None:
             self.counters.packed_steps += 1
         else:
             self._fell_back = True
             self.counters.fall_back(reason)
 
-    def _plan(self, forward_batch: Any) -> str | None:
+    def _plan(self, forward_batch: Any, *, in_graph: bool = False) -> str | None:
         assert self._batches is not None
         if getattr(forward_batch, "spec_info", None) is not None:
             return "speculative"
         if getattr(forward_batch, "tbo_children", None):
             return "two-batch-overlap"
         try:
-            return self._batches.prepare(forward_batch)
+            return self._batches.prepare(forward_batch, in_graph=in_graph)
         except Exception:
             self._batches.forget()
             if self._verify:
@@ -253,7 +310,7 @@ class PrefixAttnBackend(AttentionBackend):
                 self._server_reason = "no-layer"
             self._give_up_step("unknown-argument", ", ".join(unknown))
             return None
-        if q.numel() != len(runner.seq_lens) * layer.tp_q_head_num * layer.qk_head_dim:
+        if q.numel() != runner.num_rows * layer.tp_q_head_num * layer.qk_head_dim:
             self._give_up_step("other-batch")
             return None
         return runner
@@ -295,17 +352,6 @@ class PrefixAttnBackend(AttentionBackend):
             v_scale=layer.v_scale if scaled and layer.v_scale is not None else 1.0,
         )
         return out.view(q.shape[0], -1)
-
-
-def _shape_of(layer: RadixAttention, q_dtype: torch.dtype, kv_dtype: torch.dtype) -> AttentionShape:
-    return AttentionShape(
-        layer.tp_q_head_num,
-        layer.tp_k_head_num,
-        layer.qk_head_dim,
-        layer.v_head_dim,
-        q_dtype.itemsize,
-        kv_dtype.itemsize,
-    )
 
 
 class _StockAttribute:

@@ -20,9 +20,11 @@ from prefix_patches.radix_paths import owned_length, path_reader
 from sglang_prefix.checks import check_same_sharing
 from sglang_prefix.counters import BackendCounters
 from sglang_prefix.forest import PrefixForest, RadixPath
-from sglang_prefix.plan import verify_plan, verify_slots
+from sglang_prefix.gate import Gate
+from sglang_prefix.plan import PackPlan, verify_plan, verify_slots
 from sglang_prefix.planner import PackPlanner
 from sglang_prefix.runner import PlanRunner
+from sglang_prefix.workspace import Workspace
 
 __all__ = ["BatchPlanner", "ShapeRunner"]
 
@@ -30,19 +32,27 @@ IntArray = NDArray[np.int64]
 
 
 class ShapeRunner(NamedTuple):
-    """Planner and runner for the layers of one attention shape."""
+    """Planner and runner for the layers of one attention shape, and how many layers that is."""
 
     planner: PackPlanner
     runner: PlanRunner
+    num_layers: int = 1
+    workspace: Workspace | None = None  # of the runner; None where it takes what it needs
 
 
 class BatchPlanner:
     """Keeps the plans of a model runner's decode batches.
 
-    A plan goes on from step to step, at the cost of appending one slot per request, while the
-    same requests decode and nothing but decode has run in between. It is made anew when a request
-    joins or leaves, after any prefill (which includes every request that was retracted), when a
-    tail has used up its growth room, and after the first step of a freshly prefilled request.
+    A plan goes on from step to step while the same requests decode, each in the row that it had,
+    and nothing but decode has run in between. It is made anew when a request joins or leaves,
+    after any prefill, when a tail has used up its growth room, and after the first step of a
+    freshly prefilled request. That covers every event after which KV stands elsewhere: a request
+    that is retracted, or aborted and sent again, leaves the batch and comes back through a
+    prefill; a flush or a release of memory waits until nothing runs; a pause that keeps requests,
+    and new weights, move no slot. ``verify`` checks that at every step.
+
+    What the gate decides holds as long as the plan would: a batch that is left to the stock
+    backend costs no more per step than one that is packed.
 
     Args:
         handover: where the batch behind a forward pass is published.
@@ -50,6 +60,7 @@ class BatchPlanner:
         page_size: tokens per KV page.
         shapes: a planner and a runner for each attention shape of the model.
         counters: where plans and tokens are counted.
+        gate: decides whether a batch is packed; None to pack every one.
         verify: compare the forest with the slot rows at every plan; raise on a difference.
     """
 
@@ -61,6 +72,7 @@ class BatchPlanner:
         shapes: Sequence[ShapeRunner],
         counters: BackendCounters,
         *,
+        gate: Gate | None = None,
         verify: bool,
     ) -> None:
         self._handover = handover
@@ -68,15 +80,26 @@ class BatchPlanner:
         self._page_size = page_size
         self._shapes = shapes
         self._counters = counters
+        self._gate = gate
         self._verify = verify
-        self._reqs: list[Any] | None = None  # of the plan in use; None if it must not go on
+        # Of the plan in use, or of the decision to do without one.
+        self._reqs: list[Any] | None = None  # None if it must not go on
+        self._reason: str | None = None  # why the stock backend serves; None if packed
         self._states: list[Any] = []
         self._rows: IntArray | None = None
+        self._lens = np.zeros(0, dtype=np.int64)
+        self._steps_left = 0
+        self._num_rows = 0
         self._epoch = -1
         self._plan_tokens = (0, 0)  # read and logical KV tokens of a step under the plan in use
 
-    def prepare(self, forward_batch: Any) -> str | None:
+    def prepare(self, forward_batch: Any, *, in_graph: bool = False) -> str | None:
         """Make the runners ready for a decode batch.
+
+        Args:
+            forward_batch: what SGLang hands to the backend.
+            in_graph: the step is a graph's: tails grow inside it, and rows at the end may be
+                padding.
 
         Returns:
             None when they are, else the reason to leave the batch to the stock backend.
@@ -84,24 +107,34 @@ class BatchPlanner:
         Raises:
             RuntimeError: ``verify`` found a difference.
         """
-        lens = _host_lengths(forward_batch)
+        lens = _host_lengths(forward_batch, num_requests_of(forward_batch))
         if lens is None or len(lens) == 0:
             return "no-request-info"
-        if self._goes_on(lens):
-            for _, runner in self._shapes:
-                runner.append(
-                    lens, forward_batch.out_cache_loc, forward_batch.seq_lens[: len(lens)]
-                )
-            # Tails are read by their own request alone: one token more, read and logical.
-            read, logical = self._plan_tokens
-            self._plan_tokens = (read + len(lens), logical + len(lens))
+        if self._goes_on(lens, forward_batch.batch_size):
+            self._advance(forward_batch, lens, in_graph)
+        else:
+            self._reqs = None
+            self._reason = self._plan_anew(forward_batch, lens)
+            self._lens, self._num_rows = lens, forward_batch.batch_size
+        if self._reason is None:
             self._count_step()
-            return None
+        return self._reason
+
+    def prepare_private(self, forward_batch: Any) -> None:
+        """Make the runners ready for a batch of which nothing is known to be shared.
+
+        For graphs that hold no stock kernel, where :meth:`prepare` cannot serve a batch, and for
+        warm-up and capture, which have no requests. Lengths that only the device knows are read
+        from it.
+        """
         self._reqs = None
-        reason = self._plan_anew(forward_batch, lens)
-        if reason is None:
-            self._count_step()
-        return reason
+        lens = _host_lengths(forward_batch, num_requests_of(forward_batch))
+        if lens is None:
+            count = num_requests_of(forward_batch)
+            lens = np.asarray(forward_batch.seq_lens[:count].cpu().numpy(), dtype=np.int64)
+        forest = _private_forest(lens)
+        for shape in self._shapes:
+            self._load(shape, shape.planner.plan(forest), forward_batch)
 
     def forget(self) -> None:
         """Make the next batch plan anew."""
@@ -113,23 +146,44 @@ class BatchPlanner:
         self._counters.kv_tokens_read -= read
         self._counters.kv_tokens_logical -= logical
 
-    def _goes_on(self, lens: IntArray) -> bool:
+    def _goes_on(self, lens: IntArray, num_rows: int) -> bool:
         """Whether the plan in use serves this step too: same requests, same rows, same tree."""
         batch = self._handover.batch
-        if self._reqs is None or batch is None or self._epoch != self._handover.epoch:
-            return False
-        if len(lens) != len(self._reqs) or batch.reqs != self._reqs:
-            return False
-        if _states(batch.reqs) != self._states:
+        if (
+            self._reqs is None
+            or batch is None
+            or self._steps_left == 0
+            or self._epoch != self._handover.epoch
+            or self._num_rows != num_rows
+            or batch.reqs != self._reqs
+            or not np.array_equal(lens, self._lens + 1)
+        ):
             return False
         rows = _host_rows_of(batch)
         if self._rows is not None and rows is not None and not np.array_equal(self._rows, rows):
             return False
-        runner = self._shapes[0].runner
-        plan = runner.plan
-        assert plan is not None
-        grown_by_one = np.array_equal(lens, runner.seq_lens + 1)
-        return grown_by_one and bool((lens <= plan.seq_lens + plan.growth_room).all())
+        if self._verify and _states(batch.reqs) != self._states:
+            raise RuntimeError(
+                "SGLANG_PREFIX_VERIFY: a request moved in the radix tree, or was retracted, "
+                "without a prefill"
+            )
+        return True
+
+    def _advance(self, forward_batch: Any, lens: IntArray, in_graph: bool) -> None:
+        self._steps_left -= 1
+        self._lens = lens
+        if self._reason is not None:
+            return
+        for shape in self._shapes:
+            if in_graph:
+                shape.runner.note_growth(lens)
+            else:
+                shape.runner.append(
+                    lens, forward_batch.out_cache_loc, forward_batch.seq_lens[: len(lens)]
+                )
+        # Tails are read by their own request alone: one token more, read and logical.
+        read, logical = self._plan_tokens
+        self._plan_tokens = (read + len(lens), logical + len(lens))
 
     def _plan_anew(self, forward_batch: Any, lens: IntArray) -> str | None:
         began = time.perf_counter()
@@ -145,25 +199,54 @@ class BatchPlanner:
             forest = PrefixForest.from_rows(
                 rows, lens, page_size=self._page_size, prefix_closed=True
             )
-        for planner, runner in self._shapes:
-            plan = planner.plan(forest)
-            if self._verify:
-                verify_plan(plan)
-                verify_slots(plan, self._rows_on_host(forward_batch, lens))
-            runner.load(plan, self._req_to_token, forward_batch.req_pool_indices)
-            stats = plan.stats()
-            self._counters.packs, self._counters.partials = stats.num_packs, stats.num_partials
-            self._plan_tokens = (stats.kv_tokens_read, stats.kv_tokens_logical)
+        reason = self._plan_forest(forest, forward_batch, lens)
         if complete:
             # Their rows hold the tree's slots from the next step on, so that step plans again.
             self._handover.settle(reqs)
         if complete and all(settled):
             self._reqs, self._epoch = reqs, self._handover.epoch
             self._states = _states(reqs)
-            self._rows = _host_rows_of(batch)
-        self._counters.plans += 1
+            self._rows = _copy_of(_host_rows_of(batch))
+            self._steps_left = min(shape.planner.growth_room for shape in self._shapes)
         self._counters.plan_seconds += time.perf_counter() - began
+        return reason
+
+    def _plan_forest(self, forest: PrefixForest, forward_batch: Any, lens: IntArray) -> str | None:
+        """Plan, ask the gate, and take the plans into use."""
+        if self._gate is not None and forest.num_nodes == 0:
+            self._gate.leave()
+            return "gate-nothing-shared"
+        for shape in self._shapes:
+            if shape.workspace and forward_batch.batch_size > shape.workspace.capacity.rows:
+                return "workspace"
+        plans = [shape.planner.plan(forest) for shape in self._shapes]
+        if self._gate is not None:
+            layers = [shape.num_layers for shape in self._shapes]
+            decision = self._gate.choose(list(zip(plans, layers, strict=True)), forest)
+            self._counters.note_decision(decision)
+            if not decision.packs:
+                return decision.reason
+        for shape, plan in zip(self._shapes, plans, strict=True):
+            if shape.workspace and plan.num_slots > shape.workspace.capacity.slots:
+                return "workspace"
+        for shape, plan in zip(self._shapes, plans, strict=True):
+            if self._verify:
+                verify_plan(plan)
+                verify_slots(plan, self._rows_on_host(forward_batch, lens))
+            self._load(shape, plan, forward_batch)
+        stats = plans[-1].stats()
+        self._counters.packs, self._counters.partials = stats.num_packs, stats.num_partials
+        self._plan_tokens = (stats.kv_tokens_read, stats.kv_tokens_logical)
+        self._counters.plans += 1
         return None
+
+    def _load(self, shape: ShapeRunner, plan: PackPlan, forward_batch: Any) -> None:
+        shape.runner.load(
+            plan,
+            self._req_to_token,
+            forward_batch.req_pool_indices,
+            num_rows=forward_batch.batch_size,
+        )
 
     def _forest_from_paths(
         self, forward_batch: Any, reqs: list[Any], settled: list[bool], lens: IntArray
@@ -192,8 +275,8 @@ class BatchPlanner:
         return forest
 
     def _rows_on_host(self, forward_batch: Any, lens: IntArray) -> NDArray[np.integer]:
-        rows = self._req_to_token[forward_batch.req_pool_indices, : int(lens.max())]
-        return np.asarray(rows.cpu().numpy())
+        indices = forward_batch.req_pool_indices[: len(lens)]
+        return np.asarray(self._req_to_token[indices, : int(lens.max())].cpu().numpy())
 
     def _count_step(self) -> None:
         read, logical = self._plan_tokens
@@ -201,25 +284,40 @@ class BatchPlanner:
         self._counters.kv_tokens_logical += logical
 
 
+def num_requests_of(forward_batch: Any) -> int:
+    """Rows of a batch that are not padding of a graph; padding rows stand at the end."""
+    return int(forward_batch.batch_size - getattr(forward_batch, "num_padding", 0))
+
+
+def _private_forest(lens: IntArray) -> PrefixForest:
+    """A forest in which nobody shares anything."""
+    nothing = np.zeros(max(len(lens) - 1, 0), dtype=np.int64)
+    return PrefixForest.from_neighbours(np.arange(len(lens)), nothing, lens)
+
+
 def _states(reqs: list[Any]) -> list[Any]:
     """What changes when a request's KV moves although the same requests decode."""
     return [(req.retraction_count, req.last_node) for req in reqs]
 
 
-def _host_lengths(forward_batch: Any) -> IntArray | None:
-    """Lengths of the batch where the CPU knows them, else None."""
+def _host_lengths(forward_batch: Any, num_requests: int) -> IntArray | None:
+    """Lengths [num_requests] of the batch where the CPU knows them, else None."""
     lens = getattr(forward_batch, "seq_lens_cpu", None)
     if lens is None:
         lens = forward_batch.seq_lens
     if lens.device.type != "cpu":
         return None
     # A copy: SGLang adds to the lengths in place.
-    return np.array(lens.numpy()[: forward_batch.batch_size], dtype=np.int64)
+    return np.array(lens.numpy()[:num_requests], dtype=np.int64)
 
 
 def _host_rows_of(batch: Any) -> IntArray | None:
-    """Rows of ``req_to_token`` as the scheduler knows them on the CPU."""
+    """Rows of ``req_to_token`` as the scheduler knows them on the CPU; SGLang may change them."""
     rows = getattr(batch, "req_pool_indices_cpu", None)
     if rows is None:
         rows = batch.req_pool_indices
-    return np.asarray(rows.numpy()).copy() if rows.device.type == "cpu" else None
+    return np.asarray(rows.numpy()) if rows.device.type == "cpu" else None
+
+
+def _copy_of(rows: IntArray | None) -> IntArray | None:
+    return None if rows is None else rows.copy()

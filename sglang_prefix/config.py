@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 __all__ = ["GATES", "PrefixConfig", "verify_requested"]
 
-GATES = ("always", "never")
+GATES = ("auto", "always", "never")
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,21 +16,29 @@ class PrefixConfig:
     """What a user can set.
 
     Attributes:
-        gate: ``SGLANG_PREFIX_GATE``: "always" packs every batch it can, "never" leaves all to the
-            stock backend.
+        gate: ``SGLANG_PREFIX_GATE``: "auto" packs the batches for which that is predicted to be
+            faster, "always" every batch it can, "never" none. The CPU executor is faster than the
+            stock backend whatever is shared, so there "auto" is "always".
         policy: ``SGLANG_PREFIX_POLICY``: name of the packing policy.
         stock_backend: ``SGLANG_PREFIX_STOCK_BACKEND``: SGLang attention backend to delegate to;
             None for the one that SGLang would have chosen.
         verify: ``SGLANG_PREFIX_VERIFY``: check every plan against the slot rows and raise on a
             difference; for debugging, costs a device sync per plan.
         executor: ``SGLANG_PREFIX_EXECUTOR``: what runs the plans.
+        launch_mode, merge_mode: ``SGLANG_PREFIX_LAUNCH_MODE``, ``SGLANG_PREFIX_MERGE_MODE``: how
+            the Triton executor launches, see docs/kernels.md.
+        workspace_mib: ``SGLANG_PREFIX_WORKSPACE_MIB``: device memory for plans and partial
+            results, in MiB.
     """
 
-    gate: str = "always"
+    gate: str = "auto"
     policy: str = "pat"
     stock_backend: str | None = None
     verify: bool = False
     executor: str = "auto"
+    launch_mode: str = "streams"
+    merge_mode: str = "launch"
+    workspace_mib: int = 256
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> PrefixConfig:
@@ -39,6 +47,7 @@ class PrefixConfig:
         Raises:
             ValueError: a variable has a value that is not legal; the message names both.
         """
+        from prefix_kernels.tiles import LAUNCH_MODES, MERGE_MODES
         from sglang_prefix.packing import POLICIES
         from sglang_prefix.runner import EXECUTORS
 
@@ -50,6 +59,11 @@ class PrefixConfig:
             stock_backend=env.get("SGLANG_PREFIX_STOCK_BACKEND") or None,
             verify=verify_requested(env),
             executor=_one_of(env, "SGLANG_PREFIX_EXECUTOR", default.executor, EXECUTORS),
+            launch_mode=_one_of(
+                env, "SGLANG_PREFIX_LAUNCH_MODE", default.launch_mode, LAUNCH_MODES
+            ),
+            merge_mode=_one_of(env, "SGLANG_PREFIX_MERGE_MODE", default.merge_mode, MERGE_MODES),
+            workspace_mib=_positive_int(env, "SGLANG_PREFIX_WORKSPACE_MIB", default.workspace_mib),
         )
 
 
@@ -64,3 +78,10 @@ def _one_of(env: Mapping[str, str], name: str, default: str, legal: tuple[str, .
     if value not in legal:
         raise ValueError(f"{name}={value!r} is not legal; legal: {', '.join(legal)}")
     return value
+
+
+def _positive_int(env: Mapping[str, str], name: str, default: int) -> int:
+    value = env.get(name) or str(default)
+    if not value.isascii() or not value.isdigit() or int(value) == 0:
+        raise ValueError(f"{name}={value!r} is not legal; legal: a positive whole number")
+    return int(value)

@@ -7,9 +7,13 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from sglang_prefix.fallback import REASONS
+from sglang_prefix.fallback import GATE_REASONS, REASONS
+from sglang_prefix.gate import Decision
 
 __all__ = ["BackendCounters"]
+
+# The gate at work: nothing to tell.
+_USUAL = ("gate-nothing-shared", "gate-no-gain")
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +24,7 @@ class BackendCounters:
 
     Attributes:
         packed_steps: decode steps that ran under a plan of ours.
-        stock_steps: decode steps left to the stock backend because the gate says so.
+        stock_reasons: decode steps left to the stock backend because the gate says so, by reason.
         fallback_steps: decode steps that the stock backend served for another reason.
         fallback_reasons: the same by reason; layers that are always delegated are not counted
             here but listed in ``delegated_layers``.
@@ -28,21 +32,29 @@ class BackendCounters:
         packs, partials: of the newest plan.
         kv_tokens_read, kv_tokens_logical: KV tokens read by packed steps, and the tokens of all
             their requests, for one layer.
+        packed_us, stock_us: the gate's newest prediction for one pass through all layers.
         plan_seconds: host time spent on making plans, and of it on SGLang's radix path call.
     """
 
     packed_steps: int = 0
-    stock_steps: int = 0
+    stock_reasons: Counter[str] = field(default_factory=Counter)
     fallback_reasons: Counter[str] = field(default_factory=Counter)
     plans: int = 0
     packs: int = 0
     partials: int = 0
     kv_tokens_read: int = 0
     kv_tokens_logical: int = 0
+    packed_us: float | None = None
+    stock_us: float | None = None
     plan_seconds: float = 0.0
     path_seconds: float = 0.0
     delegated_layers: dict[int, str] = field(default_factory=dict)
     _said: set[str] = field(default_factory=set)
+
+    @property
+    def stock_steps(self) -> int:
+        """Decode steps that the gate left to the stock backend."""
+        return sum(self.stock_reasons.values())
 
     @property
     def fallback_steps(self) -> int:
@@ -51,14 +63,18 @@ class BackendCounters:
 
     def fall_back(self, reason: str, detail: str = "") -> None:
         """Count a step for the stock backend, and say why the first time."""
-        if reason == "gate-never":
-            self.stock_steps += 1
+        if reason in GATE_REASONS:
+            self.stock_reasons[reason] += 1
         else:
             self.fallback_reasons[reason] += 1
-        if reason not in self._said:
+        if reason not in self._said and reason not in _USUAL:
             self._said.add(reason)
             text = f"{REASONS[reason]}{': ' if detail else ''}{detail}"
             logger.warning("prefix attention: decode goes to the stock backend (%s)", text)
+
+    def note_decision(self, decision: Decision) -> None:
+        """Keep what the gate predicted."""
+        self.packed_us, self.stock_us = decision.packed_us, decision.stock_us
 
     def as_dict(self) -> dict[str, Any]:
         """All counters as plain values."""
@@ -66,6 +82,7 @@ class BackendCounters:
         return {
             "packed_steps": self.packed_steps,
             "stock_steps": self.stock_steps,
+            "stock_reasons": dict(self.stock_reasons),
             "fallback_steps": self.fallback_steps,
             "fallback_reasons": dict(self.fallback_reasons),
             "plans": self.plans,
@@ -74,6 +91,8 @@ class BackendCounters:
             "kv_tokens_read": self.kv_tokens_read,
             "kv_tokens_logical": logical,
             "kv_read_ratio": self.kv_tokens_read / logical if logical else None,
+            "predicted_packed_us": self.packed_us,
+            "predicted_stock_us": self.stock_us,
             "plan_seconds": self.plan_seconds,
             "path_seconds": self.path_seconds,
             "delegated_layers": {str(k): v for k, v in self.delegated_layers.items()},

@@ -13,12 +13,13 @@ from prefix_patches.kv_pool import is_block_quantized, is_slot_major
 from prefix_patches.resolved_args import resolved_args
 from sglang_prefix.checks import KV_DTYPES, Q_DTYPES
 
-__all__ = ["REASONS", "layer_reason", "server_reason"]
+__all__ = ["GATE_REASONS", "REASONS", "captures_decode", "layer_reason", "server_reason"]
 
 REASONS = {
     # The whole server: nothing is ever packed.
     "gate-never": "SGLANG_PREFIX_GATE=never",
-    "cuda-graph": "decode graphs are on, which are not supported yet; --disable-cuda-graph packs",
+    "cuda-graph": "the executor cannot run in decode graphs; --disable-cuda-graph packs",
+    "pd-multiplexing": "--enable-pdmux shares the GPU between prefill and decode",
     "draft-model": "this is the draft model of speculative decoding",
     "mla": "the model uses multi-head latent attention",
     "encoder-decoder": "the model is an encoder-decoder",
@@ -44,12 +45,17 @@ REASONS = {
     "no-request-info": "the batch came without its requests (warm-up, or a row without a request)",
     "no-radix-paths": "this tree cannot be read on the CPU; "
     "SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND=python can",
-    "two-batch-overlap": "two-batch overlap splits the batch",
+    "two-batch-overlap": "two-batch overlap splits the batch in two",
     "speculative": "the batch carries speculative state",
     # One call.
     "other-batch": "the call has another number of queries than the batch that was planned",
     "error": "planning or running failed; see the traceback in the log",
+    "workspace": "the plan is larger than the workspace; SGLANG_PREFIX_WORKSPACE_MIB raises it",
+    # Not a fallback: the gate says so.
+    "gate-nothing-shared": "no two requests of the batch share KV",
+    "gate-no-gain": "packing is predicted to be no faster",
 }
+GATE_REASONS = ("gate-never", "gate-nothing-shared", "gate-no-gain")
 
 
 def server_reason(model_runner: Any, gate: str) -> str | None:
@@ -68,10 +74,17 @@ def server_reason(model_runner: Any, gate: str) -> str | None:
         or getattr(args, "kv_cache_dtype", None) in _BLOCK_QUANTIZED,
         "kv-layout": not is_slot_major(pool) or _is_set("SGLANG_USE_HND_KVCACHE"),
         "kv-dtype": pool.dtype not in KV_DTYPES or model_runner.dtype not in Q_DTYPES,
-        "cuda-graph": device.startswith("cuda") and not _decode_graphs_disabled(args),
+        "two-batch-overlap": bool(getattr(args, "enable_two_batch_overlap", False)),
+        "pd-multiplexing": bool(getattr(args, "enable_pdmux", False)),
         "cpu-graph": device == "cpu" and bool(getattr(args, "enable_torch_compile", False)),
     }
     return next((reason for reason, holds in found.items() if holds), None)
+
+
+def captures_decode(model_runner: Any) -> bool:
+    """Whether SGLang captures decode steps of this runner in CUDA graphs."""
+    on_gpu = str(model_runner.device).startswith("cuda")
+    return on_gpu and not _decode_graphs_disabled(resolved_args(model_runner))
 
 
 _BLOCK_QUANTIZED = ("mxfp8", "nvfp4", "fp4_e2m1")

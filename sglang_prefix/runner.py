@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,6 +52,7 @@ class PlanRunner:
         device: where q, the caches and ``req_to_token`` live.
         executor: "cpu", the torch executor, which runs on any device; or "triton".
         check_slots: refuse slots outside the caches also where looking costs a device sync.
+        options: more arguments of the executor.
     """
 
     def __init__(
@@ -60,15 +62,17 @@ class PlanRunner:
         executor: str,
         *,
         check_slots: bool = False,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         self._checks_slots = check_slots or device.type == "cpu"
         self.executor_name = executor
         self._device = device
-        self._executor = _build_executor(shape, device, executor)
+        self._executor = _build_executor(shape, device, executor, options or {})
         self._tail_start = np.zeros(0, dtype=np.int64)
         self._tail_offset = np.zeros(0, dtype=np.int64)
         self.plan: PackPlan | None = None
         self.seq_lens = np.zeros(0, dtype=np.int64)
+        self.num_rows = 0
         self.slot_range = (0, 0)
 
     @property
@@ -77,7 +81,11 @@ class PlanRunner:
         return self._executor.max_block_rows
 
     def load(
-        self, plan: PackPlan, req_to_token: torch.Tensor, req_pool_indices: torch.Tensor
+        self,
+        plan: PackPlan,
+        req_to_token: torch.Tensor,
+        req_pool_indices: torch.Tensor,
+        num_rows: int | None = None,
     ) -> None:
         """Take a plan into use and copy the slots of its positions. Reads no device value.
 
@@ -85,8 +93,10 @@ class PlanRunner:
             plan: the plan.
             req_to_token: [rows, context] int32 or int64 on the device.
             req_pool_indices: [B] int32 or int64 on the device.
+            num_rows: rows of q and the outputs, padding included; None for as many as requests.
         """
-        self._executor.load(plan, req_to_token, req_pool_indices)
+        self._executor.load(plan, req_to_token, req_pool_indices, num_rows=num_rows)
+        self.num_rows = plan.batch_size if num_rows is None else num_rows
         if self._checks_slots:
             self.slot_range = _bounds(self._executor.kv_slots)
         first_tail = plan.num_shared_packs
@@ -94,6 +104,22 @@ class PlanRunner:
         self._tail_offset = plan.slot_offset[first_tail:-1]
         self.plan = plan
         self.seq_lens = plan.seq_lens
+
+    def append_in_graph(self, seq_lens: torch.Tensor, new_slots: torch.Tensor) -> None:
+        """Let every tail grow by one token, from device tensors alone, as a graph records it.
+
+        The host is told the new lengths by :meth:`note_growth` at each replay.
+
+        Args:
+            seq_lens: [rows] int32 or int64 on the device, padding included: the new lengths.
+            new_slots: [rows] int32 or int64 on the device.
+        """
+        if not self._executor.append(seq_lens, new_slots):
+            raise NotImplementedError(f"executor {self.executor_name!r} cannot run in a graph")
+
+    def note_growth(self, seq_lens: IntArray) -> None:
+        """Note lengths [B] that tails have grown to on the device; checked by the caller."""
+        self.seq_lens = seq_lens
 
     def append(
         self,
@@ -217,14 +243,18 @@ class PlanRunner:
             self.slot_range = (min(self.slot_range[0], low), max(self.slot_range[1], high))
 
 
-def _build_executor(shape: AttentionShape, device: torch.device, name: str) -> PlanExecutor:
+def _build_executor(
+    shape: AttentionShape, device: torch.device, name: str, options: Mapping[str, Any]
+) -> PlanExecutor:
     if name == "cpu":
-        return TorchExecutor(shape.num_qo_heads, shape.num_kv_heads, shape.v_head_dim, device)
+        heads = shape.num_qo_heads, shape.num_kv_heads
+        return TorchExecutor(*heads, shape.v_head_dim, device, **options)
     from prefix_kernels.tiles import TileShape
     from prefix_kernels.triton_executor import TritonExecutor
 
     tile_shape = TileShape(shape.head_dim, shape.v_head_dim, shape.q_itemsize, shape.kv_itemsize)
-    return TritonExecutor(shape.num_qo_heads, shape.num_kv_heads, tile_shape, device)
+    heads = shape.num_qo_heads, shape.num_kv_heads
+    return TritonExecutor(*heads, tile_shape, device, **options)
 
 
 def _bounds(slots: torch.Tensor) -> tuple[int, int]:

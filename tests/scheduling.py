@@ -199,12 +199,12 @@ class Scheduler:
 
     def check_attention(self, forward_batch: Any) -> None:
         """Both runners' outputs for this batch are the oracle's."""
-        for (_, runner), (qo_heads, _, dim), (k_cache, v_cache) in zip(
+        for shape, (qo_heads, _, dim), (k_cache, v_cache) in zip(
             self.shapes, SHAPES, self.caches, strict=True
         ):
             q = torch.randn(forward_batch.batch_size, qo_heads, dim)
             out, lse = torch.full_like(q, torch.nan), torch.full(q.shape[:2], torch.nan)
-            runner.run(q, k_cache, v_cache, out, lse, sm_scale=dim**-0.5)
+            shape.runner.run(q, k_cache, v_cache, out, lse, sm_scale=dim**-0.5)
             expected = decode_attention_oracle(
                 q,
                 k_cache,

@@ -87,7 +87,9 @@ def row_moves(scheduler: Scheduler, reqs: list[Request], other: Request) -> list
 
 
 def is_retracted(scheduler: Scheduler, reqs: list[Request], other: Request) -> list[Request]:
+    """And comes back, as retracted requests do, through a prefill."""
     reqs[1].retraction_count += 1
+    scheduler.run_pass("EXTEND", [reqs[1]])
     return reqs
 
 
@@ -95,6 +97,7 @@ def moves_in_the_tree(scheduler: Scheduler, reqs: list[Request], other: Request)
     before = reqs[1].last_node
     scheduler.publish(reqs[1])
     assert reqs[1].last_node != before
+    scheduler.run_pass("EXTEND", [])
     return reqs
 
 
@@ -160,6 +163,16 @@ def test_a_plan_ends_with_what_it_was_made_for(change: Change, plans: list[int])
     assert scheduler.decode(reqs).plans == 0
     reqs = change(scheduler, reqs, other)
     assert [scheduler.decode(reqs).plans for _ in plans] == plans
+
+
+@pytest.mark.parametrize("what", ["retraction_count", "last_node"])
+def test_verify_refuses_that_kv_moves_without_a_prefill(what: str) -> None:
+    """SGLang never does that, and a plan that goes on does not ask every request for it."""
+    scheduler = Scheduler()
+    reqs = scheduler.start(A, B)
+    setattr(reqs[1], what, getattr(reqs[1], what) + 1)
+    with pytest.raises(RuntimeError, match="without a prefill"):
+        scheduler.decode(reqs)
 
 
 def test_a_request_that_comes_back_under_its_old_id_and_row_gets_a_plan_of_its_own() -> None:

@@ -16,7 +16,7 @@ PATCHES = ROOT / "patches" / "prefix_patches"
 MAX_LINES = 400
 
 # Modules and folders of sglang_prefix that may import SGLang.
-GLUE = ("backend", "plugin", "cli", "bench")
+GLUE = ("backend", "served_layers", "plugin", "cli", "bench")
 
 # What the host side may import besides the standard library, module by module: dependencies point
 # one way. A folder stands for all its modules.

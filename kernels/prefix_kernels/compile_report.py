@@ -154,7 +154,8 @@ def _compile(variant: KernelVariant, arch: str) -> KernelReport:
         else:
             pointer = pointers.get(name.removesuffix("_ptr"), "i32")
             signature[name] = f"*{pointer}" if name.endswith("_ptr") else "i32"
-            hints[(index,)] = [["tt.divisibility", 16]]
+            if not kernel.params[index].do_not_specialize:
+                hints[(index,)] = [["tt.divisibility", 16]]
     tile = variant.tile
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     if tile.max_registers:

@@ -91,7 +91,12 @@ class TorchExecutor:
         self._partial_lse = torch.empty(0, device=device)
 
     def load(
-        self, plan: PlanArrays, req_to_token: torch.Tensor, req_pool_indices: torch.Tensor
+        self,
+        plan: PlanArrays,
+        req_to_token: torch.Tensor,
+        req_pool_indices: torch.Tensor,
+        *,
+        num_rows: int | None = None,
     ) -> None:
         """Take a plan into use and copy the slots of its positions. Reads no device value.
 
@@ -99,6 +104,7 @@ class TorchExecutor:
             plan: the plan.
             req_to_token: [rows, context] int32 or int64 on the device.
             req_pool_indices: [B] int32 or int64 on the device.
+            num_rows: for the sake of the other executor; rows past the requests get zeros.
         """
         self._slots.load(plan, req_to_token, req_pool_indices)
         self._num_shared = plan.num_packs - plan.batch_size
@@ -160,7 +166,12 @@ class TorchExecutor:
             k_scale, v_scale: numbers, or device tensors of shape [] or [Hkv].
         """
         self._cut_tails()
-        batch, heads = q.shape[0], self._num_kv_heads
+        batch, heads = self._request_indptr.shape[0] - 1, self._num_kv_heads
+        out[batch:].zero_()
+        q, out = q[:batch], out[:batch]
+        if lse is not None:
+            lse[batch:].fill_(-torch.inf)
+            lse = lse[:batch]
         rows = q.float().view(batch, heads, -1, q.shape[2]) * (sm_scale * _per_head(k_scale))
         partial_out = self._partial_out[: self._num_partials]
         partial_lse = self._partial_lse[: self._num_partials]

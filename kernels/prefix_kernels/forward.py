@@ -33,7 +33,7 @@ HEADER_REQUEST_INDPTR = tl.constexpr(plan_header.HEADER_REQUEST_INDPTR)
 HEADER_NUM_REQUESTS = tl.constexpr(plan_header.HEADER_NUM_REQUESTS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # else a batch size could ask for a compilation
 def pack_forward_kernel(
     # One layer.
     q_ptr,  # [B, Hq, D]

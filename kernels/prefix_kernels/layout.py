@@ -71,7 +71,12 @@ class PlanExecutor(Protocol):
     @property
     def kv_slots(self) -> torch.Tensor: ...
     def load(
-        self, plan: PlanArrays, req_to_token: torch.Tensor, req_pool_indices: torch.Tensor
+        self,
+        plan: PlanArrays,
+        req_to_token: torch.Tensor,
+        req_pool_indices: torch.Tensor,
+        *,
+        num_rows: int | None = None,
     ) -> None: ...
     def write_slots(self, target: IntArray, slots: torch.Tensor) -> None: ...
     def set_lengths(self, tail_lengths: IntArray) -> None: ...

@@ -13,6 +13,7 @@ from prefix_kernels import plan_header as header
 from prefix_kernels.launch import launch
 from prefix_kernels.layout import PlanArrays
 from prefix_kernels.slots import append_slots_kernel, copy_slots_kernel
+from prefix_kernels.staging import Staging
 
 __all__ = ["PlanBuffers", "PlanCapacity", "pack_plan"]
 
@@ -126,6 +127,7 @@ class PlanBuffers:
 
     def _allocate(self) -> None:
         size, device = self.capacity, self._device
+        self._staging = Staging(size.plan_size, device)
         with torch.inference_mode(False):  # may be written from outside inference mode later
             self.plan = torch.zeros(size.plan_size, dtype=torch.int32, device=device)
             self.kv_slots = torch.zeros(size.slots, dtype=torch.int32, device=device)
@@ -164,7 +166,7 @@ class PlanBuffers:
             self._allocate()
         self.kv_slots[: plan.num_slots].zero_()  # what an older plan left means nothing now
         self.arrivals.zero_()
-        self.plan[: len(packed)].copy_(torch.from_numpy(packed), non_blocking=True)
+        self._staging.copy(packed, self.plan)
         lengths = plan.pack_end - plan.pack_start
         blocks = max(1, -(-int(lengths.max()) // _COPY_BLOCK))
         launch(

@@ -15,7 +15,9 @@ HEADER_TAIL_OFFSET = tl.constexpr(plan_header.HEADER_TAIL_OFFSET)
 HEADER_SOURCES = tl.constexpr(plan_header.HEADER_SOURCES)
 
 
-@triton.jit
+# Numbers that change from plan to plan are not specialised: else one of them could ask for a
+# compilation while serving.
+@triton.jit(do_not_specialize=["num_shared_packs"])
 def copy_slots_kernel(
     plan_ptr,
     req_to_token_ptr,  # [rows, context] int32 or int64
@@ -43,7 +45,7 @@ def copy_slots_kernel(
     tl.store(tail_lengths_ptr + pack - num_shared_packs, tokens, mask=is_tail)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def append_slots_kernel(
     plan_ptr,
     seq_lens_ptr,  # [rows] int32 or int64, lengths with the new token

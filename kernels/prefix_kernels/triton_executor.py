@@ -30,7 +30,7 @@ from prefix_kernels.tiles import (
 )
 from prefix_kernels.work_list import build_work_list
 
-__all__ = ["LAUNCH_MODES", "MERGE_MODES", "TritonExecutor", "why_not_triton"]
+__all__ = ["LAUNCH_MODES", "MERGE_MODES", "TritonExecutor", "why_not_triton", "widest_block"]
 
 IntArray = NDArray[np.int64]
 
@@ -53,6 +53,11 @@ def why_not_triton(device: torch.device, q_dtype: torch.dtype, kv_dtype: torch.d
     if torch.bfloat16 in (q_dtype, kv_dtype):
         return "Triton's interpreter computes bfloat16 products wrongly; use float16 or float32"
     return None
+
+
+def widest_block(mode: str, shape: TileShape) -> int:
+    """Rows of the widest tile that a launch mode has for head dims."""
+    return FUSED_ROWS[-1] if mode == "fused" else row_classes(shape)[-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +131,7 @@ class TritonExecutor:
     @property
     def max_block_rows(self) -> int:
         """Rows of the widest tile, in which one pass over the KV serves them all."""
-        return FUSED_ROWS[-1] if self._mode == "fused" else row_classes(self._shape)[-1]
+        return widest_block(self._mode, self._shape)
 
     @property
     def buffers(self) -> PlanBuffers:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from prefix_patches import (
     attention_names,
+    decode_graph_runner,
     forward_batch_init_new,
     model_runner_forward,
     scheduler_internal_state,
@@ -18,7 +19,12 @@ from prefix_patches.versions import check_sglang_version
 
 __all__ = ["install", "missing_symbols"]
 
-_PATCHES = (forward_batch_init_new, model_runner_forward, scheduler_internal_state)
+_PATCHES = (
+    decode_graph_runner,
+    forward_batch_init_new,
+    model_runner_forward,
+    scheduler_internal_state,
+)
 _TOUCHED = (*_PATCHES, attention_names)
 
 

@@ -26,6 +26,9 @@ class Handover:
         batch: SGLang's ``ScheduleBatch`` of the pass under way; None outside a pass, and in
             passes that no schedule batch stands behind (warm-up, capture).
         epoch: grows with every pass that is not plain decode. Rows and tree may have changed then.
+        graph_labels: the labels under which each decode graph is captured, see
+            `decode_graph_runner`; none where graphs hold nothing of ours.
+        graph_label: the label being captured, or chosen for the step under way.
 
     A request is settled once it has decoded since it was last prefilled or retracted. Only then is
     its row known to hold the tree's slots: under overlap scheduling the tree insert of a prefill is
@@ -35,6 +38,8 @@ class Handover:
     def __init__(self) -> None:
         self.batch: Any = None
         self.epoch = 0
+        self.graph_labels: tuple[str, ...] = ()
+        self.graph_label = ""
         self._settled: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
     def enter(self, forward_batch: Any) -> Any:

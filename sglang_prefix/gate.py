@@ -1,0 +1,206 @@
+"""The gate: whether packing a batch is predicted to be faster than the stock kernel.
+
+Both sides are predicted with the same model, so that its errors cancel where the two do the same:
+bytes over bandwidth, KV that is read again from the L2 cache at the cache's speed, the longest
+program of the launch, arithmetic, and the launches. The stock side follows the split rule of
+SGLang's Triton backend; other stock backends are taken to balance their work perfectly, which
+favours them. A batch in which nothing is shared is never packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sglang_prefix.forest import PrefixForest
+from sglang_prefix.packing import AttentionShape
+from sglang_prefix.plan import PackPlan
+
+__all__ = [
+    "Decision",
+    "DeviceLimits",
+    "Gate",
+    "limits_of",
+    "predict_packed",
+    "predict_stock",
+    "triton_kv_splits",
+]
+
+IntArray = NDArray[np.int64]
+
+# Round figures, to be replaced by measurements. L2 delivers some 2.5 times what main memory does; a
+# program whose neighbours are idle draws up to twice its share of the bandwidth; attention attains
+# some 40% of the matrix units' rate; a launch inside a graph costs about 2 us with its gap.
+_L2_SPEEDUP = 2.5
+_LONE_PROGRAM_SPEEDUP = 2.0
+_ATTAINED_FLOP_SHARE = 0.4
+_LAUNCH_US = 2.0
+_STOCK_LAUNCHES = 2  # the split attention and its merge
+_PACKED_LAUNCHES = 3  # two tile classes and the merge
+# Packing starts when it is predicted to save this share, and stops when it saves nothing.
+_ENTER_GAIN = 0.05
+
+# Splits that SGLang's Triton backend allows at most (--triton-attention-num-kv-splits).
+_TRITON_MAX_SPLITS = 8
+_TRITON_HEAD_TILE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceLimits:
+    """What the prediction knows of a device.
+
+    Attributes:
+        read_bytes_per_s: bandwidth of main memory.
+        flop_per_s: rate of the matrix units for 16-bit values.
+        l2_bytes: size of the L2 cache.
+        num_sms: multiprocessors.
+    """
+
+    read_bytes_per_s: float
+    flop_per_s: float
+    l2_bytes: int
+    num_sms: int
+
+
+# From NVIDIA's data sheets: dense 16-bit FLOP/s per multiprocessor, by major compute capability, of
+# A100 (312e12 / 108), H100 and H200 (990e12 / 132), and B200 (2,250e12 / 148).
+_FLOP_PER_SM = {8: 2.9e12, 9: 7.5e12, 10: 15e12}
+# NVIDIA's data sheet for the H200.
+_H200 = DeviceLimits(4.8e12, 990e12, 50 << 20, 132)
+
+
+def limits_of(device: torch.device) -> DeviceLimits:
+    """Limits from what the driver says of a CUDA device; those of an H200 elsewhere."""
+    if device.type != "cuda":
+        return _H200
+    found = torch.cuda.get_device_properties(device)
+    # kHz, twice per clock, over a bus of so many bits
+    bandwidth = 2e3 * getattr(found, "memory_clock_rate", 0)
+    bandwidth *= getattr(found, "memory_bus_width", 0) / 8
+    sms = found.multi_processor_count
+    return DeviceLimits(
+        bandwidth or _H200.read_bytes_per_s,
+        sms * _FLOP_PER_SM.get(found.major, _FLOP_PER_SM[9]),
+        getattr(found, "L2_cache_size", 0) or _H200.l2_bytes,
+        sms,
+    )
+
+
+class Decision(NamedTuple):
+    """What the gate decided, why (a key of `fallback.REASONS`, or None), and its predictions."""
+
+    packs: bool
+    reason: str | None
+    packed_us: float
+    stock_us: float
+
+
+class Gate:
+    """Decides batch by batch, with hysteresis.
+
+    Args:
+        limits: of the device.
+        stock_name: SGLang's name of the stock backend.
+    """
+
+    def __init__(self, limits: DeviceLimits, stock_name: str) -> None:
+        self._limits = limits
+        self._stock_name = stock_name
+        self._packs = False
+
+    def choose(self, plans: Sequence[tuple[PackPlan, int]], forest: PrefixForest) -> Decision:
+        """Decide from the plans of a batch, each with the number of layers that it serves."""
+        packed = stock = 0.0
+        for plan, layers in plans:
+            shape = plan.costs.shape
+            packed += layers * predict_packed(plan, self._limits)
+            stock += layers * predict_stock(forest, shape, self._limits, self._stock_name)
+        bound = stock if self._packs else stock * (1 - _ENTER_GAIN)
+        self._packs = packed < bound
+        return Decision(self._packs, None if self._packs else "gate-no-gain", packed, stock)
+
+    def leave(self) -> None:
+        """Note a batch that goes to the stock backend without being planned."""
+        self._packs = False
+
+
+def predict_packed(plan: PackPlan, limits: DeviceLimits) -> float:
+    """Microseconds of one layer under a plan."""
+    costs = plan.costs
+    shape = costs.shape
+    lengths = plan.pack_end - plan.pack_start
+    num_queries = np.diff(plan.query_indptr)
+    blocks = -(-num_queries * shape.group_size // costs.device.max_block_rows)
+    tokens, rereads = int(lengths.sum()), int((lengths * (blocks - 1)).sum())
+    merged = plan.num_partials if plan.num_partials > plan.batch_size else 0
+    side_bytes = plan.num_partials * shape.query_bytes + merged * shape.partial_bytes
+    longest = int((-(-lengths // plan.num_splits)).max(initial=0))
+    # Row blocks are computed whole; 16 rows are the least that the matrix units take.
+    rows = np.maximum(num_queries * shape.group_size, 16)
+    flops = 2 * int((rows * lengths).sum()) * shape.num_kv_heads
+    flops *= shape.head_dim + shape.v_head_dim
+    return max(
+        _predict(shape, limits, tokens, rereads, side_bytes, longest, _PACKED_LAUNCHES),
+        1e6 * flops / (limits.flop_per_s * _ATTAINED_FLOP_SHARE) + _PACKED_LAUNCHES * _LAUNCH_US,
+    )
+
+
+def predict_stock(
+    forest: PrefixForest, shape: AttentionShape, limits: DeviceLimits, stock_name: str
+) -> float:
+    """Microseconds of one layer of a stock backend.
+
+    Requests that share KV read it one by one; what fits into the L2 cache is read from there.
+    """
+    lens = forest.seq_lens
+    unique = forest.unique_tokens
+    rereads = int(lens.sum()) - unique
+    shared = int((forest.node_stop - forest.node_start).sum()) * shape.kv_token_bytes
+    in_cache = int(rereads * min(1.0, limits.l2_bytes / max(shared, 1)))
+    if stock_name == "triton":
+        longest = int((-(-lens // triton_kv_splits(lens, shape, limits.num_sms))).max())
+    else:
+        longest = 0  # balanced perfectly
+    side_bytes = len(lens) * shape.query_bytes
+    from_memory = unique + rereads - in_cache
+    return _predict(shape, limits, from_memory, in_cache, side_bytes, longest, _STOCK_LAUNCHES)
+
+
+def triton_kv_splits(lens: IntArray, shape: AttentionShape, num_sms: int) -> IntArray:
+    """Pieces [B] that SGLang's Triton backend cuts each request into (0.5.17 to 0.5.23).
+
+    The larger of two rules: the longest request over the shortest, unless all are within 25% of
+    each other; and as many as fill the multiprocessors, the more the longer the requests are.
+    """
+    longest, shortest = int(lens.max()), int(lens.min())
+    if longest * 8 < shortest * 10:
+        shortest = longest
+    by_length = min(-(-longest // max(shortest, 1)), _TRITON_MAX_SPLITS)
+    head_tile = min(_TRITON_HEAD_TILE, shape.group_size)
+    programs = len(lens) * -(-shape.num_qo_heads // head_tile)
+    cores = int(num_sms * max(np.log2(longest / 64), 1.0))
+    by_cores = min(-(-cores // programs), _TRITON_MAX_SPLITS)
+    chunks = [-(-longest // pieces) for pieces in (by_length, by_cores)]
+    return np.maximum(-(-lens // chunks[0]), -(-lens // chunks[1]))
+
+
+def _predict(
+    shape: AttentionShape,
+    limits: DeviceLimits,
+    tokens: int,
+    cached_tokens: int,
+    side_bytes: int,
+    longest_tokens: int,
+    num_launches: int,
+) -> float:
+    """Microseconds of one layer that reads ``tokens`` from memory and others from the cache."""
+    speed = limits.read_bytes_per_s
+    read = (tokens + cached_tokens / _L2_SPEEDUP) * shape.kv_token_bytes + side_bytes
+    per_head = longest_tokens * shape.kv_token_bytes / shape.num_kv_heads
+    alone = per_head / (speed / limits.num_sms * _LONE_PROGRAM_SPEEDUP)
+    return 1e6 * max(read / speed, alone) + num_launches * _LAUNCH_US
