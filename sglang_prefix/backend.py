@@ -11,14 +11,17 @@ from sglang.srt.layers.radix_attention import RadixAttention
 
 import prefix_patches
 from prefix_patches.attention_names import build_stock, default_stock_name, prefill_name
+from prefix_patches.decode_log_line import append_with
 from prefix_patches.handover import ensure_handover
 from prefix_patches.kv_write import applies_kv_scales, write_kv
+from prefix_patches.metric_labels import metric_labels
 from prefix_patches.scheduler_internal_state import report_with
 from sglang_prefix.batch_planner import BatchPlanner
 from sglang_prefix.config import PrefixConfig
 from sglang_prefix.counters import BackendCounters
 from sglang_prefix.fallback import REASONS, captures_decode, server_reason
-from sglang_prefix.gate import Gate, limits_of
+from sglang_prefix.gate import make_gate
+from sglang_prefix.metrics import PrefixMetrics
 from sglang_prefix.plugin import BACKEND_NAME
 from sglang_prefix.runner import PlanRunner
 from sglang_prefix.served_layers import (
@@ -94,7 +97,9 @@ class PrefixAttnBackend(AttentionBackend):
         self._verify = config.verify
         if self._server_reason is None:
             self._serve(model_runner, stock_name, config)
-        report_with(self.counters.as_dict)
+        self._metrics = _metrics_of(model_runner)
+        report_with(self._report)
+        append_with(self.counters.log_text)
         self._announce(len(attention_layers(model_runner)), stock_name, config)
 
     def _serve(self, model_runner: Any, stock_name: str, config: PrefixConfig) -> None:
@@ -102,7 +107,6 @@ class PrefixAttnBackend(AttentionBackend):
         if not served.shapes:
             self._server_reason = "no-layer"
             return
-        on_gpu = served.executor_names == ["triton"] and str(model_runner.device) != "cpu"
         if captures_decode(model_runner):
             if served.executor_names != ["triton"]:
                 self._server_reason = "cuda-graph"
@@ -111,14 +115,13 @@ class PrefixAttnBackend(AttentionBackend):
             self._handover.graph_labels = labels
         self._served = served
         self._runner_of = served.runner_of
-        device = self.req_to_token_pool.req_to_token.device
         self._batches = BatchPlanner(
             self._handover,
             self.req_to_token_pool.req_to_token,
             model_runner.page_size,
             served.shapes,
             self.counters,
-            gate=Gate(limits_of(device), stock_name) if config.gate == "auto" and on_gpu else None,
+            gate=make_gate(config.gate, served.device, stock_name),
             verify=config.verify,
         )
 
@@ -279,6 +282,14 @@ class PrefixAttnBackend(AttentionBackend):
         else:
             self._fell_back = True
             self.counters.fall_back(reason)
+        if self._metrics is not None:
+            self._metrics.update(self.counters)
+
+    def _report(self) -> dict[str, Any]:
+        """All counters as plain values, for who asks the server; metrics then are up to date."""
+        if self._metrics is not None:
+            self._metrics.update(self.counters, now=True)
+        return self.counters.as_dict()
 
     def _plan(self, forward_batch: Any, *, in_graph: bool = False) -> str | None:
         assert self._batches is not None
@@ -352,6 +363,17 @@ class PrefixAttnBackend(AttentionBackend):
             v_scale=layer.v_scale if scaled and layer.v_scale is not None else 1.0,
         )
         return out.view(q.shape[0], -1)
+
+
+def _metrics_of(model_runner: Any) -> PrefixMetrics | None:
+    """Metrics of this process, if this rank exports any and no other backend of it does."""
+    labels = metric_labels(model_runner)
+    if labels is None:
+        return None
+    try:
+        return PrefixMetrics(labels)
+    except ValueError:  # prometheus knows each name once
+        return None
 
 
 class _StockAttribute:

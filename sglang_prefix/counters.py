@@ -15,6 +15,8 @@ __all__ = ["BackendCounters"]
 # The gate at work: nothing to tell.
 _USUAL = ("gate-nothing-shared", "gate-no-gain")
 
+_STEPS_TO_WARN_AFTER = 1000
+
 logger = logging.getLogger(__name__)
 
 
@@ -50,6 +52,7 @@ class BackendCounters:
     path_seconds: float = 0.0
     delegated_layers: dict[int, str] = field(default_factory=dict)
     _said: set[str] = field(default_factory=set)
+    _logged: tuple[int, int, int, int] = (0, 0, 0, 0)
 
     @property
     def stock_steps(self) -> int:
@@ -71,6 +74,33 @@ class BackendCounters:
             self._said.add(reason)
             text = f"{REASONS[reason]}{': ' if detail else ''}{detail}"
             logger.warning("prefix attention: decode goes to the stock backend (%s)", text)
+        if self.packed_steps == 0 and self.decode_steps == _STEPS_TO_WARN_AFTER:
+            top, count = (self.stock_reasons + self.fallback_reasons).most_common(1)[0]
+            logger.warning(
+                "prefix attention: none of the first %d decode steps was packed; %d of them "
+                "because: %s",
+                self.decode_steps,
+                count,
+                REASONS[top],
+            )
+
+    def log_text(self) -> str:
+        """What has been done since the last call, for SGLang's line about decode batches."""
+        packed, steps = self.packed_steps, self.decode_steps
+        read, logical = self.kv_tokens_read, self.kv_tokens_logical
+        packed_before, steps_before, read_before, logical_before = self._logged
+        self._logged = (packed, steps, read, logical)
+        share = (packed - packed_before) / max(steps - steps_before, 1)
+        text = f"prefix packed: {share:.0%}"
+        if logical > logical_before:
+            ratio = (read - read_before) / (logical - logical_before)
+            text += f", prefix packs: {self.packs}, prefix kv read: {ratio:.2f}"
+        return text
+
+    @property
+    def decode_steps(self) -> int:
+        """All decode steps."""
+        return self.packed_steps + self.stock_steps + self.fallback_steps
 
     def note_decision(self, decision: Decision) -> None:
         """Keep what the gate predicted."""

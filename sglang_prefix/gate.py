@@ -26,6 +26,7 @@ __all__ = [
     "DeviceLimits",
     "Gate",
     "limits_of",
+    "make_gate",
     "predict_packed",
     "predict_stock",
     "triton_kv_splits",
@@ -89,6 +90,17 @@ def limits_of(device: torch.device) -> DeviceLimits:
         getattr(found, "L2_cache_size", 0) or _H200.l2_bytes,
         sms,
     )
+
+
+def make_gate(name: str, device: torch.device, stock_name: str) -> Gate | None:
+    """The gate of a setting; None where every batch is packed.
+
+    On the CPU that is also what "auto" comes to: the torch executor is faster than SGLang's
+    ``torch_native`` whatever is shared (docs/performance.md).
+    """
+    if name != "auto" or device.type != "cuda":
+        return None
+    return Gate(limits_of(device), stock_name)
 
 
 class Decision(NamedTuple):

@@ -28,12 +28,14 @@ class ServedLayers:
     Attributes:
         runner_of: the runner of each layer.
         shapes: planner and runner of each attention shape.
+        device: where they run.
         workspace: of the shape that holds the fewest requests for sure; None where nothing is
             preallocated.
     """
 
     runner_of: dict[RadixAttention, PlanRunner]
     shapes: list[ShapeRunner]
+    device: torch.device
     workspace: Workspace | None
 
     @property
@@ -100,6 +102,7 @@ def serve_layers(
     return ServedLayers(
         {layer: shapes[shape].runner for layer, shape in shape_of.items()},
         list(shapes.values()),
+        device,
         min(workspaces, key=lambda workspace: workspace.sure_rows, default=None),
     )
 

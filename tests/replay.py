@@ -15,11 +15,11 @@ import torch
 
 from prefix_kernels.launch import recorded
 
-__all__ = ["Recording", "record"]
+__all__ = ["Address", "Recording", "record"]
 
 
 @dataclass(frozen=True, slots=True)
-class _Address:
+class Address:
     """A tensor argument, reduced to where it lies."""
 
     pointer: int
@@ -27,7 +27,7 @@ class _Address:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> _Address:
+    def of(cls, tensor: torch.Tensor) -> Address:
         storage = tensor.untyped_storage()
         num_bytes = storage.nbytes() - tensor.storage_offset() * tensor.itemsize
         return cls(tensor.data_ptr(), int(num_bytes), tensor.dtype)
@@ -47,7 +47,7 @@ class Recording:
     def add(self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
         """Keep a launch, its tensors by address only."""
         frozen = {
-            name: _Address.of(value) if isinstance(value, torch.Tensor) else value
+            name: Address.of(value) if isinstance(value, torch.Tensor) else value
             for name, value in arguments.items()
         }
         self.launches.append((kernel, grid, frozen))
@@ -57,7 +57,7 @@ class Recording:
         for kernel, grid, arguments in self.launches[:upto]:
             kernel[grid](
                 **{
-                    name: value.tensor() if isinstance(value, _Address) else value
+                    name: value.tensor() if isinstance(value, Address) else value
                     for name, value in arguments.items()
                 }
             )
@@ -68,7 +68,7 @@ class Recording:
             value.pointer
             for _, _, arguments in self.launches
             for value in arguments.values()
-            if isinstance(value, _Address)
+            if isinstance(value, Address)
         }
 
 

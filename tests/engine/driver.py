@@ -288,12 +288,22 @@ def _counters(engine: Any) -> dict[str, Any]:
     return dict(states[0])
 
 
+# Not counted up.
+_STATES = (
+    "delegated_layers",
+    "num_packs",
+    "num_partials",
+    "predicted_packed_us",
+    "predicted_stock_us",
+)
+
+
 def _difference(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     delta: dict[str, Any] = {}
     for name, value in after.items():
-        if name in ("delegated_layers", "num_packs", "num_partials"):
+        if name in _STATES:
             delta[name] = value
-        elif name == "fallback_reasons":
+        elif name.endswith("_reasons"):
             old = before.get(name, {})
             delta[name] = {k: n - old.get(k, 0) for k, n in value.items() if n > old.get(k, 0)}
         elif name != "kv_read_ratio":

@@ -175,11 +175,22 @@ def build(models: Mapping[str, str]) -> dict[str, Scenario]:
         for name, variant in VARIANTS.items()
     }
     # The kernels on the CPU; SGLang's own CPU engine runs no Triton kernel.
+    graphs = {"SGLANG_PREFIX_TEST_GRAPHS": "1"}
     interpreted = {"TRITON_INTERPRET": "1", "SGLANG_PREFIX_EXECUTOR": "triton"}
     return {
         "stock": Scenario(llama, (FOREST, ABORTED, ALIKE, BEAMS, GROVE), _stock()),
         "triton": Scenario(
             llama, (GROVE, _zeroed(GROVE)), _ours(), VERIFY | interpreted, hooks=True
+        ),
+        "graphs": Scenario(
+            llama,
+            (GROVE, _zeroed(GROVE)),
+            _ours(),
+            VERIFY | interpreted | graphs | {"SGLANG_PREFIX_GATE": "always"},
+            hooks=True,
+        ),
+        "graphs of both": Scenario(
+            sliding, (GROVE, _zeroed(GROVE)), _ours(), VERIFY | interpreted | graphs, hooks=True
         ),
         **variants,
         "control": Scenario(llama, control, _ours(), hooks=True),

@@ -6,6 +6,7 @@ serves several controls. Everything is patched right after the module that defin
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.metadata
@@ -73,13 +74,13 @@ def patch_batch_planner(module: ModuleType) -> None:
     """Let planning raise, or tell of batches with padding: modes plan-error, tell-padding."""
     prepare = module.BatchPlanner.prepare
 
-    def broken(self: Any, forward_batch: Any) -> Any:
+    def broken(self: Any, forward_batch: Any, **kwargs: Any) -> Any:
         now = mode()
         if now == "plan-error":
             raise RuntimeError("raised on purpose by a test")
         if now == "tell-padding" and len(self._handover.batch.reqs) < forward_batch.batch_size:
             print("test hook: padded batch", flush=True)
-        return prepare(self, forward_batch)
+        return prepare(self, forward_batch, **kwargs)
 
     module.BatchPlanner.prepare = broken
     compare_plans(module)
@@ -172,6 +173,18 @@ def remove_init_new(module: ModuleType) -> None:
     del module.ForwardBatch.init_new
 
 
+def both(
+    first: Callable[[ModuleType], None], second: Callable[[ModuleType], None]
+) -> Callable[[ModuleType], None]:
+    """Apply two patches to a module."""
+
+    def patch(module: ModuleType) -> None:
+        first(module)
+        second(module)
+
+    return patch
+
+
 PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "prefix_patches.handover": patch_handover,
     "sglang_prefix.runner": patch_runner,
@@ -221,6 +234,10 @@ if "SGLANG_PREFIX_TEST_FLOAT32_SCHEME" in os.environ:
 
 if "SGLANG_PREFIX_TEST_PAD_ON_CPU" in os.environ:
     PATCHES["sglang.srt.layers.attention.torch_native_backend"] = pad_on_cpu
+
+if "SGLANG_PREFIX_TEST_GRAPHS" in os.environ:
+    for name, graph_patch in importlib.import_module("frozen_graphs").GRAPH_PATCHES.items():
+        PATCHES[name] = both(PATCHES[name], graph_patch) if name in PATCHES else graph_patch
 
 if "SGLANG_PREFIX_TEST_VERSION" in os.environ:
     real_version = importlib.metadata.version

@@ -1,0 +1,212 @@
+"""SGLang's own decode graph runner on the CPU, with graphs that freeze what a CUDA graph freezes.
+
+The runner is the real one: padding, static buffers, keys, metadata before each replay. Only the
+device is not there, so a graph here is the forward function that the runner gave to be captured,
+run again over its static buffers, in which each launch of ours is replaced by the one that was
+recorded at capture: the same kernel and grid, and its arguments by raw address. Only what the
+model allocates anew in each run, q and the output, is taken from the run. So a launch that depends
+on the plan shows, as it would on a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+# For `tests.replay`; an engine's processes know nothing of the tests.
+sys.path.append(str(Path(__file__).parents[3]))
+
+__all__ = ["GRAPH_PATCHES"]
+
+BATCH_SIZES = (2, 4, 8, 16, 32)
+# What the model allocates anew in each run.
+_OF_THE_RUN = ("q_ptr", "out_ptr")
+
+
+class FrozenLaunches:
+    """Records the launches of a capture, and puts them in the place of those of a replay."""
+
+    def __init__(self) -> None:
+        self._recording: list[Any] | None = None
+        self._replaying: Iterator[Any] | None = None
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[list[Any]]:
+        """Keep every launch."""
+        self._recording = []
+        yield self._recording
+        self._recording = None
+
+    @contextlib.contextmanager
+    def replaying(self, recorded: list[Any]) -> Iterator[None]:
+        """Replace every launch by the recorded one; there must be as many."""
+        self._replaying = iter(recorded)
+        yield
+        left = list(self._replaying)
+        self._replaying = None
+        assert not left, f"{len(left)} recorded launches were not replayed"
+
+    def wrap(self, launch: Callable[..., None]) -> Callable[..., None]:
+        """A launch function under our control."""
+
+        def frozen(kernel: Any, grid: Any, **arguments: Any) -> None:
+            if self._recording is not None:
+                self._recording.append((kernel, grid, freeze(arguments)))
+            if self._replaying is not None:
+                recorded_kernel, grid, recorded = next(self._replaying)
+                assert kernel is recorded_kernel
+                fresh = {name: arguments[name] for name in _OF_THE_RUN if name in arguments}
+                arguments = thaw(recorded) | fresh
+            launch(kernel, grid, **arguments)
+
+        return frozen
+
+
+def freeze(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments with tensors reduced to their addresses."""
+    import torch
+
+    from tests.replay import Address
+
+    return {
+        name: Address.of(value) if isinstance(value, torch.Tensor) else value
+        for name, value in arguments.items()
+    }
+
+
+def thaw(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments with the memory at the recorded addresses."""
+    from tests.replay import Address
+
+    return {
+        name: value.tensor() if isinstance(value, Address) else value
+        for name, value in arguments.items()
+    }
+
+
+LAUNCHES = FrozenLaunches()
+
+
+def wrap_launch(module: ModuleType) -> None:
+    """In the modules that launch."""
+    vars(module)["launch"] = LAUNCHES.wrap(vars(module)["launch"])
+
+
+class FrozenGraphs:
+    """What SGLang calls a graph backend."""
+
+    def __init__(self, runner: Any) -> None:
+        self._graphs: dict[Any, tuple[Callable[[], Any], list[Any]]] = {}
+
+    @contextlib.contextmanager
+    def capture_session(self, stream: Any) -> Iterator[None]:
+        """See SGLang's ``BaseCudaGraphBackend``."""
+        yield
+
+    def capture_one(
+        self,
+        shape_key: Any,
+        forward_fn: Any,
+        capture_inputs: Any = None,
+        post_warmup_hook: Any = None,
+    ) -> None:
+        """A warm-up, then the run that is recorded."""
+        assert shape_key not in self._graphs
+        forward_fn()
+        if post_warmup_hook is not None:
+            post_warmup_hook()
+        with LAUNCHES.recording() as launches:
+            forward_fn()
+        self._graphs[shape_key] = forward_fn, launches
+        print(f"test hook: captured {shape_key} with {len(launches)} launches", flush=True)
+
+    def can_run(self, forward_batch: Any, shape_key: Any) -> bool:
+        """Whether the shape was captured."""
+        return shape_key in self._graphs
+
+    def replay_session(self) -> Any:
+        """See SGLang's ``BaseCudaGraphBackend``."""
+        return contextlib.nullcontext()
+
+    def replay(self, shape_key: Any, static_forward_batch: Any, **kwargs: Any) -> Any:
+        """Run what was captured over what stands in the static buffers."""
+        forward_fn, launches = self._graphs[shape_key]
+        print(f"test hook: replay {shape_key.variant_label} {shape_key.size}", flush=True)
+        with LAUNCHES.replaying(launches):
+            return forward_fn()
+
+    def cleanup(self) -> None:
+        """See SGLang's ``BaseCudaGraphBackend``."""
+
+
+def capture_on_cpu(module: ModuleType) -> None:
+    """Let SGLang capture decode on the CPU, in `cuda_graph_setup`."""
+
+    def capture_decode_graph(*, model_runner: Any) -> Any:
+        runner = model_runner._decode_cuda_graph_runner_cls()(model_runner)
+        return module.GraphCapture(
+            runner=runner, memory_phase="decode", memory_usage_gb=0, capture_time=0
+        )
+
+    module.capture_decode_graph = capture_decode_graph  # type: ignore[attr-defined]
+
+
+def run_on_cpu(module: ModuleType) -> None:
+    """Take streams, events and CUDA graphs out of `decode_cuda_graph_runner`."""
+
+    @contextlib.contextmanager
+    def no_stream(stream: Any = None) -> Iterator[Any]:
+        yield SimpleNamespace(stream=None)
+
+    names = vars(module)
+    names["graph_capture"] = no_stream
+    names["get_or_create_global_graph_capture_stream"] = lambda: None
+    names["resolve_decode_backend"] = FrozenGraphs
+    names["get_batch_sizes_to_capture"] = lambda *args, **kwargs: (list(BATCH_SIZES), [])
+    module.DecodeCudaGraphRunner._publish_read_done = lambda self, in_graph: None
+    module.DecodeCudaGraphRunner._record_in_graph_metadata_prep_done = lambda self: None
+
+
+def complete_torch_native(module: ModuleType) -> None:
+    """Give ``torch_native`` what a graph runner asks of a backend."""
+    backend = module.TorchNativeAttnBackend
+    backend.init_cuda_graph_state = lambda self, max_bs, max_num_tokens: None
+    backend.get_cuda_graph_seq_len_fill_value = lambda self: 1
+
+
+class FlippingGate:
+    """Packs every second batch that shares anything, so that both graphs are replayed."""
+
+    def __init__(self) -> None:
+        self._packs = False
+
+    def choose(self, plans: Any, forest: Any) -> Any:
+        """The other way than the last time."""
+        from sglang_prefix.gate import Decision
+
+        self._packs = not self._packs
+        return Decision(self._packs, None if self._packs else "gate-no-gain", 1.0, 2.0)
+
+    def leave(self) -> None:
+        """See the real gate."""
+
+
+def say_that_decode_is_captured(module: ModuleType) -> None:
+    """In our backend, which takes it that only CUDA has graphs, and a gate."""
+    names = vars(module)
+    names["captures_decode"] = lambda model_runner: True
+    names["make_gate"] = lambda name, *args: FlippingGate() if name == "auto" else None
+
+
+GRAPH_PATCHES: dict[str, Callable[[ModuleType], None]] = {
+    "prefix_kernels.triton_executor": wrap_launch,
+    "prefix_kernels.plan_buffers": wrap_launch,
+    "sglang.srt.model_executor.model_runner_components.cuda_graph_setup": capture_on_cpu,
+    "sglang.srt.model_executor.runner.decode_cuda_graph_runner": run_on_cpu,
+    "sglang.srt.layers.attention.torch_native_backend": complete_torch_native,
+    "sglang_prefix.backend": say_that_decode_is_captured,
+}
