@@ -55,7 +55,7 @@ def tuned_tile(block_m: int, shape: TileShape) -> TileConfig | None:
     """The tile of a row class that was measured to be the fastest on ``shape.device``, if any."""
     if shape.device is None:
         return None
-    device = load_tuned_tiles(TABLE).get(shape.device)
+    device = _load_once(TABLE).get(shape.device)
     return device.tiles.get((shape, block_m)) if device else None
 
 
@@ -92,7 +92,6 @@ def _shared_bytes(tile: TileConfig, shape: TileShape) -> int:
     return (tile.num_stages - 1) * kv_tile + q + weights + _SCRATCH_BYTES
 
 
-@cache
 def load_tuned_tiles(path: Path) -> dict[str, TunedDevice]:
     """Read a table: devices by name.
 
@@ -106,6 +105,9 @@ def load_tuned_tiles(path: Path) -> dict[str, TunedDevice]:
         raise ValueError(f"{path} is no table of tuned tiles: {error!r}") from error
 
 
+_load_once = cache(load_tuned_tiles)  # the choice is made for every plan
+
+
 def _read_device(name: str, entry: dict[str, Any]) -> TunedDevice:
     arch, result_file, rows = (entry[key] for key in ("arch", "result_file", "tiles"))
     if arch not in ARCHS:
@@ -116,11 +118,11 @@ def _read_device(name: str, entry: dict[str, Any]) -> TunedDevice:
             raise ValueError(f"a tile of {name} has the fields {', '.join(row)}")
         if any(type(value) is not int or value <= 0 for value in row.values()):
             raise ValueError(f"a tile of {name} has a value that is no positive integer: {row}")
-        shape = TileShape(*(row[key] for key in _SHAPE_FIELDS), arch != "sm_80", name)
-        tile = TileConfig(*(row[key] for key in _TILE_FIELDS))
-        if tile.block_m not in row_classes(shape) or tile not in candidate_tiles(
-            tile.block_m, shape
-        ):
+        dims = {key: row[key] for key in _SHAPE_FIELDS}
+        shape = TileShape(**dims, has_wgmma=arch != "sm_80", device=name)
+        tile = TileConfig(**{key: row[key] for key in _TILE_FIELDS})
+        legal = tile.block_m in row_classes(shape)
+        if not legal or tile not in candidate_tiles(tile.block_m, shape):
             raise ValueError(f"a tile of {name} is not among its candidate_tiles: {asdict(tile)}")
         if (shape, tile.block_m) in tiles:
             raise ValueError(f"{name} has two tiles of {tile.block_m} rows for {shape}")
