@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.gpu import tune
-from benchmarks.gpu.tune_cells import cells, dry_cells
+from benchmarks.gpu.inputs import MismatchError
+from benchmarks.gpu.tune_cells import TuneWork, cells, dry_cells
 from prefix_kernels.tiles import TileConfig, TileShape, formula_tile, row_classes
 from prefix_kernels.tuned_tiles import TABLE, candidate_tiles, load_tuned_tiles
 
@@ -64,6 +66,16 @@ def test_a_dry_run_from_budget_to_table(
         assert {"head_dim", "v_head_dim", "q_itemsize", "kv_itemsize", "block_m"} <= set(row)
         assert row["head_dim"] == row["v_head_dim"] == 16
     load_tuned_tiles(table)
+
+
+@pytest.mark.slow
+def test_control_a_tile_with_another_result_is_refused() -> None:
+    work = TuneWork(dry_cells()[1], torch.device("cpu"), 0, dry=True)
+    (tile, *_) = work.candidates
+    assert work.check(tile) < 1e-2
+    work._launches[work._place].arguments["sm_scale"] *= 2
+    with pytest.raises(MismatchError, match="from the formula's tile, more than"):
+        work.check(tile)
 
 
 def result_of(times: dict[TileConfig, float], **changes: Any) -> dict[str, Any]:
