@@ -172,9 +172,10 @@ class Absent:
             raise ImportError(f"{name} is not on a bare host")
 sys.meta_path.insert(0, Absent())
 sys.argv = ["", "--list"]
-for module in ("benchmarks.gpu.bench", "benchmarks.gpu.check", "benchmarks.gpu.sanitize"):
+for name in ("bench", "check", "tune", "sanitize"):
+    module = f"benchmarks.gpu.{name}"
     try:
-        runpy.run_module(module, run_name="__main__" if module[-1] != "e" else module)
+        runpy.run_module(module, run_name="__main__" if name != "sanitize" else module)
     except SystemExit as stop:
         assert not stop.code, stop.code
 """
@@ -186,6 +187,7 @@ for module in ("benchmarks.gpu.bench", "benchmarks.gpu.check", "benchmarks.gpu.s
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith(cells()[0].name)
     assert "policies-and-ways" in run.stdout
+    assert "dim128/bf16/rows16" in run.stdout
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ _CLOCKS = (
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
-    """The options that both entry points have."""
+    """The options that all entry points have."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--budget-s", type=float, default=540, help="stop before this many seconds")
     parser.add_argument("--resume", type=Path, help="result file to complete")
@@ -65,7 +65,7 @@ class CellRun:
     """Results of cells, kept in one JSON file.
 
     Args:
-        kind: "gpu-bench" or "gpu-check".
+        kind: "gpu-bench", "gpu-check" or "gpu-tune".
         names: all cells in order, whether or not this call runs them.
         options: parsed arguments.
         device: where they run.
@@ -96,7 +96,7 @@ class CellRun:
         if options.resume:
             self._take_up(options.resume)
         folder = DRY_RESULTS if options.dry else RESULTS / self.report["device"]
-        prefix = "check-" if kind == "gpu-check" else ""
+        prefix = "" if kind == "gpu-bench" else kind.removeprefix("gpu-") + "-"
         dry = "dry-" if options.dry else ""
         dated = folder / f"{dry}{prefix}{date}-{self.report['commit']}.json"
         self.path: Path = options.out or options.resume or dated

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from prefix_kernels.tiles import (
-    MERGE_MODES,
-    TileConfig,
-    TileShape,
-    choose_fused_tiles,
-    choose_tile,
-    row_classes,
-)
+from prefix_kernels import tuned_tiles
+from prefix_kernels.tile_config import ARCHS, TileConfig, TileShape, row_classes
+from prefix_kernels.tiles import MERGE_MODES, choose_fused_tiles, choose_tile
 
 __all__ = [
     "ARCHS",
@@ -23,8 +18,6 @@ __all__ = [
     "legal_dtypes",
 ]
 
-# Shared memory that one program may use, in bytes (CUDA programming guide, compute capabilities).
-ARCHS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 
 _ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8_e4m3": 1, "fp8_e5m2": 1}
@@ -83,7 +76,7 @@ def kernel_variants(
     merges: Iterable[str] = MERGE_MODES,
     group_size: int = 4,
 ) -> Iterator[KernelVariant]:
-    """List what `TritonExecutor` launches in all of its modes.
+    """List what `TritonExecutor` launches in all of its modes, on all devices of an architecture.
 
     Args:
         arch: a key of :data:`ARCHS`.
@@ -95,13 +88,15 @@ def kernel_variants(
     if dtypes is None:
         dtypes = [pair for pair in legal_dtypes(arch) if pair in DEFAULT_DTYPES]
     pairs, merges = tuple(dtypes), tuple(merges)
+    tuned = tuned_tiles.load_tuned_tiles(tuned_tiles.TABLE)
+    devices = (None, *(name for name, device in tuned.items() if device.arch == arch))
     for head_dim in head_dims:
         for dtype, kv_dtype in pairs:
             shape = TileShape(
                 head_dim, head_dim, _ITEMSIZES[dtype], _ITEMSIZES[kv_dtype], arch != "sm_80"
             )
             for merge in merges:
-                for kernel, tile, narrow in _forward_tiles(shape):
+                for kernel, tile, narrow in _forward_tiles(shape, devices):
                     yield KernelVariant(
                         kernel, head_dim, dtype, kv_dtype, tile, narrow, merge, group_size
                     )
@@ -114,10 +109,15 @@ def kernel_variants(
         yield KernelVariant(name, 0, "int32", "int32", tile)
 
 
-def _forward_tiles(shape: TileShape) -> Iterator[tuple[str, TileConfig, TileConfig | None]]:
-    """Each row class at each KV length, then the pairs of a fused launch."""
+def _forward_tiles(
+    shape: TileShape, devices: Iterable[str | None]
+) -> Iterator[tuple[str, TileConfig, TileConfig | None]]:
+    """Each row class at each KV length on each device, then the pairs of a fused launch."""
     for tile in dict.fromkeys(
-        choose_tile(rows, length, shape) for rows in row_classes(shape) for length in _KV_LENGTHS
+        choose_tile(rows, length, replace(shape, device=device))
+        for device in devices
+        for rows in row_classes(shape)
+        for length in _KV_LENGTHS
     ):
         yield "pack_forward", tile, None
     for narrow, wide in dict.fromkeys(choose_fused_tiles(length, shape) for length in _KV_LENGTHS):

@@ -105,7 +105,8 @@ class TritonExecutor:
         self._group_size = num_qo_heads // num_kv_heads
         if device.type == "cuda":
             major, _ = torch.cuda.get_device_capability(device)
-            shape = replace(shape, has_wgmma=major in _WGMMA_MAJORS)
+            name = torch.cuda.get_device_name(device)
+            shape = replace(shape, has_wgmma=major in _WGMMA_MAJORS, device=name)
         self._shape = shape
         self._device = device
         self._mode = mode
