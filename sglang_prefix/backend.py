@@ -31,6 +31,7 @@ from sglang_prefix.served_layers import (
     serve_layers,
 )
 from sglang_prefix.stock_rules import check_cpu_prefill, check_stock_rules
+from sglang_prefix.warm_up import warm_up
 
 __all__ = ["PrefixAttnBackend", "create_backend"]
 
@@ -124,6 +125,9 @@ class PrefixAttnBackend(AttentionBackend):
             gate=make_gate(config.gate, served.device, stock_name),
             verify=config.verify,
         )
+        if served.workspace is not None:
+            seconds = warm_up(self._batches, served, self._run, model_runner.dtype)
+            logger.info("prefix attention: kernels compiled and run once in %.1f s", seconds)
 
     def _announce(self, num_layers: int, stock_name: str, config: PrefixConfig) -> None:
         """One line that says whether anything is packed, and one per reason to delegate a layer."""

@@ -154,7 +154,8 @@ def _compile(variant: KernelVariant, arch: str) -> KernelReport:
         else:
             pointer = pointers.get(name.removesuffix("_ptr"), "i32")
             signature[name] = f"*{pointer}" if name.endswith("_ptr") else "i32"
-            if not kernel.params[index].do_not_specialize:
+            parameter = kernel.params[index]
+            if not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment):
                 hints[(index,)] = [["tt.divisibility", 16]]
     tile = variant.tile
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}

@@ -15,9 +15,12 @@ HEADER_TAIL_OFFSET = tl.constexpr(plan_header.HEADER_TAIL_OFFSET)
 HEADER_SOURCES = tl.constexpr(plan_header.HEADER_SOURCES)
 
 
-# Numbers that change from plan to plan are not specialised: else one of them could ask for a
-# compilation while serving.
-@triton.jit(do_not_specialize=["num_shared_packs"])
+# Neither numbers that change from plan to plan, nor the alignment of what SGLang slices out of its
+# buffers, are specialised: else one of them could ask for a compilation while serving.
+@triton.jit(
+    do_not_specialize=["num_shared_packs"],
+    do_not_specialize_on_alignment=["req_pool_indices_ptr"],
+)
 def copy_slots_kernel(
     plan_ptr,
     req_to_token_ptr,  # [rows, context] int32 or int64
@@ -45,7 +48,10 @@ def copy_slots_kernel(
     tl.store(tail_lengths_ptr + pack - num_shared_packs, tokens, mask=is_tail)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(
+    do_not_specialize=["num_rows"],
+    do_not_specialize_on_alignment=["seq_lens_ptr", "new_slots_ptr"],
+)
 def append_slots_kernel(
     plan_ptr,
     seq_lens_ptr,  # [rows] int32 or int64, lengths with the new token

@@ -203,7 +203,7 @@ def build(models: Mapping[str, str]) -> dict[str, Scenario]:
         "dp-attention": Scenario(
             qwen3, (told, _under("zeros")), _ours(**dp_attention), VERIFY | padded, hooks=True
         ),
-        "sliding stock": Scenario(sliding, (FOREST,), _stock()),
+        "sliding stock": Scenario(sliding, (FOREST, GROVE), _stock()),
         "sliding": Scenario(sliding, zeros, _ours(), VERIFY, hooks=True),
         "scales stock": Scenario(scales, (FOREST,), _stock(**wide), float32, hooks=True),
         "scales": Scenario(

@@ -8,6 +8,7 @@ stock, and KV scales.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -85,6 +86,52 @@ def test_the_triton_kernels_give_stock_answers(results: Results) -> None:
     ours, control = results("triton").sections["grove"], results("triton").sections["grove zeros"]
     assert_evidence(ours, results("stock").sections["grove"], control, 0.6)
     assert "executor triton" in results("triton").log
+
+
+@pytest.mark.scenarios("triton", "graphs", "graphs of both")
+@pytest.mark.parametrize("name", ["triton", "graphs", "graphs of both"])
+def test_nothing_is_compiled_once_the_server_is_ready(name: str, results: Results) -> None:
+    log = results(name).log
+    assert log.count("test hook: compiled at start") >= 4
+    assert "test hook: compiled at serving" not in log
+    assert "prefix attention: kernels compiled and run once in" in log
+
+
+@pytest.mark.scenarios("stock", "graphs")
+def test_graphs_of_sglangs_own_runner_give_stock_answers(results: Results) -> None:
+    """Captured under batches of nothing, replayed under every plan that the engine makes."""
+    ours, stock = results("graphs"), results("stock")
+    assert_evidence(
+        ours.sections["grove"], stock.sections["grove"], ours.sections["grove zeros"], 0.6
+    )
+    assert "graph labels packed" in ours.log
+    steps = sum(section.counters["packed_steps"] for section in ours.sections.values())
+    assert len(replays(ours.log, "packed")) >= steps
+    assert not replays(ours.log, "stock")
+    # Batches were padded, and sizes changed between replays.
+    assert set(replays(ours.log, "packed")) >= {2, 4, 8}
+
+
+@pytest.mark.scenarios("sliding stock", "graphs of both")
+def test_each_step_replays_the_graph_that_the_gate_chose(results: Results) -> None:
+    """Also in a model of which some layers are stock's in either graph."""
+    ours, stock = results("graphs of both"), results("sliding stock")
+    found, expected = ours.sections["grove"], stock.sections["grove"]
+    assert_same(found, expected)
+    assert num_changed(ours.sections["grove zeros"], expected) * 2 >= len(expected.requests)
+    assert found.counters["fallback_reasons"] == {}
+    assert found.counters["packed_steps"] >= 5
+    assert found.counters["stock_reasons"]["gate-no-gain"] >= 5
+    for label in ("packed", "stock"):
+        steps = sum(section.counters[f"{label}_steps"] for section in ours.sections.values())
+        assert len(replays(ours.log, label)) >= steps > 0
+    assert "graph labels packed/stock" in ours.log
+    assert "graphs with label stock took" in ours.log
+
+
+def replays(log: str, label: str) -> list[int]:
+    """Batch sizes of the graphs with a label that were replayed."""
+    return [int(size) for size in re.findall(rf"test hook: replay /{label} (\d+)", log)]
 
 
 @pytest.mark.scenarios("no-radix-cache")

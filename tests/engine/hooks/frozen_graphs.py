@@ -11,14 +11,9 @@ on the plan shows, as it would on a GPU.
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
-
-# For `tests.replay`; an engine's processes know nothing of the tests.
-sys.path.append(str(Path(__file__).parents[3]))
 
 __all__ = ["GRAPH_PATCHES"]
 

@@ -185,6 +185,27 @@ def both(
     return patch
 
 
+def tell_of_compilations(module: ModuleType) -> None:
+    """Tell of launches that Triton would have to compile for, in a module that launches."""
+    launch = vars(module)["launch"]
+
+    def telling(kernel: Any, grid: Any, **arguments: Any) -> None:
+        from tests.launch_keys import launch_key
+
+        key = launch_key(kernel, arguments)
+        if key not in COMPILED:
+            COMPILED.add(key)
+            when = (
+                "serving" if Path(os.environ["SGLANG_PREFIX_TEST_MODE_FILE"]).exists() else "start"
+            )
+            print(f"test hook: compiled at {when}: {key}", flush=True)
+        launch(kernel, grid, **arguments)
+
+    vars(module)["launch"] = telling
+
+
+COMPILED: set[Any] = set()
+
 PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "prefix_patches.handover": patch_handover,
     "sglang_prefix.runner": patch_runner,
@@ -226,6 +247,12 @@ class PatchingFinder(importlib.abc.MetaPathFinder):
 
 if "SGLANG_PREFIX_TEST_WITHOUT_INIT_NEW" in os.environ:
     PATCHES["sglang.srt.model_executor.forward_batch_info"] = remove_init_new
+
+if os.environ.get("SGLANG_PREFIX_EXECUTOR") == "triton":
+    # For `tests.launch_keys` and others; an engine's processes know nothing of the tests.
+    sys.path.append(str(Path(__file__).parents[3]))
+    PATCHES["prefix_kernels.triton_executor"] = tell_of_compilations
+    PATCHES["prefix_kernels.plan_buffers"] = tell_of_compilations
 
 if "SGLANG_PREFIX_TEST_FLOAT32_SCHEME" in os.environ:
     PATCHES["sglang.srt.layers.quantization.compressed_tensors.compressed_tensors"] = (
