@@ -35,7 +35,10 @@ class BackendCounters:
         kv_tokens_read, kv_tokens_logical: KV tokens read by packed steps, and the tokens of all
             their requests, for one layer.
         packed_us, stock_us: the gate's newest prediction for one pass through all layers.
-        plan_seconds: host time spent on making plans, and of it on SGLang's radix path call.
+        plan_seconds: host time spent on making plans, or on deciding to do without one, and of it
+            on SGLang's radix path call.
+        kept_steps, kept_seconds: steps that went on as the one before, and the host time to see
+            that they could.
     """
 
     packed_steps: int = 0
@@ -48,6 +51,8 @@ class BackendCounters:
     kv_tokens_logical: int = 0
     packed_us: float | None = None
     stock_us: float | None = None
+    kept_steps: int = 0
+    kept_seconds: float = 0.0
     plan_seconds: float = 0.0
     path_seconds: float = 0.0
     delegated_layers: dict[int, str] = field(default_factory=dict)
@@ -123,6 +128,8 @@ class BackendCounters:
             "kv_read_ratio": self.kv_tokens_read / logical if logical else None,
             "predicted_packed_us": self.packed_us,
             "predicted_stock_us": self.stock_us,
+            "kept_steps": self.kept_steps,
+            "kept_seconds": self.kept_seconds,
             "plan_seconds": self.plan_seconds,
             "path_seconds": self.path_seconds,
             "delegated_layers": {str(k): v for k, v in self.delegated_layers.items()},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.engine.driver import free_port, kill_session
 
@@ -53,6 +55,21 @@ class Server:
         (backend,) = self.call("/server_info")["internal_states"][0]["sglang_prefix"]
         return dict(backend)
 
+    def metrics(self) -> dict[str, float]:
+        """Our metrics by name, labels other than those that we add summed over."""
+        with urllib.request.urlopen(self.url + "/metrics", timeout=CALL_S) as answer:
+            text = answer.read().decode()
+        found: dict[str, float] = {}
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                if sample.name.startswith("sglang_prefix_") and sample.name.endswith("_total"):
+                    path = sample.labels.get("path", sample.labels.get("reason"))
+                    name = sample.name + (f"/{path}" if path else "")
+                    found[name] = found.get(name, 0.0) + sample.value
+                    assert sample.labels["model_name"] == self.model
+                    assert sample.labels["tp_rank"] == "0"
+        return found
+
     def is_healthy(self) -> bool:
         try:
             self.call("/health")
@@ -67,6 +84,7 @@ def server(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
     port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
     flags = ["--device", "cpu", "--attention-backend", "prefix", "--dtype", "float32"]
     flags += ["--mem-fraction-static", "0.7", "--max-total-tokens", "20000"]
+    flags += ["--enable-metrics", "--decode-log-interval", "5"]
     flags += ["--host", "127.0.0.1", "--port", str(port)]
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -160,6 +178,37 @@ def test_bench_serving_with_shared_prefixes(server: Server, tmp_path: Path) -> N
     run_program("-m", "sglang.bench_serving", *flags)
     assert json.loads(report.read_text().splitlines()[-1])["completed"] == 16
     assert_shared(before, server.counters(), 0.4)
+
+
+def test_the_counters_stand_on_metrics_and_move(server: Server) -> None:
+    counters, before = server.counters(), server.metrics()  # the first call brings the second up
+    assert before["sglang_prefix_plans_total"] == counters["plans"]
+    assert before["sglang_prefix_steps_total/packed"] == counters["packed_steps"]
+    sampling = {"n": 6, "temperature": 0, "max_new_tokens": 30, "ignore_eos": True}
+    server.call("/generate", {"text": "A root. " * 40, "sampling_params": sampling})
+    counters, after = server.counters(), server.metrics()
+    assert (
+        after["sglang_prefix_plans_total"]
+        == counters["plans"]
+        > before["sglang_prefix_plans_total"]
+    )
+    for path in ("packed", "stock", "fallback"):
+        assert after[f"sglang_prefix_steps_total/{path}"] == counters[f"{path}_steps"]
+    assert after["sglang_prefix_steps_total/packed"] > before["sglang_prefix_steps_total/packed"]
+    read, logical = (
+        after[name] - before[name]
+        for name in ("sglang_prefix_kv_tokens_read_total", "sglang_prefix_kv_tokens_logical_total")
+    )
+    assert 0 < read < 0.4 * logical
+
+
+def test_the_log_says_what_was_packed(server: Server) -> None:
+    log = server.log.read_text(errors="replace")
+    assert "prefix attention: 2 of 2 layers, executor cpu, stock backend torch_native" in log
+    lines = [line for line in log.splitlines() if "Decode batch" in line]
+    assert lines
+    assert all("prefix packed: " in line for line in lines)
+    assert any(re.search(r"prefix packed: 100%, .*prefix kv read: 0\.\d\d", line) for line in lines)
 
 
 # The programs in examples/ that need a server run against this one.
