@@ -10,7 +10,17 @@ from sglang_prefix.tiny_model import TinyModelConfig
 from tests.engine import workloads
 from tests.engine.driver import Scenario, Section
 
-__all__ = ["CONTROLS", "IDENTICAL", "MODELS", "SCALES", "SCENARIOS", "VARIANTS", "Variant", "build"]
+__all__ = [
+    "CONTROLS",
+    "CROWD_PAGE_SIZES",
+    "IDENTICAL",
+    "MODELS",
+    "SCALES",
+    "SCENARIOS",
+    "VARIANTS",
+    "Variant",
+    "build",
+]
 
 SCALES = ((2.0, 0.5), (0.25, 4.0))
 
@@ -31,6 +41,7 @@ ABORTED = Section("aborted", workloads.aborted())
 # What prefill and decode share a batch for, when the engine mixes them.
 MIXED = Section("mixed", FOREST.requests, "tell-mixed", logprobs=False)
 GROVE = Section("grove", workloads.grove())
+CROWD = Section("crowd", workloads.crowd())
 # Requests, tokens of the prompt, tokens to generate.
 IDENTICAL = (64, 60, 9)
 ALIKE = Section("identical", workloads.identical(*IDENTICAL), one_batch=True)
@@ -39,6 +50,7 @@ BEAMS = Section("beams", workloads.beams(), one_batch=True)
 ROOMY = {"max_total_tokens": 20000}
 # So small that requests are retracted: SGLang admits as if they were to generate four tokens.
 CROWDED = {"max_total_tokens": 760, "schedule_conservativeness": 0.01}
+CROWD_PAGE_SIZES = (1, 4, 16)
 RETRACT = {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "4"}
 VERIFY = {"SGLANG_PREFIX_VERIFY": "1"}
 # Tensor parallelism on a CPU without NUMA nodes.
@@ -130,11 +142,11 @@ VARIANTS = {
 
 
 def _stock(**options: Any) -> dict[str, Any]:
-    return {"attention_backend": "torch_native", **ROOMY, **options}
+    return {"attention_backend": "torch_native", **ROOMY} | options
 
 
 def _ours(**options: Any) -> dict[str, Any]:
-    return {"attention_backend": "prefix", **ROOMY, **options}
+    return {"attention_backend": "prefix", **ROOMY} | options
 
 
 def _under(mode: str) -> Section:
@@ -158,7 +170,7 @@ def build(models: Mapping[str, str]) -> dict[str, Scenario]:
     )
     modes = ("none", *CONTROLS, "plan-error", "run-error", "compare-plans")
     control = (*map(_under, modes), ALIKE, _zeroed(ALIKE), _zeroed(ABORTED))
-    control += (BEAMS, _zeroed(BEAMS))
+    control += (BEAMS, _zeroed(BEAMS), _zeroed(CROWD))
     zeros = (FOREST, _under("zeros"))
     # SGLang has no quantisation scheme for float32, and only a scheme makes it load KV scales.
     float32 = {"SGLANG_PREFIX_TEST_FLOAT32_SCHEME": "1"}
@@ -178,7 +190,7 @@ def build(models: Mapping[str, str]) -> dict[str, Scenario]:
     graphs = {"SGLANG_PREFIX_TEST_GRAPHS": "1"}
     interpreted = {"TRITON_INTERPRET": "1", "SGLANG_PREFIX_EXECUTOR": "triton"}
     return {
-        "stock": Scenario(llama, (FOREST, ABORTED, ALIKE, BEAMS, GROVE), _stock()),
+        "stock": Scenario(llama, (FOREST, ABORTED, ALIKE, BEAMS, GROVE, CROWD), _stock()),
         "triton": Scenario(
             llama, (GROVE, _zeroed(GROVE)), _ours(), VERIFY | interpreted, hooks=True
         ),
@@ -192,6 +204,12 @@ def build(models: Mapping[str, str]) -> dict[str, Scenario]:
         "graphs of both": Scenario(
             sliding, (GROVE, _zeroed(GROVE)), _ours(), VERIFY | interpreted | graphs, hooks=True
         ),
+        **{
+            f"crowd page-{page_size}": Scenario(
+                llama, (CROWD,), _ours(**CROWDED, page_size=page_size), VERIFY | RETRACT
+            )
+            for page_size in CROWD_PAGE_SIZES
+        },
         **variants,
         "control": Scenario(llama, control, _ours(), hooks=True),
         "gate-never": Scenario(llama, (FOREST,), _ours(), {"SGLANG_PREFIX_GATE": "never"}),

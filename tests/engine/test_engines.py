@@ -23,7 +23,7 @@ from tests.engine.evidence import (
     num_changed,
     num_retracted,
 )
-from tests.engine.scenarios import CONTROLS, IDENTICAL, VARIANTS
+from tests.engine.scenarios import CONTROLS, CROWD_PAGE_SIZES, IDENTICAL, VARIANTS
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -52,6 +52,20 @@ def test_aborted_ids_come_back_and_get_stock_answers(name: str, results: Results
     aborted = [request for rid, request in ours.requests.items() if rid.endswith("aborted")]
     assert len(aborted) == 7
     assert all(request["finish"] == "abort" for request in aborted)
+
+
+CROWDS = [f"crowd page-{size}" for size in CROWD_PAGE_SIZES]
+
+
+@pytest.mark.parametrize("name", with_engines(CROWDS))
+def test_hundreds_of_requests_that_come_and_go_get_stock_answers(
+    name: str, results: Results
+) -> None:
+    """Overlap scheduling on, a pool so small that requests are retracted, aborts, VERIFY."""
+    ours, control = results(name).sections["crowd"], results("control").sections["crowd zeros"]
+    assert_evidence(ours, results("stock").sections["crowd"], control, 0.8)
+    assert len(ours.requests) > 240
+    assert num_retracted(results(name)) > 5
 
 
 SEARCHES = {n: v.max_ratio for n, v in VARIANTS.items() if v.searches_beams}
@@ -105,6 +119,8 @@ def test_graphs_of_sglangs_own_runner_give_stock_answers(results: Results) -> No
         ours.sections["grove"], stock.sections["grove"], ours.sections["grove zeros"], 0.6
     )
     assert "graph labels packed" in ours.log
+    # SGLang has sized its pool, by the memory that is left, before we allocate anything.
+    assert ours.log.index("KV Cache is allocated") < ours.log.index("prefix attention: ")
     steps = sum(section.counters["packed_steps"] for section in ours.sections.values())
     assert len(replays(ours.log, "packed")) >= steps
     assert not replays(ours.log, "stock")

@@ -48,7 +48,7 @@ def test_the_engine_ends_with_one_message(
 @pytest.mark.parametrize(
     ("variable", "legal"),
     [
-        ("SGLANG_PREFIX_GATE", "always, never"),
+        ("SGLANG_PREFIX_GATE", "auto, always, never"),
         ("SGLANG_PREFIX_POLICY", "pat"),
         ("SGLANG_PREFIX_VERIFY", "0, 1"),
         ("SGLANG_PREFIX_EXECUTOR", "auto, cpu"),

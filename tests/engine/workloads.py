@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from tests.engine.driver import Request
 
-__all__ = ["aborted", "beams", "forest", "grove", "identical"]
+__all__ = ["aborted", "beams", "crowd", "forest", "grove", "identical"]
 
 
 def _tokens(rng: random.Random, count: int) -> tuple[int, ...]:
@@ -61,6 +61,24 @@ def aborted() -> tuple[Request, ...]:
     late = [Request(f"e{i}", (*p, i), 20 + 2 * i, after=3) for i, p in enumerate(prompts)]
     cut = [replace(r, max_new_tokens=60, abort_after=5) for r in (*first, *late)[::3]]
     return (*cut, *first, *late)
+
+
+def crowd(count: int = 240) -> tuple[Request, ...]:
+    """Hundreds of short requests over six branches of two roots, joining and leaving all the time.
+
+    Every seventh is aborted in the middle, and its id comes back later.
+    """
+    rng = random.Random(6)
+    roots = [_tokens(rng, 60) for _ in range(2)]
+    branches = [roots[i % 2] + _tokens(rng, 24) for i in range(6)]
+    requests = []
+    for i in range(count):
+        prompt = branches[rng.randrange(6)] + _tokens(rng, 1 + rng.randrange(20))
+        if i % 11 == 0:
+            prompt = _tokens(rng, 20 + rng.randrange(60))
+        requests.append(Request(f"m{i}", prompt, 6 + rng.randrange(28), after=max(0, i - 24)))
+    cut = [replace(r, max_new_tokens=50, abort_after=4) for r in requests[::7]]
+    return (*cut, *requests)
 
 
 def identical(count: int, length: int, max_new_tokens: int) -> tuple[Request, ...]:

@@ -153,6 +153,8 @@ def capture_on_cpu(module: ModuleType) -> None:
 def run_on_cpu(module: ModuleType) -> None:
     """Take streams, events and CUDA graphs out of `decode_cuda_graph_runner`."""
 
+    import torch
+
     @contextlib.contextmanager
     def no_stream(stream: Any = None) -> Iterator[Any]:
         yield SimpleNamespace(stream=None)
@@ -162,6 +164,8 @@ def run_on_cpu(module: ModuleType) -> None:
     names["get_or_create_global_graph_capture_stream"] = lambda: None
     names["resolve_decode_backend"] = FrozenGraphs
     names["get_batch_sizes_to_capture"] = lambda *args, **kwargs: (list(BATCH_SIZES), [])
+    if not hasattr(torch.cpu, "Event"):  # 0.5.17 and .18 record one before each replay
+        vars(torch.cpu)["Event"] = lambda: SimpleNamespace(record=lambda: None)
     module.DecodeCudaGraphRunner._publish_read_done = lambda self, in_graph: None
     module.DecodeCudaGraphRunner._record_in_graph_metadata_prep_done = lambda self: None
 
