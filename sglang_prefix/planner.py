@@ -88,9 +88,8 @@ class PackPlanner:
         lengths = np.concatenate((packs.end - packs.start, forest.seq_lens - packs.tail_start))
         num_splits = np.ones(len(lengths), dtype=np.int64)
         if split:
-            num_queries = np.concatenate(
-                (np.diff(packs.query_indptr), np.ones(forest.batch_size, dtype=np.int64))
-            )
+            num_queries = np.ones(len(lengths), dtype=np.int64)
+            num_queries[: len(packs.start)] = packs.query_indptr[1:] - packs.query_indptr[:-1]
             num_splits = choose_num_splits(lengths, num_queries, self.costs)
         return PackPlan.build(
             packs,
