@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from sglang_prefix.forest_loops import common_of_paths, nodes_of_neighbours
 
-__all__ = ["PrefixForest", "RadixPath"]
+__all__ = ["PathTable", "PrefixForest", "RadixPath"]
 
 IntArray = NDArray[np.int64]
 
@@ -36,6 +36,32 @@ class RadixPath(NamedTuple):
 
     node_ids: tuple[int, ...]
     ends: tuple[int, ...]
+
+
+class PathTable(NamedTuple):
+    """``P`` radix paths as int64 arrays on the host: what several plans read without conversion.
+
+    Attributes:
+        indptr: [P + 1] bounds of each path in the next two.
+        node_ids, ends: the nodes of the paths, path after path.
+        lengths: [P] where each path ends; 0 for an empty one.
+    """
+
+    indptr: IntArray
+    node_ids: IntArray
+    ends: IntArray
+    lengths: IntArray
+
+    @classmethod
+    def of(cls, paths: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> PathTable:
+        """The table of ``paths``: each a :class:`RadixPath`, or a pair like it."""
+        indptr = np.zeros(len(paths) + 1, dtype=np.int64)
+        np.cumsum([len(ends) for _, ends in paths], out=indptr[1:])
+        size = int(indptr[-1])
+        node_ids = np.fromiter(chain.from_iterable([ids for ids, _ in paths]), np.int64, size)
+        ends = np.fromiter(chain.from_iterable([ends for _, ends in paths]), np.int64, size)
+        lengths = np.fromiter([ends[-1] if ends else 0 for _, ends in paths], np.int64, len(paths))
+        return cls(indptr, node_ids, ends, lengths)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -171,21 +197,45 @@ class PrefixForest:
         Raises:
             ValueError: the three do not have one entry per request.
         """
+        every = np.arange(len(paths))
+        return cls.from_path_table(
+            PathTable.of(paths), every, limits, seq_lens, page_size=page_size
+        )
+
+    @classmethod
+    def from_path_table(
+        cls,
+        table: PathTable,
+        path_of: IntArray,
+        limits: Sequence[int] | NDArray[np.integer],
+        seq_lens: Sequence[int] | NDArray[np.integer],
+        *,
+        page_size: int = 1,
+    ) -> PrefixForest:
+        """Build the forest from radix paths that several plans use; see :meth:`from_paths`.
+
+        Args:
+            table: the paths.
+            path_of: [B] path of each request in the table; -1 for an empty one.
+            limits, seq_lens, page_size: as in :meth:`from_paths`.
+
+        Raises:
+            ValueError: the three do not have one entry per request.
+        """
         lens = np.asarray(seq_lens, dtype=np.int64)
-        if not len(paths) == len(limits) == len(lens):
+        if not len(path_of) == len(limits) == len(lens):
             raise ValueError(
-                f"paths and limits have {len(paths)} and {len(limits)} entries; legal: "
+                f"paths and limits have {len(path_of)} and {len(limits)} entries; legal: "
                 f"{len(lens)}, as seq_lens has"
             )
         caps = np.minimum(np.asarray(limits, dtype=np.int64), lens)
-        counts = np.fromiter([len(path.ends) for path in paths], np.int64, len(paths))
-        indptr = np.concatenate((np.zeros(1, dtype=np.int64), counts.cumsum()))
-        size = int(indptr[-1])
-        node_ids = np.fromiter(chain.from_iterable([path.node_ids for path in paths]), np.int64, size)
-        ends = np.fromiter(chain.from_iterable([path.ends for path in paths]), np.int64, size)
         by_cap = np.argsort(caps, kind="stable")
-        order, common = common_of_paths(indptr, node_ids, ends, caps, by_cap)
-        return cls.from_neighbours(order, common // page_size * page_size, lens)
+        order, common = common_of_paths(
+            table.indptr, table.node_ids, table.ends, path_of, caps, by_cap
+        )
+        if page_size > 1:
+            common = common // page_size * page_size
+        return cls.from_neighbours(order, common, lens)
 
     @classmethod
     def from_neighbours(
@@ -203,7 +253,8 @@ class PrefixForest:
         """
         lens: IntArray = np.array(seq_lens, dtype=np.int64)  # a copy: callers add to theirs
         shared_lens, *nodes = nodes_of_neighbours(
-            np.ascontiguousarray(order, dtype=np.int64), np.ascontiguousarray(common, dtype=np.int64)
+            np.ascontiguousarray(order, dtype=np.int64),
+            np.ascontiguousarray(common, dtype=np.int64),
         )
         return cls(lens, shared_lens, *nodes)
 

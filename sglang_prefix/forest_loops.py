@@ -14,7 +14,12 @@ IntArray = NDArray[np.int64]
 
 @compiled
 def common_of_paths(
-    indptr: IntArray, node_ids: IntArray, ends: IntArray, caps: IntArray, by_cap: IntArray
+    indptr: IntArray,
+    node_ids: IntArray,
+    ends: IntArray,
+    path_of: IntArray,
+    caps: IntArray,
+    by_cap: IntArray,
 ) -> tuple[IntArray, IntArray]:
     """Put equal paths side by side: a walk over their trie, requests with a low cap first.
 
@@ -22,15 +27,16 @@ def common_of_paths(
     in which their paths part, or the lower cap if that comes first.
 
     Args:
-        indptr: [B + 1] bounds of each request's path in the next two.
+        indptr: [P + 1] bounds of each path in the next two.
         node_ids, ends: the paths' nodes, from below the root down, and where each of them ends.
+        path_of: [B] path of each request; -1 for an empty one.
         caps: [B] positions at or past the cap are private.
         by_cap: [B] batch rows by ascending cap.
 
     Returns:
         [B] batch rows with equal prefixes side by side, and [B - 1] common tokens of neighbours.
     """
-    parent, end, home = _trie(indptr, node_ids, ends, caps)
+    parent, end, home = _trie(indptr, node_ids, ends, path_of, caps)
     first_child, next_child = np.zeros_like(parent), np.zeros_like(parent)
     for node in range(1, len(parent)):
         next_child[node] = first_child[parent[node]]
@@ -69,7 +75,7 @@ def common_of_paths(
 
 @compiled
 def _trie(
-    indptr: IntArray, node_ids: IntArray, ends: IntArray, caps: IntArray
+    indptr: IntArray, node_ids: IntArray, ends: IntArray, path_of: IntArray, caps: IntArray
 ) -> tuple[IntArray, IntArray, IntArray]:
     """Insert paths into a trie whose node 0 is the root, up to the node that a cap falls into.
 
@@ -88,8 +94,10 @@ def _trie(
     home = np.zeros(len(caps), dtype=np.int64)
     count = 1
     for request in range(len(caps)):
-        node, start = 0, 0
-        for i in range(indptr[request], indptr[request + 1]):
+        node, start, path = 0, 0, path_of[request]
+        if path < 0:
+            continue
+        for i in range(indptr[path], indptr[path + 1]):
             if start >= caps[request]:
                 break
             start = ends[i]

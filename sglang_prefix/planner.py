@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
-from sglang_prefix.forest import PrefixForest
+from sglang_prefix.forest import PrefixForest, RadixPath
 from sglang_prefix.packing import (
     CPU_PROFILE,
     GPU_PROFILE,
@@ -17,7 +19,7 @@ from sglang_prefix.packing.packs import Packs
 from sglang_prefix.packing.splits import choose_num_splits
 from sglang_prefix.plan import PackPlan
 
-__all__ = ["GROWTH_ROOM_TOKENS", "PackPlanner", "profile_for"]
+__all__ = ["GROWTH_ROOM_TOKENS", "PackPlanner", "profile_for", "warm_up"]
 
 # Tokens that a tail may grow by before its slots need a new plan. At 8 bytes a slot, 256 requests
 # cost 0.5 MB; at one token a step a plan lives for at most this many steps.
@@ -29,8 +31,24 @@ def profile_for(executor: str) -> DeviceProfile:
     return GPU_PROFILE if executor == "triton" else CPU_PROFILE
 
 
+@cache
+def warm_up() -> None:
+    """Compile every loop of planning, or load its machine code; the first planner does it.
+
+    Some 7 s on one core where nothing is cached yet, else below half a second; see
+    :func:`sglang_prefix.compiled.compiled`.
+    """
+    forest = PrefixForest.from_paths([RadixPath((1,), (4,))] * 2, [4, 4], [5, 5])
+    costs = CostModel(AttentionShape(1, 1, 1, 1, 1, 1), CPU_PROFILE)
+    packs = policy_named("pat")(forest, costs)
+    ones = np.ones(len(packs.start) + forest.batch_size, dtype=np.int64)
+    PackPlan.build(packs, forest.seq_lens, ones, growth_room=0, kv_tokens_unique=0, costs=costs)
+
+
 class PackPlanner:
     """Makes plans for one attention shape, one device and one policy.
+
+    The first one of a process calls :func:`warm_up`.
 
     Args:
         shape: heads, head dims and item sizes of the layers served.
@@ -59,6 +77,7 @@ class PackPlanner:
         self.max_partials = max_partials
         self.growth_room = growth_room
         self._policy = policy_named(policy)
+        warm_up()
         self._query_policy = policy_named("query")
 
     def plan(self, forest: PrefixForest) -> PackPlan:

@@ -51,8 +51,7 @@ def candidate_starts(
         above = parent[node]
         low, high = (indptr[above], indptr[above + 1]) if above >= 0 else (0, 0)
         if count + 1 + high - low > len(position):
-            position = np.concatenate((position, position))
-            origin, depth = np.concatenate((origin, origin)), np.concatenate((depth, depth))
+            position, origin, depth = _enlarged(position), _enlarged(origin), _enlarged(depth)
         own_depth = depth[low] + 1 if above >= 0 else 0
         position[count], origin[count], depth[count] = start[node], -1, own_depth
         count += 1
@@ -77,10 +76,20 @@ def candidate_starts(
 
 
 @compiled
+def _enlarged(array: IntArray) -> IntArray:
+    """The array with room for as much again behind it."""
+    larger = np.empty(2 * len(array), dtype=np.int64)
+    for i in range(len(array)):
+        larger[i] = array[i]
+    return larger
+
+
+@compiled
 def _units(begin: IntArray, end: IntArray, parent: IntArray) -> IntArray:
     """[N] children and tails of each node: what its KV can be folded into."""
-    units = end - begin
+    units = np.empty_like(parent)
     for node in range(len(parent)):
+        units[node] = end[node] - begin[node]
         if parent[node] >= 0:
             units[parent[node]] -= end[node] - begin[node] - 1
     return units
@@ -126,7 +135,10 @@ def cheapest_choices(
             length = stop[node] - position[i]
             stretch_bytes = length * token_bytes
             kept_query_bytes = query_bytes + length * reread_bytes
-            tails_kept, tails_folded = num_own[node] * kept_query_bytes, num_own[node] * stretch_bytes
+            tails_kept, tails_folded = (
+                num_own[node] * kept_query_bytes,
+                num_own[node] * stretch_bytes,
+            )
             split_cost = pack_bytes + stretch_bytes + min(tails_kept, tails_folded)
             fold_cost = tails_folded
             all_can_fold = True
@@ -159,7 +171,9 @@ def _children(
 ) -> tuple[IntArray, IntArray, IntArray]:
     """[N] first child and [N] next sibling of each node, -1 for none; [N] tails on each node."""
     first_child, next_child = np.full_like(parent, -1), np.full_like(parent, -1)
-    num_own = end - begin
+    num_own = np.empty_like(parent)
+    for node in range(len(parent)):
+        num_own[node] = end[node] - begin[node]
     for node in range(len(parent) - 1, -1, -1):
         if parent[node] >= 0:
             next_child[node] = first_child[parent[node]]
@@ -201,10 +215,14 @@ def write_packs(
     """
     num_nodes = len(parent)
     first_child, next_child, _ = _children(begin, end, parent)
-    chosen = indptr[:-1].copy()  # a child that does not fold begins at its own start
+    chosen = np.empty_like(parent)
+    size = 0
+    for node in range(num_nodes):
+        chosen[node] = indptr[node]  # its own start, unless its parent chooses another one
+        size += end[node] - begin[node]
     pack_start, pack_end = np.empty_like(parent), np.empty_like(parent)
     query_indptr = np.zeros(num_nodes + 1, dtype=np.int64)
-    queries = np.empty((end - begin).sum(), dtype=np.int64)
+    queries = np.empty(size, dtype=np.int64)
     tail_start = np.zeros(len(order), dtype=np.int64)
     num_packs, num_queries = 0, 0
     for node in range(num_nodes):
@@ -222,8 +240,9 @@ def write_packs(
                     chosen[child] = same
                 child = next_child[child]
             if reads_pack and keeps[choice]:
-                queries[num_queries : num_queries + upto - at] = order[at:upto]
-                num_queries += upto - at
+                for place in range(at, upto):
+                    queries[num_queries] = order[place]
+                    num_queries += 1
             at = upto
         if num_queries > query_indptr[num_packs]:
             pack_start[num_packs], pack_end[num_packs] = position[choice], stop[node]
