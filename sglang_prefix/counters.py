@@ -28,7 +28,8 @@ class BackendCounters:
         packs, partials: of the newest plan.
         kv_tokens_read, kv_tokens_logical: KV tokens read by packed steps, and the tokens of all
             their requests, for one layer.
-        plan_seconds: host time spent on making plans, and of it on SGLang's radix path call.
+        plan_seconds, path_seconds: host time spent on making plans, and of it on SGLang's radix
+            path call or, where its answer is cached, on finding that.
     """
 
     packed_steps: int = 0

@@ -35,8 +35,8 @@ def profile_for(executor: str) -> DeviceProfile:
 def warm_up() -> None:
     """Compile every loop of planning, or load its machine code; the first planner does it.
 
-    Some 7 s on one core where nothing is cached yet, else below half a second; see
-    :func:`sglang_prefix.compiled.compiled`.
+    Some 8 s of one core (numba 0.65) where nothing is cached yet, which is once per installation
+    if there is a place to write to, else 0.6 s; see :func:`sglang_prefix.compiled.compiled`.
     """
     forest = PrefixForest.from_paths([RadixPath((1,), (4,))] * 2, [4, 4], [5, 5])
     costs = CostModel(AttentionShape(1, 1, 1, 1, 1, 1), CPU_PROFILE)
