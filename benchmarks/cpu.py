@@ -71,10 +71,11 @@ def _attention_table(results: list[dict[str, Any]]) -> Table:
 
 
 def _planning_table(results: list[dict[str, Any]]) -> Table:
-    names = list(results[0]["median_us"])
-    table = Table("requests", *names, title="host planning, three-level forest, us (median)")
+    table = Table("stage", title="host planning, three-level forest, us (median)")
     for r in results:
-        table.add_row(str(r["num_requests"]), *(f"{r['median_us'][name]:.0f}" for name in names))
+        table.add_column(f"{r['num_requests']} requests", justify="right")
+    for name in results[0]["median_us"]:
+        table.add_row(name, *(f"{r['median_us'][name]:.0f}" for r in results))
     return table
 
 

@@ -8,15 +8,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from benchmarks.timing import interleaved, medians
+from prefix_kernels.plan_buffers import pack_plan
+from prefix_kernels.tiles import FUSED_ROWS
+from prefix_kernels.work_list import build_work_list
 from prefix_patches.radix_paths import path_reader
-from sglang_prefix.forest import PrefixForest, RadixPath
+from sglang_prefix.forest import PathTable, PrefixForest
 from sglang_prefix.packing import CPU_PROFILE, GPU_PROFILE, AttentionShape
+from sglang_prefix.path_cache import PathCache
 from sglang_prefix.planner import PackPlanner
 from sglang_prefix.runner import PlanRunner
 
 __all__ = ["measure_planning"]
+
+Int32Array = NDArray[np.int32]
 
 # Three levels: a root, branches below it, groups below each branch, requests below each group.
 ROOT, BRANCH, GROUP, PRIVATE = 512, 256, 128, 64
@@ -28,13 +35,27 @@ def measure_planning(num_requests: int, rounds: int, seed: int) -> dict[str, Any
     tree = _RadixTree(num_requests, seed)
     read = path_reader(tree.cache)
     assert read is not None
-    paths = [RadixPath(*path) for path in read(tree.requests)]
-    limits = [path.ends[-1] for path in paths]
-    lens = np.asarray(limits) + 1
-    forest = PrefixForest.from_paths(paths, limits, lens)
+    paths = read(tree.requests)
+    path_cache = PathCache()
+    found = path_cache.look_up(tree.cache, tree.requests)
+    assert found is not None
+    table, path_of = found
+    limits = table.lengths[path_of]
+    lens = limits + 1
+
+    def make_forest() -> PrefixForest:
+        return PrefixForest.from_path_table(table, path_of, limits, lens)
+
+    forest = make_forest()
     planner = PackPlanner(SHAPE, CPU_PROFILE)
     gpu_planner = PackPlanner(SHAPE, GPU_PROFILE)
     plan = planner.plan(forest)
+    gpu_plan = gpu_planner.plan(forest)
+
+    def make_work_list() -> Int32Array:
+        work = build_work_list(gpu_plan, SHAPE.group_size, list(FUSED_ROWS))
+        return pack_plan(gpu_plan, [work.items], work.partials, num_requests)
+
     rows = torch.arange(num_requests)
     runner = PlanRunner(SHAPE, torch.device("cpu"), "cpu")
     runner.load(plan, tree.table, rows)
@@ -45,11 +66,18 @@ def measure_planning(num_requests: int, rounds: int, seed: int) -> dict[str, Any
 
     seconds = interleaved(
         {
+            # Where the path cache has no answer: the call, and its answer as arrays.
             "sglang_path_call": lambda: read(tree.requests),
-            "forest": lambda: PrefixForest.from_paths(paths, limits, lens),
+            "path_table": lambda: PathTable.of(paths),
+            "path_cache_hit": lambda: path_cache.look_up(tree.cache, tree.requests),
+            # Planning: `plan` is the two before it.
+            "forest": make_forest,
             "pack_and_lay_out": lambda: planner.plan(forest),
+            "plan": lambda: planner.plan(make_forest()),
             "pack_and_lay_out_gpu_profile": lambda: gpu_planner.plan(forest),
-            "plan": lambda: planner.plan(PrefixForest.from_paths(paths, limits, lens)),
+            "plan_gpu_profile": lambda: gpu_planner.plan(make_forest()),
+            # What loading a plan into the Triton executor costs the host, launches left out.
+            "work_list": make_work_list,
             "forest_from_rows": lambda: PrefixForest.from_rows(
                 tree.table.numpy()[:, : int(lens.max())], lens
             ),

@@ -16,11 +16,12 @@ import torch
 from numpy.typing import NDArray
 
 from prefix_patches.handover import Handover
-from prefix_patches.radix_paths import owned_length, path_reader
+from prefix_patches.radix_paths import owned_length
 from sglang_prefix.checks import check_same_sharing
 from sglang_prefix.counters import BackendCounters
-from sglang_prefix.forest import PrefixForest, RadixPath
+from sglang_prefix.forest import PrefixForest
 from sglang_prefix.gate import Gate
+from sglang_prefix.path_cache import PathCache
 from sglang_prefix.plan import PackPlan, verify_plan, verify_slots
 from sglang_prefix.planner import PackPlanner
 from sglang_prefix.runner import PlanRunner
@@ -82,6 +83,7 @@ class BatchPlanner:
         self._counters = counters
         self._gate = gate
         self._verify = verify
+        self._paths = PathCache()
         # Of the plan in use, or of the decision to do without one.
         self._reqs: list[Any] | None = None  # None if it must not go on
         self._reason: str | None = None  # why the stock backend serves; None if packed
@@ -257,20 +259,20 @@ class BatchPlanner:
         self, forward_batch: Any, reqs: list[Any], settled: list[bool], lens: IntArray
     ) -> PrefixForest | None:
         """Forest from the tree, or None if this tree cannot be read on the CPU."""
-        read = path_reader(self._handover.batch.tree_cache)
-        if read is None:
-            return None
-        began = time.perf_counter()
         known = [req for req, is_settled in zip(reqs, settled, strict=True) if is_settled]
-        found = iter(read(known))
+        began = time.perf_counter()
+        found = self._paths.look_up(self._handover.batch.tree_cache, known)
         self._counters.path_seconds += time.perf_counter() - began
-        paths, limits = [], []
-        for req, is_settled in zip(reqs, settled, strict=True):
-            path = RadixPath(*next(found)) if is_settled else RadixPath((), ())
-            paths.append(path)
-            # A session's row may be owned past the path that the tree can show.
-            limits.append(min(owned_length(req), path.ends[-1]) if path.ends else 0)
-        forest = PrefixForest.from_paths(paths, limits, lens, page_size=self._page_size)
+        if found is None:
+            return None
+        path_of, limits = np.full(len(reqs), -1), np.zeros(len(reqs), dtype=np.int64)
+        path_of[settled] = found.path_of
+        # A session's row may be owned past the path that the tree can show.
+        owned = [owned_length(req) for req in known]
+        limits[settled] = np.minimum(owned, found.table.lengths[found.path_of])
+        forest = PrefixForest.from_path_table(
+            found.table, path_of, limits, lens, page_size=self._page_size
+        )
         if self._verify:
             rows = self._rows_on_host(forward_batch, lens)
             check_same_sharing(

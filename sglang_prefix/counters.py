@@ -35,8 +35,9 @@ class BackendCounters:
         kv_tokens_read, kv_tokens_logical: KV tokens read by packed steps, and the tokens of all
             their requests, for one layer.
         packed_us, stock_us: the gate's newest prediction for one pass through all layers.
-        plan_seconds: host time spent on making plans, or on deciding to do without one, and of it
-            on SGLang's radix path call.
+        plan_seconds, path_seconds: host time spent on making plans, or on deciding to do without
+            one, and of it on SGLang's radix path call or, where its answer is cached, on finding
+            that.
         kept_steps, kept_seconds: steps that went on as the one before, and the host time to see
             that they could.
     """

@@ -21,12 +21,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["PrefixForest", "RadixPath"]
+from sglang_prefix.forest_loops import common_of_paths, nodes_of_neighbours
+
+__all__ = ["PathTable", "PrefixForest", "RadixPath"]
 
 IntArray = NDArray[np.int64]
-
-# Sorts the end of a path before every node id that could continue it, shorter ends first.
-_PATH_END = -(1 << 62)
 
 
 class RadixPath(NamedTuple):
@@ -37,6 +36,32 @@ class RadixPath(NamedTuple):
 
     node_ids: tuple[int, ...]
     ends: tuple[int, ...]
+
+
+class PathTable(NamedTuple):
+    """``P`` radix paths as int64 arrays on the host: what several plans read without conversion.
+
+    Attributes:
+        indptr: [P + 1] bounds of each path in the next two.
+        node_ids, ends: the nodes of the paths, path after path.
+        lengths: [P] where each path ends; 0 for an empty one.
+    """
+
+    indptr: IntArray
+    node_ids: IntArray
+    ends: IntArray
+    lengths: IntArray
+
+    @classmethod
+    def of(cls, paths: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> PathTable:
+        """The table of ``paths``: each a :class:`RadixPath`, or a pair like it."""
+        indptr = np.zeros(len(paths) + 1, dtype=np.int64)
+        np.cumsum([len(ends) for _, ends in paths], out=indptr[1:])
+        size = int(indptr[-1])
+        node_ids = np.fromiter(chain.from_iterable([ids for ids, _ in paths]), np.int64, size)
+        ends = np.fromiter(chain.from_iterable([ends for _, ends in paths]), np.int64, size)
+        lengths = np.fromiter([ends[-1] if ends else 0 for _, ends in paths], np.int64, len(paths))
+        return cls(indptr, node_ids, ends, lengths)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -172,28 +197,45 @@ class PrefixForest:
         Raises:
             ValueError: the three do not have one entry per request.
         """
+        every = np.arange(len(paths))
+        return cls.from_path_table(
+            PathTable.of(paths), every, limits, seq_lens, page_size=page_size
+        )
+
+    @classmethod
+    def from_path_table(
+        cls,
+        table: PathTable,
+        path_of: IntArray,
+        limits: Sequence[int] | NDArray[np.integer],
+        seq_lens: Sequence[int] | NDArray[np.integer],
+        *,
+        page_size: int = 1,
+    ) -> PrefixForest:
+        """Build the forest from radix paths that several plans use; see :meth:`from_paths`.
+
+        Args:
+            table: the paths.
+            path_of: [B] path of each request in the table; -1 for an empty one.
+            limits, seq_lens, page_size: as in :meth:`from_paths`.
+
+        Raises:
+            ValueError: the three do not have one entry per request.
+        """
         lens = np.asarray(seq_lens, dtype=np.int64)
-        if not len(paths) == len(limits) == len(lens):
+        if not len(path_of) == len(limits) == len(lens):
             raise ValueError(
-                f"paths and limits have {len(paths)} and {len(limits)} entries; legal: "
+                f"paths and limits have {len(path_of)} and {len(limits)} entries; legal: "
                 f"{len(lens)}, as seq_lens has"
             )
         caps = np.minimum(np.asarray(limits, dtype=np.int64), lens)
-        # One column per request: node ids from the root down, then the end of the path.
-        ids = _columns([path.node_ids for path in paths])
-        ends = _columns([path.ends for path in paths])
-        starts = np.vstack((np.zeros_like(ends[:1]), ends[:-1]))
-        inside = (ids >= 0) & (starts < caps)
-        depth = inside.sum(axis=0)
-        keys = np.where(inside, ids, _PATH_END)
-        keys[depth, np.arange(len(lens))] = _PATH_END + caps
-        order = np.lexsort(keys[::-1])
-        left, right = order[:-1], order[1:]
-        same = (keys[:, left] == keys[:, right]) & inside[:, left]
-        levels = np.logical_and.accumulate(same).sum(axis=0)
-        common = np.where(levels > 0, ends[levels - 1, left], 0)
-        common = np.minimum(common, np.minimum(caps[left], caps[right]))
-        return cls.from_neighbours(order, common // page_size * page_size, lens)
+        by_cap = np.argsort(caps, kind="stable")
+        order, common = common_of_paths(
+            table.indptr, table.node_ids, table.ends, path_of, caps, by_cap
+        )
+        if page_size > 1:
+            common = common // page_size * page_size
+        return cls.from_neighbours(order, common, lens)
 
     @classmethod
     def from_neighbours(
@@ -209,26 +251,12 @@ class PrefixForest:
             common: [B - 1] tokens that ``order[i]`` and ``order[i + 1]`` have in common.
             seq_lens: [B] KV tokens by batch row.
         """
-        rows: IntArray = np.asarray(order, dtype=np.int64)
-        lengths: IntArray = np.asarray(common, dtype=np.int64)
         lens: IntArray = np.array(seq_lens, dtype=np.int64)  # a copy: callers add to theirs
-        padded = np.concatenate(([0], lengths, [0]))
-        shared_lens = np.zeros(len(rows), dtype=np.int64)
-        shared_lens[rows] = np.maximum(padded[:-1], padded[1:])[: len(rows)]
-        nodes = _intervals(lengths)
-        rows, nodes, parents = _by_lowest_row(rows, nodes, _parents(nodes))
-        begin, end, start, stop = nodes.T
-        return cls(lens, shared_lens, rows, begin, end, start, stop, parents)
-
-
-def _columns(sequences: Sequence[tuple[int, ...]]) -> IntArray:
-    """Sequences of unequal length as columns, filled up with -1, at least one row of it."""
-    lengths = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences))
-    depth = int(lengths.max(initial=0)) + 1
-    rows = np.full((len(sequences), depth), -1, dtype=np.int64)
-    flat = np.fromiter(chain.from_iterable(sequences), dtype=np.int64, count=int(lengths.sum()))
-    rows[np.arange(depth) < lengths[:, None]] = flat
-    return rows.T
+        shared_lens, *nodes = nodes_of_neighbours(
+            np.ascontiguousarray(order, dtype=np.int64),
+            np.ascontiguousarray(common, dtype=np.int64),
+        )
+        return cls(lens, shared_lens, *nodes)
 
 
 def _common_by_scan(keys: NDArray[np.integer]) -> IntArray:
@@ -250,78 +278,3 @@ def _common_by_search(keys: NDArray[np.integer]) -> IntArray:
         low = np.where(active & equal, probe + 1, low)
         high = np.where(active & ~equal, probe, high)
     return low
-
-
-def _intervals(common: IntArray) -> IntArray:
-    """Nodes as rows (begin, end, start, stop) in preorder: the intervals of the common lengths."""
-    found: list[tuple[int, int, int, int]] = []
-    open_nodes: list[tuple[int, int]] = []  # (stop, begin), deepest last
-    # Only a change of the common length opens or closes a node.
-    changes = np.flatnonzero(np.diff(common, prepend=0, append=0))
-    lengths = np.append(common, 0)[changes].tolist()
-    for at, length in zip(changes.tolist(), lengths, strict=True):
-        begin = at
-        while open_nodes and open_nodes[-1][0] > length:
-            stop, begin = open_nodes.pop()
-            start = max(length, open_nodes[-1][0]) if open_nodes else length
-            found.append((begin, at + 1, start, stop))
-        if length > 0 and (not open_nodes or open_nodes[-1][0] < length):
-            open_nodes.append((length, begin))
-    found.sort(key=lambda node: (node[0], node[2]))
-    return np.asarray(found, dtype=np.int64).reshape(len(found), 4)
-
-
-def _by_lowest_row(
-    order: IntArray, nodes: IntArray, parents: IntArray
-) -> tuple[IntArray, IntArray, IntArray]:
-    """Put siblings in order of their lowest batch row, so that a forest has one form only.
-
-    What puts equal prefixes side by side, node ids or slots, says nothing about which of two
-    siblings comes first; plans made from either are to be the same.
-
-    Args:
-        order: [B] batch rows, equal prefixes side by side.
-        nodes: [N, 4] begin, end, start, stop in preorder, over ``order``.
-        parents: [N] index of each node's parent.
-
-    Returns:
-        All three, rearranged.
-    """
-    if not len(nodes):
-        return np.arange(len(order)), nodes, parents
-    spans = nodes[:, :2].ravel()
-    lowest = np.minimum.reduceat(np.append(order, len(order)), spans)[::2]
-    depths: list[int] = []
-    for parent in parents.tolist():
-        depths.append(depths[parent] + 1 if parent >= 0 else 0)
-    # A request's key: the lowest rows of the nodes on its path, then its own.
-    keys = np.tile(order, (max(depths) + 2, 1))
-    for depth, begin, end, row in zip(
-        depths, nodes[:, 0].tolist(), nodes[:, 1].tolist(), lowest.tolist(), strict=True
-    ):
-        keys[depth, begin:end] = row
-    arranged = np.lexsort(keys[::-1])
-    place = np.empty(len(order) + 1, dtype=np.int64)
-    place[arranged] = np.arange(len(order))
-    place[-1] = len(order)
-    moved = nodes.copy()
-    moved[:, 0] = np.minimum.reduceat(place, spans)[::2]
-    moved[:, 1] += moved[:, 0] - nodes[:, 0]
-    preorder = np.lexsort((moved[:, 2], moved[:, 0]))
-    index = np.full(len(nodes) + 1, -1)  # the last entry is the parent of roots
-    index[preorder] = np.arange(len(nodes))
-    return order[arranged], moved[preorder], index[parents[preorder]]
-
-
-def _parents(nodes: IntArray) -> IntArray:
-    """Index of each node's parent, for nodes in preorder."""
-    parents = []
-    path: list[int] = []
-    ends = nodes[:, 1].tolist()
-    begins = nodes[:, 0].tolist()
-    for index, begin in enumerate(begins):
-        while path and ends[path[-1]] <= begin:
-            path.pop()
-        parents.append(path[-1] if path else -1)
-        path.append(index)
-    return np.asarray(parents, dtype=np.int64)

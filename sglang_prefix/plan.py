@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefix_kernels.layout import split_bounds
+from sglang_prefix.compiled import compiled
 from sglang_prefix.packing.cost import CostModel
 from sglang_prefix.packing.packs import Packs
 
@@ -90,20 +91,18 @@ class PackPlan:
             costs: shape and device that the plan was made for.
         """
         batch = len(seq_lens)
-        rows = np.arange(batch, dtype=np.int64)
+        first_tail = len(packs.start)
         pack_start = np.concatenate((packs.start, packs.tail_start))
         pack_end = np.concatenate((packs.end, seq_lens))
-        queries = np.concatenate((packs.queries, rows))
-        query_indptr = np.concatenate((packs.query_indptr, len(packs.queries) + 1 + rows))
-        room = np.zeros(len(pack_start), dtype=np.int64)
-        room[len(packs.start) :] = growth_room
-        slot_offset = _prefix_sum(pack_end - pack_start + room)
-        num_queries = np.diff(query_indptr)
-        partial_indptr = _prefix_sum(num_splits * num_queries)
-        partial_query = _partial_queries(queries, query_indptr, num_splits)
-        partial_index = np.empty(len(partial_query), dtype=np.int64)
-        partial_index[np.argsort(partial_query, kind="stable")] = np.arange(len(partial_query))
-        request_indptr = _prefix_sum(np.bincount(partial_query, minlength=batch))
+        queries = np.concatenate((packs.queries, np.arange(batch)))
+        query_indptr = np.concatenate(
+            (packs.query_indptr, np.arange(len(packs.queries) + 1, len(queries) + 1))
+        )
+        capacity = pack_end - pack_start
+        capacity[first_tail:] += growth_room
+        slot_offset = _prefix_sum(capacity)
+        partial_indptr = _prefix_sum(num_splits * (query_indptr[1:] - query_indptr[:-1]))
+        partial_index, request_indptr = number_partials(queries, query_indptr, num_splits, batch)
         return cls(
             seq_lens,
             pack_start,
@@ -190,12 +189,35 @@ def _prefix_sum(counts: IntArray) -> IntArray:
     return sums
 
 
-def _partial_queries(queries: IntArray, query_indptr: IntArray, num_splits: IntArray) -> IntArray:
-    """Batch row of every (pack, split, query), in that order."""
-    if (num_splits == 1).all():
-        return queries
-    pieces = zip(query_indptr[:-1], query_indptr[1:], num_splits, strict=True)
-    return np.concatenate([np.tile(queries[begin:end], n) for begin, end, n in pieces])
+@compiled
+def number_partials(
+    queries: IntArray, query_indptr: IntArray, num_splits: IntArray, batch_size: int
+) -> tuple[IntArray, IntArray]:
+    """Number the partials request by request, by counting; within a request, pack by pack.
+
+    Args:
+        queries, query_indptr, num_splits: as in :class:`PackPlan`.
+        batch_size: number of requests.
+
+    Returns:
+        ``partial_index`` and ``request_indptr``.
+    """
+    request_indptr = np.zeros(batch_size + 1, dtype=np.int64)
+    for pack in range(len(num_splits)):
+        for i in range(query_indptr[pack], query_indptr[pack + 1]):
+            request_indptr[queries[i] + 1] += num_splits[pack]
+    for request in range(batch_size):
+        request_indptr[request + 1] += request_indptr[request]
+    following = request_indptr.copy()
+    partial_index = np.empty(request_indptr[batch_size], dtype=np.int64)
+    count = 0
+    for pack in range(len(num_splits)):
+        for _ in range(num_splits[pack]):
+            for i in range(query_indptr[pack], query_indptr[pack + 1]):
+                partial_index[count] = following[queries[i]]
+                following[queries[i]] += 1
+                count += 1
+    return partial_index, request_indptr
 
 
 def verify_plan(plan: PackPlan) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 
-from sglang_prefix.forest import PrefixForest
+from sglang_prefix.forest import PrefixForest, RadixPath
 from sglang_prefix.packing import (
     CPU_PROFILE,
     GPU_PROFILE,
@@ -19,7 +20,7 @@ from sglang_prefix.packing.packs import Packs
 from sglang_prefix.packing.splits import choose_num_splits
 from sglang_prefix.plan import PackPlan
 
-__all__ = ["GROWTH_ROOM_TOKENS", "PackPlanner", "profile_for"]
+__all__ = ["GROWTH_ROOM_TOKENS", "PackPlanner", "profile_for", "warm_up"]
 
 # Tokens that a tail may grow by before its slots need a new plan. At 8 bytes a slot, 256 requests
 # cost 0.5 MB; at one token a step a plan lives for at most this many steps.
@@ -37,8 +38,24 @@ def profile_for(executor: str, max_block_rows: int | None = None) -> DeviceProfi
     return replace(profile, max_block_rows=max_block_rows) if max_block_rows else profile
 
 
+@cache
+def warm_up() -> None:
+    """Compile every loop of planning, or load its machine code; the first planner does it.
+
+    Some 8 s of one core (numba 0.65) where nothing is cached yet, which is once per installation
+    if there is a place to write to, else 0.6 s; see :func:`sglang_prefix.compiled.compiled`.
+    """
+    forest = PrefixForest.from_paths([RadixPath((1,), (4,))] * 2, [4, 4], [5, 5])
+    costs = CostModel(AttentionShape(1, 1, 1, 1, 1, 1), CPU_PROFILE)
+    packs = policy_named("pat")(forest, costs)
+    ones = np.ones(len(packs.start) + forest.batch_size, dtype=np.int64)
+    PackPlan.build(packs, forest.seq_lens, ones, growth_room=0, kv_tokens_unique=0, costs=costs)
+
+
 class PackPlanner:
     """Makes plans for one attention shape, one device and one policy.
+
+    The first one of a process calls :func:`warm_up`.
 
     Args:
         shape: heads, head dims and item sizes of the layers served.
@@ -67,6 +84,7 @@ class PackPlanner:
         self.max_partials = max_partials
         self.growth_room = growth_room
         self._policy = policy_named(policy)
+        warm_up()
         self._query_policy = policy_named("query")
 
     def plan(self, forest: PrefixForest) -> PackPlan:
@@ -96,9 +114,8 @@ class PackPlanner:
         lengths = np.concatenate((packs.end - packs.start, forest.seq_lens - packs.tail_start))
         num_splits = np.ones(len(lengths), dtype=np.int64)
         if split:
-            num_queries = np.concatenate(
-                (np.diff(packs.query_indptr), np.ones(forest.batch_size, dtype=np.int64))
-            )
+            num_queries = np.ones(len(lengths), dtype=np.int64)
+            num_queries[: len(packs.start)] = packs.query_indptr[1:] - packs.query_indptr[:-1]
             num_splits = choose_num_splits(lengths, num_queries, self.costs)
         return PackPlan.build(
             packs,

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from sglang_prefix.forest import PrefixForest, RadixPath
+from sglang_prefix.forest import PathTable, PrefixForest, RadixPath
 from tests.forests import (
     Batch,
     Fork,
@@ -251,3 +251,30 @@ def test_rows_of_another_shape_are_refused(rows: NDArray[np.integer], seq_lens: 
 def test_one_path_per_request() -> None:
     with pytest.raises(ValueError, match="paths and limits have"):
         PrefixForest.from_paths([RadixPath((1,), (4,))], [4, 4], [4, 4])
+
+
+def test_a_table_of_paths_serves_many_requests_and_those_without_a_path() -> None:
+    table = PathTable.of([RadixPath((1, 2), (4, 9)), RadixPath((), ()), RadixPath((1,), (4,))])
+    assert table.lengths.tolist() == [9, 0, 4]
+    path_of = np.asarray([0, -1, 2, 0, 1])
+    forest = PrefixForest.from_path_table(table, path_of, [9, 9, 4, 7, 9], [10] * 5)
+    assert forest.sharing() == {(0, 4, frozenset({0, 2, 3})), (4, 7, frozenset({0, 3}))}
+    check_invariants(forest)
+
+
+def test_one_node_id_below_two_parents_is_two_nodes() -> None:
+    paths = [RadixPath(ids, (4, 9)) for ids in ((1, 3), (2, 3), (1, 3))]
+    forest = PrefixForest.from_paths(paths, [9] * 3, [9] * 3)
+    assert forest.sharing() == {(0, 9, frozenset({0, 2}))}
+
+
+@given(st.lists(st.lists(st.integers(-(1 << 62), 1 << 62), max_size=3), min_size=1, max_size=40))
+def test_node_ids_may_be_any_numbers(ids: list[list[int]]) -> None:
+    """The table that finds them takes 31 bits, and its places collide."""
+    paths = [RadixPath(tuple(path), tuple(range(1, len(path) + 1))) for path in ids]
+    rows = np.full((len(ids), 4), -1, dtype=np.int64)
+    for row, path in zip(rows, ids, strict=True):
+        row[: len(path)] = path
+    lens = [len(path) for path in ids]
+    forest = PrefixForest.from_paths(paths, lens, [n + 1 for n in lens])
+    assert forest.sharing() == brute_force_sharing(common_lengths(rows, np.asarray(lens), 1))

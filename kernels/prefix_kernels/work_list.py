@@ -51,39 +51,38 @@ def build_work_list(plan: PlanArrays, group_size: int, block_rows: list[int]) ->
         block_rows: rows of each tile class, ascending; a pack takes the smallest that holds its
             rows, or the largest.
     """
-    num_queries = np.diff(plan.query_indptr)
+    num_queries = plan.query_indptr[1:] - plan.query_indptr[:-1]
     rows = num_queries * group_size
     pack_class = np.minimum(np.searchsorted(block_rows, rows), len(block_rows) - 1)
     block_m = np.asarray(block_rows, dtype=np.int64)[pack_class]
     row_blocks = -(-rows // block_m)
     lengths = plan.pack_end - plan.pack_start
-    is_tail = np.arange(plan.num_packs) - (plan.num_packs - plan.batch_size)
+    work = -(-lengths // plan.num_splits)
 
-    # One entry per (pack, split, row block); row blocks of a split are neighbours, so that the
-    # second finds the KV of the first in the L2 cache.
-    per_pack = plan.num_splits * row_blocks
-    pack = np.repeat(np.arange(plan.num_packs), per_pack)
-    within = np.arange(len(pack)) - np.repeat(np.cumsum(per_pack) - per_pack, per_pack)
-    split, block = np.divmod(within, row_blocks[pack])
-    items = np.stack(
-        (
-            plan.query_indptr[pack],
-            plan.partial_indptr[pack] + split * num_queries[pack],
-            block * block_m[pack],
-            rows[pack],
-            plan.slot_offset[pack],
-            np.where(is_tail >= 0, -1 - is_tail, lengths)[pack],
-            split,
-            plan.num_splits[pack],
-            pack_class[pack],
-        ),
-        axis=1,
-    )
-    work = -(-lengths // plan.num_splits)[pack]
+    # One entry per (pack, split, row block), packs by descending work. Row blocks of a split are
+    # neighbours, so that the second finds the KV of the first in the L2 cache.
     order = np.argsort(-work, kind="stable")
-    single = np.diff(plan.request_indptr) == 1
-    owner = np.repeat(np.arange(plan.batch_size), np.diff(plan.request_indptr))
-    partials = np.where(single[owner], -1, np.arange(plan.num_partials))[plan.partial_index]
-    return WorkList(
-        items[order].astype(np.int32), pack_class[pack][order], partials.astype(np.int32)
-    )
+    per_pack = (plan.num_splits * row_blocks)[order]
+    pack = np.repeat(order, per_pack)
+    within = np.arange(len(pack)) - np.repeat(np.cumsum(per_pack) - per_pack, per_pack)
+    split = within // row_blocks[pack]
+    block = within - split * row_blocks[pack]
+    first_tail = plan.num_packs - plan.batch_size
+    tokens = lengths.copy()
+    tokens[first_tail:] = np.arange(-1, -1 - plan.batch_size, -1)
+    items = np.empty((len(pack), ITEM_FIELDS), dtype=np.int32)
+    items[:, 0] = plan.query_indptr[pack]
+    items[:, 1] = plan.partial_indptr[pack] + split * num_queries[pack]
+    items[:, 2] = block * block_m[pack]
+    items[:, 3] = rows[pack]
+    items[:, 4] = plan.slot_offset[pack]
+    items[:, 5] = tokens[pack]
+    items[:, 6] = split
+    items[:, 7] = plan.num_splits[pack]
+    tile_class = pack_class[pack]
+    items[:, 8] = tile_class
+
+    first_partial = plan.request_indptr[:-1]
+    target = np.arange(plan.num_partials, dtype=np.int32)
+    target[first_partial[plan.request_indptr[1:] - first_partial == 1]] = -1
+    return WorkList(items, tile_class, target[plan.partial_index])

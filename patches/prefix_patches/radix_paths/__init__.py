@@ -22,7 +22,7 @@ from typing import Any
 from prefix_patches.radix_paths import collect_path_info, node_by_id, tree_node
 from prefix_patches.radix_paths.tree_node import NO_PATH
 
-__all__ = ["NO_PATH", "Path", "owned_length", "path_reader"]
+__all__ = ["NO_PATH", "Path", "owned_length", "path_reader", "tree_with_stable_ids"]
 
 Path = tuple[tuple[int, ...], tuple[int, ...]]
 PathReader = Callable[[Sequence[Any]], list[Path]]
@@ -35,6 +35,15 @@ def path_reader(tree_cache: Any) -> PathReader | None:
         if reader is not None:
             return reader
     return None
+
+
+def tree_with_stable_ids(tree_cache: Any) -> Any:
+    """The tree core whose integer node ids are handed out once and outlive splits, else None.
+
+    Of the releases whose cores were read for this: both cores of 0.5.22 and 0.5.23.
+    """
+    core = getattr(tree_cache, "tree_core", None)
+    return core if hasattr(core, "collect_path_info") else None
 
 
 def owned_length(req: Any) -> int:

@@ -1,0 +1,186 @@
+"""The path cache, on both tree cores of SGLang: an old answer gives the forest of a new one."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from prefix_patches.radix_paths import path_reader
+from sglang_prefix.forest import PrefixForest
+from sglang_prefix.path_cache import FoundPaths, PathCache
+from tests.scheduling import Request, Scheduler
+
+CORES = ("rust", "python")
+SYSTEM = tuple(range(40))
+
+
+@pytest.fixture(params=CORES)
+def scheduler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Scheduler:
+    monkeypatch.setenv("SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND", request.param)
+    made = Scheduler()
+    assert ("Rust" in type(made.cache.tree_core).__name__) == (request.param == "rust")
+    return made
+
+
+def forest_of(found: FoundPaths, reqs: Sequence[Request]) -> PrefixForest:
+    limits = found.table.lengths[found.path_of]
+    assert limits.tolist() == [req.kv.cache_protected_len for req in reqs]
+    return PrefixForest.from_path_table(*found, limits, [len(req.tokens) for req in reqs])
+
+
+def look_up(cache: PathCache, tree: Any, reqs: Sequence[Any]) -> FoundPaths:
+    found = cache.look_up(tree, reqs)
+    assert found is not None
+    return found
+
+
+def published(scheduler: Scheduler, *prompts: Sequence[int]) -> list[Request]:
+    reqs = scheduler.prefill(*prompts)
+    scheduler.publish(*reqs)
+    for req in reqs:
+        scheduler.cache.inc_lock_ref(req.last_node)
+    return reqs
+
+
+def insert(scheduler: Scheduler, tokens: Sequence[int]) -> None:
+    """A request comes, is inserted and has gone."""
+    (req,) = scheduler.prefill(tokens)
+    scheduler.publish(req)
+    scheduler.free_rows.append(req.kv.req_pool_idx)
+
+
+def node_ids(scheduler: Scheduler, req: Request) -> tuple[int, ...]:
+    read = path_reader(scheduler.cache)
+    assert read is not None
+    ids: tuple[int, ...] = read([req])[0][0]
+    return ids
+
+
+def test_a_split_above_running_requests_makes_no_call_and_loses_nothing(
+    scheduler: Scheduler,
+) -> None:
+    reqs = published(scheduler, (*SYSTEM, 100, 101), (*SYSTEM, 200, 201), (*SYSTEM, 200, 202))
+    cache = PathCache()
+    before = look_up(cache, scheduler.cache, reqs)
+    old_ids = node_ids(scheduler, reqs[1])
+    insert(scheduler, (*SYSTEM[:25], 300, 301))
+    new_ids = node_ids(scheduler, reqs[1])
+    # SGLang's rule, on which the cache rests: the parent is new, the child keeps its id.
+    assert len(new_ids) == len(old_ids) + 1
+    assert new_ids[1:] == old_ids
+    for left in (reqs, reqs[1:], reqs[::-1]):
+        after = look_up(cache, scheduler.cache, left)
+        assert after.table is before.table
+        fresh = forest_of(look_up(PathCache(), scheduler.cache, left), left)
+        assert forest_of(after, left).sharing() == fresh.sharing()
+
+
+def test_a_newcomer_shares_what_its_own_insert_has_split(scheduler: Scheduler) -> None:
+    (first,) = published(scheduler, (*SYSTEM, 100, 101))
+    cache = PathCache()
+    before = look_up(cache, scheduler.cache, [first])
+    (late,) = published(scheduler, (*SYSTEM[:25], 300, 301))
+    after = look_up(cache, scheduler.cache, [first, late])
+    assert after.table is not before.table
+    assert forest_of(after, [first, late]).sharing() == {(0, 25, frozenset({0, 1}))}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_an_old_answer_gives_the_forest_of_a_new_one(scheduler: Scheduler, seed: int) -> None:
+    from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+
+    rng = random.Random(seed)
+    base = [rng.randrange(5) for _ in range(48)]
+
+    def prompt() -> list[int]:
+        return [*base[: rng.randrange(1, 48)], *(rng.randrange(3) for _ in range(rng.randrange(9)))]
+
+    cache, running, old_table = PathCache(), published(scheduler, prompt(), prompt()), None
+    hits = stale_hits = 0
+    for _ in range(25):
+        what = rng.randrange(4)
+        if what == 0 and len(running) < 10:
+            running += published(scheduler, [*prompt(), 7])
+        elif what == 1 and len(running) > 2:  # finishes, which inserts what it has generated
+            done = running.pop(rng.randrange(len(running)))
+            scheduler.grow(done, [rng.randrange(3)])
+            scheduler.publish(done)
+            scheduler.free_rows.append(done.kv.req_pool_idx)
+        elif what == 2:
+            scheduler.cache.evict(EvictParams(num_tokens=rng.randrange(1, 20)))
+        else:
+            insert(scheduler, [*prompt(), 8])
+        rng.shuffle(running)
+        found = look_up(cache, scheduler.cache, running)
+        fresh = look_up(PathCache(), scheduler.cache, running)
+        hits += found.table is old_table
+        stale_hits += bool(set(fresh.table.node_ids.tolist()) - set(found.table.node_ids.tolist()))
+        old_table = found.table
+        cached, read_anew = forest_of(found, running), forest_of(fresh, running)
+        assert cached.sharing() == read_anew.sharing()
+        assert cached.order.tolist() == read_anew.order.tolist()
+        assert cached.shared_lens.tolist() == read_anew.shared_lens.tolist()
+    assert hits >= 5
+    assert stale_hits >= 1, "no answer outlived a split"
+
+
+def test_ids_of_a_tree_that_was_reset_are_not_found(scheduler: Scheduler) -> None:
+    reqs = published(scheduler, (*SYSTEM, 100), (*SYSTEM, 200))
+    cache = PathCache()
+    look_up(cache, scheduler.cache, reqs)
+    old_ids = {node for req in reqs for node in node_ids(scheduler, req)}
+    scheduler.cache.reset()
+    new = published(scheduler, (*SYSTEM[:9], 100), (*SYSTEM[:9], 200))
+    assert not old_ids & {node for req in new for node in node_ids(scheduler, req)}
+    forest = forest_of(look_up(cache, scheduler.cache, new), new)
+    assert forest.sharing() == {(0, 9, frozenset({0, 1}))}
+
+
+def tree(paths: dict[int, tuple[tuple[int, ...], tuple[int, ...]]]) -> Any:
+    """A tree whose calls can be counted."""
+
+    def collect(ids: list[int]) -> list[list[Any]]:
+        core.calls += 1
+        return [
+            [SimpleNamespace(node_id=n, path_end=e) for n, e in zip(*paths[node], strict=True)]
+            for node in ids
+        ]
+
+    core = SimpleNamespace(calls=0, collect_path_info=collect)
+    return SimpleNamespace(tree_core=core)
+
+
+def at(*nodes: Any) -> list[Any]:
+    return [SimpleNamespace(last_node=node) for node in nodes]
+
+
+def test_another_tree_with_the_same_ids_is_asked_itself() -> None:
+    one, other = tree({1: ((1,), (4,))}), tree({1: ((7, 1), (2, 4))})
+    cache = PathCache()
+    for cached, expected in ((one, [1]), (one, [1]), (other, [7, 1]), (one, [1])):
+        assert look_up(cache, cached, at(1)).table.node_ids.tolist() == expected
+    assert (one.tree_core.calls, other.tree_core.calls) == (2, 1)
+
+
+def test_a_virtual_node_is_asked_for_each_time_and_its_path_is_empty() -> None:
+    asked, cache, virtual = tree({1: ((1,), (4,))}), PathCache(), object()
+    for _ in range(2):
+        found = look_up(cache, asked, at(virtual, 1))
+        assert found.table.lengths[found.path_of].tolist() == [0, 4]
+    assert asked.tree_core.calls == 2
+
+
+def test_trees_without_stable_ids_are_asked_each_time() -> None:
+    node = SimpleNamespace(id=3, key=[0] * 4, parent=SimpleNamespace(parent=None))
+    cache = PathCache()
+    assert look_up(cache, SimpleNamespace(), at(node)).table.ends.tolist() == [4]
+    node.key = [0] * 6
+    assert look_up(cache, SimpleNamespace(), at(node)).table.ends.tolist() == [6]
+
+
+def test_a_tree_that_cannot_be_read_has_no_paths() -> None:
+    assert PathCache().look_up(SimpleNamespace(tree_core=object()), at(1)) is None
