@@ -14,7 +14,10 @@ from benchmarks.timing import interleaved, medians
 from prefix_kernels.plan_buffers import pack_plan
 from prefix_kernels.tiles import FUSED_ROWS
 from prefix_kernels.work_list import build_work_list
+from prefix_patches.handover import BATCH_ATTRIBUTE, Handover
 from prefix_patches.radix_paths import path_reader
+from sglang_prefix.batch_planner import BatchPlanner, ShapeRunner
+from sglang_prefix.counters import BackendCounters
 from sglang_prefix.forest import PathTable, PrefixForest
 from sglang_prefix.packing import CPU_PROFILE, GPU_PROFILE, AttentionShape
 from sglang_prefix.path_cache import PathCache
@@ -56,6 +59,7 @@ def measure_planning(num_requests: int, rounds: int, seed: int) -> dict[str, Any
         work = build_work_list(gpu_plan, SHAPE.group_size, list(FUSED_ROWS))
         return pack_plan(gpu_plan, [work.items], work.partials, num_requests)
 
+    batch = _DecodeBatch(tree, lens)
     rows = torch.arange(num_requests)
     runner = PlanRunner(SHAPE, torch.device("cpu"), "cpu")
     runner.load(plan, tree.table, rows)
@@ -76,6 +80,8 @@ def measure_planning(num_requests: int, rounds: int, seed: int) -> dict[str, Any
             "plan": lambda: planner.plan(make_forest()),
             "pack_and_lay_out_gpu_profile": lambda: gpu_planner.plan(forest),
             "plan_gpu_profile": lambda: gpu_planner.plan(make_forest()),
+            # All that the backend does to plan a batch whose paths are known, slots left out.
+            "plan_batch": batch.plan,
             # What loading a plan into the Triton executor costs the host, launches left out.
             "work_list": make_work_list,
             "forest_from_rows": lambda: PrefixForest.from_rows(
@@ -86,13 +92,80 @@ def measure_planning(num_requests: int, rounds: int, seed: int) -> dict[str, Any
         rounds,
     )
     runner.load(plan, tree.table, rows)
-    seconds |= interleaved({"step_without_plan": step}, min(rounds, 200))
+    seconds |= interleaved(
+        {
+            # A step that goes on as the one before: all of it in a graph, and on the CPU as well
+            # the slots that tails grow by.
+            "kept_step": batch.keep,
+            "append_slots": step,
+        },
+        min(rounds, 200),
+    )
     return {
         "num_requests": num_requests,
         "nodes": forest.num_nodes,
         "median_us": {name: value * 1e6 for name, value in medians(seconds).items()},
         "seconds": seconds,
     }
+
+
+class _DecodeBatch:
+    """A decode batch as SGLang's graph runner hands it over, and the planner that serves it."""
+
+    def __init__(self, tree: _RadixTree, lens: NDArray[np.int64]) -> None:
+        self._handover = Handover()
+        shape = ShapeRunner(PackPlanner(SHAPE, GPU_PROFILE), _NoRunner())
+        self._batches = BatchPlanner(
+            self._handover, tree.table, 1, [shape], BackendCounters(), verify=False
+        )
+        # More than any run does steps, so that no tail runs out of room.
+        shape.planner.growth_room = 1 << 20
+        self._lens = lens.copy()
+        size = len(lens)
+        device_lens = torch.from_numpy(self._lens)
+        self._forward_batch = SimpleNamespace(
+            batch_size=size,
+            num_padding=0,
+            forward_mode=SimpleNamespace(is_decode=lambda: True),
+            seq_lens=device_lens,
+            seq_lens_cpu=device_lens,
+            req_pool_indices=torch.arange(size),
+        )
+        batch = SimpleNamespace(
+            reqs=tree.requests, tree_cache=tree.cache, req_pool_indices_cpu=torch.arange(size)
+        )
+        setattr(self._forward_batch, BATCH_ATTRIBUTE, batch)
+        self._handover.settle(tree.requests)
+        self.plan()
+
+    def plan(self) -> None:
+        """A step for which the batch is planned anew."""
+        self._batches.forget()
+        self._step()
+
+    def keep(self) -> None:
+        """A step that goes on under the plan, the handover of the batch included."""
+        self._lens += 1
+        self._step()
+
+    def _step(self) -> None:
+        before = self._handover.enter(self._forward_batch)
+        reason = self._batches.prepare(self._forward_batch, in_graph=True)
+        self._handover.leave(before)
+        assert reason is None
+
+
+class _NoRunner(PlanRunner):
+    """Takes plans and does nothing with them."""
+
+    def __init__(self) -> None:
+        pass
+
+    def load(self, *args: Any, **kwargs: Any) -> None:
+        """Not this time."""
+
+    def note_growth(self, *args: Any) -> None:
+        """Nor this."""
 
 
 class _RadixTree:
@@ -136,7 +209,13 @@ class _RadixTree:
             key = RadixKey(array("q", tokens))
             self.cache.insert(InsertParams(key=key, value=allocator.alloc(length)))
             match = self.cache.match_prefix(MatchPrefixParams(key=key))
-            self.requests.append(SimpleNamespace(last_node=match.last_device_node))
+            self.requests.append(
+                SimpleNamespace(
+                    last_node=match.last_device_node,
+                    retraction_count=0,
+                    kv=SimpleNamespace(cache_protected_len=length),
+                )
+            )
             slots = self.cache.path_device_indices(match.last_device_node)
             pool.req_to_token[request, :length] = slots.int()
         self.table = pool.req_to_token[:num_requests]

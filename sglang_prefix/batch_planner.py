@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import compress
+from operator import not_
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from prefix_patches.handover import Handover
-from prefix_patches.radix_paths import owned_length
+from prefix_patches.radix_paths import owned_lengths
 from sglang_prefix.checks import check_same_sharing
 from sglang_prefix.counters import BackendCounters
 from sglang_prefix.forest import PrefixForest
@@ -198,7 +200,7 @@ class BatchPlanner:
         batch = self._handover.batch
         reqs = list(batch.reqs) if batch is not None else []
         complete = len(reqs) == len(lens)
-        settled = [self._handover.is_settled(req) for req in reqs]
+        settled = self._handover.settled(reqs)
         forest = self._forest_from_paths(forward_batch, reqs, settled, lens) if complete else None
         if forest is None:
             if self._req_to_token.device.type != "cpu":
@@ -210,10 +212,10 @@ class BatchPlanner:
         reason = self._plan_forest(forest, forward_batch, lens)
         if complete:
             # Their rows hold the tree's slots from the next step on, so that step plans again.
-            self._handover.settle(reqs)
+            self._handover.settle(list(compress(reqs, map(not_, settled))))
         if complete and all(settled):
             self._reqs, self._epoch = reqs, self._handover.epoch
-            self._states = _states(reqs)
+            self._states = _states(reqs) if self._verify else []
             self._rows = _rows_of(batch)
             self._steps_left = min(shape.planner.growth_room for shape in self._shapes)
         return reason
@@ -241,9 +243,9 @@ class BatchPlanner:
                 verify_plan(plan)
                 verify_slots(plan, self._rows_on_host(forward_batch, lens))
             self._load(shape, plan, forward_batch)
-        stats = plans[-1].stats()
-        self._counters.packs, self._counters.partials = stats.num_packs, stats.num_partials
-        self._plan_tokens = (stats.kv_tokens_read, stats.kv_tokens_logical)
+        plan = plans[-1]
+        self._counters.packs, self._counters.partials = plan.num_packs, plan.num_partials
+        self._plan_tokens = (plan.kv_tokens_read, int(lens.sum()))
         self._counters.plans += 1
         return None
 
@@ -259,17 +261,19 @@ class BatchPlanner:
         self, forward_batch: Any, reqs: list[Any], settled: list[bool], lens: IntArray
     ) -> PrefixForest | None:
         """Forest from the tree, or None if this tree cannot be read on the CPU."""
-        known = [req for req, is_settled in zip(reqs, settled, strict=True) if is_settled]
+        known = list(compress(reqs, settled))
         began = time.perf_counter()
         found = self._paths.look_up(self._handover.batch.tree_cache, known)
         self._counters.path_seconds += time.perf_counter() - began
         if found is None:
             return None
-        path_of, limits = np.full(len(reqs), -1), np.zeros(len(reqs), dtype=np.int64)
-        path_of[settled] = found.path_of
         # A session's row may be owned past the path that the tree can show.
-        owned = [owned_length(req) for req in known]
-        limits[settled] = np.minimum(owned, found.table.lengths[found.path_of])
+        owned = np.array(owned_lengths(known), dtype=np.int64)
+        path_of, limits = found.path_of, np.minimum(owned, found.table.lengths[found.path_of])
+        if len(known) < len(reqs):
+            path_of, limits = (np.full(len(reqs), nothing) for nothing in (-1, 0))
+            path_of[settled] = found.path_of
+            limits[settled] = np.minimum(owned, found.table.lengths[found.path_of])
         forest = PrefixForest.from_path_table(
             found.table, path_of, limits, lens, page_size=self._page_size
         )

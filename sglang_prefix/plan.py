@@ -144,17 +144,22 @@ class PackPlan:
         """Entries of ``kv_slots``, growth room included."""
         return int(self.slot_offset[-1])
 
+    @property
+    def kv_tokens_read(self) -> int:
+        """KV tokens read; a pack's stretch counts once per row block that reads it."""
+        costs = self.costs
+        rows = (self.query_indptr[1:] - self.query_indptr[:-1]) * costs.shape.group_size
+        blocks = -(-rows // costs.device.max_block_rows)
+        return int((self.pack_end - self.pack_start) @ blocks)
+
     def pack_queries(self, pack: int) -> IntArray:
         """Batch rows of the requests that read ``pack``."""
         return self.queries[self.query_indptr[pack] : self.query_indptr[pack + 1]]
 
     def stats(self, grown_tokens: int = 0) -> PlanStats:
         """Statistics of this plan after its tails have grown by ``grown_tokens`` in all."""
-        costs, shape = self.costs, self.costs.shape
-        num_queries = np.diff(self.query_indptr)
-        lengths = self.pack_end - self.pack_start
-        blocks = -(-num_queries * shape.group_size // costs.device.max_block_rows)
-        read = int((lengths * blocks).sum()) + grown_tokens
+        shape = self.costs.shape
+        read = self.kv_tokens_read + grown_tokens
         logical = int(self.seq_lens.sum()) + grown_tokens
         unique = self.kv_tokens_unique + grown_tokens
         # A request with one partial needs no merge: its output is written straight away, as stock

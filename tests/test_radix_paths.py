@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from prefix_patches.handover import Handover
-from prefix_patches.radix_paths import owned_length, path_reader
+from prefix_patches.radix_paths import owned_lengths, path_reader
 
 PATHS = {5: ((3, 5), (4, 9)), 6: ((3, 6), (4, 7)), 3: ((3,), (4,))}
 
@@ -66,22 +66,23 @@ def test_owned_length_is_where_each_release_keeps_it() -> None:
     old = SimpleNamespace(cache_protected_len=7, kv=SimpleNamespace(kv_allocated_len=12))
     without_kv = SimpleNamespace(cache_protected_len=7, kv=None)
     new = SimpleNamespace(kv=SimpleNamespace(cache_protected_len=7))
-    assert [owned_length(req) for req in (old, without_kv, new)] == [7, 7, 7]
+    assert [owned_lengths([req, req]) for req in (old, without_kv, new)] == [[7, 7]] * 3
+    assert owned_lengths([]) == []
 
 
 class Request:
-    """Requests are held by weak references."""
+    """What is noted of a request stands on it."""
 
     retraction_count = 0
 
 
 def test_a_request_settles_with_its_second_decode_step_and_not_across_a_retraction() -> None:
     handover, req = Handover(), Request()
-    assert not handover.is_settled(req)
+    assert handover.settled([req]) == [False]
     handover.settle([req])
-    assert handover.is_settled(req)
+    assert handover.settled([req]) == [True]
     req.retraction_count = 1
-    assert not handover.is_settled(req)
+    assert handover.settled([req]) == [False]
 
 
 def test_a_prefill_unsettles_its_requests_but_not_those_that_decode_beside_it() -> None:
@@ -96,5 +97,5 @@ def test_a_prefill_unsettles_its_requests_but_not_those_that_decode_beside_it() 
     handover.leave(before)
     assert handover.batch is None
     assert handover.epoch == 1
-    assert not handover.is_settled(fresh)
-    assert handover.is_settled(decoding)
+    assert handover.settled([fresh]) == [False]
+    assert handover.settled([decoding]) == [True]

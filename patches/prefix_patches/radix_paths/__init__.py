@@ -22,7 +22,7 @@ from typing import Any
 from prefix_patches.radix_paths import collect_path_info, node_by_id, tree_node
 from prefix_patches.radix_paths.tree_node import NO_PATH
 
-__all__ = ["NO_PATH", "Path", "owned_length", "path_reader", "tree_with_stable_ids"]
+__all__ = ["NO_PATH", "Path", "owned_lengths", "path_reader", "tree_with_stable_ids"]
 
 Path = tuple[tuple[int, ...], tuple[int, ...]]
 PathReader = Callable[[Sequence[Any]], list[Path]]
@@ -46,11 +46,12 @@ def tree_with_stable_ids(tree_cache: Any) -> Any:
     return core if hasattr(core, "collect_path_info") else None
 
 
-def owned_length(req: Any) -> int:
-    """Tokens at the start of a request's row that the tree owns.
+def owned_lengths(reqs: Sequence[Any]) -> list[int]:
+    """Tokens at the start of each request's row that the tree owns.
 
     ``req.kv.cache_protected_len`` from 0.5.19 on; ``req.cache_protected_len`` before, where
-    ``req.kv`` holds other things.
+    ``req.kv`` holds other things. All requests of a process are of one release.
     """
-    state: Any = getattr(req, "kv", None)
-    return int((state if hasattr(state, "cache_protected_len") else req).cache_protected_len)
+    if reqs and hasattr(getattr(reqs[0], "kv", None), "cache_protected_len"):
+        return [req.kv.cache_protected_len for req in reqs]
+    return [req.cache_protected_len for req in reqs]
