@@ -269,6 +269,22 @@ class TestCommand:
         report = KernelReport(variant, "sm_90", 128, 0, 1000, 2000, ("HMMA",), (16,))
         return replace(report, **changes)
 
+    def test_occupancy_is_what_registers_and_shared_memory_allow(self) -> None:
+        """On sm_90, 64 K registers and 228 KiB; a thread gets registers in eights."""
+        variant = forward_variant(TileConfig(16, 64, 4, 2))
+        for registers, shared, programs in (
+            (128, 1000, 4),
+            (129, 1000, 3),
+            (255, 1000, 2),
+            (32, 1000, 16),
+            (128, 75 * 1024, 3),
+            (128, 100 * 1024, 2),
+            (128, 227 * 1024, 1),
+        ):
+            report = self.report(variant, registers=registers, shared_bytes=shared)
+            assert report.programs_per_sm == programs
+            assert report.as_dict()["programs_per_sm"] == programs
+
     @pytest.mark.parametrize(
         ("changes", "complaints"),
         [

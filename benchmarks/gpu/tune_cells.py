@@ -129,7 +129,7 @@ class TuneWork:
     def forward(self, tile: TileConfig) -> _Launch:
         """The launch of the row class, alone, with another tile."""
         one = self._launches[self._place]
-        programs = min(self._num_units, self._num_sms * tile.programs_per_sm)
+        programs = min(self._num_units, self._num_sms * tile.resident_programs(self.shape))
         options = {
             "BLOCK_N": tile.block_n,
             "num_warps": tile.num_warps,

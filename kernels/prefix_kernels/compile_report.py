@@ -19,13 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from prefix_kernels.kernel_variants import ARCHS, KernelVariant
-from prefix_kernels.tiles import next_power_of_two
+from prefix_kernels.tile_config import (
+    next_power_of_two,
+    programs_for_registers,
+    programs_for_shared_memory,
+)
 
 __all__ = ["SPILL_FREE_HEAD_DIM", "KernelReport", "compile_variants", "find_problems"]
 
 # Head dims up to this one must not spill: they are what most models have.
 SPILL_FREE_HEAD_DIM = 128
 
+_MAX_WARPS_PER_SM = 64
 _INTERPRET = "TRITON_INTERPRET"
 # Triton's names of what is not called the same there.
 _TRITON_DTYPES = {"fp8_e4m3": "fp8e4nv", "fp8_e5m2": "fp8e5"}
@@ -61,6 +66,15 @@ class KernelReport:
     async_copy_bytes: tuple[int, ...]
 
     @property
+    def programs_per_sm(self) -> int:
+        """Programs that an SM runs at a time, by registers and shared memory: the occupancy."""
+        return min(
+            programs_for_registers(self.variant.tile.num_warps, self.registers),
+            programs_for_shared_memory(self.shared_bytes, self.arch),
+            _MAX_WARPS_PER_SM // self.variant.tile.num_warps,
+        )
+
+    @property
     def uses_mma(self) -> bool:
         """Whether the binary uses the matrix unit."""
         return bool(self.instructions)
@@ -86,6 +100,7 @@ class KernelReport:
             "spill_bytes": self.spill_bytes,
             "shared_bytes": self.shared_bytes,
             "shared_limit": self.shared_limit,
+            "programs_per_sm": self.programs_per_sm,
             "uses_mma": self.uses_mma,
             "instructions": list(self.instructions),
             "async_copy_bytes": list(self.async_copy_bytes),

@@ -10,6 +10,8 @@ __all__ = [
     "TileConfig",
     "TileShape",
     "next_power_of_two",
+    "programs_for_registers",
+    "programs_for_shared_memory",
     "row_class",
     "row_classes",
 ]
@@ -24,6 +26,9 @@ ROW_CLASSES = (16, 32, 64, 128)
 # bytes on every architecture, with 16 warps as well.
 _LARGEST_ACCUMULATOR = 128 * 128
 _REGISTERS_PER_SM = 64 * 1024
+# What an SM reserves for itself for each program it runs (CUDA programming guide).
+_RESERVED_BYTES = 1024
+_SCRATCH_BYTES = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +74,33 @@ class TileConfig:
     @property
     def programs_per_sm(self) -> int:
         """Programs that the registers of an SM have room for."""
-        return _REGISTERS_PER_SM // (32 * self.num_warps * self.max_registers)
+        return programs_for_registers(self.num_warps, self.max_registers)
+
+    def resident_programs(self, shape: TileShape) -> int:
+        """Programs that an SM has room for, in registers and in shared memory; at least one."""
+        arch = "sm_90" if shape.has_wgmma else "sm_80"
+        fitting = programs_for_shared_memory(self.shared_bytes(shape), arch)
+        return max(1, min(self.programs_per_sm, fitting))
+
+    def shared_bytes(self, shape: TileShape) -> int:
+        """Shared memory of a program: what `compile_report` finds, or up to a few KiB more."""
+        dim, v_dim = next_power_of_two(shape.head_dim), next_power_of_two(shape.v_head_dim)
+        kv_tile = self.block_n * (dim + v_dim) * shape.kv_itemsize
+        q = self.block_m * dim * shape.q_itemsize
+        if shape.has_wgmma and self.block_m >= 64:  # reads K and V from there, also those in use
+            return self.num_stages * kv_tile + q + _SCRATCH_BYTES
+        weights = self.block_m * self.block_n * shape.q_itemsize
+        return (self.num_stages - 1) * kv_tile + q + weights + _SCRATCH_BYTES
+
+
+def programs_for_registers(num_warps: int, registers: int) -> int:
+    """Programs that the registers of an SM have room for; they are handed out in eights."""
+    return _REGISTERS_PER_SM // (32 * num_warps * (-(-registers // 8) * 8))
+
+
+def programs_for_shared_memory(shared_bytes: int, arch: str) -> int:
+    """Programs that the shared memory of an SM of ``arch`` has room for."""
+    return (ARCHS[arch] + _RESERVED_BYTES) // (shared_bytes + _RESERVED_BYTES)
 
 
 def next_power_of_two(number: int) -> int:

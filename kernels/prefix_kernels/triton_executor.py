@@ -345,7 +345,7 @@ class TritonExecutor:
         ]
 
     def _num_programs(self, tile: TileConfig, num_items: int) -> int:
-        resident = self._num_sms * tile.programs_per_sm or _INTERPRETED_PROGRAMS
+        resident = self._num_sms * tile.resident_programs(self._shape) or _INTERPRETED_PROGRAMS
         if self._launches_are_fixed:
             return resident
         return max(1, min(num_items * self._num_kv_heads, resident))

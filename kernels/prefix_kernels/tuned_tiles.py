@@ -27,9 +27,6 @@ _BLOCK_N = (32, 64, 128)
 _STAGES = (2, 3, 4)
 # Warps of a program and registers of a thread, so that one to four programs share an SM.
 _WARPS_REGISTERS = ((4, 128), (4, 168), (4, 255), (8, 128), (8, 255))
-# What an SM reserves for itself for each program it runs (CUDA programming guide).
-_RESERVED_BYTES = 1024
-_SCRATCH_BYTES = 1024
 # What the loads of an SM must have outstanding at 4.8 TB/s, see `tiles.py`.
 _LEAST_AHEAD_BYTES = 36 * 1024
 _SHAPE_FIELDS = ("head_dim", "v_head_dim", "q_itemsize", "kv_itemsize")
@@ -67,7 +64,6 @@ def candidate_tiles(block_m: int, shape: TileShape) -> Iterator[TileConfig]:
     load enough ahead. The compiler has the last word on which of these spill.
     """
     dim, v_dim = next_power_of_two(shape.head_dim), next_power_of_two(shape.v_head_dim)
-    limit = ARCHS["sm_90" if shape.has_wgmma else "sm_80"] + _RESERVED_BYTES
     for (warps, registers), block_n, stages in product(_WARPS_REGISTERS, _BLOCK_N, _STAGES):
         tile = TileConfig(block_m, block_n, warps, stages, registers)
         programs = tile.programs_per_sm
@@ -76,20 +72,9 @@ def candidate_tiles(block_m: int, shape: TileShape) -> Iterator[TileConfig]:
         if (
             2 * floats <= registers + 1
             and programs * (stages - 1) * kv_tile >= _LEAST_AHEAD_BYTES
-            and programs * (_shared_bytes(tile, shape) + _RESERVED_BYTES) <= limit
+            and programs == tile.resident_programs(shape)
         ):
             yield tile
-
-
-def _shared_bytes(tile: TileConfig, shape: TileShape) -> int:
-    """Shared memory of a program: what `compile_report` finds, or up to a few KiB more."""
-    dim, v_dim = next_power_of_two(shape.head_dim), next_power_of_two(shape.v_head_dim)
-    kv_tile = tile.block_n * (dim + v_dim) * shape.kv_itemsize
-    q = tile.block_m * dim * shape.q_itemsize
-    if shape.has_wgmma and tile.block_m >= 64:  # reads K and V from there, the tile in use too
-        return tile.num_stages * kv_tile + q + _SCRATCH_BYTES
-    weights = tile.block_m * tile.block_n * shape.q_itemsize
-    return (tile.num_stages - 1) * kv_tile + q + weights + _SCRATCH_BYTES
 
 
 def load_tuned_tiles(path: Path) -> dict[str, TunedDevice]:

@@ -104,7 +104,7 @@ def _print_table(reports: list[KernelReport], arch: str, out: Console) -> None:
     table = Table(title=f"sglang-prefix kernels, {arch}", title_justify="left")
     for name in ("kernel", "dtypes", "merge"):
         table.add_column(name, no_wrap=True)
-    for name in ("dim", "tile", "warps", "stages", "regs", "spill B", "smem KiB"):
+    for name in ("dim", "tile", "warps", "stages", "regs", "spill B", "smem KiB", "per SM"):
         table.add_column(name, justify="right")
     table.add_column("mma")
     section = None
@@ -125,6 +125,7 @@ def _print_table(reports: list[KernelReport], arch: str, out: Console) -> None:
             str(report.registers),
             str(report.spill_bytes),
             f"{report.shared_bytes / 1024:.1f}",
+            str(report.programs_per_sm),
             " ".join(report.instructions),
         )
     if not out.is_terminal:
