@@ -24,7 +24,7 @@ from typing import Any
 HOOKS = Path(__file__).parent / "hooks"
 MODE_FILE = "SGLANG_PREFIX_TEST_MODE_FILE"
 # Most engines are up within 30 s and done within 60 s on two cores.
-TIMEOUT_S = 400
+TIMEOUT_S = 600
 
 
 @dataclass(frozen=True)

@@ -206,7 +206,11 @@ def build(models: Mapping[str, str]) -> dict[str, Scenario]:
         ),
         **{
             f"crowd page-{page_size}": Scenario(
-                llama, (CROWD,), _ours(**CROWDED, page_size=page_size), VERIFY | RETRACT
+                llama,
+                (CROWD,),
+                _ours(**CROWDED, page_size=page_size),
+                # Policy "node" packs every node, however few tokens and requests it has.
+                VERIFY | RETRACT | {"SGLANG_PREFIX_POLICY": "node"},
             )
             for page_size in CROWD_PAGE_SIZES
         },
