@@ -19,6 +19,7 @@ from prefix_patches.scheduler_internal_state import report_with
 from sglang_prefix.batch_planner import BatchPlanner
 from sglang_prefix.config import PrefixConfig
 from sglang_prefix.counters import BackendCounters
+from sglang_prefix.delegation import DelegatingBackend
 from sglang_prefix.fallback import REASONS, captures_decode, server_reason
 from sglang_prefix.gate import make_gate
 from sglang_prefix.metrics import PrefixMetrics
@@ -49,6 +50,7 @@ def create_backend(model_runner: Any) -> PrefixAttnBackend:
         ValueError: a setting is not legal, or does not fit the stock backend.
     """
     config = PrefixConfig.from_env()
+    logger.info("prefix attention: settings %s", config)
     prefix_patches.install()
     check_cpu_prefill(model_runner, BACKEND_NAME)
     stock_name = config.stock_backend or default_stock_name(model_runner, BACKEND_NAME)
@@ -57,11 +59,10 @@ def create_backend(model_runner: Any) -> PrefixAttnBackend:
     return PrefixAttnBackend(model_runner, stock, stock_name, config)
 
 
-class PrefixAttnBackend(AttentionBackend):
+class PrefixAttnBackend(DelegatingBackend):
     """Owns a stock backend and takes plain decode of full-attention layers off it.
 
-    Which layers are taken is decided here, once. Everything that is not defined below, methods
-    and attributes alike, is the stock backend's.
+    Which layers are taken is decided here, once.
 
     Decode graphs are captured once per label of the handover, "packed" with our kernels and
     "stock" without, and each step replays one of the two. Whatever changes from step to step
@@ -77,7 +78,7 @@ class PrefixAttnBackend(AttentionBackend):
     def __init__(
         self, model_runner: Any, stock: AttentionBackend, stock_name: str, config: PrefixConfig
     ) -> None:
-        self.stock = stock
+        super().__init__(stock)
         self.counters = BackendCounters()
         self.token_to_kv_pool = model_runner.token_to_kv_pool
         self.req_to_token_pool = model_runner.req_to_token_pool
@@ -100,7 +101,8 @@ class PrefixAttnBackend(AttentionBackend):
             self._serve(model_runner, stock_name, config)
         self._metrics = _metrics_of(model_runner)
         report_with(self._report)
-        append_with(self.counters.log_text)
+        if self._server_reason is None:
+            append_with(self.counters.log_text)
         self._announce(len(attention_layers(model_runner)), stock_name, config)
 
     def _serve(self, model_runner: Any, stock_name: str, config: PrefixConfig) -> None:
@@ -149,21 +151,6 @@ class PrefixAttnBackend(AttentionBackend):
         for reason in sorted(set(self.counters.delegated_layers.values())):
             ids = [k for k, found in self.counters.delegated_layers.items() if found == reason]
             logger.info("prefix attention: layers %s are stock's (%s)", ids, REASONS[reason])
-
-    def __getattr__(self, name: str) -> Any:
-        # Reached for names that neither we nor SGLang's base class define.
-        if name.startswith("__") or "stock" not in vars(self):
-            raise AttributeError(name)
-        return getattr(self.stock, name)
-
-    @property
-    def forward_metadata(self) -> Any:
-        """The stock backend's metadata; SGLang also assigns it."""
-        return self.stock.forward_metadata
-
-    @forward_metadata.setter
-    def forward_metadata(self, value: Any) -> None:
-        self.stock.forward_metadata = value
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """Eager entry point: decide who serves the batch, and prepare it."""
@@ -378,23 +365,3 @@ def _metrics_of(model_runner: Any) -> PrefixMetrics | None:
         return PrefixMetrics(labels)
     except ValueError:  # prometheus knows each name once
         return None
-
-
-class _StockAttribute:
-    """Hands an attribute of the base class over to the stock backend.
-
-    Not a data descriptor: what SGLang assigns on our backend stays on our backend.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __get__(self, backend: PrefixAttnBackend | None, owner: type) -> Any:
-        return self if backend is None else getattr(backend.stock, self._name)
-
-
-# SGLang's base class answers for what a backend does not define. Ours asks the stock backend
-# instead, so that a release's new hooks reach it without a change here.
-for _name in set(vars(AttentionBackend)) - set(vars(PrefixAttnBackend)):
-    if not _name.startswith(("__", "_abc")):
-        setattr(PrefixAttnBackend, _name, _StockAttribute(_name))

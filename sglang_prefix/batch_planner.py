@@ -97,6 +97,7 @@ class BatchPlanner:
         self._num_rows = 0
         self._epoch = -1
         self._plan_tokens = (0, 0)  # read and logical KV tokens of a step under the plan in use
+        self._gain_us = 0.0  # that the gate expects of such a step
 
     def prepare(self, forward_batch: Any, *, in_graph: bool = False) -> str | None:
         """Make the runners ready for a decode batch.
@@ -156,6 +157,7 @@ class BatchPlanner:
         read, logical = self._plan_tokens
         self._counters.kv_tokens_read -= read
         self._counters.kv_tokens_logical -= logical
+        self._counters.predicted_gain_us -= self._gain_us
 
     def _goes_on(self, lens: IntArray, num_rows: int) -> bool:
         """Whether the plan in use serves this step too: same requests, same rows, same tree."""
@@ -232,7 +234,8 @@ class BatchPlanner:
         if self._gate is not None:
             layers = [shape.num_layers for shape in self._shapes]
             decision = self._gate.choose(list(zip(plans, layers, strict=True)), forest)
-            self._counters.note_decision(decision)
+            self._gain_us = decision.stock_us - decision.packed_us
+            self._counters.packed_us, self._counters.stock_us = decision[2:]
             if not decision.packs:
                 return decision.reason
         for shape, plan in zip(self._shapes, plans, strict=True):
@@ -293,6 +296,7 @@ class BatchPlanner:
         read, logical = self._plan_tokens
         self._counters.kv_tokens_read += read
         self._counters.kv_tokens_logical += logical
+        self._counters.predicted_gain_us += self._gain_us
 
 
 def num_requests_of(forward_batch: Any) -> int:

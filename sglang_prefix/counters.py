@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sglang_prefix.fallback import GATE_REASONS, REASONS
-from sglang_prefix.gate import Decision
 
 __all__ = ["BackendCounters"]
 
@@ -35,6 +34,7 @@ class BackendCounters:
         kv_tokens_read, kv_tokens_logical: KV tokens read by packed steps, and the tokens of all
             their requests, for one layer.
         packed_us, stock_us: the gate's newest prediction for one pass through all layers.
+        predicted_gain_us: what it expects packed steps to have saved, all layers.
         plan_seconds, path_seconds: host time spent on making plans, or on deciding to do without
             one, and of it on SGLang's radix path call or, where its answer is cached, on finding
             that.
@@ -52,6 +52,7 @@ class BackendCounters:
     kv_tokens_logical: int = 0
     packed_us: float | None = None
     stock_us: float | None = None
+    predicted_gain_us: float = 0.0
     kept_steps: int = 0
     kept_seconds: float = 0.0
     plan_seconds: float = 0.0
@@ -108,10 +109,6 @@ class BackendCounters:
         """All decode steps."""
         return self.packed_steps + self.stock_steps + self.fallback_steps
 
-    def note_decision(self, decision: Decision) -> None:
-        """Keep what the gate predicted."""
-        self.packed_us, self.stock_us = decision.packed_us, decision.stock_us
-
     def as_dict(self) -> dict[str, Any]:
         """All counters as plain values."""
         logical = self.kv_tokens_logical
@@ -129,6 +126,7 @@ class BackendCounters:
             "kv_read_ratio": self.kv_tokens_read / logical if logical else None,
             "predicted_packed_us": self.packed_us,
             "predicted_stock_us": self.stock_us,
+            "predicted_gain_us": self.predicted_gain_us,
             "kept_steps": self.kept_steps,
             "kept_seconds": self.kept_seconds,
             "plan_seconds": self.plan_seconds,

@@ -49,6 +49,10 @@ class PrefixMetrics:
             "KV tokens of all requests of packed decode steps, for one layer.",
         )
         self._plan_seconds = counter("plan_seconds_total", "Host time spent on making plans.")
+        self._gain = counter(
+            "predicted_gain_seconds_total",
+            "Time that the gate expects packed decode steps to have saved.",
+        )
         self._shown: dict[str, float] = {}
         self._next = 0.0
 
@@ -62,6 +66,7 @@ class PrefixMetrics:
         self._add(self._read, "read", counters.kv_tokens_read)
         self._add(self._logical, "logical", counters.kv_tokens_logical)
         self._add(self._plan_seconds, "plan_seconds", counters.plan_seconds)
+        self._add(self._gain, "gain", counters.predicted_gain_us / 1e6)
         for path in ("packed", "stock", "fallback"):
             self._add(self._steps, path, getattr(counters, f"{path}_steps"), path=path)
         for reasons in (counters.stock_reasons, counters.fallback_reasons):

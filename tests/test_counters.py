@@ -58,7 +58,7 @@ def test_sglangs_line_about_decode_gets_what_happened_since_the_last_one(
 ) -> None:
     counters = BackendCounters()
     logger = logging.getLogger(LOG)
-    filters = list(logger.filters)
+    filters, logger.filters[:] = list(logger.filters), []  # of backends that other tests made
     append_with(counters.log_text)
     try:
         with caplog.at_level(logging.INFO, logger=LOG):

@@ -16,14 +16,24 @@ PATCHES = ROOT / "patches" / "prefix_patches"
 MAX_LINES = 400
 
 # Modules and folders of sglang_prefix that may import SGLang.
-GLUE = ("backend", "served_layers", "plugin", "cli", "bench")
+GLUE = ("backend", "delegation", "served_layers", "plugin", "cli", "bench")
 
 # What the host side may import besides the standard library, module by module: dependencies point
 # one way. A folder stands for all its modules.
 HOST_IMPORTS = {
-    "forest": {"numpy"},
-    "packing": {"numpy", "sglang_prefix.forest", "sglang_prefix.packing"},
-    "plan": {"numpy", "sglang_prefix.packing", "prefix_kernels.layout"},
+    "compiled": {"numba"},
+    "forest_loops": {"numpy", "sglang_prefix.compiled"},
+    "forest": {"numpy", "sglang_prefix.forest_loops"},
+    "packing": {"numpy", "sglang_prefix.compiled", "sglang_prefix.forest", "sglang_prefix.packing"},
+    "plan": {"numpy", "sglang_prefix.compiled", "sglang_prefix.packing", "prefix_kernels.layout"},
+    "workspace": {"sglang_prefix.packing", "prefix_kernels"},
+    "gate": {
+        "numpy",
+        "torch",
+        "sglang_prefix.forest",
+        "sglang_prefix.packing",
+        "sglang_prefix.plan",
+    },
     "planner": {
         "numpy",
         "sglang_prefix.forest",
