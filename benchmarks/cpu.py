@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cpu_attention import CASES, measure_attention
+from benchmarks.cpu_engine import measure_engine
 from benchmarks.cpu_planning import measure_planning
 from benchmarks.timing import environment
 
@@ -44,7 +45,10 @@ def main() -> None:
     ]
     console.print(_attention_table(report["attention"]))
     report["planning"] = [measure_planning(n, 50, arguments.seed) for n in (256, 1024)]
-    console.print(_planning_table(report["planning"]))
+    title = "host planning, three-level forest"
+    console.print(_planning_table(report["planning"], "median_us", title))
+    report["engine"] = [measure_engine(256)]
+    console.print(_planning_table(report["engine"], "mean_us", "host time in the real engine"))
     target = arguments.out or RESULTS / f"{report['date']}-{commit}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(report, indent=1) + "\n")
@@ -70,12 +74,12 @@ def _attention_table(results: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _planning_table(results: list[dict[str, Any]]) -> Table:
-    table = Table("stage", title="host planning, three-level forest, us (median)")
+def _planning_table(results: list[dict[str, Any]], key: str, title: str) -> Table:
+    table = Table("stage", title=f"{title}, us ({key.partition('_')[0]})")
     for r in results:
         table.add_column(f"{r['num_requests']} requests", justify="right")
-    for name in results[0]["median_us"]:
-        table.add_row(name, *(f"{r['median_us'][name]:.0f}" for r in results))
+    for name in results[0][key]:
+        table.add_row(name, *(f"{r[key][name]:.1f}" for r in results))
     return table
 
 

@@ -280,7 +280,8 @@ class PrefixAttnBackend(DelegatingBackend):
         """All counters as plain values, for who asks the server; metrics then are up to date."""
         if self._metrics is not None:
             self._metrics.update(self.counters, now=True)
-        return self.counters.as_dict()
+        handover = {"passes": self._handover.passes, "pass_seconds": self._handover.seconds}
+        return self.counters.as_dict() | handover
 
     def _plan(self, forward_batch: Any, *, in_graph: bool = False) -> str | None:
         assert self._batches is not None

@@ -8,6 +8,7 @@ pass runs. One :class:`Handover` hangs on each model runner that uses our backen
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ class Handover:
         graph_labels: the labels under which each decode graph is captured, see
             `decode_graph_runner`; none where graphs hold nothing of ours.
         graph_label: the label being captured, or chosen for the step under way.
+        passes, seconds: forward passes so far, and the host time that publishing them took.
 
     A request is settled once it has decoded since it was last prefilled or retracted. Only then is
     its row known to hold the tree's slots: under overlap scheduling the tree insert of a prefill is
@@ -41,9 +43,12 @@ class Handover:
         self.epoch = 0
         self.graph_labels: tuple[str, ...] = ()
         self.graph_label = ""
+        self.passes = 0
+        self.seconds = 0.0
 
     def enter(self, forward_batch: Any) -> Any:
         """Publish the batch behind ``forward_batch``; return what was published before."""
+        began = time.perf_counter()
         previous = self.batch
         self.batch = getattr(forward_batch, BATCH_ATTRIBUTE, None)
         if not forward_batch.forward_mode.is_decode():
@@ -53,6 +58,8 @@ class Handover:
             for req in getattr(self.batch, "reqs", None) or ():
                 if id(req) not in decoding:
                     vars(req).pop(_SETTLED_ATTRIBUTE, None)
+        self.passes += 1
+        self.seconds += time.perf_counter() - began
         return previous
 
     def settled(self, reqs: Sequence[Any]) -> list[bool]:
