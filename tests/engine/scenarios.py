@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sglang_prefix.tiny_model import TinyModelConfig
-from tests.engine import workloads
+from tests.engine import rl, workloads
 from tests.engine.driver import Scenario, Section
+from tests.engine.releases import BACKEND_FLAG, has
 
 __all__ = ["CONTROLS", "IDENTICAL", "MODELS", "SCALES", "SCENARIOS", "VARIANTS", "Variant", "build"]
 
@@ -16,6 +17,8 @@ SCALES = ((2.0, 0.5), (0.25, 4.0))
 
 MODELS = {
     "llama": TinyModelConfig(),
+    # What a trainer might make of it.
+    "other": TinyModelConfig(seed=1),
     # Layers 0 and 2 see 48 tokens, less than nearly every prompt has; 1 and 3 see all.
     "sliding": TinyModelConfig(arch="olmo3", num_layers=4, sliding_window=48),
     "scales": TinyModelConfig(kv_scales=SCALES),
@@ -35,6 +38,8 @@ GROVE = Section("grove", workloads.grove())
 IDENTICAL = (64, 60, 9)
 ALIKE = Section("identical", workloads.identical(*IDENTICAL), one_batch=True)
 BEAMS = Section("beams", workloads.beams(), one_batch=True)
+# Sections of beam search, where SGLang has it.
+SEARCH = (BEAMS,) if has("beams") else ()
 
 ROOMY = {"max_total_tokens": 20000}
 # So small that requests are retracted: SGLang admits as if they were to generate four tokens.
@@ -76,7 +81,7 @@ class Variant:
 
 VARIANTS = {
     "attention-backend": Variant(
-        {"attention_backend": "prefix", **CROWDED},
+        {BACKEND_FLAG: "prefix", **CROWDED},
         0.6,
         (FOREST, ABORTED),
         VERIFY | RETRACT,
@@ -104,12 +109,12 @@ VARIANTS = {
             **ROOMY,
         },
         0.45,
-        (FOREST, BEAMS, MIXED),
+        (FOREST, *SEARCH, MIXED),
         VERIFY | {"SGLANG_PREFIX_POLICY": "chunk"},
     ),
     "chunk-128 page-16 policy-node": Variant(
         {
-            "attention_backend": "prefix",
+            BACKEND_FLAG: "prefix",
             "chunked_prefill_size": 128,
             "page_size": 16,
             **ROOMY,
@@ -118,12 +123,12 @@ VARIANTS = {
         env=VERIFY | {"SGLANG_PREFIX_POLICY": "node"},
     ),
     "no-radix-cache": Variant(
-        {"attention_backend": "prefix", "disable_radix_cache": True, **ROOMY}, 1.001
+        {BACKEND_FLAG: "prefix", "disable_radix_cache": True, **ROOMY}, 1.001
     ),
     "named-stock no-overlap policy-query": Variant(
-        {"attention_backend": "prefix", "disable_overlap_schedule": True, **ROOMY},
+        {BACKEND_FLAG: "prefix", "disable_overlap_schedule": True, **ROOMY},
         1.001,
-        (FOREST, BEAMS),
+        (FOREST, *SEARCH),
         VERIFY | {"SGLANG_PREFIX_POLICY": "query", "SGLANG_PREFIX_STOCK_BACKEND": "torch_native"},
     ),
 }
@@ -134,7 +139,7 @@ def _stock(**options: Any) -> dict[str, Any]:
 
 
 def _ours(**options: Any) -> dict[str, Any]:
-    return {"attention_backend": "prefix", **ROOMY, **options}
+    return {BACKEND_FLAG: "prefix", **ROOMY, **options}
 
 
 def _under(mode: str) -> Section:
@@ -158,7 +163,7 @@ def build(models: Mapping[str, str]) -> dict[str, Scenario]:
     )
     modes = ("none", *CONTROLS, "plan-error", "run-error", "compare-plans")
     control = (*map(_under, modes), ALIKE, _zeroed(ALIKE), _zeroed(ABORTED))
-    control += (BEAMS, _zeroed(BEAMS))
+    control += tuple(s for search in SEARCH for s in (search, _zeroed(search)))
     zeros = (FOREST, _under("zeros"))
     # SGLang has no quantisation scheme for float32, and only a scheme makes it load KV scales.
     float32 = {"SGLANG_PREFIX_TEST_FLOAT32_SCHEME": "1"}
@@ -177,7 +182,7 @@ def build(models: Mapping[str, str]) -> dict[str, Scenario]:
     # The kernels on the CPU; SGLang's own CPU engine runs no Triton kernel.
     interpreted = {"TRITON_INTERPRET": "1", "SGLANG_PREFIX_EXECUTOR": "triton"}
     return {
-        "stock": Scenario(llama, (FOREST, ABORTED, ALIKE, BEAMS, GROVE), _stock()),
+        "stock": Scenario(llama, (FOREST, ABORTED, ALIKE, *SEARCH, GROVE), _stock()),
         "triton": Scenario(
             llama, (GROVE, _zeroed(GROVE)), _ours(), VERIFY | interpreted, hooks=True
         ),
@@ -194,6 +199,7 @@ def build(models: Mapping[str, str]) -> dict[str, Scenario]:
         ),
         "sliding stock": Scenario(sliding, (FOREST,), _stock()),
         "sliding": Scenario(sliding, zeros, _ours(), VERIFY, hooks=True),
+        **rl.build(llama, models["other"], _stock(), _ours(), VERIFY),
         "scales stock": Scenario(scales, (FOREST,), _stock(**wide), float32, hooks=True),
         "scales": Scenario(
             scales, (*zeros, _under("scales")), _ours(**wide), VERIFY | float32, hooks=True

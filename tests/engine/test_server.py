@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from tests.engine.driver import free_port, kill_session
+from tests.engine.releases import BACKEND_FLAG
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -65,7 +66,8 @@ class Server:
 def server(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with the backend; the last test of this module ends it."""
     port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
-    flags = ["--device", "cpu", "--attention-backend", "prefix", "--dtype", "float32"]
+    flags = ["--device", "cpu", "--dtype", "float32"]
+    flags += [f"--{BACKEND_FLAG.replace('_', '-')}", "prefix"]
     flags += ["--mem-fraction-static", "0.7", "--max-total-tokens", "20000"]
     flags += ["--host", "127.0.0.1", "--port", str(port)]
     with log.open("wb") as output:
