@@ -36,7 +36,7 @@ def sections(llama: str, other: str) -> tuple[Section, ...]:
     """What the trainer does, with two models of one shape; the first is loaded at the start."""
     # Before, SGLang refuses to flush while requests wait, retracted or not.
     flush = "flush" if has("flush-while-paused") else "keep"
-    found = (
+    found: tuple[Section, ...] = (
         UNDISTURBED,
         replace(UNDISTURBED, name="all logprobs", input_logprobs=True),
         _stepping("paused in place", IN_PLACE, CONTINUE),
@@ -81,11 +81,13 @@ def build(
         "lora_backend": "torch_native",
     }
     cpu = {"SGLANG_PREFIX_TEST_WITHOUT_CUDA": "1"}
+    # Three requests with the same adapter are too few for the default policy to pack on a CPU.
+    lora_env = {**env, **cpu, "SGLANG_PREFIX_POLICY": "node"}
     lora_zeros = replace(LORA, name="zeros", mode="zeros")
     stock_lora, our_lora = ({**engine, **adapters} for engine in (stock, ours))
     return {
         "trainer stock": Scenario(llama, trained, stock, cpu, hooks=True),
         "trainer": Scenario(llama, (zeros, *trained), ours, {**env, **cpu}, hooks=True),
         "lora stock": Scenario(llama, (UNDISTURBED, LORA), stock_lora, cpu, hooks=True),
-        "lora": Scenario(llama, (LORA, lora_zeros), our_lora, {**env, **cpu}, hooks=True),
+        "lora": Scenario(llama, (LORA, lora_zeros), our_lora, lora_env, hooks=True),
     }

@@ -288,6 +288,6 @@ def test_memory_comes_back(name: str, results: Results) -> None:
 @pytest.mark.scenarios("lora stock", "lora")
 def test_adapters_get_stock_answers(results: Results) -> None:
     ours, stock = results("lora").sections, results("lora stock").sections
-    assert_evidence(ours["adapters"], stock["adapters"], ours["zeros"], 0.9)
+    assert_evidence(ours["adapters"], stock["adapters"], ours["zeros"], ROLLOUT_RATIO)
     # They do something.
     assert num_changed(stock["adapters"], stock["undisturbed"]) >= 5

@@ -211,10 +211,13 @@ def do_without_cuda(module: ModuleType) -> None:
 
         return call
 
-    for name in ("tensor", "empty", "zeros", "ones"):
-        setattr(torch, name, unpinned(getattr(torch, name)))
-    torch.Tensor.pin_memory = lambda self: self  # type: ignore[method-assign]
-    torch.get_device_module = lambda device=None: torch.cpu  # type: ignore[assignment]
+    changed: list[tuple[Any, str, Callable[..., Any]]] = [
+        (torch, name, unpinned(getattr(torch, name))) for name in ("tensor", "empty", "zeros")
+    ]
+    changed.append((torch.Tensor, "pin_memory", lambda self: self))
+    changed.append((torch, "get_device_module", lambda device=None: torch.cpu))
+    for owner, name, function in changed:
+        setattr(owner, name, function)
 
 
 def remove_init_new(module: ModuleType) -> None:
