@@ -7,12 +7,13 @@ from importlib.metadata import version
 import pytest
 from packaging.version import Version
 
-__all__ = ["BACKEND_FLAG", "has", "needs"]
+__all__ = ["BACKEND_FLAG", "PAGES_ENV", "has", "needs"]
 
 # What comes with a release: the release, and what is said of a test that is skipped for it.
 _SINCE = {
     "beams": ("0.5.19", "beam search"),
     "flush-while-paused": ("0.5.21", "flushing the cache while retracted requests wait"),
+    "pages-on-cpu": ("0.5.22", "a page size above 1 on the CPU"),
     "any-name-on-cpu": ("0.5.22", "--attention-backend prefix on the CPU"),
 }
 
@@ -30,3 +31,5 @@ def needs(feature: str) -> pytest.MarkDecorator:
 
 # How to choose the backend on the CPU engine of every release.
 BACKEND_FLAG = "attention_backend" if has("any-name-on-cpu") else "decode_attention_backend"
+# Before, SGLang allocates pages with a Triton kernel on every device; Triton's interpreter runs it.
+PAGES_ENV = {} if has("pages-on-cpu") else {"TRITON_INTERPRET": "1"}

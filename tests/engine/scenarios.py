@@ -9,7 +9,7 @@ from typing import Any
 from sglang_prefix.tiny_model import TinyModelConfig
 from tests.engine import rl, workloads
 from tests.engine.driver import Scenario, Section
-from tests.engine.releases import BACKEND_FLAG, has
+from tests.engine.releases import BACKEND_FLAG, PAGES_ENV, has
 
 __all__ = ["CONTROLS", "IDENTICAL", "MODELS", "SCALES", "SCENARIOS", "VARIANTS", "Variant", "build"]
 
@@ -97,7 +97,7 @@ VARIANTS = {
         },
         0.7,
         (FOREST, ABORTED),
-        VERIFY | RETRACT,
+        VERIFY | RETRACT | PAGES_ENV,
         retracts=True,
     ),
     "named-prefill chunk-64 mixed policy-chunk": Variant(
@@ -120,7 +120,7 @@ VARIANTS = {
             **ROOMY,
         },
         0.5,
-        env=VERIFY | {"SGLANG_PREFIX_POLICY": "node"},
+        env=VERIFY | {"SGLANG_PREFIX_POLICY": "node"} | PAGES_ENV,
     ),
     "no-radix-cache": Variant(
         {BACKEND_FLAG: "prefix", "disable_radix_cache": True, **ROOMY}, 1.001
