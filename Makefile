@@ -38,7 +38,9 @@ compat-version:
 .venv-compat-%/.installed: pyproject.toml | compat-version
 	$(PYTHON) -m venv .venv-compat-$*
 	.venv-compat-$*/bin/python -m pip install -q --upgrade pip
-	.venv-compat-$*/bin/python -m pip install -q 'sglang==$*' -e '.[test]'
+	.venv-compat-$*/bin/python -m pip install -q --no-deps 'sglang==$*' -e .
+	.venv-compat-$*/bin/python .ci/compat_requirements.py > .venv-compat-$*/requirements.txt
+	.venv-compat-$*/bin/python -m pip install -q -r .venv-compat-$*/requirements.txt
 	@touch $@
 
 lint: install  ## Check style and types

@@ -182,7 +182,7 @@ def kill_session(process: subprocess.Popen[bytes]) -> None:
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on, and far from others that this returns.
+    """A TCP port that nothing listens on, nor on the next, and far from others that this returns.
 
     With DP attention the processes of an engine talk on ports from 233 above it on. Ports that the
     system hands out for connections, from 32768 on, may be taken between the choice and their use.
@@ -190,7 +190,7 @@ def free_port() -> int:
     bases = list(range(10_000, 32_000, 275))
     random.SystemRandom().shuffle(bases)
     for port in bases:
-        if all(map(_is_free, (port, *range(port + 233, port + 243)))):
+        if all(map(_is_free, (port, port + 1, *range(port + 233, port + 243)))):
             return port
     raise RuntimeError("no free TCP port between 10000 and 32000")
 
@@ -206,13 +206,15 @@ def main() -> None:
 
     folder = Path(sys.argv[1])
     scenario = json.loads((folder / "scenario.json").read_text())
+    port = free_port()
     options = {
         "device": "cpu",
         "dtype": "float32",
         "mem_fraction_static": 0.7,  # the pool is bounded by tokens; this only has to be enough
         "random_seed": 0,
         "log_level": "info",
-        "port": free_port(),  # with DP attention, processes of an engine talk on ports from here on
+        "port": port,  # with DP attention, processes of an engine talk on ports from here on
+        "nccl_port": port + 1,  # left to itself, SGLang before 0.5.22 takes one that may be gone
     } | scenario["engine"]
     engine = sglang.Engine(model_path=scenario["model"], **options)
     (folder / "mode").write_text("none")

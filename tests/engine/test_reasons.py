@@ -71,7 +71,7 @@ def test_environment_variables_that_go_to_stock(
         ({"use_irope": True}, "position-encoding"),
         ({"logit_cap": 30.0}, "logit-capping"),
     ],
-    ids=lambda value: str(value),
+    ids=["plain", "window", "cross", "encoder", "irope", "cap"],
 )
 def test_layers_that_go_to_stock(options: dict[str, Any], reason: str | None) -> None:
     from sglang.srt.layers.radix_attention import AttentionType, RadixAttention

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from tests.engine.driver import free_port, kill_session
-from tests.engine.releases import BACKEND_FLAG
+from tests.engine.releases import BACKEND_FLAG, has
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -155,10 +155,12 @@ def test_bench_serving_with_shared_prefixes(server: Server, tmp_path: Path) -> N
         --backend sglang --host 127.0.0.1 --port {server.port}
         --model {server.model} --tokenizer {server.model}
         --dataset-name generated-shared-prefix --gsp-num-groups 2 --gsp-prompts-per-group 8
-        --gsp-system-prompt-len 400 --gsp-question-len 16 --gsp-output-len 24 --tokenize-prompt
+        --gsp-system-prompt-len 400 --gsp-question-len 16 --gsp-output-len 24
         --num-prompts 16 --request-rate inf --max-concurrency 16 --seed 1 --flush-cache
         --output-file {report}
     """.split()
+    if has("shared-prefixes-as-tokens"):
+        flags.append("--tokenize-prompt")
     run_program("-m", "sglang.bench_serving", *flags)
     assert json.loads(report.read_text().splitlines()[-1])["completed"] == 16
     assert_shared(before, server.counters(), 0.4)

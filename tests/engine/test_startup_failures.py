@@ -97,7 +97,10 @@ def test_an_unknown_stock_backend_is_named_with_the_legal_ones(
     register()
     monkeypatch.setenv("SGLANG_PREFIX_STOCK_BACKEND", name)
     runner = SimpleNamespace(
-        page_size=1, device="cpu", token_to_kv_pool=SimpleNamespace(dtype=torch.float32)
+        page_size=1,
+        device="cpu",
+        token_to_kv_pool=SimpleNamespace(dtype=torch.float32),
+        server_args=SimpleNamespace(attention_backend=None),
     )
     with pytest.raises(ValueError, match=f"SGLANG_PREFIX_STOCK_BACKEND='{name}'") as failure:
         create_prefix_backend(runner)
