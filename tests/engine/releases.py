@@ -11,6 +11,7 @@ __all__ = ["BACKEND_FLAG", "PAGES_ENV", "has", "needs"]
 
 # What comes with a release: the release, and what is said of a test that is skipped for it.
 _SINCE = {
+    "olmo3": ("0.5.18", "loading Olmo 3"),
     "beams": ("0.5.19", "beam search"),
     "flush-while-paused": ("0.5.21", "flushing the cache while retracted requests wait"),
     "pages-on-cpu": ("0.5.22", "a page size above 1 on the CPU"),

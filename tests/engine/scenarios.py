@@ -20,7 +20,9 @@ MODELS = {
     # What a trainer might make of it.
     "other": TinyModelConfig(seed=1),
     # Layers 0 and 2 see 48 tokens, less than nearly every prompt has; 1 and 3 see all.
-    "sliding": TinyModelConfig(arch="olmo3", num_layers=4, sliding_window=48),
+    "sliding": TinyModelConfig(
+        arch="olmo3" if has("olmo3") else "gemma2", num_layers=4, sliding_window=48
+    ),
     "scales": TinyModelConfig(kv_scales=SCALES),
     # Turned into a Qwen3: SGLang's Llama is not made for DP attention.
     "qwen3": TinyModelConfig(),
