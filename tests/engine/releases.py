@@ -13,6 +13,7 @@ __all__ = ["BACKEND_FLAG", "PAGES_ENV", "has", "needs"]
 _SINCE = {
     "olmo3": ("0.5.18", "loading Olmo 3"),
     "beams": ("0.5.19", "beam search"),
+    "kv-scales": ("0.5.19", "loading the KV scales of a compressed-tensors checkpoint"),
     "flush-while-paused": ("0.5.21", "flushing the cache while retracted requests wait"),
     "pages-on-cpu": ("0.5.22", "a page size above 1 on the CPU"),
     "any-name-on-cpu": ("0.5.22", "--attention-backend prefix on the CPU"),

@@ -194,6 +194,7 @@ def test_sliding_window_layers_go_to_stock_and_full_ones_are_packed(results: Res
     assert delegated == {"0": "sliding-window", "2": "sliding-window"}
 
 
+@needs("kv-scales")
 @pytest.mark.scenarios("scales stock", "scales")
 def test_scales_in_the_checkpoint_do_what_they_do_in_stock(results: Results) -> None:
     ours, stock = results("scales"), results("scales stock")
