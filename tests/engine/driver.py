@@ -262,7 +262,7 @@ async def _run_section(engine: Any, section: dict[str, Any], hold: Path) -> dict
     if section["one_batch"]:
         plug = asdict(Request("plug", (3,) * 4000, 1))
         tasks.append(asyncio.create_task(_generate(engine, plug)))
-        await asyncio.sleep(0.05)  # its prefill takes about a second
+        await asyncio.sleep(0.25)  # its prefill takes about a second
     tasks += [asyncio.create_task(serve(request)) for request in section["requests"]]
     if section["hold"]:
         tasks.append(asyncio.create_task(take_steps(engine, section["steps"], hold)))
