@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench-cpu clean
+.PHONY: help install demo test compat compat-version lint format bench-cpu clean
 .PHONY: gpu-check gpu-bench gpu-tune gpu-check-dry gpu-bench-dry gpu-tune-dry
 
 help:  ## Show this list
@@ -24,6 +24,24 @@ demo: install  ## Compare stock decode with prefix decode in the real engine
 
 test: install  ## Run all tests; they see the sgl_kernel stand-in where there is no GPU
 	$(BIN)/sglang-prefix exec -- $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+# An environment per release, beside the main one; constraints.txt pins the main one alone.
+COMPAT := .venv-compat-$(VERSION)
+
+compat: compat-version $(COMPAT)/.installed  ## Engine tests with another SGLang (VERSION=0.5.17)
+	$(COMPAT)/bin/sglang-prefix exec -- $(COMPAT)/bin/python -m pytest -n 2 --dist loadfile \
+		tests/engine $(PYTEST_ARGS)
+
+compat-version:
+	@$(PYTHON) .ci/check_compat_version.py "$(VERSION)"
+
+.venv-compat-%/.installed: pyproject.toml | compat-version
+	$(PYTHON) -m venv .venv-compat-$*
+	.venv-compat-$*/bin/python -m pip install -q --upgrade pip
+	.venv-compat-$*/bin/python -m pip install -q --no-deps 'sglang==$*' -e .
+	.venv-compat-$*/bin/python .ci/compat_requirements.py > .venv-compat-$*/requirements.txt
+	.venv-compat-$*/bin/python -m pip install -q -r .venv-compat-$*/requirements.txt
+	@touch $@
 
 lint: install  ## Check style and types
 	$(BIN)/ruff check .
@@ -61,5 +79,5 @@ gpu-tune-dry: install  ## The logic of gpu-tune on tiny shapes, without a GPU; m
 	$(GPU_DRY) $(BIN)/python -m benchmarks.gpu.tune --dry $(GPU_ARGS)
 
 clean:  ## Remove the environment and everything that was built
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-compat-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -4,7 +4,7 @@ Start a server first, then run this against it::
 
     sglang-prefix tiny-model /tmp/tiny
     sglang-prefix exec -- sglang serve --model-path /tmp/tiny --device cpu \
-        --dtype float32 --attention-backend prefix --port 30000
+        --dtype float32 --decode-attention-backend prefix --port 30000
     python examples/frontend_fork.py --base-url http://127.0.0.1:30000
 """
 

@@ -29,7 +29,7 @@ def main() -> None:
     on_cpu = {"device": "cpu", "mem_fraction_static": 0.7}
     engine = sglang.Engine(
         model_path=arguments.model_path,
-        attention_backend="prefix",
+        decode_attention_backend="prefix",
         max_total_tokens=40_000,
         log_level="warning",
         **(on_gpu if torch.cuda.is_available() else on_cpu),

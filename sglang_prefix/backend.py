@@ -41,6 +41,9 @@ PACKED, STOCK = "packed", "stock"
 
 logger = logging.getLogger(__name__)
 
+# What SGLang sets on the halves of two-batch overlap (0.5.17 to 0.5.23).
+_HALF_OF = "tbo_parent_token_range"
+
 
 def create_backend(model_runner: Any) -> PrefixAttnBackend:
     """Build the backend for one model runner: settings, patches, stock backend, ours.
@@ -287,7 +290,8 @@ class PrefixAttnBackend(DelegatingBackend):
         assert self._batches is not None
         if getattr(forward_batch, "spec_info", None) is not None:
             return "speculative"
-        if getattr(forward_batch, "tbo_children", None):
+        # The halves come to backends of their own, with the schedule batch of the whole.
+        if any(getattr(forward_batch, name, None) for name in ("tbo_children", _HALF_OF)):
             return "two-batch-overlap"
         try:
             return self._batches.prepare(forward_batch, in_graph=in_graph)

@@ -65,7 +65,7 @@ def demo(
         for backend in _BACKENDS:
             engine = _engine_arguments(model, device, dtype, workload)
             if backend == "prefix":
-                engine["attention_backend"] = "prefix"
+                engine["decode_attention_backend"] = "prefix"
             results[backend] = _run_engine(root / backend, backend, engine, workload, rounds, out)
     report = _report(results, workload, device, dtype, model_path)
     _print_table(report, out)

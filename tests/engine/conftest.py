@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pytest
 
 from sglang_prefix.tiny_model import build_tiny_model
+from tests.engine.adapters import ADAPTERS, write_adapter
 from tests.engine.driver import ScenarioResult, run_scenario
 from tests.engine.qwen3 import turn_into_qwen3
 from tests.engine.scenarios import MODELS, build
@@ -27,7 +28,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Note the scenarios of the selected tests in the order in which they are wanted."""
-    marks = [mark for item in session.items for mark in item.iter_markers("scenarios")]
+    run = [i for i in session.items if not any(m.args[0] for m in i.iter_markers("skipif"))]
+    marks = [mark for item in run for mark in item.iter_markers("scenarios")]
     session.config.stash[_needed] = list(dict.fromkeys(n for mark in marks for n in mark.args))
 
 
@@ -38,6 +40,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for name, config in MODELS.items():
         build_tiny_model(folders[name], config)
     turn_into_qwen3(folders["qwen3"])
+    for seed, name in enumerate(ADAPTERS):
+        write_adapter(folders["llama"] / name, MODELS["llama"], seed)
     return {name: str(folder) for name, folder in folders.items()}
 
 

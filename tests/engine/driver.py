@@ -21,8 +21,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.engine.trainer import Step, take_steps
+
 HOOKS = Path(__file__).parent / "hooks"
+ROOT = Path(__file__).parents[2]
 MODE_FILE = "SGLANG_PREFIX_TEST_MODE_FILE"
+HOLD_FILE = "SGLANG_PREFIX_TEST_HOLD_FILE"
 # Most engines are up within 30 s and done within 60 s on two cores.
 TIMEOUT_S = 600
 
@@ -38,6 +42,7 @@ class Request:
         after: joins when this many requests of the section have finished.
         abort_after: aborted by the client when it has this many tokens.
         beam_width: beam search with this many beams, all of which come back.
+        lora: name of the adapter.
     """
 
     rid: str
@@ -46,6 +51,7 @@ class Request:
     after: int = 0
     abort_after: int | None = None
     beam_width: int | None = None
+    lora: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,11 @@ class Section:
         one_batch: send all at once behind a prefill that keeps the scheduler busy, so that they
             are prefilled in one batch.
         logprobs: ask for them; SGLang then mixes no prefill into a decode batch.
+        input_logprobs: ask for those of the prompt too.
+        hold: the decode pass before which the scheduler is held until the first of ``steps`` has
+            reached it; all engines then do the steps at the same tokens. Needs the hooks. 0 takes
+            the steps before the requests are sent.
+        steps: what a trainer does to the engine meanwhile, see ``trainer.py``.
     """
 
     name: str
@@ -66,6 +77,9 @@ class Section:
     mode: str = "none"
     one_batch: bool = False
     logprobs: bool = True
+    input_logprobs: bool = False
+    hold: int = 0
+    steps: tuple[Step, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,9 +107,9 @@ class SectionResult:
 
     Attributes:
         requests: by rid, "RID aborted" for one that the client aborts: output_ids, logprobs,
-            cached_tokens, finish (the type of the reason). With beams, output_ids are those of
-            all beams, best first, and logprobs the scores of the beams. Without logprobs asked for,
-            an empty list.
+            input_logprobs, cached_tokens, finish (the type of the reason). With beams, output_ids
+            are those of all beams, best first, and logprobs the scores of the beams. Without
+            logprobs asked for, an empty list.
         counters: the backend's counters, what this section added to them.
         load_format: how the engine got its weights; "dummy" ones would prove nothing.
     """
@@ -125,7 +139,8 @@ def run_scenario(scenario: Scenario, folder: Path) -> ScenarioResult:
     began = time.monotonic()
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
+            [sys.executable, "-m", "tests.engine.driver", str(folder)],
+            cwd=ROOT,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -153,6 +168,7 @@ def engine_environment(scenario: Scenario, folder: Path) -> dict[str, str]:
     base = {k: v for k, v in os.environ.items() if not k.startswith("SGLANG_PREFIX_")}
     env = sglang_environment(find_sgl_kernel(), base)
     env |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", MODE_FILE: str(folder / "mode")}
+    env |= {HOLD_FILE: str(folder / "hold")}
     if scenario.hooks:
         env["PYTHONPATH"] = os.pathsep.join([str(HOOKS), env.get("PYTHONPATH", "")])
     return env | dict(scenario.env)
@@ -166,7 +182,7 @@ def kill_session(process: subprocess.Popen[bytes]) -> None:
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on, and far from others that this returns.
+    """A TCP port that nothing listens on, nor on the next, and far from others that this returns.
 
     With DP attention the processes of an engine talk on ports from 233 above it on. Ports that the
     system hands out for connections, from 32768 on, may be taken between the choice and their use.
@@ -174,7 +190,7 @@ def free_port() -> int:
     bases = list(range(10_000, 32_000, 275))
     random.SystemRandom().shuffle(bases)
     for port in bases:
-        if all(map(_is_free, (port, *range(port + 233, port + 243)))):
+        if all(map(_is_free, (port, port + 1, *range(port + 233, port + 243)))):
             return port
     raise RuntimeError("no free TCP port between 10000 and 32000")
 
@@ -190,13 +206,15 @@ def main() -> None:
 
     folder = Path(sys.argv[1])
     scenario = json.loads((folder / "scenario.json").read_text())
+    port = free_port()
     options = {
         "device": "cpu",
         "dtype": "float32",
         "mem_fraction_static": 0.7,  # the pool is bounded by tokens; this only has to be enough
         "random_seed": 0,
         "log_level": "info",
-        "port": free_port(),  # with DP attention, processes of an engine talk on ports from here on
+        "port": port,  # with DP attention, processes of an engine talk on ports from here on
+        "nccl_port": port + 1,  # left to itself, SGLang before 0.5.22 takes one that may be gone
     } | scenario["engine"]
     engine = sglang.Engine(model_path=scenario["model"], **options)
     (folder / "mode").write_text("none")
@@ -205,7 +223,7 @@ def main() -> None:
         assert engine.flush_cache().success
         (folder / "mode").write_text(section["mode"])
         before = _counters(engine)
-        requests = engine.loop.run_until_complete(_run_section(engine, section))
+        requests = engine.loop.run_until_complete(_run_section(engine, section, folder / "hold"))
         counters = _difference(before, _counters(engine))
         results[section["name"]] = {
             "requests": requests,
@@ -217,7 +235,7 @@ def main() -> None:
     engine.shutdown()
 
 
-async def _run_section(engine: Any, section: dict[str, Any]) -> dict[str, Any]:
+async def _run_section(engine: Any, section: dict[str, Any], hold: Path) -> dict[str, Any]:
     finished = 0
     progress = asyncio.Condition()
     results: dict[str, Any] = {}
@@ -229,23 +247,34 @@ async def _run_section(engine: Any, section: dict[str, Any]) -> dict[str, Any]:
             await progress.wait_for(lambda: finished >= request["after"])
         async with running.setdefault(request["rid"], asyncio.Lock()):
             name = request["rid"] if request["abort_after"] is None else f"{request['rid']} aborted"
-            results[name] = await _generate(engine, request, section["logprobs"])
+            results[name] = await _generate(
+                engine, request, section["logprobs"], section["input_logprobs"]
+            )
         async with progress:
             finished += 1
             progress.notify_all()
 
     tasks: list[asyncio.Task[Any]] = []
+    if section["hold"]:
+        hold.write_text(str(section["hold"]))
+    elif section["steps"]:
+        await take_steps(engine, section["steps"], hold)
     if section["one_batch"]:
         plug = asdict(Request("plug", (3,) * 4000, 1))
         tasks.append(asyncio.create_task(_generate(engine, plug)))
-        await asyncio.sleep(0.05)  # its prefill takes about a second
+        await asyncio.sleep(0.25)  # its prefill takes about a second
     tasks += [asyncio.create_task(serve(request)) for request in section["requests"]]
+    if section["hold"]:
+        tasks.append(asyncio.create_task(take_steps(engine, section["steps"], hold)))
     await asyncio.gather(*tasks)
     return results
 
 
 async def _generate(
-    engine: Any, request: dict[str, Any], wants_logprobs: bool = True
+    engine: Any,
+    request: dict[str, Any],
+    wants_logprobs: bool = True,
+    wants_input_logprobs: bool = False,
 ) -> dict[str, Any]:
     beam_width = request["beam_width"]
     stream = await engine.async_generate(
@@ -257,8 +286,10 @@ async def _generate(
         }
         | ({} if beam_width is None else {"beam_width": beam_width, "n": beam_width}),
         return_logprob=wants_logprobs and beam_width is None,  # SGLang refuses the two together
+        logprob_start_len=0 if wants_input_logprobs else None,
         stream=True,
         rid=request["rid"],
+        lora_path=request["lora"],
     )
     chunk: dict[str, Any] = {}
     abort_after = request["abort_after"]
@@ -277,6 +308,8 @@ async def _generate(
     return {
         "output_ids": output_ids,
         "logprobs": logprobs,
+        # The first token has none.
+        "input_logprobs": [entry[0] for entry in (meta.get("input_token_logprobs") or ())[1:]],
         "cached_tokens": meta["cached_tokens"],
         "finish": (meta["finish_reason"] or {}).get("type"),
     }

@@ -9,6 +9,7 @@ from typing import Any
 from tests.engine.driver import ScenarioResult, SectionResult
 
 __all__ = [
+    "LOGPROB_TOLERANCE",
     "LOGPROB_TOLERANCE_BF16_CACHE",
     "assert_evidence",
     "assert_packed",

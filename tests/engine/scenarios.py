@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sglang_prefix.tiny_model import TinyModelConfig
-from tests.engine import workloads
+from tests.engine import rl, workloads
 from tests.engine.driver import Scenario, Section
+from tests.engine.releases import BACKEND_FLAG, PAGES_ENV, has
 
 __all__ = [
     "CONTROLS",
@@ -26,8 +27,12 @@ SCALES = ((2.0, 0.5), (0.25, 4.0))
 
 MODELS = {
     "llama": TinyModelConfig(),
+    # What a trainer might make of it.
+    "other": TinyModelConfig(seed=1),
     # Layers 0 and 2 see 48 tokens, less than nearly every prompt has; 1 and 3 see all.
-    "sliding": TinyModelConfig(arch="olmo3", num_layers=4, sliding_window=48),
+    "sliding": TinyModelConfig(
+        arch="olmo3" if has("olmo3") else "gemma2", num_layers=4, sliding_window=48
+    ),
     "scales": TinyModelConfig(kv_scales=SCALES),
     # Turned into a Qwen3: SGLang's Llama is not made for DP attention.
     "qwen3": TinyModelConfig(),
@@ -46,6 +51,8 @@ CROWD = Section("crowd", workloads.crowd())
 IDENTICAL = (64, 60, 9)
 ALIKE = Section("identical", workloads.identical(*IDENTICAL), one_batch=True)
 BEAMS = Section("beams", workloads.beams(), one_batch=True)
+# Sections of beam search, where SGLang has it.
+SEARCH = (BEAMS,) if has("beams") else ()
 
 ROOMY = {"max_total_tokens": 20000}
 # So small that requests are retracted: SGLang admits as if they were to generate four tokens.
@@ -88,7 +95,7 @@ class Variant:
 
 VARIANTS = {
     "attention-backend": Variant(
-        {"attention_backend": "prefix", **CROWDED},
+        {BACKEND_FLAG: "prefix", **CROWDED},
         0.6,
         (FOREST, ABORTED),
         VERIFY | RETRACT,
@@ -104,7 +111,7 @@ VARIANTS = {
         },
         0.7,
         (FOREST, ABORTED),
-        VERIFY | RETRACT,
+        VERIFY | RETRACT | PAGES_ENV,
         retracts=True,
     ),
     "named-prefill chunk-64 mixed policy-chunk": Variant(
@@ -116,26 +123,26 @@ VARIANTS = {
             **ROOMY,
         },
         0.45,
-        (FOREST, BEAMS, MIXED),
+        (FOREST, *SEARCH, MIXED),
         VERIFY | {"SGLANG_PREFIX_POLICY": "chunk"},
     ),
     "chunk-128 page-16 policy-node": Variant(
         {
-            "attention_backend": "prefix",
+            BACKEND_FLAG: "prefix",
             "chunked_prefill_size": 128,
             "page_size": 16,
             **ROOMY,
         },
         0.5,
-        env=VERIFY | {"SGLANG_PREFIX_POLICY": "node"},
+        env=VERIFY | {"SGLANG_PREFIX_POLICY": "node"} | PAGES_ENV,
     ),
     "no-radix-cache": Variant(
-        {"attention_backend": "prefix", "disable_radix_cache": True, **ROOMY}, 1.001
+        {BACKEND_FLAG: "prefix", "disable_radix_cache": True, **ROOMY}, 1.001
     ),
     "named-stock no-overlap policy-query": Variant(
-        {"attention_backend": "prefix", "disable_overlap_schedule": True, **ROOMY},
+        {BACKEND_FLAG: "prefix", "disable_overlap_schedule": True, **ROOMY},
         1.001,
-        (FOREST, BEAMS),
+        (FOREST, *SEARCH),
         VERIFY | {"SGLANG_PREFIX_POLICY": "query", "SGLANG_PREFIX_STOCK_BACKEND": "torch_native"},
     ),
 }
@@ -146,7 +153,7 @@ def _stock(**options: Any) -> dict[str, Any]:
 
 
 def _ours(**options: Any) -> dict[str, Any]:
-    return {"attention_backend": "prefix", **ROOMY} | options
+    return {BACKEND_FLAG: "prefix", **ROOMY} | options
 
 
 def _under(mode: str) -> Section:
@@ -170,7 +177,7 @@ def build(models: Mapping[str, str]) -> dict[str, Scenario]:
     )
     modes = ("none", *CONTROLS, "plan-error", "run-error", "compare-plans")
     control = (*map(_under, modes), ALIKE, _zeroed(ALIKE), _zeroed(ABORTED))
-    control += (BEAMS, _zeroed(BEAMS), _zeroed(CROWD))
+    control += (*(s for search in SEARCH for s in (search, _zeroed(search))), _zeroed(CROWD))
     zeros = (FOREST, _under("zeros"))
     # SGLang has no quantisation scheme for float32, and only a scheme makes it load KV scales.
     float32 = {"SGLANG_PREFIX_TEST_FLOAT32_SCHEME": "1"}
@@ -190,7 +197,7 @@ def build(models: Mapping[str, str]) -> dict[str, Scenario]:
     graphs = {"SGLANG_PREFIX_TEST_GRAPHS": "1"}
     interpreted = {"TRITON_INTERPRET": "1", "SGLANG_PREFIX_EXECUTOR": "triton"}
     return {
-        "stock": Scenario(llama, (FOREST, ABORTED, ALIKE, BEAMS, GROVE, CROWD), _stock()),
+        "stock": Scenario(llama, (FOREST, ABORTED, ALIKE, *SEARCH, GROVE, CROWD), _stock()),
         "triton": Scenario(
             llama, (GROVE, _zeroed(GROVE)), _ours(), VERIFY | interpreted, hooks=True
         ),
@@ -227,6 +234,7 @@ def build(models: Mapping[str, str]) -> dict[str, Scenario]:
         ),
         "sliding stock": Scenario(sliding, (FOREST, GROVE), _stock()),
         "sliding": Scenario(sliding, zeros, _ours(), VERIFY, hooks=True),
+        **rl.build(llama, models["other"], _stock(), _ours(), VERIFY),
         "scales stock": Scenario(scales, (FOREST,), _stock(**wide), float32, hooks=True),
         "scales": Scenario(
             scales, (*zeros, _under("scales")), _ours(**wide), VERIFY | float32, hooks=True

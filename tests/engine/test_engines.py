@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 
 from tests.engine.conftest import Results
+from tests.engine.driver import SectionResult
 from tests.engine.evidence import (
+    LOGPROB_TOLERANCE,
     LOGPROB_TOLERANCE_BF16_CACHE,
     assert_evidence,
     assert_packed,
@@ -23,6 +25,8 @@ from tests.engine.evidence import (
     num_changed,
     num_retracted,
 )
+from tests.engine.releases import needs
+from tests.engine.rl import HOLD, UNDISTURBED
 from tests.engine.scenarios import CONTROLS, CROWD_PAGE_SIZES, IDENTICAL, VARIANTS
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
@@ -71,6 +75,7 @@ def test_hundreds_of_requests_that_come_and_go_get_stock_answers(
 SEARCHES = {n: v.max_ratio for n, v in VARIANTS.items() if v.searches_beams}
 
 
+@needs("beams")
 @pytest.mark.parametrize("name", with_engines(["control", *SEARCHES]))
 def test_beam_search_finds_stock_beams(name: str, results: Results) -> None:
     ours, control = results(name).sections["beams"], results("control").sections["beams zeros"]
@@ -162,6 +167,8 @@ def test_two_ranks_get_stock_answers(results: Results) -> None:
     assert_evidence(ours.sections["forest"], stock.sections["forest"], ours.sections["zeros"], 0.5)
 
 
+# Before, our backend needs one of SGLang's to prefill with, and the pair of them cannot pad there.
+@needs("any-name-on-cpu")
 @pytest.mark.scenarios("dp-attention stock", "dp-attention")
 def test_dp_attention_pads_batches_and_they_get_stock_answers(results: Results) -> None:
     ours, stock = results("dp-attention"), results("dp-attention stock")
@@ -250,6 +257,7 @@ def test_sliding_window_layers_go_to_stock_and_full_ones_are_packed(results: Res
     assert delegated == {"0": "sliding-window", "2": "sliding-window"}
 
 
+@needs("kv-scales")
 @pytest.mark.scenarios("scales stock", "scales")
 def test_scales_in_the_checkpoint_do_what_they_do_in_stock(results: Results) -> None:
     ours, stock = results("scales"), results("scales stock")
@@ -263,3 +271,87 @@ def test_scales_in_the_checkpoint_do_what_they_do_in_stock(results: Results) -> 
     # The layers do carry them: applied to a cache that holds unscaled values they do harm.
     harmed = num_changed(ours.sections["scales"], stock.sections["forest"])
     assert harmed * 2 >= len(stock.sections["forest"].requests)
+
+
+# In the hands of a trainer; and adapters.
+
+TRAINED = pytest.mark.scenarios("trainer stock", "trainer")
+# Of the rollouts, the prompts and what is generated before the trainer steps in.
+ROLLOUT_RATIO = 0.6
+
+
+def trained(name: str, results: Results) -> SectionResult:
+    """Our section of that name, after comparing it with stock's."""
+    ours, stock = results("trainer").sections, results("trainer stock").sections
+    assert_same(ours[name], stock[name])
+    assert_packed(ours[name].counters, ROLLOUT_RATIO)
+    # Our decode was broken at the start of the same engine, on the same requests.
+    assert num_changed(ours["zeros"], stock["undisturbed"]) * 2 >= len(UNDISTURBED.requests)
+    return ours[name]
+
+
+@TRAINED
+@pytest.mark.parametrize("name", ["undisturbed", "paused in place", "all logprobs"])
+def test_a_pause_in_place_keeps_the_plan(name: str, results: Results) -> None:
+    ours, undisturbed = trained(name, results), trained("undisturbed", results)
+    assert num_changed(ours, undisturbed) == 0
+    assert ours.counters["plans"] == undisturbed.counters["plans"]
+
+
+@TRAINED
+def test_logprobs_of_all_tokens_are_those_of_stock(results: Results) -> None:
+    ours = trained("all logprobs", results)
+    stock = results("trainer stock").sections["all logprobs"]
+    for request in UNDISTURBED.requests:
+        found, expected = (run.requests[request.rid]["input_logprobs"] for run in (ours, stock))
+        assert len(found) == len(expected) == len(request.prompt) - 1
+        assert found == pytest.approx(expected, abs=LOGPROB_TOLERANCE)
+
+
+@TRAINED
+def test_requests_retracted_by_a_pause_are_planned_anew(results: Results) -> None:
+    ours, undisturbed = (trained(n, results) for n in ("paused and retracted", "undisturbed"))
+    assert num_changed(ours, undisturbed) == 0
+    # After their second prefill: their first decode step, and the second.
+    assert ours.counters["plans"] == undisturbed.counters["plans"] + 2
+
+
+@TRAINED
+def test_one_sample_of_a_group_is_aborted(results: Results) -> None:
+    aborted = trained("sample aborted", results).requests["r2 aborted"]
+    assert aborted["finish"] == "abort"
+    assert HOLD <= len(aborted["output_ids"]) < UNDISTURBED.requests[2].max_new_tokens
+
+
+@TRAINED
+@pytest.mark.parametrize(
+    ("name", "before"),
+    [
+        ("weights from disk", "undisturbed"),
+        ("weights as tensors", "weights from disk"),
+        ("weights broadcast", "undisturbed"),
+    ],
+)
+def test_new_weights_amid_decoding(name: str, before: str, results: Results) -> None:
+    ours, undisturbed = trained(name, results), trained(before, results)
+    assert num_changed(ours, undisturbed) * 2 >= len(UNDISTURBED.requests)
+
+
+@TRAINED
+@pytest.mark.parametrize(
+    "name",
+    [
+        "memory released",
+        pytest.param("memory released in a pause", marks=needs("flush-while-paused")),
+    ],
+)
+def test_memory_comes_back(name: str, results: Results) -> None:
+    trained(name, results)
+
+
+@pytest.mark.scenarios("lora stock", "lora")
+def test_adapters_get_stock_answers(results: Results) -> None:
+    ours, stock = results("lora").sections, results("lora stock").sections
+    assert_evidence(ours["adapters"], stock["adapters"], ours["zeros"], ROLLOUT_RATIO)
+    # They do something.
+    assert num_changed(stock["adapters"], stock["undisturbed"]) >= 5

@@ -20,6 +20,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.engine.driver import free_port, kill_session
+from tests.engine.releases import BACKEND_FLAG, has
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -82,7 +83,8 @@ class Server:
 def server(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with the backend; the last test of this module ends it."""
     port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
-    flags = ["--device", "cpu", "--attention-backend", "prefix", "--dtype", "float32"]
+    flags = ["--device", "cpu", "--dtype", "float32"]
+    flags += [f"--{BACKEND_FLAG.replace('_', '-')}", "prefix"]
     flags += ["--mem-fraction-static", "0.7", "--max-total-tokens", "20000"]
     flags += ["--enable-metrics", "--decode-log-interval", "5"]
     flags += ["--host", "127.0.0.1", "--port", str(port)]
@@ -171,10 +173,12 @@ def test_bench_serving_with_shared_prefixes(server: Server, tmp_path: Path) -> N
         --backend sglang --host 127.0.0.1 --port {server.port}
         --model {server.model} --tokenizer {server.model}
         --dataset-name generated-shared-prefix --gsp-num-groups 2 --gsp-prompts-per-group 8
-        --gsp-system-prompt-len 400 --gsp-question-len 16 --gsp-output-len 24 --tokenize-prompt
+        --gsp-system-prompt-len 400 --gsp-question-len 16 --gsp-output-len 24
         --num-prompts 16 --request-rate inf --max-concurrency 16 --seed 1 --flush-cache
         --output-file {report}
     """.split()
+    if has("shared-prefixes-as-tokens"):
+        flags.append("--tokenize-prompt")
     run_program("-m", "sglang.bench_serving", *flags)
     assert json.loads(report.read_text().splitlines()[-1])["completed"] == 16
     assert_shared(before, server.counters(), 0.4)

@@ -13,17 +13,33 @@ import torch
 
 from sglang_prefix.config import PrefixConfig
 from tests.engine.driver import Scenario, Section, run_scenario
+from tests.engine.releases import BACKEND_FLAG, has
 
-FAILURES = {
+# Environment, engine arguments, message.
+FAILURES: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
     "version": (
         {"SGLANG_PREFIX_TEST_VERSION": "0.6.1"},
+        {BACKEND_FLAG: "prefix"},
         "RuntimeError: sglang-prefix needs SGLang >=0.5.17,<0.6, but SGLang 0.6.1 is installed",
     ),
     "symbol": (
         {"SGLANG_PREFIX_TEST_WITHOUT_INIT_NEW": "1"},
+        {BACKEND_FLAG: "prefix"},
         "RuntimeError: sglang-prefix cannot attach to SGLang",
     ),
+    # SGLang's own message.
+    "deterministic": (
+        {},
+        {"attention_backend": "prefix", "enable_deterministic_inference": True},
+        "but you explicitly specified 'prefix'",
+    ),
 }
+if not has("any-name-on-cpu"):
+    FAILURES["prefill"] = (
+        {},
+        {"attention_backend": "prefix"},
+        "ValueError: --attention-backend prefix does not work on the CPU with SGLang",
+    )
 
 
 @pytest.mark.engine
@@ -32,8 +48,8 @@ FAILURES = {
 def test_the_engine_ends_with_one_message(
     name: str, models: dict[str, str], tmp_path: Path
 ) -> None:
-    env, message = FAILURES[name]
-    options = {"attention_backend": "prefix", "max_total_tokens": 2000}
+    env, options, message = FAILURES[name]
+    options = {"max_total_tokens": 2000, **options}
     scenario = Scenario(models["llama"], (Section("none", ()),), options, env, hooks=True)
     with pytest.raises(RuntimeError, match="engine ended with status"):
         run_scenario(scenario, tmp_path / "engine")
@@ -81,7 +97,10 @@ def test_an_unknown_stock_backend_is_named_with_the_legal_ones(
     register()
     monkeypatch.setenv("SGLANG_PREFIX_STOCK_BACKEND", name)
     runner = SimpleNamespace(
-        page_size=1, device="cpu", token_to_kv_pool=SimpleNamespace(dtype=torch.float32)
+        page_size=1,
+        device="cpu",
+        token_to_kv_pool=SimpleNamespace(dtype=torch.float32),
+        server_args=SimpleNamespace(attention_backend=None),
     )
     with pytest.raises(ValueError, match=f"SGLANG_PREFIX_STOCK_BACKEND='{name}'") as failure:
         create_prefix_backend(runner)

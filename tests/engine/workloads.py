@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from tests.engine.driver import Request
 
-__all__ = ["aborted", "beams", "crowd", "forest", "grove", "identical"]
+__all__ = ["aborted", "beams", "crowd", "forest", "grove", "identical", "rollouts"]
 
 
 def _tokens(rng: random.Random, count: int) -> tuple[int, ...]:
@@ -97,3 +97,12 @@ def beams() -> tuple[Request, ...]:
         Request(f"j{i}", p, 24 + 3 * i, beam_width=3 + i) for i, p in enumerate(prompts[:4])
     ]
     return (*searches, *(Request(f"k{i}", p, 12 + i) for i, p in enumerate(prompts[4:])))
+
+
+def rollouts() -> tuple[Request, ...]:
+    """Samples of two prompts, two of each, and of five prompts that continue them."""
+    rng = random.Random(6)
+    system = _tokens(rng, 300)
+    groups = [system + _tokens(rng, 50) for _ in range(2)]
+    prompts = [*groups, *groups, *(groups[i % 2] + _tokens(rng, 1 + 3 * i) for i in range(5))]
+    return tuple(Request(f"r{i}", p, 16 + i) for i, p in enumerate(prompts))

@@ -6,12 +6,14 @@ serves several controls. Everything is patched right after the module that defin
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.metadata
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -167,6 +169,58 @@ def pad_on_cpu(module: ModuleType) -> None:
     module.TorchNativeAttnBackend.get_cpu_graph_seq_len_fill_value = lambda self: 1
 
 
+def hold_decode(module: ModuleType) -> None:
+    """Wait before a decode pass, the scheduler with it.
+
+    The file that ``SGLANG_PREFIX_TEST_HOLD_FILE`` names holds the number of that pass, counted from
+    the file's appearance. A file of that name with ``.reached`` appended tells; the pass goes on
+    when the first file is gone.
+    """
+    forward = module.ModelRunner.forward
+    file = Path(os.environ["SGLANG_PREFIX_TEST_HOLD_FILE"])
+    reached = file.with_suffix(".reached")
+    passes = 0
+
+    @functools.wraps(forward)
+    def holding(self: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal passes
+        if not file.exists():
+            passes = 0
+        elif forward_batch.forward_mode.is_decode():
+            passes += 1
+            if passes == int(file.read_text()):
+                reached.touch()
+                while file.exists():
+                    time.sleep(0.01)
+                reached.unlink()
+        return forward(self, forward_batch, *args, **kwargs)
+
+    module.ModelRunner.forward = holding
+
+
+def do_without_cuda(module: ModuleType) -> None:
+    """Keep SGLang's CPU engine from calls that need CUDA: pinned memory, and its synchronisation.
+
+    Adapters pin host memory, and releasing memory synchronises the device, whichever that is.
+    """
+    import torch
+
+    def unpinned(create: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(create)
+        def call(*args: Any, pin_memory: bool = False, **kwargs: Any) -> Any:
+            return create(*args, **kwargs)
+
+        return call
+
+    changed: list[tuple[Any, str, Callable[..., Any]]] = [
+        (torch, name, unpinned(getattr(torch, name))) for name in ("tensor", "empty", "zeros")
+    ]
+    changed.append((torch.Tensor, "pin_memory", lambda self: self))
+    changed.append((torch, "get_device_module", lambda device=None: torch.cpu))
+    for owner, name, function in changed:
+        setattr(owner, name, function)
+
+
 def remove_init_new(module: ModuleType) -> None:
     """Rename a symbol that our patches need."""
     module.ForwardBatch.renamed_upstream = module.ForwardBatch.init_new
@@ -211,6 +265,7 @@ PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "sglang_prefix.runner": patch_runner,
     "sglang_prefix.batch_planner": patch_batch_planner,
     "sglang_prefix.backend": apply_scales,
+    "sglang.srt.model_executor.model_runner": hold_decode,
 }
 
 
@@ -258,6 +313,9 @@ if "SGLANG_PREFIX_TEST_FLOAT32_SCHEME" in os.environ:
     PATCHES["sglang.srt.layers.quantization.compressed_tensors.compressed_tensors"] = (
         allow_float32_scheme
     )
+
+if "SGLANG_PREFIX_TEST_WITHOUT_CUDA" in os.environ:
+    PATCHES["sglang.srt.managers.scheduler"] = do_without_cuda
 
 if "SGLANG_PREFIX_TEST_PAD_ON_CPU" in os.environ:
     PATCHES["sglang.srt.layers.attention.torch_native_backend"] = pad_on_cpu
