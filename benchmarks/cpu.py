@@ -45,10 +45,10 @@ def main() -> None:
     ]
     console.print(_attention_table(report["attention"]))
     report["planning"] = [measure_planning(n, 50, arguments.seed) for n in (256, 1024)]
-    title = "host planning, three-level forest"
+    title = "host planning, three-level forest, us (median)"
     console.print(_planning_table(report["planning"], "median_us", title))
     report["engine"] = [measure_engine(256)]
-    console.print(_planning_table(report["engine"], "mean_us", "host time in the real engine"))
+    console.print(_planning_table(report["engine"], "us", "host time in the real engine, us"))
     target = arguments.out or RESULTS / f"{report['date']}-{commit}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(report, indent=1) + "\n")
@@ -75,7 +75,7 @@ def _attention_table(results: list[dict[str, Any]]) -> Table:
 
 
 def _planning_table(results: list[dict[str, Any]], key: str, title: str) -> Table:
-    table = Table("stage", title=f"{title}, us ({key.partition('_')[0]})")
+    table = Table("stage", title=title)
     for r in results:
         table.add_column(f"{r['num_requests']} requests", justify="right")
     for name in results[0][key]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from statistics import median
 from typing import Any
 
 import torch
@@ -283,8 +284,9 @@ class PrefixAttnBackend(DelegatingBackend):
         """All counters as plain values, for who asks the server; metrics then are up to date."""
         if self._metrics is not None:
             self._metrics.update(self.counters, now=True)
-        handover = {"passes": self._handover.passes, "pass_seconds": self._handover.seconds}
-        return self.counters.as_dict() | handover
+        seconds = self._handover.seconds
+        hook = {"hook_us": 1e6 * median(seconds) if seconds else None}
+        return self.counters.as_dict() | hook
 
     def _plan(self, forward_batch: Any, *, in_graph: bool = False) -> str | None:
         assert self._batches is not None

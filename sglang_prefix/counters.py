@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 from sglang_prefix.fallback import GATE_REASONS, REASONS
@@ -14,6 +15,8 @@ __all__ = ["BackendCounters"]
 # The gate at work: nothing to tell.
 _USUAL = ("gate-nothing-shared", "gate-no-gain")
 
+# Steps that medians are taken over.
+_NEWEST = 500
 _STEPS_TO_WARN_AFTER = 1000
 
 logger = logging.getLogger(__name__)
@@ -38,8 +41,8 @@ class BackendCounters:
         plan_seconds, path_seconds: host time spent on making plans, or on deciding to do without
             one, and of it on SGLang's radix path call or, where its answer is cached, on finding
             that.
-        kept_steps, kept_seconds: steps that went on as the one before, and the host time to see
-            that they could.
+        kept_steps: steps that went on as the one before.
+        kept_seconds: host time to see that they could, for each of the newest.
     """
 
     packed_steps: int = 0
@@ -54,7 +57,7 @@ class BackendCounters:
     stock_us: float | None = None
     predicted_gain_us: float = 0.0
     kept_steps: int = 0
-    kept_seconds: float = 0.0
+    kept_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_NEWEST))
     plan_seconds: float = 0.0
     path_seconds: float = 0.0
     delegated_layers: dict[int, str] = field(default_factory=dict)
@@ -128,7 +131,7 @@ class BackendCounters:
             "predicted_stock_us": self.stock_us,
             "predicted_gain_us": self.predicted_gain_us,
             "kept_steps": self.kept_steps,
-            "kept_seconds": self.kept_seconds,
+            "kept_step_us": 1e6 * median(self.kept_seconds) if self.kept_seconds else None,
             "plan_seconds": self.plan_seconds,
             "path_seconds": self.path_seconds,
             "delegated_layers": {str(k): v for k, v in self.delegated_layers.items()},

@@ -9,6 +9,7 @@ pass runs. One :class:`Handover` hangs on each model runner that uses our backen
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ class Handover:
         graph_labels: the labels under which each decode graph is captured, see
             `decode_graph_runner`; none where graphs hold nothing of ours.
         graph_label: the label being captured, or chosen for the step under way.
-        passes, seconds: forward passes so far, and the host time that publishing them took.
+        seconds: host time that publishing a batch took, for each of the newest passes.
 
     A request is settled once it has decoded since it was last prefilled or retracted. Only then is
     its row known to hold the tree's slots: under overlap scheduling the tree insert of a prefill is
@@ -43,8 +44,7 @@ class Handover:
         self.epoch = 0
         self.graph_labels: tuple[str, ...] = ()
         self.graph_label = ""
-        self.passes = 0
-        self.seconds = 0.0
+        self.seconds: deque[float] = deque(maxlen=500)
 
     def enter(self, forward_batch: Any) -> Any:
         """Publish the batch behind ``forward_batch``; return what was published before."""
@@ -58,8 +58,7 @@ class Handover:
             for req in getattr(self.batch, "reqs", None) or ():
                 if id(req) not in decoding:
                     vars(req).pop(_SETTLED_ATTRIBUTE, None)
-        self.passes += 1
-        self.seconds += time.perf_counter() - began
+        self.seconds.append(time.perf_counter() - began)
         return previous
 
     def settled(self, reqs: Sequence[Any]) -> list[bool]:

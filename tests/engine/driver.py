@@ -328,6 +328,8 @@ _STATES = (
     "num_partials",
     "predicted_packed_us",
     "predicted_stock_us",
+    "kept_step_us",
+    "hook_us",
 )
 
 
