@@ -212,6 +212,8 @@ def main() -> None:
         "dtype": "float32",
         "mem_fraction_static": 0.7,  # the pool is bounded by tokens; this only has to be enough
         "random_seed": 0,
+        # One batch for the plug, as the default has it in 0.5.23; in 0.5.17 that is 2048.
+        "chunked_prefill_size": 4096,
         "log_level": "info",
         "port": port,  # with DP attention, processes of an engine talk on ports from here on
         "nccl_port": port + 1,  # left to itself, SGLang before 0.5.22 takes one that may be gone
