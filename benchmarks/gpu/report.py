@@ -65,7 +65,7 @@ class CellRun:
     """Results of cells, kept in one JSON file.
 
     Args:
-        kind: "gpu-bench", "gpu-check" or "gpu-tune".
+        kind: "gpu-bench", "gpu-check", "gpu-serve" or "gpu-tune".
         names: all cells in order, whether or not this call runs them.
         options: parsed arguments.
         device: where they run.
@@ -124,6 +124,7 @@ class CellRun:
         cells: Mapping[str, Callable[[], dict[str, Any]]],
         after_each: Callable[[], None] = lambda: None,
         least: Mapping[str, float] | None = None,
+        expected: Callable[[str], float] | None = None,
     ) -> None:
         """Run what has not been run, in order, until the next cell might not fit the budget.
 
@@ -133,13 +134,17 @@ class CellRun:
             cells: by name, what returns a cell's result with its "status".
             after_each: called before the file is written.
             least: seconds that a cell may need, where the ones before do not tell.
+            expected: seconds that a cell will need, where the ones before say nothing about it.
         """
         recent: list[float] = []
         for name, measure in cells.items():
             if self.cells[name]["status"] != NOT_RUN or not self._only.search(name):
                 continue
             started = time.perf_counter()
-            needs = max([*recent[-3:], (least or {}).get(name, 0.0)])
+            if expected is None:
+                needs = max([*recent[-3:], (least or {}).get(name, 0.0)])
+            else:
+                needs = expected(name)
             if started - self._began + needs >= self._options.budget_s:
                 break
             lost = False
