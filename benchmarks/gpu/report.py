@@ -134,7 +134,8 @@ class CellRun:
             cells: by name, what returns a cell's result with its "status".
             after_each: called before the file is written.
             least: seconds that a cell may need, where the ones before do not tell.
-            expected: seconds that a cell will need, where the ones before say nothing about it.
+            expected: seconds that a cell will need, where the ones before say nothing about it; a
+                cell that does not fit then leaves its place to the ones after it.
         """
         recent: list[float] = []
         for name, measure in cells.items():
@@ -146,7 +147,9 @@ class CellRun:
             else:
                 needs = expected(name)
             if started - self._began + needs >= self._options.budget_s:
-                break
+                if expected is None:
+                    break
+                continue
             lost = False
             try:
                 result = measure()

@@ -31,7 +31,7 @@ _MAX_BATCH = 64
 
 
 class CallIsOverError(Exception):
-    """The time of this call is used up; what was asked is still to be done."""
+    """This call cannot do it, for want of time mostly; what was asked is still to be done."""
 
 
 class EngineProcess:
@@ -131,6 +131,7 @@ class Engines:
         self._folder, self._seed, self._dry = folder, seed, dry
         self.deadline = deadline
         self._group = ""
+        self._broken: dict[str, str] = {}
         self._alive: dict[str, EngineProcess] = {}
         self._starts = 0
 
@@ -147,8 +148,11 @@ class Engines:
         """The engines of a group, started side by side where they are not alive; others end.
 
         Raises:
-            CallIsOverError, RuntimeError: see `EngineProcess.ask`; none of the group lives then.
+            CallIsOverError, RuntimeError: see `EngineProcess.ask`; none of the group lives then. A
+                group that failed to start is not tried again in this call.
         """
+        if group in self._broken:
+            raise CallIsOverError(f"engines {group} did not start before: {self._broken[group]}")
         if group != self._group:
             self.stop()
         self._group = group
@@ -158,8 +162,10 @@ class Engines:
                 self._alive[name] = self._start(name, group)
             for name in new:
                 self._alive[name].wait_until_ready(self.deadline)
-        except BaseException:
+        except BaseException as error:
             self.stop()
+            if isinstance(error, RuntimeError):
+                self._broken[group] = str(error)[:200]
             raise
         return {name: self._alive[name] for name in backends}
 
