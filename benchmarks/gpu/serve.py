@@ -24,14 +24,13 @@ import torch
 from benchmarks.gpu.baselines import FlashInferDecode, SglangTriton, import_reason
 from benchmarks.gpu.report import NOT_RUN, CellRun, arguments, print_table
 from benchmarks.gpu.serve_cells import OURS, Cell, cells, dry_cells
-from benchmarks.gpu.serve_engine import Engines
+from benchmarks.gpu.serve_engine import DRY_STOCK, Engines
 from benchmarks.gpu.serve_measure import measure_cell
 from benchmarks.gpu.serve_model import LLAMA_8B, TINY, write_model, write_plugin
 from benchmarks.gpu.serve_targets import by_load, evaluate
 
 # The one that is expected to be the fastest first.
 _STOCK = ("fa3", "flashinfer", "triton")
-_DRY_STOCK = "torch_native"
 # Of one engine or of two side by side, until one has started: imports, weights, graphs.
 _START_SECONDS = 100
 _MODEL_SECONDS = 60
@@ -121,7 +120,7 @@ def _start_seconds(run: CellRun) -> float:
 
 
 def _cells(options: argparse.Namespace, stock: list[str]) -> list[Cell]:
-    return dry_cells([_DRY_STOCK]) if options.dry else cells(stock, options.long_output)
+    return dry_cells([DRY_STOCK]) if options.dry else cells(stock, options.long_output)
 
 
 def _device(options: argparse.Namespace) -> torch.device:

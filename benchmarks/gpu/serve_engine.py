@@ -19,9 +19,11 @@ from typing import Any
 from benchmarks.gpu.serve_cells import OURS, PAIR, SYNC
 from benchmarks.gpu.serve_model import ROOT, ModelShape
 
-__all__ = ["SYNC_FILE", "CallIsOverError", "EngineProcess", "Engines"]
+__all__ = ["DRY_STOCK", "SYNC_FILE", "CallIsOverError", "EngineProcess", "Engines"]
 
 HOOKS = Path(__file__).parent / "serve_hooks"
+# On the CPU.
+DRY_STOCK = "torch_native"
 # Where the hook tells of what it guarded.
 SYNC_FILE = "SGLANG_PREFIX_SERVE_SYNC_FILE"
 # Two engines of 14.5 GB of weights and 27 GiB of KV each.
@@ -211,7 +213,11 @@ def engine_arguments(model: Path, backend: str, group: str, *, dry: bool) -> dic
         "port": free_port(),
     }
     if dry:
+        # SGLang 0.5.17 cannot have all of it on the CPU.
+        del arguments["attention_backend"]
         return arguments | {
+            "prefill_attention_backend": DRY_STOCK,
+            "decode_attention_backend": backend,
             "device": "cpu",
             "dtype": "float32",
             "mem_fraction_static": 0.7,
