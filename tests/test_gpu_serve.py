@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import os
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from benchmarks.gpu.serve_cells import OURS, Load, cells, prompts
+from benchmarks.gpu.serve_engine import engine_arguments
 from benchmarks.gpu.serve_measure import compare_logprobs, median_interval, summarise
 from benchmarks.gpu.serve_model import TINY, weight_std, write_model, write_plugin
 from benchmarks.gpu.serve_targets import NOT_PACKED, evaluate
@@ -202,6 +204,18 @@ def test_a_guard_that_saw_no_gpu_proves_nothing() -> None:
     assert evaluate({"c": {**cell, "status": "failed"}})["no device sync"]["status"] == "missed"
 
 
+@pytest.mark.parametrize("dry", [False, True])
+def test_this_sglang_knows_every_argument(dry: bool) -> None:
+    from sglang.srt.server_args import ServerArgs
+
+    known = inspect.signature(ServerArgs).parameters
+    groups = {cell.group for cell in cells(STOCK)}
+    given = {name for g in groups for name in engine_arguments(Path(), "fa3", g, dry=dry)}
+    assert given <= set(known)
+    # Pools are compared of engines that SGLang sizes itself.
+    assert "max_total_tokens" not in engine_arguments(Path(), "fa3", "alone-fa3", dry=False)
+
+
 def test_the_model_is_written_once_and_spread_like_the_tiny_one(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
@@ -219,6 +233,14 @@ def test_the_model_is_written_once_and_spread_like_the_tiny_one(tmp_path: Path) 
         if weight.ndim == 2:
             expected = weight_std(name, weight.shape[1])
             assert weight.std().item() == pytest.approx(expected, rel=0.05), name
+
+
+def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    kept.write_text("mine")
+    with pytest.raises(ValueError, match="holds something else; legal: a folder that is new"):
+        write_model(tmp_path, TINY, torch.device("cpu"))
+    assert kept.read_text() == "mine"
 
 
 def test_sglang_finds_the_plugin_where_nothing_is_installed(tmp_path: Path) -> None:

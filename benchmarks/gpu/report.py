@@ -142,14 +142,13 @@ class CellRun:
             if self.cells[name]["status"] != NOT_RUN or not self._only.search(name):
                 continue
             started = time.perf_counter()
-            if expected is None:
-                needs = max([*recent[-3:], (least or {}).get(name, 0.0)])
-            else:
+            needs = max([*recent[-3:], (least or {}).get(name, 0.0)])
+            if expected is not None:
                 needs = expected(name)
             if started - self._began + needs >= self._options.budget_s:
-                if expected is None:
-                    break
-                continue
+                if expected is not None:
+                    continue
+                break
             lost = False
             try:
                 result = measure()

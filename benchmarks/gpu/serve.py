@@ -13,6 +13,7 @@ import argparse
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -42,7 +43,7 @@ def main() -> int:
     """Measure cells, print tables and targets, write the file."""
     began = time.monotonic()
     # `timeout` and others send it: the engines are to end with us.
-    signal.signal(signal.SIGTERM, lambda *_: exit(1))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument(
         "--model", type=Path, help="folder for the model, 15 GB; default: one in the temporary one"
@@ -56,6 +57,8 @@ def main() -> int:
         return 0
     device = _device(options)
     absent = {} if options.dry else {n: r for n in _STOCK if (r := _unavailable(n, device))}
+    if len(absent) == len(_STOCK):
+        raise SystemExit(f"no backend of SGLang can be imported here: {absent}")
     chosen = _cells(options, [name for name in _STOCK if name not in absent])
     run = CellRun("gpu-serve", [cell.name for cell in chosen], options, device)
     stock = chosen[0].backends[1]

@@ -16,10 +16,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.gpu.serve_cells import OURS, PAIR, SYNC
 from benchmarks.gpu.serve_model import ROOT, ModelShape
 
-__all__ = ["DRY_STOCK", "SYNC_FILE", "CallIsOverError", "EngineProcess", "Engines"]
+__all__ = [
+    "DRY_STOCK",
+    "SYNC_FILE",
+    "CallIsOverError",
+    "EngineProcess",
+    "Engines",
+    "engine_arguments",
+]
 
 HOOKS = Path(__file__).parent / "serve_hooks"
 # On the CPU.
@@ -30,6 +39,8 @@ SYNC_FILE = "SGLANG_PREFIX_SERVE_SYNC_FILE"
 _PAIR_TOKENS = 220_000
 _DRY_TOKENS = 4096
 _MAX_BATCH = 64
+_MEMORY_WAITS = 60
+_MEMORY_SLACK = 64 << 20
 
 
 class CallIsOverError(Exception):
@@ -80,7 +91,8 @@ class EngineProcess:
             CallIsOverError: no answer until the deadline.
             RuntimeError: the engine failed; the message ends with its log.
         """
-        self._connection.send((name, arguments))
+        with contextlib.suppress(OSError):  # of a process that has ended; it is told of below
+            self._connection.send((name, arguments))
         return self._receive(name, deadline)
 
     def stop(self) -> None:
@@ -136,6 +148,7 @@ class Engines:
         self._broken: dict[str, str] = {}
         self._alive: dict[str, EngineProcess] = {}
         self._starts = 0
+        self._free_bytes = 0
 
     @property
     def sync_file(self) -> Path:
@@ -159,6 +172,8 @@ class Engines:
             self.stop()
         self._group = group
         new = [name for name in backends if name not in self._alive]
+        if not self._alive and not self._dry:
+            self._wait_for_memory()
         try:
             for name in new:
                 self._alive[name] = self._start(name, group)
@@ -176,6 +191,15 @@ class Engines:
         for engine in self._alive.values():
             engine.stop()
         self._alive = {}
+
+    def _wait_for_memory(self) -> None:
+        """The driver frees what a killed process had a while later; pools are sized by it."""
+        for _ in range(_MEMORY_WAITS):
+            free, _total = torch.cuda.mem_get_info()
+            if free >= self._free_bytes - _MEMORY_SLACK:
+                break
+            time.sleep(0.5)
+        self._free_bytes = max(self._free_bytes, free)
 
     def _start(self, backend: str, group: str) -> EngineProcess:
         self._starts += 1

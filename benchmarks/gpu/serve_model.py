@@ -66,6 +66,9 @@ def write_model(folder: Path, shape: ModelShape, device: torch.device, seed: int
 
     Returns:
         Whether it was written.
+
+    Raises:
+        ValueError: the folder holds something else.
     """
     wanted = json.dumps({**asdict(shape), "seed": seed, "device": device.type})
     mark = folder / "complete.json"
@@ -74,8 +77,12 @@ def write_model(folder: Path, shape: ModelShape, device: torch.device, seed: int
     from safetensors.torch import save_file
     from transformers import LlamaConfig
 
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    if mark.exists():
+        shutil.rmtree(folder)
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds something else; legal: a folder that is new or empty")
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.write_text("")
     LlamaConfig(
         architectures=["LlamaForCausalLM"],
         vocab_size=shape.vocab_size,
