@@ -82,9 +82,8 @@ def answer(*tokens: tuple[str, float, dict[str, float]]) -> list[dict[str, float
 
 
 def test_answers_are_compared_until_they_part() -> None:
-    begin, same, end = ("5", -9.0, {}), ("7", -1.0, {"8": -2.0}), ("1", 0.0, {})
-    first = answer(begin, same, ("7", -1.0, {"8": -1.5}), end)
-    other = answer(("5", -1.0, {}), ("7", -1.1, {"9": -2.0}), ("8", -1.2, {"7": -1.3}), end)
+    first = answer(("5", -9, {}), ("7", -1, {"8": -2}), ("7", -1, {"8": -1.5}), ("1", 0, {}))
+    other = answer(("5", -1, {}), ("7", -1.1, {"9": -2}), ("8", -1.2, {"7": -1.3}), ("1", 9, {}))
     found = compare_logprobs([first, first], [other, first])
     # Prefill's token is not compared, nor what comes after the one that differs.
     assert (found["positions"], found["values"], found["requests_equal"]) == (2 + 3, 3 + 5, 1)

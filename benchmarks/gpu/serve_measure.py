@@ -123,6 +123,8 @@ def _churn(cell: Cell, engines: Engines, alive: Mapping[str, EngineProcess]) -> 
     load = asdict(cell.load)
     engine = alive[OURS]
     engine.ask("prepare", engines.deadline, load=load)
+    if not engines.sync_file.exists():
+        raise RuntimeError("the guard was not loaded: did Python start without sitecustomize?")
     before = json.loads(engines.sync_file.read_text())
     found = engine.ask("churn", engines.deadline, load=load)
     seen = json.loads(engines.sync_file.read_text())
