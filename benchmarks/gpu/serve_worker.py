@@ -26,6 +26,7 @@ __all__ = ["full_batch"]
 
 _WARM_TOKENS = 8
 _TOP = 5
+_FLUSH_TRIES = 50
 # Requests of "churn" that come after the first of the load, for each of these.
 _CHURN_FACTOR = 8
 # Not counted up by the backend.
@@ -94,7 +95,7 @@ class Worker:
     def prepare(self, load: dict[str, Any]) -> None:
         """Empty the cache, fill it with the prompts of a load, decode a little at full batch."""
         chosen = _load(load)
-        assert self._engine.flush_cache().success
+        self._flush()
         ids = self._prompts(chosen)
         distinct = [list(prompt) for prompt in dict.fromkeys(map(tuple, ids))]
         self._run([self._generate(prompt, 1) for prompt in distinct[:1]])
@@ -166,6 +167,14 @@ class Worker:
         """The backend's counters; empty for stock."""
         states = self._engine.get_server_info()["internal_states"][0].get("sglang_prefix", [{}])
         return dict(states[0])
+
+    def _flush(self) -> None:
+        """Empty the cache; an engine is not idle at once when the last answer is out."""
+        for _ in range(_FLUSH_TRIES):
+            if self._engine.flush_cache().success:
+                return
+            time.sleep(0.1)
+        raise RuntimeError("the engine would not empty its cache")
 
     def _prompts(self, load: Load) -> list[list[int]]:
         return prompts(load, self._job["vocab_size"], self._job["seed"])
