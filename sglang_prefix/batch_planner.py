@@ -119,8 +119,7 @@ class BatchPlanner:
             return "no-request-info"
         if self._goes_on(lens, forward_batch.batch_size):
             self._advance(lens)
-            self._counters.kept_steps += 1
-            self._counters.kept_seconds.append(time.perf_counter() - began)
+            self._counters.keep_plan(time.perf_counter() - began)
             if self._reason is None:
                 self._grow_tails(forward_batch, lens, in_graph)
         else:

@@ -41,8 +41,9 @@ class BackendCounters:
         plan_seconds, path_seconds: host time spent on making plans, or on deciding to do without
             one, and of it on SGLang's radix path call or, where its answer is cached, on finding
             that.
-        kept_steps: steps that went on as the one before.
-        kept_seconds: host time to see that they could, for each of the newest.
+        kept_steps, kept_seconds: steps that went on as the one before, and the host time to see
+            that they could.
+        newest_kept: seconds of it for each of the newest such steps.
     """
 
     packed_steps: int = 0
@@ -57,7 +58,8 @@ class BackendCounters:
     stock_us: float | None = None
     predicted_gain_us: float = 0.0
     kept_steps: int = 0
-    kept_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_NEWEST))
+    kept_seconds: float = 0.0
+    newest_kept: deque[float] = field(default_factory=lambda: deque(maxlen=_NEWEST))
     plan_seconds: float = 0.0
     path_seconds: float = 0.0
     delegated_layers: dict[int, str] = field(default_factory=dict)
@@ -93,6 +95,12 @@ class BackendCounters:
                 count,
                 REASONS[top],
             )
+
+    def keep_plan(self, seconds: float) -> None:
+        """Count a step that went on as the one before, and the host time to see that it could."""
+        self.kept_steps += 1
+        self.kept_seconds += seconds
+        self.newest_kept.append(seconds)
 
     def log_text(self) -> str:
         """What has been done since the last call, for SGLang's line about decode batches."""
@@ -131,7 +139,8 @@ class BackendCounters:
             "predicted_stock_us": self.stock_us,
             "predicted_gain_us": self.predicted_gain_us,
             "kept_steps": self.kept_steps,
-            "kept_step_us": 1e6 * median(self.kept_seconds) if self.kept_seconds else None,
+            "kept_seconds": self.kept_seconds,
+            "kept_step_us": 1e6 * median(self.newest_kept) if self.newest_kept else None,
             "plan_seconds": self.plan_seconds,
             "path_seconds": self.path_seconds,
             "delegated_layers": {str(k): v for k, v in self.delegated_layers.items()},

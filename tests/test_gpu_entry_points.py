@@ -172,7 +172,7 @@ class Absent:
             raise ImportError(f"{name} is not on a bare host")
 sys.meta_path.insert(0, Absent())
 sys.argv = ["", "--list"]
-for name in ("bench", "check", "tune", "sanitize"):
+for name in ("bench", "check", "tune", "serve", "sanitize"):
     module = f"benchmarks.gpu.{name}"
     try:
         runpy.run_module(module, run_name="__main__" if name != "sanitize" else module)

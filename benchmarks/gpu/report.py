@@ -65,7 +65,7 @@ class CellRun:
     """Results of cells, kept in one JSON file.
 
     Args:
-        kind: "gpu-bench", "gpu-check" or "gpu-tune".
+        kind: "gpu-bench", "gpu-check", "gpu-serve" or "gpu-tune".
         names: all cells in order, whether or not this call runs them.
         options: parsed arguments.
         device: where they run.
@@ -124,6 +124,7 @@ class CellRun:
         cells: Mapping[str, Callable[[], dict[str, Any]]],
         after_each: Callable[[], None] = lambda: None,
         least: Mapping[str, float] | None = None,
+        expected: Callable[[str], float] | None = None,
     ) -> None:
         """Run what has not been run, in order, until the next cell might not fit the budget.
 
@@ -133,6 +134,8 @@ class CellRun:
             cells: by name, what returns a cell's result with its "status".
             after_each: called before the file is written.
             least: seconds that a cell may need, where the ones before do not tell.
+            expected: seconds that a cell will need, where the ones before say nothing about it; a
+                cell that does not fit then leaves its place to the ones after it.
         """
         recent: list[float] = []
         for name, measure in cells.items():
@@ -140,7 +143,11 @@ class CellRun:
                 continue
             started = time.perf_counter()
             needs = max([*recent[-3:], (least or {}).get(name, 0.0)])
+            if expected is not None:
+                needs = expected(name)
             if started - self._began + needs >= self._options.budget_s:
+                if expected is not None:
+                    continue
                 break
             lost = False
             try:
