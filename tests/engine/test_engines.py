@@ -188,9 +188,11 @@ def test_identical_prompts_are_packed_from_their_second_decode_step_on(results: 
     # None of them found the prompt in the cache: they were prefilled side by side.
     assert {request["cached_tokens"] for request in ours.requests.values()} == {0}
     count, length, max_new_tokens = IDENTICAL
-    steps = range(1, max_new_tokens)  # the first token comes from the prefill
     counters = ours.counters
-    assert counters["packed_steps"] == len(steps)
+    # The first token comes from the prefill. SGLang 0.5.17 launches a step more before it sees that
+    # all have finished, 0.5.23 does not.
+    assert counters["packed_steps"] in (max_new_tokens - 1, max_new_tokens)
+    steps = range(1, counters["packed_steps"] + 1)
     assert counters["kv_tokens_logical"] == sum(count * (length + step) for step in steps)
     later = sum(length + count * step for step in steps[1:])
     assert counters["kv_tokens_read"] == count * (length + 1) + later
