@@ -15,15 +15,20 @@ from prefix_patches.attention_names import build_stock, default_stock_name, pref
 from prefix_patches.decode_log_line import append_with
 from prefix_patches.handover import ensure_handover
 from prefix_patches.kv_write import applies_kv_scales, write_kv
-from prefix_patches.metric_labels import metric_labels
 from prefix_patches.scheduler_internal_state import report_with
-from sglang_prefix.batch_planner import BatchPlanner
+from sglang_prefix.announcement import announce
+from sglang_prefix.batch_planner import BatchPlanner, is_idle
 from sglang_prefix.config import PrefixConfig
 from sglang_prefix.counters import BackendCounters
 from sglang_prefix.delegation import DelegatingBackend
-from sglang_prefix.fallback import REASONS, captures_decode, server_reason
+from sglang_prefix.fallback import (
+    REASONS,
+    captures_decode,
+    has_dp_attention,
+    server_reason,
+)
 from sglang_prefix.gate import make_gate
-from sglang_prefix.metrics import PrefixMetrics
+from sglang_prefix.metrics import metrics_of
 from sglang_prefix.plugin import BACKEND_NAME
 from sglang_prefix.runner import PlanRunner
 from sglang_prefix.served_layers import (
@@ -70,7 +75,17 @@ class PrefixAttnBackend(DelegatingBackend):
 
     Decode graphs are captured once per label of the handover, "packed" with our kernels and
     "stock" without, and each step replays one of the two. Whatever changes from step to step
-    stands in device buffers of fixed addresses, which are filled before the replay.
+    stands in device buffers of fixed addresses, which are filled before the replay. All ranks of a
+    tensor-parallel group must replay the same label: the all-reduce inside a graph reads what the
+    other ranks' graphs wrote. They do, because they decide by the same numbers of the host.
+
+    A step begins in one of three ways, each of which sets what the layers go by:
+
+    ============================================  ============================================
+    ``init_forward_metadata``                     eager: prepare, packed if no reason against it
+    ``init_forward_metadata_out_graph``, capture  packed if the label says so; nothing is counted
+    ``init_forward_metadata_out_graph``, replay   as eager, and choose the label
+    ============================================  ============================================
 
     Args:
         model_runner: SGLang's model runner; its pools and its model exist, its graphs do not.
@@ -93,7 +108,9 @@ class PrefixAttnBackend(DelegatingBackend):
         self._runner_of: dict[RadixAttention, PlanRunner] = {}
         self._batches: BatchPlanner | None = None
         self._handover = ensure_handover(model_runner)
-        self._gate_name = config.gate
+        self._ranks_must_agree = False  # on the label of the graph to replay
+        self._has_one_label = False  # graphs must not be captured under a second one
+        self._stock_captured_for = 0  # batch size that the stock backend is ready to capture
         self._served: ServedLayers | None = None
         self._packed = False  # this step runs under a plan
         self._in_graph = False  # its kernels are a graph's
@@ -103,11 +120,19 @@ class PrefixAttnBackend(DelegatingBackend):
         self._verify = config.verify
         if self._server_reason is None:
             self._serve(model_runner, stock_name, config)
-        self._metrics = _metrics_of(model_runner)
+        self._metrics = metrics_of(model_runner)
         report_with(self._report)
         if self._server_reason is None:
             append_with(self.counters.log_text)
-        self._announce(len(attention_layers(model_runner)), stock_name, config)
+        announce(
+            self._served,
+            len(attention_layers(model_runner)),
+            self.counters.delegated_layers,
+            self._handover.graph_labels,
+            stock_name,
+            config,
+            self._server_reason,
+        )
 
     def _serve(self, model_runner: Any, stock_name: str, config: PrefixConfig) -> None:
         served = serve_layers(model_runner, self.counters.delegated_layers, config)
@@ -119,7 +144,10 @@ class PrefixAttnBackend(DelegatingBackend):
                 self._server_reason = "cuda-graph"
                 return
             labels = (PACKED, STOCK) if config.gate == "auto" else (PACKED,)
+            # Ranks with batches of their own cannot agree on a label.
+            self._has_one_label = has_dp_attention(model_runner)
             self._handover.graph_labels = labels
+            self._ranks_must_agree = len(labels) > 1 and model_runner.tp_size > 1
         self._served = served
         self._runner_of = served.runner_of
         self._batches = BatchPlanner(
@@ -135,27 +163,6 @@ class PrefixAttnBackend(DelegatingBackend):
             seconds = warm_up(self._batches, served, self._run, model_runner.dtype)
             logger.info("prefix attention: kernels compiled and run once in %.1f s", seconds)
 
-    def _announce(self, num_layers: int, stock_name: str, config: PrefixConfig) -> None:
-        """One line that says whether anything is packed, and one per reason to delegate a layer."""
-        taken = 0 if self._server_reason else len(self._runner_of)
-        workspace = self._served.workspace if self._served else None
-        logger.info(
-            "prefix attention: %d of %d layers, executor %s, stock backend %s, gate %s, policy %s, "
-            "graph labels %s%s%s",
-            taken,
-            num_layers,
-            "/".join(self._served.executor_names) if self._served else "none",
-            stock_name,
-            config.gate,
-            config.policy,
-            "/".join(self._handover.graph_labels) or "none",
-            f", workspace {workspace.num_bytes / 2**20:.0f} MiB" if workspace else "",
-            f", inactive: {REASONS[self._server_reason]}" if self._server_reason else "",
-        )
-        for reason in sorted(set(self.counters.delegated_layers.values())):
-            ids = [k for k, found in self.counters.delegated_layers.items() if found == reason]
-            logger.info("prefix attention: layers %s are stock's (%s)", ids, REASONS[reason])
-
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """Eager entry point: decide who serves the batch, and prepare it."""
         self._begin_step(forward_batch)
@@ -163,21 +170,20 @@ class PrefixAttnBackend(DelegatingBackend):
             self._prepare_stock(forward_batch)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        """Buffers for graphs of up to ``max_bs`` requests: ours exist, so this only checks.
-
-        Raises:
-            ValueError: without a stock graph to go to, some batch could outgrow the workspace.
-        """
+        """Buffers for graphs of up to ``max_bs`` requests: ours exist, so this only checks them."""
         self.stock.init_cuda_graph_state(max_bs, max_num_tokens)
+        self._stock_captured_for = 0
         workspace = self._served.workspace if self._served else None
-        if workspace is None or not self._handover.graph_labels:
+        if workspace is None or self._handover.graph_labels != (PACKED,):
             return
-        if workspace.sure_rows < max_bs and STOCK not in self._handover.graph_labels:
-            raise ValueError(
-                f"SGLANG_PREFIX_GATE={self._gate_name} captures graphs of {max_bs} requests, but "
-                f"the workspace is sure to hold {workspace.sure_rows}; raise "
-                "SGLANG_PREFIX_WORKSPACE_MIB, lower --cuda-graph-max-bs or --context-length, or "
-                "use SGLANG_PREFIX_GATE=auto"
+        if workspace.sure_rows < max_bs and not self._has_one_label:
+            # A batch that outgrows the workspace needs a graph, too.
+            self._handover.graph_labels = (PACKED, STOCK)
+            logger.warning(
+                "prefix attention: graphs are captured for both backends, since batches of more "
+                "than %d requests may outgrow the workspace; SGLANG_PREFIX_WORKSPACE_MIB, "
+                "--cuda-graph-max-bs or --context-length can change that",
+                workspace.sure_rows,
             )
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
@@ -190,8 +196,7 @@ class PrefixAttnBackend(DelegatingBackend):
             else:
                 self._begin_replay(forward_batch)
         if self._needs_stock():
-            self._stock_is_ready = True
-            self.stock.init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
+            self._prepare_stock(forward_batch, in_capture=in_capture)
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
         """Inside the graph, before the model: tails grow by this step's slots."""
@@ -254,15 +259,17 @@ class PrefixAttnBackend(DelegatingBackend):
             self._count(self._server_reason or self._plan(forward_batch))
 
     def _begin_capture(self, forward_batch: Any) -> None:
-        if self._handover.graph_labels and self._handover.graph_label == PACKED:
-            assert self._batches is not None
+        """Capture our kernels under their label, unless no plan of this size would ever fit."""
+        if self._handover.graph_label != PACKED or self._server_reason or self._batches is None:
+            return
+        if self._batches.max_rows is None or forward_batch.batch_size <= self._batches.max_rows:
             self._batches.prepare_private(forward_batch)
             self._packed = True
 
     def _begin_replay(self, forward_batch: Any) -> None:
-        labels = self._handover.graph_labels
-        self._count(self._server_reason or self._plan(forward_batch, in_graph=True))
-        if not self._packed and labels and STOCK not in labels:
+        if not is_idle(forward_batch):
+            self._count(self._server_reason or self._plan(forward_batch, in_graph=True))
+        if not self._packed and self._handover.graph_labels == (PACKED,):
             # There is no stock graph: served by ours, with nothing taken to be shared.
             assert self._batches is not None
             self._batches.prepare_private(forward_batch)
@@ -299,7 +306,7 @@ class PrefixAttnBackend(DelegatingBackend):
             return self._batches.prepare(forward_batch, in_graph=in_graph)
         except Exception:
             self._batches.forget()
-            if self._verify:
+            if self._verify or (in_graph and self._ranks_must_agree):
                 raise
             self._log_failure("planning")
             return "error"
@@ -308,21 +315,34 @@ class PrefixAttnBackend(DelegatingBackend):
         self, q: torch.Tensor, layer: RadixAttention, kwargs: dict[str, Any]
     ) -> PlanRunner | None:
         runner = self._runner_of.get(layer)
+        unknown = [name for name, value in kwargs.items() if value is not None]
+        if runner is not None and unknown:
+            self._delegate(layer, unknown)
+            return None
         if runner is None or not self._packed:
             return None
-        unknown = [name for name, value in kwargs.items() if value is not None]
-        if unknown:
-            # The model will pass it at every step: the layer is stock's from now on.
-            del self._runner_of[layer]
-            self.counters.delegated_layers[layer.layer_id] = "unknown-argument"
-            if not self._runner_of:
-                self._server_reason = "no-layer"
-            self._give_up_step("unknown-argument", ", ".join(unknown))
-            return None
         if q.numel() != runner.num_rows * layer.tp_q_head_num * layer.qk_head_dim:
+            if self._in_graph:
+                raise RuntimeError(f"a graph of {runner.num_rows} requests got {len(q)} queries")
             self._give_up_step("other-batch")
             return None
         return runner
+
+    def _delegate(self, layer: RadixAttention, unknown: list[str]) -> None:
+        """Leave a layer to the stock backend for good: the model will pass this at every step.
+
+        Found out in the first decode step, or in a warm-up before the first graph is captured.
+        """
+        del self._runner_of[layer]
+        self.counters.delegated_layers[layer.layer_id] = "unknown-argument"
+        logger.warning(
+            "prefix attention: layer %d is stock's (%s: %s)",
+            layer.layer_id,
+            REASONS["unknown-argument"],
+            ", ".join(unknown),
+        )
+        if not self._runner_of:
+            self._server_reason = "no-layer"
 
     def _give_up_step(self, reason: str, detail: str = "") -> None:
         """Leave the rest of this step to the stock backend, and count it there."""
@@ -341,10 +361,26 @@ class PrefixAttnBackend(DelegatingBackend):
         logger.error("prefix attention: %s failed", what, exc_info=not self._failed)
         self._failed = True
 
-    def _prepare_stock(self, forward_batch: Any) -> None:
-        if not self._stock_is_ready:
-            self._stock_is_ready = True
+    def _prepare_stock(self, forward_batch: Any, *, in_capture: bool | None = None) -> None:
+        """Let the stock backend prepare the step, once, in the way that the step began.
+
+        Args:
+            forward_batch: the batch.
+            in_capture: whether a graph is captured; None if a layer asks, which in a graph it only
+                does before the capture itself, in a warm-up.
+        """
+        if self._stock_is_ready:
+            return
+        self._stock_is_ready = True
+        if not self._in_graph:
             self.stock.init_forward_metadata(forward_batch)
+        elif in_capture is False:
+            self.stock.init_forward_metadata_out_graph(forward_batch)
+        elif self._stock_captured_for != forward_batch.batch_size:
+            # Once per size: FlashInfer's makes new buffers each time, and would forget those that
+            # the graph of the other label reads.
+            self._stock_captured_for = forward_batch.batch_size
+            self.stock.init_forward_metadata_out_graph(forward_batch, in_capture=True)
 
     def _run(self, runner: PlanRunner, q: torch.Tensor, layer: RadixAttention) -> torch.Tensor:
         q = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
@@ -361,14 +397,3 @@ class PrefixAttnBackend(DelegatingBackend):
             v_scale=layer.v_scale if scaled and layer.v_scale is not None else 1.0,
         )
         return out.view(q.shape[0], -1)
-
-
-def _metrics_of(model_runner: Any) -> PrefixMetrics | None:
-    """Metrics of this process, if this rank exports any and no other backend of it does."""
-    labels = metric_labels(model_runner)
-    if labels is None:
-        return None
-    try:
-        return PrefixMetrics(labels)
-    except ValueError:  # prometheus knows each name once
-        return None

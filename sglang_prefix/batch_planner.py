@@ -29,7 +29,7 @@ from sglang_prefix.planner import PackPlanner
 from sglang_prefix.runner import PlanRunner
 from sglang_prefix.workspace import Workspace
 
-__all__ = ["BatchPlanner", "ShapeRunner"]
+__all__ = ["BatchPlanner", "ShapeRunner", "is_idle", "num_requests_of"]
 
 IntArray = NDArray[np.int64]
 
@@ -65,6 +65,9 @@ class BatchPlanner:
         counters: where plans and tokens are counted.
         gate: decides whether a batch is packed; None to pack every one.
         verify: compare the forest with the slot rows at every plan; raise on a difference.
+
+    Attributes:
+        max_rows: rows of the largest batch that can be served, padding included; None for any.
     """
 
     def __init__(
@@ -86,6 +89,8 @@ class BatchPlanner:
         self._gate = gate
         self._verify = verify
         self._paths = PathCache()
+        rows = [shape.workspace.capacity.rows for shape in shapes if shape.workspace]
+        self.max_rows = min(rows, default=None)
         # Of the plan in use, or of the decision to do without one.
         self._reqs: list[Any] | None = None  # None if it must not go on
         self._reason: str | None = None  # why the stock backend serves; None if packed
@@ -134,14 +139,15 @@ class BatchPlanner:
     def prepare_private(self, forward_batch: Any) -> None:
         """Make the runners ready for a batch of which nothing is known to be shared.
 
-        For graphs that hold no stock kernel, where :meth:`prepare` cannot serve a batch, and for
-        warm-up and capture, which have no requests. Lengths that only the device knows are read
-        from it.
+        For warm-up and capture, which have no requests, and for graphs that hold no stock kernel,
+        where :meth:`prepare` cannot serve a batch. Only there, and only if SGLang itself has no
+        lengths on the CPU, they are read from the device. A batch of nothing but padding is served
+        as if it had requests, whose answers nobody reads.
         """
         self._reqs = None
-        lens = _host_lengths(forward_batch, num_requests_of(forward_batch))
+        count = num_requests_of(forward_batch) or forward_batch.batch_size
+        lens = _host_lengths(forward_batch, count)
         if lens is None:
-            count = num_requests_of(forward_batch)
             lens = np.asarray(forward_batch.seq_lens[:count].cpu().numpy(), dtype=np.int64)
         forest = _private_forest(lens)
         for shape in self._shapes:
@@ -226,9 +232,8 @@ class BatchPlanner:
         if self._gate is not None and forest.num_nodes == 0:
             self._gate.leave()
             return "gate-nothing-shared"
-        for shape in self._shapes:
-            if shape.workspace and forward_batch.batch_size > shape.workspace.capacity.rows:
-                return "workspace"
+        if self.max_rows is not None and forward_batch.batch_size > self.max_rows:
+            return "workspace"
         plans = [shape.planner.plan(forest) for shape in self._shapes]
         if self._gate is not None:
             layers = [shape.num_layers for shape in self._shapes]
@@ -301,6 +306,12 @@ class BatchPlanner:
 def num_requests_of(forward_batch: Any) -> int:
     """Rows of a batch that are not padding of a graph; padding rows stand at the end."""
     return int(forward_batch.batch_size - getattr(forward_batch, "num_padding", 0))
+
+
+def is_idle(forward_batch: Any) -> bool:
+    """Whether a rank without requests replays a graph for the sake of the others."""
+    mode = getattr(forward_batch, "actual_forward_mode", None)
+    return mode is not None and bool(mode.is_idle())
 
 
 def _private_forest(lens: IntArray) -> PrefixForest:

@@ -13,12 +13,22 @@ from prefix_patches.kv_pool import is_block_quantized, is_slot_major
 from prefix_patches.resolved_args import resolved_args
 from sglang_prefix.checks import KV_DTYPES, Q_DTYPES
 
-__all__ = ["GATE_REASONS", "REASONS", "captures_decode", "layer_reason", "server_reason"]
+__all__ = [
+    "GATE_REASONS",
+    "REASONS",
+    "captures_decode",
+    "has_dp_attention",
+    "layer_reason",
+    "server_reason",
+]
 
 REASONS = {
     # The whole server: nothing is ever packed.
     "gate-never": "SGLANG_PREFIX_GATE=never",
     "cuda-graph": "the executor cannot run in decode graphs; --disable-cuda-graph packs",
+    "dp-attention": "ranks with batches of their own may not choose between graphs; "
+    "SGLANG_PREFIX_GATE=always packs",
+    "torch-compile": "--enable-torch-compile has not been tried with our kernels",
     "pd-multiplexing": "--enable-pdmux shares the GPU between prefill and decode",
     "draft-model": "this is the draft model of speculative decoding",
     "mla": "the model uses multi-head latent attention",
@@ -74,11 +84,20 @@ def server_reason(model_runner: Any, gate: str) -> str | None:
         or getattr(args, "kv_cache_dtype", None) in _BLOCK_QUANTIZED,
         "kv-layout": not is_slot_major(pool) or _is_set("SGLANG_USE_HND_KVCACHE"),
         "kv-dtype": pool.dtype not in KV_DTYPES or model_runner.dtype not in Q_DTYPES,
+        "dp-attention": gate == "auto"
+        and has_dp_attention(model_runner)
+        and captures_decode(model_runner),
+        "torch-compile": device != "cpu" and bool(getattr(args, "enable_torch_compile", False)),
         "two-batch-overlap": bool(getattr(args, "enable_two_batch_overlap", False)),
         "pd-multiplexing": bool(getattr(args, "enable_pdmux", False)),
         "cpu-graph": device == "cpu" and bool(getattr(args, "enable_torch_compile", False)),
     }
     return next((reason for reason, holds in found.items() if holds), None)
+
+
+def has_dp_attention(model_runner: Any) -> bool:
+    """Whether the ranks of this server decode batches of their own."""
+    return bool(getattr(resolved_args(model_runner), "enable_dp_attention", False))
 
 
 def captures_decode(model_runner: Any) -> bool:

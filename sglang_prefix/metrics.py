@@ -6,10 +6,12 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from prefix_patches.metric_labels import metric_labels
+
 if TYPE_CHECKING:
     from sglang_prefix.counters import BackendCounters
 
-__all__ = ["PrefixMetrics"]
+__all__ = ["PrefixMetrics", "metrics_of"]
 
 # An increment writes to a file that all processes share, which a decode step should not wait for.
 _INTERVAL_S = 0.1
@@ -79,3 +81,14 @@ class PrefixMetrics:
         if added > 0 or key not in self._shown:
             counter.labels(**self._labels, **labels).inc(max(added, 0))
             self._shown[key] = max(value, self._shown.get(key, 0))
+
+
+def metrics_of(model_runner: Any) -> PrefixMetrics | None:
+    """Metrics of this process, if this rank exports any and no other backend of it does."""
+    labels = metric_labels(model_runner)
+    if labels is None:
+        return None
+    try:
+        return PrefixMetrics(labels)
+    except ValueError:  # prometheus knows each name once
+        return None

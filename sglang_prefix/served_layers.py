@@ -20,6 +20,9 @@ from sglang_prefix.workspace import Workspace, size_workspace
 
 __all__ = ["ServedLayers", "attention_layers", "find_delegated", "serve_layers"]
 
+# Twice the largest batch that SGLang captures by default (512). Larger ones go to stock.
+_MAX_ROWS = 1024
+
 
 @dataclass(frozen=True, slots=True)
 class ServedLayers:
@@ -117,7 +120,7 @@ def _workspace_of(
     return size_workspace(
         shape,
         # Batches are padded to multiples of what parallelism asks for.
-        max_rows=-(-int(model_runner.req_to_token_pool.size) // 64) * 64,
+        max_rows=min(-(-int(model_runner.req_to_token_pool.size) // 64) * 64, _MAX_ROWS),
         context_len=int(model_runner.model_config.context_len),
         growth_room=GROWTH_ROOM_TOKENS,
         max_block_rows=widest_block(config.launch_mode, tile_shape),

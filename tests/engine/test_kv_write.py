@@ -216,11 +216,17 @@ def test_verify_lets_the_exception_through(monkeypatch: pytest.MonkeyPatch) -> N
         bench.decode(bench.layers[0], *new_kv())
 
 
-def test_an_unknown_argument_hands_the_step_to_stock() -> None:
+def test_an_unknown_argument_hands_the_layer_to_stock() -> None:
     bench = Bench(torch.float32)
-    bench.backend.init_forward_metadata(bench.batch)
-    layer = bench.layers[0]
+    backend = bench.backend
+    backend.init_forward_metadata(bench.batch)
+    first, second = bench.layers
     q = torch.randn(len(LENGTHS), NUM_QO_HEADS * HEAD_DIM)
     with pytest.raises(TypeError, match="sinks"):  # torch_native does not know them either
-        bench.backend.forward(q, *new_kv(), layer, bench.batch, sinks=torch.zeros(NUM_QO_HEADS))
-    assert dict(bench.backend.counters.fallback_reasons) == {"unknown-argument": 1}
+        backend.forward(q, *new_kv(), first, bench.batch, sinks=torch.zeros(NUM_QO_HEADS))
+    # That layer from now on, and no other; the step goes on.
+    assert backend.counters.delegated_layers == {first.layer_id: "unknown-argument"}
+    bench.decode(second, *new_kv())
+    assert backend.counters.packed_steps == 1
+    assert dict(backend.counters.fallback_reasons) == {}
+    assert list(backend._runner_of) == [second]

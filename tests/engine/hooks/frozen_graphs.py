@@ -33,16 +33,20 @@ class FrozenLaunches:
     def recording(self) -> Iterator[list[Any]]:
         """Keep every launch."""
         self._recording = []
-        yield self._recording
-        self._recording = None
+        try:
+            yield self._recording
+        finally:
+            self._recording = None
 
     @contextlib.contextmanager
     def replaying(self, recorded: list[Any]) -> Iterator[None]:
         """Replace every launch by the recorded one; there must be as many."""
         self._replaying = iter(recorded)
-        yield
-        left = list(self._replaying)
-        self._replaying = None
+        try:
+            yield
+            left = list(self._replaying)
+        finally:
+            self._replaying = None
         assert not left, f"{len(left)} recorded launches were not replayed"
 
     def wrap(self, launch: Callable[..., None]) -> Callable[..., None]:
