@@ -260,7 +260,10 @@ if found:
     load_plugins()
     print("prefix" in ATTENTION_BACKEND_CHOICES)
 """
-    roots = [ROOT, ROOT / "kernels", ROOT / "patches", ROOT / "patches" / "sgl_kernel_cpu", site]
+    source = tmp_path / "source"  # without what an editable install leaves beside it
+    source.mkdir()
+    (source / "sglang_prefix").symlink_to(ROOT / "sglang_prefix")
+    roots = [source, ROOT / "kernels", ROOT / "patches", ROOT / "patches" / "sgl_kernel_cpu", site]
     outputs = []
     for folders in ([plugin, *roots], roots):
         path = os.pathsep.join(map(str, folders))

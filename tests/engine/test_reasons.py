@@ -37,7 +37,9 @@ SERVERS: dict[str, dict[str, Any]] = {
     "kv-layout": {"token_to_kv_pool": SimpleNamespace(dtype=torch.float32, kv_cache_layout="hnd")},
     "kv-dtype": {"dtype": torch.float64},
     "cpu-graph": {"server_args": SimpleNamespace(enable_torch_compile=True)},
-    "cuda-graph": {"device": "cuda"},
+    "torch-compile": {"device": "cuda", "server_args": SimpleNamespace(enable_torch_compile=True)},
+    "two-batch-overlap": {"server_args": SimpleNamespace(enable_two_batch_overlap=True)},
+    "pd-multiplexing": {"server_args": SimpleNamespace(enable_pdmux=True)},
 }
 
 
@@ -45,6 +47,13 @@ SERVERS: dict[str, dict[str, Any]] = {
 def test_servers_that_go_to_stock(reason: str) -> None:
     assert server_reason(runner(), "always") is None
     assert server_reason(runner(**SERVERS[reason]), "always") == reason
+
+
+def test_decode_graphs_alone_are_no_reason_but_with_dp_attention_the_gate_must_be_set() -> None:
+    assert server_reason(runner(device="cuda"), "auto") is None
+    ranks = runner(device="cuda", server_args=SimpleNamespace(enable_dp_attention=True))
+    assert server_reason(ranks, "auto") == "dp-attention"
+    assert server_reason(ranks, "always") is None
 
 
 @pytest.mark.parametrize(
