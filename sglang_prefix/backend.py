@@ -25,6 +25,7 @@ from sglang_prefix.fallback import (
     REASONS,
     captures_decode,
     has_dp_attention,
+    has_tensor_parallelism,
     server_reason,
 )
 from sglang_prefix.gate import make_gate
@@ -147,7 +148,7 @@ class PrefixAttnBackend(DelegatingBackend):
             # Ranks with batches of their own cannot agree on a label.
             self._has_one_label = has_dp_attention(model_runner)
             self._handover.graph_labels = labels
-            self._ranks_must_agree = len(labels) > 1 and model_runner.tp_size > 1
+            self._ranks_must_agree = len(labels) > 1 and has_tensor_parallelism(model_runner)
         self._served = served
         self._runner_of = served.runner_of
         self._batches = BatchPlanner(

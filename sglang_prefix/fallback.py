@@ -18,6 +18,7 @@ __all__ = [
     "REASONS",
     "captures_decode",
     "has_dp_attention",
+    "has_tensor_parallelism",
     "layer_reason",
     "server_reason",
 ]
@@ -98,6 +99,11 @@ def server_reason(model_runner: Any, gate: str) -> str | None:
 def has_dp_attention(model_runner: Any) -> bool:
     """Whether the ranks of this server decode batches of their own."""
     return bool(getattr(resolved_args(model_runner), "enable_dp_attention", False))
+
+
+def has_tensor_parallelism(model_runner: Any) -> bool:
+    """Whether several ranks compute each layer together."""
+    return int(getattr(resolved_args(model_runner), "tp_size", 1)) > 1
 
 
 def captures_decode(model_runner: Any) -> bool:

@@ -215,7 +215,7 @@ def build(models: Mapping[str, str]) -> dict[str, Scenario]:
             f"crowd page-{page_size}": Scenario(
                 llama,
                 (CROWD,),
-                _ours(**CROWDED, page_size=page_size),
+                _ours(**CROWDED | {"max_total_tokens": 560}, page_size=page_size),
                 # Policy "node" packs every node, however few tokens and requests it has.
                 VERIFY | RETRACT | {"SGLANG_PREFIX_POLICY": "node"},
             )

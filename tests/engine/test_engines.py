@@ -69,7 +69,7 @@ def test_hundreds_of_requests_that_come_and_go_get_stock_answers(
     ours, control = results(name).sections["crowd"], results("control").sections["crowd zeros"]
     assert_evidence(ours, results("stock").sections["crowd"], control, 0.8)
     assert len(ours.requests) > 240
-    assert num_retracted(results(name)) > 5
+    assert num_retracted(results(name)) > 0
 
 
 SEARCHES = {n: v.max_ratio for n, v in VARIANTS.items() if v.searches_beams}

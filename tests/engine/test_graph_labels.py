@@ -34,13 +34,10 @@ class Graphs:
     Args:
         gate: the setting.
         args: what SGLang's settings say.
-        tp_size: ranks.
         windows: layers with a sliding window, which are the stock backend's.
     """
 
-    def __init__(
-        self, gate: str = "auto", *, tp_size: int = 1, windows: int = 0, **args: Any
-    ) -> None:
+    def __init__(self, gate: str = "auto", *, windows: int = 0, **args: Any) -> None:
         from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
         from sglang.srt.layers.radix_attention import RadixAttention
         from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
@@ -65,7 +62,6 @@ class Graphs:
             device="cpu",
             dtype=torch.float32,
             page_size=1,
-            tp_size=tp_size,
         )
         stock: Any = TorchNativeAttnBackend(runner)
         self.prepared: list[tuple[str, int]] = []  # how the stock backend was prepared
