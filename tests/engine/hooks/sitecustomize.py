@@ -107,7 +107,7 @@ def compare_plans(module: ModuleType) -> None:
     def compared(self: Any, forward_batch: Any, lens: Any) -> Any:
         if mode() != "compare-plans":
             return plan_anew(self, forward_batch, lens)
-        planner, runner = self._shapes[0]
+        planner, runner = self._shapes[0][:2]
         forests: list[Any] = []
         plan = planner.plan
 
