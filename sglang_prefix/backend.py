@@ -119,11 +119,10 @@ class PrefixAttnBackend(DelegatingBackend):
         self._fell_back = False  # this step has been counted as one that the stock backend served
         self._failed = False  # a failure has been logged with its traceback
         self._verify = config.verify
-        if self._server_reason is None:
-            self._serve(model_runner, stock_name, config)
         self._metrics = metrics_of(model_runner)
         report_with(self._report)
         if self._server_reason is None:
+            self._serve(model_runner, stock_name, config)
             append_with(self.counters.log_text)
         announce(
             self._served,
@@ -171,21 +170,24 @@ class PrefixAttnBackend(DelegatingBackend):
             self._prepare_stock(forward_batch)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        """Buffers for graphs of up to ``max_bs`` requests: ours exist, so this only checks them."""
+        """Buffers for graphs of up to ``max_bs`` requests: ours exist, so this only checks them.
+
+        Raises:
+            ValueError: a batch could outgrow the workspace, and there is no other graph to go to.
+        """
         self.stock.init_cuda_graph_state(max_bs, max_num_tokens)
         self._stock_captured_for = 0
         workspace = self._served.workspace if self._served else None
-        if workspace is None or self._handover.graph_labels != (PACKED,):
+        labels = self._handover.graph_labels
+        if workspace is None or workspace.sure_rows >= max_bs or labels != (PACKED,):
             return
-        if workspace.sure_rows < max_bs and not self._has_one_label:
-            # A batch that outgrows the workspace needs a graph, too.
-            self._handover.graph_labels = (PACKED, STOCK)
-            logger.warning(
-                "prefix attention: graphs are captured for both backends, since batches of more "
-                "than %d requests may outgrow the workspace; SGLANG_PREFIX_WORKSPACE_MIB, "
-                "--cuda-graph-max-bs or --context-length can change that",
-                workspace.sure_rows,
-            )
+        ways_out = "SGLANG_PREFIX_WORKSPACE_MIB, --cuda-graph-max-bs or --context-length"
+        sure = f"the workspace is sure to hold {workspace.sure_rows} requests of {max_bs}"
+        if self._has_one_label:
+            raise ValueError(f"{sure}, and ranks must replay one graph; change {ways_out}")
+        # A batch that outgrows the workspace needs a graph, too.
+        self._handover.graph_labels = (PACKED, STOCK)
+        logger.warning("prefix attention: %s, so stock is captured too; see %s", sure, ways_out)
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         """Outside the graph, before it is captured or replayed: choose the graph, fill buffers."""
@@ -250,8 +252,7 @@ class PrefixAttnBackend(DelegatingBackend):
             # k and v have been written, and perhaps scaled in place: not a second time.
             return self.stock.forward(q, k, v, layer, forward_batch, False, **kwargs)
 
-    def _needs_stock(self) -> bool:
-        """Whether the stock backend needs metadata in this step."""
+    def _needs_stock(self) -> bool:  # metadata in this step
         return not self._packed or bool(self.counters.delegated_layers)
 
     def _begin_step(self, forward_batch: Any) -> None:
@@ -285,7 +286,7 @@ class PrefixAttnBackend(DelegatingBackend):
         else:
             self._fell_back = True
             self.counters.fall_back(reason)
-        if self._metrics is not None:
+        if self._metrics:
             self._metrics.update(self.counters)
 
     def _report(self) -> dict[str, Any]:
@@ -293,8 +294,7 @@ class PrefixAttnBackend(DelegatingBackend):
         if self._metrics is not None:
             self._metrics.update(self.counters, now=True)
         seconds = self._handover.seconds
-        hook = {"hook_us": 1e6 * median(seconds) if seconds else None}
-        return self.counters.as_dict() | hook
+        return self.counters.as_dict() | {"hook_us": 1e6 * median(seconds) if seconds else None}
 
     def _plan(self, forward_batch: Any, *, in_graph: bool = False) -> str | None:
         assert self._batches is not None
@@ -319,8 +319,7 @@ class PrefixAttnBackend(DelegatingBackend):
         unknown = [name for name, value in kwargs.items() if value is not None]
         if runner is not None and unknown:
             self._delegate(layer, unknown)
-            return None
-        if runner is None or not self._packed:
+        if runner is None or unknown or not self._packed:
             return None
         if q.numel() != runner.num_rows * layer.tp_q_head_num * layer.qk_head_dim:
             if self._in_graph:
@@ -373,14 +372,15 @@ class PrefixAttnBackend(DelegatingBackend):
         if self._stock_is_ready:
             return
         self._stock_is_ready = True
+        size = forward_batch.batch_size
         if not self._in_graph:
             self.stock.init_forward_metadata(forward_batch)
         elif in_capture is False:
             self.stock.init_forward_metadata_out_graph(forward_batch)
-        elif self._stock_captured_for != forward_batch.batch_size:
-            # Once per size: FlashInfer's makes new buffers each time, and would forget those that
-            # the graph of the other label reads.
-            self._stock_captured_for = forward_batch.batch_size
+        elif len(self._handover.graph_labels) < 2 or self._stock_captured_for != size:
+            # Once for both labels: FlashInfer's makes new buffers each time, and would forget
+            # those that the graph of the other label reads.
+            self._stock_captured_for = size
             self.stock.init_forward_metadata_out_graph(forward_batch, in_capture=True)
 
     def _run(self, runner: PlanRunner, q: torch.Tensor, layer: RadixAttention) -> torch.Tensor:

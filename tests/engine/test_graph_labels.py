@@ -147,8 +147,10 @@ def test_ranks_with_batches_of_their_own_get_one_label() -> None:
     assert auto.labels == []
     assert auto.backend._server_reason == "dp-attention"
     always = Graphs("always", enable_dp_attention=True)
-    always.backend.init_cuda_graph_state(100_000, 100_000)
+    always.backend.init_cuda_graph_state(ROWS, ROWS)
     assert always.labels == ["packed"]
+    with pytest.raises(ValueError, match="change SGLANG_PREFIX_WORKSPACE_MIB"):
+        always.backend.init_cuda_graph_state(100_000, 100_000)
 
 
 def test_a_rank_that_cannot_plan_does_not_choose_another_graph_than_the_others(
@@ -198,6 +200,14 @@ def test_a_capture_counts_nothing_and_prepares_stock_once_per_size() -> None:
     assert graphs.prepared[-1] == ("capture", 2)
     assert len(graphs.prepared) == 3
     assert graphs.backend.counters.decode_steps == 0
+
+
+def test_without_a_second_label_stock_is_prepared_as_sglang_asks() -> None:
+    """As for LoRA, of which SGLang captures two graphs per size."""
+    graphs = Graphs("never")
+    for _ in range(2):
+        graphs.capture("", 4)
+    assert graphs.prepared == [("capture", 4)] * 2
 
 
 def test_a_size_that_no_plan_fits_is_captured_without_ours() -> None:
