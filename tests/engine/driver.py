@@ -312,7 +312,8 @@ async def _generate(
         "logprobs": logprobs,
         # The first token has none.
         "input_logprobs": [entry[0] for entry in (meta.get("input_token_logprobs") or ())[1:]],
-        "cached_tokens": meta["cached_tokens"],
+        # SGLang leaves it out where a request was aborted while it waited to run again.
+        "cached_tokens": meta.get("cached_tokens", 0),
         "finish": (meta["finish_reason"] or {}).get("type"),
     }
 
