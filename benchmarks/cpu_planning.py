@@ -129,6 +129,7 @@ class _DecodeBatch:
             forward_mode=SimpleNamespace(is_decode=lambda: True),
             seq_lens=device_lens,
             seq_lens_cpu=device_lens,
+            seq_lens_sum=int(lens.sum()),
             req_pool_indices=torch.arange(size),
         )
         batch = SimpleNamespace(
@@ -146,6 +147,7 @@ class _DecodeBatch:
     def keep(self) -> None:
         """A step that goes on under the plan, the handover of the batch included."""
         self._lens += 1
+        self._forward_batch.seq_lens_sum += len(self._lens)
         self._step()
 
     def _step(self) -> None:

@@ -95,10 +95,11 @@ class BatchPlanner:
         self._reqs: list[Any] | None = None  # None if it must not go on
         self._reason: str | None = None  # why the stock backend serves; None if packed
         self._states: list[Any] = []
-        # Compared as bytes, which takes a tenth of the time that comparing arrays does.
-        self._rows: bytes | None = None
-        self._next_lens = b""
-        self._steps_left = 0
+        self._rows: torch.Tensor | None = None
+        self._lens = np.zeros(0, dtype=np.int64)  # that were planned for
+        self._steps = 0  # taken since then, each of which adds a token to every request
+        self._next_sum: int | None = None  # of the lengths of the step to come
+        self._max_steps = 0
         self._num_rows = 0
         self._epoch = -1
         self._plan_tokens = (0, 0)  # read and logical KV tokens of a step under the plan in use
@@ -119,21 +120,24 @@ class BatchPlanner:
             RuntimeError: ``verify`` found a difference.
         """
         began = time.perf_counter()
+        if self._goes_on(forward_batch):
+            self._advance()
+            if self._reason is None and in_graph:
+                self._note_growth()
+            self._counters.keep_plan(time.perf_counter() - began)
+            if self._reason is None and not in_graph:
+                self._grow_tails(forward_batch)
+            return self._reason
+        self._reqs = None
         lens = _host_lengths(forward_batch, num_requests_of(forward_batch))
         if lens is None or len(lens) == 0:
             return "no-request-info"
-        if self._goes_on(lens, forward_batch.batch_size):
-            self._advance(lens)
-            self._counters.keep_plan(time.perf_counter() - began)
-            if self._reason is None:
-                self._grow_tails(forward_batch, lens, in_graph)
-        else:
-            self._reqs = None
-            self._reason = self._plan_anew(forward_batch, lens)
-            self._next_lens, self._num_rows = (lens + 1).tobytes(), forward_batch.batch_size
-            if self._reason is None:
-                self._count_step()
-            self._counters.plan_seconds += time.perf_counter() - began
+        self._reason = self._plan_anew(forward_batch, lens)
+        self._lens, self._steps, self._num_rows = lens, 0, forward_batch.batch_size
+        self._next_sum = _sum_of_lengths(forward_batch) + len(lens)
+        if self._reason is None:
+            self._count_step()
+        self._counters.plan_seconds += time.perf_counter() - began
         return self._reason
 
     def prepare_private(self, forward_batch: Any) -> None:
@@ -164,50 +168,79 @@ class BatchPlanner:
         self._counters.kv_tokens_logical -= logical
         self._counters.predicted_gain_us -= self._gain_us
 
-    def _goes_on(self, lens: IntArray, num_rows: int) -> bool:
-        """Whether the plan in use serves this step too: same requests, same rows, same tree."""
+    def _goes_on(self, forward_batch: Any) -> bool:
+        """Whether the plan in use serves this step too: same requests, same rows, same tree.
+
+        Each step of the same requests adds a token to each, so the lengths are those planned for
+        plus the steps since then, and their sum, which SGLang hands over, tells whether that is
+        so. Nothing here asks torch or NumPy for anything: with the processor's caches full of
+        other things, that alone takes longer than all the rest.
+        """
         batch = self._handover.batch
         if (
             self._reqs is None
             or batch is None
-            or self._steps_left == 0
+            or self._steps == self._max_steps
             or self._epoch != self._handover.epoch
-            or self._num_rows != num_rows
+            or self._num_rows != forward_batch.batch_size
             or batch.reqs != self._reqs
-            or lens.tobytes() != self._next_lens
-            or _rows_of(batch) != self._rows
+            or _sum_of_lengths(forward_batch) != self._next_sum
+            or not self._has_same_rows(batch)
         ):
             return False
-        if self._verify and _states(batch.reqs) != self._states:
-            raise RuntimeError(
-                "SGLANG_PREFIX_VERIFY: a request moved in the radix tree, or was retracted, "
-                "without a prefill"
-            )
+        if self._verify:
+            self._verify_step(forward_batch, batch)
         return True
 
-    def _advance(self, lens: IntArray) -> None:
+    def _has_same_rows(self, batch: Any) -> bool:
+        """Whether requests have kept their rows of ``req_to_token``, as far as the CPU knows."""
+        rows = _rows_of(batch)
+        if rows is self._rows:  # SGLang makes a new tensor whenever a row changes
+            return True
+        if rows is None or self._rows is None or not torch.equal(rows, self._rows):
+            return False
+        self._rows = rows
+        return True
+
+    def _verify_step(self, forward_batch: Any, batch: Any) -> None:
+        if _states(batch) != self._states:
+            raise RuntimeError(
+                "SGLANG_PREFIX_VERIFY: a request moved in the radix tree or to another row, or was "
+                "retracted, without a prefill"
+            )
+        lens = _host_lengths(forward_batch, len(self._lens))
+        expected = self._lens + self._steps + 1
+        if not np.array_equal(expected, expected if lens is None else lens):
+            raise RuntimeError("SGLANG_PREFIX_VERIFY: a step did not add one token to each request")
+
+    def _advance(self) -> None:
         """Note a step under the plan in use, or under the decision to do without one."""
-        self._steps_left -= 1
-        self._next_lens = (lens + 1).tobytes()
+        count = len(self._lens)
+        self._steps += 1
+        assert self._next_sum is not None
+        self._next_sum += count
         if self._reason is None:
             # Tails are read by their own request alone: one token more, read and logical.
             read, logical = self._plan_tokens
-            self._plan_tokens = (read + len(lens), logical + len(lens))
+            self._plan_tokens = (read + count, logical + count)
             self._count_step()
 
-    def _grow_tails(self, forward_batch: Any, lens: IntArray, in_graph: bool) -> None:
+    def _note_growth(self) -> None:
         for shape in self._shapes:
-            if in_graph:
-                shape.runner.note_growth(lens)
-            else:
-                device_lens = forward_batch.seq_lens[: len(lens)]
-                shape.runner.append(lens, forward_batch.out_cache_loc, device_lens)
+            shape.runner.note_growth()
+
+    def _grow_tails(self, forward_batch: Any) -> None:
+        lens = self._lens + self._steps
+        device_lens = forward_batch.seq_lens[: len(lens)]
+        for shape in self._shapes:
+            shape.runner.append(lens, forward_batch.out_cache_loc, device_lens)
 
     def _plan_anew(self, forward_batch: Any, lens: IntArray) -> str | None:
         batch = self._handover.batch
         reqs = list(batch.reqs) if batch is not None else []
         complete = len(reqs) == len(lens)
         settled = self._handover.settled(reqs)
+        all_settled = all(settled)
         forest = self._forest_from_paths(forward_batch, reqs, settled, lens) if complete else None
         if forest is None:
             if self._req_to_token.device.type != "cpu":
@@ -217,14 +250,14 @@ class BatchPlanner:
                 rows, lens, page_size=self._page_size, prefix_closed=True
             )
         reason = self._plan_forest(forest, forward_batch, lens)
-        if complete:
+        if complete and not all_settled:
             # Their rows hold the tree's slots from the next step on, so that step plans again.
             self._handover.settle(list(compress(reqs, map(not_, settled))))
-        if complete and all(settled):
+        if complete and all_settled:
             self._reqs, self._epoch = reqs, self._handover.epoch
-            self._states = _states(reqs) if self._verify else []
+            self._states = _states(batch) if self._verify else []
             self._rows = _rows_of(batch)
-            self._steps_left = min(shape.planner.growth_room for shape in self._shapes)
+            self._max_steps = min(shape.planner.growth_room for shape in self._shapes)
         return reason
 
     def _plan_forest(self, forest: PrefixForest, forward_batch: Any, lens: IntArray) -> str | None:
@@ -268,19 +301,19 @@ class BatchPlanner:
         self, forward_batch: Any, reqs: list[Any], settled: list[bool], lens: IntArray
     ) -> PrefixForest | None:
         """Forest from the tree, or None if this tree cannot be read on the CPU."""
-        known = list(compress(reqs, settled))
+        known = reqs if all(settled) else list(compress(reqs, settled))
         began = time.perf_counter()
         found = self._paths.look_up(self._handover.batch.tree_cache, known)
         self._counters.path_seconds += time.perf_counter() - began
         if found is None:
             return None
         # A session's row may be owned past the path that the tree can show.
-        owned = np.array(owned_lengths(known), dtype=np.int64)
+        owned = np.fromiter(owned_lengths(known), np.int64, len(known))
         path_of, limits = found.path_of, np.minimum(owned, found.table.lengths[found.path_of])
         if len(known) < len(reqs):
+            known_paths, known_limits = path_of, limits
             path_of, limits = (np.full(len(reqs), nothing) for nothing in (-1, 0))
-            path_of[settled] = found.path_of
-            limits[settled] = np.minimum(owned, found.table.lengths[found.path_of])
+            path_of[settled], limits[settled] = known_paths, known_limits
         forest = PrefixForest.from_path_table(
             found.table, path_of, limits, lens, page_size=self._page_size
         )
@@ -320,9 +353,11 @@ def _private_forest(lens: IntArray) -> PrefixForest:
     return PrefixForest.from_neighbours(np.arange(len(lens)), nothing, lens)
 
 
-def _states(reqs: list[Any]) -> list[Any]:
+def _states(batch: Any) -> list[Any]:
     """What changes when a request's KV moves although the same requests decode."""
-    return [(req.retraction_count, req.last_node) for req in reqs]
+    rows = _rows_of(batch)
+    states: list[Any] = [(req.retraction_count, req.last_node) for req in batch.reqs]
+    return states if rows is None else [*states, *rows.tolist()]
 
 
 def _host_lengths(forward_batch: Any, num_requests: int) -> IntArray | None:
@@ -336,9 +371,19 @@ def _host_lengths(forward_batch: Any, num_requests: int) -> IntArray | None:
     return np.array(lens.numpy()[:num_requests], dtype=np.int64)
 
 
-def _rows_of(batch: Any) -> bytes | None:
-    """Rows of ``req_to_token`` as the scheduler knows them on the CPU, to be compared."""
+def _sum_of_lengths(forward_batch: Any) -> int:
+    """Sum of the lengths in a batch, padding included, of which the CPU knows the lengths."""
+    total = forward_batch.seq_lens_sum
+    if isinstance(total, int):
+        return total
+    lens = _host_lengths(forward_batch, forward_batch.batch_size)
+    return -1 if lens is None else int(lens.sum())
+
+
+def _rows_of(batch: Any) -> torch.Tensor | None:
+    """Rows of ``req_to_token`` as the scheduler knows them on the CPU."""
     rows = getattr(batch, "req_pool_indices_cpu", None)
     if rows is None:
         rows = batch.req_pool_indices
-    return rows.numpy().tobytes() if rows.device.type == "cpu" else None
+        return rows if rows.device.type == "cpu" else None
+    return rows  # type: ignore[no-any-return]

@@ -68,7 +68,7 @@ class PathCache:
         if tree is not None and tree is self._tree:
             rows = list(map(self._row_of.get, nodes))
             if None not in rows:
-                return FoundPaths(self._table, np.array(rows, dtype=np.int64))
+                return FoundPaths(self._table, np.fromiter(rows, np.int64, len(rows)))
         read = path_reader(tree_cache)
         if read is None:
             return None

@@ -90,34 +90,17 @@ class PackPlan:
             kv_tokens_unique: the forest's unique tokens, for the statistics.
             costs: shape and device that the plan was made for.
         """
-        batch = len(seq_lens)
-        first_tail = len(packs.start)
-        pack_start = np.concatenate((packs.start, packs.tail_start))
-        pack_end = np.concatenate((packs.end, seq_lens))
-        queries = np.concatenate((packs.queries, np.arange(batch)))
-        query_indptr = np.concatenate(
-            (packs.query_indptr, np.arange(len(packs.queries) + 1, len(queries) + 1))
-        )
-        capacity = pack_end - pack_start
-        capacity[first_tail:] += growth_room
-        slot_offset = _prefix_sum(capacity)
-        partial_indptr = _prefix_sum(num_splits * (query_indptr[1:] - query_indptr[:-1]))
-        partial_index, request_indptr = number_partials(queries, query_indptr, num_splits, batch)
-        return cls(
+        laid_out = lay_out(
+            packs.start,
+            packs.end,
+            packs.query_indptr,
+            packs.queries,
+            packs.tail_start,
             seq_lens,
-            pack_start,
-            pack_end,
-            query_indptr,
-            queries,
             num_splits,
-            slot_offset,
-            partial_indptr,
-            partial_index,
-            request_indptr,
             growth_room,
-            kv_tokens_unique,
-            costs,
         )
+        return cls(seq_lens, *laid_out, growth_room, kv_tokens_unique, costs)
 
     @property
     def batch_size(self) -> int:
@@ -187,11 +170,66 @@ class PackPlan:
         return all(np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b for a, b in pairs)
 
 
-def _prefix_sum(counts: IntArray) -> IntArray:
-    """Exclusive prefix sum with the total at the end."""
-    sums = np.zeros(len(counts) + 1, dtype=np.int64)
-    np.cumsum(counts, out=sums[1:])
-    return sums
+@compiled
+def lay_out(
+    start: IntArray,
+    end: IntArray,
+    query_indptr: IntArray,
+    queries: IntArray,
+    tail_start: IntArray,
+    seq_lens: IntArray,
+    num_splits: IntArray,
+    growth_room: int,
+) -> tuple[
+    IntArray, IntArray, IntArray, IntArray, IntArray, IntArray, IntArray, IntArray, IntArray
+]:
+    """Put the tails behind the shared packs, and number slots and partials.
+
+    One loop for what would be twenty NumPy calls on arrays of a few hundred entries, each of which
+    costs more than its work.
+
+    Args:
+        start, end, query_indptr, queries, tail_start: of the shared packs, see :class:`Packs`.
+        seq_lens, num_splits, growth_room: as in :meth:`PackPlan.build`.
+
+    Returns:
+        The fields of :class:`PackPlan` from ``pack_start`` to ``request_indptr``.
+    """
+    shared, batch, readers = len(start), len(seq_lens), len(queries)
+    pack_start = np.empty(shared + batch, dtype=np.int64)
+    pack_end = np.empty(shared + batch, dtype=np.int64)
+    indptr = np.empty(shared + batch + 1, dtype=np.int64)
+    all_queries = np.empty(readers + batch, dtype=np.int64)
+    slot_offset = np.zeros(shared + batch + 1, dtype=np.int64)
+    partial_indptr = np.zeros(shared + batch + 1, dtype=np.int64)
+    all_queries[:readers] = queries
+    indptr[0] = 0
+    for pack in range(shared + batch):
+        if pack < shared:
+            pack_start[pack], pack_end[pack] = start[pack], end[pack]
+            indptr[pack + 1] = query_indptr[pack + 1]
+            room = 0
+        else:
+            request = pack - shared
+            pack_start[pack], pack_end[pack] = tail_start[request], seq_lens[request]
+            all_queries[readers + request] = request
+            indptr[pack + 1] = indptr[pack] + 1
+            room = growth_room
+        slot_offset[pack + 1] = slot_offset[pack] + pack_end[pack] - pack_start[pack] + room
+        pieces = num_splits[pack] * (indptr[pack + 1] - indptr[pack])
+        partial_indptr[pack + 1] = partial_indptr[pack] + pieces
+    partial_index, request_indptr = number_partials(all_queries, indptr, num_splits, batch)
+    return (
+        pack_start,
+        pack_end,
+        indptr,
+        all_queries,
+        num_splits,
+        slot_offset,
+        partial_indptr,
+        partial_index,
+        request_indptr,
+    )
 
 
 @compiled

@@ -46,10 +46,10 @@ def warm_up() -> None:
     if there is a place to write to, else 0.6 s; see :func:`sglang_prefix.compiled.compiled`.
     """
     forest = PrefixForest.from_paths([RadixPath((1,), (4,))] * 2, [4, 4], [5, 5])
-    costs = CostModel(AttentionShape(1, 1, 1, 1, 1, 1), CPU_PROFILE)
+    costs = CostModel(AttentionShape(1, 1, 1, 1, 1, 1), GPU_PROFILE)
     packs = policy_named("pat")(forest, costs)
-    ones = np.ones(len(packs.start) + forest.batch_size, dtype=np.int64)
-    PackPlan.build(packs, forest.seq_lens, ones, growth_room=0, kv_tokens_unique=0, costs=costs)
+    pieces = choose_num_splits(packs, forest.seq_lens, costs)
+    PackPlan.build(packs, forest.seq_lens, pieces, growth_room=0, kv_tokens_unique=0, costs=costs)
 
 
 class PackPlanner:
@@ -111,12 +111,10 @@ class PackPlanner:
         return self.max_partials is None or plan.num_partials <= self.max_partials
 
     def _lay_out(self, packs: Packs, forest: PrefixForest, *, split: bool) -> PackPlan:
-        lengths = np.concatenate((packs.end - packs.start, forest.seq_lens - packs.tail_start))
-        num_splits = np.ones(len(lengths), dtype=np.int64)
         if split:
-            num_queries = np.ones(len(lengths), dtype=np.int64)
-            num_queries[: len(packs.start)] = packs.query_indptr[1:] - packs.query_indptr[:-1]
-            num_splits = choose_num_splits(lengths, num_queries, self.costs)
+            num_splits = choose_num_splits(packs, forest.seq_lens, self.costs)
+        else:
+            num_splits = np.ones(len(packs.start) + forest.batch_size, dtype=np.int64)
         return PackPlan.build(
             packs,
             forest.seq_lens,

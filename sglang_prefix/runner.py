@@ -71,9 +71,15 @@ class PlanRunner:
         self._tail_start = np.zeros(0, dtype=np.int64)
         self._tail_offset = np.zeros(0, dtype=np.int64)
         self.plan: PackPlan | None = None
-        self.seq_lens = np.zeros(0, dtype=np.int64)
+        self._seq_lens = np.zeros(0, dtype=np.int64)
+        self._steps_in_graph = 0  # since then, each of which added a token to every tail
         self.num_rows = 0
         self.slot_range = (0, 0)
+
+    @property
+    def seq_lens(self) -> IntArray:
+        """[B] lengths that tails have grown to."""
+        return self._seq_lens + self._steps_in_graph
 
     @property
     def max_block_rows(self) -> int | None:
@@ -103,12 +109,12 @@ class PlanRunner:
         self._tail_start = plan.pack_start[first_tail:]
         self._tail_offset = plan.slot_offset[first_tail:-1]
         self.plan = plan
-        self.seq_lens = plan.seq_lens
+        self._set_lengths(plan.seq_lens)
 
     def append_in_graph(self, seq_lens: torch.Tensor, new_slots: torch.Tensor) -> None:
         """Let every tail grow by one token, from device tensors alone, as a graph records it.
 
-        The host is told the new lengths by :meth:`note_growth` at each replay.
+        The host is told by :meth:`note_growth` at each replay.
 
         Args:
             seq_lens: [rows] int32 or int64 on the device, padding included: the new lengths.
@@ -117,9 +123,12 @@ class PlanRunner:
         if not self._executor.append(seq_lens, new_slots):
             raise NotImplementedError(f"executor {self.executor_name!r} cannot run in a graph")
 
-    def note_growth(self, seq_lens: IntArray) -> None:
-        """Note lengths [B] that tails have grown to on the device; checked by the caller."""
-        self.seq_lens = seq_lens
+    def note_growth(self) -> None:
+        """Note that a graph lets every tail grow by one token on the device."""
+        self._steps_in_graph += 1
+
+    def _set_lengths(self, seq_lens: IntArray) -> None:
+        self._seq_lens, self._steps_in_graph = seq_lens, 0
 
     def append(
         self,
@@ -141,7 +150,7 @@ class PlanRunner:
         by_one = bool((grown == 1).all())
         if by_one and device_lens is not None and self._executor.append(device_lens, new_slots):
             self._note_slots(new_slots)
-            self.seq_lens = seq_lens
+            self._set_lengths(seq_lens)
             return
         if by_one:
             target = self._tail_offset + self.seq_lens - self._tail_start
@@ -151,7 +160,7 @@ class PlanRunner:
             target = np.repeat(first, grown) + within
         self._write(target, new_slots)
         self._executor.set_lengths(seq_lens - self._tail_start)
-        self.seq_lens = seq_lens
+        self._set_lengths(seq_lens)
 
     @contextmanager
     def lengths_from_rows(

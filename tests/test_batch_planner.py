@@ -292,7 +292,8 @@ def test_lengths_that_only_a_device_knows_are_no_request_info() -> None:
     reqs = scheduler.start(A, B)
     counted = scheduler.counted()
     batch = scheduler.decode_batch(reqs)
-    batch.seq_lens_cpu, batch.seq_lens = None, batch.seq_lens.to("meta")
+    batch.seq_lens_cpu, batch.seq_lens_sum = None, None
+    batch.seq_lens = batch.seq_lens.to("meta")
     assert scheduler.prepare(batch) == "no-request-info"
     assert scheduler.prepare(scheduler.decode_batch([])) == "no-request-info"
     assert scheduler.counted() == counted

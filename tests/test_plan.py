@@ -21,8 +21,9 @@ from sglang_prefix.packing import (
     AttentionShape,
     CostModel,
     DeviceProfile,
+    policy_named,
 )
-from sglang_prefix.packing.packs import PacksBuilder
+from sglang_prefix.packing.packs import Packs, PacksBuilder
 from sglang_prefix.packing.splits import choose_num_splits
 from sglang_prefix.plan import PackPlan, verify_plan, verify_slots
 from sglang_prefix.planner import GROWTH_ROOM_TOKENS, PackPlanner
@@ -231,14 +232,28 @@ def test_long_packs_are_split_to_fill_the_device() -> None:
     """The worked example of choose_num_splits: 32 tails of 4,096 tokens, then 4."""
     costs = CostModel(AttentionShape(32, 8, 128, 128, 2, 2), GPU_PROFILE)
     for count, expected in ((32, 2), (4, 9)):
-        lengths, one = np.full(count, 4096), np.ones(count, dtype=np.int64)
-        assert choose_num_splits(lengths, one, costs).tolist() == [expected] * count
-    short = choose_num_splits(np.asarray([0, 1, 256]), np.ones(3, dtype=np.int64), costs)
-    assert short.tolist() == [1, 1, 1]
+        assert _splits_of_tails([4096] * count, costs) == [expected] * count
+    assert _splits_of_tails([0, 1, 256], costs) == [1, 1, 1]
     cpu = CostModel(costs.shape, CPU_PROFILE)
-    assert (
-        choose_num_splits(np.full(4, 1 << 22), np.ones(4, dtype=np.int64), cpu).tolist() == [1] * 4
-    )
+    assert _splits_of_tails([1 << 22] * 4, cpu) == [1] * 4
+
+
+def test_splits_are_shares_of_the_work_of_all_row_blocks(batch: Batch) -> None:
+    forest = batch.forest()
+    costs = CostModel(AttentionShape(32, 8, 128, 128, 2, 2), replace(GPU_PROFILE, num_workers=8))
+    packs = policy_named("pat")(forest, costs)
+    readers = np.append(np.diff(packs.query_indptr), np.ones(forest.batch_size, dtype=np.int64))
+    lengths = np.append(packs.end - packs.start, forest.seq_lens - packs.tail_start)
+    blocks = np.ceil(readers * 4 / costs.device.max_block_rows)
+    share = max(256, int(np.ceil((lengths * blocks).sum() * 8 / 8)))
+    expected = np.maximum(1, np.ceil(lengths / share)).astype(int)
+    assert choose_num_splits(packs, forest.seq_lens, costs).tolist() == expected.tolist()
+
+
+def _splits_of_tails(lengths: list[int], costs: CostModel) -> list[int]:
+    empty, first = np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64)
+    packs = Packs(empty, empty, first, empty, np.zeros(len(lengths), dtype=np.int64))
+    return choose_num_splits(packs, np.asarray(lengths), costs).tolist()  # type: ignore[no-any-return]
 
 
 def test_a_bound_on_partials_costs_splits_first_then_sharing(batch: Batch) -> None:

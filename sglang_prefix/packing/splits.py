@@ -5,14 +5,16 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from sglang_prefix.compiled import compiled
 from sglang_prefix.packing.cost import CostModel
+from sglang_prefix.packing.packs import Packs
 
-__all__ = ["choose_num_splits"]
+__all__ = ["choose_num_splits", "count_pieces"]
 
 IntArray = NDArray[np.int64]
 
 
-def choose_num_splits(lengths: IntArray, num_queries: IntArray, costs: CostModel) -> IntArray:
+def choose_num_splits(packs: Packs, seq_lens: IntArray, costs: CostModel) -> IntArray:
     """Cut packs so that the pieces fill the device once, none much longer than the average.
 
     The work of the whole batch, in tokens walked by a program, is divided by the programs that
@@ -21,18 +23,56 @@ def choose_num_splits(lengths: IntArray, num_queries: IntArray, costs: CostModel
     is 32 * 4096 * 8 / 264 = 3,972 tokens, hence two pieces each; 4 tails: 497 tokens, nine pieces.
 
     Args:
-        lengths: [P] KV tokens of each pack.
-        num_queries: [P] requests of each pack.
+        packs: shared packs and tail starts.
+        seq_lens: [B] KV tokens of each request.
         costs: shape and device.
 
     Returns:
-        [P] pieces per pack, at least 1.
+        [S + B] pieces of each shared pack, then of each tail; at least 1.
     """
     device = costs.device
     if device.num_workers <= 1:
-        return np.ones(len(lengths), dtype=np.int64)
-    rows = num_queries * costs.shape.group_size
-    blocks = -(-rows // device.max_block_rows)
-    work = int((lengths * blocks).sum()) * costs.shape.num_kv_heads
-    share = max(device.min_split_tokens, -(-work // device.num_workers))
-    return np.maximum(1, -(-lengths // share))
+        return np.ones(len(packs.start) + len(seq_lens), dtype=np.int64)
+    return count_pieces(
+        packs.start,
+        packs.end,
+        packs.query_indptr,
+        packs.tail_start,
+        seq_lens,
+        costs.shape.group_size,
+        costs.shape.num_kv_heads,
+        device.max_block_rows,
+        device.num_workers,
+        device.min_split_tokens,
+    )
+
+
+@compiled
+def count_pieces(
+    start: IntArray,
+    end: IntArray,
+    query_indptr: IntArray,
+    tail_start: IntArray,
+    seq_lens: IntArray,
+    group_size: int,
+    num_kv_heads: int,
+    max_block_rows: int,
+    num_workers: int,
+    min_split_tokens: int,
+) -> IntArray:
+    """The loop behind :func:`choose_num_splits`."""
+    shared, batch = len(start), len(seq_lens)
+    pieces = np.empty(shared + batch, dtype=np.int64)  # first the lengths of the packs
+    tail_blocks = -(-group_size // max_block_rows)
+    work = 0
+    for pack in range(shared):
+        rows = (query_indptr[pack + 1] - query_indptr[pack]) * group_size
+        pieces[pack] = end[pack] - start[pack]
+        work += pieces[pack] * -(-rows // max_block_rows)
+    for request in range(batch):
+        pieces[shared + request] = seq_lens[request] - tail_start[request]
+        work += pieces[shared + request] * tail_blocks
+    share = max(min_split_tokens, -(-work * num_kv_heads // num_workers))
+    for pack in range(shared + batch):
+        pieces[pack] = max(1, -(-pieces[pack] // share))
+    return pieces
