@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cpu_attention import CASES, measure_attention
-from benchmarks.cpu_engine import measure_engine
+from benchmarks.cpu_engine import measure_engine, measure_host
 from benchmarks.cpu_planning import measure_planning
 from benchmarks.timing import environment
 
@@ -49,6 +49,9 @@ def main() -> None:
     console.print(_planning_table(report["planning"], "median_us", title))
     report["engine"] = [measure_engine(256)]
     console.print(_planning_table(report["engine"], "us", "host time in the real engine, us"))
+    report["host"] = [measure_host(256)]
+    title = "host time in the real engine, device elsewhere, us"
+    console.print(_planning_table(report["host"], "us", title))
     target = arguments.out or RESULTS / f"{report['date']}-{commit}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(report, indent=1) + "\n")

@@ -301,7 +301,7 @@ class PrefixAttnBackend(DelegatingBackend):
         if getattr(forward_batch, "spec_info", None) is not None:
             return "speculative"
         # The halves come to backends of their own, with the schedule batch of the whole.
-        if any(getattr(forward_batch, name, None) for name in ("tbo_children", _HALF_OF)):
+        if getattr(forward_batch, "tbo_children", None) or getattr(forward_batch, _HALF_OF, None):
             return "two-batch-overlap"
         try:
             return self._batches.prepare(forward_batch, in_graph=in_graph)

@@ -1,19 +1,21 @@
 """SGLang's own decode graph runner on the CPU, with graphs that freeze what a CUDA graph freezes.
 
-The runner is the real one: padding, static buffers, keys, metadata before each replay. Only the
-device is not there, so a graph here is the forward function that the runner gave to be captured,
-run again over its static buffers, in which each launch of ours is replaced by the one that was
-recorded at capture: the same kernel and grid, and its arguments by raw address. Only what the
-model allocates anew in each run, q and the output, is taken from the run. So a launch that depends
-on the plan shows, as it would on a GPU.
+A graph here is the forward function that the runner gave to be captured, run again over its static
+buffers, in which each launch of ours is replaced by the one that was recorded at capture: the same
+kernel and grid, and its arguments by raw address. Only what the model allocates anew in each run,
+q and the output, is taken from the run. So a launch that depends on the plan shows, as it would on
+a GPU.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
+
+from benchmarks.graphs_on_cpu import graph_runner_patches
+from benchmarks.import_patches import Patch
 
 __all__ = ["GRAPH_PATCHES"]
 
@@ -142,45 +144,6 @@ class FrozenGraphs:
         """See SGLang's ``BaseCudaGraphBackend``."""
 
 
-def capture_on_cpu(module: ModuleType) -> None:
-    """Let SGLang capture decode on the CPU, in `cuda_graph_setup`."""
-
-    def capture_decode_graph(*, model_runner: Any) -> Any:
-        runner = model_runner._decode_cuda_graph_runner_cls()(model_runner)
-        return module.GraphCapture(
-            runner=runner, memory_phase="decode", memory_usage_gb=0, capture_time=0
-        )
-
-    module.capture_decode_graph = capture_decode_graph  # type: ignore[attr-defined]
-
-
-def run_on_cpu(module: ModuleType) -> None:
-    """Take streams, events and CUDA graphs out of `decode_cuda_graph_runner`."""
-
-    import torch
-
-    @contextlib.contextmanager
-    def no_stream(stream: Any = None) -> Iterator[Any]:
-        yield SimpleNamespace(stream=None)
-
-    names = vars(module)
-    names["graph_capture"] = no_stream
-    names["get_or_create_global_graph_capture_stream"] = lambda: None
-    names["resolve_decode_backend"] = FrozenGraphs
-    names["get_batch_sizes_to_capture"] = lambda *args, **kwargs: (list(BATCH_SIZES), [])
-    if not hasattr(torch.cpu, "Event"):  # 0.5.17 and .18 record one before each replay
-        vars(torch.cpu)["Event"] = lambda: SimpleNamespace(record=lambda: None)
-    module.DecodeCudaGraphRunner._publish_read_done = lambda self, in_graph: None
-    module.DecodeCudaGraphRunner._record_in_graph_metadata_prep_done = lambda self: None
-
-
-def complete_torch_native(module: ModuleType) -> None:
-    """Give ``torch_native`` what a graph runner asks of a backend."""
-    backend = module.TorchNativeAttnBackend
-    backend.init_cuda_graph_state = lambda self, max_bs, max_num_tokens: None
-    backend.get_cuda_graph_seq_len_fill_value = lambda self: 1
-
-
 class FlippingGate:
     """Packs every second batch that shares anything, so that both graphs are replayed."""
 
@@ -198,18 +161,14 @@ class FlippingGate:
         """See the real gate."""
 
 
-def say_that_decode_is_captured(module: ModuleType) -> None:
-    """In our backend, which takes it that only CUDA has graphs, and a gate."""
-    names = vars(module)
-    names["captures_decode"] = lambda model_runner: True
-    names["make_gate"] = lambda name, *args: FlippingGate() if name == "auto" else None
+def flip_the_gate(module: ModuleType) -> None:
+    """In our backend."""
+    vars(module)["make_gate"] = lambda name, *args: FlippingGate() if name == "auto" else None
 
 
-GRAPH_PATCHES: dict[str, Callable[[ModuleType], None]] = {
-    "prefix_kernels.triton_executor": wrap_launch,
-    "prefix_kernels.plan_buffers": wrap_launch,
-    "sglang.srt.model_executor.model_runner_components.cuda_graph_setup": capture_on_cpu,
-    "sglang.srt.model_executor.runner.decode_cuda_graph_runner": run_on_cpu,
-    "sglang.srt.layers.attention.torch_native_backend": complete_torch_native,
-    "sglang_prefix.backend": say_that_decode_is_captured,
-}
+GRAPH_PATCHES: list[tuple[str, Patch]] = [
+    *graph_runner_patches(FrozenGraphs, BATCH_SIZES).items(),
+    ("prefix_kernels.triton_executor", wrap_launch),
+    ("prefix_kernels.plan_buffers", wrap_launch),
+    ("sglang_prefix.backend", flip_the_gate),
+]

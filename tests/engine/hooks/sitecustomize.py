@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.abc
-import importlib.machinery
 import importlib.metadata
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+# An engine's processes know nothing of the source tree.
+sys.path.append(str(Path(__file__).parents[3]))
+
+from benchmarks.import_patches import patch_after_import
 
 PAGE_TOKENS = 16
 
@@ -269,43 +272,10 @@ PATCHES: dict[str, Callable[[ModuleType], None]] = {
 }
 
 
-class PatchedLoader(importlib.abc.Loader):
-    """Loads a module as its own loader does, then patches it."""
-
-    def __init__(self, loader: importlib.abc.Loader, patch: Callable[[ModuleType], None]) -> None:
-        self._loader, self._patch = loader, patch
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        """See :class:`importlib.abc.Loader`."""
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        """See :class:`importlib.abc.Loader`."""
-        self._loader.exec_module(module)
-        self._patch(module)
-
-
-class PatchingFinder(importlib.abc.MetaPathFinder):
-    """Finds the modules in ``PATCHES``, which all lie in packages."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        """See :class:`importlib.abc.MetaPathFinder`."""
-        if fullname not in PATCHES:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
-        if spec is not None and spec.loader is not None:
-            spec.loader = PatchedLoader(spec.loader, PATCHES[fullname])
-        return spec
-
-
 if "SGLANG_PREFIX_TEST_WITHOUT_INIT_NEW" in os.environ:
     PATCHES["sglang.srt.model_executor.forward_batch_info"] = remove_init_new
 
 if os.environ.get("SGLANG_PREFIX_EXECUTOR") == "triton":
-    # For `tests.launch_keys` and others; an engine's processes know nothing of the tests.
-    sys.path.append(str(Path(__file__).parents[3]))
     PATCHES["prefix_kernels.triton_executor"] = tell_of_compilations
     PATCHES["prefix_kernels.plan_buffers"] = tell_of_compilations
 
@@ -321,7 +291,7 @@ if "SGLANG_PREFIX_TEST_PAD_ON_CPU" in os.environ:
     PATCHES["sglang.srt.layers.attention.torch_native_backend"] = pad_on_cpu
 
 if "SGLANG_PREFIX_TEST_GRAPHS" in os.environ:
-    for name, graph_patch in importlib.import_module("frozen_graphs").GRAPH_PATCHES.items():
+    for name, graph_patch in importlib.import_module("frozen_graphs").GRAPH_PATCHES:
         PATCHES[name] = both(PATCHES[name], graph_patch) if name in PATCHES else graph_patch
 
 if "SGLANG_PREFIX_TEST_VERSION" in os.environ:
@@ -334,4 +304,4 @@ if "SGLANG_PREFIX_TEST_VERSION" in os.environ:
 
     importlib.metadata.version = fake_version
 
-sys.meta_path.insert(0, PatchingFinder())
+patch_after_import(PATCHES)

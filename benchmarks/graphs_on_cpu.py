@@ -1,0 +1,76 @@
+"""SGLang's own decode graph runner on the CPU, where there are no graphs.
+
+The runner is the real one: padding, static buffers, keys, metadata before each replay. What is put
+in its place is the device: streams, events, and the object that captures and replays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+from benchmarks.import_patches import Patch
+
+__all__ = ["graph_runner_patches"]
+
+
+def graph_runner_patches(
+    graph_backend: Callable[[Any], Any], batch_sizes: Sequence[int]
+) -> dict[str, Patch]:
+    """Patches by module.
+
+    Args:
+        graph_backend: from the runner to what SGLang calls a graph backend.
+        batch_sizes: that are captured.
+    """
+
+    def run_on_cpu(module: ModuleType) -> None:
+        import torch
+
+        names = vars(module)
+        names["graph_capture"] = _no_stream
+        names["get_or_create_global_graph_capture_stream"] = lambda: None
+        names["resolve_decode_backend"] = graph_backend
+        names["get_batch_sizes_to_capture"] = lambda *args, **kwargs: (list(batch_sizes), [])
+        if not hasattr(torch.cpu, "Event"):  # 0.5.17 and .18 record one before each replay
+            vars(torch.cpu)["Event"] = lambda: SimpleNamespace(record=lambda: None)
+        module.DecodeCudaGraphRunner._publish_read_done = lambda self, in_graph: None
+        module.DecodeCudaGraphRunner._record_in_graph_metadata_prep_done = lambda self: None
+
+    return {
+        "sglang.srt.model_executor.model_runner_components.cuda_graph_setup": _capture_on_cpu,
+        "sglang.srt.model_executor.runner.decode_cuda_graph_runner": run_on_cpu,
+        "sglang.srt.layers.attention.torch_native_backend": _complete_torch_native,
+        "sglang_prefix.backend": _say_that_decode_is_captured,
+    }
+
+
+@contextlib.contextmanager
+def _no_stream(stream: Any = None) -> Iterator[Any]:
+    yield SimpleNamespace(stream=None)
+
+
+def _capture_on_cpu(module: ModuleType) -> None:
+    """Let SGLang capture decode on the CPU."""
+
+    def capture_decode_graph(*, model_runner: Any) -> Any:
+        runner = model_runner._decode_cuda_graph_runner_cls()(model_runner)
+        return module.GraphCapture(
+            runner=runner, memory_phase="decode", memory_usage_gb=0, capture_time=0
+        )
+
+    module.capture_decode_graph = capture_decode_graph  # type: ignore[attr-defined]
+
+
+def _complete_torch_native(module: ModuleType) -> None:
+    """Give ``torch_native`` what a graph runner asks of a backend."""
+    backend = module.TorchNativeAttnBackend
+    backend.init_cuda_graph_state = lambda self, max_bs, max_num_tokens: None
+    backend.get_cuda_graph_seq_len_fill_value = lambda self: 1
+
+
+def _say_that_decode_is_captured(module: ModuleType) -> None:
+    """Our backend takes it that only CUDA has graphs."""
+    vars(module)["captures_decode"] = lambda model_runner: True
