@@ -2,8 +2,9 @@
 
 Two engines. One does its arithmetic on the CPU; the backend's own clocks are read, those of steps
 that went on under their plan, of plans, and of the hook around each forward pass. The other runs
-SGLang's graph runner with graphs that do nothing (``host_hooks``), so that the CPU does what it does
-beside a GPU, and all of our code in a step is on the clock. Nothing here is the time of attention.
+SGLang's graph runner with graphs that do nothing (``host_hooks``), so that the CPU does what it
+does beside a GPU, and all of our code in a step is on the clock. Nothing here is the time of
+attention.
 """
 
 from __future__ import annotations

@@ -13,7 +13,14 @@ import pytest
 from sglang_prefix import forest_loops, plan
 from sglang_prefix.compiled import compiled
 from sglang_prefix.forest import PrefixForest
-from sglang_prefix.packing import CPU_PROFILE, GPU_PROFILE, POLICIES, AttentionShape, pat_loops
+from sglang_prefix.packing import (
+    CPU_PROFILE,
+    GPU_PROFILE,
+    POLICIES,
+    AttentionShape,
+    pat_loops,
+    splits,
+)
 from sglang_prefix.planner import PackPlanner
 from tests.forests import radix_paths, random_batch
 

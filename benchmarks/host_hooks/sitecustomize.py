@@ -1,10 +1,10 @@
 """An engine on the CPU whose device is elsewhere; Python imports this file at start-up.
 
 SGLang's own decode graph runner runs, with graphs that do nothing: a replay hands back what the
-capture left behind, and kernels of ours are not launched. So the scheduler, the graph runner and our
-planning run as they would beside a GPU, and the CPU does no model's arithmetic, which would take its
-caches. Answers mean nothing. What our part of each decode step took goes to the file named by
-``SGLANG_PREFIX_HOST_TIMES_FILE`` every few steps.
+capture left behind, and kernels of ours are not launched. So the scheduler, the graph runner and
+our planning run as they would beside a GPU, and the CPU does no model's arithmetic, which would
+take its caches. Answers mean nothing. What our part of each decode step took goes to the file
+named by ``SGLANG_PREFIX_HOST_TIMES_FILE`` every few steps.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from typing import Any
 
 from benchmarks.graphs_on_cpu import graph_runner_patches
 from benchmarks.import_patches import patch_after_import
-
 
 WRITE_EVERY = 20
 
