@@ -49,7 +49,8 @@ class PacksBuilder:
     def build(self) -> Packs:
         """Freeze what was collected."""
         bounds = np.asarray(self._bounds, dtype=np.int64).reshape(len(self._bounds), 2)
+        start, end = np.ascontiguousarray(bounds.T)  # as compiled loops want them
         counts = [len(queries) for queries in self._queries]
         indptr = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
         queries = np.concatenate(self._queries) if self._queries else np.zeros(0, dtype=np.int64)
-        return Packs(bounds[:, 0], bounds[:, 1], indptr, queries, self.tail_start)
+        return Packs(start, end, indptr, queries, self.tail_start)
