@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from prefix_patches.handover import BATCH_ATTRIBUTE
+from sglang_prefix import batch_planner
 from tests.scheduling import Request, Scheduler
 
 # From the requests that decode, and one that could, to the next batch.
@@ -173,6 +175,32 @@ def test_verify_refuses_that_kv_moves_without_a_prefill(what: str) -> None:
     setattr(reqs[1], what, getattr(reqs[1], what) + 1)
     with pytest.raises(RuntimeError, match="without a prefill"):
         scheduler.decode(reqs)
+
+
+def test_verify_refuses_lengths_that_only_sum_up_to_one_token_more_each() -> None:
+    scheduler = Scheduler()
+    batch = scheduler.decode_batch(scheduler.start(A, B))
+    batch.seq_lens_cpu += torch.tensor([1, -1])
+    with pytest.raises(RuntimeError, match="one token to each request"):
+        scheduler.prepare(batch)
+
+
+def test_a_step_that_goes_on_asks_torch_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With cold caches each call into torch takes longer than all the rest of such a step."""
+    scheduler = Scheduler()
+    reqs = scheduler.start(A, B)
+    batch = scheduler.decode_batch(reqs)
+    schedule_batch = getattr(batch, BATCH_ATTRIBUTE)
+    schedule_batch.req_pool_indices_cpu = scheduler.planner._rows
+    batch.seq_lens_cpu = batch.seq_lens = None
+    monkeypatch.setattr(scheduler.planner, "_verify", False)
+    monkeypatch.setattr(batch_planner, "torch", None)
+    monkeypatch.setattr(batch_planner, "np", None)
+    previous = scheduler.handover.enter(batch)
+    plans = scheduler.counters.plans
+    assert scheduler.planner.prepare(batch, in_graph=True) is None
+    scheduler.handover.leave(previous)
+    assert scheduler.counters.plans == plans
 
 
 def test_a_request_that_comes_back_under_its_old_id_and_row_gets_a_plan_of_its_own() -> None:
