@@ -92,6 +92,7 @@ class Graphs:
             req_pool_indices=torch.zeros(batch_size, dtype=torch.int64),
             seq_lens=lens,
             seq_lens_cpu=lens,
+            seq_lens_sum=batch_size,
             out_cache_loc=torch.zeros(batch_size, dtype=torch.int64),
             spec_info=None,
         )
