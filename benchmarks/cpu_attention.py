@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.timing import interleaved, medians
 from prefix_kernels.oracle import decode_attention_oracle
+from prefix_patches.torch_native_decode import torch_native_decode
 from sglang_prefix import PrefixDecodeWrapper
 
 __all__ = ["CASES", "AttentionCase", "measure_attention"]
@@ -92,8 +93,6 @@ class _Batch:
     """Tensors of one case, and the stock kernel on them."""
 
     def __init__(self, case: AttentionCase, seed: int) -> None:
-        from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
-
         generator = torch.Generator().manual_seed(seed)
         num_slots = case.shared + case.batch * case.private + 1
         slots = np.arange(1, num_slots)  # slot 0 is SGLang's padding slot
@@ -112,8 +111,7 @@ class _Batch:
         self.k = torch.randn(shape, generator=generator).to(case.dtype)
         self.v = torch.randn(shape, generator=generator).to(case.dtype)
         self.out = torch.empty_like(self.q)
-        # The kernel is a method that uses nothing of the instance, which needs a model to build.
-        self._stock = object.__new__(TorchNativeAttnBackend)
+        self._stock = torch_native_decode()
         self.expected, _ = decode_attention_oracle(
             self.q, self.k, self.v, self.table, self.rows, self.lengths, sm_scale=dim**-0.5
         )
@@ -130,7 +128,7 @@ class _Batch:
         return out
 
     def run_stock(self) -> None:
-        self._stock._run_sdpa_forward_decode(
+        self._stock(
             self.q,
             self.out,
             self.k,
@@ -138,7 +136,5 @@ class _Batch:
             self.table,
             self.rows,
             self.lengths,
-            None,
-            scaling=HEADS["head_dim"] ** -0.5,
-            enable_gqa=True,
+            HEADS["head_dim"] ** -0.5,
         )

@@ -1,19 +1,240 @@
-"""`sglang-prefix bench kernel`: decode attention on workloads that share, ours against stock."""
+"""`sglang-prefix bench kernel`: decode attention on batches that share, ours against stock."""
 
 from __future__ import annotations
 
+import sys
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sglang_prefix.cli.output import fail
+from sglang_prefix.cli.output import JsonOption, console, fail, write_json
 
-__all__ = ["kernel"]
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from sglang_prefix.bench.cells import KernelCell, KernelOptions
+    from sglang_prefix.bench.kernel_run import KernelRun
+
+__all__ = ["kernel", "kernel_table"]
+
+_INTERRUPTED = 130
+_FILE_WIDTH = 120
+_DTYPES = ("bfloat16", "float16", "float32")
+# What a resumed run may be told anew: none of it changes what its numbers mean.
+_WITH_RESUME = ("ctx", "out", "resume", "budget_s", "json_file", "plots")
 
 
 def kernel(
+    ctx: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder for kernel.json and the plots.")],
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small batches; a few minutes on two CPU cores.")
+    ] = False,
+    workload: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE|REGEX",
+            help="Registry file (trees, unrelated, chunk, ...), or a regular expression that the "
+            "names of cells contain; may be repeated. Default: all files.",
+        ),
+    ] = None,
+    tree: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="N1,N2_L1,L2",
+            help="A batch in PAT's notation, as in 1,8,512_512,512,256; may be repeated.",
+        ),
+    ] = None,
+    trace: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Batches from a trace in Mooncake's format, .jsonl or .jsonl.gz; may be repeated.",
+        ),
+    ] = None,
+    trace_batches: Annotated[int, typer.Option(min=1, help="Moments of a trace.")] = 3,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="pat, node, chunk or query; may be repeated. Default: all."),
+    ] = None,
+    heads: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="QO:KV[:DIM]", help="May be repeated. Default: the workload's own, or 32:8:128."
+        ),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(_DTYPES)}.")] = "bfloat16",
+    page_size: Annotated[int, typer.Option(min=1, help="Tokens per page of the KV pool.")] = 1,
+    rounds: Annotated[
+        int | None,
+        typer.Option(min=1, help="Timed rounds per cell. Default: as many as fit, 3 to 15."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of all inputs.")] = 0,
+    max_tokens: Annotated[
+        int,
+        typer.Option(min=1, help="KV tokens that a batch may store; trace batches are cut to it."),
+    ] = 1 << 18,
+    budget_s: Annotated[
+        float, typer.Option(min=0, help="Begin no cell after this many seconds.")
+    ] = 600.0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out, under its options.")
+    ] = False,
+    plots: Annotated[bool, typer.Option(help="Draw the plots (needs matplotlib).")] = True,
+    json_file: JsonOption = None,
 ) -> None:
-    """Compare decode attention kernels on batches that share prefixes."""
-    fail(f"bench kernel --out {out} is not there yet")
+    """Compare decode attention kernels on batches that share prefixes.
+
+    Every output is compared with a float64 oracle before it is timed. The file in --out is whole
+    after every cell: Ctrl-C keeps what is there, and --resume goes on.
+    """
+    if plots and find_spec("matplotlib") is None:
+        fail("plots need matplotlib: pip install 'sglang-prefix[bench]', or give --no-plots", 2)
+    if resume:
+        _check_resume(ctx, out)
+    _check("dtype", [dtype], _DTYPES)
+    _check("policy", policy or [], ("pat", "node", "chunk", "query"))
+    from sglang_prefix.bench.cells import KernelOptions
+
+    options = KernelOptions(
+        quick=quick,
+        workloads=tuple(workload or ()),
+        trees=tuple(tree or ()),
+        traces=tuple(trace or ()),
+        trace_batches=trace_batches,
+        heads=tuple(heads or ()),
+        dtype=dtype,
+        page_size=page_size,
+        rounds=rounds,
+        seed=seed,
+        max_tokens=max_tokens,
+        **({"policies": tuple(dict.fromkeys(policy))} if policy else {}),
+    )
+    screen = console(json_file)
+    run = _prepared(out, options, resume, screen)
+    interrupted = _measure(run, budget_s, screen)
+    _print(run.data, run.ours, screen)
+    if plots and run.data["cells"]:
+        from sglang_prefix.bench.plots import save_plots
+
+        for path in save_plots(run.data, out):
+            screen.print(f"written to {path}", soft_wrap=True)
+    if run.path.exists():
+        screen.print(f"written to {run.path}", soft_wrap=True)
+    write_json(run.data, json_file)
+    if interrupted:
+        fail(f"interrupted; --resume --out {out} goes on", _INTERRUPTED)
+    problems = run.problems()
+    for problem in problems[:-1]:
+        typer.echo(f"sglang-prefix: {problem}", err=True)
+    if problems:
+        fail(problems[-1])
+
+
+def _check(option: str, values: list[str], legal: tuple[str, ...]) -> None:
+    for value in values:
+        if value not in legal:
+            fail(f"--{option} is {value!r}; legal: {', '.join(legal)}", 2)
+
+
+def _check_resume(ctx: typer.Context, out: Path) -> None:
+    for name in ctx.params:
+        # By name: typer may bring a click of its own.
+        source = ctx.get_parameter_source(name)
+        if source and source.name == "COMMANDLINE" and name not in _WITH_RESUME:
+            flag = name.replace("_", "-")
+            fail(f"--{flag} with --resume: the run in {out} has its own; legal: without", 2)
+
+
+def _prepared(out: Path, options: KernelOptions, resume: bool, screen: Console) -> KernelRun:
+    with screen.status("importing torch"):
+        from sglang_prefix.bench.kernel_run import KernelRun
+    try:
+        run = KernelRun(out, options, sys.argv, resume=resume)
+    except ValueError as error:
+        fail(f"{error}", 2)
+    except OSError as error:
+        fail(f"--out {out} cannot be written: {error.strerror}; legal: a folder of yours", 2)
+    with screen.status("importing SGLang for its own kernels"):
+        run.prepare()
+    return run
+
+
+def _measure(run: KernelRun, budget_s: float, screen: Console) -> bool:
+    """Measure with progress shown; whether the user stopped it."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    text = TextColumn("{task.description} [dim]{task.fields[doing]}")
+    with Progress(*columns, text, console=screen, transient=True) as progress:
+        bar = progress.add_task("", total=len(run.cells), doing="", completed=-1)
+
+        def begin(cell: KernelCell) -> None:
+            progress.update(bar, advance=1, description=cell.name, doing="")
+
+        try:
+            run.run(budget_s, begin, lambda what: progress.update(bar, doing=what))
+        except KeyboardInterrupt:
+            return True
+        except OSError as error:
+            fail(f"{run.path} cannot be written: {error.strerror}")
+    return False
+
+
+def _print(data: dict[str, Any], ours: str, screen: Console) -> None:
+    if not screen.is_terminal:
+        screen.width = max(screen.width, _FILE_WIDTH)
+    screen.print(kernel_table(data, ours))
+    for name, reason in data["absent"].items():
+        screen.print(f"absent: {name}: {reason}", soft_wrap=True, highlight=False)
+    reasons: dict[str, list[str]] = {}
+    for name, reason in data["why_not_run"].items():
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        screen.print(f"not run: {listed}: {reason}", soft_wrap=True, highlight=False)
+
+
+def kernel_table(data: dict[str, Any], ours: str) -> Any:
+    """The table of a result file, as a rich table; rows in which ours loses are marked.
+
+    Args:
+        data: of the file.
+        ours: the contender to set against the fastest stock kernel.
+    """
+    from rich.table import Table
+
+    where = data["environment"]["gpu"] or data["environment"]["cpu"]
+    title = f"decode attention, {data['options']['dtype']}, {where}; ours is {ours}"
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    table.caption = (
+        "ms: median of plan, copy and run of a step. read: KV tokens read over KV tokens, and the "
+        "ideal. split: plan + copy + forward + merge, ms."
+    )
+    for column in ("cell", "best stock"):
+        table.add_column(column, overflow="fold")
+    for column in ("batch", "tokens", "stock ms", "ours ms", "speed-up", "read / ideal", "split"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for cell in data["cells"]:
+        best, mine = cell["best_stock"], cell["contenders"].get(ours)
+        tokens = cell["tokens"]
+        row = [cell["name"], best or "absent", str(cell["batch"]), str(tokens["logical"])]
+        row.append(f"{cell['contenders'][best]['ms']:.2f}" if best else "-")
+        if mine is None:
+            reason = cell["failed"].get(ours, "not measured")
+            table.add_row(*row, "-", f"FAILED: {reason}"[:40], "-", "-", style="red")
+            continue
+        ideal = tokens["ideal"] / tokens["logical"]
+        parts = [mine[f"{part}_ms"] for part in ("plan", "copy", "forward", "merge")]
+        slower = mine["speedup"] is not None and mine["speedup"] < 1
+        table.add_row(
+            *row,
+            f"{mine['ms']:.2f}",
+            "-" if mine["speedup"] is None else f"{mine['speedup']:.2f}x" + " slower" * slower,
+            f"{mine['kv_read_ratio']:.3f} / {ideal:.3f}",
+            " + ".join("-" if part is None else f"{part:.2f}" for part in parts),
+            style="red" if slower else None,
+        )
+    return table

@@ -1,0 +1,169 @@
+"""A run of `bench kernel`: cells one after another, the result file whole after each."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sglang_prefix.bench.cells import KernelCell, KernelOptions, kernel_cells
+from sglang_prefix.bench.contenders import find_stock
+from sglang_prefix.bench.measure import measure_cell, our_makers, peak_gflop_s
+from sglang_prefix.bench.results import SCHEMA, environment, read_result, write_result
+
+__all__ = ["FILE_NAME", "KIND", "KernelRun"]
+
+KIND = "bench-kernel"
+FILE_NAME = "kernel.json"
+_SECONDS_PER_CELL = {True: 3.0, False: 8.0}  # by --quick
+# Numbers of one file must come from one machine, and one state of the software.
+_SAME = ("device", "cpu", "gpu", "threads", "versions")
+
+Tell = Callable[[str], None]
+
+
+class KernelRun:
+    """Measures cells and keeps the result file.
+
+    Args:
+        folder: where ``kernel.json`` is written.
+        options: which cells, and how.
+        command: arguments of the command, for the file.
+        resume: take up the run whose file is in the folder; its options stand, ``options`` is
+            not looked at.
+
+    Raises:
+        ValueError: an option is not legal, or the file cannot be taken up; one line.
+        OSError: the folder cannot be written.
+    """
+
+    def __init__(
+        self, folder: Path, options: KernelOptions, command: Sequence[str], *, resume: bool = False
+    ) -> None:
+        self.path = folder / FILE_NAME
+        self._environment = environment()
+        self.device = torch.device(self._environment["device"])
+        data = self._taken_up() if resume else None
+        self.options = KernelOptions.from_json(data["options"]) if data else options
+        self.cells = kernel_cells(self.options)
+        _check_writable(folder)
+        self.data: dict[str, Any] = data or {
+            "schema": SCHEMA,
+            "kind": KIND,
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "command": list(command),
+            "quick": options.quick,
+            "seed": options.seed,
+            "options": options.as_json(),
+            "environment": self._environment,
+            "absent": {},
+            "not_run": [],
+            "why_not_run": {},
+            "cells": [],
+        }
+        self._makers = our_makers(self.options.policies, self.device)
+        self.ours = next(iter(self._makers))
+
+    def prepare(self) -> None:
+        """Look for stock kernels, which imports SGLang, and measure what arithmetic can do."""
+        stock, absent = find_stock(self.device)
+        self._makers = {**stock, **self._makers}
+        self.data["absent"] = absent
+        dtype = getattr(torch, self.options.dtype)
+        self.data["peak_gflop_s"] = peak_gflop_s(self.device, dtype)
+
+    def run(self, budget_s: float, begin: Callable[[KernelCell], None], tell: Tell) -> None:
+        """Measure the cells that the file lacks until the budget is used up; writes after each.
+
+        Args:
+            budget_s: no cell is begun after this many seconds.
+            begin: is called with every cell before it is measured or passed over.
+            tell: is told what happens within a cell.
+        """
+        ended = time.monotonic() + budget_s
+        done = {cell["name"] for cell in self.data["cells"]}
+        reasons = dict.fromkeys((c.name for c in self.cells if c.name not in done), "interrupted")
+        for cell in self.cells:
+            begin(cell)
+            if cell.name in done:
+                continue
+            why_not = self._why_not(cell)
+            if why_not is None and time.monotonic() >= ended:
+                why_not = f"the budget of {budget_s:g} s was used up"
+            if why_not is None:
+                self.data["cells"].append(self._measure(cell, tell))
+                del reasons[cell.name]
+            else:
+                reasons[cell.name] = why_not
+            self.data |= {"not_run": list(reasons), "why_not_run": reasons}
+            write_result(self.path, self.data)
+
+    def problems(self) -> list[str]:
+        """One line for each of our contenders that failed or was wrong."""
+        return [
+            f"{cell['name']}: {name}: {reason}"
+            for cell in self.data["cells"]
+            for name, reason in cell["failed"].items()
+            if name in our_makers(self.options.policies, self.device)
+        ]
+
+    def _measure(self, cell: KernelCell, tell: Tell) -> dict[str, Any]:
+        gc.collect()  # the cell before may have held most of the memory
+        return measure_cell(
+            cell,
+            self._makers,
+            self.device,
+            dtype=getattr(torch, self.options.dtype),
+            seed=self.options.seed,
+            rounds=self.options.rounds,
+            seconds=_SECONDS_PER_CELL[self.options.quick],
+            tell=tell,
+        )
+
+    def _why_not(self, cell: KernelCell) -> str | None:
+        """Why a cell is not run at all."""
+        tokens = int(cell.make_tree().length.sum())
+        if tokens > self.options.max_tokens:
+            return f"{tokens} KV tokens, over --max-tokens {self.options.max_tokens}"
+        itemsize = getattr(torch, self.options.dtype).itemsize
+        needed = tokens * cell.heads.kv * (cell.heads.dim + cell.heads.v_dim) * itemsize
+        free = _free_bytes(self.device)
+        if needed > free // 2:
+            return f"{needed >> 20} MiB of KV, over half of the {free >> 20} MiB that are free"
+        return None
+
+    def _taken_up(self) -> dict[str, Any]:
+        data = read_result(self.path, KIND)
+        for name in _SAME:
+            there, here = data.get("environment", {}).get(name), self._environment[name]
+            if there != here:
+                raise ValueError(
+                    f"{self.path} cannot be resumed: its {name} is {there!r}, here it is {here!r}"
+                )
+        try:
+            KernelOptions.from_json(data["options"])
+        except (AttributeError, KeyError, TypeError):
+            raise ValueError(f"{self.path} cannot be resumed: it lacks its options") from None
+        return data
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _check_writable(folder: Path) -> None:
+    """Find out before the first cell, not after it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".{FILE_NAME}.{os.getpid()}"
+    try:
+        probe.touch()
+    finally:
+        probe.unlink(missing_ok=True)
