@@ -66,6 +66,7 @@ class KernelOptions:
         rounds: timed rounds per cell; None for as many as fit.
         seed: of all inputs.
         max_tokens: KV tokens that a batch may store.
+        threads: of torch on the CPU; None for its own choice.
     """
 
     quick: bool = False
@@ -80,6 +81,7 @@ class KernelOptions:
     rounds: int | None = None
     seed: int = 0
     max_tokens: int = 1 << 18
+    threads: int | None = None
 
     def as_json(self) -> dict[str, Any]:
         """For the result file."""

@@ -47,10 +47,14 @@ class KernelRun:
         self, folder: Path, options: KernelOptions, command: Sequence[str], *, resume: bool = False
     ) -> None:
         self.path = folder / FILE_NAME
+        data = _taken_up(self.path) if resume else None
+        self.options = KernelOptions.from_json(data["options"]) if data else options
+        if self.options.threads:
+            torch.set_num_threads(self.options.threads)
         self._environment = environment()
         self.device = torch.device(self._environment["device"])
-        data = self._taken_up() if resume else None
-        self.options = KernelOptions.from_json(data["options"]) if data else options
+        if data:
+            _check_same(self.path, data["environment"], self._environment)
         self.cells = kernel_cells(self.options)
         _check_writable(folder)
         self.data: dict[str, Any] = data or {
@@ -138,19 +142,24 @@ class KernelRun:
             return f"{needed >> 20} MiB of KV, over half of the {free >> 20} MiB that are free"
         return None
 
-    def _taken_up(self) -> dict[str, Any]:
-        data = read_result(self.path, KIND)
-        for name in _SAME:
-            there, here = data.get("environment", {}).get(name), self._environment[name]
-            if there != here:
-                raise ValueError(
-                    f"{self.path} cannot be resumed: its {name} is {there!r}, here it is {here!r}"
-                )
-        try:
-            KernelOptions.from_json(data["options"])
-        except (AttributeError, KeyError, TypeError):
-            raise ValueError(f"{self.path} cannot be resumed: it lacks its options") from None
-        return data
+
+def _taken_up(path: Path) -> dict[str, Any]:
+    """The result file of a run to go on with."""
+    data = read_result(path, KIND)
+    try:
+        KernelOptions.from_json(data["options"])
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError(f"{path} cannot be resumed: it lacks its options") from None
+    return data
+
+
+def _check_same(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+    for name in _SAME:
+        if there.get(name) != here[name]:
+            raise ValueError(
+                f"{path} cannot be resumed: its {name} is {there.get(name)!r}, here it is "
+                f"{here[name]!r}"
+            )
 
 
 def _free_bytes(device: torch.device) -> int:

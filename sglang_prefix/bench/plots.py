@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullFormatter
 
 __all__ = [
     "FIGURES",
@@ -53,31 +54,33 @@ def speedup_figure(data: Data) -> Figure:
     figure, axes = _rows(data, "Speed-up over stock", cells)
     values = [cell["contenders"][ours]["speedup"] for cell in cells]
     colours = [_LOSING if value < 1 else _OURS for value in values]
-    axes.barh(range(len(cells)), values, color=colours, height=0.62)
+    axes.barh(range(len(cells)), [v - 1 for v in values], left=1, color=colours, height=0.62)
+    drawn = {*values, 0.8, 1.25}
+    policies = set()
     for row, (cell, value) in enumerate(zip(cells, values, strict=True)):
-        axes.annotate(
-            f"{value:.2f}x", (value, row), (4, 0), textcoords="offset points", va="center", size=8
-        )
-        for contender in cell["contenders"].values():
-            mark = _MARKS.get(contender["policy"] or "")
-            if contender["kind"] == "ours" and mark and contender is not cell["contenders"][ours]:
-                axes.plot(contender["speedup"], row, mark, color="black", ms=4, mfc="none")
+        _beside(axes, row, f"{value:.2f}x", colours[row] if value < 1 else "black")
+        for name, contender in cell["contenders"].items():
+            if contender["kind"] != "ours" or name == ours:
+                continue
+            policies.add(contender["policy"])
+            drawn.add(contender["speedup"])
+            mark = _MARKS.get(contender["policy"], "d")
+            axes.plot(contender["speedup"], row, mark, color="black", ms=4, mfc="none")
     axes.axvline(1, color=_STOCK, lw=1.2)
     axes.set_xscale("log")
-    low, high = min([*values, 0.8]), max([*values, 1.25])
-    axes.set_xlim(low / 1.3, high * 1.6)
+    axes.set_xlim(min(drawn) / 1.2, max(drawn) * 1.2)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(f"time of the fastest stock kernel ({_stock_names(cells)}) / time of ours")
-    policies = {c["policy"] for cell in cells for c in cell["contenders"].values() if c["policy"]}
     handles: list[Any] = [Patch(color=_OURS, label=ours), Patch(color=_LOSING, label="slower")]
-    handles += [
-        Line2D(
-            [], [], marker=_MARKS[p], color="black", mfc="none", ls="", ms=4, label=f"policy {p}"
-        )
-        for p in _MARKS
-        if p in policies and p != data["options"]["policies"][0]
-    ]
-    return _with_legend(figure, axes, handles)
+    for policy, mark in _MARKS.items():
+        if policy in policies:
+            label = f"policy {policy}"
+            handles.append(
+                Line2D([], [], marker=mark, color="black", mfc="none", ls="", ms=4, label=label)
+            )
+    return _with_legend(figure, handles, 5)
 
 
 def roofline_figure(data: Data) -> Figure:
@@ -120,7 +123,7 @@ def roofline_figure(data: Data) -> Figure:
         _dot(_STOCK, f"fastest stock ({_stock_names(data['cells'])}), at the bytes it reads"),
         Line2D([], [], color="black", lw=1, label="bandwidth and arithmetic, measured in this run"),
     ]
-    return _with_legend(figure, axes, handles)
+    return _with_legend(figure, handles, 2)
 
 
 def time_split_figure(data: Data) -> Figure:
@@ -142,23 +145,12 @@ def time_split_figure(data: Data) -> Figure:
     for row, cell in enumerate(cells):
         mine = cell["contenders"][ours]
         losing = mine["speedup"] is not None and mine["speedup"] < 1
-        text = f"{mine['ms']:.2f} ms" + (" (slower than stock)" if losing else "")
-        axes.annotate(
-            text,
-            (left[row], row),
-            (4, 0),
-            textcoords="offset points",
-            va="center",
-            size=8,
-            color=_LOSING if losing else "black",
-        )
-    axes.set_xlim(0, 135)
-    axes.set_xticks(range(0, 101, 20))
+        text = f"{mine['ms']:.2f} ms" + (", slower than stock" if losing else "")
+        _beside(axes, row, text, _LOSING if losing else "black")
+    axes.set_xlim(0, max([100, *left]))
     layers = max((cell["layers"] for cell in cells), default=1)
-    axes.set_xlabel(
-        f"share of a step of {ours}, %; medians of each part; layers per step: {layers}"
-    )
-    return _with_legend(figure, axes, shown)
+    axes.set_xlabel(f"median of each part / median of the step of {ours}, %; layers: {layers}")
+    return _with_legend(figure, shown, 4)
 
 
 def byte_ratio_figure(data: Data) -> Figure:
@@ -172,17 +164,15 @@ def byte_ratio_figure(data: Data) -> Figure:
     axes.barh(range(len(cells)), read, color=_OURS, height=0.62)
     axes.plot(ideal, range(len(cells)), "|", color="black", ms=13, mew=2)
     for row, (mine, best) in enumerate(zip(read, ideal, strict=True)):
-        text = f"{mine:.1f}% (ideal {best:.1f}%)"
-        axes.annotate(text, (100, row), (4, 0), textcoords="offset points", va="center", size=8)
-    axes.set_xlim(0, 128)
-    axes.set_xticks(range(0, 101, 20))
+        _beside(axes, row, f"{mine:.1f}%, ideal {best:.1f}%")
+    axes.set_xlim(0, max([100, *read]))
     axes.set_xlabel("KV bytes, % of what every request reading its own takes")
     handles: list[Any] = [
         Patch(color=_OURS, label=f"read by {ours}"),
         Line2D([], [], marker="|", color="black", ls="", ms=11, mew=2, label="ideal: each once"),
         Patch(color="#dddddd", label="logical: each request its own, as stock reads"),
     ]
-    return _with_legend(figure, axes, handles)
+    return _with_legend(figure, handles, 3)
 
 
 FIGURES: dict[str, Callable[[Data], Figure]] = {
@@ -265,6 +255,14 @@ def _dot(colour: str, label: str, *, hollow: bool = False) -> Line2D:
     return Line2D([], [], marker="o", ls="", color=colour, mfc=face, ms=5, label=label)
 
 
-def _with_legend(figure: Figure, axes: Axes, handles: list[Any]) -> Figure:
-    figure.legend(handles=handles, loc="outside lower left", ncols=3, fontsize=8, frameon=False)
+def _beside(axes: Axes, row: int, text: str, colour: str = "black") -> None:
+    """A text right of the axes, in line with a row."""
+    where = axes.get_yaxis_transform()
+    axes.text(1.01, row, text, transform=where, va="center", size=8, color=colour)
+
+
+def _with_legend(figure: Figure, handles: list[Any], columns: int) -> Figure:
+    figure.legend(
+        handles=handles, loc="outside lower left", ncols=columns, fontsize=8, frameon=False
+    )
     return figure

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["kernel", "kernel_table"]
 
 _INTERRUPTED = 130
-_FILE_WIDTH = 120
+_FILE_WIDTH = 130
 _DTYPES = ("bfloat16", "float16", "float32")
 # What a resumed run may be told anew: none of it changes what its numbers mean.
 _WITH_RESUME = ("ctx", "out", "resume", "budget_s", "json_file", "plots")
@@ -76,6 +76,9 @@ def kernel(
         int,
         typer.Option(min=1, help="KV tokens that a batch may store; trace batches are cut to it."),
     ] = 1 << 18,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Of torch on the CPU. Default: torch's own choice.")
+    ] = None,
     budget_s: Annotated[
         float, typer.Option(min=0, help="Begin no cell after this many seconds.")
     ] = 600.0,
@@ -110,6 +113,7 @@ def kernel(
         rounds=rounds,
         seed=seed,
         max_tokens=max_tokens,
+        threads=threads,
         **({"policies": tuple(dict.fromkeys(policy))} if policy else {}),
     )
     screen = console(json_file)
@@ -186,7 +190,7 @@ def _measure(run: KernelRun, budget_s: float, screen: Console) -> bool:
 def _print(data: dict[str, Any], ours: str, screen: Console) -> None:
     if not screen.is_terminal:
         screen.width = max(screen.width, _FILE_WIDTH)
-    screen.print(kernel_table(data, ours))
+    screen.print(kernel_table(data, ours, screen.width))
     for name, reason in data["absent"].items():
         screen.print(f"absent: {name}: {reason}", soft_wrap=True, highlight=False)
     reasons: dict[str, list[str]] = {}
@@ -197,44 +201,58 @@ def _print(data: dict[str, Any], ours: str, screen: Console) -> None:
         screen.print(f"not run: {listed}: {reason}", soft_wrap=True, highlight=False)
 
 
-def kernel_table(data: dict[str, Any], ours: str) -> Any:
+def kernel_table(data: dict[str, Any], ours: str, width: int = _FILE_WIDTH) -> Any:
     """The table of a result file, as a rich table; rows in which ours loses are marked.
 
     Args:
         data: of the file.
         ours: the contender to set against the fastest stock kernel.
+        width: columns of the screen; narrow ones go without the split.
     """
     from rich.table import Table
 
     where = data["environment"]["gpu"] or data["environment"]["cpu"]
-    title = f"decode attention, {data['options']['dtype']}, {where}; ours is {ours}"
-    table = Table(title=title, title_justify="left", caption_justify="left")
-    table.caption = (
-        "ms: median of plan, copy and run of a step. read: KV tokens read over KV tokens, and the "
-        "ideal. split: plan + copy + forward + merge, ms."
+    stocks = dict.fromkeys(cell["best_stock"] or "absent" for cell in data["cells"])
+    title = f"decode attention, {data['options']['dtype']}, {where}"
+    caption = (
+        f"ours: {ours}; stock: the fastest of {', '.join(stocks) or 'none'}; ms: median of a "
+        "step's plan, copy and layers; over query: the same executor without sharing / ours; "
+        "read: KV tokens read / KV tokens of all requests"
     )
-    for column in ("cell", "best stock"):
-        table.add_column(column, overflow="fold")
-    for column in ("batch", "tokens", "stock ms", "ours ms", "speed-up", "read / ideal", "split"):
+    split = width >= _FILE_WIDTH
+    if split:
+        caption += "; split of ours: plan + copy + forward + merge"
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    table.add_column("cell", overflow="fold")
+    columns = ("batch", "tokens", "stock ms", "ours ms", "speed-up", "over query", "read", "ideal")
+    for column in (*columns, *(["split, ms"] if split else [])):
         table.add_column(column, justify="right", no_wrap=True)
     for cell in data["cells"]:
-        best, mine = cell["best_stock"], cell["contenders"].get(ours)
-        tokens = cell["tokens"]
-        row = [cell["name"], best or "absent", str(cell["batch"]), str(tokens["logical"])]
-        row.append(f"{cell['contenders'][best]['ms']:.2f}" if best else "-")
-        if mine is None:
-            reason = cell["failed"].get(ours, "not measured")
-            table.add_row(*row, "-", f"FAILED: {reason}"[:40], "-", "-", style="red")
-            continue
-        ideal = tokens["ideal"] / tokens["logical"]
-        parts = [mine[f"{part}_ms"] for part in ("plan", "copy", "forward", "merge")]
-        slower = mine["speedup"] is not None and mine["speedup"] < 1
-        table.add_row(
-            *row,
-            f"{mine['ms']:.2f}",
-            "-" if mine["speedup"] is None else f"{mine['speedup']:.2f}x" + " slower" * slower,
-            f"{mine['kv_read_ratio']:.3f} / {ideal:.3f}",
-            " + ".join("-" if part is None else f"{part:.2f}" for part in parts),
-            style="red" if slower else None,
-        )
+        row, style = _row(cell, ours, with_stock=len(stocks) > 1)
+        table.add_row(*row[: len(table.columns)], style=style)
     return table
+
+
+def _row(cell: dict[str, Any], ours: str, *, with_stock: bool) -> tuple[list[str], str | None]:
+    """The texts of a row, and its style."""
+    best, mine = cell["best_stock"], cell["contenders"].get(ours)
+    tokens = cell["tokens"]
+    stock = f"{cell['contenders'][best]['ms']:.2f}" if best else "absent"
+    row = [cell["name"], str(cell["batch"]), str(tokens["logical"])]
+    row.append(f"{best} {stock}" if best and with_stock else stock)
+    ideal = f"{tokens['ideal'] / tokens['logical']:.3f}"
+    if mine is None:
+        return [*row, "FAILED", "-", "-", "-", ideal, "-"], "red"
+    query = cell["contenders"].get(f"{mine['executor']}/query")
+    parts = [mine[f"{part}_ms"] for part in ("plan", "copy", "forward", "merge")]
+    speedup = mine["speedup"]
+    slower = speedup is not None and speedup < 1
+    row += [
+        f"{mine['ms']:.2f}",
+        "-" if speedup is None else f"{speedup:.2f}x" + " slower" * slower,
+        f"{query['ms'] / mine['ms']:.2f}x" if query else "-",
+        f"{mine['kv_read_ratio']:.3f}",
+        ideal,
+        " + ".join("-" if part is None else f"{part:.1f}" for part in parts),
+    ]
+    return row, "red" if slower else None
