@@ -77,7 +77,7 @@ def read_trace(path: str | os.PathLike[str]) -> list[TraceRequest]:
 
 def _parse(line: str, where: str) -> TraceRequest:
     try:
-        data = json.loads(line)
+        data = json.loads(line.rstrip())
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: {error.msg} at column {error.colno}; legal: JSON") from None
     if not isinstance(data, dict):
