@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from sglang_prefix.bench.registry import (
     registry_names,
 )
 from sglang_prefix.bench.traces import read_trace, trace_batches
-from sglang_prefix.bench.trees import Tree, pat_tree
+from sglang_prefix.bench.trees import Tree, TreeBatch, pat_tree
 
 __all__ = ["DEFAULT_HEADS", "KernelCell", "KernelOptions", "kernel_cells"]
 
@@ -26,7 +26,7 @@ _QUICK = "quick"
 _DEFAULT_FILES = ("trees", "unrelated", "rollouts", "chunk", "uneven", "fixed", "long")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class KernelCell:
     """One row of the table.
 
@@ -38,6 +38,7 @@ class KernelCell:
         tree: PAT's notation; None for a forest that it cannot say.
         page_size: tokens per page of the KV pool.
         note: what else a reader should know; empty for nothing.
+        rank: place of these heads among those of the same batch.
     """
 
     name: str
@@ -47,6 +48,13 @@ class KernelCell:
     tree: str | None
     page_size: int
     note: str = ""
+    rank: int = 0
+
+    @cached_property
+    def logical_elements(self) -> int:
+        """Elements of KV of all requests, each with its own: what stock kernels read."""
+        seq_lens = TreeBatch.lay_out(self.make_tree()).seq_lens
+        return int(seq_lens.sum()) * self.heads.kv * (self.heads.dim + self.heads.v_dim)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +159,7 @@ def _registry_cells(options: KernelOptions, heads: Sequence[Heads]) -> list[Kern
             own = heads or spec.heads
             if number < len(own):
                 cell = _cell(options, spec.group, spec.name, own[number], spec.make_tree, spec.tree)
+                cell = replace(cell, rank=number)
                 if not patterns or any(pattern.search(cell.name) for pattern in patterns):
                     cells.append(cell)
     if not cells:

@@ -83,25 +83,33 @@ class KernelRun:
         self.data["peak_gflop_s"] = peak_gflop_s(self.device, dtype)
 
     def run(self, budget_s: float, begin: Callable[[KernelCell], None], tell: Tell) -> None:
-        """Measure the cells that the file lacks until the budget is used up; writes after each.
+        """Measure the cells that the file lacks while the budget lasts; writes after each.
+
+        Small batches come first, so that a budget leaves out the largest. A cell is not begun
+        either if it will take longer than what is left, going by the time of the one before.
 
         Args:
-            budget_s: no cell is begun after this many seconds.
+            budget_s: seconds.
             begin: is called with every cell before it is measured or passed over.
             tell: is told what happens within a cell.
         """
         ended = time.monotonic() + budget_s
+        order = {cell.name: place for place, cell in enumerate(self.cells)}
         done = {cell["name"] for cell in self.data["cells"]}
-        reasons = dict.fromkeys((c.name for c in self.cells if c.name not in done), "interrupted")
-        for cell in self.cells:
+        reasons = {name: "interrupted" for name in order if name not in done}
+        pace = 0.0  # seconds per element of KV, of the cell before
+        for cell in sorted(self.cells, key=lambda cell: (cell.rank, cell.logical_elements)):
             begin(cell)
             if cell.name in done:
                 continue
-            why_not = self._why_not(cell)
-            if why_not is None and time.monotonic() >= ended:
-                why_not = f"the budget of {budget_s:g} s was used up"
+            why_not, left = self._why_not(cell), ended - time.monotonic()
+            if why_not is None and left <= pace * cell.logical_elements:
+                why_not = f"not enough was left of the budget of {budget_s:g} s"
             if why_not is None:
+                began = time.monotonic()
                 self.data["cells"].append(self._measure(cell, tell))
+                self.data["cells"].sort(key=lambda cell: order[cell["name"]])
+                pace = (time.monotonic() - began) / cell.logical_elements
                 del reasons[cell.name]
             else:
                 reasons[cell.name] = why_not

@@ -80,7 +80,7 @@ def kernel(
         int | None, typer.Option(min=1, help="Of torch on the CPU. Default: torch's own choice.")
     ] = None,
     budget_s: Annotated[
-        float, typer.Option(min=0, help="Begin no cell after this many seconds.")
+        float, typer.Option(min=0, help="Time for the cells; small batches come first.")
     ] = 600.0,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out, under its options.")
