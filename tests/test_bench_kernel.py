@@ -13,9 +13,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from prefix_kernels.oracle import decode_attention_oracle
 from sglang_prefix.bench import contenders, kernel_run, measure, plots
+from sglang_prefix.bench.baselines import Baseline
 from sglang_prefix.bench.cells import KernelOptions, kernel_cells
 from sglang_prefix.bench.contenders import Contender, CpuPacked, StepSeconds
+from sglang_prefix.bench.gpu_contenders import GpuBaseline, TritonPacked
 from sglang_prefix.bench.inputs import AttentionInputs
 from sglang_prefix.bench.results import read_result
 from sglang_prefix.cli import bench_kernel
@@ -238,6 +241,43 @@ def test_a_wrong_output_is_caught_and_not_timed() -> None:
     assert cell["contenders"]["right"]["speedup"] is None
 
 
+class Levels(Baseline):
+    """A kernel of another project that reads every level once, as the cascade does."""
+
+    name, stock = "levels", False
+
+    @classmethod
+    def unavailable(cls, device: torch.device) -> str | None:
+        return None
+
+    @classmethod
+    def inapplicable(cls, inputs: AttentionInputs) -> str | None:
+        return None if inputs.batch.levels() else "no levels"
+
+    def plan(self) -> None:
+        self.workload.out.fill_(torch.nan)
+
+    def run(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        w = self.workload
+        caches = (w.req_to_token, w.rows, w.seq_lens)
+        return decode_attention_oracle(w.q, k, v, *caches, sm_scale=w.sm_scale)[0].to(w.q.dtype)
+
+
+def test_the_contenders_of_a_gpu_run_in_the_interpreter() -> None:
+    cell = measured(
+        {
+            "triton/pat": lambda inputs: TritonPacked(inputs, "pat"),
+            "levels": lambda inputs: GpuBaseline(inputs, Levels),
+        }
+    )
+    assert cell["failed"] == {}
+    ours, peer = cell["contenders"]["triton/pat"], cell["contenders"]["levels"]
+    assert (ours["kind"], peer["kind"]) == ("ours", "peer")
+    assert min(ours[f"{part}_ms"] for part in ("plan", "copy", "forward")) > 0
+    assert ours["merge_ms"] is None  # it is in the graph, with the forward pass
+    assert peer["bytes_read"] == cell["bytes"]["ideal"] < ours["bytes_read"] * 1.01
+
+
 def test_ours_being_wrong_ends_the_command_with_its_name(
     no_sglang: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,7 +314,11 @@ def test_losing_rows_are_marked(tmp_path: Path) -> None:
     }
     where = {"gpu": None, "cpu": "a CPU", "threads": 1}
     options = KernelOptions().as_json()
-    data = {"environment": where, "options": options, "cells": [losing, cell, winning]}
+    data: dict[str, Any] = {
+        "environment": where,
+        "options": options,
+        "cells": [losing, cell, winning],
+    }
     assert plots.our_contender(data) == "cpu/pat"
     bars = plots.speedup_figure(data).axes[0].patches
     assert [bar.get_facecolor() == bars[0].get_facecolor() for bar in bars] == [True, False]

@@ -16,7 +16,7 @@ from sglang_prefix.bench.registry import (
     registry_names,
 )
 from sglang_prefix.bench.traces import read_trace, trace_batches
-from sglang_prefix.bench.trees import Tree, TreeBatch, pat_tree
+from sglang_prefix.bench.trees import Tree, pat_tree
 
 __all__ = ["DEFAULT_HEADS", "KernelCell", "KernelOptions", "kernel_cells"]
 
@@ -53,8 +53,8 @@ class KernelCell:
     @cached_property
     def logical_elements(self) -> int:
         """Elements of KV of all requests, each with its own: what stock kernels read."""
-        seq_lens = TreeBatch.lay_out(self.make_tree()).seq_lens
-        return int(seq_lens.sum()) * self.heads.kv * (self.heads.dim + self.heads.v_dim)
+        tokens = int(self.make_tree().seq_lens.sum())
+        return tokens * self.heads.kv * (self.heads.dim + self.heads.v_dim)
 
 
 @dataclass(frozen=True, slots=True)

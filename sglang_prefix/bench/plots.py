@@ -224,7 +224,7 @@ def _rows(data: Data, what: str, cells: list[Any]) -> tuple[Figure, Axes]:
 
 def _title(data: Data, what: str) -> str:
     where = data["environment"]["gpu"] or data["environment"]["cpu"]
-    threads = "" if data["environment"]["gpu"] else f", {data['environment']['threads']} threads"
+    threads = "" if data["environment"]["gpu"] else f", threads: {data['environment']['threads']}"
     return f"{what}: decode attention, {data['options']['dtype']}, {where}{threads}"
 
 

@@ -38,6 +38,11 @@ class Tree:
     leaf: IntArray
     cut: IntArray
 
+    @property
+    def seq_lens(self) -> IntArray:
+        """[B] tokens of each request."""
+        return _ends(self)[self.leaf] - self.cut
+
     def path(self, request: int) -> list[int]:
         """Nodes of a request from the root down."""
         nodes = []
@@ -98,7 +103,7 @@ class TreeBatch:
         place = np.concatenate(([0], 1 + np.random.default_rng(seed).permutation(first[-1] - 1)))
         slots = (place[:, None] * page_size + np.arange(page_size)).ravel()
         ends = _ends(tree)
-        lens = ends[tree.leaf] - tree.cut
+        lens = tree.seq_lens
         table = np.zeros((batch, int(lens.max()) + growth), dtype=np.int32)
         for b in range(batch):
             at = 0
