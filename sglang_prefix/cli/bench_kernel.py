@@ -156,7 +156,7 @@ def _prepared(out: Path, options: KernelOptions, resume: bool, screen: Console) 
     with screen.status("importing torch"):
         from sglang_prefix.bench.kernel_run import KernelRun
     try:
-        run = KernelRun(out, options, sys.argv, resume=resume)
+        run = KernelRun(out, options, ["sglang-prefix", *sys.argv[1:]], resume=resume)
     except ValueError as error:
         fail(f"{error}", 2)
     except OSError as error:
