@@ -327,6 +327,10 @@ def test_losing_rows_are_marked(tmp_path: Path) -> None:
     assert rows[0][0][5] == "0.50x slower"
     assert rows[1][0][3] == "absent"
     assert len(plots.save_plots(data, tmp_path)) == len(plots.FIGURES)
+    remarks = bench_kernel._remarks(
+        data | {"absent": {}, "why_not_run": {}, "cells": [cell | {"failed": {"s": "no [memory]"}}]}
+    )
+    assert remarks == [f"failed in {cell['name']}: s: no [memory]"]
     nothing = data | {"cells": []}
     for draw in plots.FIGURES.values():
         draw(nothing)

@@ -71,13 +71,14 @@ class KernelRun:
             "why_not_run": {},
             "cells": [],
         }
-        self._makers = our_makers(self.options.policies, self.device)
-        self.ours = next(iter(self._makers))
+        self._ours = our_makers(self.options.policies, self.device)
+        self._makers = dict(self._ours)
+        self.ours = next(iter(self._ours))
 
     def prepare(self) -> None:
         """Look for stock kernels, which imports SGLang, and measure what arithmetic can do."""
         stock, absent = find_stock(self.device)
-        self._makers = {**stock, **self._makers}
+        self._makers = {**stock, **self._ours}
         self.data["absent"] = absent
         dtype = getattr(torch, self.options.dtype)
         self.data["peak_gflop_s"] = peak_gflop_s(self.device, dtype)
@@ -97,6 +98,8 @@ class KernelRun:
         order = {cell.name: place for place, cell in enumerate(self.cells)}
         done = {cell["name"] for cell in self.data["cells"]}
         reasons = {name: "interrupted" for name in order if name not in done}
+        # Before the first cell: what was in the folder is not to be taken up as this run.
+        self._write(reasons)
         pace = 0.0  # seconds per element of KV, of the cell before
         for cell in sorted(self.cells, key=lambda cell: (cell.rank, cell.logical_elements)):
             begin(cell)
@@ -113,8 +116,7 @@ class KernelRun:
                 del reasons[cell.name]
             else:
                 reasons[cell.name] = why_not
-            self.data |= {"not_run": list(reasons), "why_not_run": reasons}
-            write_result(self.path, self.data)
+            self._write(reasons)
 
     def problems(self) -> list[str]:
         """One line for each of our contenders that failed or was wrong."""
@@ -122,8 +124,12 @@ class KernelRun:
             f"{cell['name']}: {name}: {reason}"
             for cell in self.data["cells"]
             for name, reason in cell["failed"].items()
-            if name in our_makers(self.options.policies, self.device)
+            if name in self._ours
         ]
+
+    def _write(self, reasons: dict[str, str]) -> None:
+        self.data |= {"not_run": list(reasons), "why_not_run": reasons}
+        write_result(self.path, self.data)
 
     def _measure(self, cell: KernelCell, tell: Tell) -> dict[str, Any]:
         gc.collect()  # the cell before may have held most of the memory

@@ -191,14 +191,27 @@ def _print(data: dict[str, Any], ours: str, screen: Console) -> None:
     if not screen.is_terminal:
         screen.width = max(screen.width, _FILE_WIDTH)
     screen.print(kernel_table(data, ours, screen.width))
-    for name, reason in data["absent"].items():
-        screen.print(f"absent: {name}: {reason}", soft_wrap=True, highlight=False)
+    for line in _remarks(data):
+        screen.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def _remarks(data: dict[str, Any]) -> list[str]:
+    """What the table does not show: what is absent, failed or was not run, and why."""
+    lines = [f"absent: {name}: {reason}" for name, reason in data["absent"].items()]
+    for kind in ("absent", "failed"):
+        where: dict[str, list[str]] = {}
+        for cell in data["cells"]:
+            for name, reason in cell[kind].items():
+                where.setdefault(f"{name}: {reason}", []).append(cell["name"])
+        lines += [f"{kind} in {_some(cells)}: {what}" for what, cells in where.items()]
     reasons: dict[str, list[str]] = {}
     for name, reason in data["why_not_run"].items():
         reasons.setdefault(reason, []).append(name)
-    for reason, names in reasons.items():
-        listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        screen.print(f"not run: {listed}: {reason}", soft_wrap=True, highlight=False)
+    return lines + [f"not run: {_some(names)}: {reason}" for reason, names in reasons.items()]
+
+
+def _some(names: list[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
 
 
 def kernel_table(data: dict[str, Any], ours: str, width: int = _FILE_WIDTH) -> Any:
