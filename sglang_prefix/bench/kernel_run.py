@@ -23,7 +23,7 @@ KIND = "bench-kernel"
 FILE_NAME = "kernel.json"
 _SECONDS_PER_CELL = {True: 3.0, False: 8.0}  # by --quick
 # Numbers of one file must come from one machine, and one state of the software.
-_SAME = ("device", "cpu", "gpu", "threads", "versions")
+_SAME = ("device", "cpu", "gpu", "threads", "versions", "commit")
 
 Tell = Callable[[str], None]
 
