@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import torch
 
 from sglang_prefix.bench.cells import KernelCell, KernelOptions, kernel_cells
@@ -179,7 +180,7 @@ def _check_same(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(psutil.virtual_memory().available)
 
 
 def _check_writable(folder: Path) -> None:
