@@ -241,7 +241,7 @@ def _roof(axes: Axes, intensities: list[float], bandwidth: float, peak: float | 
     axes.annotate(
         f"{bandwidth:.1f} GB/s",
         (low, bandwidth * low),
-        (4, 10),
+        (8, -4),
         textcoords="offset points",
         size=8,
     )
