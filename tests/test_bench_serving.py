@@ -162,7 +162,10 @@ def test_a_malformed_workload_file_is_named(
         (["--", "--attention-backend=prefix"], "would be on both sides"),
         (["--", "--load-format", "dummy"], "equal tokens would prove nothing"),
         (["--workload-file", "/nowhere.json"], "/nowhere.json cannot be read"),
-        (["--stock-url", "http://h:1", "--prefix-url", "http://h:2", "--", "-x"], "both run already"),
+        (
+            ["--stock-url", "http://h:1", "--prefix-url", "http://h:2", "--", "-x"],
+            "both run already",
+        ),
     ],
 )
 def test_bad_arguments_are_told_in_one_line(

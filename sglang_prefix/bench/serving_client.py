@@ -82,6 +82,15 @@ class Client:
         return found
 
 
+def _told(error: Exception) -> str:
+    """An error in one line; the type of ours says nothing that the line does not."""
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return repr(error)
+    is_ours = type(error) in (RuntimeError, ValueError)
+    return lines[-1] if is_ours else f"{type(error).__name__}: {lines[-1]}"
+
+
 def main() -> None:
     """Make the client that the first line describes, then do what the others say."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
@@ -98,8 +107,7 @@ def main() -> None:
             answers.write(json.dumps({"result": result}) + "\n")
         except Exception as error:  # whatever it is, the other process has to tell the user
             traceback.print_exc()
-            cause = str(error).strip().splitlines() or [repr(error)]
-            answers.write(json.dumps({"error": f"{type(error).__name__}: {cause[-1]}"}) + "\n")
+            answers.write(json.dumps({"error": _told(error)}) + "\n")
 
 
 if __name__ == "__main__":

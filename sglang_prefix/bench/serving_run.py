@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -260,6 +261,8 @@ class Run:
             before = read_counters(server)
             found = client.order("measure", name=name, url=server.url)
             found["counters"] = step_delta(before, read_counters(server))
+            # Servers in turn meet other programs' load in turn; this tells of it.
+            found["load_average"] = os.getloadavg()[0]
         except ClientError as error:
             server.raise_if_dead()
             raise ClientError(f"{side}, {name}: {error}") from None

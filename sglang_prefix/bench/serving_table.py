@@ -25,7 +25,8 @@ def comparison_table(data: Mapping[str, Any]) -> Table:
 
     environment = data["environment"]
     device = environment["gpu"] or environment["cpu"]
-    table = Table(title=f"{data['model']}, {data['dtype']}, {device}", title_justify="left")
+    model = str(data["model"]).rstrip("/").rsplit("/", 1)[-1]
+    table = Table(title=f"{model}, {data['dtype']}, {device}", title_justify="left")
     for name in ("workload", "side"):
         table.add_column(name, no_wrap=True)
     for name in ("TTFT ms", "TPOT ms", "ITL ms", "tokens/s", "packed", "KV read", "equal"):
