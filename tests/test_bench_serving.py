@@ -35,6 +35,8 @@ from sglang_prefix.bench.serving_trace import read_trace, scale_trace
 from sglang_prefix.bench.serving_workloads import Workload, load_workloads
 from sglang_prefix.cli.main import app
 
+pytest.importorskip("matplotlib", reason="the command needs matplotlib for its plots")
+
 # -- traces -------------------------------------------------------------------------------------
 
 LINE: dict[str, Any] = {
@@ -57,7 +59,8 @@ def rows_of(path: Path, **options: int) -> Any:
 
 
 def test_requests_that_begin_with_the_same_ids_begin_with_the_same_tokens(tmp_path: Path) -> None:
-    changes = ({}, {"timestamp": 0, "hash_ids": [0, 7, 8]}, {"hash_ids": [1, 7, 9]})
+    changes: list[dict[str, Any]] = [{}, {"timestamp": 0, "hash_ids": [0, 7, 8]}]
+    changes.append({"hash_ids": [1, 7, 9]})
     a, b, c = rows_of(write_trace(tmp_path / "trace", *changes))
     assert [row.timestamp for row in (a, b, c)] == [0, 3000, 3000]  # in the order of their times
     assert len(a.prompt) == round(1100 * 16 / 512)
@@ -420,6 +423,10 @@ class FakeClient:
     def __init__(self, log: Path, settings: dict[str, Any]) -> None:
         pass
 
+    @classmethod
+    def begin(cls, fails_at: int | None = None) -> None:
+        cls.measured, cls.fails_at = (), fails_at
+
     def order(self, order: str, /, *, url: str = "", **arguments: Any) -> Any:
         if order == "prepare":
             return {"fingerprint": "f", "flags": None}
@@ -447,8 +454,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     def described(server: RunningServer) -> dict[str, Any]:
         return {"model": "m", "dtype": "float32"}
 
-    monkeypatch.setattr(FakeClient, "fails_at", None)
-    monkeypatch.setattr(FakeClient, "measured", ())
+    FakeClient.begin()
     monkeypatch.setattr(serving_run, "ClientProcess", FakeClient)
     monkeypatch.setattr(serving_run, "launch", lambda side, *_: RunningServer(side, side))
     monkeypatch.setattr(serving_run, "describe", described)
@@ -489,7 +495,7 @@ def test_an_interrupted_run_keeps_what_it_has_and_goes_on(tmp_path: Path) -> Non
     whole = go(plan(tmp_path / "whole", repeats=2))
     assert [cell["is_comparison"] for cell in whole["cells"]] == [True, True]
     assert whole["not_run"] == []
-    FakeClient.measured, FakeClient.fails_at = (), 5
+    FakeClient.begin(fails_at=5)
     with pytest.raises(ClientError, match="prefix, a: gone"):
         go(plan(tmp_path / "part", repeats=2))
     part = read_result(tmp_path / "part" / "serving.json")
@@ -497,7 +503,7 @@ def test_an_interrupted_run_keeps_what_it_has_and_goes_on(tmp_path: Path) -> Non
     assert [cell["is_comparison"] for cell in part["cells"]] == [False, False]
     assert part["cells"][0]["why_not"] == "not run to its end: prefix"
     assert len(part["cells"][0]["sides"]["prefix"]["raw"]["runs"]) == 1
-    FakeClient.measured, FakeClient.fails_at = (), None
+    FakeClient.begin()
     resumed = go(plan(tmp_path / "part", repeats=2), resume=True)
     assert FakeClient.measured == ("prefix a", "prefix b", "prefix b")
     assert [cell["ratios"] for cell in resumed["cells"]] == [c["ratios"] for c in whole["cells"]]
@@ -542,7 +548,6 @@ def test_servers_in_turn_or_taking_turns(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("fakes")
 def test_table_notes_and_plots_show_what_was_found(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="the plots need matplotlib")
     from sglang_prefix.bench.serving_plots import PLOTS
     from sglang_prefix.bench.serving_table import comparison_table, notes
 

@@ -14,7 +14,6 @@ __all__ = ["PLOTS", "plot_reads", "plot_times"]
 
 # Grey and blue of Okabe and Ito's palette, which stay apart for most colour-blind readers.
 _COLOURS = {"stock": "#9a9a9a", "prefix": "#0072b2"}
-_SIDES = tuple(_COLOURS)
 _WIDTH = 0.38
 _TIMES = (("ttft_ms", "time to first token, ms"), ("tpot_ms", "time per output token, ms"),
           ("itl_ms", "time between tokens, ms"))  # fmt: skip
@@ -26,6 +25,7 @@ def plot_times(data: Mapping[str, Any]) -> Figure:
     Workloads that are no comparison are drawn pale and marked with a star.
     """
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     figure = Figure(figsize=(11, 7), layout="constrained")
     axes = figure.subplots(2, 2).flatten()
@@ -36,8 +36,8 @@ def plot_times(data: Mapping[str, Any]) -> Figure:
     _bars(axes[-1], cells, lambda side: (side["output_tokens_per_s"], None))
     axes[-1].set_title("output tokens per second (more is better)", fontsize=10)
     figure.suptitle(_title(data))
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(_SIDES))
+    handles = [Patch(color=colour, label=side) for side, colour in _COLOURS.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return figure
 
 
@@ -93,7 +93,7 @@ def _bars(
     value: Callable[[Mapping[str, Any]], tuple[float | None, float | None]],
 ) -> None:
     """Two bars per cell: a value, and a line from it to another where that is not None."""
-    for number, side in enumerate(_SIDES):
+    for number, side in enumerate(_COLOURS):
         for x, cell in enumerate(cells):
             if side not in cell["sides"]:
                 continue
@@ -109,7 +109,6 @@ def _bars(
                 alpha=1.0 if cell["is_comparison"] else 0.35,
                 yerr=error,
                 error_kw={"linewidth": 0.8},
-                label=side if x == 0 else None,
             )
     axis.set_ylim(bottom=0)
     axis.grid(axis="y", linewidth=0.3)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -77,7 +78,8 @@ def serving(
         typer.Option(min=1, max=512, help="Tokens of a block of 512; all lengths shrink alike."),
     ] = None,
     trace_speed: Annotated[
-        float | None, typer.Option(help="Replay so many times faster than recorded.")
+        float | None,
+        typer.Option(min=0.001, help="Replay so many times faster than recorded."),
     ] = None,
     repeats: Annotated[
         int, typer.Option(min=1, help="Timed runs of each workload; the medians count.")
@@ -272,17 +274,15 @@ def _follow(plan: Plan, resume: bool, terminal: Console) -> Run:
     return run
 
 
-class _ended_by_signals:  # noqa: N801
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
     """Within it, SIGTERM and SIGHUP end this process as an interrupt does: cleaning up."""
-
-    def __enter__(self) -> None:
-        self._before = {
-            number: signal.signal(number, signal.default_int_handler)
-            for number in (signal.SIGTERM, signal.SIGHUP)
-        }
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 

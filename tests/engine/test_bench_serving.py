@@ -16,6 +16,8 @@ import pytest
 from sglang_prefix.bench.results import read_result
 from tests.engine.driver import HOOKS, MODE_FILE
 
+pytest.importorskip("matplotlib", reason="the plots need matplotlib")
+
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
 
 # Four conversations of three turns below one system prompt; their second and third turns repeat the
