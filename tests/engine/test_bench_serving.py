@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from sglang_prefix.bench.results import read_result
-from tests.engine.driver import HOOKS, MODE_FILE
+from tests.engine.driver import HOLD_FILE, HOOKS, MODE_FILE
 
 pytest.importorskip("matplotlib", reason="the plots need matplotlib")
 
@@ -34,6 +34,7 @@ TURNS = [
 
 def bench(out: Path, trace: Path, mode: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """Run the command with the hooks loaded in all processes; ``mode`` says what they break."""
+    hooks = {MODE_FILE: str(mode), HOLD_FILE: str(mode.with_name("never"))}
     python_path = os.pathsep.join([str(HOOKS), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "sglang_prefix.cli.main", "bench", "serving"]
     return subprocess.run(
@@ -42,7 +43,7 @@ def bench(out: Path, trace: Path, mode: Path, *options: str) -> subprocess.Compl
         capture_output=True,
         text=True,
         timeout=800,
-        env=os.environ | {"PYTHONPATH": python_path, MODE_FILE: str(mode), "HF_HUB_OFFLINE": "1"},
+        env=os.environ | {"PYTHONPATH": python_path, "HF_HUB_OFFLINE": "1"} | hooks,
     )
 
 
