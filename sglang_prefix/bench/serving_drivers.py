@@ -20,8 +20,9 @@ import numpy as np
 import requests
 
 from prefix_patches import bench_serving
-from sglang_prefix.bench.serving_trace import read_trace, scale_trace
+from sglang_prefix.bench.serving_trace import scale_trace
 from sglang_prefix.bench.serving_workloads import Rollouts, Trace, Workload
+from sglang_prefix.bench.traces import read_trace
 
 __all__ = ["Answer", "BenchServing", "Driver", "RolloutDriver", "flush", "summarize", "token_ids"]
 
@@ -166,7 +167,7 @@ class BenchServing:
         self._concurrency = arguments.max_concurrency
         if shape:
             self._rows: list[Any] = scale_trace(
-                read_trace(trace or "", shape.requests),
+                read_trace(trace or "")[: shape.requests],
                 token_ids(tokenizer),
                 block_tokens=shape.block_tokens,
                 max_prompt_tokens=shape.max_prompt_tokens,

@@ -157,13 +157,27 @@ def describe(server: RunningServer) -> dict[str, Any]:
             f"{server.url} has dummy weights, under which attention hardly matters: equal tokens "
             "would prove nothing; use real ones"
         )
-    names = ("dtype", "load_format", "attention_backend", "decode_attention_backend")
+    path = model.get("model_path")
+    names = ("load_format", "attention_backend", "decode_attention_backend")
     return {
-        "model": model.get("model_path"),
-        "tokenizer": model.get("tokenizer_path") or model.get("model_path"),
+        "model": path,
+        "tokenizer": model.get("tokenizer_path") or path,
+        "dtype": _dtype(info.get("dtype"), path),
         **{name: info.get(name) for name in names},
         "sglang": info.get("version"),
     }
+
+
+def _dtype(given: str | None, model: str | None) -> str | None:
+    """The data type that a server was given, and that of the model's file if it was "auto"."""
+    if given != "auto" or model is None:
+        return given
+    try:
+        config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not on this machine
+        return given
+    stored = config.get("dtype") or config.get("torch_dtype")
+    return f"auto (model: {stored})" if stored else given
 
 
 def read_counters(server: RunningServer) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ __all__ = [
     "load_workloads",
 ]
 
-REGISTRY = Path(__file__).parent / "workloads" / "serving.json"
+REGISTRY = Path(__file__).with_suffix(".json")
 GROUPS = ("shared-prefix", "random", "trace", "rollouts", "forks")
 _BENCH_SERVING = "bench_serving"
 
@@ -111,7 +111,7 @@ def load_workloads(
     """Read workloads.
 
     Args:
-        path: a file like `workloads/serving.json`.
+        path: a file like `serving_workloads.json`.
         quick: the small size.
         names: which; all if empty.
         overrides: by driver, parameters to replace.

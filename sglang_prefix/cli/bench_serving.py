@@ -65,7 +65,7 @@ def serving(
         list[str] | None, typer.Option(help="May be repeated. Default: all in the file.")
     ] = None,
     workload_file: Annotated[
-        Path | None, typer.Option(help="Workloads in the format of bench/workloads/serving.json.")
+        Path | None, typer.Option(help="Workloads in the format of serving_workloads.json.")
     ] = None,
     trace: Annotated[
         Path | None, typer.Option(help="Requests to replay, JSON lines in Mooncake's format.")
@@ -177,15 +177,13 @@ def _workloads(
     trace: Path | None,
     overrides: dict[str, Any],
 ) -> tuple[list[Workload], dict[str, str]]:
-    from sglang_prefix.bench.serving_trace import read_trace
     from sglang_prefix.bench.serving_workloads import REGISTRY, load_workloads
+    from sglang_prefix.bench.traces import read_trace
 
     changed = {name: value for name, value in overrides.items() if value is not None}
     found = load_workloads(file or REGISTRY, quick=quick, names=names, overrides={"trace": changed})
     if trace is not None:
-        for one in found:
-            if one.driver == "trace":
-                read_trace(trace, one.parameters["requests"])
+        read_trace(trace)  # for its errors, before anything is started
         return found, {}
     without = [one for one in found if one.driver != "trace"]
     absent = {one.name: "no --trace FILE was given" for one in found if one not in without}
