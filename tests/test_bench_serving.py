@@ -6,8 +6,10 @@ import gzip
 import http.server
 import json
 import socket
+import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -280,6 +282,34 @@ def test_a_server_that_does_not_start_is_told_with_its_cause(
     assert told.endswith(f"its log: {tmp_path / 'prefix-server.log'}")
     with pytest.raises(ServerError, match="died with status 9"):
         server.raise_if_dead()
+
+
+def test_a_server_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    code = """
+import sys, time
+from pathlib import Path
+from sglang_prefix.bench import serving_servers
+sleeping = "import os, time; print(os.getpid(), flush=True); time.sleep(99)"
+serving_servers._SERVE = (sys.executable, "-c", sleeping)
+log = Path(sys.argv[1])
+serving_servers.launch("stock", [], None, log)
+while not log.read_text().endswith("\\n"):
+    time.sleep(0.05)
+"""
+    log = tmp_path / "log"
+    subprocess.run([sys.executable, "-c", code, str(log)], check=True, timeout=60)
+    deadline = time.monotonic() + 20
+    while is_running(int(log.read_text())):
+        assert time.monotonic() < deadline, "the server outlived who started it"
+        time.sleep(0.1)
+
+
+def is_running(process: int) -> bool:
+    """Whether a process has not ended; zombies have, whoever is to reap them."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_a_server_that_never_answers_is_stopped_waiting_for(

@@ -30,6 +30,7 @@ __all__ = [
     "wait_until_ready",
 ]
 
+_GUARD = (sys.executable, "-m", "sglang_prefix.bench.serving_guard")
 _SERVE = (sys.executable, "-m", "sglang_prefix.cli.main", "exec", "--", "sglang", "serve")
 
 _CALL_S = 60
@@ -71,6 +72,8 @@ class RunningServer:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        if self.process.stdin is not None:
+            self.process.stdin.close()
 
     def raise_if_dead(self) -> None:
         """Raise ServerError if a server that was started here has ended, or another is silent."""
@@ -99,8 +102,8 @@ def launch(side: str, arguments: Sequence[str], port: int | None, log: Path) -> 
     port = free_port() if port is None else port
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [*_SERVE, *arguments, "--host", _HOST, "--port", str(port)],
-            stdin=subprocess.DEVNULL,
+            [*_GUARD, *_SERVE, *arguments, "--host", _HOST, "--port", str(port)],
+            stdin=subprocess.PIPE,  # its end is how the guard knows of ours
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,

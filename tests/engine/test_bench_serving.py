@@ -34,6 +34,8 @@ TURNS = [
 
 def bench(out: Path, trace: Path, mode: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """Run the command with the hooks loaded in all processes; ``mode`` says what they break."""
+    # Other workers may use the cores: threads that wait for one would spin meanwhile.
+    threads = {"OMP_NUM_THREADS": "1"}
     hooks = {MODE_FILE: str(mode), HOLD_FILE: str(mode.with_name("never"))}
     python_path = os.pathsep.join([str(HOOKS), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "sglang_prefix.cli.main", "bench", "serving"]
@@ -43,7 +45,7 @@ def bench(out: Path, trace: Path, mode: Path, *options: str) -> subprocess.Compl
         capture_output=True,
         text=True,
         timeout=800,
-        env=os.environ | {"PYTHONPATH": python_path, "HF_HUB_OFFLINE": "1"} | hooks,
+        env=os.environ | {"PYTHONPATH": python_path, "HF_HUB_OFFLINE": "1"} | hooks | threads,
     )
 
 
