@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from copy import deepcopy
@@ -295,10 +296,13 @@ def test_servers_in_turn_or_taking_turns(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("fakes")
-def test_table_notes_and_plots_show_what_was_found(tmp_path: Path) -> None:
+def test_table_notes_and_plots_show_what_was_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from sglang_prefix.bench.serving_plots import PLOTS
     from sglang_prefix.bench.serving_table import comparison_table, notes
 
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.5, 0.5, 0.5))
     data = go(plan(tmp_path, absent={"trace": "no --trace FILE was given"}))
     loser, winner = data["cells"]
     unpacked = judged(a_run(packed=0, stock=5))
@@ -313,6 +317,9 @@ def test_table_notes_and_plots_show_what_was_found(tmp_path: Path) -> None:
     assert "a is no comparison: only 0% of the decode steps were packed (gate-no-gain)" in told
     assert "costs when it does not pack: TPOT 0.50x" in told
     assert "trace is absent: no --trace FILE was given" in told
+    assert "processes per CPU" not in told
+    winner["sides"]["stock"]["raw"]["runs"][0]["load_per_cpu"] = 7.25
+    assert "up to 7.2 processes per CPU wanted to run" in "\n".join(notes(data))
     for name, plot in PLOTS.items():
         file = tmp_path / f"{name}.svg"
         plot(data).savefig(file, format="svg")

@@ -261,8 +261,8 @@ class Run:
             before = read_counters(server)
             found = client.order("measure", name=name, url=server.url)
             found["counters"] = step_delta(before, read_counters(server))
-            # Servers in turn meet other programs' load in turn; this tells of it.
-            found["load_average"] = os.getloadavg()[0]
+            # Servers in turn meet other programs in turn; this tells of them.
+            found["load_per_cpu"] = os.getloadavg()[0] / (os.cpu_count() or 1)
         except ClientError as error:
             server.raise_if_dead()
             raise ClientError(f"{side}, {name}: {error}") from None

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 __all__ = ["comparison_table", "notes"]
 
 _NONE = "-"
+# A server and its client want to run all the time, and threads of theirs beside them.
+_BUSY = 2.0
 
 
 def comparison_table(data: Mapping[str, Any]) -> Table:
@@ -74,7 +76,7 @@ def _number(value: float | None, spec: str, unit: str = "") -> str:
 
 
 def notes(data: Mapping[str, Any]) -> list[str]:
-    """What the table cannot say: workloads that are no comparison or absent, and why."""
+    """What the table cannot say: workloads that are no comparison or absent, and a busy host."""
     found = []
     for cell in data["cells"]:
         if cell["is_comparison"]:
@@ -87,5 +89,17 @@ def notes(data: Mapping[str, Any]) -> list[str]:
                 f"pack: TPOT {_number(tpot, '.2f', 'x')}, tokens/s {_number(rate, '.2f', 'x')}"
             )
         found.append(text)
+    runs = [
+        run
+        for cell in data["cells"]
+        for side in cell["sides"].values()
+        for run in side["raw"]["runs"]
+    ]
+    load = max((run.get("load_per_cpu", 0.0) for run in runs), default=0.0)
+    if load > _BUSY:
+        found.append(
+            f"up to {load:.1f} processes per CPU wanted to run meanwhile: other programs may have "
+            "slowed one side more than the other"
+        )
     found += [f"{name} is absent: {why}" for name, why in data["absent"].items()]
     return found
