@@ -1,12 +1,16 @@
-"""`bench serving --quick` as a user runs it, and a control: broken decode must not pass."""
+"""`bench serving --quick` as a user runs it, with a control: broken decode must be refused.
+
+The control is one more workload, measured last on the same servers: when all others are in the
+result file, the prefix server begins to decode zeros.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -14,12 +18,16 @@ from typing import Any
 import pytest
 
 from sglang_prefix.bench.results import read_result
+from sglang_prefix.bench.serving_workloads import REGISTRY
 from tests.engine.driver import HOLD_FILE, HOOKS, MODE_FILE
 
 pytest.importorskip("matplotlib", reason="the plots need matplotlib")
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
+# Two servers start, one after the other: 20 s each on two free cores, minutes on busy ones.
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1200)]
 
+RUN_S = 1000
+CONTROL = "control"
 # Four conversations of three turns below one system prompt; their second and third turns repeat the
 # ones before.
 TURNS = [
@@ -32,42 +40,70 @@ TURNS = [
 ]
 
 
-def bench(out: Path, trace: Path, mode: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """Run the command with the hooks loaded in all processes; ``mode`` says what they break."""
-    # Other workers may use the cores: threads that wait for one would spin meanwhile.
-    threads = {"OMP_NUM_THREADS": "1"}
-    hooks = {MODE_FILE: str(mode), HOLD_FILE: str(mode.with_name("never"))}
-    python_path = os.pathsep.join([str(HOOKS), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "sglang_prefix.cli.main", "bench", "serving"]
-    return subprocess.run(
-        [*command, "--out", str(out), "--quick", "--trace", str(trace), *options],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=800,
-        env=os.environ | {"PYTHONPATH": python_path, "HF_HUB_OFFLINE": "1"} | hooks | threads,
-    )
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run in ``out``, what it printed in ``stdout``, and the ``trace`` that it replayed."""
+    """A folder with the run in ``out``, and what it printed in ``stdout`` and ``stderr``."""
     root = tmp_path_factory.mktemp("bench-serving")
     (root / "trace").write_text("\n".join(map(json.dumps, TURNS)))
-    done = bench(root / "out", root / "trace", root / "mode")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    (root / "stdout").write_text(done.stdout)
+    registry = json.loads(REGISTRY.read_text())
+    (rollouts,) = (entry for entry in registry["workloads"] if entry["name"] == "rollouts")
+    registry["workloads"].append(rollouts | {"name": CONTROL})
+    (root / "workloads.json").write_text(json.dumps(registry))
+    command = [sys.executable, "-m", "sglang_prefix.cli.main", "bench", "serving", "--quick"]
+    command += ["--out", str(root / "out"), "--trace", str(root / "trace")]
+    command += ["--workload-file", str(root / "workloads.json")]
+    environment = {
+        "PYTHONPATH": os.pathsep.join([str(HOOKS), os.environ.get("PYTHONPATH", "")]),
+        MODE_FILE: str(root / "mode"),
+        HOLD_FILE: str(root / "never"),
+        "HF_HUB_OFFLINE": "1",
+        # Other workers may use the cores: threads that wait for one would spin meanwhile.
+        "OMP_NUM_THREADS": "1",
+    }
+    with (root / "stdout").open("wb") as stdout, (root / "stderr").open("wb") as stderr:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            env=os.environ | environment,
+        )
+        try:
+            break_decode_for_the_control(process, root)
+        finally:
+            process.terminate()  # an interrupt, if it runs
+            status = process.wait(60)
+    # The control alone is wrong, which the next line would not say.
+    assert status == 1, (root / "stderr").read_text()[-3000:]
     return root
+
+
+def break_decode_for_the_control(process: subprocess.Popen[bytes], root: Path) -> None:
+    """Wait for the end of a run; on the way, break decode when only the control is left."""
+    deadline = time.monotonic() + RUN_S
+    result = root / "out" / "serving.json"
+    while process.poll() is None:
+        assert time.monotonic() < deadline, (root / "stdout").read_text()[-3000:]
+        if result.exists() and read_result(result)["not_run"] == [CONTROL]:
+            (root / "mode").write_text("zeros")
+        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
 def result(folder: Path) -> dict[str, Any]:
-    """The result file of the run."""
+    """The result file."""
     return read_result(folder / "out" / "serving.json", "bench-serving")
 
 
-def test_every_workload_is_a_comparison_with_equal_tokens(result: dict[str, Any]) -> None:
-    cells = {cell["name"]: cell for cell in result["cells"]}
+@pytest.fixture(scope="module")
+def cells(result: dict[str, Any]) -> dict[str, Any]:
+    """All cells but the control."""
+    return {cell["name"]: cell for cell in result["cells"] if cell["name"] != CONTROL}
+
+
+def test_every_workload_is_a_comparison_with_equal_tokens(
+    result: dict[str, Any], cells: dict[str, Any]
+) -> None:
     assert set(cells) == {"shared-prefix", "random", "trace", "rollouts", "forks"}
     assert result["dtype"] == "float32"
     assert result["not_run"] == []
@@ -82,8 +118,18 @@ def test_every_workload_is_a_comparison_with_equal_tokens(result: dict[str, Any]
     assert answers["trace"] == len(TURNS)
 
 
-def test_what_was_read_follows_what_was_shared(result: dict[str, Any]) -> None:
-    sides = {cell["name"]: cell["sides"]["prefix"] for cell in result["cells"]}
+def test_broken_decode_is_no_comparison(folder: Path, result: dict[str, Any]) -> None:
+    (cell,) = (cell for cell in result["cells"] if cell["name"] == CONTROL)
+    assert not cell["is_comparison"]
+    assert cell["sides"]["prefix"]["packed_share"] >= 0.9
+    assert cell["requests_equal"] == 0
+    assert cell["ratios"]["tpot"] is None
+    (line,) = (folder / "stderr").read_text().strip().splitlines()
+    assert "no comparison: control: tokens differ in 16 of 16 answers" in line
+
+
+def test_what_was_read_follows_what_was_shared(cells: dict[str, Any]) -> None:
+    sides = {name: cell["sides"]["prefix"] for name, cell in cells.items()}
     read = {name: side["kv_read_ratio"] for name, side in sides.items()}
     assert read["random"] == 1
     assert max(read["shared-prefix"], read["rollouts"]) < 0.3
@@ -94,8 +140,8 @@ def test_what_was_read_follows_what_was_shared(result: dict[str, Any]) -> None:
         assert sum(side["steps"].values()) >= 15
 
 
-def test_times_hang_together(result: dict[str, Any]) -> None:
-    for cell in result["cells"]:
+def test_times_hang_together(cells: dict[str, Any]) -> None:
+    for cell in cells.values():
         assert cell["sides"]["stock"]["steps"] is None
         for side in cell["sides"].values():
             for name in ("ttft_ms", "tpot_ms", "itl_ms"):
@@ -107,34 +153,13 @@ def test_times_hang_together(result: dict[str, Any]) -> None:
 
 
 def test_table_and_plots_are_there_and_the_servers_are_not(
-    folder: Path, result: dict[str, Any]
+    folder: Path, result: dict[str, Any], cells: dict[str, Any]
 ) -> None:
     printed = (folder / "stdout").read_text()
-    assert printed.count("prefix / stock") == len(result["cells"])
-    assert "no comparison" not in printed
+    assert printed.count("prefix / stock") == len(cells)
+    assert "control is no comparison: tokens differ" in printed
     for name in ("serving_times.svg", "serving_reads.svg"):
         assert "<svg" in (folder / "out" / name).read_text()[:2000]
     for side in ("stock", "prefix"):
         with pytest.raises(OSError):  # noqa: PT011
             urllib.request.urlopen(result[side]["url"] + "/health", timeout=10)
-
-
-def test_broken_decode_is_refused_when_a_run_goes_on(folder: Path) -> None:
-    """Control: the run goes on from recorded stock answers, with a server that decodes zeros."""
-    out, mode = folder / "broken", folder / "broken-mode"
-    shutil.copytree(folder / "out", out)
-    data = json.loads((out / "serving.json").read_text())
-    (cell,) = (cell for cell in data["cells"] if cell["name"] == "rollouts")
-    del cell["sides"]["prefix"]
-    (out / "serving.json").write_text(json.dumps(data))
-    mode.write_text("zeros")
-    model = str(folder / "out" / "tiny-model")
-    done = bench(out, folder / "trace", mode, "--resume", "--model-path", model)
-    assert done.returncode == 1
-    assert "no comparison: rollouts: tokens differ in 16 of 16 answers" in done.stderr
-    cells = {c["name"]: c for c in read_result(out / "serving.json")["cells"]}
-    assert cells["rollouts"]["sides"]["prefix"]["packed_share"] >= 0.9
-    assert not cells["rollouts"]["is_comparison"]
-    assert cells["rollouts"]["ratios"]["tpot"] is None
-    assert cells["forks"]["is_comparison"]  # measured before
-    assert "stock, " not in done.stdout
