@@ -109,11 +109,11 @@ class Run:
 
     Args:
         plan: what to run.
-        resume: go on with the result in the folder.
+        resume: go on with the result in the folder; else the first step that ends replaces it.
         tell: called with what is being done, and whether that is a step that has ended.
 
     Raises:
-        ValueError: there is a result and no ``resume``, or none with it, or one of other settings.
+        ValueError: ``resume`` without a result, or with one of other settings.
     """
 
     def __init__(self, plan: Plan, *, resume: bool, tell: Callable[[str, bool], None]) -> None:
@@ -125,10 +125,6 @@ class Run:
         self._warm: set[tuple[str, str]] = set()
 
     def _begin(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        if self._result.exists():
-            raise ValueError(
-                f"{self._result} exists; --resume goes on with it, another --out leaves it alone"
-            )
         plan = self._plan
         data = {
             "schema": SCHEMA,

@@ -251,7 +251,7 @@ def _follow(plan: Plan, resume: bool, terminal: Console) -> Run:
         TimeElapsedColumn,
     )
 
-    from sglang_prefix.bench.serving_run import Run
+    from sglang_prefix.bench.serving_run import RESULT, Run
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     progress = Progress(*columns, TimeElapsedColumn(), console=terminal, transient=True)
@@ -268,7 +268,9 @@ def _follow(plan: Plan, resume: bool, terminal: Console) -> Run:
             run.run()
         except KeyboardInterrupt:
             progress.stop()
-            fail(f"interrupted; --resume goes on with what is in {plan.out}", _INTERRUPTED)
+            has_result = (plan.out / RESULT).exists()
+            goes_on = f"--resume goes on with {plan.out / RESULT}"
+            fail(f"interrupted; {goes_on if has_result else 'nothing was measured'}", _INTERRUPTED)
     return run
 
 
