@@ -282,6 +282,7 @@ def test_a_server_that_does_not_start_is_told_with_its_cause(
     assert told.endswith(f"its log: {tmp_path / 'prefix-server.log'}")
     with pytest.raises(ServerError, match="died with status 9"):
         server.raise_if_dead()
+    server.stop()
 
 
 def test_a_server_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
