@@ -72,6 +72,7 @@ def test_the_wheel_holds_our_packages_and_no_other_name(wheel: Path) -> None:
     assert "prefix_patches/radix_paths/__init__.py" in names
     assert "sglang_prefix/packing/__init__.py" in names
     assert "sglang_prefix/py.typed" in names
+    assert "sglang_prefix/bench/serving_workloads.json" in names
     assert "prefix_kernels/tuned_tiles.json" in names
     for path in (ROOT / "sglang_prefix" / "bench" / "workloads").iterdir():
         assert path.relative_to(ROOT).as_posix() in names

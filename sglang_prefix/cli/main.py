@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from sglang_prefix.cli.bench_kernel import kernel
+from sglang_prefix.cli.bench_serving import serving
 from sglang_prefix.cli.demo import demo
 from sglang_prefix.cli.doctor import doctor
 from sglang_prefix.cli.exec import exec_command
@@ -34,6 +35,7 @@ bench_app = typer.Typer(
     no_args_is_help=True,
 )
 bench_app.command("kernel", cls=JsonCommand)(kernel)
+bench_app.command("serving", cls=JsonCommand)(serving)
 app.add_typer(bench_app, name="bench")
 
 

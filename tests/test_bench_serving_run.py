@@ -1,0 +1,334 @@
+"""`bench serving` without servers: what it concludes, how it goes on, what it shows."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from sglang_prefix.bench import serving_run
+from sglang_prefix.bench.results import read_result
+from sglang_prefix.bench.serving_cells import judge, new_cell, step_delta, sum_up
+from sglang_prefix.bench.serving_drivers import Answer, summarize
+from sglang_prefix.bench.serving_process import ClientError
+from sglang_prefix.bench.serving_run import Plan, Run, steps
+from sglang_prefix.bench.serving_servers import (
+    RunningServer,
+)
+from sglang_prefix.bench.serving_workloads import Workload
+
+pytest.importorskip("matplotlib", reason="the plots need matplotlib")
+
+ROLLOUTS = {"prompts": 2, "samples": 2, "prompt_tokens": 8, "output_tokens": 4}
+
+COUNTERS = {
+    "packed_steps": 10,
+    "stock_steps": 2,
+    "fallback_steps": 0,
+    "stock_reasons": {"gate-no-gain": 2},
+    "fallback_reasons": {},
+    "kv_tokens_read": 100,
+    "kv_tokens_logical": 400,
+}
+
+
+# -- conclusions --------------------------------------------------------------------------------
+
+WORKLOAD = Workload("rollouts", "rollouts", "rollouts", "", ROLLOUTS)
+
+
+def a_run(scale: float = 1.0, packed: int | None = None, stock: int = 0) -> dict[str, Any]:
+    times = {f"{m}_ms": {"median": 10 * scale, "p99": 20 * scale} for m in ("ttft", "tpot", "itl")}
+    rates = {"output_tokens_per_s": 100 / scale, "requests_per_s": 1 / scale, "duration_s": scale}
+    counters = None
+    if packed is not None:
+        after = COUNTERS | {
+            "packed_steps": 10 + packed,
+            "stock_steps": 2 + stock,
+            "stock_reasons": {"gate-no-gain": 2 + stock},
+            "kv_tokens_read": 100 + packed,
+            "kv_tokens_logical": 400 + 4 * packed,
+        }
+        counters = step_delta(COUNTERS, after)
+    return {**times, **rates, "counters": counters}
+
+
+def said(*tokens: list[int], fingerprint: str = "f", texts: int = 1) -> dict[str, Any]:
+    hashes = [str(one) for one in tokens]
+    return {"fingerprint": fingerprint, "tokens": list(tokens), "texts": [hashes] * texts}
+
+
+def judged(
+    prefix: dict[str, Any], answers: dict[str, Any] | None = None, min_equal: float = 1.0
+) -> dict[str, Any]:
+    cell = new_cell(WORKLOAD)
+    cell["sides"] = {"stock": sum_up([a_run(2.0)]), "prefix": sum_up([prefix])}
+    evidence = {"stock": said([1, 2, 3], [4, 5, 6])}
+    evidence["prefix"] = answers or said([1, 2, 3], [4, 5, 6])
+    judge(cell, evidence, repeats=1, min_equal=min_equal)
+    return cell
+
+
+def test_a_comparison_has_ratios_of_prefix_over_stock() -> None:
+    cell = judged(a_run(packed=19, stock=1))
+    assert cell["is_comparison"]
+    assert cell["why_not"] is None
+    assert cell["ratios"] == {"ttft": 0.5, "tpot": 0.5, "itl": 0.5, "throughput": 2.0}
+    assert cell["requests_equal"] == cell["requests"] == 2
+    assert cell["tokens_compared"] == cell["tokens_equal"] == 6
+    side = cell["sides"]["prefix"]
+    assert side["steps"] == {"packed": 19, "stock": 1, "fallback": 0}
+    assert side["packed_share"] == 0.95
+    assert side["kv_read_ratio"] == 0.25
+    assert side["reasons"] == {"gate-no-gain": 1}
+
+
+def test_a_run_that_was_not_packed_is_no_comparison() -> None:
+    cell = judged(a_run(packed=8, stock=2))
+    assert not cell["is_comparison"]
+    assert cell["why_not"] == "only 80% of the decode steps were packed (gate-no-gain)"
+    assert set(cell["ratios"].values()) == {None}
+    assert cell["unpacked_ratios"]["tpot"] == 0.5
+    assert not judged(a_run(packed=0))["is_comparison"]  # nothing decoded is not all packed
+
+
+@pytest.mark.parametrize(
+    ("answers", "told"),
+    [
+        (said([1, 2, 3], [4, 5, 7]), "tokens differ in 1 of 2 answers (83% of tokens agree)"),
+        (said([1, 9, 3], [4, 5, 6]), "tokens differ in 1 of 2 answers (67% of tokens agree)"),
+        (said([1, 2, 3]), "1 answers for 2 requests"),
+        (said([1, 2, 3], [4, 5, 6], fingerprint="g"), "did not get the same requests"),
+        (said([1, 2, 3], [4, 5, 6, 7]), "tokens differ in 1 of 2 answers (100% of tokens agree)"),
+        (
+            said([1, 2, 3], [4, 5, 6]) | {"texts": [["[1, 2, 3]", "other"]]},
+            "answers of the timed runs differ in 1 of 2 requests",
+        ),
+    ],
+)
+def test_sides_that_do_not_say_the_same_are_no_comparison(
+    answers: dict[str, Any], told: str
+) -> None:
+    cell = judged(a_run(packed=20), answers)
+    assert not cell["is_comparison"]
+    assert cell["why_not"].endswith(told)
+    assert set(cell["ratios"].values()) == {None}
+    assert cell["unpacked_ratios"] is None
+
+
+def test_where_rounding_differs_a_share_of_the_tokens_is_enough() -> None:
+    answers = said([1, 2, 9], [4, 9, 9])
+    assert judged(a_run(packed=20), answers, min_equal=0.5)["is_comparison"]
+    assert judged(a_run(packed=20), answers, min_equal=0.5)["requests_equal"] == 0
+    assert not judged(a_run(packed=20), answers, min_equal=0.6)["is_comparison"]
+
+
+def test_the_median_run_counts() -> None:
+    side = sum_up([a_run(scale, packed=10) for scale in (1.0, 9.0, 2.0)])
+    assert side["ttft_ms"] == {"median": 20.0, "p99": 40.0}
+    assert side["output_tokens_per_s"] == 50
+    assert side["steps"]["packed"] == 30
+    assert len(side["raw"]["runs"]) == 3
+
+
+def test_times_are_summed_up_as_bench_serving_does() -> None:
+    # Two tokens at once share their time; a first chunk of two tokens has no time between them.
+    one = Answer(began=1.0, chunks=[(1.5, 1), (1.7, 3), (1.8, 4)], text="one")
+    other = Answer(began=1.0, chunks=[(2.0, 2), (2.4, 3)], text="other")
+    found = summarize([one, other], 2.0)
+    assert found["ttft_ms"]["median"] == pytest.approx(750)
+    assert found["tpot_ms"] == pytest.approx({"median": 250, "p99": 100 + 0.99 * 300})
+    assert found["itl_ms"]["median"] == pytest.approx(100)  # of 100, 100, 100 and 400
+    assert found["output_tokens_per_s"] == 7 / 2
+    assert found["texts"] == ["one", "other"]
+    assert summarize([Answer(1.0, [(2.0, 1)])], 1.0)["tpot_ms"] is None
+
+
+def test_flags_that_bench_serving_does_not_have_are_told() -> None:
+    pytest.importorskip("sglang.benchmark.serving", reason="SGLang's bench_serving is needed")
+    from prefix_patches import bench_serving
+
+    assert bench_serving.missing() == []
+    assert bench_serving.parse(["--num-prompts", "7"]).num_prompts == 7
+    with pytest.raises(ValueError, match="unrecognized arguments: --num-prompt-groups"):
+        bench_serving.parse(["--num-prompt-groups", "7"])
+
+
+# -- the run, and going on with it ---------------------------------------------------------------
+
+
+class FakeClient:
+    """Answers what an SGLang client would; ``fails_at`` is the measurement that raises."""
+
+    fails_at: int | None = None
+    measured: tuple[str, ...] = ()
+
+    def __init__(self, log: Path, settings: dict[str, Any]) -> None:
+        pass
+
+    @classmethod
+    def begin(cls, fails_at: int | None = None) -> None:
+        cls.measured, cls.fails_at = (), fails_at
+
+    def order(self, order: str, /, *, url: str = "", **arguments: Any) -> Any:
+        if order == "prepare":
+            return {"fingerprint": "f", "flags": None}
+        if order == "check":
+            return [[1, 2], [3, 4]]
+        if FakeClient.fails_at == len(FakeClient.measured):
+            raise ClientError("gone")
+        FakeClient.measured += (f"{url} {arguments['name']}",)
+        found = a_run(1.0 if "prefix" in url else 2.0)
+        del found["counters"]
+        return found | {"texts": ["a", "b"]}
+
+    def stop(self) -> None:
+        pass
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No processes: servers answer at once, and pack everything."""
+    packed = iter(range(0, 1000, 10))
+
+    def counters(server: RunningServer) -> dict[str, Any] | None:
+        return COUNTERS | {"packed_steps": next(packed)} if server.side == "prefix" else None
+
+    def described(server: RunningServer) -> dict[str, Any]:
+        return {"model": "m", "dtype": "float32"}
+
+    FakeClient.begin()
+    monkeypatch.setattr(serving_run, "ClientProcess", FakeClient)
+    monkeypatch.setattr(serving_run, "launch", lambda side, *_: RunningServer(side, side))
+    monkeypatch.setattr(serving_run, "describe", described)
+    monkeypatch.setattr(serving_run, "read_counters", counters)
+    monkeypatch.setattr(RunningServer, "raise_if_dead", lambda self: None)
+
+
+def plan(out: Path, **changes: Any) -> Plan:
+    workloads = [Workload(name, "rollouts", "rollouts", "", ROLLOUTS) for name in ("a", "b")]
+    given: dict[str, Any] = {
+        "out": out,
+        "model": "m",
+        "tokenizer": None,
+        "workloads": workloads,
+        "absent": {},
+        "trace": None,
+        "repeats": 1,
+        "seed": 0,
+        "quick": True,
+        "urls": {"stock": None, "prefix": None},
+        "server_args": {"stock": [], "prefix": []},
+        "port": None,
+        "start_timeout_s": 1.0,
+        "min_equal": None,
+        "command": ["x"],
+    }
+    return Plan(**(given | changes))
+
+
+def go(given: Plan, *, resume: bool = False) -> dict[str, Any]:
+    run = Run(given, resume=resume, tell=lambda text, is_done: None)
+    run.run()
+    return read_result(given.out / "serving.json", "bench-serving")
+
+
+@pytest.mark.usefixtures("fakes")
+def test_an_interrupted_run_keeps_what_it_has_and_goes_on(tmp_path: Path) -> None:
+    whole = go(plan(tmp_path / "whole", repeats=2))
+    assert [cell["is_comparison"] for cell in whole["cells"]] == [True, True]
+    assert whole["not_run"] == []
+    FakeClient.begin(fails_at=5)
+    with pytest.raises(ClientError, match="prefix, a: gone"):
+        go(plan(tmp_path / "part", repeats=2))
+    part = read_result(tmp_path / "part" / "serving.json")
+    assert part["not_run"] == ["a", "b"]
+    assert [cell["is_comparison"] for cell in part["cells"]] == [False, False]
+    assert part["cells"][0]["why_not"] == "not run to its end: prefix"
+    assert len(part["cells"][0]["sides"]["prefix"]["raw"]["runs"]) == 1
+    FakeClient.begin()
+    resumed = go(plan(tmp_path / "part", repeats=2), resume=True)
+    assert FakeClient.measured == ("prefix a", "prefix b", "prefix b")
+    assert [cell["ratios"] for cell in resumed["cells"]] == [c["ratios"] for c in whole["cells"]]
+    assert go(plan(tmp_path / "part", repeats=2), resume=True) == resumed  # nothing is left
+
+
+@pytest.mark.usefixtures("fakes")
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"seed": 1}, "was made with another seed"),
+        ({"repeats": 2}, "was made with another repeats"),
+        ({"model": "n"}, "was made with another model"),
+        ({"workloads": [WORKLOAD]}, "was made with another workload"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_settings(
+    tmp_path: Path, change: dict[str, Any], told: str
+) -> None:
+    go(plan(tmp_path))
+    with pytest.raises(ValueError, match=told):
+        go(plan(tmp_path, **change), resume=True)
+    assert go(plan(tmp_path, **change))["not_run"] == []  # a new run takes the place of the old
+    (tmp_path / "serving.json").write_text("{")
+    with pytest.raises(ValueError, match=r"serving\.json is not a result file"):
+        go(plan(tmp_path), resume=True)
+
+
+def test_servers_in_turn_or_taking_turns(tmp_path: Path) -> None:
+    def order(**changes: Any) -> list[str]:
+        found = steps(plan(tmp_path, repeats=2, **changes))
+        return [f"{side[0]}{workload.name}{number}" for side, workload, number in found]
+
+    assert order() == ["sa0", "sa1", "sb0", "sb1", "pa0", "pa1", "pb0", "pb1"]
+    both = {"stock": "http://a", "prefix": "http://b"}
+    assert order(urls=both) == ["sa0", "pa0", "pa1", "sa1", "sb0", "pb0", "pb1", "sb1"]
+
+
+# -- what is shown ------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("fakes")
+def test_table_notes_and_plots_show_what_was_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang_prefix.bench.serving_plots import PLOTS
+    from sglang_prefix.bench.serving_table import comparison_table, notes
+
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.5, 0.5, 0.5))
+    data = go(plan(tmp_path, absent={"trace": "no --trace FILE was given"}))
+    loser, winner = data["cells"]
+    unpacked = judged(a_run(packed=0, stock=5))
+    loser |= {key: deepcopy(unpacked[key]) for key in unpacked if key != "name"}
+    console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(comparison_table(data))
+    text = console.export_text()
+    assert text.count("prefix / stock") == 1
+    assert text.count("no comparison") == 1
+    assert "0.50x" in text
+    told = "\n".join(notes(data))
+    assert "a is no comparison: only 0% of the decode steps were packed (gate-no-gain)" in told
+    assert "costs when it does not pack: TPOT 0.50x" in told
+    assert "trace is absent: no --trace FILE was given" in told
+    assert "processes per CPU" not in told
+    winner["sides"]["stock"]["raw"]["runs"][0]["load_per_cpu"] = 7.25
+    assert "up to 7.2 processes per CPU wanted to run" in "\n".join(notes(data))
+    for name, plot in PLOTS.items():
+        file = tmp_path / f"{name}.svg"
+        plot(data).savefig(file, format="svg")
+        assert file.stat().st_size > 5000
+    assert winner["is_comparison"]
+
+
+def test_bench_modules_import_without_sglang() -> None:
+    names = ("run", "cells", "table", "plots", "trace", "workloads", "servers", "process")
+    imports = "; ".join(f"import sglang_prefix.bench.serving_{name}" for name in names)
+    code = f"{imports}; import sys; print('sglang' in sys.modules, 'matplotlib' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["False", "False"]
