@@ -1,0 +1,236 @@
+"""Section of a `bench-kernel` file: one decode step of attention, ours against all others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sglang_prefix.bench.report.cells import NONE, across, gain, geomean, name, number, share, text
+from sglang_prefix.bench.report.frame import bench_facts, bench_warnings
+from sglang_prefix.bench.report.model import (
+    Cell,
+    Column,
+    Figure,
+    Row,
+    Section,
+    Table,
+    Verdict,
+    folded,
+)
+from sglang_prefix.bench.report.schema import KernelCell, KernelContender, KernelResult
+from sglang_prefix.bench.report.sources import Source
+
+__all__ = ["kernel_section"]
+
+_PAT = "pat"
+
+
+def kernel_section(source: Source, figures: list[Figure]) -> Section:
+    """What the file says, with the figures drawn from it."""
+    data: KernelResult = source.data
+    cells = data["cells"]
+    way = _our_way(cells)
+    return Section(
+        kind=source.kind,
+        title="Attention kernels",
+        source=source.name,
+        when=source.when,
+        facts=bench_facts(data),
+        warnings=bench_warnings(data),
+        verdicts=_verdicts(cells, way),
+        tables=[
+            folded(_step_table(data, way)),
+            folded(_time_table(data)),
+            folded(_every_table(cells)),
+        ],
+        figures=figures,
+    )
+
+
+def _our_way(cells: list[KernelCell]) -> str | None:
+    """The one of ours that is fastest over most cells: policy pat, the default, where it is there.
+
+    One for all cells: the best of ours in each cell would be chosen with its result in hand.
+    """
+    times: dict[str, list[float]] = {}
+    ours = [pair for cell in cells for pair in _of(cell, "ours").items()]
+    default = [(n, c) for n, c in ours if c.get("policy") == _PAT]
+    for contender, result in default or ours:
+        times.setdefault(contender, []).append(result["ms"])
+    most = max(map(len, times.values()), default=0)
+    means = {n: geomean(ms) or 0.0 for n, ms in times.items() if len(ms) == most}
+    return min(means, key=means.__getitem__) if means else None
+
+
+def _of(cell: KernelCell, kind: str) -> dict[str, KernelContender]:
+    return {n: c for n, c in cell["contenders"].items() if c["kind"] == kind}
+
+
+def _fastest(cell: KernelCell, kind: str) -> str | None:
+    found = _of(cell, kind)
+    return min(found, key=lambda n: found[n]["ms"]) if found else None
+
+
+def _over(cell: KernelCell, ours: str | None, kind: str) -> float | None:
+    """Time of the fastest of a kind over ours."""
+    theirs = _fastest(cell, kind)
+    if theirs is None or ours is None or ours not in cell["contenders"]:
+        return None
+    return cell["contenders"][theirs]["ms"] / cell["contenders"][ours]["ms"]
+
+
+def _verdicts(cells: list[KernelCell], way: str | None) -> list[Verdict]:
+    if way is None:
+        return []
+    verdicts = []
+    for kind, baseline in (("stock", "the fastest stock backend"), ("peer", "the fastest peer")):
+        gains = {cell["name"]: _over(cell, way, kind) for cell in cells}
+        found = {cell: value for cell, value in gains.items() if value is not None}
+        missing = {cell: f"no {kind} baseline" for cell in gains if cell not in found}
+        if found or kind == "stock":
+            verdicts.append(Verdict(way, baseline, found, missing))
+    return verdicts
+
+
+def _step_table(data: KernelResult, way: str | None) -> Table:
+    cells = data["cells"]
+    has_peers = any(_of(cell, "peer") for cell in cells)
+    columns = [
+        Column("cell", is_text=True),
+        Column("group", is_text=True, folds=True),
+        Column("batch", folds=True),
+        Column("heads", "query heads / KV heads / head dim", is_text=True, folds=True),
+        Column("dtype", is_text=True, folds=True),
+        Column("page", folds=True),
+        Column("tokens", "KV tokens of all requests"),
+        Column("ideal", "share of them if every shared token is read once"),
+        Column("read", "share of them that ours reads"),
+        Column("fastest stock", is_text=True, folds=True),
+        Column("stock ms"),
+        Column("ours ms", "median of plan, copy and run of one decode step"),
+        Column("plan"),
+        Column("copy"),
+        Column("forward"),
+        Column("merge", "and those before it: parts of ours, ms"),
+        Column("GB/s", "KV bytes that ours reads over its whole step"),
+        Column("of bandwidth", "share of the bandwidth of a streaming read in the same run"),
+        *([Column("over peer", "time of the fastest peer over ours")] if has_peers else []),
+        Column("speed-up", "time of the fastest stock backend over ours"),
+    ]
+    rows = [_step_row(cell, way, has_peers) for cell in cells]
+    rows += [across([name(left)], "not run", len(columns)) for left in data.get("not_run", [])]
+    title = f"{way} against the fastest stock backend" if way else "Cells"
+    return Table(title, columns, rows)
+
+
+def _step_row(cell: KernelCell, way: str | None, has_peers: bool) -> Row:
+    ours: Any = cell["contenders"].get(way or "", {})
+    stock = _fastest(cell, "stock")
+    speedup, over_peer = _over(cell, way, "stock"), _over(cell, way, "peer")
+    loses = any(value is not None and value < 1 for value in (speedup, over_peer))
+    heads, tokens = cell["heads"], cell["tokens"]
+    gb_s = ours["bytes_read"] / ours["ms"] / 1e6 if ours.get("bytes_read") else None
+    limit = cell.get("bandwidth_gb_s")
+    return Row(
+        [
+            name(cell["name"], loses=loses),
+            text(cell.get("group")),
+            number(cell["batch"]),
+            text(f"{heads['qo']}/{heads['kv']}/{heads['dim']}"),
+            text(cell["dtype"]),
+            number(cell["page_size"]),
+            number(tokens["logical"]),
+            share(tokens["ideal"] / tokens["logical"] if tokens["logical"] else None),
+            share(ours.get("kv_read_ratio")),
+            text(stock),
+            number(cell["contenders"][stock]["ms"] if stock else None),
+            number(ours.get("ms")),
+            *(number(ours.get(f"{part}_ms")) for part in ("plan", "copy", "forward", "merge")),
+            number(gb_s),
+            share(gb_s / limit if gb_s and limit else None),
+            *([gain(over_peer)] if has_peers else []),
+            gain(speedup),
+        ],
+        "losing" if loses else "",
+    )
+
+
+def _time_table(data: KernelResult) -> Table:
+    """All contenders side by side; one that is not here has a column that says so."""
+    cells, absent = data["cells"], data.get("absent", {})
+    kinds = {n: c["kind"] for cell in cells for n, c in cell["contenders"].items()}
+    order = ("ours", "stock", "peer")
+    names = sorted(kinds, key=lambda n: (order.index(kinds[n]) if kinds[n] in order else 9, n))
+    columns = [
+        Column("cell", is_text=True),
+        *(Column(f"{n} ({kinds[n]})") for n in names),
+        *(Column(f"{n} (absent)") for n in absent if n not in kinds),
+    ]
+    rows = []
+    for cell in cells:
+        fastest = {kind: _fastest(cell, kind) for kind in order}
+        found = [_time_cell(cell, n, fastest) for n in names]
+        missing = [Cell("absent", tone="absent") for n in absent if n not in kinds]
+        rows.append(Row([name(cell["name"]), *found, *missing]))
+    notes = [
+        "A time of ours that is longer than that of the fastest stock backend is marked as a loss.",
+        *(f"Absent: {n}: {reason}." for n, reason in absent.items()),
+    ]
+    return Table("Time of one decode step, all contenders, ms", columns, rows, notes)
+
+
+def _time_cell(cell: KernelCell, contender: str, fastest: Mapping[str, str | None]) -> Cell:
+    found = cell["contenders"].get(contender)
+    if found is None:
+        return NONE
+    shown = number(found["ms"])
+    if found["kind"] != "ours" or fastest["stock"] is None:
+        return shown
+    over = _over(cell, contender, "stock")
+    return Cell(shown.text, shown.sort, gain(over).tone)
+
+
+def _every_table(cells: list[KernelCell]) -> Table:
+    parts: dict[str, Callable[[Any], Cell]] = {
+        "plan ms": lambda c: number(c.get("plan_ms")),
+        "copy ms": lambda c: number(c.get("copy_ms")),
+        "forward ms": lambda c: number(c.get("forward_ms")),
+        "merge ms": lambda c: number(c.get("merge_ms")),
+        "packs": lambda c: number(c.get("packs")),
+        "KV read": lambda c: share(c.get("kv_read_ratio")),
+        "largest error": lambda c: number(c.get("max_abs_error"), 2),
+    }
+    columns = [
+        Column("cell", is_text=True),
+        Column("contender", is_text=True),
+        Column("kind", is_text=True),
+        Column("executor", is_text=True, folds=True),
+        Column("ms"),
+        Column("fastest to slowest", "of all timed steps, ms", is_text=True),
+        *(Column(part) for part in parts),
+        Column("speed-up", "time of the fastest stock backend over this one"),
+    ]
+    rows = []
+    for cell in cells:
+        for contender, found in cell["contenders"].items():
+            raw = found.get("raw_ms") or [found["ms"]]
+            over = _over(cell, contender, "stock")
+            is_ours = found["kind"] == "ours"
+            loses = is_ours and over is not None and over < 1
+            rows.append(
+                Row(
+                    [
+                        name(cell["name"], loses=loses),
+                        text(contender),
+                        text(found["kind"]),
+                        text(found.get("executor")),
+                        number(found["ms"]),
+                        Cell(f"{number(min(raw)).text} to {number(max(raw)).text}", min(raw)),
+                        *(show(found) for show in parts.values()),
+                        gain(over, counts=is_ours, bar=False),
+                    ],
+                    "losing" if loses else "",
+                )
+            )
+    note = "The error is the largest absolute one against the float64 oracle, on the timed inputs."
+    return Table("Every measurement", columns, rows, [note])

@@ -1,0 +1,125 @@
+"""Result files of a report: which there are, and that each holds what its kind should."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import from_json
+
+from sglang_prefix.bench.report import schema
+from sglang_prefix.bench.results import SCHEMA
+
+__all__ = ["CPU", "KINDS", "Source", "find_sources"]
+
+# The file of benchmarks/cpu.py says its kind by its keys.
+CPU = "bench-cpu"
+_ADAPTERS: dict[str, TypeAdapter[Any]] = {
+    "bench-kernel": TypeAdapter(schema.KernelResult),
+    "bench-serving": TypeAdapter(schema.ServingResult),
+    "gpu-bench": TypeAdapter(schema.GpuResult),
+    "gpu-serve": TypeAdapter(schema.GpuResult),
+    "gpu-tune": TypeAdapter(schema.GpuResult),
+    "gpu-check": TypeAdapter(schema.GpuResult),
+    CPU: TypeAdapter(schema.CpuResult),
+}
+# In the order in which a page shows them.
+KINDS = tuple(_ADAPTERS)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One result file.
+
+    Attributes:
+        name: its path below the folder that was given, or its own name.
+        path: where it is.
+        kind: one of :data:`KINDS`.
+        data: what it holds, checked against the kind's type in `schema`.
+    """
+
+    name: str
+    path: Path
+    kind: str
+    data: Any
+
+    @property
+    def when(self) -> str:
+        """ISO time or date of the run."""
+        return str(self.data.get("created") or self.data.get("date"))
+
+
+def find_sources(places: Sequence[str | os.PathLike[str]]) -> list[Source]:
+    """Read result files, and those anywhere below folders; newest first within each kind.
+
+    Raises:
+        ValueError: there is none, or one cannot be read or does not hold what its kind should; one
+            line that names it.
+    """
+    files: dict[Path, str] = {}
+    for place in map(Path, places):
+        for path, name in _files_at(place):
+            files.setdefault(path.resolve(), name)
+    found = [_read(path, name) for path, name in files.items()]
+    newest_first = sorted(found, key=lambda source: (source.when, source.name), reverse=True)
+    return sorted(newest_first, key=lambda source: KINDS.index(source.kind))
+
+
+def _files_at(place: Path) -> Iterable[tuple[Path, str]]:
+    if place.is_dir():
+        below = sorted(path for path in place.rglob("*.json") if path.is_file())
+        if not below:
+            raise ValueError(f"{place}: no result file (*.json) in this folder")
+        return [(path, path.relative_to(place).as_posix()) for path in below]
+    if not place.exists():
+        raise ValueError(f"{place}: no such file or folder")
+    return [(place, place.name)]
+
+
+def _read(path: Path, name: str) -> Source:
+    data = _parse(path)
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} is not a result file: it holds no JSON object")
+    kind = data.get("kind", CPU if "attention" in data else None)
+    if not isinstance(kind, str) or kind not in _ADAPTERS:
+        legal = ", ".join(KINDS[:-1])
+        raise ValueError(f"{path} is not a result file: its kind is {kind!r}; legal: {legal}")
+    if kind != CPU and data.get("schema") != SCHEMA:
+        raise ValueError(f"{path}: schema is {data.get('schema')!r}; legal: {SCHEMA}")
+    try:
+        _ADAPTERS[kind].validate_python(data, strict=True)
+    except ValidationError as error:
+        raise ValueError(f"{path} is not a whole {kind} file: {_first(error)}") from None
+    if twice := _named_twice(data["cells"] if kind.startswith("bench-") and kind != CPU else []):
+        raise ValueError(f"{path} is not a whole {kind} file: two cells are named {twice!r}")
+    return Source(name, path, kind, data)
+
+
+def _parse(path: Path) -> Any:
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    if not text.strip():
+        raise ValueError(f"{path} is not a result file: it is empty")
+    try:
+        return from_json(text, allow_inf_nan=False)
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+def _named_twice(cells: Sequence[Any]) -> str | None:
+    names = [cell["name"] for cell in cells]
+    return next((name for name in names if names.count(name) > 1), None)
+
+
+def _first(error: ValidationError) -> str:
+    """The first thing that is wrong, and how many more there are."""
+    first, *others = error.errors(include_url=False, include_context=False, include_input=False)
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
+    more = f" (and {len(others)} more)" if others else ""
+    return f"{where.lstrip('.')}: {first['msg']}{more}"
