@@ -34,14 +34,14 @@ def report(
     Takes the files of `bench kernel` and `bench serving`, and those of the project's own
     benchmarks. The page needs nothing from the network.
     """
-    from sglang_prefix.bench.report import build_page, find_sources
+    from sglang_prefix.bench.report import ResultError, build_page, find_sources
 
     try:
         sources = find_sources(results)
         _check_target(out, sources)
         _check_plots(sources, plots)
         page = build_page(sources, title=title, plots=plots)
-    except ValueError as error:
+    except ResultError as error:
         fail(" ".join(str(error).split()))
     _write(page, out)
     console().print(f"{len(sources)} result files; written to {out}", soft_wrap=True)
@@ -49,18 +49,18 @@ def report(
 
 def _check_target(out: Path, sources: list[Source]) -> None:
     if out.is_dir():
-        raise ValueError(f"--out is {out}, a folder; legal: a file to write")
+        fail(f"--out is {out}, a folder; legal: a file to write", 2)
     if not out.parent.is_dir():
-        raise ValueError(f"--out is {out}; there is no folder {out.parent}")
+        fail(f"--out is {out}; there is no folder {out.parent}", 2)
     if out.resolve() in {source.path for source in sources}:
-        raise ValueError(f"--out is {out}, one of the result files")
+        fail(f"--out is {out}, one of the result files; legal: another file", 2)
 
 
 def _check_plots(sources: list[Source], plots: bool) -> None:
     from sglang_prefix.bench.report.drawings import has_matplotlib
 
     if plots and any(s.kind in _PLOTTED for s in sources) and not has_matplotlib():
-        raise ValueError("plots need matplotlib: pip install 'sglang-prefix[bench]', or --no-plots")
+        fail("plots need matplotlib: pip install 'sglang-prefix[bench]', or --no-plots")
 
 
 def _write(page: str, out: Path) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shlex
+from datetime import datetime
 from typing import Any
 
-__all__ = ["bench_facts", "bench_warnings", "versions"]
+__all__ = ["bench_facts", "bench_warnings", "moment", "versions"]
 
 
 def bench_facts(data: Any) -> dict[str, str]:
@@ -22,7 +23,7 @@ def bench_facts(data: Any) -> dict[str, str]:
         "versions": versions(found.get("versions", {})),
         "Python": found.get("python"),
         "commit": found.get("commit"),
-        "measured": data["created"],
+        "measured": moment(data["created"]),
         "seed": data.get("seed"),
         "command": shlex.join(data.get("command") or []),
     }
@@ -41,6 +42,15 @@ def bench_warnings(data: Any) -> list[str]:
     if left:
         warnings.append(f"Not run: {', '.join(left)}.")
     return warnings
+
+
+def moment(time: str) -> str:
+    """An ISO time for readers, to the minute; anything else as it is."""
+    try:
+        found = datetime.fromisoformat(time)
+    except ValueError:
+        return time
+    return f"{found:%Y-%m-%d %H:%M %Z}".strip() if "T" in time else time
 
 
 def versions(found: dict[str, str | None]) -> str:

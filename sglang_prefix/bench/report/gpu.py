@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sglang_prefix.bench.report.cells import across, gain, name, number, text
+from sglang_prefix.bench.report.frame import moment
 from sglang_prefix.bench.report.gpu_bench import bench_tables, bench_verdicts
 from sglang_prefix.bench.report.gpu_serve import serve_tables, serve_verdicts
 from sglang_prefix.bench.report.model import (
@@ -39,7 +40,6 @@ def gpu_section(source: Source) -> Section:
         kind=source.kind,
         title=_TITLES[source.kind],
         source=source.name,
-        when=source.when,
         facts=_facts(data),
         warnings=_warnings(data),
         verdicts=[] if data["dry"] else verdicts,
@@ -57,7 +57,7 @@ def _facts(data: GpuResult) -> dict[str, str]:
         "versions": ", ".join(f"{n} {found[n]}" for n in packages if found.get(n)),
         "Python": found.get("python"),
         "commit": data["commit"],
-        "measured": ", ".join(str(run["environment"].get("time")) for run in data["runs"]),
+        "measured": ", ".join(moment(run["environment"].get("time", "")) for run in data["runs"]),
         "seed": data.get("seed"),
     }
     return {fact: str(value) for fact, value in facts.items() if value is not None}
@@ -67,8 +67,9 @@ def _warnings(data: GpuResult) -> list[str]:
     warnings = []
     if data["dry"]:
         warnings.append("Dry run on tiny shapes without a GPU: the times mean nothing.")
-    for baseline, reason in _absent(data).items():
-        warnings.append(f"Absent baseline: {baseline}: {reason}.")
+    if absent := _absent(data):
+        reasons = "; ".join(f"{baseline}: {reason}" for baseline, reason in absent.items())
+        warnings.append(f"Absent baselines: {reasons}.")
     left = [cell for cell, found in data["cells"].items() if found["status"] == "not run"]
     if left:
         warnings.append(f"Not run: {len(left)} of {len(data['cells'])} cells: {', '.join(left)}.")

@@ -70,6 +70,9 @@ def _ours_table(data: GpuResult, measured: dict[str, GpuCell]) -> Table:
     way, counts = _way(data), not data["dry"]
     columns = [
         Column("cell", is_text=True),
+        Column("over stock", "the fastest, plans of both included"),
+        Column("kernels over stock", "the fastest, kernels alone"),
+        *(Column(f"over {peer}", "kernels alone") for peer in _PEERS),
         Column("group", is_text=True, folds=True),
         Column("batch", folds=True),
         Column("dtype", is_text=True, folds=True),
@@ -81,9 +84,6 @@ def _ours_table(data: GpuResult, measured: dict[str, GpuCell]) -> Table:
         Column("over floor", "ours us / floor us"),
         Column("fastest stock", is_text=True),
         Column("stock us"),
-        *(Column(f"over {peer}", "kernels alone") for peer in _PEERS),
-        Column("over stock", "kernels alone"),
-        Column("with plan", "over stock, plans of both included"),
     ]
     rows = []
     for cell_name, cell in measured.items():
@@ -91,21 +91,21 @@ def _ours_table(data: GpuResult, measured: dict[str, GpuCell]) -> Table:
         ours: Any = _done(cell, way).get(way or "", {})
         stock = _done(cell, "stock")
         fastest = min(stock, key=lambda n: stock[n]["kernel_us"], default=None)
-        gains = [_over(cell, way, peer, "kernel_us") for peer in (*_PEERS, "stock")]
-        gains.append(_over(cell, way, "stock", "total_us"))
+        gains = [_over(cell, way, "stock", "total_us")]
+        gains += [_over(cell, way, other, "kernel_us") for other in ("stock", *_PEERS)]
         loses = counts and any(value is not None and value < 1 for value in gains)
         mib = shape["kv_bytes_unique"] / _MIB if "kv_bytes_unique" in shape else None
         rows.append(
             Row(
                 [
                     name(cell_name, loses=loses),
+                    *(gain(value, counts=counts) for value in gains),
                     *(text(shape.get("group")), number(shape.get("batch"))),
                     *(text(shape.get("dtype")), number(shape.get("page_size")), number(mib)),
                     number(cell.get("floor", {}).get("us")),
                     *(number(ours.get(key)) for key in ("kernel_us", "total_us", "over_floor")),
                     text(fastest),
                     number(stock[fastest]["kernel_us"] if fastest else None),
-                    *(gain(value, counts=counts) for value in gains),
                 ],
                 "losing" if loses else "",
             )

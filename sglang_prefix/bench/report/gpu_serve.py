@@ -24,7 +24,7 @@ def serve_verdicts(data: GpuResult) -> list[Verdict]:
         else:
             gains[load] = over
     gains |= {n: 1 / cell["ratio"] for n, cell in data["cells"].items() if "ratio" in cell}
-    return [Verdict("the prefix backend", "the fastest stock backend by TPOT", gains, missing)]
+    return [Verdict("the prefix backend", "the fastest stock backend in TPOT", gains, missing)]
 
 
 def serve_tables(data: GpuResult) -> list[Table]:

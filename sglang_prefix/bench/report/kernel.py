@@ -34,7 +34,6 @@ def kernel_section(source: Source, figures: list[Figure]) -> Section:
         kind=source.kind,
         title="Attention kernels",
         source=source.name,
-        when=source.when,
         facts=bench_facts(data),
         warnings=bench_warnings(data),
         verdicts=_verdicts(cells, way),
@@ -97,6 +96,11 @@ def _step_table(data: KernelResult, way: str | None) -> Table:
     has_peers = any(_of(cell, "peer") for cell in cells)
     columns = [
         Column("cell", is_text=True),
+        Column("speed-up", "time of the fastest stock backend over ours"),
+        *([Column("over peer", "time of the fastest peer over ours")] if has_peers else []),
+        Column("stock ms"),
+        Column("ours ms", "median of plan, copy and run of one decode step"),
+        Column("fastest stock", is_text=True, folds=True),
         Column("group", is_text=True, folds=True),
         Column("batch", folds=True),
         Column("heads", "query heads / KV heads / head dim", is_text=True, folds=True),
@@ -105,17 +109,12 @@ def _step_table(data: KernelResult, way: str | None) -> Table:
         Column("tokens", "KV tokens of all requests"),
         Column("ideal", "share of them if every shared token is read once"),
         Column("read", "share of them that ours reads"),
-        Column("fastest stock", is_text=True, folds=True),
-        Column("stock ms"),
-        Column("ours ms", "median of plan, copy and run of one decode step"),
         Column("plan"),
         Column("copy"),
         Column("forward"),
         Column("merge", "and those before it: parts of ours, ms"),
         Column("GB/s", "KV bytes that ours reads over its whole step"),
         Column("of bandwidth", "share of the bandwidth of a streaming read in the same run"),
-        *([Column("over peer", "time of the fastest peer over ours")] if has_peers else []),
-        Column("speed-up", "time of the fastest stock backend over ours"),
     ]
     rows = [_step_row(cell, way, has_peers) for cell in cells]
     rows += [across([name(left)], "not run", len(columns)) for left in data.get("not_run", [])]
@@ -134,6 +133,11 @@ def _step_row(cell: KernelCell, way: str | None, has_peers: bool) -> Row:
     return Row(
         [
             name(cell["name"], loses=loses),
+            gain(speedup),
+            *([gain(over_peer)] if has_peers else []),
+            number(cell["contenders"][stock]["ms"] if stock else None),
+            number(ours.get("ms")),
+            text(stock),
             text(cell.get("group")),
             number(cell["batch"]),
             text(f"{heads['qo']}/{heads['kv']}/{heads['dim']}"),
@@ -142,14 +146,9 @@ def _step_row(cell: KernelCell, way: str | None, has_peers: bool) -> Row:
             number(tokens["logical"]),
             share(tokens["ideal"] / tokens["logical"] if tokens["logical"] else None),
             share(ours.get("kv_read_ratio")),
-            text(stock),
-            number(cell["contenders"][stock]["ms"] if stock else None),
-            number(ours.get("ms")),
             *(number(ours.get(f"{part}_ms")) for part in ("plan", "copy", "forward", "merge")),
             number(gb_s),
             share(gb_s / limit if gb_s and limit else None),
-            *([gain(over_peer)] if has_peers else []),
-            gain(speedup),
         ],
         "losing" if loses else "",
     )
@@ -206,9 +205,9 @@ def _every_table(cells: list[KernelCell]) -> Table:
         Column("kind", is_text=True),
         Column("executor", is_text=True, folds=True),
         Column("ms"),
+        Column("speed-up", "time of the fastest stock backend over this one"),
         Column("fastest to slowest", "of all timed steps, ms", is_text=True),
         *(Column(part) for part in parts),
-        Column("speed-up", "time of the fastest stock backend over this one"),
     ]
     rows = []
     for cell in cells:
@@ -225,9 +224,9 @@ def _every_table(cells: list[KernelCell]) -> Table:
                         text(found["kind"]),
                         text(found.get("executor")),
                         number(found["ms"]),
+                        gain(over, counts=is_ours, bar=False),
                         Cell(f"{number(min(raw)).text} to {number(max(raw)).text}", min(raw)),
                         *(show(found) for show in parts.values()),
-                        gain(over, counts=is_ours, bar=False),
                     ],
                     "losing" if loses else "",
                 )

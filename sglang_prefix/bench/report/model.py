@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -65,9 +65,9 @@ class Table:
     notes: Sequence[str] = ()
 
     @property
-    def hints(self) -> list[str]:
+    def hints(self) -> dict[str, str]:
         """What the headings mean."""
-        return [f"{column.title}: {column.hint}" for column in self.columns if column.hint]
+        return {column.title: column.hint for column in self.columns if column.hint}
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,6 @@ class Section:
     kind: str
     title: str
     source: str
-    when: str
     facts: Mapping[str, str]
     warnings: Sequence[str] = ()
     verdicts: Sequence[Verdict] = ()
@@ -155,14 +154,16 @@ def folded(table: Table) -> Table:
     return replace(
         table,
         columns=[column for index, column in enumerate(table.columns) if index not in same],
-        rows=[_without(row, same, len(table.columns)) for row in table.rows],
+        rows=[_without(row, same) for row in table.rows],
         notes=[f"In every row: {said}.", *table.notes],
     )
 
 
-def _without(row: Row, dropped: Mapping[int, str], num_columns: int) -> Row:
-    if len(row.cells) == num_columns:
-        return replace(row, cells=[c for i, c in enumerate(row.cells) if i not in dropped])
-    # A name, and one cell across the rest.
-    first, rest = row.cells
-    return replace(row, cells=[first, replace(rest, span=rest.span - len(dropped))])
+def _without(row: Row, dropped: Collection[int]) -> Row:
+    kept, column = [], 0
+    for cell in row.cells:
+        span = sum(index not in dropped for index in range(column, column + cell.span))
+        column += cell.span
+        if span:
+            kept.append(replace(cell, span=span))
+    return replace(row, cells=kept)

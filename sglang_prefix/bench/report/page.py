@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from math import log2
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
@@ -18,11 +19,12 @@ from sglang_prefix.bench.report.gpu import gpu_section
 from sglang_prefix.bench.report.kernel import kernel_section
 from sglang_prefix.bench.report.model import Section
 from sglang_prefix.bench.report.serving import serving_section
-from sglang_prefix.bench.report.sources import CPU, Source
+from sglang_prefix.bench.report.sources import CPU, ResultError, Source
 
 __all__ = ["build_page"]
 
-_BAR_DOUBLINGS = 5
+# Ratios from 1/16 to 16 keep within their bar.
+_BAR_DOUBLINGS = 4
 
 
 def build_page(sources: Sequence[Source], *, title: str, plots: bool = True) -> str:
@@ -34,7 +36,7 @@ def build_page(sources: Sequence[Source], *, title: str, plots: bool = True) -> 
         plots: whether to draw the plots, which needs matplotlib.
 
     Raises:
-        ValueError: a file does not hold what its kind should; one line that names it.
+        ResultError: a file does not hold what its kind should; one line that names it.
     """
     sections = [_section(source, f"s{n}", plots) for n, source in enumerate(sources, 1)]
     resources = files(__package__)
@@ -70,33 +72,36 @@ def _section(source: Source, key: str, plots: bool) -> Section:
     except (AttributeError, LookupError, TypeError, ZeroDivisionError) as error:
         # What `schema` does not describe, such as a candidate that was timed and has no time.
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{source.path} is not a whole {source.kind} file: {reason}") from error
+        raise ResultError(f"{source.path} is not a whole {source.kind} file: {reason}") from error
 
 
 @dataclass(frozen=True, slots=True)
 class _Total:
-    """First verdicts of all sections together."""
+    """First verdicts of all sections together, and what the others have lost."""
 
     won: int
     lost: int
     compared: int
     not_compared: int
+    lost_elsewhere: int
+    compared_elsewhere: int
 
     @classmethod
     def of(cls, sections: Sequence[Section]) -> _Total:
         first = [section.verdicts[0] for section in sections if section.verdicts]
+        others = [verdict for section in sections for verdict in section.verdicts[1:]]
         return cls(
             sum(len(verdict.won) for verdict in first),
             sum(len(verdict.lost) for verdict in first),
             sum(len(verdict.gains) for verdict in first),
             sum(len(verdict.not_compared) for verdict in first),
+            sum(len(verdict.lost) for verdict in others),
+            sum(len(verdict.gains) for verdict in others),
         )
 
 
 def _bar(value: float) -> str:
     """Where a bar from 1 to this ratio begins and ends, logarithmic, 1 in the middle."""
-    from math import log2
-
     end = 50 + 50 * max(-1.0, min(1.0, log2(value) / _BAR_DOUBLINGS))
     low, high = sorted((50.0, end))
     return f"--from:{low:.1f}%;--to:{high:.1f}%"

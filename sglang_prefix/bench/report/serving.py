@@ -44,7 +44,6 @@ def serving_section(source: Source, figures: list[Figure]) -> Section:
         kind=source.kind,
         title="Serving",
         source=source.name,
-        when=source.when,
         facts=facts,
         warnings=[*bench_warnings(data), *_not_comparisons(data["cells"])],
         verdicts=[_verdict(data["cells"], metric) for metric in _METRICS],
@@ -66,7 +65,7 @@ def _verdict(cells: list[ServingCell], metric: str) -> Verdict:
     gains = {cell["name"]: _gain(cell, metric) for cell in cells}
     return Verdict(
         "the prefix server",
-        f"the stock server by {title}",
+        f"the stock server in {title}",
         {cell: value for cell, value in gains.items() if value is not None},
         {c["name"]: _why_not(c) for c in cells if gains[c["name"]] is None},
         better="better than",

@@ -14,7 +14,7 @@ from pydantic_core import from_json
 from sglang_prefix.bench.report import schema
 from sglang_prefix.bench.results import SCHEMA
 
-__all__ = ["CPU", "KINDS", "Source", "find_sources"]
+__all__ = ["CPU", "KINDS", "ResultError", "Source", "find_sources"]
 
 # The file of benchmarks/cpu.py says its kind by its keys.
 CPU = "bench-cpu"
@@ -29,6 +29,10 @@ _ADAPTERS: dict[str, TypeAdapter[Any]] = {
 }
 # In the order in which a page shows them.
 KINDS = tuple(_ADAPTERS)
+
+
+class ResultError(ValueError):
+    """A result file, or the lack of one, keeps the page from being made; one line that says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +61,7 @@ def find_sources(places: Sequence[str | os.PathLike[str]]) -> list[Source]:
     """Read result files, and those anywhere below folders; newest first within each kind.
 
     Raises:
-        ValueError: there is none, or one cannot be read or does not hold what its kind should; one
+        ResultError: there is none, or one cannot be read or does not hold what its kind should; one
             line that names it.
     """
     files: dict[Path, str] = {}
@@ -73,29 +77,29 @@ def _files_at(place: Path) -> Iterable[tuple[Path, str]]:
     if place.is_dir():
         below = sorted(path for path in place.rglob("*.json") if path.is_file())
         if not below:
-            raise ValueError(f"{place}: no result file (*.json) in this folder")
+            raise ResultError(f"{place}: no result file (*.json) in this folder")
         return [(path, path.relative_to(place).as_posix()) for path in below]
     if not place.exists():
-        raise ValueError(f"{place}: no such file or folder")
+        raise ResultError(f"{place}: no such file or folder")
     return [(place, place.name)]
 
 
 def _read(path: Path, name: str) -> Source:
     data = _parse(path)
     if not isinstance(data, dict):
-        raise ValueError(f"{path} is not a result file: it holds no JSON object")
+        raise ResultError(f"{path} is not a result file: it holds no JSON object")
     kind = data.get("kind", CPU if "attention" in data else None)
     if not isinstance(kind, str) or kind not in _ADAPTERS:
         legal = ", ".join(KINDS[:-1])
-        raise ValueError(f"{path} is not a result file: its kind is {kind!r}; legal: {legal}")
+        raise ResultError(f"{path} is not a result file: its kind is {kind!r}; legal: {legal}")
     if kind != CPU and data.get("schema") != SCHEMA:
-        raise ValueError(f"{path}: schema is {data.get('schema')!r}; legal: {SCHEMA}")
+        raise ResultError(f"{path}: schema is {data.get('schema')!r}; legal: {SCHEMA}")
     try:
         _ADAPTERS[kind].validate_python(data, strict=True)
     except ValidationError as error:
-        raise ValueError(f"{path} is not a whole {kind} file: {_first(error)}") from None
+        raise ResultError(f"{path} is not a whole {kind} file: {_first(error)}") from None
     if twice := _named_twice(data["cells"] if kind.startswith("bench-") and kind != CPU else []):
-        raise ValueError(f"{path} is not a whole {kind} file: two cells are named {twice!r}")
+        raise ResultError(f"{path} is not a whole {kind} file: two cells are named {twice!r}")
     return Source(name, path, kind, data)
 
 
@@ -103,13 +107,13 @@ def _parse(path: Path) -> Any:
     try:
         text = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        raise ResultError(f"{path} cannot be read: {error.strerror}") from None
     if not text.strip():
-        raise ValueError(f"{path} is not a result file: it is empty")
+        raise ResultError(f"{path} is not a result file: it is empty")
     try:
         return from_json(text, allow_inf_nan=False)
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        raise ResultError(f"{path} is not JSON: {error}") from None
 
 
 def _named_twice(cells: Sequence[Any]) -> str | None:

@@ -1,0 +1,153 @@
+"""Small result files of both bench commands, for tests of what reads them.
+
+The numbers are made up, and round, so that no one takes them for measurements.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["kernel_result", "serving_result"]
+
+
+def _top(kind: str) -> dict[str, Any]:
+    return {
+        "schema": 1,
+        "kind": kind,
+        "created": "2026-01-01T00:00:00+00:00",
+        "command": ["sglang-prefix", "bench", kind.removeprefix("bench-"), "--out", "results"],
+        "quick": True,
+        "seed": 7,
+        "environment": {
+            "device": "cpu",
+            "cpu": "made-up CPU",
+            "threads": 2,
+            "gpu": None,
+            "python": "3.11.0",
+            "versions": {"sglang": "0.5.23", "torch": "2.14.1", "triton": None},
+            "commit": "0000000",
+        },
+    }
+
+
+def kernel_result() -> dict[str, Any]:
+    """Four cells: ours wins two, loses one to stock and one to a peer; one cell was not run."""
+    cells = [
+        _kernel_cell("pat-tree-01", "1,4_256,64", 4, stock=8.0, pat=2.0, query=7.0, peer=3.0),
+        _kernel_cell("pat-tree-02", "1,8,32_512,128,32", 32, stock=40.0, pat=5.0, query=36.0),
+        _kernel_cell("pat-tree-03", "1,2_1024,16", 2, stock=6.0, pat=4.0, query=5.0, peer=3.5),
+        _kernel_cell("unrelated-8", None, 8, stock=4.0, pat=5.0, query=4.5),
+    ]
+    return _top("bench-kernel") | {
+        "absent": {"flashinfer-cascade": "needs a GPU"},
+        "not_run": ["chunk-4096"],
+        "cells": cells,
+    }
+
+
+def _kernel_cell(
+    name: str, tree: str | None, batch: int, *, peer: float | None = None, **ms: float
+) -> dict[str, Any]:
+    ideal, logical = 1000, 1000 * batch if tree else 1000
+    per_token = 2 * 8 * 128 * 4
+    contenders: dict[str, Any] = {}
+    for contender, time in (*ms.items(), *([("hydragen", peer)] if peer else [])):
+        kind = {"stock": "stock", "hydragen": "peer"}.get(contender, "ours")
+        shares = contender != "query" and kind != "stock"
+        read = ideal if shares else logical
+        ours = kind == "ours"
+        contenders["torch_native" if kind == "stock" else contender] = {
+            "kind": kind,
+            "executor": "torch",
+            "policy": contender if ours else None,
+            "ms": time,
+            "raw_ms": [0.9 * time, time, 1.2 * time],
+            "plan_ms": 0.1 * time if ours else None,
+            "copy_ms": 0.02 * time if ours else None,
+            "forward_ms": 0.8 * time if ours else None,
+            "merge_ms": 0.08 * time if ours else None,
+            "bytes_read": read * per_token,
+            "kv_read_ratio": read / logical,
+            "packs": batch + 1 if ours else None,
+            "speedup": ms["stock"] / time,
+            "max_abs_error": 1e-6,
+        }
+    return {
+        "name": name,
+        "group": "trees" if tree else "unrelated",
+        "tree": tree,
+        "batch": batch,
+        "heads": {"qo": 32, "kv": 8, "dim": 128, "v_dim": 128},
+        "dtype": "float32",
+        "page_size": 1,
+        "tokens": {"ideal": ideal, "logical": logical},
+        "bytes": {"ideal": ideal * per_token, "logical": logical * per_token},
+        "flop": 4 * 32 * 128 * logical,
+        "best_stock": "torch_native",
+        "bandwidth_gb_s": 20.0,
+        "contenders": contenders,
+    }
+
+
+def serving_result() -> dict[str, Any]:
+    """Three loads: ours wins one, loses one in TTFT alone, and one is not a comparison."""
+    won = {"ttft": 0.5, "tpot": 0.4, "itl": 0.4, "throughput": 2.0}
+    mixed = {"ttft": 1.25, "tpot": 0.8, "itl": 0.8, "throughput": 1.25}
+    nothing = dict.fromkeys(won)
+    return _top("bench-serving") | {
+        "absent": {},
+        "not_run": ["trace"],
+        "model": "tiny",
+        "dtype": "float32",
+        "stock": {"server_args": ["--model-path", "tiny", "--device", "cpu"]},
+        "prefix": {"server_args": ["--model-path", "tiny", "--attention-backend", "prefix"]},
+        "cells": [
+            _serving_cell("rollouts-4x8", "rollouts", won),
+            _serving_cell("forks", "forks", mixed),
+            _serving_cell("random", "random", nothing, why_not="our backend packed no step"),
+        ],
+    }
+
+
+def _serving_cell(
+    name: str, group: str, ratios: dict[str, Any], why_not: str | None = None
+) -> dict[str, Any]:
+    over = {metric: ratio or 1.0 for metric, ratio in ratios.items()}
+    packs = why_not is None
+    return {
+        "name": name,
+        "group": group,
+        "requests": 32,
+        "tokens_compared": 1024,
+        "requests_equal": 32,
+        "is_comparison": packs,
+        "why_not": why_not,
+        "sides": {
+            "stock": _side(1.0, 1.0, 1.0, 1.0),
+            "prefix": _side(over["ttft"], over["tpot"], over["itl"], over["throughput"])
+            | {
+                "steps": {"packed": 60 * packs, "stock": 4 + 60 * (not packs), "fallback": 0},
+                "packed_share": 60 / 64 * packs,
+                "kv_read_ratio": 0.25 if packs else 1.0,
+                "reasons": {"gate": 4} if packs else {"nothing shared": 64},
+            },
+        },
+        "ratios": ratios,
+    }
+
+
+def _side(ttft: float, tpot: float, itl: float, throughput: float) -> dict[str, Any]:
+    return {
+        **{
+            f"{metric}_ms": {"median": base * over, "p99": 2 * base * over}
+            for metric, base, over in (("ttft", 80, ttft), ("tpot", 20, tpot), ("itl", 18, itl))
+        },
+        "output_tokens_per_s": 400 * throughput,
+        "requests_per_s": 12.5 * throughput,
+        "duration_s": 4.0 / throughput,
+        "raw": {},
+        "steps": None,
+        "packed_share": None,
+        "kv_read_ratio": None,
+        "reasons": {},
+    }
