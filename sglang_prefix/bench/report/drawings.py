@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import inspect
+from functools import partial
 
+from sglang_prefix.bench.report.figures import embedded
 from sglang_prefix.bench.report.model import Figure
 from sglang_prefix.bench.report.sources import Source
 
-__all__ = ["draw", "has_matplotlib"]
+__all__ = ["MODULES", "draw", "has_matplotlib"]
+
+# By kind: the module whose PLOTS name functions from a parsed file to a matplotlib figure. The
+# first line of a function's docstring says what its plot shows.
+MODULES = {
+    "bench-kernel": "sglang_prefix.bench.plots",
+    "bench-serving": "sglang_prefix.bench.serving_plots",
+}
 
 
 def has_matplotlib() -> bool:
@@ -16,10 +27,20 @@ def has_matplotlib() -> bool:
 
 
 def draw(source: Source, key: str) -> list[Figure]:
-    """All plots of a file.
+    """All plots of a file; none of a kind that has no plots, or of a file without cells.
 
     Args:
-        source: the file; kinds without plots have none.
+        source: the file.
         key: letters and digits, unique in the page.
     """
-    return []
+    if source.kind not in MODULES or not source.data["cells"]:
+        return []
+    plots = importlib.import_module(MODULES[source.kind]).PLOTS
+    return [
+        embedded(partial(plot, source.data), _caption(plot), f"{key}p{number}")
+        for number, plot in enumerate(plots.values(), 1)
+    ]
+
+
+def _caption(plot: object) -> str:
+    return (inspect.getdoc(plot) or "").partition("\n")[0].rstrip(".")

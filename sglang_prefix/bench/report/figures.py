@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from sglang_prefix.bench.report.model import Figure
@@ -19,23 +20,27 @@ _XLINK = "http://www.w3.org/1999/xlink"
 _REFERENCE = re.compile(r"url\(#([^)]+)\)")
 
 
-def embedded(drawing: Drawing, title: str, key: str) -> Figure:
+def embedded(draw: Callable[[], Drawing], title: str, key: str) -> Figure:
     """Draw a figure as an `<svg>` element without a fixed size.
 
     Args:
-        drawing: the figure; closed afterwards.
+        draw: makes the figure.
         title: what it shows.
         key: letters and digits, unique in the page: what all ids in the element begin with, for
             matplotlib numbers its own from the start in every figure.
     """
     import matplotlib
-    from matplotlib import pyplot
 
+    settings: dict[Any, Any] = {
+        "svg.hashsalt": key,
+        # Outlines: a page from disk brings no fonts, and another's would not fit the boxes.
+        "svg.fonttype": "path",
+        # Names of cells are text, whatever dollar signs are in them.
+        "text.parse_math": False,
+    }
     file = io.StringIO()
-    # Text as outlines: a page from disk brings no fonts, and another's would not fit the boxes.
-    with matplotlib.rc_context({"svg.hashsalt": key, "svg.fonttype": "path"}):
-        drawing.savefig(file, format="svg", metadata={"Date": None}, bbox_inches="tight")
-    pyplot.close(drawing)
+    with matplotlib.rc_context(settings):
+        draw().savefig(file, format="svg", metadata={"Date": None}, bbox_inches="tight")
     return Figure(title, _isolated(file.getvalue(), title, key))
 
 
