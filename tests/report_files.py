@@ -1,4 +1,4 @@
-"""Small result files of both bench commands, for tests of what reads them.
+"""Small result files of the bench commands and of the GPU benchmarks, for tests of what reads them.
 
 The numbers are made up, and round, so that no one takes them for measurements.
 """
@@ -7,7 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["kernel_result", "serving_result"]
+__all__ = [
+    "gpu_bench_result",
+    "gpu_check_result",
+    "gpu_serve_result",
+    "kernel_result",
+    "serving_result",
+]
 
 
 def _top(kind: str) -> dict[str, Any]:
@@ -150,4 +156,93 @@ def _side(ttft: float, tpot: float, itl: float, throughput: float) -> dict[str, 
         "packed_share": None,
         "kv_read_ratio": None,
         "reasons": {},
+    }
+
+
+def _gpu_top(kind: str, *, dry: bool) -> dict[str, Any]:
+    environment = {"time": "2026-01-01T00:00:00+00:00", "python": "3.11.0", "torch": "2.14.1"}
+    return {
+        "schema": 1,
+        "kind": kind,
+        "dry": dry,
+        "date": "2026-01-01",
+        "commit": "0000000",
+        "seed": 7,
+        "device": "made-up-gpu",
+        "runs": [{"environment": environment, "cells": []}],
+    }
+
+
+def gpu_bench_result(*, dry: bool) -> dict[str, Any]:
+    """One cell won, one lost with its target, one not run; FastTree is absent."""
+    result = _gpu_top("gpu-bench", dry=dry)
+    result["runs"][0]["baselines"] = {"sglang-triton": "available", "fasttree": "no module"}
+    way = "pat/streams/launch"
+    cells = {
+        name: {
+            "status": "done",
+            "shape": {"group": name, "batch": 8, "dtype": "bfloat16", "kv_bytes_unique": 2**20},
+            "floor": {"us": 1.0},
+            "candidates": {
+                way: _candidate("ours", ours) | {"over_floor": ours},
+                "sglang-triton": _candidate("stock", 4.0),
+                "fasttree": {"status": "n/a", "reason": "no module"},
+            },
+        }
+        for name, ours in (("trees", 2.0), ("alone", 5.0))
+    }
+    target = {
+        "status": "missed",
+        "value": 0.8,
+        "missed": {"alone": 0.8},
+        "meaning": "fastest stock over ours, at least 0.97",
+    }
+    return result | {
+        "cells": cells | {"left": {"status": "not run"}},
+        "targets": {"ours": way, "nothing shared": target},
+    }
+
+
+def _candidate(kind: str, us: float) -> dict[str, Any]:
+    return {"status": "done", "kind": kind, "kernel_us": us, "total_us": us, "error": 1e-3}
+
+
+def gpu_serve_result() -> dict[str, Any]:
+    """One load won, one on which ours did not pack, and one lost with engines in turn."""
+
+    def measured(ours: float, *, packed: bool) -> dict[str, Any]:
+        prefix = {"tpot_us": ours, "packed": packed, "packed_share": 1.0 * packed}
+        prefix |= {"not_packed_because": {} if packed else {"gate": 9}, "host_us_per_step": 20.0}
+        prefix |= {"counters": {"kv_read_ratio": 0.2}}
+        return {"prefix": prefix, "fa3": {"tpot_us": 10.0}}
+
+    return _gpu_top("gpu-serve", dry=False) | {
+        "cells": {
+            "pair/many": {
+                "status": "done",
+                "load": {"name": "many"},
+                "measured": measured(5.0, packed=True),
+            },
+            "pair/few": {
+                "status": "done",
+                "load": {"name": "few"},
+                "measured": measured(10.0, packed=False),
+            },
+            "pair/unrelated": {
+                "status": "done",
+                "stock": "fa3",
+                "ratio": 1.25,
+                "ratio_interval": {"low": 1.2, "high": 1.3},
+            },
+        }
+    }
+
+
+def gpu_check_result() -> dict[str, Any]:
+    """One variant that passed and a graph that failed."""
+    return _gpu_top("gpu-check", dry=False) | {
+        "cells": {
+            "dim128": {"status": "passed", "errors": {"pat/streams": 1e-3}},
+            "graph/fused": {"status": "failed", "reason": "off by 1"},
+        }
     }
