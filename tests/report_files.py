@@ -45,8 +45,11 @@ def kernel_result() -> dict[str, Any]:
         _kernel_cell("unrelated-8", None, 8, stock=4.0, pat=5.0, query=4.5),
     ]
     return _top("bench-kernel") | {
+        "options": {"policies": ["pat", "query"], "dtype": "float32"},
+        "peak_gflop_s": 100.0,
         "absent": {"flashinfer-cascade": "needs a GPU"},
         "not_run": ["chunk-4096"],
+        "why_not_run": {"chunk-4096": "interrupted"},
         "cells": cells,
     }
 
@@ -86,12 +89,15 @@ def _kernel_cell(
         "heads": {"qo": 32, "kv": 8, "dim": 128, "v_dim": 128},
         "dtype": "float32",
         "page_size": 1,
+        "layers": 1,
         "tokens": {"ideal": ideal, "logical": logical},
         "bytes": {"ideal": ideal * per_token, "logical": logical * per_token},
         "flop": 4 * 32 * 128 * logical,
         "best_stock": "torch_native",
         "bandwidth_gb_s": 20.0,
         "contenders": contenders,
+        "absent": {},
+        "failed": {},
     }
 
 
@@ -125,6 +131,7 @@ def _serving_cell(
         "group": group,
         "requests": 32,
         "tokens_compared": 1024,
+        "tokens_equal": 1024,
         "requests_equal": 32,
         "is_comparison": packs,
         "why_not": why_not,

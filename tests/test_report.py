@@ -114,7 +114,7 @@ class TestKernel:
     def test_absent_baselines_and_cells_not_run_are_named(self, tmp_path: Path) -> None:
         page = made(tmp_path, report_files.kernel_result())
         assert "Absent baselines: flashinfer-cascade: needs a GPU." in page.items
-        assert page.named("chunk-4096")[0][1] == "not run"
+        assert page.named("chunk-4096")[0][1] == "not run: interrupted"
         heading = next(row for row in page.rows if "flashinfer-cascade (absent)" in row)
         column = heading.index("flashinfer-cascade (absent)")
         assert page.named("pat-tree-01")[1][column] == "absent"
@@ -164,7 +164,11 @@ class TestServing:
 
     def test_unequal_tokens_are_seen(self, tmp_path: Path) -> None:
         result = report_files.serving_result()
-        result["cells"][0]["requests_equal"] = 31
+        result["cells"][0] |= {
+            "requests_equal": 31,
+            "is_comparison": False,
+            "why_not": "tokens differ",
+        }
         page = made(tmp_path, result)
         assert "31 of 32" in page.named("rollouts-4x8")[0]
         marks = [found.get("class") or "" for tag, found in page.tags if tag == "td"]
@@ -224,7 +228,7 @@ class TestPage:
             ("d", report_files.kernel_result()),
         ):
             (tmp_path / f"{name}.json").write_text(json.dumps(result))
-        found = [(source.kind, source.name) for source in find_sources([tmp_path])]
+        found = [(source.kind, source.name) for source in find_sources([tmp_path])[0]]
         assert [name for _, name in found] == ["d.json", "b.json", "c.json", "a.json"]
         assert [KINDS.index(kind) for kind, _ in found] == sorted(
             KINDS.index(kind) for kind, _ in found
@@ -234,7 +238,18 @@ class TestPage:
         (tmp_path / "deep").mkdir()
         path = tmp_path / "deep" / "kernel.json"
         path.write_text(json.dumps(report_files.kernel_result()))
-        assert [s.name for s in find_sources([tmp_path, path])] == ["deep/kernel.json"]
+        assert [s.name for s in find_sources([tmp_path, path])[0]] == ["deep/kernel.json"]
+
+    def test_what_lies_beside_results_is_left_out_and_named(self, tmp_path: Path) -> None:
+        model = tmp_path / "tiny-model"
+        model.mkdir()
+        (model / "config.json").write_text('{"model_type": "llama"}')
+        (tmp_path / "tokens.json").write_text("[1, 2]")
+        (tmp_path / "kernel.json").write_text(json.dumps(report_files.kernel_result()))
+        done = run_report(tmp_path, "--out", tmp_path / "page.html", "--no-plots")
+        assert done.exit_code == 0, done.output
+        assert "left out, no result files: tiny-model/config.json, tokens.json" in done.output
+        assert "1 result file; written to" in done.output
 
     def test_nothing_is_loaded_from_elsewhere(self, tmp_path: Path) -> None:
         page = made(tmp_path, report_files.kernel_result(), report_files.serving_result())

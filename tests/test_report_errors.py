@@ -38,9 +38,7 @@ BAD = {
     "blank": (b" \n", "is empty"),
     "half-written": (WHOLE[: len(WHOLE) // 2], "not JSON: EOF while parsing"),
     "binary": (b"\xff\xfe\x00{", "not JSON"),
-    "a list": (b"[]", "holds no JSON object"),
     "deep": (b"[" * 100_000, "not JSON: recursion limit exceeded"),
-    "foreign": (b'{"name": "package", "version": 1}', "its kind is None; legal: bench-kernel, "),
     "another kind": (kernel_text(lambda r: r.update(kind="x")), "its kind is 'x'; legal: bench-"),
     "kind of no text": (kernel_text(lambda r: r.update(kind=["a"])), "its kind is ['a']; legal:"),
     "schema": (kernel_text(lambda r: r.update(schema=2)), "schema is 2; legal: 1"),
@@ -90,6 +88,26 @@ class TestBadInput:
         assert complaint in done.stderr
         assert out.read_text() == "the page of before"
         assert {path.name for path in tmp_path.iterdir()} == {"a.json", "bad.json", "page.html"}
+
+    @pytest.mark.parametrize(
+        ("content", "complaint"),
+        [
+            ('{"name": "package"}', "its kind is None; legal: bench-kernel, bench-serving, "),
+            ("[]", "holds no JSON object"),
+        ],
+    )
+    def test_a_foreign_file_alone(self, content: str, complaint: str, tmp_path: Path) -> None:
+        """In a folder it is left out, so the folder has no results; by its name it is refused."""
+        foreign, out = tmp_path / "foreign.json", tmp_path / "page.html"
+        foreign.write_text(content)
+        folder = run_report(tmp_path, "--out", out)
+        said = f"{tmp_path}: no result file (*.json) in this folder; these are none: foreign.json"
+        assert folder.stderr == f"sglang-prefix: {said}\n"
+        named = run_report(foreign, "--out", out)
+        assert named.stderr.startswith(f"sglang-prefix: {foreign} is not a result file: ")
+        assert complaint in named.stderr
+        assert {folder.exit_code, named.exit_code} == {1}
+        assert not out.exists()
 
     @pytest.mark.parametrize(
         ("arguments", "status", "complaint"),

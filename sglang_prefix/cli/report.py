@@ -37,14 +37,19 @@ def report(
     from sglang_prefix.bench.report import ResultError, build_page, find_sources
 
     try:
-        sources = find_sources(results)
+        sources, left_out = find_sources(results)
         _check_target(out, sources)
         _check_plots(sources, plots)
         page = build_page(sources, title=title, plots=plots)
     except ResultError as error:
         fail(" ".join(str(error).split()))
     _write(page, out)
-    console().print(f"{len(sources)} result files; written to {out}", soft_wrap=True)
+    screen = console()
+    if left_out:
+        names = ", ".join(left_out)
+        screen.print(f"left out, no result files: {names}", soft_wrap=True, markup=False)
+    files = "1 result file" if len(sources) == 1 else f"{len(sources)} result files"
+    screen.print(f"{files}; written to {out}", soft_wrap=True, markup=False)
 
 
 def _check_target(out: Path, sources: list[Source]) -> None:

@@ -13,11 +13,12 @@ from sglang_prefix.bench.report.sources import Source
 
 __all__ = ["MODULES", "draw", "has_matplotlib"]
 
-# By kind: the module whose PLOTS name functions from a parsed file to a matplotlib figure. The
-# first line of a function's docstring says what its plot shows.
+# By kind: a module, and its mapping from names to functions from a parsed file to a matplotlib
+# figure. The first line of a function's docstring says what its plot shows. Imported when they are
+# needed: they may need matplotlib to be imported.
 MODULES = {
-    "bench-kernel": "sglang_prefix.bench.plots",
-    "bench-serving": "sglang_prefix.bench.serving_plots",
+    "bench-kernel": ("sglang_prefix.bench.plots", "FIGURES"),
+    "bench-serving": ("sglang_prefix.bench.serving_plots", "PLOTS"),
 }
 
 
@@ -35,7 +36,8 @@ def draw(source: Source, key: str) -> list[Figure]:
     """
     if source.kind not in MODULES or not source.data["cells"]:
         return []
-    plots = importlib.import_module(MODULES[source.kind]).PLOTS
+    module, mapping = MODULES[source.kind]
+    plots = getattr(importlib.import_module(module), mapping)
     return [
         embedded(partial(plot, source.data), _caption(plot), f"{key}p{number}")
         for number, plot in enumerate(plots.values(), 1)

@@ -40,7 +40,9 @@ def bench_warnings(data: Any) -> list[str]:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in absent.items())
         warnings.append(f"Absent baselines: {reasons}.")
     if left:
-        warnings.append(f"Not run: {', '.join(left)}.")
+        reasons = data.get("why_not_run", {})
+        said = ", ".join(f"{n} ({reasons[n]})" if n in reasons else n for n in left)
+        warnings.append(f"Not run: {said}.")
     return warnings
 
 

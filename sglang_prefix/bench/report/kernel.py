@@ -29,13 +29,13 @@ def kernel_section(source: Source, figures: list[Figure]) -> Section:
     """What the file says, with the figures drawn from it."""
     data: KernelResult = source.data
     cells = data["cells"]
-    way = _our_way(cells)
+    way = _our_way(data)
     return Section(
         kind=source.kind,
         title="Attention kernels",
         source=source.name,
         facts=bench_facts(data),
-        warnings=bench_warnings(data),
+        warnings=[*bench_warnings(data), *_failures(cells)],
         verdicts=_verdicts(cells, way),
         tables=[
             folded(_step_table(data, way)),
@@ -46,14 +46,15 @@ def kernel_section(source: Source, figures: list[Figure]) -> Section:
     )
 
 
-def _our_way(cells: list[KernelCell]) -> str | None:
-    """The one of ours that is fastest over most cells: policy pat, the default, where it is there.
+def _our_way(data: KernelResult) -> str | None:
+    """The one of ours with the run's first policy; if it has several, the fastest over most cells.
 
     One for all cells: the best of ours in each cell would be chosen with its result in hand.
     """
+    policy = next(iter(data.get("options", {}).get("policies", [])), _PAT)
     times: dict[str, list[float]] = {}
-    ours = [pair for cell in cells for pair in _of(cell, "ours").items()]
-    default = [(n, c) for n, c in ours if c.get("policy") == _PAT]
+    ours = [pair for cell in data["cells"] for pair in _of(cell, "ours").items()]
+    default = [(n, c) for n, c in ours if c.get("policy") == policy]
     for contender, result in default or ours:
         times.setdefault(contender, []).append(result["ms"])
     most = max(map(len, times.values()), default=0)
@@ -85,10 +86,25 @@ def _verdicts(cells: list[KernelCell], way: str | None) -> list[Verdict]:
     for kind, baseline in (("stock", "the fastest stock backend"), ("peer", "the fastest peer")):
         gains = {cell["name"]: _over(cell, way, kind) for cell in cells}
         found = {cell: value for cell, value in gains.items() if value is not None}
-        missing = {cell: f"no {kind} baseline" for cell in gains if cell not in found}
+        missing = {c["name"]: _why_not(c, way, kind) for c in cells if c["name"] not in found}
         if found or kind == "stock":
             verdicts.append(Verdict(way, baseline, found, missing))
     return verdicts
+
+
+def _why_not(cell: KernelCell, way: str, kind: str) -> str:
+    if way in cell["contenders"]:
+        return f"no {kind} baseline"
+    return f"ours failed: {cell['failed'][way]}" if way in cell.get("failed", {}) else "no ours"
+
+
+def _failures(cells: list[KernelCell]) -> list[str]:
+    """Contenders that could not be timed, since what they computed was wrong or nothing."""
+    return [
+        f"{cell['name']}: {contender} failed: {reason}."
+        for cell in cells
+        for contender, reason in cell.get("failed", {}).items()
+    ]
 
 
 def _step_table(data: KernelResult, way: str | None) -> Table:
@@ -106,6 +122,7 @@ def _step_table(data: KernelResult, way: str | None) -> Table:
         Column("heads", "query heads / KV heads / head dim", is_text=True, folds=True),
         Column("dtype", is_text=True, folds=True),
         Column("page", folds=True),
+        Column("layers", "of one step", folds=True),
         Column("tokens", "KV tokens of all requests"),
         Column("ideal", "share of them if every shared token is read once"),
         Column("read", "share of them that ours reads"),
@@ -117,7 +134,10 @@ def _step_table(data: KernelResult, way: str | None) -> Table:
         Column("of bandwidth", "share of the bandwidth of a streaming read in the same run"),
     ]
     rows = [_step_row(cell, way, has_peers) for cell in cells]
-    rows += [across([name(left)], "not run", len(columns)) for left in data.get("not_run", [])]
+    reasons = data.get("why_not_run", {})
+    for left in data.get("not_run", []):
+        said = f"not run: {reasons[left]}" if left in reasons else "not run"
+        rows.append(across([name(left)], said, len(columns)))
     title = f"{way} against the fastest stock backend" if way else "Cells"
     return Table(title, columns, rows)
 
@@ -127,8 +147,11 @@ def _step_row(cell: KernelCell, way: str | None, has_peers: bool) -> Row:
     stock = _fastest(cell, "stock")
     speedup, over_peer = _over(cell, way, "stock"), _over(cell, way, "peer")
     loses = any(value is not None and value < 1 for value in (speedup, over_peer))
+    loses = loses or (way or "") in cell.get("failed", {})
     heads, tokens = cell["heads"], cell["tokens"]
-    gb_s = ours["bytes_read"] / ours["ms"] / 1e6 if ours.get("bytes_read") else None
+    # Bytes are those of one layer, times those of all.
+    read = ours.get("bytes_read", 0) * cell.get("layers", 1)
+    gb_s = read / ours["ms"] / 1e6 if read else None
     limit = cell.get("bandwidth_gb_s")
     return Row(
         [
@@ -143,6 +166,7 @@ def _step_row(cell: KernelCell, way: str | None, has_peers: bool) -> Row:
             text(f"{heads['qo']}/{heads['kv']}/{heads['dim']}"),
             text(cell["dtype"]),
             number(cell["page_size"]),
+            number(cell.get("layers")),
             number(tokens["logical"]),
             share(tokens["ideal"] / tokens["logical"] if tokens["logical"] else None),
             share(ours.get("kv_read_ratio")),
@@ -158,6 +182,9 @@ def _time_table(data: KernelResult) -> Table:
     """All contenders side by side; one that is not here has a column that says so."""
     cells, absent = data["cells"], data.get("absent", {})
     kinds = {n: c["kind"] for cell in cells for n, c in cell["contenders"].items()}
+    failed = {n: "failed" for cell in cells for n in cell.get("failed", {}) if n not in kinds}
+    absent = absent | {n: why for cell in cells for n, why in cell.get("absent", {}).items()}
+    kinds |= failed
     order = ("ours", "stock", "peer")
     names = sorted(kinds, key=lambda n: (order.index(kinds[n]) if kinds[n] in order else 9, n))
     columns = [
@@ -180,8 +207,10 @@ def _time_table(data: KernelResult) -> Table:
 
 def _time_cell(cell: KernelCell, contender: str, fastest: Mapping[str, str | None]) -> Cell:
     found = cell["contenders"].get(contender)
+    if contender in cell.get("failed", {}):
+        return Cell("failed", tone="losing")
     if found is None:
-        return NONE
+        return Cell("absent", tone="absent") if contender in cell.get("absent", {}) else NONE
     shown = number(found["ms"])
     if found["kind"] != "ours" or fastest["stock"] is None:
         return shown

@@ -49,6 +49,7 @@ class BenchResult(TypedDict):
     environment: Environment
     absent: NotRequired[dict[str, str]]
     not_run: NotRequired[list[str]]
+    why_not_run: NotRequired[dict[str, str]]
 
 
 class Heads(TypedDict):
@@ -92,11 +93,19 @@ class KernelCell(TypedDict):
     page_size: int
     tokens: Ideal
     bytes: NotRequired[Ideal]
+    layers: NotRequired[int]
     bandwidth_gb_s: NotRequired[float | None]
+    absent: NotRequired[dict[str, str]]
+    failed: NotRequired[dict[str, str]]
     contenders: dict[str, KernelContender]
 
 
+class KernelOptions(TypedDict):
+    policies: NotRequired[list[str]]
+
+
 class KernelResult(BenchResult):
+    options: NotRequired[KernelOptions]
     cells: list[KernelCell]
 
 
@@ -112,9 +121,9 @@ class Steps(TypedDict):
 
 
 class ServingSide(TypedDict):
-    ttft_ms: Spread
-    tpot_ms: Spread
-    itl_ms: Spread
+    ttft_ms: Spread | None
+    tpot_ms: Spread | None
+    itl_ms: Spread | None
     output_tokens_per_s: float | None
     requests_per_s: NotRequired[float | None]
     duration_s: NotRequired[float | None]
@@ -138,11 +147,13 @@ class ServingCell(TypedDict):
     group: NotRequired[str]
     requests: int
     tokens_compared: NotRequired[int | None]
+    tokens_equal: NotRequired[int | None]
     requests_equal: NotRequired[int | None]
     is_comparison: bool
     why_not: NotRequired[str | None]
     sides: dict[str, ServingSide]
     ratios: Ratios
+    unpacked_ratios: NotRequired[Ratios | None]
 
 
 class ServingServer(TypedDict):
@@ -154,6 +165,8 @@ class ServingResult(BenchResult):
     dtype: NotRequired[str | None]
     stock: NotRequired[ServingServer | None]
     prefix: NotRequired[ServingServer | None]
+    method: NotRequired[dict[str, Any]]
+    settings: NotRequired[dict[str, Any]]
     cells: list[ServingCell]
 
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from sglang_prefix.bench.report.cells import NONE, across, gain, name, number, share, text
+from sglang_prefix.bench.report.cells import (
+    NONE,
+    across,
+    gain,
+    name,
+    number,
+    ratio_text,
+    share,
+    text,
+)
 from sglang_prefix.bench.report.frame import bench_facts, bench_warnings
 from sglang_prefix.bench.report.model import (
     Cell,
@@ -36,6 +45,10 @@ def serving_section(source: Source, figures: list[Figure]) -> Section:
     """What the file says, with the figures drawn from it."""
     data: ServingResult = source.data
     facts = bench_facts(data)
+    for fact, place, key in (("servers", "method", "servers"), ("runs", "settings", "repeats")):
+        found: Any = data.get(place)
+        if found and key in found:
+            facts[fact] = str(found[key])
     for side in (_STOCK, _OURS):
         server: Any = data.get(side) or {}
         if server.get("server_args"):
@@ -45,7 +58,7 @@ def serving_section(source: Source, figures: list[Figure]) -> Section:
         title="Serving",
         source=source.name,
         facts=facts,
-        warnings=[*bench_warnings(data), *_not_comparisons(data["cells"])],
+        warnings=[*bench_warnings(data), *_not_comparisons(data)],
         verdicts=[_verdict(data["cells"], metric) for metric in _METRICS],
         tables=[folded(_ratio_table(data)), folded(_value_table(data["cells"]))],
         figures=figures,
@@ -79,11 +92,12 @@ def _why_not(cell: ServingCell) -> str:
     return "no such time was measured"
 
 
-def _not_comparisons(cells: list[ServingCell]) -> list[str]:
+def _not_comparisons(data: ServingResult) -> list[str]:
+    left = data.get("not_run", [])
     return [
         f"{cell['name']} is not a comparison: {_why_not(cell)}."
-        for cell in cells
-        if not cell["is_comparison"]
+        for cell in data["cells"]
+        if not cell["is_comparison"] and cell["name"] not in left
     ]
 
 
@@ -92,7 +106,8 @@ def _ratio_table(data: ServingResult) -> Table:
         Column("workload", is_text=True),
         Column("group", is_text=True, folds=True),
         Column("requests", folds=True),
-        Column("tokens equal", "requests whose tokens are those of the stock server"),
+        Column("answers equal", "requests whose tokens are all those of the stock server"),
+        Column("tokens equal", "share of the tokens before the first that differs"),
         Column("compared", "tokens", folds=True),
         Column("packed", "share of decode steps that read shared prefixes once"),
         Column("KV read", "KV tokens that those steps read, over KV tokens of all requests"),
@@ -104,7 +119,9 @@ def _ratio_table(data: ServingResult) -> Table:
         ),
     ]
     rows = [row for cell in data["cells"] for row in _ratio_rows(cell, len(columns))]
-    rows += [across([name(left)], "not run", len(columns)) for left in data.get("not_run", [])]
+    begun = {cell["name"] for cell in data["cells"]}
+    left = [name(n) for n in data.get("not_run", []) if n not in begun]
+    rows += [across([first], "not run", len(columns)) for first in left]
     note = "A gain below 1 is a loss."
     return Table("Prefix server against stock server", columns, rows, [note])
 
@@ -114,22 +131,34 @@ def _ratio_rows(cell: ServingCell, num_columns: int) -> list[Row]:
     loses = any(value is not None and value < 1 for value in gains)
     ours: Any = cell["sides"].get(_OURS, {})
     equal, requests = cell.get("requests_equal"), cell["requests"]
+    same, compared = cell.get("tokens_equal"), cell.get("tokens_compared")
     facts = [
         name(cell["name"], loses=loses),
         text(cell.get("group")),
         number(requests),
         NONE if equal is None else Cell(f"{equal} of {requests}", equal, _unequal(cell)),
-        number(cell.get("tokens_compared")),
+        share(same / compared if same is not None and compared else None),
+        number(compared),
         share(ours.get("packed_share")),
         share(ours.get("kv_read_ratio")),
     ]
     if not cell["is_comparison"]:
-        return [across(facts, f"not a comparison: {_why_not(cell)}", num_columns)]
+        said = f"not a comparison: {_why_not(cell)}{_unpacked(cell)}"
+        return [across(facts, said, num_columns)]
     return [Row([*facts, *map(gain, gains)], "losing" if loses else "")]
 
 
 def _unequal(cell: ServingCell) -> Any:
-    return "losing" if cell.get("requests_equal") != cell["requests"] else ""
+    """Answers may differ where rounding does; where they forbid a comparison it is a loss."""
+    differs = cell.get("requests_equal") != cell["requests"]
+    return "losing" if differs and not cell["is_comparison"] else ""
+
+
+def _unpacked(cell: ServingCell) -> str:
+    """What was measured where our backend did not pack: the price of having it."""
+    found: Any = cell.get("unpacked_ratios") or {}
+    said = [f"{m} {ratio_text(found[m])}" for m in _METRICS if found.get(m) is not None]
+    return f"; prefix / stock all the same: {', '.join(said)}" if said else ""
 
 
 def _value_table(cells: list[ServingCell]) -> Table:
@@ -171,7 +200,7 @@ def _value_row(cell: str, side: str, found: ServingSide) -> Row:
         [
             name(cell),
             text(side),
-            *(number(spread[column]) for spread in spreads for column in ("median", "p99")),
+            *(number((s or {}).get(column)) for s in spreads for column in ("median", "p99")),
             number(found["output_tokens_per_s"]),
             number(found.get("requests_per_s")),
             number(found.get("duration_s")),

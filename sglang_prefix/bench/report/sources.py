@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,35 +57,54 @@ class Source:
         return str(self.data.get("created") or self.data.get("date"))
 
 
-def find_sources(places: Sequence[str | os.PathLike[str]]) -> list[Source]:
-    """Read result files, and those anywhere below folders; newest first within each kind.
+def find_sources(places: Sequence[str | os.PathLike[str]]) -> tuple[list[Source], list[str]]:
+    """Read result files, and those anywhere below folders.
+
+    A file below a folder that does not claim to be a result, such as a model's configuration, is
+    left out; one that cannot be read may be half a result, and is not.
+
+    Returns:
+        The files, newest first within each kind, and the names of those that were left out.
 
     Raises:
         ResultError: there is none, or one cannot be read or does not hold what its kind should; one
             line that names it.
     """
-    files: dict[Path, str] = {}
+    files: dict[Path, tuple[str, bool]] = {}
     for place in map(Path, places):
-        for path, name in _files_at(place):
-            files.setdefault(path.resolve(), name)
-    found = [_read(path, name) for path, name in files.items()]
-    newest_first = sorted(found, key=lambda source: (source.when, source.name), reverse=True)
-    return sorted(newest_first, key=lambda source: KINDS.index(source.kind))
+        for path, name, is_named in _files_at(place):
+            known = files.get(path.resolve(), (name, False))
+            files[path.resolve()] = (known[0], is_named or known[1])
+    found, left_out = [], []
+    for path, (name, is_named) in files.items():
+        data = _parse(path)
+        if is_named or _claims(data):
+            found.append(_checked(path, name, data))
+        else:
+            left_out.append(name)
+    if not found:
+        others = f"; these are none: {', '.join(left_out)}" if left_out else ""
+        where = ", ".join(map(str, places))
+        raise ResultError(f"{where}: no result file (*.json) in this folder{others}")
+    found.sort(key=lambda source: (source.when, source.name), reverse=True)
+    return sorted(found, key=lambda source: KINDS.index(source.kind)), left_out
 
 
-def _files_at(place: Path) -> Iterable[tuple[Path, str]]:
+def _files_at(place: Path) -> list[tuple[Path, str, bool]]:
+    """Path, name, and whether the user named this very file."""
     if place.is_dir():
         below = sorted(path for path in place.rglob("*.json") if path.is_file())
-        if not below:
-            raise ResultError(f"{place}: no result file (*.json) in this folder")
-        return [(path, path.relative_to(place).as_posix()) for path in below]
+        return [(path, path.relative_to(place).as_posix(), False) for path in below]
     if not place.exists():
         raise ResultError(f"{place}: no such file or folder")
-    return [(place, place.name)]
+    return [(place, place.name, True)]
 
 
-def _read(path: Path, name: str) -> Source:
-    data = _parse(path)
+def _claims(data: Any) -> bool:
+    return isinstance(data, dict) and ("kind" in data or "attention" in data)
+
+
+def _checked(path: Path, name: str, data: Any) -> Source:
     if not isinstance(data, dict):
         raise ResultError(f"{path} is not a result file: it holds no JSON object")
     kind = data.get("kind", CPU if "attention" in data else None)
@@ -98,7 +117,8 @@ def _read(path: Path, name: str) -> Source:
         _ADAPTERS[kind].validate_python(data, strict=True)
     except ValidationError as error:
         raise ResultError(f"{path} is not a whole {kind} file: {_first(error)}") from None
-    if twice := _named_twice(data["cells"] if kind.startswith("bench-") and kind != CPU else []):
+    cells = data["cells"] if kind.startswith("bench-") and kind != CPU else []
+    if twice := _named_twice(cells):
         raise ResultError(f"{path} is not a whole {kind} file: two cells are named {twice!r}")
     return Source(name, path, kind, data)
 
