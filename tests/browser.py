@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import os
 import shutil
 import subprocess
@@ -19,10 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Playwright
+from PIL import Image
 
-__all__ = ["Chromium", "MissingError", "find_chromium", "launched"]
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page, Playwright
+
+__all__ = ["Chromium", "MissingError", "find_chromium", "launched", "screenshot"]
 
 # Names a Chromium to use in place of any other.
 VARIABLE = "SGLANG_PREFIX_TEST_CHROMIUM"
@@ -40,6 +43,8 @@ const fs = require("node:fs"), zlib = require("node:zlib");
 for (const file of process.argv.slice(1))
   fs.writeFileSync(file, zlib.brotliDecompressSync(fs.readFileSync(file + ".br")));
 """
+# Software drawing repeats a picture that is higher than 8192 pixels from its top.
+_STRETCH = 2000
 # Of a Chromium without graphics libraries of its own: draw with those that came with it.
 _SOFTWARE_GL = ("--headless=shell", "--use-gl=angle", "--use-angle=swiftshader")
 
@@ -95,6 +100,26 @@ def launched(playwright: Playwright) -> Iterator[Browser]:
         yield browser
     finally:
         browser.close()
+
+
+def screenshot(page: Page, path: Path) -> Image.Image:
+    """Write a picture of the whole page, put together from stretches; return it.
+
+    The window has another height afterwards.
+    """
+    height = page.evaluate("document.documentElement.scrollHeight")
+    width = page.evaluate("document.documentElement.clientWidth")
+    page.set_viewport_size({"width": width, "height": _STRETCH})
+    whole = Image.new("RGB", (width, height))
+    for top in range(0, height, _STRETCH):
+        page.evaluate(f"scrollTo(0, {top})")
+        # The last stretch does not scroll as far as it is asked to.
+        reached = round(page.evaluate("scrollY"))
+        with Image.open(io.BytesIO(page.screenshot())) as stretch:
+            whole.paste(stretch, (0, reached))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole.save(path)
+    return whole
 
 
 def _starts(command: str) -> bool:

@@ -115,9 +115,27 @@ class TestKernel:
         page = made(tmp_path, report_files.kernel_result())
         assert "Absent baselines: flashinfer-cascade: needs a GPU." in page.items
         assert page.named("chunk-4096")[0][1] == "not run: interrupted"
-        heading = next(row for row in page.rows if "flashinfer-cascade (absent)" in row)
-        column = heading.index("flashinfer-cascade (absent)")
-        assert page.named("pat-tree-01")[1][column] == "absent"
+        assert page.named("flashinfer-cascade") == [["flashinfer-cascade", "absent: needs a GPU"]]
+
+    def test_contenders_over_all_cells(self, tmp_path: Path) -> None:
+        page = made(tmp_path, report_files.kernel_result())
+        heading = next(row for row in page.rows if "worst cell" in row)
+        (row,) = page.named("pat")
+        shown = dict(zip(heading, row, strict=True))
+        assert shown["speed-up"] == "2.49x"
+        assert (shown["worst"], shown["worst cell"]) == ("0.80x", "unrelated-8")
+        assert (shown["faster in"], shown["slower in"], shown["not measured"]) == ("3", "1", "0")
+        assert dict(zip(heading, page.named("hydragen")[0], strict=True))["not measured"] == "2"
+
+    def test_what_failed_is_seen(self, tmp_path: Path) -> None:
+        result = report_files.kernel_result()
+        del result["cells"][0]["contenders"]["pat"]
+        result["cells"][0]["failed"] = {"pat": "off by 1"}
+        page = made(tmp_path, result)
+        assert "pat-tree-01: pat failed: off by 1." in page.items
+        assert page.losing[0] == "pat-tree-01"
+        assert "in 2 of 3 cells; slower in 1. Not compared: 1." in words(page.summary)
+        assert any("pat-tree-01 (ours failed: off by 1)" in words(item) for item in page.items)
 
     def test_without_a_stock_backend_nothing_is_counted(self, tmp_path: Path) -> None:
         result = report_files.kernel_result()
@@ -131,7 +149,7 @@ class TestKernel:
     def test_every_number_of_the_file_is_shown(self, tmp_path: Path) -> None:
         result = report_files.kernel_result()
         page = made(tmp_path, result)
-        heading = next(row for row in page.rows if "contender" in row)
+        heading = next(row for row in page.rows if "fastest to slowest" in row)
         shown = {
             (row[0], row[1]): dict(zip(heading, row, strict=True))
             for row in page.rows

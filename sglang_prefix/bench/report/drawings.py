@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import inspect
 from functools import partial
+from typing import Any
 
 from sglang_prefix.bench.report.figures import embedded
 from sglang_prefix.bench.report.model import Figure
@@ -38,10 +39,20 @@ def draw(source: Source, key: str) -> list[Figure]:
         return []
     module, mapping = MODULES[source.kind]
     plots = getattr(importlib.import_module(module), mapping)
+    data = _literal(source.data)
     return [
-        embedded(partial(plot, source.data), _caption(plot), f"{key}p{number}")
+        embedded(partial(plot, data), _caption(plot), f"{key}p{number}")
         for number, plot in enumerate(plots.values(), 1)
     ]
+
+
+def _literal(value: Any) -> Any:
+    """The same with dollar signs escaped: between two of them matplotlib sees mathematics."""
+    if isinstance(value, str):
+        return value.replace("$", r"\$")
+    if isinstance(value, dict):
+        return {_literal(key): _literal(item) for key, item in value.items()}
+    return [_literal(item) for item in value] if isinstance(value, list) else value
 
 
 def _caption(plot: object) -> str:

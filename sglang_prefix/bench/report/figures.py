@@ -35,8 +35,6 @@ def embedded(draw: Callable[[], Drawing], title: str, key: str) -> Figure:
         "svg.hashsalt": key,
         # Outlines: a page from disk brings no fonts, and another's would not fit the boxes.
         "svg.fonttype": "path",
-        # Names of cells are text, whatever dollar signs are in them.
-        "text.parse_math": False,
     }
     file = io.StringIO()
     with matplotlib.rc_context(settings):

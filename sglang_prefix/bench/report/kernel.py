@@ -23,6 +23,7 @@ from sglang_prefix.bench.report.sources import Source
 __all__ = ["kernel_section"]
 
 _PAT = "pat"
+_KINDS = ("ours", "stock", "peer")
 
 
 def kernel_section(source: Source, figures: list[Figure]) -> Section:
@@ -38,6 +39,7 @@ def kernel_section(source: Source, figures: list[Figure]) -> Section:
         warnings=[*bench_warnings(data), *_failures(cells)],
         verdicts=_verdicts(cells, way),
         tables=[
+            _contender_table(data),
             folded(_step_table(data, way)),
             folded(_time_table(data)),
             folded(_every_table(cells)),
@@ -178,31 +180,70 @@ def _step_row(cell: KernelCell, way: str | None, has_peers: bool) -> Row:
     )
 
 
-def _time_table(data: KernelResult) -> Table:
-    """All contenders side by side; one that is not here has a column that says so."""
-    cells, absent = data["cells"], data.get("absent", {})
-    kinds = {n: c["kind"] for cell in cells for n, c in cell["contenders"].items()}
-    failed = {n: "failed" for cell in cells for n in cell.get("failed", {}) if n not in kinds}
-    absent = absent | {n: why for cell in cells for n, why in cell.get("absent", {}).items()}
-    kinds |= failed
-    order = ("ours", "stock", "peer")
-    names = sorted(kinds, key=lambda n: (order.index(kinds[n]) if kinds[n] in order else 9, n))
+def _kinds(data: KernelResult) -> dict[str, str]:
+    """Contenders that were measured or failed somewhere, ours first, with their kinds."""
+    cells = data["cells"]
+    failed = {n: "failed" for cell in cells for n in cell.get("failed", {})}
+    kinds = failed | {n: c["kind"] for cell in cells for n, c in cell["contenders"].items()}
+    order = {kind: place for place, kind in enumerate(_KINDS)}
+    return dict(sorted(kinds.items(), key=lambda item: (order.get(item[1], len(order)), item[0])))
+
+
+def _contender_table(data: KernelResult) -> Table:
+    """Each contender over all cells; a baseline that is not here has a row that says why."""
     columns = [
-        Column("cell", is_text=True),
-        *(Column(f"{n} ({kinds[n]})") for n in names),
-        *(Column(f"{n} (absent)") for n in absent if n not in kinds),
+        Column("contender", is_text=True),
+        Column("kind", is_text=True),
+        Column("speed-up", "time of the fastest stock backend over this one, geometric mean"),
+        Column("worst", "speed-up in the worst cell"),
+        Column("worst cell", is_text=True),
+        Column("faster in", "cells in which it is faster than every stock backend"),
+        Column("slower in"),
+        Column("not measured", "cells in which it failed or does not apply"),
     ]
+    rows = [_contender_row(data["cells"], n, kind) for n, kind in _kinds(data).items()]
+    for n, reason in data.get("absent", {}).items():
+        rows.append(across([name(n)], f"absent: {reason}", len(columns)))
+    return Table("Contenders", columns, rows)
+
+
+def _contender_row(cells: list[KernelCell], contender: str, kind: str) -> Row:
+    found = {cell["name"]: _over(cell, contender, "stock") for cell in cells}
+    gains = {n: value for n, value in found.items() if value is not None}
+    worst = min(gains, key=gains.__getitem__, default=None)
+    is_ours = kind == "ours"
+    lost = sum(value < 1 for value in gains.values())
+    return Row(
+        [
+            name(contender),
+            text(kind),
+            gain(geomean(gains.values()), counts=is_ours),
+            gain(gains[worst] if worst else None, counts=is_ours, bar=False),
+            text(worst),
+            number(sum(value > 1 for value in gains.values())),
+            Cell(str(lost), lost, "losing" if lost and is_ours else ""),
+            number(sum(contender not in cell["contenders"] for cell in cells)),
+        ]
+    )
+
+
+def _time_table(data: KernelResult) -> Table:
+    """All contenders side by side."""
+    cells, kinds = data["cells"], _kinds(data)
+    columns = [Column("cell", is_text=True), *(Column(f"{n} ({k})") for n, k in kinds.items())]
     rows = []
     for cell in cells:
-        fastest = {kind: _fastest(cell, kind) for kind in order}
-        found = [_time_cell(cell, n, fastest) for n in names]
-        missing = [Cell("absent", tone="absent") for n in absent if n not in kinds]
-        rows.append(Row([name(cell["name"]), *found, *missing]))
-    notes = [
-        "A time of ours that is longer than that of the fastest stock backend is marked as a loss.",
-        *(f"Absent: {n}: {reason}." for n, reason in absent.items()),
-    ]
-    return Table("Time of one decode step, all contenders, ms", columns, rows, notes)
+        fastest = {kind: _fastest(cell, kind) for kind in _KINDS}
+        rows.append(Row([name(cell["name"]), *(_time_cell(cell, n, fastest) for n in kinds)]))
+    reasons = {
+        f"{contender} absent where: {reason}."
+        for cell in cells
+        for contender, reason in cell.get("absent", {}).items()
+    }
+    note = "A time of ours that is longer than that of the fastest stock backend is a loss."
+    return Table(
+        "Time of one decode step, all contenders, ms", columns, rows, [note, *sorted(reasons)]
+    )
 
 
 def _time_cell(cell: KernelCell, contender: str, fastest: Mapping[str, str | None]) -> Cell:
