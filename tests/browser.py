@@ -33,7 +33,7 @@ _COMMANDS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-sta
 _PACKAGE, _VERSION = "@sparticuz/chromium", "147.0.0"
 # As `npm view @sparticuz/chromium@147.0.0 dist.integrity` says; change it with the version.
 _SHA512 = "4ZKeAQQa8up2mt675qSitztLdbQrlf8BKdC5naeap+5Mv1OV1OlJdPoU+EJC/p5sQUJUQmN4r+q5+EhaaOUHpQ=="
-_MEMBERS = ("chromium", "swiftshader.tar", "al2023.tar", "fonts.tar")
+_MEMBERS = ("chromium", "al2023.tar", "fonts.tar")
 _SYSTEM_FONTS = Path("/usr/share/fonts")
 # For a system without any: the package's own configuration knows only the folders of its host.
 _FONTS_CONF = '<fontconfig><dir prefix="relative">fonts</dir></fontconfig>'
@@ -43,10 +43,10 @@ const fs = require("node:fs"), zlib = require("node:zlib");
 for (const file of process.argv.slice(1))
   fs.writeFileSync(file, zlib.brotliDecompressSync(fs.readFileSync(file + ".br")));
 """
-# Software drawing repeats a picture that is higher than 8192 pixels from its top.
+# Without a GPU a browser fails to draw pictures that are much higher, or repeats their top.
 _STRETCH = 2000
-# Of a Chromium without graphics libraries of its own: draw with those that came with it.
-_SOFTWARE_GL = ("--headless=shell", "--use-gl=angle", "--use-angle=swiftshader")
+# It is built for headless use, and draws on the CPU.
+_ARGUMENTS = ("--headless=shell", "--disable-gpu")
 
 
 class MissingError(Exception):
@@ -142,7 +142,7 @@ def _from_npm() -> Chromium:
     environment = {"LD_LIBRARY_PATH": libraries}
     if not _SYSTEM_FONTS.is_dir():
         environment["FONTCONFIG_FILE"] = str(folder / "fonts.conf")
-    return Chromium(folder / "chromium", _SOFTWARE_GL, environment)
+    return Chromium(folder / "chromium", _ARGUMENTS, environment)
 
 
 def _unpack_to(folder: Path) -> None:
@@ -180,7 +180,7 @@ def _downloaded(folder: Path) -> Path:
 
 
 def _unpacked(package: Path, folder: Path) -> Path:
-    """The browser, and beside it the graphics and other libraries that a bare system lacks."""
+    """The browser, and beside it libraries and fonts that a bare system lacks."""
     ready = folder / "ready"
     ready.mkdir()
     with tarfile.open(package) as archive:

@@ -11,6 +11,7 @@ __all__ = [
     "gpu_bench_result",
     "gpu_check_result",
     "gpu_serve_result",
+    "gpu_tune_result",
     "kernel_result",
     "serving_result",
 ]
@@ -251,5 +252,19 @@ def gpu_check_result() -> dict[str, Any]:
         "cells": {
             "dim128": {"status": "passed", "errors": {"pat/streams": 1e-3}},
             "graph/fused": {"status": "failed", "reason": "off by 1"},
+        }
+    }
+
+
+def gpu_tune_result() -> dict[str, Any]:
+    """One shape with a tile that is faster than the formula's."""
+    tiles = {"16x64": 3.0, "32x64": 2.0}
+    return _gpu_top("gpu-tune", dry=False) | {
+        "cells": {
+            "dim128/rows16": {
+                "status": "done",
+                "formula": "16x64",
+                "candidates": {t: {"status": "done", "kernel_us": us} for t, us in tiles.items()},
+            }
         }
     }

@@ -229,6 +229,11 @@ class TestGpu:
         (row,) = page.named("few")
         assert row[-1].startswith("not a comparison: ours did not pack")
 
+    def test_the_fastest_tile_is_beside_that_of_the_formula(self, tmp_path: Path) -> None:
+        page = made(tmp_path, report_files.gpu_tune_result())
+        tile = ["dim128/rows16", "16x64", "3.00", "32x64", "2.00", "1.50x"]
+        assert page.named("dim128/rows16") == [tile]
+
     def test_failed_checks_are_marked(self, tmp_path: Path) -> None:
         page = made(tmp_path, report_files.gpu_check_result())
         assert page.losing == ["graph/fused"]
@@ -236,6 +241,23 @@ class TestGpu:
 
 
 class TestPage:
+    def test_many_cells_are_not_all_named_at_the_top(self, tmp_path: Path) -> None:
+        result = report_files.kernel_result()
+        loser, alone = result["cells"][3], copy.deepcopy(result["cells"][3])
+        del alone["contenders"]["torch_native"]
+        result["cells"] = [
+            *({**loser, "name": f"loser-{n}"} for n in range(9)),
+            *({**alone, "name": f"alone-{n}"} for n in range(9)),
+        ]
+        page = made(tmp_path, result)
+        summary = page.rows[1][2]
+        assert "slower in 9" in summary
+        assert summary.count("loser-") == 6
+        assert "and 3 more." in summary
+        (verdict,) = [words(item) for item in page.items if "faster than" in item]
+        assert verdict.count("loser-") == 9
+        assert verdict.endswith("Not compared: 9 cells (no stock baseline).")
+
     def test_kinds_are_in_order_and_the_newest_is_first(self, tmp_path: Path) -> None:
         older = report_files.kernel_result() | {"created": "2025-01-01T00:00:00+00:00"}
         cpu = json.loads(next(CPU_RESULTS.glob("*.json")).read_text())

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from math import exp, log
 from typing import Any
 
-from sglang_prefix.bench.report.model import Cell, Row
+from sglang_prefix.bench.report.model import UNMEASURED, Cell, Row
 
 __all__ = ["NONE", "across", "gain", "geomean", "name", "number", "ratio_text", "share", "text"]
 
-NONE = Cell("-", tone="quiet")
+NONE = Cell(UNMEASURED, tone="quiet")
 # Nearer to 1 than this, two decimals would not tell which side won.
 _NEAR_ONE = 0.05
 

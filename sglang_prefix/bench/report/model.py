@@ -6,7 +6,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-__all__ = ["Cell", "Column", "Figure", "Row", "Section", "Table", "Verdict", "folded"]
+__all__ = ["UNMEASURED", "Cell", "Column", "Figure", "Row", "Section", "Table", "Verdict", "folded"]
+
+# What stands where there is no value.
+UNMEASURED = "-"
+
+_MOST_NAMED = 4
 
 Tone = Literal["", "losing", "gaining", "absent", "quiet"]
 
@@ -100,6 +105,17 @@ class Verdict:
         slower = {name: gain for name, gain in self.gains.items() if gain < 1}
         return dict(sorted(slower.items(), key=lambda item: item[1]))
 
+    @property
+    def missing(self) -> list[str]:
+        """Why cells were not compared: those with one reason together, counted if they are many."""
+        by_reason: dict[str, list[str]] = {}
+        for cell, reason in self.not_compared.items():
+            by_reason.setdefault(reason, []).append(cell)
+        return [
+            f"{', '.join(cells) if len(cells) <= _MOST_NAMED else f'{len(cells)} cells'} ({reason})"
+            for reason, cells in by_reason.items()
+        ]
+
 
 @dataclass(frozen=True, slots=True)
 class Figure:
@@ -150,12 +166,14 @@ def folded(table: Table) -> Table:
     }
     if not same:
         return table
-    said = ", ".join(f"{table.columns[index].title} {text}" for index, text in same.items())
+    said = ", ".join(
+        f"{table.columns[index].title} {text}" for index, text in same.items() if text != UNMEASURED
+    )
     return replace(
         table,
         columns=[column for index, column in enumerate(table.columns) if index not in same],
         rows=[_without(row, same) for row in table.rows],
-        notes=[f"In every row: {said}.", *table.notes],
+        notes=[*([f"In every row: {said}."] if said else []), *table.notes],
     )
 
 
