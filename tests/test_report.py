@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from sglang_prefix.bench.report.sources import KINDS, find_sources
+from sglang_prefix.bench.report.sources import CPU, KINDS, Source, find_sources
 from sglang_prefix.cli.main import app
 from tests import report_files
 
-CPU_RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "cpu"
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+COMMITTED = {source.name: source for source in find_sources([RESULTS])[0]}
+CPU_FILES = {name: source.data for name, source in COMMITTED.items() if source.kind == CPU}
 
 
 def run_report(*arguments: str | Path) -> Result:
@@ -193,9 +195,18 @@ class TestServing:
         assert sum("losing" in mark and "bar" not in mark for mark in marks) == 1
 
 
-@pytest.mark.parametrize("path", sorted(CPU_RESULTS.glob("*.json")), ids=lambda path: path.stem)
-def test_committed_cpu_results(path: Path, tmp_path: Path) -> None:
-    result = json.loads(path.read_text())
+@pytest.mark.parametrize("source", COMMITTED.values(), ids=COMMITTED)
+def test_committed_results_are_shown_with_all_their_cells(source: Source, tmp_path: Path) -> None:
+    page = made(tmp_path, source.data)
+    if source.kind != CPU:
+        cells = source.data["cells"]
+        names = [cell["name"] if isinstance(cell, dict) else cell for cell in cells]
+        assert all(page.named(name) for name in names)
+    assert len(page.rows) > 10
+
+
+@pytest.mark.parametrize("result", CPU_FILES.values(), ids=CPU_FILES)
+def test_committed_cpu_results(result: dict[str, Any], tmp_path: Path) -> None:
     page = made(tmp_path, result)
     times = [case["median_ms"] for case in result["attention"]]
     for baseline in ("stock", "query"):
@@ -260,7 +271,7 @@ class TestPage:
 
     def test_kinds_are_in_order_and_the_newest_is_first(self, tmp_path: Path) -> None:
         older = report_files.kernel_result() | {"created": "2025-01-01T00:00:00+00:00"}
-        cpu = json.loads(next(CPU_RESULTS.glob("*.json")).read_text())
+        cpu = next(iter(CPU_FILES.values()))
         for name, result in (
             ("a", cpu),
             ("b", older),

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
-CPU_RESULTS = ROOT / "benchmarks" / "results" / "cpu"
+CPU_RESULT = ROOT / "benchmarks" / "results" / "cpu" / "2026-11-21-6d537cb.json"
 SCREENSHOTS = ROOT / "build" / "screenshots"
 WIDE: ViewportSize = {"width": 1280, "height": 900}
 NARROW: ViewportSize = {"width": 400, "height": 800}
@@ -35,7 +35,7 @@ EVIL = '<script>window.owned = true</script><img src="https://example.org/x.png"
 def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A page of a committed CPU result, of both bench commands and of a GPU benchmark."""
     folder = tmp_path_factory.mktemp("results")
-    shutil.copy(max(CPU_RESULTS.glob("*.json")), folder)
+    shutil.copy(CPU_RESULT, folder)
     kernel = report_files.kernel_result()
     evil = copy.deepcopy(kernel["cells"][0])
     kernel["cells"].append(evil | {"name": EVIL})

@@ -6,6 +6,8 @@ import shlex
 from datetime import datetime
 from typing import Any
 
+from sglang_prefix.bench.report.model import by_reason
+
 __all__ = ["bench_facts", "bench_warnings", "moment", "versions"]
 
 
@@ -41,8 +43,9 @@ def bench_warnings(data: Any) -> list[str]:
         warnings.append(f"Absent baselines: {reasons}.")
     if left:
         reasons = data.get("why_not_run", {})
-        said = ", ".join(f"{n} ({reasons[n]})" if n in reasons else n for n in left)
-        warnings.append(f"Not run: {said}.")
+        said = [n for n in left if n not in reasons]
+        said += by_reason({n: reasons[n] for n in left if n in reasons})
+        warnings.append(f"Not run: {', '.join(said)}.")
     return warnings
 
 

@@ -6,7 +6,18 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-__all__ = ["UNMEASURED", "Cell", "Column", "Figure", "Row", "Section", "Table", "Verdict", "folded"]
+__all__ = [
+    "UNMEASURED",
+    "Cell",
+    "Column",
+    "Figure",
+    "Row",
+    "Section",
+    "Table",
+    "Verdict",
+    "by_reason",
+    "folded",
+]
 
 # What stands where there is no value.
 UNMEASURED = "-"
@@ -107,14 +118,8 @@ class Verdict:
 
     @property
     def missing(self) -> list[str]:
-        """Why cells were not compared: those with one reason together, counted if they are many."""
-        by_reason: dict[str, list[str]] = {}
-        for cell, reason in self.not_compared.items():
-            by_reason.setdefault(reason, []).append(cell)
-        return [
-            f"{', '.join(cells) if len(cells) <= _MOST_NAMED else f'{len(cells)} cells'} ({reason})"
-            for reason, cells in by_reason.items()
-        ]
+        """Why cells were not compared."""
+        return by_reason(self.not_compared)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +157,17 @@ class Section:
     verdicts: Sequence[Verdict] = ()
     tables: Sequence[Table] = ()
     figures: Sequence[Figure] = ()
+
+
+def by_reason(reasons: Mapping[str, str]) -> list[str]:
+    """Cells with the reason that they have in common, counted where they are many."""
+    cells: dict[str, list[str]] = {}
+    for cell, reason in reasons.items():
+        cells.setdefault(reason, []).append(cell)
+    return [
+        f"{', '.join(some) if len(some) <= _MOST_NAMED else f'{len(some)} cells'} ({reason})"
+        for reason, some in cells.items()
+    ]
 
 
 def folded(table: Table) -> Table:
