@@ -31,7 +31,7 @@ def cpu_section(source: Source) -> Section:
     threads = data.get("threads")
     facts = {
         "device": "cpu",
-        "CPU": data["cpu"] + (f", {threads} threads" if threads else ""),
+        "CPU": data["cpu"] + (f", threads: {threads}" if threads else ""),
         "versions": versions(data.get("versions", {})),
         "Python": data.get("python"),
         "commit": data["commit"],

@@ -19,7 +19,7 @@ def bench_facts(data: Any) -> dict[str, str]:
     facts = {
         "device": found["device"],
         "GPU": found.get("gpu"),
-        "CPU": f"{cpu}, {threads} threads" if cpu and threads else cpu,
+        "CPU": f"{cpu}, threads: {threads}" if cpu and threads else cpu,
         "model": data.get("model"),
         "model dtype": data.get("dtype"),
         "versions": versions(found.get("versions", {})),

@@ -22,7 +22,7 @@ from sglang_prefix.bench.report.sources import Source
 
 __all__ = ["kernel_section"]
 
-_PAT = "pat"
+_PAT, _UNSHARED = "pat", "query"
 _KINDS = ("ours", "stock", "peer")
 
 
@@ -81,16 +81,31 @@ def _over(cell: KernelCell, ours: str | None, kind: str) -> float | None:
     return cell["contenders"][theirs]["ms"] / cell["contenders"][ours]["ms"]
 
 
+def _over_unshared(cell: KernelCell, way: str | None) -> float | None:
+    """Time of our own executor without sharing over ours; None where ours is just that."""
+    ours = cell["contenders"].get(way or "")
+    if ours is None or ours.get("policy") == _UNSHARED:
+        return None
+    for found in _of(cell, "ours").values():
+        if found.get("policy") == _UNSHARED and found.get("executor") == ours.get("executor"):
+            return found["ms"] / ours["ms"]
+    return None
+
+
 def _verdicts(cells: list[KernelCell], way: str | None) -> list[Verdict]:
     if way is None:
         return []
     verdicts = []
     for kind, baseline in (("stock", "the fastest stock backend"), ("peer", "the fastest peer")):
-        gains = {cell["name"]: _over(cell, way, kind) for cell in cells}
-        found = {cell: value for cell, value in gains.items() if value is not None}
+        overs = {cell["name"]: _over(cell, way, kind) for cell in cells}
+        found = {cell: value for cell, value in overs.items() if value is not None}
         missing = {c["name"]: _why_not(c, way, kind) for c in cells if c["name"] not in found}
         if found or kind == "stock":
             verdicts.append(Verdict(way, baseline, found, missing))
+    unshared = {cell["name"]: _over_unshared(cell, way) for cell in cells}
+    if gains := {n: value for n, value in unshared.items() if value is not None}:
+        baseline = f"policy {_UNSHARED}, which shares nothing, on the same executor"
+        verdicts.append(Verdict(way, baseline, gains))
     return verdicts
 
 
@@ -116,6 +131,7 @@ def _step_table(data: KernelResult, way: str | None) -> Table:
         Column("cell", is_text=True),
         Column("speed-up", "time of the fastest stock backend over ours"),
         *([Column("over peer", "time of the fastest peer over ours")] if has_peers else []),
+        Column(f"over {_UNSHARED}", "time of our executor without sharing over ours", folds=True),
         Column("stock ms"),
         Column("ours ms", "median of plan, copy and run of one decode step"),
         Column("fastest stock", is_text=True, folds=True),
@@ -148,7 +164,9 @@ def _step_row(cell: KernelCell, way: str | None, has_peers: bool) -> Row:
     ours: Any = cell["contenders"].get(way or "", {})
     stock = _fastest(cell, "stock")
     speedup, over_peer = _over(cell, way, "stock"), _over(cell, way, "peer")
-    loses = any(value is not None and value < 1 for value in (speedup, over_peer))
+    over_unshared = _over_unshared(cell, way)
+    gains = (speedup, over_peer, over_unshared)
+    loses = any(value is not None and value < 1 for value in gains)
     loses = loses or (way or "") in cell.get("failed", {})
     heads, tokens = cell["heads"], cell["tokens"]
     # Bytes are those of one layer, times those of all.
@@ -160,6 +178,7 @@ def _step_row(cell: KernelCell, way: str | None, has_peers: bool) -> Row:
             name(cell["name"], loses=loses),
             gain(speedup),
             *([gain(over_peer)] if has_peers else []),
+            gain(over_unshared),
             number(cell["contenders"][stock]["ms"] if stock else None),
             number(ours.get("ms")),
             text(stock),
