@@ -17,6 +17,7 @@ import torch
 
 from benchmarks.gpu.targets import default_way, evaluate
 from benchmarks.gpu.workloads import PAT_TREES, cells, dry_cells
+from sglang_prefix.bench.report import build_page, find_sources
 from sglang_prefix.bench.trees import TreeBatch, random_tree
 from sglang_prefix.forest import PrefixForest
 from sglang_prefix.plan import verify_plan, verify_slots
@@ -148,6 +149,19 @@ def test_the_dry_bench_has_every_field(runs: DryRuns) -> None:
     assert "DRY RUN, no measurement" in runs.bench_output
     for name, target in runs.bench["targets"].items():
         assert name == "ours" or target["status"] in ("met", "missed", "not measured")
+
+
+@pytest.mark.slow
+def test_the_report_shows_all_cells_and_calls_nothing_a_gain(runs: DryRuns, tmp_path: Path) -> None:
+    for number, result in enumerate((runs.bench, runs.check, runs.stopped)):
+        (tmp_path / f"{number}.json").write_text(json.dumps(result))
+    sources, left_out = find_sources([tmp_path])
+    page = build_page(sources, title="dry")
+    assert not left_out
+    assert page.count("the times mean nothing") >= 3
+    assert "Nothing was compared" in page
+    for cell in (*runs.bench["cells"], *runs.check["cells"]):
+        assert f">{cell}</th>" in page
 
 
 @pytest.mark.slow

@@ -73,6 +73,7 @@ def test_the_wheel_holds_our_packages_and_no_other_name(wheel: Path) -> None:
     assert "sglang_prefix/packing/__init__.py" in names
     assert "sglang_prefix/py.typed" in names
     assert "sglang_prefix/bench/serving_workloads.json" in names
+    assert {f"sglang_prefix/bench/report/page.{e}" for e in ("html.j2", "css", "js")} <= {*names}
     assert "prefix_kernels/tuned_tiles.json" in names
     for path in (ROOT / "sglang_prefix" / "bench" / "workloads").iterdir():
         assert path.relative_to(ROOT).as_posix() in names
@@ -98,7 +99,7 @@ def test_packages_are_imported_from_the_wheel(name: str, python: Path, tmp_path:
 
 def test_the_command_starts(python: Path, tmp_path: Path) -> None:
     printed = run(python.parent / "sglang-prefix", "--help", cwd=tmp_path)
-    for command in ("exec", "doctor", "tiny-model", "demo"):
+    for command in ("exec", "doctor", "tiny-model", "demo", "report"):
         assert command in printed
 
 

@@ -11,6 +11,7 @@ from sglang_prefix.cli.doctor import doctor
 from sglang_prefix.cli.exec import exec_command
 from sglang_prefix.cli.kernels import kernels
 from sglang_prefix.cli.output import JsonCommand
+from sglang_prefix.cli.report import report
 from sglang_prefix.cli.tiny_model import tiny_model
 
 __all__ = ["app", "main"]
@@ -29,6 +30,7 @@ app.command("doctor", cls=JsonCommand)(doctor)
 app.command("tiny-model", cls=JsonCommand)(tiny_model)
 app.command("demo", cls=JsonCommand)(demo)
 app.command("kernels", cls=JsonCommand)(kernels)
+app.command("report")(report)
 
 bench_app = typer.Typer(
     help="Compare with stock SGLang on this machine; results are JSON files and plots.",
