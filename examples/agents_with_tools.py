@@ -6,7 +6,7 @@ holds a tree: the system prompt, read by all, under it each agent's history, rea
 Start a server first, then run this against it::
 
     examples/serve.sh
-    python examples/agents_with_tools.py --agents 4 --turns 3
+    python examples/agents_with_tools.py --base-url http://127.0.0.1:30000
 
 The tools really run. Which one is called is what the model says, in a line such as
 ``CALL price oak``; where it says nothing of the kind, as a random model will, the agent's own plan

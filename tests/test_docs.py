@@ -114,7 +114,7 @@ def test_every_message_of_doctor_has_an_entry(sections: dict[str, str]) -> None:
         for text in texts:
             assert text.lower() in sections[name].lower(), f"{name} lacks: {text}"
         entries += 1
-    assert entries >= 10
+    assert entries >= 8
 
 
 def test_every_message_that_ends_a_start_has_an_entry(sections: dict[str, str]) -> None:

@@ -118,7 +118,9 @@ def commands(pages: Sequence[Page]) -> Iterator[str]:
 
 def options(pages: Sequence[Page]) -> Iterator[str]:
     """Options in the text are options of some program that the pages are about."""
-    known = _server_options() | _router_options() | _options_in("benchmarks", "examples")
+    known = (
+        _server_options() | _router_options() | _options_in("benchmarks", "examples", "tests/docs")
+    )
     known |= {name for names in _own_commands().values() for name in names}
     known |= _options_in_text((ROOT / "Makefile").read_text())
     for page in pages:

@@ -2,7 +2,8 @@
 
 Every command runs as it stands, but for the port: 30000 becomes one that is free, here as in the
 server's own command. The server gets a few options more, which bound its memory and let it wait
-without spinning. The same block on two pages runs once.
+without spinning. While it starts, blocks run that do not talk to it. A command that stands on two
+pages runs once.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ class Reader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.port = str(free_port())
+        self._log = folder / "server.log"
         self.server: subprocess.Popen[bytes] | None = None
         self._serves: set[str] = set()
         self._done: set[str] = set()
@@ -72,16 +74,16 @@ class Reader:
         }
 
     def read(self, pages: Iterable[Page]) -> Iterator[Outcome]:
-        """Run the blocks of all pages, in order."""
-        for page in pages:
+        """Run all blocks: in order up to the server, then those first that do not need it."""
+        chains = list(_chains(block for page in pages for block in page.blocks))
+        first = 1 + next((i for i, c in enumerate(chains) if c[0].kind == "server"), -1)
+        others = sorted(chains[first:], key=lambda chain: PORT in chain[0].text)
+        for chain in (*chains[:first], *others):
             printed = ""
-            for block in page.blocks:
-                if block.kind == "text":
-                    continue
+            for block in chain:
                 began = time.monotonic()
                 status, detail = self._take(block, printed)
-                if status == "ran":
-                    printed = detail
+                printed = detail if status == "ran" else printed
                 yield Outcome(block, status, detail, time.monotonic() - began)
 
     def counters(self) -> dict[str, Any]:
@@ -105,10 +107,11 @@ class Reader:
             text, elsewhere = _without_elsewhere(text)
             if not text:
                 return "tested", elsewhere
-        if text in self._done:
+        if self._done.issuperset(text.splitlines()):
             return "repeated", ""
-        self._done.add(text)
-        return self._run(block.language, text)
+        self._done.update(text.splitlines())
+        problem = self._wait_for_server() if PORT in text and self.server else ""
+        return ("failed", problem) if problem else self._run(block.language, text)
 
     def _run(self, language: str, text: str) -> tuple[str, str]:
         program = {"bash": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
@@ -138,8 +141,7 @@ class Reader:
         command = block.text.strip() + f" {SERVER_OPTIONS} --port {self.port}"
         command += f" --nccl-port {int(self.port) + 1}"
         self._serves = set(shlex.split(command, comments=True))
-        log = self.folder / "server.log"
-        with log.open("wb") as output:
+        with self._log.open("wb") as output:
             self.server = subprocess.Popen(
                 ["bash", "-c", f"exec {command}"],
                 cwd=self.folder,
@@ -149,12 +151,17 @@ class Reader:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        return "server", ""
+
+    def _wait_for_server(self) -> str:
+        """Wait until it is up; what is wrong with it, or nothing."""
+        assert self.server is not None
         deadline = time.monotonic() + START_S
         while not self._is_healthy():
             if self.server.poll() is not None or time.monotonic() > deadline:
-                return "failed", log.read_text(errors="replace")[-3000:]
+                return f"no server: {self._log.read_text(errors='replace')[-3000:]}"
             time.sleep(0.5)
-        return "server", ""
+        return ""
 
     def _is_healthy(self) -> bool:
         with contextlib.suppress(OSError):
@@ -172,6 +179,20 @@ def reader(folder: Path) -> Iterator[Reader]:
     finally:
         if one.server is not None:
             kill_session(one.server)
+
+
+def _chains(blocks: Iterable[Block]) -> Iterator[list[Block]]:
+    """Each block with those that say what it prints; texts are left out."""
+    chain: list[Block] = []
+    for block in blocks:
+        if block.kind == "text":
+            continue
+        if block.kind != "prints" and chain:
+            yield chain
+            chain = []
+        chain.append(block)
+    if chain:
+        yield chain
 
 
 def _without_elsewhere(text: str) -> tuple[str, str]:

@@ -136,11 +136,9 @@ def test_the_comparison_run_wants_a_folder(tmp_path: Path) -> None:
     ("arguments", "complaint"),
     [
         (["openai_n.py", "--base-url", "http://127.0.0.1:9"], "no server answers at http://127"),
-        (["frontend_fork.py", "--base-url", "http://127.0.0.1:9"], "no server answers at http://"),
         (["agents_with_tools.py", "--base-url", "http://127.0.0.1:9"], "no server answers at"),
         (["agents_with_tools.py", "--turns", "0"], "--turns 0; legal: 1 and above"),
         (["router_workers.py", "--model-path", "."], ". holds no config.json; is it a model?"),
-        (["offline_rollouts.py", "--model-path", "."], ". holds no config.json; is it a model?"),
     ],
 )
 def test_examples_say_in_one_line_what_is_wrong(
