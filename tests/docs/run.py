@@ -27,7 +27,7 @@ from tests.engine.driver import free_port, kill_session
 __all__ = ["Outcome", "Reader", "reader"]
 
 PORT = "30000"
-START_S, BLOCK_S = 240, 240
+START_S, BLOCK_S = 400, 300
 SERVER_OPTIONS = "--enable-metrics --max-total-tokens 20000 --mem-fraction-static 0.3"
 SERVER_OPTIONS += " --sleep-on-idle --random-seed 0"
 # Commands of examples' docstrings that this module does not run, and what does.
@@ -69,6 +69,7 @@ class Reader:
         self.env = os.environ | {
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": os.pathsep.join(map(str, paths)),
+            "SGLANG_PREFIX_KEEP_PLAN": "1",  # for `explain`, which asks the server for its plan
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
         }

@@ -24,7 +24,7 @@ from tests.engine.driver import kill_session
 ]
 pytestmark = [
     pytest.mark.engine,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(1200),
     pytest.mark.skipif(
         not PINNED.specifier.contains(__import__("sglang").__version__),
         reason=f"the documentation is about {PINNED}",
@@ -171,7 +171,7 @@ def run_example(program: str, *arguments: str, cwd: Path) -> str:
         start_new_session=True,
     )
     try:
-        printed, _ = process.communicate(timeout=400)
+        printed, _ = process.communicate(timeout=900)
     finally:
         kill_session(process)  # type: ignore[arg-type]
     assert process.returncode == 0, printed[-3000:]
