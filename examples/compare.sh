@@ -11,7 +11,8 @@ usage: examples/compare.sh DIR [OPTIONS OF `sglang-prefix bench serving`...]
 
 Writes DIR/kernel.json, DIR/serving.json, their plots, and DIR/report.html, which opens from disk.
 
-  DIR    folder for the results; an interrupted run goes on with what it finds there
+  DIR    folder for the results. What was measured before an interruption is kept there, and
+         `sglang-prefix bench kernel --resume --out DIR`, or the same with serving, goes on.
 
 FULL=1 runs all workloads; without it, the few of --quick, which take minutes on a CPU.
 HELP

@@ -7,6 +7,7 @@ import re
 import stat
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ pytestmark = [
     pytest.mark.engine,
     pytest.mark.timeout(1200),
     pytest.mark.skipif(
-        not PINNED.specifier.contains(__import__("sglang").__version__),
+        not PINNED.specifier.contains(version("sglang")),
         reason=f"the documentation is about {PINNED}",
     ),
 ]
