@@ -53,6 +53,10 @@ def test_everything_that_the_pages_tell_to_run_runs(tmp_path: Path) -> None:
     assert status.count("ran") >= 8
     assert status.count("server") >= 2
     assert status.count("compared") >= 3
+    printed = "\n".join(o.detail for o in outcomes if o.status == "ran")
+    assert "agent 0, turn 0: price(oak) -> one oak costs 120 euros" in printed
+    ratios = re.findall(r"agent 3, turn 2: .*\n.*\nKV tokens read / KV tokens: ([\d.]+)", printed)
+    assert [ratio for ratio in ratios if float(ratio) < 0.7]
     # The blocks did what the pages are about, and the table of counters has what a server shows.
     assert counters["packed_steps"] > 0
     assert counters["kv_read_ratio"] < 0.8
