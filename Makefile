@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test compat compat-version lint format bench-cpu clean
+.PHONY: help install demo test docs-check compat compat-version lint format bench-cpu clean
 .PHONY: gpu-check gpu-bench gpu-tune gpu-serve
 .PHONY: gpu-check-dry gpu-bench-dry gpu-tune-dry gpu-serve-dry
 
@@ -25,6 +25,9 @@ demo: install  ## Compare stock decode with prefix decode in the real engine
 
 test: install  ## Run all tests; they see the sgl_kernel stand-in where there is no GPU
 	$(BIN)/sglang-prefix exec -- $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+docs-check: install  ## Run every command of the documentation, and check what it says
+	$(BIN)/sglang-prefix exec -- $(BIN)/python -m tests.docs.check $(DOCS_ARGS)
 
 # An environment per release, beside the main one; constraints.txt pins the main one alone.
 COMPAT := .venv-compat-$(VERSION)

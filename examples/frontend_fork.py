@@ -2,15 +2,16 @@
 
 Start a server first, then run this against it::
 
-    sglang-prefix tiny-model /tmp/tiny
-    sglang-prefix exec -- sglang serve --model-path /tmp/tiny --device cpu \
-        --dtype float32 --decode-attention-backend prefix --port 30000
-    python examples/frontend_fork.py --base-url http://127.0.0.1:30000
+    examples/serve.sh
+    sglang-prefix exec -- python examples/frontend_fork.py --base-url http://127.0.0.1:30000
+
+``exec`` is for hosts without a GPU, where the frontend language does not import without it.
 """
 
 from __future__ import annotations
 
 import argparse
+import urllib.error
 
 import sglang as sgl
 
@@ -36,7 +37,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base-url", default="http://127.0.0.1:30000")
     arguments = parser.parse_args()
-    sgl.set_default_backend(sgl.RuntimeEndpoint(arguments.base_url))
+    try:
+        sgl.set_default_backend(sgl.RuntimeEndpoint(arguments.base_url))
+    except urllib.error.URLError as error:
+        why = f"no server answers at {arguments.base_url} ({error.reason})"
+        parser.exit(1, f"{why}; start examples/serve.sh\n")
     state = ask.run(document=DOCUMENT, questions=QUESTIONS)
     for question, answer in zip(QUESTIONS, state["answers"], strict=True):
         print(f"{question} -> {answer!r}")

@@ -2,13 +2,14 @@
 
 Run it in an environment where SGLang works; on a host without a GPU::
 
-    sglang-prefix tiny-model /tmp/tiny
-    sglang-prefix exec -- python examples/offline_rollouts.py --model-path /tmp/tiny
+    sglang-prefix tiny-model tiny
+    sglang-prefix exec -- python examples/offline_rollouts.py --model-path tiny
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import sglang
 import torch
@@ -24,15 +25,19 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=24)
     arguments = parser.parse_args()
 
-    # On a GPU this release packs without CUDA graphs only.
-    on_gpu = {"disable_cuda_graph": True}
+    if arguments.n < 1:
+        parser.error(f"--n {arguments.n}; legal: 1 and above")
+    path = Path(arguments.model_path)
+    if path.exists() and not (path / "config.json").exists():
+        parser.exit(1, f"{path} holds no config.json; is it a model?\n")
+
     on_cpu = {"device": "cpu", "mem_fraction_static": 0.7}
     engine = sglang.Engine(
         model_path=arguments.model_path,
         decode_attention_backend="prefix",
         max_total_tokens=40_000,
         log_level="warning",
-        **(on_gpu if torch.cuda.is_available() else on_cpu),
+        **({} if torch.cuda.is_available() else on_cpu),
     )
     try:
         sampling = {

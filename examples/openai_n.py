@@ -1,7 +1,8 @@
 """Several samples of one prompt through the OpenAI client: they share the whole prompt in decode.
 
-Start a server as in ``frontend_fork.py``, then::
+Start a server first, then run this against it::
 
+    examples/serve.sh
     python examples/openai_n.py --base-url http://127.0.0.1:30000 --n 8
 """
 
@@ -21,8 +22,12 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=8, help="samples of the prompt")
     arguments = parser.parse_args()
     client = openai.OpenAI(base_url=f"{arguments.base_url}/v1", api_key="none")
+    try:
+        model = client.models.list().data[0].id
+    except openai.APIConnectionError:
+        parser.exit(1, f"no server answers at {arguments.base_url}; start examples/serve.sh\n")
     response = client.chat.completions.create(
-        model=client.models.list().data[0].id,
+        model=model,
         messages=[{"role": "user", "content": PROMPT}],
         n=arguments.n,
         max_tokens=16,

@@ -181,7 +181,7 @@ class PrefixAttnBackend(DelegatingBackend):
         labels = self._handover.graph_labels
         if workspace is None or workspace.sure_rows >= max_bs or labels != (PACKED,):
             return
-        ways_out = "SGLANG_PREFIX_WORKSPACE_MIB, --cuda-graph-max-bs or --context-length"
+        ways_out = "SGLANG_PREFIX_WORKSPACE_MIB, --cuda-graph-max-bs-decode or --context-length"
         sure = f"the workspace is sure to hold {workspace.sure_rows} requests of {max_bs}"
         if self._has_one_label:
             raise ValueError(f"{sure}, and ranks must replay one graph; change {ways_out}")
