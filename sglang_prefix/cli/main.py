@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from sglang_prefix.cli.bench_kernel import kernel
 from sglang_prefix.cli.demo import demo
 from sglang_prefix.cli.doctor import doctor
 from sglang_prefix.cli.exec import exec_command
@@ -27,6 +28,13 @@ app.command("doctor", cls=JsonCommand)(doctor)
 app.command("tiny-model", cls=JsonCommand)(tiny_model)
 app.command("demo", cls=JsonCommand)(demo)
 app.command("kernels", cls=JsonCommand)(kernels)
+
+bench_app = typer.Typer(
+    help="Compare with stock SGLang on this machine; results are JSON files and plots.",
+    no_args_is_help=True,
+)
+bench_app.command("kernel", cls=JsonCommand)(kernel)
+app.add_typer(bench_app, name="bench")
 
 
 def main() -> None:

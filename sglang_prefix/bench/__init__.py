@@ -1,0 +1,1 @@
+"""Comparison runs that users start: workloads, measurements, result files and plots."""
