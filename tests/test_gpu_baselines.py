@@ -14,14 +14,19 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import baselines
-from benchmarks.gpu.baselines import Baseline, FlashAttention3, FlashInferCascade, FlashInferDecode
 from benchmarks.gpu.fasttree import FastTree
-from benchmarks.gpu.measure import relative_error
-from benchmarks.gpu.ours import Heads
-from benchmarks.gpu.trees import Tree, pat_tree, random_tree, shared_then_private
 from benchmarks.gpu.workloads import Cell, Workload
 from prefix_kernels.oracle import decode_attention_oracle
+from sglang_prefix.bench import baselines
+from sglang_prefix.bench.baselines import (
+    Baseline,
+    FlashAttention3,
+    FlashInferCascade,
+    FlashInferDecode,
+)
+from sglang_prefix.bench.output_check import relative_error
+from sglang_prefix.bench.registry import Heads
+from sglang_prefix.bench.trees import Tree, pat_tree, random_tree, shared_then_private
 
 TREES: dict[str, Callable[[], Tree]] = {
     "three levels": lambda: pat_tree("1,2,8_32,16,5"),

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from benchmarks.gpu.targets import default_way, evaluate
-from benchmarks.gpu.trees import TreeBatch, random_tree
 from benchmarks.gpu.workloads import PAT_TREES, cells, dry_cells
+from sglang_prefix.bench.trees import TreeBatch, random_tree
 from sglang_prefix.forest import PrefixForest
 from sglang_prefix.plan import verify_plan, verify_slots
 from sglang_prefix.planner import PackPlanner

@@ -13,13 +13,6 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.baselines import (
-    Baseline,
-    FlashAttention3,
-    FlashInferCascade,
-    FlashInferDecode,
-    SglangTriton,
-)
 from benchmarks.gpu.chain import measure_chain
 from benchmarks.gpu.fasttree import FastTree
 from benchmarks.gpu.measure import measure_cell
@@ -27,6 +20,13 @@ from benchmarks.gpu.report import NOT_RUN, CellRun, arguments, device_of, print_
 from benchmarks.gpu.targets import evaluate
 from benchmarks.gpu.timing import meter_for
 from benchmarks.gpu.workloads import Cell, cells, dry_cells
+from sglang_prefix.bench.baselines import (
+    Baseline,
+    FlashAttention3,
+    FlashInferCascade,
+    FlashInferDecode,
+    SglangTriton,
+)
 
 BASELINES: tuple[type[Baseline], ...] = (
     SglangTriton,

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.graphs import launches_of
-from benchmarks.gpu.ours import PackedAttention
 from benchmarks.gpu.timing import Meter
 from benchmarks.gpu.workloads import Cell, Workload
 from prefix_kernels import plan_header
 from prefix_kernels.triton_executor import LAUNCH_MODES, MERGE_MODES
+from sglang_prefix.bench.graphs import launches_of
+from sglang_prefix.bench.packed_attention import PackedAttention
 
 __all__ = ["measure_chain"]
 

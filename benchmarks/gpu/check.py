@@ -21,10 +21,11 @@ import torch
 from benchmarks.gpu import sanitize
 from benchmarks.gpu.check_graph import check_replays
 from benchmarks.gpu.inputs import Inputs, MismatchError
-from benchmarks.gpu.ours import Heads, PackedAttention
 from benchmarks.gpu.report import CellRun, arguments, device_of
-from benchmarks.gpu.trees import TreeBatch
 from benchmarks.gpu.variants import ALL_WAYS, Variant, variants
+from sglang_prefix.bench.packed_attention import PackedAttention
+from sglang_prefix.bench.registry import Heads
+from sglang_prefix.bench.trees import TreeBatch
 
 _TOOLS = ("memcheck", "racecheck")
 _SANITIZER_SECONDS = 150

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.graphs import capture
 from benchmarks.gpu.inputs import Inputs, MismatchError, Outputs
-from benchmarks.gpu.ours import Heads, PackedAttention
-from benchmarks.gpu.trees import Tree, TreeBatch, random_tree, shared_then_private
+from sglang_prefix.bench.graphs import capture
+from sglang_prefix.bench.packed_attention import PackedAttention
+from sglang_prefix.bench.registry import Heads
+from sglang_prefix.bench.trees import Tree, TreeBatch, random_tree, shared_then_private
 from sglang_prefix.packing import GPU_PROFILE, DeviceProfile
 
 __all__ = ["check_replays"]

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.gpu.baselines import Baseline
-from benchmarks.gpu.workloads import Workload
+from sglang_prefix.bench.baselines import Baseline
+from sglang_prefix.bench.inputs import AttentionInputs
 
 __all__ = ["FOLDER_VARIABLE", "FastTree"]
 
@@ -67,7 +67,7 @@ class FastTree(Baseline):
         return None
 
     @classmethod
-    def inapplicable(cls, workload: Workload) -> str | None:
+    def inapplicable(cls, workload: AttentionInputs) -> str | None:
         tree = workload.batch.tree
         group = workload.q.shape[1] // workload.k.shape[-2]
         if group & (group - 1) or group > min(_QUERY_ROWS):
@@ -77,7 +77,7 @@ class FastTree(Baseline):
             return "requests end inside shared nodes"
         return None
 
-    def __init__(self, workload: Workload) -> None:
+    def __init__(self, workload: AttentionInputs) -> None:
         super().__init__(workload)
         self._module: Any = _load(os.environ[FOLDER_VARIABLE])
         tree, table = workload.batch.tree, workload.batch.table

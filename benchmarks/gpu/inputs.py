@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.gpu.measure import relative_error
-from benchmarks.gpu.ours import Heads, PackedAttention
-from benchmarks.gpu.trees import TreeBatch
 from prefix_kernels.oracle import decode_attention_oracle
 from prefix_kernels.tolerances import KERNEL_TOLERANCES, RELATIVE_TOLERANCES, TOLERANCES
+from sglang_prefix.bench.output_check import relative_error
+from sglang_prefix.bench.packed_attention import PackedAttention
+from sglang_prefix.bench.registry import Heads
+from sglang_prefix.bench.trees import TreeBatch
 
 __all__ = ["Inputs", "MismatchError", "Outputs"]
 

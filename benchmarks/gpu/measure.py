@@ -7,26 +7,23 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 
-from benchmarks.gpu.baselines import Baseline
-from benchmarks.gpu.ours import PackedAttention
 from benchmarks.gpu.timing import Meter, wall_us
 from benchmarks.gpu.workloads import Cell, Workload
-from prefix_kernels.oracle import decode_attention_oracle
-from prefix_kernels.tolerances import RELATIVE_TOLERANCES
 from prefix_kernels.triton_executor import LAUNCH_MODES, MERGE_MODES
+from sglang_prefix.bench.baselines import Baseline
+from sglang_prefix.bench.output_check import OutputCheck
+from sglang_prefix.bench.packed_attention import PackedAttention
 from sglang_prefix.packing import POLICIES
 from sglang_prefix.plan import PackPlan
 
-__all__ = ["LAYERS", "OURS", "measure_cell", "relative_error"]
+__all__ = ["LAYERS", "OURS", "measure_cell"]
 
 # Layers that share one plan, or one step's metadata: a usual depth for these head configurations.
 LAYERS = 32
 _SECONDS_PER_CELL = 1.2
 _ROUNDS = 50
-_CHECKED_REQUESTS = 8
 
 # (policy, launch mode, merge mode, launches fixed as in a graph that serves any plan).
 OURS = (
@@ -39,10 +36,6 @@ OURS = (
     ),
     ("pat", LAUNCH_MODES[0], MERGE_MODES[0], False),
 )
-
-
-class _WrongError(Exception):
-    """A candidate's output is not what the oracle says."""
 
 
 @dataclass
@@ -85,14 +78,15 @@ def measure_cell(
     results: dict[str, dict[str, Any]] = {}
     ready: dict[str, _Candidate] = {}
     replays: dict[str, Callable[[], object]] = {}
-    check = _Check(workload, seed)
+    check = OutputCheck(workload, seed)
     ours = _ours_in(cell, dry=meter.dry)
     for name, make in _makers(workload, ours, baselines).items():
         try:
             candidate = make()
             for step in candidate.host.values():
                 step()
-            error = check(candidate)
+            workload.out.fill_(torch.nan)
+            error = check(candidate.run(workload.k[0], workload.v[0]))
             replay = meter.replayable(_layers(candidate, workload))
         except _MissingError as missing:
             results[name] = {"status": "n/a", "reason": str(missing)}
@@ -196,59 +190,6 @@ def _theirs(w: Workload, kind: type[Baseline], reason: str | None) -> _Candidate
         raise _MissingError(reason)
     baseline = kind(w)
     return _Candidate("stock" if kind.stock else "other", baseline.run, {"plan": baseline.plan})
-
-
-class _Check:
-    """A candidate's first layer against the oracle, and all requests against each other.
-
-    The oracle is slow, so it sees a few requests; the others are compared with the output of the
-    first candidate that the oracle accepted.
-    """
-
-    def __init__(self, workload: Workload, seed: int) -> None:
-        self._w = workload
-        size = workload.batch.batch_size
-        lens = workload.batch.seq_lens
-        drawn = np.random.default_rng(seed).permutation(size)[:_CHECKED_REQUESTS]
-        some = np.unique([0, size - 1, int(lens.argmax()), int(lens.argmin()), *drawn])
-        self._some = torch.from_numpy(some).to(workload.q.device)
-        self._expected, _ = decode_attention_oracle(
-            workload.q[self._some],
-            workload.k[0],
-            workload.v[0],
-            workload.req_to_token,
-            workload.rows[self._some],
-            workload.seq_lens[self._some],
-            sm_scale=workload.sm_scale,
-        )
-        self._all: torch.Tensor | None = None
-
-    def __call__(self, candidate: _Candidate) -> float:
-        """The largest relative error of a head.
-
-        Raises:
-            _WrongError: it is over the tolerance.
-        """
-        self._w.out.fill_(torch.nan)
-        out = candidate.run(self._w.k[0], self._w.v[0])
-        tolerance = RELATIVE_TOLERANCES[out.dtype]
-        error = relative_error(out[self._some], self._expected)
-        if not error <= tolerance:
-            raise _WrongError(f"off by {error}, more than {tolerance}")
-        if self._all is None:
-            if not out.isfinite().all():
-                raise _WrongError("a request's output is not finite")
-            self._all = out.clone()
-        among = relative_error(out, self._all.double())
-        if not among <= 2 * tolerance:
-            raise _WrongError(f"off by {among} from another candidate, more than {2 * tolerance}")
-        return error
-
-
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest over [B, Hq] of the norm of the error over the norm of the output; NaN passes on."""
-    error = (found.double() - expected).norm(dim=-1) / expected.norm(dim=-1)
-    return float("nan") if error.isnan().any() else float(error.max())
 
 
 def _layers(candidate: _Candidate, workload: Workload) -> Callable[[], None]:

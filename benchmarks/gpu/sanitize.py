@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from benchmarks.gpu.inputs import Inputs
-from benchmarks.gpu.ours import Heads, PackedAttention
-from benchmarks.gpu.trees import TreeBatch, random_tree
 from benchmarks.gpu.variants import ALL_WAYS
+from sglang_prefix.bench.packed_attention import PackedAttention
+from sglang_prefix.bench.registry import Heads
+from sglang_prefix.bench.trees import TreeBatch, random_tree
 from sglang_prefix.packing import DeviceProfile
 
 __all__ = ["run_all"]

@@ -22,13 +22,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.baselines import FlashInferDecode, SglangTriton, import_reason
 from benchmarks.gpu.report import NOT_RUN, CellRun, arguments, print_table
 from benchmarks.gpu.serve_cells import OURS, Cell, cells, dry_cells
 from benchmarks.gpu.serve_engine import DRY_STOCK, Engines
 from benchmarks.gpu.serve_measure import measure_cell
 from benchmarks.gpu.serve_model import LLAMA_8B, TINY, write_model, write_plugin
 from benchmarks.gpu.serve_targets import by_load, evaluate
+from sglang_prefix.bench.baselines import FlashInferDecode, SglangTriton, import_reason
 
 # The one that is expected to be the fastest first.
 _STOCK = ("fa3", "flashinfer", "triton")

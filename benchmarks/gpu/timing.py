@@ -16,8 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks.gpu.graphs import capture
 from benchmarks.timing import interleaved
+from sglang_prefix.bench.graphs import capture
 
 __all__ = ["CudaMeter", "DryMeter", "Meter", "meter_for", "wall_us"]
 

@@ -8,16 +8,17 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.graphs import launches_of
 from benchmarks.gpu.inputs import Inputs, MismatchError, Outputs
-from benchmarks.gpu.measure import relative_error
-from benchmarks.gpu.ours import Heads, PackedAttention
-from benchmarks.gpu.trees import Tree, TreeBatch, pat_tree, shared_then_private
 from prefix_kernels import plan_header
 from prefix_kernels.launch import launch
 from prefix_kernels.tiles import TileConfig, TileShape, formula_tile
 from prefix_kernels.tolerances import RELATIVE_TOLERANCES
 from prefix_kernels.tuned_tiles import candidate_tiles
+from sglang_prefix.bench.graphs import launches_of
+from sglang_prefix.bench.output_check import relative_error
+from sglang_prefix.bench.packed_attention import PackedAttention
+from sglang_prefix.bench.registry import Heads
+from sglang_prefix.bench.trees import Tree, TreeBatch, pat_tree, shared_then_private
 from sglang_prefix.packing import GPU_PROFILE
 
 __all__ = ["TuneCell", "TuneWork", "cells", "dry_cells"]

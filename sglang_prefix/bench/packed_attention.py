@@ -1,9 +1,9 @@
-"""Our own candidates: a policy and a launch mode, planned and run as the backend does."""
+"""Our kernels on a GPU: a policy and a launch mode, planned and run as the backend does."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,23 +17,7 @@ from sglang_prefix.packing import GPU_PROFILE, AttentionShape, DeviceProfile
 from sglang_prefix.plan import PackPlan
 from sglang_prefix.planner import PackPlanner
 
-__all__ = ["Heads", "PackedAttention", "drop_one_work_item"]
-
-
-@dataclass(frozen=True, slots=True)
-class Heads:
-    """Heads of a layer: ``kv`` KV heads, ``qo`` query heads, ``dim`` and ``v_dim`` elements."""
-
-    qo: int
-    kv: int
-    dim: int = 128
-    v_dim: int = 128
-
-    def shape(self, q_dtype: torch.dtype, kv_dtype: torch.dtype) -> AttentionShape:
-        """The same with item sizes."""
-        return AttentionShape(
-            self.qo, self.kv, self.dim, self.v_dim, q_dtype.itemsize, kv_dtype.itemsize
-        )
+__all__ = ["PackedAttention", "drop_one_work_item"]
 
 
 class PackedAttention:

@@ -1,6 +1,6 @@
 """Batches as prefix trees: what is shared, as slot rows, as radix paths and as levels.
 
-Imports numpy and our forest only, so that it works on a host without SGLang and test libraries.
+Imports numpy and our forest only, so that the GPU benchmarks can use it on a host without SGLang.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from sglang_prefix.forest import PrefixForest, RadixPath
 __all__ = ["Tree", "TreeBatch", "pat_tree", "random_tree", "shared_then_private"]
 
 IntArray = NDArray[np.int64]
+
+# What a level of a tree in PAT's notation counts, and what it must stay below.
+_UNITS = (("nodes", 1 << 16), ("tokens", 1 << 31))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -152,8 +155,11 @@ def pat_tree(text: str) -> Tree:
 
     The last level is the batch; children are dealt out to parents evenly (flashserve/PAT,
     benchmark/run_kernel_bench.sh).
+
+    Raises:
+        ValueError: the text is malformed; one line that says where and what is legal.
     """
-    counts, lengths = ([int(n) for n in part.split(",")] for part in text.split("_"))
+    counts, lengths = _parse_levels(text)
     parents, at = [np.full(counts[0], -1)], 0
     for above, count in pairwise(counts):
         parents.append(at + np.arange(count) * above // count)
@@ -161,6 +167,37 @@ def pat_tree(text: str) -> Tree:
     batch = counts[-1]
     length = np.repeat(lengths, counts).astype(np.int64)
     return Tree(np.concatenate(parents), length, at + np.arange(batch), np.zeros(batch, np.int64))
+
+
+def _parse_levels(text: str) -> tuple[list[int], list[int]]:
+    """Nodes and tokens of every level."""
+
+    def refuse(what: str) -> ValueError:
+        return ValueError(
+            f"tree {text!r}: {what}; legal: nodes of each level, '_', tokens of each level, as in "
+            "'1,8,512_512,512,256'"
+        )
+
+    parts = text.split("_")
+    if len(parts) != 2:
+        raise refuse(f"{len(parts) - 1} '_' instead of one")
+    numbers: list[list[int]] = []
+    at = 1
+    for part, (unit, limit) in zip(parts, _UNITS, strict=True):
+        numbers.append([])
+        for level, word in enumerate(part.split(","), 1):
+            # Not int() alone, which takes "1_0", " 1" and digits of other scripts.
+            if not (word.isascii() and word.isdigit() and 0 < int(word) < limit):
+                raise refuse(f"{unit} of level {level} (character {at}) are {word!r}")
+            numbers[-1].append(int(word))
+            at += len(word) + 1
+    counts, lengths = numbers
+    if len(counts) != len(lengths):
+        raise refuse(f"{len(counts)} levels of nodes but {len(lengths)} of tokens")
+    for level, (above, count) in enumerate(pairwise(counts), 2):
+        if count < above:
+            raise refuse(f"level {level} has {count} nodes below {above}: some have no child")
+    return counts, lengths
 
 
 def shared_then_private(batch: int, shared: int, private: int) -> Tree:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from benchmarks.gpu.workloads import Workload
+from sglang_prefix.bench.inputs import AttentionInputs
 
 __all__ = [
     "Baseline",
@@ -51,7 +51,7 @@ class Baseline(ABC):
     name: ClassVar[str]
     stock: ClassVar[bool]  # a decode kernel that SGLang itself would use
 
-    def __init__(self, workload: Workload) -> None:
+    def __init__(self, workload: AttentionInputs) -> None:
         self.workload = workload
 
     @classmethod
@@ -60,7 +60,7 @@ class Baseline(ABC):
         """Why it cannot be used on this host; None if it can."""
 
     @classmethod
-    def inapplicable(cls, workload: Workload) -> str | None:
+    def inapplicable(cls, workload: AttentionInputs) -> str | None:
         """Why it cannot run this workload; None if it can."""
         return None
 
@@ -83,7 +83,7 @@ class SglangTriton(Baseline):
     def unavailable(cls, device: torch.device) -> str | None:
         return import_reason("sglang.kernels.ops.attention.decode_attention", _indices_module())
 
-    def __init__(self, workload: Workload) -> None:
+    def __init__(self, workload: AttentionInputs) -> None:
         super().__init__(workload)
         kernels = importlib.import_module("sglang.kernels.ops.attention.decode_attention")
         metadata = importlib.import_module("sglang.kernels.ops.attention.metadata")
@@ -176,9 +176,9 @@ def _workspace(device: torch.device) -> torch.Tensor:
 class _Paged(Baseline):
     """A kernel that reads pages through indices: [pages, page size, Hkv, D] caches."""
 
-    def __init__(self, workload: Workload) -> None:
+    def __init__(self, workload: AttentionInputs) -> None:
         super().__init__(workload)
-        self._page_size = workload.cell.page_size
+        self._page_size = workload.batch.page_size
 
     @classmethod
     def unavailable(cls, device: torch.device) -> str | None:
@@ -226,7 +226,7 @@ class FlashInferDecode(_Paged):
     stock = True
     _module = "flashinfer"
 
-    def __init__(self, workload: Workload) -> None:
+    def __init__(self, workload: AttentionInputs) -> None:
         super().__init__(workload)
         flashinfer: Any = importlib.import_module("flashinfer")
         group = workload.q.shape[1] // workload.k.shape[-2]
@@ -268,7 +268,7 @@ class FlashInferCascade(_Paged):
     stock = False
     _module = "flashinfer"
 
-    def __init__(self, workload: Workload) -> None:
+    def __init__(self, workload: AttentionInputs) -> None:
         super().__init__(workload)
         flashinfer: Any = importlib.import_module("flashinfer")
         levels = workload.batch.levels()
@@ -287,7 +287,7 @@ class FlashInferCascade(_Paged):
             self._lists.append(self.page_lists(starts, [ends[b][depth] for b in first], first))
 
     @classmethod
-    def inapplicable(cls, workload: Workload) -> str | None:
+    def inapplicable(cls, workload: AttentionInputs) -> str | None:
         levels = workload.batch.levels()
         if levels is None:
             return "the forest is no set of levels"
@@ -328,7 +328,7 @@ class FlashAttention3(_Paged):
             return "needs compute capability 9.x"
         return reason
 
-    def __init__(self, workload: Workload) -> None:
+    def __init__(self, workload: AttentionInputs) -> None:
         super().__init__(workload)
         library: Any = importlib.import_module(self._module)
         self._attend: Any = library.flash_attn_with_kvcache
