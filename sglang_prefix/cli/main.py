@@ -8,6 +8,7 @@ from sglang_prefix.cli.bench_kernel import kernel
 from sglang_prefix.cli.demo import demo
 from sglang_prefix.cli.doctor import doctor
 from sglang_prefix.cli.exec import exec_command
+from sglang_prefix.cli.explain import explain
 from sglang_prefix.cli.kernels import kernels
 from sglang_prefix.cli.output import JsonCommand
 from sglang_prefix.cli.tiny_model import tiny_model
@@ -27,6 +28,7 @@ app.command("exec", context_settings={"allow_interspersed_args": False})(exec_co
 app.command("doctor", cls=JsonCommand)(doctor)
 app.command("tiny-model", cls=JsonCommand)(tiny_model)
 app.command("demo", cls=JsonCommand)(demo)
+app.command("explain", cls=JsonCommand)(explain)
 app.command("kernels", cls=JsonCommand)(kernels)
 
 bench_app = typer.Typer(
