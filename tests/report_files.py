@@ -219,7 +219,7 @@ def gpu_serve_result() -> dict[str, Any]:
     """One load won, one on which ours did not pack, and one lost with engines in turn."""
 
     def measured(ours: float, *, packed: bool) -> dict[str, Any]:
-        prefix = {"tpot_us": ours, "packed": packed, "packed_share": 1.0 * packed}
+        prefix: dict[str, Any] = {"tpot_us": ours, "packed": packed, "packed_share": 1.0 * packed}
         prefix |= {"not_packed_because": {} if packed else {"gate": 9}, "host_us_per_step": 20.0}
         prefix |= {"counters": {"kv_read_ratio": 0.2}}
         return {"prefix": prefix, "fa3": {"tpot_us": 10.0}}
