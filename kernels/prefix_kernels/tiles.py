@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 from prefix_kernels.tile_config import (
@@ -21,6 +22,7 @@ __all__ = [
     "ROW_CLASSES",
     "TileConfig",
     "TileShape",
+    "choose_classes",
     "choose_fused_tiles",
     "choose_tile",
     "formula_tile",
@@ -95,6 +97,24 @@ def formula_tile(block_m: int, shape: TileShape) -> TileConfig:
         num_stages=max(2, min(4, _KV_BYTES_IN_FLIGHT // (block_n * token_bytes) + 1)),
         max_registers=_NARROW_REGISTERS if accumulator <= _NARROW_TILE else _MAX_REGISTERS,
     )
+
+
+def choose_classes(
+    num_rows: Collection[int], shape: TileShape, *, mode: str, fixed: bool
+) -> list[int]:
+    """Rows of the tile classes that a plan is launched with, ascending.
+
+    Args:
+        num_rows: requests times group size of each pack; with ``fixed``, of the whole batch alone.
+        shape: as in :func:`choose_tile`.
+        mode: one of :data:`LAUNCH_MODES`.
+        fixed: launches must not depend on the plan, because a graph holds them.
+    """
+    if mode == "fused":
+        return list(FUSED_ROWS if max(num_rows) > FUSED_ROWS[0] else FUSED_ROWS[:1])
+    classes = {row_class(number, shape) for number in num_rows}
+    # No more than two launches inside a graph.
+    return sorted({ROW_CLASSES[0], *classes} if fixed else classes)
 
 
 def choose_fused_tiles(kv_length: int, shape: TileShape) -> tuple[TileConfig, TileConfig]:

@@ -22,10 +22,10 @@ from prefix_kernels.tiles import (
     ROW_CLASSES,
     TileConfig,
     TileShape,
+    choose_classes,
     choose_fused_tiles,
     choose_tile,
     next_power_of_two,
-    row_class,
     row_classes,
 )
 from prefix_kernels.work_list import build_work_list
@@ -317,15 +317,10 @@ class TritonExecutor:
 
     def _row_classes(self, plan: PlanArrays, num_rows: int) -> list[int]:
         """Rows of the tile classes in use, ascending."""
-        num_queries = (
-            np.full(1, num_rows) if self._launches_are_fixed else np.diff(plan.query_indptr)
-        )
-        rows = num_queries * self._group_size
-        if self._mode == "fused":
-            return list(FUSED_ROWS if rows.max() > FUSED_ROWS[0] else FUSED_ROWS[:1])
-        if self._launches_are_fixed:  # no more than two launches inside a graph
-            return sorted({ROW_CLASSES[0], row_class(int(rows.max()), self._shape)})
-        return sorted({row_class(number, self._shape) for number in np.unique(rows).tolist()})
+        fixed = self._launches_are_fixed
+        queries = [num_rows] if fixed else np.unique(np.diff(plan.query_indptr)).tolist()
+        rows = [count * self._group_size for count in queries]
+        return choose_classes(rows, self._shape, mode=self._mode, fixed=fixed)
 
     def _plan_launches(self, plan: PlanArrays, classes: list[int], num_items: list[int]) -> None:
         """Decide tiles and grids; without regard to the plan where launches are fixed."""

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 
 from sglang_prefix.compiled import compiled
 
-__all__ = ["candidate_starts", "cheapest_choices", "write_packs"]
+__all__ = ["candidate_starts", "cheapest_choices", "weigh_choices", "write_packs"]
 
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
+FloatArray = NDArray[np.float64]
 
 
 @compiled
@@ -117,17 +118,59 @@ def cheapest_choices(
 ) -> tuple[BoolArray, BoolArray, BoolArray]:
     """For every node and candidate: keep a pack over the KV from there on, or fold it downwards.
 
+    Returns:
+        By candidate: whether a pack is kept; whether tails read the KV themselves; and whether the
+        node, as a child, reads the KV of the parent's candidate ``origin`` itself.
+    """
+    keeps, tails_fold, folds, _, _, _ = weigh_choices(
+        begin,
+        end,
+        stop,
+        parent,
+        indptr,
+        position,
+        origin,
+        token_bytes,
+        pack_bytes,
+        query_bytes,
+        reread_bytes,
+    )
+    return keeps, tails_fold, folds
+
+
+@compiled
+def weigh_choices(
+    begin: IntArray,
+    end: IntArray,
+    stop: IntArray,
+    parent: IntArray,
+    indptr: IntArray,
+    position: IntArray,
+    origin: IntArray,
+    token_bytes: float,
+    pack_bytes: float,
+    query_bytes: float,
+    reread_bytes: float,
+) -> tuple[BoolArray, BoolArray, BoolArray, FloatArray, FloatArray, FloatArray]:
+    """:func:`cheapest_choices`, with the bytes on either side.
+
     Bottom-up. A pack costs itself, its KV once, and for each child and tail the cheaper of a
     query in it and reading the KV itself; folding costs what reading it costs every child and
     tail, and is possible if each child has the candidate too.
 
     Returns:
-        By candidate: whether a pack is kept; whether tails read the KV themselves; and whether the
-        node, as a child, reads the KV of the parent's candidate ``origin`` itself.
+        The three of :func:`cheapest_choices`, and by candidate the bytes of the subtree with a
+        pack; without one, infinite if that is impossible; and with the node's requests in the
+        parent's pack, against which a child that reads the KV itself was weighed.
     """
     num_nodes = len(parent)
     first_child, next_child, num_own = _children(begin, end, parent)
-    cost = np.empty(len(position))
+    cost, pack_costs, fold_costs, join_costs = (
+        np.empty(len(position)),
+        np.empty(len(position)),
+        np.full(len(position), np.inf),
+        np.full(len(position), np.inf),
+    )
     keeps, tails_fold = np.zeros(len(position), np.bool_), np.zeros(len(position), np.bool_)
     folds = np.zeros(len(position), np.bool_)
     for node in range(num_nodes - 1, -1, -1):
@@ -152,9 +195,13 @@ def cheapest_choices(
                     split_cost += kept
                 else:
                     fold_cost += cost[same]
+                    join_costs[same] = kept
                     folds[same] = cost[same] < kept
                     split_cost += min(cost[same], kept)
                 child = next_child[child]
+            pack_costs[i] = split_cost
+            if all_can_fold:
+                fold_costs[i] = fold_cost
             if all_can_fold and fold_cost <= split_cost:
                 cost[i], tails_fold[i] = fold_cost, True
             else:
@@ -162,7 +209,7 @@ def cheapest_choices(
     for i in range(len(position)):
         if origin[i] >= 0 and not keeps[origin[i]]:
             folds[i] = True
-    return keeps, tails_fold, folds
+    return keeps, tails_fold, folds, pack_costs, fold_costs, join_costs
 
 
 @compiled
