@@ -99,7 +99,7 @@ class PrefixAttnBackend(DelegatingBackend):
         self, model_runner: Any, stock: AttentionBackend, stock_name: str, config: PrefixConfig
     ) -> None:
         super().__init__(stock)
-        self.counters = BackendCounters()
+        self.counters = BackendCounters.of(config)
         self.token_to_kv_pool = model_runner.token_to_kv_pool
         self.req_to_token_pool = model_runner.req_to_token_pool
         stock_names = {stock_name, prefill_name(model_runner, BACKEND_NAME) or stock_name}

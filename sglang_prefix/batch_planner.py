@@ -250,6 +250,10 @@ class BatchPlanner:
                 rows, lens, page_size=self._page_size, prefix_closed=True
             )
         reason = self._plan_forest(forest, forward_batch, lens)
+        if (last := self._counters.last_plan) is not None:
+            predicted = self._counters.packed_us, self._counters.stock_us
+            size = forward_batch.batch_size
+            last.note(forest, self._shapes, reason, predicted, self._page_size, size)
         if complete and not all_settled:
             # Their rows hold the tree's slots from the next step on, so that step plans again.
             self._handover.settle(list(compress(reqs, map(not_, settled))))

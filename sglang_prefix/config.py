@@ -24,6 +24,8 @@ class PrefixConfig:
             None for the one that SGLang would have chosen.
         verify: ``SGLANG_PREFIX_VERIFY``: check every plan against the slot rows and raise on a
             difference; for debugging, costs a device sync per plan.
+        keep_plan: ``SGLANG_PREFIX_KEEP_PLAN``: keep the newest plan, and show it to who asks
+            ``GET /server_info``; for ``sglang-prefix explain --base-url``.
         executor: ``SGLANG_PREFIX_EXECUTOR``: what runs the plans.
         launch_mode, merge_mode: ``SGLANG_PREFIX_LAUNCH_MODE``, ``SGLANG_PREFIX_MERGE_MODE``: how
             the Triton executor launches, see docs/kernels.md.
@@ -35,6 +37,7 @@ class PrefixConfig:
     policy: str = "pat"
     stock_backend: str | None = None
     verify: bool = False
+    keep_plan: bool = False
     executor: str = "auto"
     launch_mode: str = "streams"
     merge_mode: str = "launch"
@@ -58,6 +61,7 @@ class PrefixConfig:
             policy=_one_of(env, "SGLANG_PREFIX_POLICY", default.policy, tuple(POLICIES)),
             stock_backend=env.get("SGLANG_PREFIX_STOCK_BACKEND") or None,
             verify=verify_requested(env),
+            keep_plan=_switch(env, "SGLANG_PREFIX_KEEP_PLAN"),
             executor=_one_of(env, "SGLANG_PREFIX_EXECUTOR", default.executor, EXECUTORS),
             launch_mode=_one_of(
                 env, "SGLANG_PREFIX_LAUNCH_MODE", default.launch_mode, LAUNCH_MODES
@@ -70,7 +74,11 @@ class PrefixConfig:
 def verify_requested(env: Mapping[str, str] | None = None) -> bool:
     """Whether ``SGLANG_PREFIX_VERIFY`` asks for every plan to be checked."""
     env = os.environ if env is None else env
-    return _one_of(env, "SGLANG_PREFIX_VERIFY", "0", ("0", "1")) == "1"
+    return _switch(env, "SGLANG_PREFIX_VERIFY")
+
+
+def _switch(env: Mapping[str, str], name: str) -> bool:
+    return _one_of(env, name, "0", ("0", "1")) == "1"
 
 
 def _one_of(env: Mapping[str, str], name: str, default: str, legal: tuple[str, ...]) -> str:

@@ -6,9 +6,13 @@ import logging
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sglang_prefix.fallback import GATE_REASONS, REASONS
+
+if TYPE_CHECKING:
+    from sglang_prefix.config import PrefixConfig
+    from sglang_prefix.explain.last_plan import LastPlan
 
 __all__ = ["BackendCounters"]
 
@@ -44,6 +48,7 @@ class BackendCounters:
         kept_steps, kept_seconds: steps that went on as the one before, and the host time to see
             that they could.
         newest_kept: seconds of it for each of the newest such steps.
+        last_plan: the newest plan, if ``SGLANG_PREFIX_KEEP_PLAN`` asks for it.
     """
 
     packed_steps: int = 0
@@ -63,8 +68,18 @@ class BackendCounters:
     plan_seconds: float = 0.0
     path_seconds: float = 0.0
     delegated_layers: dict[int, str] = field(default_factory=dict)
+    last_plan: LastPlan | None = None
     _said: set[str] = field(default_factory=set)
     _logged: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+    @classmethod
+    def of(cls, config: PrefixConfig) -> BackendCounters:
+        """New counters, which keep the newest plan if the settings say so."""
+        if not config.keep_plan:
+            return cls()
+        from sglang_prefix.explain.last_plan import LastPlan
+
+        return cls(last_plan=LastPlan(config))
 
     @property
     def stock_steps(self) -> int:
@@ -123,6 +138,7 @@ class BackendCounters:
     def as_dict(self) -> dict[str, Any]:
         """All counters as plain values."""
         logical = self.kv_tokens_logical
+        kept = {} if self.last_plan is None else {"last_plan": self.last_plan.as_dict()}
         return {
             "packed_steps": self.packed_steps,
             "stock_steps": self.stock_steps,
@@ -144,4 +160,5 @@ class BackendCounters:
             "plan_seconds": self.plan_seconds,
             "path_seconds": self.path_seconds,
             "delegated_layers": {str(k): v for k, v in self.delegated_layers.items()},
+            **kept,
         }

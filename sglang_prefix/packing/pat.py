@@ -28,7 +28,7 @@ from sglang_prefix.packing.cost import CostModel
 from sglang_prefix.packing.packs import Packs
 from sglang_prefix.packing.pat_loops import candidate_starts, cheapest_choices, write_packs
 
-__all__ = ["pack_pat"]
+__all__ = ["bytes_of", "pack_pat"]
 
 
 def pack_pat(forest: PrefixForest, costs: CostModel) -> Packs:
@@ -39,12 +39,17 @@ def pack_pat(forest: PrefixForest, costs: CostModel) -> Packs:
         forest.node_stop,
         forest.node_parent,
     )
-    bytes_of = (  # a KV token, a pack, a query in it, and that query's rereads per KV token
+    model = bytes_of(costs)
+    candidates = candidate_starts(begin, end, forest.node_start, parent, *model)
+    choices = cheapest_choices(begin, end, stop, parent, *candidates, *model)
+    return Packs(*write_packs(forest.order, begin, end, stop, parent, *candidates, *choices))
+
+
+def bytes_of(costs: CostModel) -> tuple[float, float, float, float]:
+    """Bytes of a KV token, a pack, a query in it, and of that query's rereads per KV token."""
+    return (
         float(costs.shape.kv_token_bytes),
         float(costs.device.pack_bytes),
         float(costs.query_bytes),
         float(costs.reread_bytes),
     )
-    candidates = candidate_starts(begin, end, forest.node_start, parent, *bytes_of)
-    choices = cheapest_choices(begin, end, stop, parent, *candidates, *bytes_of)
-    return Packs(*write_packs(forest.order, begin, end, stop, parent, *candidates, *choices))

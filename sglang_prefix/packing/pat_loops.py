@@ -12,7 +12,13 @@ from numpy.typing import NDArray
 
 from sglang_prefix.compiled import compiled
 
-__all__ = ["candidate_starts", "cheapest_choices", "weigh_choices", "write_packs"]
+__all__ = [
+    "candidate_from",
+    "candidate_starts",
+    "cheapest_choices",
+    "weigh_choices",
+    "write_packs",
+]
 
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
@@ -189,7 +195,7 @@ def weigh_choices(
             while child >= 0:
                 own = indptr[child]
                 kept = cost[own] + (end[child] - begin[child]) * kept_query_bytes
-                same = _candidate_from(i, own + 1, indptr[child + 1], origin)
+                same = candidate_from(i, own + 1, indptr[child + 1], origin)
                 if same < 0:
                     all_can_fold = False
                     split_cost += kept
@@ -230,7 +236,7 @@ def _children(
 
 
 @compiled
-def _candidate_from(source: int, low: int, high: int, origin: IntArray) -> int:
+def candidate_from(source: int, low: int, high: int, origin: IntArray) -> int:
     """The candidate in [low, high) that is the parent's candidate ``source``; -1 for none."""
     for i in range(low, high):
         if origin[i] == source:
@@ -281,7 +287,7 @@ def write_packs(
                 tail_start[order[at]] = tail
                 upto, reads_pack = at + 1, not tails_fold[choice]
             else:
-                same = _candidate_from(choice, indptr[child] + 1, indptr[child + 1], origin)
+                same = candidate_from(choice, indptr[child] + 1, indptr[child + 1], origin)
                 upto, reads_pack = end[child], same < 0 or not folds[same]
                 if not reads_pack:
                     chosen[child] = same

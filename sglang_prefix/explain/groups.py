@@ -1,0 +1,132 @@
+"""Parts that look alike as one: what keeps a forest of thousands readable."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from dataclasses import dataclass, field
+
+from sglang_prefix.explain.parts import Explanation, Part
+
+__all__ = ["MAX_CHILDREN", "MAX_GROUPS", "Group", "group_parts"]
+
+# A screen or two.
+MAX_CHILDREN = 8
+MAX_GROUPS = 60
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """Parts that are read alike, have equally many readers, and stand below equal parts.
+
+    Attributes:
+        members: the parts, in order. Tails of one group may differ in length.
+        children: the groups below all of them.
+        num_hidden_nodes, num_hidden_tails: parts below that are in no group, since there are too
+            many different ones.
+    """
+
+    members: list[Part]
+    children: list[Group] = field(default_factory=list)
+    num_hidden_nodes: int = 0
+    num_hidden_tails: int = 0
+
+    @property
+    def first(self) -> Part:
+        """One that stands for all."""
+        return self.members[0]
+
+    @property
+    def name(self) -> str:
+        """What they are called: nodes by number, requests by batch row."""
+        noun = "node" if self.first.is_node else "request"
+        numbers = [part.index for part in self.members]
+        if len(numbers) == 1:
+            return f"{noun} {numbers[0]}"
+        if numbers == list(range(numbers[0], numbers[0] + len(numbers))):
+            return f"{noun}s {numbers[0]}-{numbers[-1]}"
+        shown = ", ".join(map(str, numbers[:3]))
+        return f"{noun}s {shown}" + (f" and {len(numbers) - 3} more" if len(numbers) > 3 else "")
+
+    @property
+    def token_range(self) -> tuple[int, int]:
+        """Tokens of the shortest and of the longest."""
+        tokens = [part.tokens for part in self.members]
+        return min(tokens), max(tokens)
+
+    @property
+    def bytes_read(self) -> int:
+        """Of all together."""
+        return sum(part.bytes_read for part in self.members)
+
+    @property
+    def bytes_saved(self) -> int:
+        """Of all together."""
+        return sum(part.bytes_saved for part in self.members)
+
+
+def group_parts(
+    explanation: Explanation, *, max_groups: int = MAX_GROUPS, max_children: int = MAX_CHILDREN
+) -> Group:
+    """Group the parts of an explanation.
+
+    Args:
+        explanation: what to group.
+        max_groups: groups in all; those near the roots come first.
+        max_children: groups directly below one.
+
+    Returns:
+        A root without members, above all groups.
+    """
+    below: dict[int, list[int]] = {}
+    parts = explanation.parts
+    for index, part in enumerate(parts):
+        below.setdefault(part.parent, []).append(index)
+    forms = _forms(parts, below)
+    sizes = _sizes(parts)
+    root = Group([])
+    waiting: deque[tuple[Group, list[int]]] = deque([(root, [-1])])
+    room = max_groups
+    while waiting:
+        group, members = waiting.popleft()
+        alike: dict[object, list[int]] = {}
+        for child in (c for member in members for c in below.get(member, [])):
+            alike.setdefault(forms[child], []).append(child)
+        for number, found in enumerate(alike.values()):
+            if number >= max_children or room == 0:
+                group.num_hidden_nodes += sum(sizes[i][0] for i in found)
+                group.num_hidden_tails += sum(sizes[i][1] for i in found)
+                continue
+            room -= 1
+            child_group = Group([parts[i] for i in found])
+            group.children.append(child_group)
+            if child_group.first.is_node:
+                waiting.append((child_group, found))
+    return root
+
+
+def _forms(parts: tuple[Part, ...], below: dict[int, list[int]]) -> list[object]:
+    """What makes two parts look alike: one value per form, children before parents."""
+    number_of: dict[object, int] = {}
+    forms: list[object] = [None] * len(parts)
+    for index in range(len(parts) - 1, -1, -1):
+        part = parts[index]
+        way = (len(part.packs), part.takes_over > 0, part.tile)
+        if part.is_node:
+            children = Counter(forms[child] for child in below.get(index, []))
+            readers = part.num_readers, part.pack_readers, part.num_splits
+            form: object = (part.tokens, *readers, way, frozenset(children.items()))
+        else:
+            form = way
+        forms[index] = number_of.setdefault(form, len(number_of))
+    return forms
+
+
+def _sizes(parts: tuple[Part, ...]) -> list[tuple[int, int]]:
+    """Nodes and tails in the subtree of each part, itself included."""
+    sizes = [(int(part.is_node), int(not part.is_node)) for part in parts]
+    for index in range(len(parts) - 1, -1, -1):
+        above = parts[index].parent
+        if above >= 0:
+            nodes, tails = sizes[above]
+            sizes[above] = nodes + sizes[index][0], tails + sizes[index][1]
+    return sizes

@@ -1,0 +1,99 @@
+"""The last plan of a running server, for ``sglang-prefix explain --base-url``.
+
+Off unless ``SGLANG_PREFIX_KEEP_PLAN=1``. What is kept is a reference to what planning has made
+anyway; it becomes a record when somebody asks ``GET /server_info``, and not before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from sglang_prefix.config import PrefixConfig
+from sglang_prefix.explain.record import Answer, PlanRecord, ShapePlan
+
+if TYPE_CHECKING:
+    from sglang_prefix.batch_planner import ShapeRunner
+    from sglang_prefix.forest import PrefixForest
+
+__all__ = ["MAX_NUMBERS", "LastPlan"]
+
+# Numbers in a record that is shown: some 400 kB of JSON. The largest batch (1,024 requests) in
+# a binary tree needs less than a quarter of it.
+MAX_NUMBERS = 65_536
+
+
+class LastPlan:
+    """Keeps what was decided about the newest batch that was planned.
+
+    Args:
+        config: settings of the backend.
+    """
+
+    def __init__(self, config: PrefixConfig) -> None:
+        self._config = config
+        self._kept: tuple[Any, ...] | None = None
+
+    def note(
+        self,
+        forest: PrefixForest,
+        shapes: Sequence[ShapeRunner],
+        reason: str | None,
+        predicted_us: tuple[float | None, float | None],
+        page_size: int,
+        num_rows: int,
+    ) -> None:
+        """Keep a batch; copies nothing.
+
+        Args:
+            forest: what its requests share; not changed afterwards.
+            shapes: the planners that planned it.
+            reason: why the stock backend serves it; None if it is packed.
+            predicted_us: the gate's newest predictions, packed and stock.
+            page_size: tokens per KV page.
+            num_rows: rows of the batch, padding included.
+        """
+        self._kept = (forest, shapes, reason, predicted_us, page_size, num_rows)
+
+    def as_dict(self) -> dict[str, Any] | None:
+        """The record of what was kept; None if nothing was, and a reason if it is too large.
+
+        Plans again from the same forest: planners are pure functions, so it is the same plan.
+        """
+        if self._kept is None:
+            return None
+        forest, shapes, reason, predicted_us, page_size, num_rows = self._kept
+        plans = tuple(
+            ShapePlan(
+                shape.num_layers,
+                shape.planner.policy_name,
+                shape.planner.max_partials,
+                shape.planner.plan(forest),
+            )
+            for shape in shapes
+        )
+        numbers = 3 * forest.batch_size + 5 * forest.num_nodes
+        numbers += sum(
+            len(p.plan.queries) + 4 * p.plan.num_packs + p.plan.batch_size for p in plans
+        )
+        if numbers > MAX_NUMBERS:
+            return {"left_out": f"the last plan has {numbers} numbers; shown: up to {MAX_NUMBERS}"}
+        # In other cases the newest prediction may be an earlier batch's.
+        predicted = predicted_us if reason in (None, "gate-no-gain") else (None, None)
+        on_gpu = any(shape.workspace is not None for shape in shapes)
+        return PlanRecord(
+            source="last plan of a running server",
+            page_size=page_size,
+            forest=forest,
+            plans=plans,
+            answer=Answer(self._config.gate, reason, *predicted),
+            launch_mode=self._config.launch_mode,
+            graph_rows=num_rows if on_gpu else None,
+            gpu=_gpu_name() if on_gpu else None,
+        ).as_dict()
+
+
+def _gpu_name() -> str | None:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None

@@ -1,0 +1,121 @@
+"""The words and numbers that text and pictures share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sglang_prefix.fallback import REASONS
+
+if TYPE_CHECKING:
+    from sglang_prefix.explain.parts import Explanation
+    from sglang_prefix.explain.reasons import NodeChoice
+    from sglang_prefix.forest import PrefixForest
+
+__all__ = [
+    "amount",
+    "batch_line",
+    "gate_line",
+    "megabytes",
+    "plural",
+    "span",
+    "total_rows",
+    "why_node",
+    "why_tail",
+]
+
+
+def amount(number: int) -> str:
+    """A whole number with separators."""
+    return f"{number:,}"
+
+
+def plural(number: int, noun: str) -> str:
+    """A number of things."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def span(low: int, high: int) -> str:
+    """A range of whole numbers, or the one that it is."""
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def megabytes(num_bytes: float) -> str:
+    """Bytes in millions, with three digits where that many are needed."""
+    value = num_bytes / 1e6
+    return f"{value:,.0f} MB" if value >= 99.95 else f"{value:.3g} MB"
+
+
+def why_node(choices: list[NodeChoice], forest: PrefixForest, node: int, num_below: int) -> str:
+    """Why ``pat`` packs a node or does not; ``num_below`` counts its children and tails."""
+    choice = choices[node]
+    pack = megabytes(choice.pack_bytes)
+    fold = None if choice.fold_bytes is None else megabytes(choice.fold_bytes)
+    if not choice.keeps:
+        text = f"no pack of its own: {fold} if the {num_below} below read it, {pack} with a pack"
+    elif fold is None:
+        text = f"packed: {pack}; too long to be worth reading again for any below"
+    else:
+        text = f"packed: {pack}, against {fold} if the {num_below} below read it"
+    taken = int(forest.node_start[node]) - choice.start
+    if choice.takes_over and choice.own_bytes is not None and choice.join_bytes is not None:
+        text += (
+            f"; reads {plural(taken, 'token')} above itself: {megabytes(choice.own_bytes)}, "
+            f"against {megabytes(choice.join_bytes)} in the pack above"
+        )
+    return text
+
+
+def why_tail(choice: NodeChoice | None) -> str:
+    """Why a request's tail begins where it does under ``pat``; ``choice`` is of its last node."""
+    if choice is None:
+        return "shares nothing"
+    own, join = megabytes(choice.tail_fold_bytes), megabytes(choice.tail_join_bytes)
+    if not choice.tails_fold:
+        return f"held alone; what is above is read in its pack: {join}, against {own} alone"
+    if choice.keeps:
+        return f"reads what is above itself, too: {own}, against {join} in the pack above"
+    return "reads what is above itself, too: there is no pack"
+
+
+def batch_line(explanation: Explanation) -> str:
+    """What batch this is, and for what the plan was made."""
+    plan, record = explanation.plan, explanation.record
+    shape, device = plan.costs.shape, plan.costs.device
+    dims = f"{shape.head_dim}"
+    if shape.v_head_dim != shape.head_dim:
+        dims += f"/{shape.v_head_dim}"
+    return (
+        f"{plural(plan.batch_size, 'request')}, {amount(explanation.stats.kv_tokens_logical)} KV "
+        f"tokens; policy {explanation.shape_plan.policy} for {device.name}, "
+        f"{shape.num_qo_heads} query and {shape.num_kv_heads} KV heads of {dims}, "
+        f"{8 * shape.kv_itemsize}-bit KV, page size {record.page_size}"
+    )
+
+
+def gate_line(explanation: Explanation) -> str:
+    """What the gate decided."""
+    answer = explanation.record.answer
+    served = "packed" if answer.reason is None else "left to the stock backend"
+    text = f"gate {answer.gate}: {served}"
+    if answer.reason is not None:
+        text += f", {REASONS.get(answer.reason, answer.reason)}"
+    if answer.packed_us is not None and answer.stock_us is not None:
+        layers = sum(plan.num_layers for plan in explanation.record.plans)
+        stock = answer.stock_backend or "the stock backend"
+        text += (
+            f"; predicted {answer.packed_us:,.1f} us packed, {answer.stock_us:,.1f} us on {stock}, "
+            f"{plural(layers, 'layer')}"
+        )
+    elif answer.reason is None and explanation.plan.costs.device.name == "cpu":
+        text += "; on a CPU every batch is, without a prediction"
+    return text
+
+
+def total_rows(explanation: Explanation) -> list[tuple[str, int, float]]:
+    """What is read in one layer: a name, KV tokens, and their share of what stock reads."""
+    stats = explanation.stats
+    return [
+        ("stock: every request reads for itself", stats.kv_tokens_logical, 1.0),
+        ("this plan", stats.kv_tokens_read, stats.kv_read_ratio),
+        ("every token once", stats.kv_tokens_unique, stats.kv_unique_ratio),
+    ]
