@@ -22,6 +22,7 @@ from sglang_prefix.packing import AttentionShape
 from sglang_prefix.plan import PackPlan
 
 __all__ = [
+    "H200",
     "Decision",
     "DeviceLimits",
     "Gate",
@@ -72,22 +73,22 @@ class DeviceLimits:
 # A100 (312e12 / 108), H100 and H200 (990e12 / 132), and B200 (2,250e12 / 148).
 _FLOP_PER_SM = {8: 2.9e12, 9: 7.5e12, 10: 15e12}
 # NVIDIA's data sheet for the H200.
-_H200 = DeviceLimits(4.8e12, 990e12, 50 << 20, 132)
+H200 = DeviceLimits(4.8e12, 990e12, 50 << 20, 132)
 
 
 def limits_of(device: torch.device) -> DeviceLimits:
     """Limits from what the driver says of a CUDA device; those of an H200 elsewhere."""
     if device.type != "cuda":
-        return _H200
+        return H200
     found = torch.cuda.get_device_properties(device)
     # kHz, twice per clock, over a bus of so many bits
     bandwidth = 2e3 * getattr(found, "memory_clock_rate", 0)
     bandwidth *= getattr(found, "memory_bus_width", 0) / 8
     sms = found.multi_processor_count
     return DeviceLimits(
-        bandwidth or _H200.read_bytes_per_s,
+        bandwidth or H200.read_bytes_per_s,
         sms * _FLOP_PER_SM.get(found.major, _FLOP_PER_SM[9]),
-        getattr(found, "L2_cache_size", 0) or _H200.l2_bytes,
+        getattr(found, "L2_cache_size", 0) or H200.l2_bytes,
         sms,
     )
 

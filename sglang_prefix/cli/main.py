@@ -9,6 +9,7 @@ from sglang_prefix.cli.bench_serving import serving
 from sglang_prefix.cli.demo import demo
 from sglang_prefix.cli.doctor import doctor
 from sglang_prefix.cli.exec import exec_command
+from sglang_prefix.cli.explain import explain
 from sglang_prefix.cli.kernels import kernels
 from sglang_prefix.cli.output import JsonCommand
 from sglang_prefix.cli.report import report
@@ -29,6 +30,7 @@ app.command("exec", context_settings={"allow_interspersed_args": False})(exec_co
 app.command("doctor", cls=JsonCommand)(doctor)
 app.command("tiny-model", cls=JsonCommand)(tiny_model)
 app.command("demo", cls=JsonCommand)(demo)
+app.command("explain", cls=JsonCommand)(explain)
 app.command("kernels", cls=JsonCommand)(kernels)
 app.command("report")(report)
 

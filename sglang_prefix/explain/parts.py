@@ -289,4 +289,9 @@ def _notes(record: PlanRecord, shape_plan: ShapePlan) -> tuple[str, ...]:
             f"splits: pieces of up to {amount(share)} tokens, so that {device.num_workers} programs "
             "have equal work"
         )
+    if shape_plan.policy == "pat" and record.forest.num_nodes:
+        notes.append(
+            "bytes moved, in reasons: by a node and all nodes below it, with partial results, and "
+            "with fixed costs as the bytes that could be read in that time"
+        )
     return tuple(notes)

@@ -10,8 +10,8 @@ from sglang_prefix.explain.words import (
     amount,
     batch_line,
     gate_line,
-    megabytes,
     plural,
+    size,
     span,
     total_rows,
 )
@@ -49,9 +49,9 @@ def group_lines(group: Group) -> tuple[str, str, str]:
             how += ", tile {} x {}".format(*first.tile)
         splits = [part.num_splits for part in group.members]
         how += f", {span(min(splits), max(splits))} split" + ("" if max(splits) == 1 else "s")
-    how += f"; reads {megabytes(group.bytes_read)}"
+    how += f"; reads {size(group.bytes_read)}"
     if group.bytes_saved:
-        how += f", saves {megabytes(group.bytes_saved)}"
+        how += f", saves {size(group.bytes_saved)}"
     return what, how, first.why
 
 
@@ -70,7 +70,7 @@ def text_tree(explanation: Explanation) -> Tree:
     from rich.tree import Tree
 
     root = group_parts(explanation)
-    top = Tree(Text(batch_line(explanation), "bold"))
+    top = Tree(Text(f"{explanation.record.source}: {batch_line(explanation)}", "bold"))
     waiting = [(root, top)]
     while waiting:
         group, branch = waiting.pop()
@@ -95,10 +95,10 @@ def print_explanation(explanation: Explanation, out: Console) -> None:
         table.add_column(name, justify="right")
     token_bytes = explanation.plan.costs.shape.kv_token_bytes
     for name, tokens, share in total_rows(explanation):
-        table.add_row(name, amount(tokens), megabytes(tokens * token_bytes), f"{share:.3f}")
+        table.add_row(name, amount(tokens), size(tokens * token_bytes), f"{share:.3f}")
     out.print(text_tree(explanation))
     out.print(table)
     stats = explanation.stats
     counts = f"{plural(stats.num_packs, 'pack')}, {plural(stats.num_partials, 'partial result')}"
-    for line in (counts, gate_line(explanation), *explanation.notes, explanation.record.source):
+    for line in (counts, gate_line(explanation), *explanation.notes):
         out.print(line, markup=False, highlight=False, soft_wrap=True)

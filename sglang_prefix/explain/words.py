@@ -15,8 +15,8 @@ __all__ = [
     "amount",
     "batch_line",
     "gate_line",
-    "megabytes",
     "plural",
+    "size",
     "span",
     "total_rows",
     "why_node",
@@ -39,28 +39,28 @@ def span(low: int, high: int) -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def megabytes(num_bytes: float) -> str:
-    """Bytes in millions, with three digits where that many are needed."""
-    value = num_bytes / 1e6
-    return f"{value:,.0f} MB" if value >= 99.95 else f"{value:.3g} MB"
+def size(num_bytes: float) -> str:
+    """Bytes in thousands or millions, with three digits where that many are needed."""
+    value, unit = (num_bytes / 1e3, "kB") if num_bytes < 999_500 else (num_bytes / 1e6, "MB")
+    return f"{value:,.0f} {unit}" if value >= 99.95 else f"{value:.3g} {unit}"
 
 
 def why_node(choices: list[NodeChoice], forest: PrefixForest, node: int, num_below: int) -> str:
     """Why ``pat`` packs a node or does not; ``num_below`` counts its children and tails."""
     choice = choices[node]
-    pack = megabytes(choice.pack_bytes)
-    fold = None if choice.fold_bytes is None else megabytes(choice.fold_bytes)
+    pack = size(choice.pack_bytes)
+    fold = None if choice.fold_bytes is None else size(choice.fold_bytes)
     if not choice.keeps:
-        text = f"no pack of its own: {fold} if the {num_below} below read it, {pack} with a pack"
+        text = f"no pack: {fold} moved if each of the {num_below} below reads it, {pack} with a pack"
     elif fold is None:
-        text = f"packed: {pack}; too long to be worth reading again for any below"
+        text = f"packed: {pack} moved; too long to be worth reading again below"
     else:
-        text = f"packed: {pack}, against {fold} if the {num_below} below read it"
+        text = f"packed: {pack} moved, against {fold} if each of the {num_below} below reads it"
     taken = int(forest.node_start[node]) - choice.start
     if choice.takes_over and choice.own_bytes is not None and choice.join_bytes is not None:
         text += (
-            f"; reads {plural(taken, 'token')} above itself: {megabytes(choice.own_bytes)}, "
-            f"against {megabytes(choice.join_bytes)} in the pack above"
+            f"; reads {plural(taken, 'token')} above itself: {size(choice.own_bytes)}, "
+            f"against {size(choice.join_bytes)} in the pack above"
         )
     return text
 
@@ -69,12 +69,12 @@ def why_tail(choice: NodeChoice | None) -> str:
     """Why a request's tail begins where it does under ``pat``; ``choice`` is of its last node."""
     if choice is None:
         return "shares nothing"
-    own, join = megabytes(choice.tail_fold_bytes), megabytes(choice.tail_join_bytes)
+    own, join = size(choice.tail_fold_bytes), size(choice.tail_join_bytes)
     if not choice.tails_fold:
-        return f"held alone; what is above is read in its pack: {join}, against {own} alone"
+        return f"joins the pack above: {join} more moved, against {own} to read its tokens alone"
     if choice.keeps:
-        return f"reads what is above itself, too: {own}, against {join} in the pack above"
-    return "reads what is above itself, too: there is no pack"
+        return f"reads what is above itself: {own} moved, against {join} more in the pack above"
+    return "reads what is above itself: there is no pack"
 
 
 def batch_line(explanation: Explanation) -> str:

@@ -1,0 +1,285 @@
+"""A batch as a picture: one row per request, KV positions from left to right.
+
+The whole area is what stock kernels read. What has one colour is one pack, read once for all rows
+that it spans.
+"""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Iterator
+from itertools import groupby
+from xml.etree import ElementTree as ET
+
+import numpy as np
+
+from prefix_kernels.layout import split_bounds
+from sglang_prefix.explain.groups import Group, group_parts
+from sglang_prefix.explain.parts import Explanation, Part
+from sglang_prefix.explain.text import group_lines, hidden_line
+from sglang_prefix.explain.words import amount, batch_line, gate_line, plural, size, total_rows
+
+__all__ = ["draw", "pack_colour", "svg_picture", "walk"]
+
+_WIDTH = 1000
+_MARGIN = 64
+_FONT = "system-ui, sans-serif"
+_INK, _PALE, _LINE = "#1d2330", "#e9ebef", "#a9b0bd"
+_LETTER = 6.1  # width of a letter at 11 px, on average
+_LINE_HEIGHT = 17
+# Height of all rows together, and of one.
+_ROWS_HEIGHT, _MAX_ROW = 460, 22.0
+# Thinner tails are drawn as one outline; nodes and packs past this number are not drawn.
+_MIN_TAIL = 3.0
+_MAX_DRAWN = 3000
+
+
+def svg_picture(explanation: Explanation) -> str:
+    """The picture with its key, as the text of an SVG file."""
+    drawing = draw(explanation, with_key=True)
+    ET.indent(drawing)
+    return ET.tostring(drawing, encoding="unicode", xml_declaration=False) + "\n"
+
+
+def pack_colour(pack: int) -> str:
+    """A colour for a shared pack; neighbours differ by the golden angle."""
+    red, green, blue = colorsys.hls_to_rgb((0.58 + pack * 0.381966) % 1, 0.74, 0.62)
+    return "#" + "".join(f"{round(255 * part):02x}" for part in (red, green, blue))
+
+
+def walk(root: Group) -> Iterator[tuple[int, Group]]:
+    """Every group with its depth, parents before children."""
+    waiting = [(0, group) for group in reversed(root.children)]
+    while waiting:
+        depth, group = waiting.pop()
+        yield depth, group
+        waiting += [(depth + 1, child) for child in reversed(group.children)]
+
+
+def draw(explanation: Explanation, *, with_key: bool) -> ET.Element:
+    """The drawing.
+
+    Args:
+        explanation: what to draw.
+        with_key: say below the picture what every group of parts is.
+    """
+    canvas = _Canvas(explanation)
+    canvas.header()
+    canvas.tails()
+    canvas.packs()
+    canvas.nodes()
+    canvas.axis()
+    if with_key:
+        canvas.key()
+    return canvas.finished()
+
+
+class _Canvas:
+    """The picture while it is drawn, from top to bottom.
+
+    Args:
+        explanation: what is drawn.
+    """
+
+    def __init__(self, explanation: Explanation) -> None:
+        self._explanation = explanation
+        self._forest, self._plan = explanation.forest, explanation.plan
+        self._svg = ET.Element("svg", xmlns="http://www.w3.org/2000/svg")
+        self._svg.set("font-family", _FONT)
+        self._svg.set("font-size", "11")
+        self._y = 0.0
+        self._row = min(_MAX_ROW, _ROWS_HEIGHT / self._forest.batch_size)
+        nodes, tails = self._forest.num_nodes, self._forest.batch_size
+        self._nodes, self._tails = explanation.parts[:nodes], explanation.parts[nodes:]
+        assert len(self._tails) == tails
+        self._places = np.empty(tails, dtype=np.int64)
+        self._places[self._forest.order] = np.arange(tails)
+        self._breaks, self._at, self._is_stretched = self._scale()
+        self._num_left_out = 0
+
+    def _scale(self) -> tuple[list[int], list[float], bool]:
+        """Positions and where they are drawn: in proportion, but no stretch too thin to see."""
+        ends = [int(self._forest.seq_lens.max()), *self._forest.node_stop.tolist()]
+        breaks = sorted({0, *self._forest.node_start.tolist(), *ends})
+        lengths = np.diff(breaks)
+        width = _WIDTH - _MARGIN - 8
+        least = min(64.0, width / 2 / len(lengths))
+        wide = lengths * (width / lengths.sum())
+        is_stretched = bool((wide < least).any())
+        if is_stretched:
+            wide = least + lengths * ((width - least * len(lengths)) / lengths.sum())
+        return breaks, [_MARGIN, *(_MARGIN + np.cumsum(wide)).tolist()], is_stretched
+
+    def _x(self, position: int) -> float:
+        return float(np.interp(position, self._breaks, self._at))
+
+    def _text(self, x: float, y: float, text: str, **style: str) -> ET.Element:
+        found = ET.SubElement(self._svg, "text", x=f"{x:.1f}", y=f"{y:.1f}", fill=_INK, **style)
+        found.text = text
+        return found
+
+    def _box(self, start: int, stop: int, begin: int, end: int, **style: str) -> ET.Element:
+        """Positions ``[start, stop)`` of the rows ``[begin, end)``."""
+        x, y = self._x(start), self._y + begin * self._row
+        return ET.SubElement(
+            self._svg,
+            "rect",
+            x=f"{x:.2f}",
+            y=f"{y:.2f}",
+            width=f"{max(self._x(stop) - x, 0.5):.2f}",
+            height=f"{(end - begin) * self._row:.2f}",
+            **style,
+        )
+
+    def header(self) -> None:
+        """What batch this is, and three bars: what stock reads, what we read, the least."""
+        explanation = self._explanation
+        self._text(8, 20, explanation.record.source, **{"font-size": "15", "font-weight": "600"})
+        self._text(8, 38, batch_line(explanation))
+        self._text(8, 55, gate_line(explanation))
+        token_bytes = self._plan.costs.shape.kv_token_bytes
+        self._y = 68
+        for name, tokens, share in total_rows(explanation):
+            bar = {"x": "8", "y": f"{self._y:.0f}", "height": "13"}
+            width = max(share * 420, 1)
+            fill = pack_colour(0) if name == "this plan" else _LINE
+            ET.SubElement(self._svg, "rect", width=f"{width:.1f}", fill=fill, **bar)
+            label = f"{amount(tokens)} KV tokens, {size(tokens * token_bytes)}: {name}"
+            self._text(width + 14, self._y + 10.5, label)
+            self._y += _LINE_HEIGHT
+        self._y += 16
+        ET.SubElement(self._svg, "title").text = f"{explanation.record.source}: packs of a batch"
+
+    def tails(self) -> None:
+        """What requests hold alone, and what they read for themselves: pale."""
+        names = _titles(self._explanation)
+        if self._row >= _MIN_TAIL:
+            for tail in self._tails:
+                box = self._box(
+                    tail.pack_start, tail.stop, tail.begin, tail.end, fill=_PALE, stroke=_LINE
+                )
+                _title(box, names[id(tail)])
+            return
+        for _, found in groupby(self._tails, key=lambda tail: tail.parent):
+            tails = list(found)
+            path = f"M{self._x(tails[0].pack_start):.1f} {self._y + tails[0].begin * self._row:.2f}"
+            for tail in tails:
+                path += f"H{self._x(tail.stop):.1f}V{self._y + tail.end * self._row:.2f}"
+            for tail in reversed(tails):
+                path += f"H{self._x(tail.pack_start):.1f}V{self._y + tail.begin * self._row:.2f}"
+            shape = ET.SubElement(self._svg, "path", d=path + "Z", fill=_PALE, stroke=_LINE)
+            _title(shape, names[id(tails[0])])
+
+    def packs(self) -> None:
+        """Shared packs, a colour for each; broken lines where one is cut into pieces."""
+        plan = self._plan
+        shared = range(plan.num_shared_packs)
+        sizes = (plan.pack_end - plan.pack_start) * np.diff(plan.query_indptr)
+        drawn = sorted(shared, key=lambda pack: -sizes[pack])[:_MAX_DRAWN]
+        self._num_left_out += len(shared) - len(drawn)
+        for pack in sorted(drawn):
+            start, stop = int(plan.pack_start[pack]), int(plan.pack_end[pack])
+            rows = np.sort(self._places[plan.pack_queries(pack)])
+            for run in np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1):
+                begin, end = int(run[0]), int(run[-1]) + 1
+                box = self._box(start, stop, begin, end, fill=pack_colour(pack), stroke="white")
+                _title(box, f"pack {pack}: {plural(stop - start, 'token')}, {len(rows)} readers")
+                for split in range(1, int(plan.num_splits[pack])):
+                    cut = start + split_bounds(stop - start, int(plan.num_splits[pack]), split)[0]
+                    line = self._box(cut, cut, begin, end, fill=_INK)
+                    line.set("fill-opacity", "0.35")
+
+    def nodes(self) -> None:
+        """Outlines and names of nodes; broken where others read their tokens."""
+        names = _titles(self._explanation)
+        drawn = sorted(self._nodes, key=lambda node: -node.tokens * node.num_readers)[:_MAX_DRAWN]
+        self._num_left_out += len(self._nodes) - len(drawn)
+        for node in drawn:
+            place = (node.start, node.stop, node.begin, node.end)
+            box = self._box(*place, fill="white", stroke=_INK)
+            box.set("fill-opacity", "0")
+            if not node.packs:
+                box.set("stroke-dasharray", "4 3")
+            _title(box, names[id(node)])
+            self._label(node)
+
+    def _label(self, node: Part) -> None:
+        width = self._x(node.stop) - self._x(node.start)
+        height = node.num_readers * self._row
+        long = f"{plural(node.tokens, 'token')}, {plural(node.num_readers, 'reader')}"
+        for text in (long, f"{amount(node.tokens)} x {node.num_readers}"):
+            if len(text) * _LETTER + 6 < width and height >= 13:
+                middle = self._y + node.begin * self._row + height / 2 + 4
+                x = (self._x(node.start) + self._x(node.stop)) / 2
+                label = self._text(x, middle, text, **{"text-anchor": "middle"})
+                label.set("pointer-events", "none")
+                return
+
+    def axis(self) -> None:
+        """Batch rows on the left, positions below."""
+        batch, order = self._forest.batch_size, self._forest.order
+        if self._row >= 10:
+            for place, request in enumerate(order.tolist()):
+                y = self._y + (place + 0.5) * self._row + 4
+                self._text(_MARGIN - 6, y, f"req {request}", **{"text-anchor": "end"})
+        else:
+            self._text(8, self._y + 12, f"{batch:,}")
+            self._text(8, self._y + 25, "requests")
+        self._y += batch * self._row + 14
+        last = -1e9
+        for position, x in zip(self._breaks, self._at, strict=True):
+            if x - last > 52:
+                anchor = "end" if x > _WIDTH - 40 else "middle"
+                self._text(x, self._y, amount(position), **{"text-anchor": anchor})
+                last = x
+        self._y += _LINE_HEIGHT
+        text = "KV position; a row is a request, a colour is a pack that is read once for its rows, "
+        text += "grey is read by one request alone"
+        self._text(_MARGIN, self._y, text)
+        if self._is_stretched:
+            self._y += _LINE_HEIGHT
+            self._text(_MARGIN, self._y, "not to scale: short stretches are widened to be seen")
+        if self._num_left_out:
+            self._y += _LINE_HEIGHT
+            self._text(_MARGIN, self._y, f"not drawn: {self._num_left_out:,} small parts")
+
+    def key(self) -> None:
+        """Every group of parts in words."""
+        self._y += 10
+        for depth, group in walk(group_parts(self._explanation)):
+            what, how, why = group_lines(group)
+            indent = 8 + 18 * min(depth, 12)
+            for text, weight in ((f"{what}: {how}", "600"), (why, "400")):
+                self._y += _LINE_HEIGHT
+                self._text(indent + 18, self._y, text, **{"font-weight": weight})
+            hidden = hidden_line(group)
+            if hidden:
+                self._y += _LINE_HEIGHT
+                self._text(indent + 36, self._y, hidden)
+            swatch = {"x": f"{indent}", "y": f"{self._y - 25:.0f}", "width": "11", "height": "11"}
+            ET.SubElement(self._svg, "rect", fill=group_colour(group), stroke=_LINE, **swatch)
+        for note in self._explanation.notes:
+            self._y += _LINE_HEIGHT
+            self._text(8, self._y, note)
+
+    def finished(self) -> ET.Element:
+        """The drawing in its size."""
+        self._svg.set("viewBox", f"0 0 {_WIDTH} {self._y + 14:.0f}")
+        self._svg.set("width", str(_WIDTH))
+        return self._svg
+
+
+def group_colour(group: Group) -> str:
+    """The colour of a group's first pack; white where others read its tokens."""
+    if not group.first.is_node:
+        return _PALE
+    return pack_colour(group.first.packs[0]) if group.first.packs else "#ffffff"
+
+
+def _titles(explanation: Explanation) -> dict[int, str]:
+    """What is said of each part under the mouse, by the part's identity."""
+    return {id(part): "\n".join(group_lines(Group([part]))) for part in explanation.parts}
+
+
+def _title(element: ET.Element, text: str) -> None:
+    ET.SubElement(element, "title").text = text

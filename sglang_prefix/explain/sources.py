@@ -1,0 +1,202 @@
+"""Where a record comes from: a tree in PAT's notation, prompts, a running server, a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import urlopen
+
+import numpy as np
+
+from sglang_prefix.explain.record import Answer, PlanRecord, ShapePlan, find_plan
+from sglang_prefix.explain.tiles import tile_shape
+from sglang_prefix.forest import PrefixForest, RadixPath
+from sglang_prefix.packing import AttentionShape
+
+__all__ = ["DEVICES", "Setting", "plan_of_prompts", "plan_of_server", "plan_of_tree"]
+
+DEVICES = ("cpu", "h200", "cuda")
+# Larger forests are planned, but a list of what was decided would be of no use.
+_MAX_REQUESTS = 16_384
+_SERVER_TIMEOUT_S = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What a plan is made for, where no server says so.
+
+    Attributes:
+        shape: heads and item sizes.
+        device: "cpu"; "h200", by its data sheet; "cuda", the GPU of this machine.
+        is_assumed: whether the user left the device open.
+        policy: name of the packing policy.
+        page_size: tokens per KV page.
+        stock_backend: what the gate compares with on a GPU.
+    """
+
+    shape: AttentionShape
+    device: str
+    is_assumed: bool
+    policy: str
+    page_size: int
+    stock_backend: str
+
+
+def plan_of_tree(text: str, setting: Setting) -> PlanRecord:
+    """Plan a tree ``n1,n2,.._l1,l2,..``: level k has ``n_k`` nodes of ``l_k`` tokens.
+
+    Raises:
+        ValueError: the tree is malformed, or has too many requests.
+    """
+    from sglang_prefix.bench.trees import pat_tree
+
+    tree = pat_tree(text)
+    _check_batch(len(tree.leaf), f"tree {text!r}")
+    paths = []
+    for request in range(len(tree.leaf)):
+        nodes = tree.path(request)
+        ends = np.cumsum(tree.length[nodes]).tolist()
+        paths.append(RadixPath(tuple(nodes), tuple(ends)))
+    lens = [path.ends[-1] for path in paths]
+    forest = PrefixForest.from_paths(paths, lens, lens, page_size=setting.page_size)
+    return _plan(forest, f"tree {text}", setting)
+
+
+def plan_of_prompts(path: Path, tokenizer: str, setting: Setting) -> PlanRecord:
+    """Plan the first decode step of prompts, one per line or a JSON list of texts.
+
+    Every request then holds its prompt and one token more, which nobody shares.
+
+    Raises:
+        ValueError: the file holds no prompts, or the tokenizer cannot be loaded.
+        OSError: the file cannot be read.
+    """
+    prompts = read_prompts(path)
+    _check_batch(len(prompts), str(path))
+    from transformers import AutoTokenizer
+
+    try:
+        encode = AutoTokenizer.from_pretrained(tokenizer).encode
+    except (OSError, ValueError) as error:
+        message = str(error).splitlines()[0]
+        raise ValueError(f"cannot load a tokenizer from {tokenizer}: {message}") from None
+    ids = [encode(prompt) for prompt in prompts]
+    lens = np.array([len(row) for row in ids], dtype=np.int64)
+    if not lens.all():
+        raise ValueError(f"{path}: prompt {int(lens.argmin()) + 1} has no tokens")
+    # Equal tokens from the start on stand in the same slots, so they serve as rows here.
+    rows = np.full((len(ids), int(lens.max())), -1, dtype=np.int64)
+    for row, found in zip(rows, ids, strict=True):
+        row[: len(found)] = found
+    forest = PrefixForest.from_rows(rows, lens + 1, limits=lens, page_size=setting.page_size)
+    return _plan(forest, f"first decode step of {len(ids)} prompts in {path}", setting)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Texts of a JSON list, or the lines that are not empty.
+
+    Raises:
+        ValueError: there are none, or the list holds something else.
+        OSError: the file cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text") from None
+    prompts: Any = [line for line in text.splitlines() if line.strip()]
+    if text.lstrip().startswith("["):
+        try:
+            prompts = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {error.lineno}: {error.msg}") from None
+    if not prompts or not all(isinstance(prompt, str) and prompt for prompt in prompts):
+        raise ValueError(f"{path} has no prompts; legal: one per line, or a JSON list of texts")
+    return list(prompts)
+
+
+def plan_of_server(base_url: str) -> PlanRecord:
+    """The last plan of a running server.
+
+    Raises:
+        ValueError: nobody answers there, or the server shows no plan; the message says how.
+    """
+    url = base_url.rstrip("/") + "/server_info"
+    try:
+        with urlopen(url, timeout=_SERVER_TIMEOUT_S) as answer:
+            data = json.load(answer)
+    except HTTPError as error:
+        raise ValueError(f"{url} answers {error.code} {error.reason}") from None
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        raise ValueError(f"no server answers at {url}: {reason}") from None
+    except ValueError as error:
+        raise ValueError(f"{url}: not an answer of SGLang's ({error})") from None
+    try:
+        return PlanRecord.from_dict(find_plan(data))
+    except ValueError as error:
+        raise ValueError(f"{url}: {error}") from None
+
+
+def _check_batch(count: int, what: str) -> None:
+    if count > _MAX_REQUESTS:
+        raise ValueError(f"{what} has {count:,} requests; legal: up to {_MAX_REQUESTS:,}")
+
+
+def _plan(forest: PrefixForest, source: str, setting: Setting) -> PlanRecord:
+    from prefix_kernels.tiles import row_classes
+    from sglang_prefix.planner import PackPlanner, profile_for
+
+    gpu = _gpu_name() if setting.device == "cuda" else None
+    on_gpu = setting.device != "cpu"
+    widest = row_classes(tile_shape(setting.shape, gpu))[-1] if on_gpu else None
+    profile = profile_for("triton" if on_gpu else "cpu", widest)
+    planner = PackPlanner(setting.shape, profile, policy=setting.policy)
+    plan = ShapePlan(1, setting.policy, None, planner.plan(forest))
+    return PlanRecord(
+        source=source,
+        page_size=setting.page_size,
+        forest=forest,
+        plans=(plan,),
+        answer=_ask_gate(forest, plan, setting) if on_gpu else Answer("auto", None),
+        # As in a decode graph of this batch size.
+        graph_rows=forest.batch_size if on_gpu else None,
+        gpu=gpu,
+        notes=tuple(_assumptions(setting, gpu)),
+    )
+
+
+def _ask_gate(forest: PrefixForest, plan: ShapePlan, setting: Setting) -> Answer:
+    """The answer for a batch that comes after one that was not packed."""
+    import torch
+
+    from sglang_prefix.gate import H200, Gate, limits_of
+
+    if forest.num_nodes == 0:
+        return Answer("auto", "gate-nothing-shared")
+    limits = H200 if setting.device == "h200" else limits_of(torch.device("cuda"))
+    decision = Gate(limits, setting.stock_backend).choose([(plan.plan, 1)], forest)
+    return Answer("auto", *decision[1:], setting.stock_backend)
+
+
+def _assumptions(setting: Setting, gpu: str | None) -> Sequence[str]:
+    where = {
+        "cpu": "the torch executor on a CPU",
+        "h200": "the Triton kernels on an H200, by its data sheet, not by measurement",
+        "cuda": f"the Triton kernels on this machine's GPU ({gpu})",
+    }[setting.device]
+    if not setting.is_assumed:
+        return [f"planned for {where}"]
+    others = ", ".join(f"--device {name}" for name in DEVICES if name != setting.device)
+    return [f"planned for {where}, as this machine has it; others: {others}"]
+
+
+def _gpu_name() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError("--device cuda: there is no GPU here; legal here: cpu, h200")
+    return str(torch.cuda.get_device_name())
