@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 install: $(STAMP)  ## Make .venv with SGLang, this package (editable) and all tools
 
 demo: install  ## Compare stock decode with prefix decode in the real engine
-	$(BIN)/sglang-prefix demo
+	$(BIN)/sglang-prefix demo --picture build/demo.html
 
 test: install  ## Run all tests; they see the sgl_kernel stand-in where there is no GPU
 	$(BIN)/sglang-prefix exec -- $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)

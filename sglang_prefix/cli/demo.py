@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,6 +29,7 @@ _READ_SLACK = 1.5
 _MIN_PACKED_SHARE = 0.9
 _MIN_CHANGED_SHARE = 0.5
 _BACKENDS = ("stock", "prefix")
+_PICTURES = (".html", ".svg")
 
 
 def demo(
@@ -47,10 +49,22 @@ def demo(
             "a GPU."
         ),
     ] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Draw the last batch: FILE.html, a page, or FILE.svg, a picture."
+        ),
+    ] = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Compare stock decode with prefix decode in the real engine: tokens, KV read, time."""
+    """Compare stock decode with prefix decode in the real engine: tokens, KV read, time.
+
+    Ends with a tree of the last batch: what it shares, and how it was packed.
+    """
     import torch
+
+    if picture is not None and picture.suffix not in _PICTURES:
+        fail(f"--picture is {picture}; legal: a name that ends in {' or '.join(_PICTURES)}", 2)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = dtype or ("float32" if device == "cpu" else "auto")
@@ -69,6 +83,7 @@ def demo(
             results[backend] = _run_engine(root / backend, backend, engine, workload, rounds, out)
     report = _report(results, workload, device, dtype, model_path)
     _print_table(report, out)
+    _show_last_plan(report, picture, out)
     write_json(report, json_file)
     if report["problems"]:
         fail("; ".join(report["problems"]))
@@ -145,6 +160,7 @@ def _run_engine(
     command += ["-m", "sglang_prefix.cli.demo_worker", str(directory)]
     # Whatever the user's shell sets, the demo shows the backend as it comes.
     env = {k: v for k, v in os.environ.items() if not k.startswith("SGLANG_PREFIX_")}
+    env["SGLANG_PREFIX_KEEP_PLAN"] = "1"
     with (directory / "log").open("wb") as log, out.status(f"{backend}: starting") as status:
         # The worker kills its engine when our end of its standard input closes, however we end.
         process = subprocess.Popen(
@@ -228,6 +244,7 @@ def _report(
         "stock_decode_seconds": stock["decode_seconds"],
         "prefix_decode_seconds": prefix["decode_seconds"],
         "decode_speedup": median(stock["decode_seconds"]) / median(prefix["decode_seconds"]),
+        "last_plan": counters["last_plan"],
         "problems": problems,
     }
 
@@ -251,3 +268,25 @@ def _print_table(report: dict[str, Any], out: Console) -> None:
     table.add_row(f"decode time, {new} tokens each", *(f"{s:.2f} s" for s in seconds))
     table.add_row("speed-up of decode", "", f"{report['decode_speedup']:.2f} x")
     out.print(table)
+
+
+def _show_last_plan(report: dict[str, Any], picture: Path | None, out: Console) -> None:
+    """Print the last batch that was planned as a tree, and draw it where asked to."""
+    from sglang_prefix.cli.explain import write_picture
+    from sglang_prefix.explain.parts import explain
+    from sglang_prefix.explain.record import PlanRecord
+    from sglang_prefix.explain.text import print_explanation
+
+    try:
+        record = PlanRecord.from_dict(report["last_plan"])
+    except ValueError as error:
+        report["problems"].append(f"the last plan cannot be shown: {error}")
+        return
+    explanation = explain(replace(record, source="last batch of the prefix engine"))
+    print_explanation(explanation, out)
+    if picture is not None:
+        write_picture(explanation, picture, picture.suffix[1:])
+        text = f"picture: {picture} (open it in a browser)"
+    else:
+        text = "--picture FILE.html draws it"
+    out.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -88,7 +88,7 @@ def explain(
     named = [name for name, value in sources.items() if value is not None]
     if len(named) != 1:
         given = " and ".join(f"--{name}" for name in named) or "nothing"
-        fail(f"{given} is given; legal: one of {_SOURCES}", 2)
+        fail(f"given: {given}; legal: one of {_SOURCES}", 2)
     if prompts is not None and tokenizer is None:
         fail("--prompts needs --tokenizer PATH", 2)
     if tokenizer is not None and prompts is None:

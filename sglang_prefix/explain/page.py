@@ -56,7 +56,7 @@ def _add_groups(body: ET.Element, explanation: Explanation) -> None:
     table = _table(body, "what", "how it is read", "why", "reads", "saves")
     root = group_parts(explanation)
     for depth, group in walk(root):
-        what, how, why = group_lines(group)
+        what, how, _, why = group_lines(group)
         row = ET.SubElement(table, "tr")
         cell = ET.SubElement(row, "td", style=f"padding-left: {10 + 18 * min(depth, 12)}px")
         colour = f"background: {group_colour(group)}"

@@ -289,6 +289,12 @@ def _notes(record: PlanRecord, shape_plan: ShapePlan) -> tuple[str, ...]:
             f"splits: pieces of up to {amount(share)} tokens, so that {device.num_workers} programs "
             "have equal work"
         )
+    most = plan.costs.row_blocks(int(queries.max()))
+    if most > 1:
+        notes.append(
+            f"a pack is read once per {device.max_block_rows} rows of query heads, which is what the "
+            f"widest tile holds: up to {most} times"
+        )
     if shape_plan.policy == "pat" and record.forest.num_nodes:
         notes.append(
             "bytes moved, in reasons: by a node and all nodes below it, with partial results, and "

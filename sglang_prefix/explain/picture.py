@@ -247,9 +247,9 @@ class _Canvas:
         """Every group of parts in words."""
         self._y += 10
         for depth, group in walk(group_parts(self._explanation)):
-            what, how, why = group_lines(group)
+            what, how, much, why = group_lines(group)
             indent = 8 + 18 * min(depth, 12)
-            for text, weight in ((f"{what}: {how}", "600"), (why, "400")):
+            for text, weight in ((f"{what}; {how}; {much}", "600"), (why, "400")):
                 self._y += _LINE_HEIGHT
                 self._text(indent + 18, self._y, text, **{"font-weight": weight})
             hidden = hidden_line(group)

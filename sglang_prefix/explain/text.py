@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["group_lines", "print_explanation", "text_tree"]
 
 
-def group_lines(group: Group) -> tuple[str, str, str]:
-    """What a group is, how it is read, and why."""
+def group_lines(group: Group) -> tuple[str, str, str, str]:
+    """What a group is, how it is read, how much that is, and why."""
     first, count = group.first, len(group.members)
     what = f"{group.name}: "
     tokens = plural(first.tokens, "token") if len(set(group.token_range)) == 1 else ""
@@ -49,10 +49,10 @@ def group_lines(group: Group) -> tuple[str, str, str]:
             how += ", tile {} x {}".format(*first.tile)
         splits = [part.num_splits for part in group.members]
         how += f", {span(min(splits), max(splits))} split" + ("" if max(splits) == 1 else "s")
-    how += f"; reads {size(group.bytes_read)}"
+    much = f"reads {size(group.bytes_read)}"
     if group.bytes_saved:
-        how += f", saves {size(group.bytes_saved)}"
-    return what, how, first.why
+        much += f", saves {size(group.bytes_saved)}"
+    return what, how, much, first.why
 
 
 def hidden_line(group: Group) -> str | None:
@@ -75,9 +75,9 @@ def text_tree(explanation: Explanation) -> Tree:
     while waiting:
         group, branch = waiting.pop()
         for child in group.children:
-            what, how, why = group_lines(child)
+            what, how, much, why = group_lines(child)
             label = Text(what, "bold" if child.first.is_node else "")
-            label.append(f"\n{how}", "green" if child.first.packs and child.first.is_node else "")
+            label.append(f"\n{how}; {much}", "green" if child.first.packs and child.first.is_node else "")
             label.append(f"\n{why}", "dim")
             waiting.append((child, branch.add(label)))
         hidden = hidden_line(group)

@@ -1,0 +1,417 @@
+"""What is said of a plan: against small trees by hand, against the plan itself, and as a picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import numpy as np
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from sglang_prefix.cli.main import app
+from sglang_prefix.config import PrefixConfig
+from sglang_prefix.explain import last_plan
+from sglang_prefix.explain.groups import MAX_GROUPS, Group, group_parts
+from sglang_prefix.explain.last_plan import LastPlan
+from sglang_prefix.explain.page import html_page
+from sglang_prefix.explain.parts import Explanation, explain
+from sglang_prefix.explain.picture import draw, svg_picture, walk
+from sglang_prefix.explain.reasons import pat_choices
+from sglang_prefix.explain.record import Answer, PlanRecord, ShapePlan, find_plan, read_record
+from sglang_prefix.explain.sources import Setting, plan_of_prompts, plan_of_tree
+from sglang_prefix.explain.text import group_lines
+from sglang_prefix.forest import PrefixForest
+from sglang_prefix.packing import CPU_PROFILE, GPU_PROFILE, POLICIES, AttentionShape
+from sglang_prefix.planner import PackPlanner
+from sglang_prefix.tiny_model import TinyModelConfig, build_tiny_model
+from tests.forests import comb_batch, random_batch
+from tests.scheduling import Scheduler
+
+# 2 x (8 + 8) x 4 bytes of K and V and 4 of a slot index: 132 bytes for a token. A query and its
+# partial: 128 + 288 = 416.
+SMALL = AttentionShape(4, 2, 8, 8, 4, 4)
+TOKEN_BYTES, QUERY_BYTES = 132, 416
+LLAMA = AttentionShape(32, 8, 128, 128, 2, 2)
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def setting(shape: AttentionShape = SMALL, device: str = "cpu", **options: Any) -> Setting:
+    values = {"is_assumed": False, "policy": "pat", "page_size": 1, "stock_backend": "fa3"}
+    return Setting(shape, device, **(values | options))
+
+
+def explained(forest: PrefixForest, policy: str = "pat", **options: Any) -> Explanation:
+    """An explanation of a forest that comes from nowhere in particular."""
+    device = options.pop("device", CPU_PROFILE)
+    plan = PackPlanner(SMALL, device, policy=policy, **options).plan(forest)
+    shape_plan = ShapePlan(1, policy, options.get("max_partials"), plan)
+    record = PlanRecord("test", 1, forest, (shape_plan,), Answer("always", None), graph_rows=None)
+    return explain(record)
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, ["explain", *map(str, arguments)], env={"COLUMNS": "160"})
+
+
+class TestParts:
+    def test_a_tree_on_the_cpu(self) -> None:
+        explanation = explain(plan_of_tree("1,2,4_5000,2000,3", setting()))
+        root, left, right, *tails = explanation.parts
+        assert (root.tokens, root.num_readers, root.parent, len(root.packs)) == (5000, 4, -1, 1)
+        assert (root.tokens_read, root.bytes_saved) == (5000, 3 * 5000 * TOKEN_BYTES)
+        # Two readers of 2,000 tokens are not worth the 480,000 bytes that a pack costs a CPU:
+        # 2 x 264,000 against 480,000 + 264,000 + 2 x 416.
+        for node in (left, right):
+            assert (node.tokens, node.num_readers, node.parent, node.packs) == (2000, 2, 0, ())
+            assert (node.tokens_read, node.bytes_saved) == (4000, 0)
+            assert node.why == (
+                "no pack: 528 kB moved if each of the 2 below reads it, 745 kB with a pack"
+            )
+        (choice, other, _) = pat_choices(explanation.forest, explanation.plan.costs)
+        assert choice.pack_bytes == 480_000 + 5000 * TOKEN_BYTES + 2 * (528_000 + 2 * QUERY_BYTES)
+        assert choice.fold_bytes is None
+        assert (other.fold_bytes, other.pack_bytes) == (528_000, 744_000 + 2 * QUERY_BYTES)
+        assert "too long to be worth reading again" in root.why
+        for tail in tails:
+            assert (tail.tokens, tail.start, tail.pack_start, tail.takes_over) == (
+                *(3, 7000, 5000, 2000),
+            )
+            assert tail.tokens_read == 3
+            assert tail.why == "reads what is above itself: there is no pack"
+        assert explanation.stats.kv_tokens_read == 5000 + 4 * 2000 + 4 * 3
+
+    def test_a_tree_on_a_gpu(self) -> None:
+        """PAT's case: a root that is folded into its children, whose packs have two row blocks."""
+        explanation = explain(plan_of_tree("1,8,512_512,512,256", setting(LLAMA, "h200")))
+        root, *nodes = (part for part in explanation.parts if part.is_node)
+        assert (root.packs, root.tokens_read) == ((), 8 * 2 * 512)
+        assert root.why.startswith("no pack: 82.1 MB moved if each of the 8 below reads it, 84.3")
+        assert [(node.start, node.pack_start, node.tile) for node in nodes] == [
+            (512, 0, (128, 64))
+        ] * 8
+        assert {node.tokens_read for node in nodes} == {2 * 512}
+        answer = explanation.record.answer
+        assert answer.reason is None
+        assert answer.packed_us is not None
+        assert answer.stock_us is not None
+        assert 0 < answer.packed_us < 0.95 * answer.stock_us
+        assert any("up to 2 times" in note for note in explanation.notes)
+        assert any("H200, by its data sheet" in note for note in explanation.notes)
+
+    def test_the_gate_leaves_what_shares_nothing_to_stock(self) -> None:
+        explanation = explain(plan_of_tree("6_700", setting(LLAMA, "h200")))
+        assert explanation.record.answer == Answer("auto", "gate-nothing-shared")
+        assert [part.why for part in explanation.parts] == ["shares nothing"] * 6
+
+    def test_splits_are_those_of_the_plan(self) -> None:
+        explanation = explain(plan_of_tree("1,4_8192,64", setting(LLAMA, "h200")))
+        (root, *tails) = explanation.parts
+        assert root.num_splits == explanation.plan.num_splits[0] > 1
+        assert [tail.num_splits for tail in tails] == explanation.plan.num_splits[1:].tolist()
+
+    @pytest.mark.parametrize("device", [CPU_PROFILE, GPU_PROFILE], ids=lambda d: d.name)
+    @pytest.mark.parametrize("policy", POLICIES)
+    def test_what_parts_read_is_what_the_plan_reads(self, policy: str, device: Any) -> None:
+        for seed in range(8):
+            batch = random_batch(seed, num_requests=3 + 6 * seed, max_tokens=300)
+            explanation = explained(batch.forest(), policy, device=device)
+            stats = explanation.stats
+            parts = explanation.parts
+            assert sum(part.tokens_read for part in parts) == stats.kv_tokens_read
+            saved = sum(part.bytes_saved for part in parts)
+            assert saved == (stats.kv_tokens_logical - stats.kv_tokens_read) * TOKEN_BYTES
+            assert sum(part.tokens for part in parts) == stats.kv_tokens_unique
+            packs = sorted(pack for part in parts for pack in part.packs)
+            assert packs == list(range(stats.num_packs))
+
+    @pytest.mark.parametrize("device", [CPU_PROFILE, GPU_PROFILE], ids=lambda d: d.name)
+    def test_reasons_are_those_that_decided(self, device: Any) -> None:
+        """A node has a pack exactly if the cheaper side says so, and it begins where it says."""
+        took_over = kept = 0
+        for seed in range(12):
+            batch = random_batch(seed, num_requests=40, max_tokens=300)
+            explanation = explained(batch.forest(), device=device)
+            choices = pat_choices(explanation.forest, explanation.plan.costs)
+            for part, choice in zip(explanation.parts, choices, strict=False):
+                assert bool(part.packs) == choice.keeps
+                assert choice.keeps == (
+                    choice.fold_bytes is None or choice.pack_bytes < choice.fold_bytes
+                )
+                assert not choice.keeps or part.pack_start == choice.start
+                if choice.own_bytes is not None and choice.join_bytes is not None:
+                    assert choice.takes_over == (choice.own_bytes < choice.join_bytes)
+                took_over += choice.takes_over
+                kept += choice.keeps
+        assert kept > 0
+        assert device is CPU_PROFILE or took_over > 0
+
+    def test_a_plan_without_room_says_so(self) -> None:
+        forest = plan_of_tree("1,8_900,40", setting()).forest
+        explanation = explained(forest, device=GPU_PROFILE, max_partials=8)
+        assert {part.why for part in explanation.parts} == {
+            "nothing is shared, so that the plan fits into the workspace"
+        }
+
+
+class TestGroups:
+    def test_equal_siblings_are_one(self) -> None:
+        root = group_parts(explain(plan_of_tree("2,8,1024_600,300,20", setting(LLAMA, "h200"))))
+        (trunks,) = root.children
+        (branches,) = trunks.children
+        (tails,) = branches.children
+        lines = [group_lines(group)[0] for group in (trunks, branches, tails)]
+        assert lines == [
+            "nodes 0, 5: 600 tokens each, 512 readers each",
+            "nodes 1, 2, 3 and 5 more: 300 tokens each, 128 readers each",
+            "requests 0-1023: 20 tokens each",
+        ]
+
+    def test_tails_of_all_lengths_are_one(self) -> None:
+        forest = PrefixForest.from_neighbours(
+            np.arange(4), np.full(3, 4000), np.array([4001, 4100, 4030, 4007])
+        )
+        (node,) = group_parts(explained(forest)).children
+        (tails,) = node.children
+        assert group_lines(tails)[0] == "requests 0-3: 1 to 100 tokens each"
+
+    @pytest.mark.parametrize(
+        "batch",
+        [random_batch(5, num_requests=400, max_tokens=900), comb_batch(500)],
+        ids=["uneven", "chain"],
+    )
+    def test_no_forest_floods_the_terminal(self, batch: Any) -> None:
+        explanation = explained(batch.forest(), "node")
+        root = group_parts(explanation)
+        groups = [root, *(group for _, group in walk(root))]
+        assert len(groups) <= 1 + MAX_GROUPS
+        shown = sum(len(group.members) for group in groups)
+        hidden = sum(group.num_hidden_nodes + group.num_hidden_tails for group in groups)
+        assert hidden > 0
+        assert shown + hidden == len(explanation.parts)
+
+
+class TestPicture:
+    @pytest.mark.parametrize("tree", ["1,8,1024_512,512,256", "1,2,4_5000,2000,3", "3_50"])
+    def test_the_svg_names_every_group(self, tree: str) -> None:
+        explanation = explain(plan_of_tree(tree, setting(LLAMA, "h200")))
+        text = svg_picture(explanation)
+        drawing = ET.fromstring(text)
+        assert drawing.tag == f"{SVG}svg"
+        said = [element.text or "" for element in drawing.iter(f"{SVG}text")]
+        groups = [group for _, group in walk(group_parts(explanation))]
+        assert groups
+        for group in groups:
+            assert any(line.startswith(group_lines(group)[0]) for line in said), group.name
+        assert len(text) < 100_000
+
+    def test_every_node_and_pack_is_drawn_in_its_place(self) -> None:
+        explanation = explain(plan_of_tree("1,2,8_8000,4000,1000", setting(LLAMA)))
+        boxes: dict[str, list[float]] = {}
+        for box in draw(explanation, with_key=False).iter("rect"):
+            title = box.find("title")
+            if title is not None and title.text:
+                place = [float(box.get(name, "")) for name in ("x", "y", "width", "height")]
+                boxes[title.text.split("\n")[0]] = place
+        root, left, right = (boxes[f"node {n}: {t} tokens, {r} readers"] for n, t, r in (
+            (0, "8,000", 8), (1, "4,000", 4), (2, "4,000", 4)
+        ))  # fmt: skip
+        assert root[2] == pytest.approx(2 * left[2], rel=1e-3)
+        assert root[3] == pytest.approx(left[3] + right[3])
+        assert left[0] == right[0] == pytest.approx(root[0] + root[2], abs=0.02)
+        assert right[1] == pytest.approx(left[1] + left[3])
+        assert boxes["pack 0: 8,000 tokens, 8 readers"] == root
+        assert boxes["pack 1: 4,000 tokens, 4 readers"] == left
+        assert boxes["request 7: 1,000 tokens"][2] == pytest.approx(left[2] / 4, rel=1e-2)
+
+    def test_the_page_needs_nothing_else(self) -> None:
+        page = html_page(explain(plan_of_tree("1,4,64_512,256,32", setting(LLAMA))))
+        assert page.count("<svg") == 1
+        for foreign in ("src=", "href=", "url(", "@import", "<script"):
+            assert foreign not in page
+        assert "nodes 1-4: 256 tokens each, 16 readers each" in page
+
+
+class TestRecord:
+    @pytest.mark.parametrize("device", ["cpu", "h200"])
+    def test_json_can_be_read_again(self, tmp_path: Path, device: str) -> None:
+        first, second = tmp_path / "first.json", tmp_path / "second.json"
+        made = run("--tree", "1,8,64_512,512,256", "--device", device, "--json", first)
+        assert made.exit_code == 0, made.output
+        again = run("--plan", first, "--json", second)
+        assert again.exit_code == 0, again.output
+        assert json.loads(first.read_text()) == json.loads(second.read_text())
+        assert again.stdout == made.stdout
+        assert "nodes 1-8: 512 tokens each, 8 readers each" in made.stdout
+
+    def test_a_saved_answer_of_a_server_will_do(self, tmp_path: Path) -> None:
+        record = plan_of_tree("1,8_512,256", setting())
+        answer = {"internal_states": [{}, {"sglang_prefix": [{"last_plan": record.as_dict()}]}]}
+        file = tmp_path / "server_info.json"
+        file.write_text(json.dumps(answer))
+        assert read_record(file).plans[0].plan.same_as(record.plans[0].plan)
+
+    @pytest.mark.parametrize(
+        ("state", "message"),
+        [
+            ({}, "does not run the attention backend prefix"),
+            ({"sglang_prefix": [{"plans": 3}]}, "SGLANG_PREFIX_KEEP_PLAN=1"),
+            ({"sglang_prefix": [{"last_plan": None}]}, "has not planned a decode batch yet"),
+            ({"sglang_prefix": [{"last_plan": {"left_out": "too large"}}]}, "too large"),
+        ],
+    )
+    def test_a_server_without_a_plan(self, state: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            find_plan({"internal_states": [state]})
+
+    @pytest.mark.parametrize(
+        ("path", "value", "message"),
+        [
+            (("schema",), 7, "schema 7; legal: 1"),
+            (("forest",), None, "damaged"),
+            (("forest", "order"), [0, 0, 1, 2], "its forest does not fit together"),
+            (("forest", "seq_lens"), [9, 9, 9], "its forest does not fit together"),
+            (("forest", "seq_lens"), [9, 9, "x", 9], "a list of whole numbers"),
+            (("plans",), [], "it has no plans"),
+            (("plans", 0, "policy"), "PAT", "policy 'PAT'; legal: pat"),
+            (("plans", 0, "tail_start"), [5000, 5000, 5000, 4999], "do not cover"),
+            (("plans", 0, "num_splits"), [1, 1, 1, 1, 0], "do not cover"),
+            (("plans", 0, "shape"), {}, "damaged"),
+            (("page_size",), "one", "invalid literal"),
+        ],
+    )
+    def test_a_damaged_file_is_one_clear_line(
+        self, tmp_path: Path, path: tuple[Any, ...], value: object, message: str
+    ) -> None:
+        data: Any = plan_of_tree("1,2,4_5000,2000,3", setting()).as_dict()
+        file, inner = tmp_path / "plan.json", data
+        for key in path[:-1]:
+            inner = inner[key]
+        inner[path[-1]] = value
+        file.write_text(json.dumps(data))
+        failed = run("--plan", file)
+        assert failed.exit_code == 2
+        (line,) = failed.stderr.splitlines()
+        assert str(file) in line
+        assert message in line
+
+    def test_sharing_that_the_forest_does_not_have_is_refused(self) -> None:
+        data = plan_of_tree("2,4_5000,3", setting(LLAMA)).as_dict()
+        data["plans"][0]["queries"] = [0, 2, 1, 3]
+        with pytest.raises(ValueError, match="claims sharing that the forest does not have"):
+            explain(PlanRecord.from_dict(data))
+
+
+class TestLastPlan:
+    def test_a_scheduler_shows_what_it_runs(self) -> None:
+        scheduler = Scheduler()
+        scheduler.counters = scheduler.planner._counters
+        scheduler.counters.last_plan = LastPlan(PrefixConfig(keep_plan=True))
+        assert scheduler.counters.as_dict()["last_plan"] is None
+        system = list(range(50))
+        scheduler.start(*([*system, 60 + i, *range(70, 75 + i)] for i in range(3)))
+        shown = json.loads(json.dumps(scheduler.counters.as_dict()["last_plan"]))
+        record = PlanRecord.from_dict(shown)
+        assert len(record.plans) == len(scheduler.shapes)
+        for found, shape in zip(record.plans, scheduler.shapes, strict=True):
+            assert shape.runner.plan is not None
+            assert found.plan.same_as(shape.runner.plan)
+        (node, *tails) = explain(record).parts
+        assert (node.tokens, node.num_readers) == (50, 3)
+        assert sorted(tail.tokens for tail in tails) == [8, 9, 10]  # two of them generated
+
+    def test_too_large_a_plan_is_left_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(last_plan, "MAX_NUMBERS", 10)
+        record = plan_of_tree("1,4_500,10", setting())
+        keeper = LastPlan(PrefixConfig())
+        keeper.note(record.forest, [], "gate-no-gain", (1.0, 2.0), 1, 4)
+        shown = keeper.as_dict()
+        assert shown is not None
+        assert shown.keys() == {"left_out"}
+
+
+class TestCommand:
+    def test_prompts_and_a_tokenizer(self, tmp_path: Path) -> None:
+        model = tmp_path / "model"
+        build_tiny_model(model, TinyModelConfig(num_layers=1, hidden_size=16, num_heads=2))
+        system = "You are a careful gardener. " * 40
+        texts = [system + question for question in ("Why?", "When is it?", "Why not?")]
+        as_list, as_lines = tmp_path / "prompts.json", tmp_path / "prompts.txt"
+        as_list.write_text(json.dumps(texts))
+        as_lines.write_text("\n".join(texts) + "\n\n")
+        for file in (as_list, as_lines):
+            done = run("--prompts", file, "--tokenizer", model)
+            assert done.exit_code == 0, done.output
+            assert f"first decode step of 3 prompts in {file}" in done.stdout
+        record = plan_of_prompts(as_list, str(model), setting())
+        from transformers import AutoTokenizer
+
+        ids = [AutoTokenizer.from_pretrained(model).encode(text) for text in texts]
+        common = next(i for i, three in enumerate(zip(*ids, strict=False)) if len({*three}) > 1)
+        assert record.forest.node_stop[0] == common
+        assert record.forest.seq_lens.tolist() == [len(row) + 1 for row in ids]
+
+    def test_pictures_are_written(self, tmp_path: Path) -> None:
+        svg, html = tmp_path / "a.svg", tmp_path / "folder" / "a.html"
+        done = run("--tree", "1,8_512,256", "--svg", svg, "--html", html)
+        assert done.exit_code == 0, done.output
+        ET.parse(svg)
+        assert html.read_text().startswith("<!DOCTYPE html>")
+        assert sorted(tmp_path.rglob("*.*")) == [html, svg] or {svg, html} == {
+            *tmp_path.rglob("*.*")
+        }
+        assert f"picture: {svg}" in done.stdout
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ([], "given: nothing; legal: one of --tree, --prompts, --base-url, --plan"),
+            (["--tree", "1_2", "--plan", "x"], "given: --tree and --plan; legal: one of"),
+            (["--tree", "1,8_512"], "2 levels of nodes but 1 of tokens"),
+            (["--tree", "1,8_512,-3"], "tokens of level 2"),
+            (["--tree", "1,20000_5,5"], "20,000 requests; legal: up to 16,384"),
+            (["--tree", "1_2", "--heads", "6,4,8"], "--heads is 6,4,8; legal: QO,KV,DIM"),
+            (["--tree", "1_2", "--heads", "8,2"], "--heads is 8,2; legal"),
+            (["--tree", "1_2", "--dtype", "int4"], "legal: float32, bfloat16, float16"),
+            (["--tree", "1_2", "--policy", "PAT"], "legal: pat, node, chunk, query"),
+            (["--tree", "1_2", "--device", "tpu"], "legal: cpu, h200, cuda"),
+            (["--tree", "1_2", "--tokenizer", "x"], "--tokenizer goes with --prompts"),
+            (["--prompts", "x"], "--prompts needs --tokenizer"),
+            (["--prompts", "/nowhere", "--tokenizer", "x"], "cannot read /nowhere"),
+            (["--plan", "/nowhere"], "cannot read /nowhere"),
+            (["--plan", "x", "--heads", "8,2,64"], "--heads: a plan that was made has its own"),
+            (["--base-url", "http://127.0.0.1:9"], "no server answers at http://127.0.0.1:9"),
+            (["--base-url", "nonsense"], "nonsense/server_info"),
+        ],
+    )
+    def test_mistakes_are_one_clear_line(self, arguments: list[str], message: str) -> None:
+        failed = run(*arguments)
+        assert failed.exit_code in (1, 2)
+        assert message in failed.stderr
+        assert len(failed.stderr.splitlines()) == 1
+        assert not failed.stdout
+
+    @pytest.mark.parametrize("text", ["", "[]", '["a", 3]', '["a", ""]', "[1", "\n \n"])
+    def test_a_file_without_prompts(self, tmp_path: Path, text: str) -> None:
+        file = tmp_path / "prompts"
+        file.write_text(text)
+        failed = run("--prompts", file, "--tokenizer", "x")
+        assert failed.exit_code == 2
+        assert str(file) in failed.stderr
+
+    def test_a_picture_that_cannot_be_written_leaves_nothing(self, tmp_path: Path) -> None:
+        folder = tmp_path / "picture.svg"
+        folder.mkdir()
+        failed = run("--tree", "1,8_512,256", "--svg", folder)
+        assert failed.exit_code == 1
+        assert f"cannot write {folder}" in failed.stderr
+        assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_groups_have_names() -> None:
+    (group,) = group_parts(explain(plan_of_tree("3_50", setting()))).children
+    assert isinstance(group, Group)
+    assert group.name == "requests 0-2"
