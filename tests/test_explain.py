@@ -1,4 +1,4 @@
-"""What is said of a plan: against small trees by hand, against the plan itself, and as a picture."""
+"""What is said of a plan: against small trees by hand, against the plan, and as a picture."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from sglang_prefix.cli.main import app
 from sglang_prefix.config import PrefixConfig
@@ -29,7 +28,6 @@ from sglang_prefix.packing import CPU_PROFILE, GPU_PROFILE, POLICIES, AttentionS
 from sglang_prefix.planner import PackPlanner
 from sglang_prefix.tiny_model import TinyModelConfig, build_tiny_model
 from tests.forests import comb_batch, random_batch
-from tests.scheduling import Scheduler
 
 # 2 x (8 + 8) x 4 bytes of K and V and 4 of a slot index: 132 bytes for a token. A query and its
 # partial: 128 + 288 = 416.
@@ -40,14 +38,19 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def setting(shape: AttentionShape = SMALL, device: str = "cpu", **options: Any) -> Setting:
-    values = {"is_assumed": False, "policy": "pat", "page_size": 1, "stock_backend": "fa3"}
+    values: dict[str, Any] = {
+        "is_assumed": False,
+        "policy": "pat",
+        "page_size": 1,
+        "stock_backend": "fa3",
+    }
     return Setting(shape, device, **(values | options))
 
 
 def explained(forest: PrefixForest, policy: str = "pat", **options: Any) -> Explanation:
     """An explanation of a forest that comes from nowhere in particular."""
-    device = options.pop("device", CPU_PROFILE)
-    plan = PackPlanner(SMALL, device, policy=policy, **options).plan(forest)
+    device, shape = options.pop("device", CPU_PROFILE), options.pop("shape", SMALL)
+    plan = PackPlanner(shape, device, policy=policy, **options).plan(forest)
     shape_plan = ShapePlan(1, policy, options.get("max_partials"), plan)
     record = PlanRecord("test", 1, forest, (shape_plan,), Answer("always", None), graph_rows=None)
     return explain(record)
@@ -77,9 +80,8 @@ class TestParts:
         assert (other.fold_bytes, other.pack_bytes) == (528_000, 744_000 + 2 * QUERY_BYTES)
         assert "too long to be worth reading again" in root.why
         for tail in tails:
-            assert (tail.tokens, tail.start, tail.pack_start, tail.takes_over) == (
-                *(3, 7000, 5000, 2000),
-            )
+            assert (tail.tokens, tail.start) == (3, 7000)
+            assert (tail.pack_start, tail.takes_over) == (5000, 2000)
             assert tail.tokens_read == 3
             assert tail.why == "reads what is above itself: there is no pack"
         assert explanation.stats.kv_tokens_read == 5000 + 4 * 2000 + 4 * 3
@@ -134,7 +136,7 @@ class TestParts:
         took_over = kept = 0
         for seed in range(12):
             batch = random_batch(seed, num_requests=40, max_tokens=300)
-            explanation = explained(batch.forest(), device=device)
+            explanation = explained(batch.forest(), device=device, shape=LLAMA)
             choices = pat_choices(explanation.forest, explanation.plan.costs)
             for part, choice in zip(explanation.parts, choices, strict=False):
                 assert bool(part.packs) == choice.keeps
@@ -147,7 +149,7 @@ class TestParts:
                 took_over += choice.takes_over
                 kept += choice.keeps
         assert kept > 0
-        assert device is CPU_PROFILE or took_over > 0
+        assert took_over > 0
 
     def test_a_plan_without_room_says_so(self) -> None:
         forest = plan_of_tree("1,8_900,40", setting()).forest
@@ -306,23 +308,6 @@ class TestRecord:
 
 
 class TestLastPlan:
-    def test_a_scheduler_shows_what_it_runs(self) -> None:
-        scheduler = Scheduler()
-        scheduler.counters = scheduler.planner._counters
-        scheduler.counters.last_plan = LastPlan(PrefixConfig(keep_plan=True))
-        assert scheduler.counters.as_dict()["last_plan"] is None
-        system = list(range(50))
-        scheduler.start(*([*system, 60 + i, *range(70, 75 + i)] for i in range(3)))
-        shown = json.loads(json.dumps(scheduler.counters.as_dict()["last_plan"]))
-        record = PlanRecord.from_dict(shown)
-        assert len(record.plans) == len(scheduler.shapes)
-        for found, shape in zip(record.plans, scheduler.shapes, strict=True):
-            assert shape.runner.plan is not None
-            assert found.plan.same_as(shape.runner.plan)
-        (node, *tails) = explain(record).parts
-        assert (node.tokens, node.num_readers) == (50, 3)
-        assert sorted(tail.tokens for tail in tails) == [8, 9, 10]  # two of them generated
-
     def test_too_large_a_plan_is_left_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(last_plan, "MAX_NUMBERS", 10)
         record = plan_of_tree("1,4_500,10", setting())
@@ -360,9 +345,7 @@ class TestCommand:
         assert done.exit_code == 0, done.output
         ET.parse(svg)
         assert html.read_text().startswith("<!DOCTYPE html>")
-        assert sorted(tmp_path.rglob("*.*")) == [html, svg] or {svg, html} == {
-            *tmp_path.rglob("*.*")
-        }
+        assert {*tmp_path.rglob("*.*")} == {svg, html}
         assert f"picture: {svg}" in done.stdout
 
     @pytest.mark.parametrize(

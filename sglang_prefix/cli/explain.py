@@ -103,7 +103,9 @@ def explain(
     }
     extra = [f"--{name}" for name, value in options.items() if value is not None]
     if (base_url or plan) and extra:
-        fail(f"{', '.join(extra)}: a plan that was made has its own; legal with --tree, --prompts", 2)
+        fail(
+            f"{', '.join(extra)}: a plan that was made has its own; legal with --tree, --prompts", 2
+        )
     record = _record(
         lambda: _setting(heads, dtype, page_size, policy, device, stock_backend),
         tree,
@@ -166,7 +168,8 @@ def _setting(
             f"--heads is {heads}; legal: QO,KV,DIM or QO,KV,DIM,V, where QO is a multiple of KV"
         )
     itemsize = _ITEMSIZES[dtype]
-    shape = AttentionShape(*numbers[:3], numbers[-1], itemsize, itemsize)
+    num_qo_heads, num_kv_heads, head_dim, *_ = numbers
+    shape = AttentionShape(num_qo_heads, num_kv_heads, head_dim, numbers[-1], itemsize, itemsize)
     if device is None:
         import torch
 
@@ -178,9 +181,7 @@ def _setting(
     )
 
 
-def _show(
-    record: PlanRecord, svg: Path | None, html: Path | None, json_file: str | None
-) -> None:
+def _show(record: PlanRecord, svg: Path | None, html: Path | None, json_file: str | None) -> None:
     from sglang_prefix.explain.parts import explain as explain_record
     from sglang_prefix.explain.text import print_explanation
 

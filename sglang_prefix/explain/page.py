@@ -17,7 +17,8 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #1d2330; background: #fff;
        max-width: 1040px; margin: 2em auto; padding: 0 1em; }
 svg { max-width: 100%; height: auto; }
 table { border-collapse: collapse; margin: 1em 0; width: 100%; }
-th, td { text-align: left; vertical-align: top; padding: 4px 10px; border-bottom: 1px solid #d8dce3; }
+th, td { text-align: left; vertical-align: top; padding: 4px 10px;
+         border-bottom: 1px solid #d8dce3; }
 td.number, th.number { text-align: right; white-space: nowrap; }
 .swatch { display: inline-block; width: 12px; height: 12px; border: 1px solid #a9b0bd;
           margin-right: 6px; }

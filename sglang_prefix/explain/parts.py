@@ -286,14 +286,14 @@ def _notes(record: PlanRecord, shape_plan: ShapePlan) -> tuple[str, ...]:
         notes.append("splits: none, one pass uses all of the device")
     else:
         notes.append(
-            f"splits: pieces of up to {amount(share)} tokens, so that {device.num_workers} programs "
-            "have equal work"
+            f"splits: pieces of up to {amount(share)} tokens, so that {device.num_workers} "
+            "programs have equal work"
         )
     most = plan.costs.row_blocks(int(queries.max()))
     if most > 1:
         notes.append(
-            f"a pack is read once per {device.max_block_rows} rows of query heads, which is what the "
-            f"widest tile holds: up to {most} times"
+            f"a pack is read once per {device.max_block_rows} rows of query heads, which is what "
+            f"the widest tile holds: up to {most} times"
         )
     if shape_plan.policy == "pat" and record.forest.num_nodes:
         notes.append(

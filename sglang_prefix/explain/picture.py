@@ -113,37 +113,34 @@ class _Canvas:
     def _x(self, position: int) -> float:
         return float(np.interp(position, self._breaks, self._at))
 
+    def _add(self, tag: str, **style: str) -> ET.Element:
+        return ET.SubElement(self._svg, tag, {k.replace("_", "-"): v for k, v in style.items()})
+
     def _text(self, x: float, y: float, text: str, **style: str) -> ET.Element:
-        found = ET.SubElement(self._svg, "text", x=f"{x:.1f}", y=f"{y:.1f}", fill=_INK, **style)
+        found = self._add("text", x=f"{x:.1f}", y=f"{y:.1f}", fill=_INK, **style)
         found.text = text
         return found
 
     def _box(self, start: int, stop: int, begin: int, end: int, **style: str) -> ET.Element:
         """Positions ``[start, stop)`` of the rows ``[begin, end)``."""
         x, y = self._x(start), self._y + begin * self._row
-        return ET.SubElement(
-            self._svg,
-            "rect",
-            x=f"{x:.2f}",
-            y=f"{y:.2f}",
-            width=f"{max(self._x(stop) - x, 0.5):.2f}",
-            height=f"{(end - begin) * self._row:.2f}",
-            **style,
-        )
+        width, height = max(self._x(stop) - x, 0.5), (end - begin) * self._row
+        sizes = {"width": f"{width:.2f}", "height": f"{height:.2f}"}
+        return self._add("rect", x=f"{x:.2f}", y=f"{y:.2f}", **sizes, **style)
 
     def header(self) -> None:
         """What batch this is, and three bars: what stock reads, what we read, the least."""
         explanation = self._explanation
-        self._text(8, 20, explanation.record.source, **{"font-size": "15", "font-weight": "600"})
+        self._text(8, 20, explanation.record.source, font_size="15", font_weight="600")
         self._text(8, 38, batch_line(explanation))
         self._text(8, 55, gate_line(explanation))
         token_bytes = self._plan.costs.shape.kv_token_bytes
         self._y = 68
         for name, tokens, share in total_rows(explanation):
-            bar = {"x": "8", "y": f"{self._y:.0f}", "height": "13"}
             width = max(share * 420, 1)
             fill = pack_colour(0) if name == "this plan" else _LINE
-            ET.SubElement(self._svg, "rect", width=f"{width:.1f}", fill=fill, **bar)
+            place = {"x": "8", "y": f"{self._y:.0f}", "width": f"{width:.1f}", "height": "13"}
+            self._add("rect", fill=fill, **place)
             label = f"{amount(tokens)} KV tokens, {size(tokens * token_bytes)}: {name}"
             self._text(width + 14, self._y + 10.5, label)
             self._y += _LINE_HEIGHT
@@ -152,13 +149,11 @@ class _Canvas:
 
     def tails(self) -> None:
         """What requests hold alone, and what they read for themselves: pale."""
-        names = _titles(self._explanation)
         if self._row >= _MIN_TAIL:
             for tail in self._tails:
-                box = self._box(
-                    tail.pack_start, tail.stop, tail.begin, tail.end, fill=_PALE, stroke=_LINE
-                )
-                _title(box, names[id(tail)])
+                place = (tail.pack_start, tail.stop, tail.begin, tail.end)
+                box = self._box(*place, fill=_PALE, stroke=_LINE)
+                _title(box, _said([tail]))
             return
         for _, found in groupby(self._tails, key=lambda tail: tail.parent):
             tails = list(found)
@@ -167,8 +162,8 @@ class _Canvas:
                 path += f"H{self._x(tail.stop):.1f}V{self._y + tail.end * self._row:.2f}"
             for tail in reversed(tails):
                 path += f"H{self._x(tail.pack_start):.1f}V{self._y + tail.begin * self._row:.2f}"
-            shape = ET.SubElement(self._svg, "path", d=path + "Z", fill=_PALE, stroke=_LINE)
-            _title(shape, names[id(tails[0])])
+            shape = self._add("path", d=path + "Z", fill=_PALE, stroke=_LINE)
+            _title(shape, _said(tails))
 
     def packs(self) -> None:
         """Shared packs, a colour for each; broken lines where one is cut into pieces."""
@@ -186,21 +181,18 @@ class _Canvas:
                 _title(box, f"pack {pack}: {plural(stop - start, 'token')}, {len(rows)} readers")
                 for split in range(1, int(plan.num_splits[pack])):
                     cut = start + split_bounds(stop - start, int(plan.num_splits[pack]), split)[0]
-                    line = self._box(cut, cut, begin, end, fill=_INK)
-                    line.set("fill-opacity", "0.35")
+                    self._box(cut, cut, begin, end, fill=_INK, fill_opacity="0.35")
 
     def nodes(self) -> None:
         """Outlines and names of nodes; broken where others read their tokens."""
-        names = _titles(self._explanation)
         drawn = sorted(self._nodes, key=lambda node: -node.tokens * node.num_readers)[:_MAX_DRAWN]
         self._num_left_out += len(self._nodes) - len(drawn)
         for node in drawn:
             place = (node.start, node.stop, node.begin, node.end)
-            box = self._box(*place, fill="white", stroke=_INK)
-            box.set("fill-opacity", "0")
+            box = self._box(*place, fill="white", fill_opacity="0", stroke=_INK)
             if not node.packs:
                 box.set("stroke-dasharray", "4 3")
-            _title(box, names[id(node)])
+            _title(box, _said([node]))
             self._label(node)
 
     def _label(self, node: Part) -> None:
@@ -211,8 +203,7 @@ class _Canvas:
             if len(text) * _LETTER + 6 < width and height >= 13:
                 middle = self._y + node.begin * self._row + height / 2 + 4
                 x = (self._x(node.start) + self._x(node.stop)) / 2
-                label = self._text(x, middle, text, **{"text-anchor": "middle"})
-                label.set("pointer-events", "none")
+                self._text(x, middle, text, text_anchor="middle", pointer_events="none")
                 return
 
     def axis(self) -> None:
@@ -221,7 +212,7 @@ class _Canvas:
         if self._row >= 10:
             for place, request in enumerate(order.tolist()):
                 y = self._y + (place + 0.5) * self._row + 4
-                self._text(_MARGIN - 6, y, f"req {request}", **{"text-anchor": "end"})
+                self._text(_MARGIN - 6, y, f"req {request}", text_anchor="end")
         else:
             self._text(8, self._y + 12, f"{batch:,}")
             self._text(8, self._y + 25, "requests")
@@ -230,10 +221,12 @@ class _Canvas:
         for position, x in zip(self._breaks, self._at, strict=True):
             if x - last > 52:
                 anchor = "end" if x > _WIDTH - 40 else "middle"
-                self._text(x, self._y, amount(position), **{"text-anchor": anchor})
+                self._text(x, self._y, amount(position), text_anchor=anchor)
                 last = x
         self._y += _LINE_HEIGHT
-        text = "KV position; a row is a request, a colour is a pack that is read once for its rows, "
+        text = (
+            "KV position; a row is a request, a colour is a pack that is read once for its rows, "
+        )
         text += "grey is read by one request alone"
         self._text(_MARGIN, self._y, text)
         if self._is_stretched:
@@ -251,13 +244,13 @@ class _Canvas:
             indent = 8 + 18 * min(depth, 12)
             for text, weight in ((f"{what}; {how}; {much}", "600"), (why, "400")):
                 self._y += _LINE_HEIGHT
-                self._text(indent + 18, self._y, text, **{"font-weight": weight})
+                self._text(indent + 18, self._y, text, font_weight=weight)
             hidden = hidden_line(group)
             if hidden:
                 self._y += _LINE_HEIGHT
                 self._text(indent + 36, self._y, hidden)
             swatch = {"x": f"{indent}", "y": f"{self._y - 25:.0f}", "width": "11", "height": "11"}
-            ET.SubElement(self._svg, "rect", fill=group_colour(group), stroke=_LINE, **swatch)
+            self._add("rect", fill=group_colour(group), stroke=_LINE, **swatch)
         for note in self._explanation.notes:
             self._y += _LINE_HEIGHT
             self._text(8, self._y, note)
@@ -276,9 +269,9 @@ def group_colour(group: Group) -> str:
     return pack_colour(group.first.packs[0]) if group.first.packs else "#ffffff"
 
 
-def _titles(explanation: Explanation) -> dict[int, str]:
-    """What is said of each part under the mouse, by the part's identity."""
-    return {id(part): "\n".join(group_lines(Group([part]))) for part in explanation.parts}
+def _said(parts: list[Part]) -> str:
+    """What the mouse shows of parts that are drawn as one."""
+    return "\n".join(group_lines(Group(parts)))
 
 
 def _title(element: ET.Element, text: str) -> None:

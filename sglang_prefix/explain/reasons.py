@@ -77,7 +77,9 @@ def pat_choices(forest: PrefixForest, costs: CostModel) -> list[NodeChoice]:
                 pack_bytes=float(pack_bytes[i]),
                 fold_bytes=float(fold_bytes[i]) if np.isfinite(fold_bytes[i]) else None,
                 takes_over=joins is not None and bool(folds[joins]),
-                own_bytes=None if joins is None else float(min(pack_bytes[joins], fold_bytes[joins])),
+                own_bytes=None
+                if joins is None
+                else float(min(pack_bytes[joins], fold_bytes[joins])),
                 join_bytes=None if joins is None else float(join_bytes[joins]),
                 tails_fold=bool(tails_fold[i]),
                 tail_fold_bytes=length * token,

@@ -77,7 +77,9 @@ def text_tree(explanation: Explanation) -> Tree:
         for child in group.children:
             what, how, much, why = group_lines(child)
             label = Text(what, "bold" if child.first.is_node else "")
-            label.append(f"\n{how}; {much}", "green" if child.first.packs and child.first.is_node else "")
+            label.append(
+                f"\n{how}; {much}", "green" if child.first.packs and child.first.is_node else ""
+            )
             label.append(f"\n{why}", "dim")
             waiting.append((child, branch.add(label)))
         hidden = hidden_line(group)

@@ -33,10 +33,9 @@ def pack_tiles(record: PlanRecord, plan: PackPlan) -> list[tuple[int, int] | Non
     lengths = plan.pack_end - plan.pack_start
     lengths[plan.num_shared_packs :] += plan.growth_room
     length = _ANY_LENGTH if fixed else int(lengths.max())
+    tiles = [choose_tile(number, length, shape) for number in classes]
     if record.launch_mode == "fused" and len(classes) > 1:
-        tiles = choose_fused_tiles(length, shape)
-    else:
-        tiles = tuple(choose_tile(number, length, shape) for number in classes)
+        tiles = [*choose_fused_tiles(length, shape)]
     # A pack takes the smallest class that holds its rows, or the largest.
     index = np.minimum(np.searchsorted(classes, rows), len(classes) - 1)
     return [(tiles[i].block_m, tiles[i].block_n) for i in index.tolist()]

@@ -51,7 +51,9 @@ def why_node(choices: list[NodeChoice], forest: PrefixForest, node: int, num_bel
     pack = size(choice.pack_bytes)
     fold = None if choice.fold_bytes is None else size(choice.fold_bytes)
     if not choice.keeps:
-        text = f"no pack: {fold} moved if each of the {num_below} below reads it, {pack} with a pack"
+        text = (
+            f"no pack: {fold} moved if each of the {num_below} below reads it, {pack} with a pack"
+        )
     elif fold is None:
         text = f"packed: {pack} moved; too long to be worth reading again below"
     else:

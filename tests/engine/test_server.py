@@ -18,7 +18,11 @@ from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from typer.testing import CliRunner
 
+from sglang_prefix.cli.main import app
+from sglang_prefix.explain.parts import explain
+from sglang_prefix.explain.record import read_record
 from tests.engine.driver import free_port, kill_session
 from tests.engine.releases import BACKEND_FLAG, has
 
@@ -94,7 +98,8 @@ def server(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+            env=os.environ
+            | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "SGLANG_PREFIX_KEEP_PLAN": "1"},
             start_new_session=True,
         )
     running = Server(process, port, models["llama"], log)
@@ -164,6 +169,26 @@ def test_chat_completions_share_their_prompt(server: Server) -> None:
     assert len(texts) == 6
     assert len(set(texts)) == 1
     assert_shared(before, server.counters(), 0.4)
+
+
+def test_explain_shows_the_last_plan(server: Server, tmp_path: Path) -> None:
+    sampling = {"n": 5, "temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
+    server.call("/generate", {"text": "Roots drink first. " * 30, "sampling_params": sampling})
+    target, picture = tmp_path / "plan.json", tmp_path / "plan.svg"
+    arguments = ["--base-url", server.url, "--json", str(target), "--svg", str(picture)]
+    shown = CliRunner().invoke(app, ["explain", *arguments])
+    assert shown.exit_code == 0, shown.output
+    explanation = explain(read_record(target))
+    counters = server.counters()
+    assert explanation.stats.num_packs == counters["num_packs"]
+    assert explanation.stats.num_partials == counters["num_partials"]
+    (node, *tails) = explanation.parts
+    assert node.num_readers == len(tails) == 5
+    assert node.tokens > 100
+    assert explanation.record.answer.reason is None
+    assert f"node 0: {node.tokens:,} tokens, 5 readers" in shown.output
+    # Counts, and not a word of the prompt.
+    assert "Roots" not in target.read_text() + json.dumps(counters)
 
 
 def test_bench_serving_with_shared_prefixes(server: Server, tmp_path: Path) -> None:
