@@ -83,7 +83,7 @@ class TestParts:
             assert (tail.tokens, tail.start) == (3, 7000)
             assert (tail.pack_start, tail.takes_over) == (5000, 2000)
             assert tail.tokens_read == 3
-            assert tail.why == "reads what is above itself: there is no pack"
+            assert tail.why == "reads the 2,000 tokens above itself: there is no pack"
         assert explanation.stats.kv_tokens_read == 5000 + 4 * 2000 + 4 * 3
 
     def test_a_tree_on_a_gpu(self) -> None:
@@ -133,7 +133,7 @@ class TestParts:
     @pytest.mark.parametrize("device", [CPU_PROFILE, GPU_PROFILE], ids=lambda d: d.name)
     def test_reasons_are_those_that_decided(self, device: Any) -> None:
         """A node has a pack exactly if the cheaper side says so, and it begins where it says."""
-        took_over = kept = 0
+        kept = 0
         for seed in range(12):
             batch = random_batch(seed, num_requests=40, max_tokens=300)
             explanation = explained(batch.forest(), device=device, shape=LLAMA)
@@ -146,10 +146,19 @@ class TestParts:
                 assert not choice.keeps or part.pack_start == choice.start
                 if choice.own_bytes is not None and choice.join_bytes is not None:
                     assert choice.takes_over == (choice.own_bytes < choice.join_bytes)
-                took_over += choice.takes_over
                 kept += choice.keeps
         assert kept > 0
-        assert took_over > 0
+
+    def test_a_child_may_read_what_others_read_in_a_pack(self) -> None:
+        """40 tokens: read again for 60 requests at once, sooner than 60 partial results more."""
+        common = np.array([1040] * 59 + [40] * 50)
+        forest = PrefixForest.from_neighbours(np.arange(110), common, np.full(110, 1100))
+        root, child, *tails = explained(forest, device=GPU_PROFILE, shape=LLAMA).parts
+        assert (root.num_readers, root.pack_readers) == (110, 50)
+        assert (child.num_readers, child.pack_start, child.takes_over) == (60, 0, 40)
+        assert child.why.startswith("packed: ")
+        assert "; reads 40 tokens above itself: " in child.why
+        assert {tail.takes_over for tail in tails} == {0}
 
     def test_a_plan_without_room_says_so(self) -> None:
         forest = plan_of_tree("1,8_900,40", setting()).forest

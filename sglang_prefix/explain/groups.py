@@ -12,6 +12,7 @@ __all__ = ["MAX_CHILDREN", "MAX_GROUPS", "Group", "group_parts"]
 # A screen or two.
 MAX_CHILDREN = 8
 MAX_GROUPS = 60
+_MAX_NAMED = 4
 
 
 @dataclass(slots=True, eq=False)
@@ -44,8 +45,10 @@ class Group:
             return f"{noun} {numbers[0]}"
         if numbers == list(range(numbers[0], numbers[0] + len(numbers))):
             return f"{noun}s {numbers[0]}-{numbers[-1]}"
-        shown = ", ".join(map(str, numbers[:3]))
-        return f"{noun}s {shown}" + (f" and {len(numbers) - 3} more" if len(numbers) > 3 else "")
+        if len(numbers) <= _MAX_NAMED:
+            return f"{noun}s {', '.join(map(str, numbers))}"
+        shown = ", ".join(map(str, numbers[: _MAX_NAMED - 1]))
+        return f"{noun}s {shown} and {len(numbers) - _MAX_NAMED + 1} more"
 
     @property
     def token_range(self) -> tuple[int, int]:

@@ -252,7 +252,7 @@ def _reasons(
     below += np.bincount(leaf[leaf >= 0], minlength=forest.num_nodes)
     reasons = [why_node(choices, forest, node, int(below[node])) for node in range(len(choices))]
     ends_in = leaf[forest.order].tolist()
-    reasons += [why_tail(choices[node] if node >= 0 else None) for node in ends_in]
+    reasons += [why_tail(choices, forest, node) for node in ends_in]
     return reasons
 
 

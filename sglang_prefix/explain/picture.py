@@ -29,6 +29,8 @@ _LETTER = 6.1  # width of a letter at 11 px, on average
 _LINE_HEIGHT = 17
 # Height of all rows together, and of one.
 _ROWS_HEIGHT, _MAX_ROW = 460, 22.0
+# A stretch between two positions where something begins or ends.
+_MIN_STRETCH = 24.0
 # Thinner tails are drawn as one outline; nodes and packs past this number are not drawn.
 _MIN_TAIL = 3.0
 _MAX_DRAWN = 3000
@@ -103,7 +105,7 @@ class _Canvas:
         breaks = sorted({0, *self._forest.node_start.tolist(), *ends})
         lengths = np.diff(breaks)
         width = _WIDTH - _MARGIN - 8
-        least = min(64.0, width / 2 / len(lengths))
+        least = min(_MIN_STRETCH, width / 2 / len(lengths))
         wide = lengths * (width / lengths.sum())
         is_stretched = bool((wide < least).any())
         if is_stretched:

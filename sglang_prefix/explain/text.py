@@ -44,7 +44,8 @@ def group_lines(group: Group) -> tuple[str, str, str, str]:
     if first.packs:
         taken = [part.takes_over for part in group.members]
         if taken[0]:
-            how += f" from {span(min(taken), max(taken))} tokens above"
+            how += f" from {span(min(taken), max(taken))} token"
+            how += " above" if max(taken) == 1 else "s above"
         if first.tile:
             how += ", tile {} x {}".format(*first.tile)
         splits = [part.num_splits for part in group.members]

@@ -67,16 +67,18 @@ def why_node(choices: list[NodeChoice], forest: PrefixForest, node: int, num_bel
     return text
 
 
-def why_tail(choice: NodeChoice | None) -> str:
-    """Why a request's tail begins where it does under ``pat``; ``choice`` is of its last node."""
-    if choice is None:
+def why_tail(choices: list[NodeChoice], forest: PrefixForest, node: int) -> str:
+    """Why a request's tail begins where it does under ``pat``; ``node`` is its last, -1 for none."""
+    if node < 0:
         return "shares nothing"
+    choice = choices[node]
+    above = f"reads the {plural(int(forest.node_stop[node]) - choice.start, 'token')} above itself"
     own, join = size(choice.tail_fold_bytes), size(choice.tail_join_bytes)
     if not choice.tails_fold:
         return f"joins the pack above: {join} more moved, against {own} to read its tokens alone"
     if choice.keeps:
-        return f"reads what is above itself: {own} moved, against {join} more in the pack above"
-    return "reads what is above itself: there is no pack"
+        return f"{above}: {own} moved, against {join} more in the pack above"
+    return f"{above}: there is no pack"
 
 
 def batch_line(explanation: Explanation) -> str:
