@@ -68,7 +68,7 @@ def why_node(choices: list[NodeChoice], forest: PrefixForest, node: int, num_bel
 
 
 def why_tail(choices: list[NodeChoice], forest: PrefixForest, node: int) -> str:
-    """Why a request's tail begins where it does under ``pat``; ``node`` is its last, -1 for none."""
+    """Why a tail begins where it does under ``pat``; ``node`` is the last above it, or -1."""
     if node < 0:
         return "shares nothing"
     choice = choices[node]
