@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -13,10 +12,6 @@ import torch
 
 from prefix_patches.handover import BATCH_ATTRIBUTE
 from sglang_prefix import batch_planner
-from sglang_prefix.config import PrefixConfig
-from sglang_prefix.explain.last_plan import LastPlan
-from sglang_prefix.explain.parts import explain
-from sglang_prefix.explain.record import PlanRecord
 from tests.scheduling import Request, Scheduler
 
 # From the requests that decode, and one that could, to the next batch.
@@ -386,26 +381,3 @@ def test_a_step_left_to_stock_is_taken_back() -> None:
         scheduler.planner.forget()
     counters = scheduler.counters
     assert 0 < counters.path_seconds < counters.plan_seconds
-
-
-def test_the_newest_plan_is_shown_if_it_is_to_be_kept() -> None:
-    """As a record that says what runs, and that survives being written as JSON."""
-    scheduler = Scheduler()
-    assert "last_plan" not in scheduler.counters.as_dict()
-    scheduler.counters.last_plan = LastPlan(PrefixConfig(keep_plan=True))
-    assert scheduler.counters.as_dict()["last_plan"] is None
-    scheduler.start(A, [*B, 1], [*C, 1, 2])
-    shown = json.loads(json.dumps(scheduler.counters.as_dict()["last_plan"]))
-    record = PlanRecord.from_dict(shown)
-    assert len(record.plans) == len(scheduler.shapes)
-    for found, shape in zip(record.plans, scheduler.shapes, strict=True):
-        assert shape.runner.plan is not None
-        assert found.plan.same_as(shape.runner.plan)
-    (node, *tails) = explain(record).parts
-    assert (node.tokens, node.num_readers) == (len(SYSTEM), 3)
-    own = len(A) - len(SYSTEM) + 2  # of its prompt, and two generated
-    assert [tail.tokens for tail in sorted(tails, key=lambda tail: tail.index)] == [
-        own,
-        own + 1,
-        own + 2,
-    ]

@@ -8,10 +8,7 @@ from xml.etree import ElementTree as ET
 import numpy as np
 import pytest
 
-from sglang_prefix.config import PrefixConfig
-from sglang_prefix.explain import last_plan
 from sglang_prefix.explain.groups import MAX_GROUPS, group_parts
-from sglang_prefix.explain.last_plan import LastPlan
 from sglang_prefix.explain.page import html_page
 from sglang_prefix.explain.parts import Explanation, explain
 from sglang_prefix.explain.picture import draw, svg_picture, walk
@@ -221,14 +218,3 @@ class TestPicture:
         for foreign in ("src=", "href=", "url(", "@import", "<script"):
             assert foreign not in page
         assert "nodes 1-4: 256 tokens each, 16 readers each" in page
-
-
-class TestLastPlan:
-    def test_too_large_a_plan_is_left_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(last_plan, "MAX_NUMBERS", 10)
-        record = plan_of_tree("1,4_500,10", setting())
-        keeper = LastPlan(PrefixConfig())
-        keeper.note(record.forest, [], "gate-no-gain", (1.0, 2.0), 1, 4)
-        shown = keeper.as_dict()
-        assert shown is not None
-        assert shown.keys() == {"left_out"}

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sglang_prefix.explain.reasons import pat_choices
-from sglang_prefix.explain.record import PlanRecord, ShapePlan
+from sglang_prefix.explain.record import PlanRecord, ShapePlan, packs_of
 from sglang_prefix.explain.tiles import pack_tiles
 from sglang_prefix.explain.words import amount, plural, why_node, why_tail
 from sglang_prefix.forest import PrefixForest
 from sglang_prefix.packing import policy_named
-from sglang_prefix.packing.splits import choose_num_splits, split_tokens
+from sglang_prefix.packing.splits import choose_num_splits
 from sglang_prefix.plan import PackPlan, PlanStats
 
 __all__ = ["Explanation", "Part", "explain"]
@@ -258,19 +258,15 @@ def _reasons(
 
 def _is_policys(forest: PrefixForest, shape_plan: ShapePlan) -> bool:
     """Whether the packs are what the policy chooses, without the workspace's bound."""
-    plan = shape_plan.plan
-    packs = policy_named(shape_plan.policy)(forest, plan.costs)
-    shared = plan.num_shared_packs
-    return (
-        np.array_equal(packs.start, plan.pack_start[:shared])
-        and np.array_equal(packs.end, plan.pack_end[:shared])
-        and np.array_equal(packs.queries, plan.queries[: int(plan.query_indptr[shared])])
-        and np.array_equal(packs.tail_start, plan.pack_start[shared:])
+    chosen = policy_named(shape_plan.policy)(forest, shape_plan.plan.costs)
+    return all(
+        np.array_equal(ours, theirs)
+        for ours, theirs in zip(astuple(chosen), astuple(packs_of(shape_plan.plan)), strict=True)
     )
 
 
 def _notes(record: PlanRecord, shape_plan: ShapePlan) -> tuple[str, ...]:
-    plan = shape_plan.plan
+    plan, device = shape_plan.plan, shape_plan.plan.costs.device
     notes = list(record.notes)
     others = len(record.plans) - 1
     if others:
@@ -279,15 +275,18 @@ def _notes(record: PlanRecord, shape_plan: ShapePlan) -> tuple[str, ...]:
             "layers of another shape"
         )
     lengths, queries = plan.pack_end - plan.pack_start, np.diff(plan.query_indptr)
-    share, device = split_tokens(lengths, queries, plan.costs), plan.costs.device
-    if (choose_num_splits(lengths, queries, plan.costs) != plan.num_splits).any():
+    chosen = choose_num_splits(packs_of(plan), plan.seq_lens, plan.costs)
+    if (chosen != plan.num_splits).any():
         notes.append("splits: none, so that the plan fits into the workspace")
-    elif share is None:
+    elif device.num_workers <= 1:
         notes.append("splits: none, one pass uses all of the device")
     else:
+        longest = int((-(-lengths // plan.num_splits)).max())
+        pieces = f"pieces of up to {amount(longest)} tokens, no more than"
+        if (plan.num_splits == 1).all():
+            pieces = "none, no pack is more than"
         notes.append(
-            f"splits: pieces of up to {amount(share)} tokens, so that {device.num_workers} "
-            "programs have equal work"
+            f"splits: {pieces} an equal share of the work of {device.num_workers} programs"
         )
     most = plan.costs.row_blocks(int(queries.max()))
     if most > 1:

@@ -19,7 +19,7 @@ from sglang_prefix.forest import PrefixForest
 from sglang_prefix.packing import POLICIES, AttentionShape, CostModel, DeviceProfile, Packs
 from sglang_prefix.plan import PackPlan
 
-__all__ = ["SCHEMA", "Answer", "PlanRecord", "ShapePlan", "read_record"]
+__all__ = ["SCHEMA", "Answer", "PlanRecord", "ShapePlan", "find_plan", "packs_of", "read_record"]
 
 SCHEMA = 1
 _KIND = "plan"
@@ -186,8 +186,16 @@ def find_plan(data: Any) -> Mapping[str, Any]:
     return dict(found)
 
 
+def packs_of(plan: PackPlan) -> Packs:
+    """The packs that a plan was laid out from."""
+    shared = plan.num_shared_packs
+    indptr = plan.query_indptr[: shared + 1]
+    start, end = plan.pack_start, plan.pack_end[:shared]
+    return Packs(start[:shared], end, indptr, plan.queries[: int(indptr[-1])], start[shared:])
+
+
 def _plan_as_dict(shape: ShapePlan) -> dict[str, Any]:
-    plan, shared = shape.plan, shape.plan.num_shared_packs
+    plan, packs = shape.plan, packs_of(shape.plan)
     return {
         "num_layers": shape.num_layers,
         "policy": shape.policy,
@@ -195,18 +203,13 @@ def _plan_as_dict(shape: ShapePlan) -> dict[str, Any]:
         "growth_room": plan.growth_room,
         "shape": asdict(plan.costs.shape),
         "device": asdict(plan.costs.device),
-        "pack_start": plan.pack_start[:shared].tolist(),
-        "pack_end": plan.pack_end[:shared].tolist(),
-        "query_indptr": plan.query_indptr[: shared + 1].tolist(),
-        "queries": plan.queries[: int(plan.query_indptr[shared])].tolist(),
-        "tail_start": plan.pack_start[shared:].tolist(),
+        **{field.name: getattr(packs, field.name).tolist() for field in fields(packs)},
         "num_splits": plan.num_splits.tolist(),
     }
 
 
 def _plan_from_dict(data: Mapping[str, Any], forest: PrefixForest) -> ShapePlan:
-    names = ("pack_start", "pack_end", "query_indptr", "queries", "tail_start")
-    packs = Packs(*(_integers(data[name]) for name in names))
+    packs = Packs(**{field.name: _integers(data[field.name]) for field in fields(Packs)})
     num_splits = _integers(data["num_splits"])
     _check_packs(packs, num_splits, forest.seq_lens)
     if data["policy"] not in POLICIES:

@@ -1,0 +1,52 @@
+"""What a scheduler keeps of its newest plan, and shows to who asks."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from sglang_prefix.config import PrefixConfig
+from sglang_prefix.explain import last_plan
+from sglang_prefix.explain.last_plan import LastPlan
+from sglang_prefix.explain.parts import explain
+from sglang_prefix.explain.record import PlanRecord
+from sglang_prefix.explain.sources import plan_of_tree
+from tests.explanations import setting
+from tests.scheduling import Scheduler
+
+SYSTEM = list(range(50))
+PROMPTS = [[*SYSTEM, 60 + i, *range(70, 75 + i)] for i in range(3)]
+
+
+def test_the_newest_plan_is_shown_if_it_is_to_be_kept() -> None:
+    """As a record that says what runs, and that survives being written as JSON."""
+    scheduler = Scheduler()
+    assert "last_plan" not in scheduler.counters.as_dict()
+    scheduler.counters.last_plan = LastPlan(PrefixConfig(keep_plan=True))
+    assert scheduler.counters.as_dict()["last_plan"] is None
+    scheduler.start(*PROMPTS)
+    shown = json.loads(json.dumps(scheduler.counters.as_dict()["last_plan"]))
+    record = PlanRecord.from_dict(shown)
+    assert len(record.plans) == len(scheduler.shapes)
+    for found, shape in zip(record.plans, scheduler.shapes, strict=True):
+        assert shape.runner.plan is not None
+        assert found.plan.same_as(shape.runner.plan)
+    (node, *tails) = explain(record).parts
+    assert (node.tokens, node.num_readers) == (len(SYSTEM), 3)
+    own = len(PROMPTS[0]) - len(SYSTEM) + 2  # of its prompt, and two generated
+    assert [tail.tokens for tail in sorted(tails, key=lambda tail: tail.index)] == [
+        own,
+        own + 1,
+        own + 2,
+    ]
+
+
+def test_too_large_a_plan_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(last_plan, "MAX_NUMBERS", 10)
+    record = plan_of_tree("1,4_500,10", setting())
+    keeper = LastPlan(PrefixConfig())
+    keeper.note(record.forest, [], "gate-no-gain", (1.0, 2.0), 1, 4)
+    shown = keeper.as_dict()
+    assert shown is not None
+    assert shown.keys() == {"left_out"}
