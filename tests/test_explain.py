@@ -8,7 +8,7 @@ from xml.etree import ElementTree as ET
 import numpy as np
 import pytest
 
-from sglang_prefix.explain.groups import MAX_GROUPS, group_parts
+from sglang_prefix.explain.groups import MAX_DEPTH, MAX_GROUPS, group_parts
 from sglang_prefix.explain.page import html_page
 from sglang_prefix.explain.parts import Explanation, explain
 from sglang_prefix.explain.picture import draw, svg_picture, walk
@@ -173,6 +173,7 @@ class TestGroups:
         root = group_parts(explanation)
         groups = [root, *(group for _, group in walk(root))]
         assert len(groups) <= 1 + MAX_GROUPS
+        assert max(depth for depth, _ in walk(root)) < MAX_DEPTH
         shown = sum(len(group.members) for group in groups)
         hidden = sum(group.num_hidden_nodes + group.num_hidden_tails for group in groups)
         assert hidden > 0

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 
 from sglang_prefix.explain.parts import Explanation, Part
 
-__all__ = ["MAX_CHILDREN", "MAX_GROUPS", "Group", "group_parts"]
+__all__ = ["MAX_CHILDREN", "MAX_DEPTH", "MAX_GROUPS", "Group", "group_parts"]
 
-# A screen or two.
+# Three lines each in the terminal: a few screens, no wider than one.
 MAX_CHILDREN = 8
-MAX_GROUPS = 60
+MAX_DEPTH = 10
+MAX_GROUPS = 40
 _MAX_NAMED = 4
 
 
@@ -67,15 +68,11 @@ class Group:
         return sum(part.bytes_saved for part in self.members)
 
 
-def group_parts(
-    explanation: Explanation, *, max_groups: int = MAX_GROUPS, max_children: int = MAX_CHILDREN
-) -> Group:
+def group_parts(explanation: Explanation) -> Group:
     """Group the parts of an explanation.
 
-    Args:
-        explanation: what to group.
-        max_groups: groups in all; those near the roots come first.
-        max_children: groups directly below one.
+    Up to :data:`MAX_GROUPS` groups are made, those near the roots first, up to
+    :data:`MAX_CHILDREN` directly below one, and :data:`MAX_DEPTH` levels. The rest is counted.
 
     Returns:
         A root without members, above all groups.
@@ -87,15 +84,15 @@ def group_parts(
     forms = _forms(parts, below)
     sizes = _sizes(parts)
     root = Group([])
-    waiting: deque[tuple[Group, list[int]]] = deque([(root, [-1])])
-    room = max_groups
+    waiting: deque[tuple[int, Group, list[int]]] = deque([(0, root, [-1])])
+    room = MAX_GROUPS
     while waiting:
-        group, members = waiting.popleft()
+        depth, group, members = waiting.popleft()
         alike: dict[object, list[int]] = {}
         for child in (c for member in members for c in below.get(member, [])):
             alike.setdefault(forms[child], []).append(child)
         for number, found in enumerate(alike.values()):
-            if number >= max_children or room == 0:
+            if number >= MAX_CHILDREN or depth >= MAX_DEPTH or room == 0:
                 group.num_hidden_nodes += sum(sizes[i][0] for i in found)
                 group.num_hidden_tails += sum(sizes[i][1] for i in found)
                 continue
@@ -103,7 +100,7 @@ def group_parts(
             child_group = Group([parts[i] for i in found])
             group.children.append(child_group)
             if child_group.first.is_node:
-                waiting.append((child_group, found))
+                waiting.append((depth + 1, child_group, found))
     return root
 
 
