@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
+from rich.console import Console
 
+from sglang_prefix.explain.page import html_page
 from sglang_prefix.explain.parts import explain
 from sglang_prefix.explain.record import PlanRecord, find_plan, read_record
 from sglang_prefix.explain.sources import plan_of_prompts, plan_of_tree
+from sglang_prefix.explain.text import print_explanation
 from sglang_prefix.tiny_model import TinyModelConfig, build_tiny_model
 from tests.explanations import LLAMA, run, setting
 
 DOCS = (Path(__file__).parents[1] / "docs" / "explain.md").read_text()
+
+
+def _paths(data: Any) -> Iterator[tuple[Any, ...]]:
+    """The place of everything in a record, lists of numbers taken as one."""
+    items = data.items() if isinstance(data, dict) else enumerate(data)
+    for key, value in items:
+        yield (key,)
+        if isinstance(value, dict) or (value and isinstance(value, list) and key == "plans"):
+            yield from ((key, *path) for path in _paths(value))
 
 
 class TestRecord:
@@ -60,11 +75,11 @@ class TestRecord:
             (("forest", "seq_lens"), [9, 9, 9], "its forest does not fit together"),
             (("forest", "seq_lens"), [9, 9, "x", 9], "a list of whole numbers"),
             (("plans",), [], "it has no plans"),
-            (("plans", 0, "policy"), "PAT", "policy 'PAT'; legal: pat"),
+            (("plans", 0, "policy"), "PAT", "'PAT'; legal: pat"),
             (("plans", 0, "tail_start"), [5000, 5000, 5000, 4999], "do not cover"),
             (("plans", 0, "num_splits"), [1, 1, 1, 1, 0], "do not cover"),
             (("plans", 0, "shape"), {}, "damaged"),
-            (("page_size",), "one", "invalid literal"),
+            (("page_size",), "one", "'one' is no positive whole number"),
         ],
     )
     def test_a_damaged_file_is_one_clear_line(
@@ -81,6 +96,24 @@ class TestRecord:
         (line,) = failed.stderr.splitlines()
         assert str(file) in line
         assert message in line
+
+    @pytest.mark.parametrize("value", [None, -1, 0, "x", [], {}, [[1]], [-1], 1e99, True])
+    def test_whatever_is_wrong_is_refused_or_shown(self, value: object) -> None:
+        """Any one value of a record replaced: no other error than the one that commands print."""
+        num_refused, whole = 0, plan_of_tree("1,2,4_5000,2000,3", setting()).as_dict()
+        for path in _paths(whole):
+            data = copy.deepcopy(whole)
+            inner: Any = data
+            for key in path[:-1]:
+                inner = inner[key]
+            inner[path[-1]] = value
+            try:
+                explanation = explain(PlanRecord.from_dict(data))
+                print_explanation(explanation, Console(file=io.StringIO()))
+                html_page(explanation)
+            except ValueError:
+                num_refused += 1
+        assert num_refused > 20
 
     def test_sharing_that_the_forest_does_not_have_is_refused(self) -> None:
         data = plan_of_tree("2,4_5000,3", setting(LLAMA)).as_dict()

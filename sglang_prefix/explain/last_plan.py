@@ -63,15 +63,10 @@ class LastPlan:
         if self._kept is None:
             return None
         forest, shapes, reason, predicted_us, page_size, num_rows = self._kept
-        plans = tuple(
-            ShapePlan(
-                shape.num_layers,
-                shape.planner.policy_name,
-                shape.planner.max_partials,
-                shape.planner.plan(forest),
-            )
-            for shape in shapes
-        )
+        try:
+            plans = tuple(_plan_of(shape, forest) for shape in shapes)
+        except ValueError as error:  # a batch with which the workspace cannot cope
+            return {"left_out": f"the last batch was not planned: {error}"}
         numbers = 3 * forest.batch_size + 5 * forest.num_nodes
         numbers += sum(
             len(p.plan.queries) + 4 * p.plan.num_packs + p.plan.batch_size for p in plans
@@ -91,6 +86,12 @@ class LastPlan:
             graph_rows=num_rows if on_gpu else None,
             gpu=_gpu_name() if on_gpu else None,
         ).as_dict()
+
+
+def _plan_of(shape: ShapeRunner, forest: PrefixForest) -> ShapePlan:
+    planner = shape.planner
+    plan = planner.plan(forest)
+    return ShapePlan(shape.num_layers, planner.policy_name, planner.max_partials, plan)
 
 
 def _gpu_name() -> str | None:

@@ -31,7 +31,9 @@ _LINE_HEIGHT = 17
 _ROWS_HEIGHT, _MAX_ROW = 460, 22.0
 # A stretch between two positions where something begins or ends.
 _MIN_STRETCH = 24.0
-# Thinner tails are drawn as one outline; nodes and packs past this number are not drawn.
+# Thinner boxes are nothing but colour; thinner tails are drawn as one; nodes and packs past this
+# number are not drawn.
+_MIN_OUTLINED = 3.0
 _MIN_TAIL = 3.0
 _MAX_DRAWN = 3000
 
@@ -128,6 +130,8 @@ class _Canvas:
         x, y = self._x(start), self._y + begin * self._row
         width, height = max(self._x(stop) - x, 0.5), (end - begin) * self._row
         sizes = {"width": f"{width:.2f}", "height": f"{height:.2f}"}
+        if min(width, height) < _MIN_OUTLINED:
+            style.pop("stroke", None)
         return self._add("rect", x=f"{x:.2f}", y=f"{y:.2f}", **sizes, **style)
 
     def header(self) -> None:

@@ -7,14 +7,15 @@ can be found again: the forest, the packs with their splits, the cost model, and
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from prefix_kernels.tiles import LAUNCH_MODES
 from sglang_prefix.forest import PrefixForest
 from sglang_prefix.packing import POLICIES, AttentionShape, CostModel, DeviceProfile, Packs
 from sglang_prefix.plan import PackPlan
@@ -25,6 +26,7 @@ SCHEMA = 1
 _KIND = "plan"
 
 IntArray = NDArray[np.int64]
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -123,13 +125,13 @@ class PlanRecord:
             _check_forest(forest)
             record = cls(
                 source=str(data["source"]),
-                page_size=int(data["page_size"]),
+                page_size=_number(data["page_size"]),
                 forest=forest,
                 plans=tuple(_plan_from_dict(plan, forest) for plan in data["plans"]),
-                answer=Answer(**data["answer"]),
-                launch_mode=str(data["launch_mode"]),
-                graph_rows=data["graph_rows"],
-                gpu=data["gpu"],
+                answer=_answer(data["answer"]),
+                launch_mode=_one_of(data["launch_mode"], LAUNCH_MODES),
+                graph_rows=_optional(_number, data["graph_rows"]),
+                gpu=_optional(str, data["gpu"]),
                 notes=tuple(map(str, data["notes"])),
             )
         except KeyError as error:
@@ -212,17 +214,57 @@ def _plan_from_dict(data: Mapping[str, Any], forest: PrefixForest) -> ShapePlan:
     packs = Packs(**{field.name: _integers(data[field.name]) for field in fields(Packs)})
     num_splits = _integers(data["num_splits"])
     _check_packs(packs, num_splits, forest.seq_lens)
-    if data["policy"] not in POLICIES:
-        raise ValueError(f"policy {data['policy']!r}; legal: {', '.join(POLICIES)}")
+    shape = AttentionShape(**{name: _number(value) for name, value in data["shape"].items()})
+    if shape.num_qo_heads % shape.num_kv_heads:
+        raise ValueError("it is damaged: its query heads are no multiple of its KV heads")
     plan = PackPlan.build(
         packs,
         forest.seq_lens,
         num_splits,
-        growth_room=int(data["growth_room"]),
+        growth_room=_number(data["growth_room"]),
         kv_tokens_unique=forest.unique_tokens,
-        costs=CostModel(AttentionShape(**data["shape"]), DeviceProfile(**data["device"])),
+        costs=CostModel(shape, _device(data["device"])),
     )
-    return ShapePlan(int(data["num_layers"]), data["policy"], data["max_partials"], plan)
+    policy, most = _one_of(data["policy"], POLICIES), _optional(_number, data["max_partials"])
+    return ShapePlan(_number(data["num_layers"]), policy, most, plan)
+
+
+def _device(data: Mapping[str, Any]) -> DeviceProfile:
+    numbers = {name: value for name, value in data.items() if name not in ("name", "reread_cost")}
+    share = _amount(data["reread_cost"])
+    return DeviceProfile(
+        name=str(data["name"]),
+        reread_cost=share,
+        **{name: _number(value) for name, value in numbers.items()},
+    )
+
+
+def _answer(data: Mapping[str, Any]) -> Answer:
+    predicted = (_optional(_amount, data[name]) for name in ("packed_us", "stock_us"))
+    reason, stock = (_optional(str, data[name]) for name in ("reason", "stock_backend"))
+    return Answer(str(data["gate"]), reason, *predicted, stock)
+
+
+def _number(value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"it is damaged: {value!r} is no positive whole number")
+    return value
+
+
+def _amount(value: Any) -> float:
+    if type(value) not in (int, float) or not 0 <= value < float("inf"):
+        raise ValueError(f"it is damaged: {value!r} is no number of 0 or more")
+    return float(value)
+
+
+def _optional(convert: Callable[[Any], _Value], value: Any) -> _Value | None:
+    return None if value is None else convert(value)
+
+
+def _one_of(value: Any, legal: Collection[str]) -> str:
+    if not isinstance(value, str) or value not in legal:
+        raise ValueError(f"it is damaged: {value!r}; legal: {', '.join(legal)}")
+    return value
 
 
 def _integers(values: Any) -> IntArray:
