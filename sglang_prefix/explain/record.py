@@ -230,19 +230,22 @@ def _plan_from_dict(data: Mapping[str, Any], forest: PrefixForest) -> ShapePlan:
 
 
 def _device(data: Mapping[str, Any]) -> DeviceProfile:
-    numbers = {name: value for name, value in data.items() if name not in ("name", "reread_cost")}
-    share = _amount(data["reread_cost"])
+    numbers = ("max_block_rows", "pack_bytes", "num_workers", "min_split_tokens")
     return DeviceProfile(
         name=str(data["name"]),
-        reread_cost=share,
-        **{name: _number(value) for name, value in numbers.items()},
+        reread_cost=_amount(data["reread_cost"]),
+        **{name: _number(data[name]) for name in numbers},
     )
 
 
 def _answer(data: Mapping[str, Any]) -> Answer:
-    predicted = (_optional(_amount, data[name]) for name in ("packed_us", "stock_us"))
-    reason, stock = (_optional(str, data[name]) for name in ("reason", "stock_backend"))
-    return Answer(str(data["gate"]), reason, *predicted, stock)
+    return Answer(
+        gate=str(data["gate"]),
+        reason=_optional(str, data["reason"]),
+        packed_us=_optional(_amount, data["packed_us"]),
+        stock_us=_optional(_amount, data["stock_us"]),
+        stock_backend=_optional(str, data["stock_backend"]),
+    )
 
 
 def _number(value: Any) -> int:
