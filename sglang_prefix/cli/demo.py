@@ -30,6 +30,11 @@ _MIN_PACKED_SHARE = 0.9
 _MIN_CHANGED_SHARE = 0.5
 _BACKENDS = ("stock", "prefix")
 _PICTURES = (".html", ".svg")
+_HOW_TO_READ = (
+    "\nThe last batch as a tree. A node is KV that several requests share, and its readers are these "
+    "requests;\na pack reads it once for all of them. Below are the requests, with what each holds "
+    "alone.\n"
+)
 
 
 def demo(
@@ -283,6 +288,7 @@ def _show_last_plan(report: dict[str, Any], picture: Path | None, out: Console) 
         report["problems"].append(f"the last plan cannot be shown: {error}")
         return
     explanation = explain(replace(record, source="last batch of the prefix engine"))
+    out.print(_HOW_TO_READ, highlight=False, soft_wrap=True)
     print_explanation(explanation, out)
     if picture is not None:
         write_picture(explanation, picture, picture.suffix[1:])
