@@ -30,11 +30,10 @@ _MIN_PACKED_SHARE = 0.9
 _MIN_CHANGED_SHARE = 0.5
 _BACKENDS = ("stock", "prefix")
 _PICTURES = (".html", ".svg")
-_HOW_TO_READ = (
-    "\nThe last batch as a tree. A node is KV that several requests share, and its readers are these "
-    "requests;\na pack reads it once for all of them. Below are the requests, with what each holds "
-    "alone.\n"
-)
+_HOW_TO_READ = """
+The last batch as a tree. A node is KV that several requests share, its readers; a pack reads it
+once for all of them. Below are the requests, with what each holds alone.
+"""
 
 
 def demo(
