@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import random
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -18,10 +19,15 @@ __all__ = ["environment", "interleaved", "medians"]
 def interleaved(
     candidates: Mapping[str, Callable[[], object]], rounds: int, warmups: int = 2
 ) -> dict[str, list[float]]:
-    """Seconds of every candidate in every round; each round runs all of them, in turn."""
+    """Seconds of every candidate in every round; each round runs all of them, in random order.
+
+    What runs after one that touches much memory finds cold caches, so that must not always be the
+    same.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for number in range(warmups + rounds):
-        for name, run in candidates.items():
+        for name in random.Random(number).sample(list(candidates), len(candidates)):
+            run = candidates[name]
             began = time.perf_counter()
             run()
             if number >= warmups:

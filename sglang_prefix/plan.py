@@ -130,10 +130,13 @@ class PackPlan:
     @property
     def kv_tokens_read(self) -> int:
         """KV tokens read; a pack's stretch counts once per row block that reads it."""
-        costs = self.costs
-        rows = (self.query_indptr[1:] - self.query_indptr[:-1]) * costs.shape.group_size
-        blocks = -(-rows // costs.device.max_block_rows)
-        return int((self.pack_end - self.pack_start) @ blocks)
+        return tokens_read(
+            self.pack_start,
+            self.pack_end,
+            self.query_indptr,
+            self.costs.shape.group_size,
+            self.costs.device.max_block_rows,
+        )
 
     def pack_queries(self, pack: int) -> IntArray:
         """Batch rows of the requests that read ``pack``."""
@@ -230,6 +233,22 @@ def lay_out(
         partial_index,
         request_indptr,
     )
+
+
+@compiled
+def tokens_read(
+    pack_start: IntArray,
+    pack_end: IntArray,
+    query_indptr: IntArray,
+    group_size: int,
+    max_block_rows: int,
+) -> int:
+    """The loop behind :attr:`PackPlan.kv_tokens_read`."""
+    read = 0
+    for pack in range(len(pack_start)):
+        rows = (query_indptr[pack + 1] - query_indptr[pack]) * group_size
+        read += (pack_end[pack] - pack_start[pack]) * -(-rows // max_block_rows)
+    return read
 
 
 @compiled

@@ -49,7 +49,10 @@ def warm_up() -> None:
     costs = CostModel(AttentionShape(1, 1, 1, 1, 1, 1), GPU_PROFILE)
     packs = policy_named("pat")(forest, costs)
     pieces = choose_num_splits(packs, forest.seq_lens, costs)
-    PackPlan.build(packs, forest.seq_lens, pieces, growth_room=0, kv_tokens_unique=0, costs=costs)
+    plan = PackPlan.build(
+        packs, forest.seq_lens, pieces, growth_room=0, kv_tokens_unique=0, costs=costs
+    )
+    plan.stats()
 
 
 class PackPlanner:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -133,22 +134,26 @@ def _interleaved(
     seconds: float,
     tell: Tell,
 ) -> tuple[dict[str, list[StepSeconds]], list[float]]:
-    """Steps of every contender, and streaming reads: each round runs all of them, in turn."""
+    """Steps of every contender, and streaming reads: each round runs all, in random order.
 
-    def one_round() -> tuple[dict[str, StepSeconds], float]:
-        steps = {name: contender.step() for name, contender in ready.items()}
-        return steps, _read_seconds(stream)
+    What runs after one that touches much memory finds cold caches, so that must not always be the
+    same.
+    """
+
+    def one_round(number: int) -> tuple[dict[str, StepSeconds], float]:
+        order = random.Random(number).sample(list(ready), len(ready))
+        return {name: ready[name].step() for name in order}, _read_seconds(stream)
 
     tell("warming up")
-    one_round()
+    one_round(0)
     began = time.perf_counter()
-    found = [one_round()]
+    found = [one_round(1)]
     if rounds is None:
         fit = int(seconds / (time.perf_counter() - began))
         rounds = min(max(fit, _MIN_ROUNDS), _MAX_ROUNDS)
     while len(found) < rounds:
         tell(f"round {len(found) + 1} of {rounds}")
-        found.append(one_round())
+        found.append(one_round(1 + len(found)))
     return {name: [steps[name] for steps, _ in found] for name in ready}, [r for _, r in found]
 
 
