@@ -43,8 +43,7 @@ from sglang_prefix.warm_up import warm_up
 
 __all__ = ["PrefixAttnBackend", "create_backend"]
 
-# Labels of decode graphs.
-PACKED, STOCK = "packed", "stock"
+PACKED, STOCK = "packed", "stock"  # labels of decode graphs
 
 logger = logging.getLogger(__name__)
 

@@ -48,11 +48,11 @@ class BatchPlanner:
 
     A plan goes on from step to step while the same requests decode, each in the row that it had,
     and nothing but decode has run in between. It is made anew when a request joins or leaves,
-    after any prefill, when a tail has used up its growth room, and after the first step of a
-    freshly prefilled request. That covers every event after which KV stands elsewhere: a request
-    that is retracted, or aborted and sent again, leaves the batch and comes back through a
-    prefill; a flush or a release of memory waits until nothing runs; a pause that keeps requests,
-    and new weights, move no slot. ``verify`` checks that at every step.
+    after any prefill or retraction, when a tail has used up its growth room, and after the first
+    step of a freshly prefilled request. That covers every event after which KV stands elsewhere: a
+    request that is aborted and sent again comes back through a prefill; a flush or a release of
+    memory waits until nothing runs; a pause that keeps requests, and new weights, move no slot.
+    ``verify`` checks that at every step.
 
     What the gate decides holds as long as the plan would: a batch that is left to the stock
     backend costs no more per step than one that is packed.

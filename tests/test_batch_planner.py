@@ -6,10 +6,12 @@ import random
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
+from prefix_patches import req_reset_for_retract
 from prefix_patches.handover import BATCH_ATTRIBUTE
 from sglang_prefix import batch_planner
 from tests.scheduling import Request, Scheduler
@@ -215,6 +217,19 @@ def test_a_request_that_comes_back_under_its_old_id_and_row_gets_a_plan_of_its_o
     assert len(again.tokens) == len(aborted.tokens)
     scheduler.handover.epoch = epoch  # the least that could tell them apart is the object
     assert scheduler.decode([first, again]).plans == 1
+
+
+def test_a_plan_ends_with_any_retraction() -> None:
+    """All may be retracted and come back without a pass, as the same batch on other slots."""
+    from sglang.srt.managers.schedule_batch import Req
+
+    req_reset_for_retract.install()
+    assert req_reset_for_retract.installed()
+    scheduler = Scheduler()
+    reqs = scheduler.start(A, B)
+    assert scheduler.decode(reqs).plans == 0
+    Req.reset_for_retract(MagicMock(**{"kv.holds_kv": False}))
+    assert [scheduler.decode(reqs).plans for _ in range(2)] == [1, 0]
 
 
 def test_a_plan_ends_when_a_tail_has_used_up_its_growth_room() -> None:

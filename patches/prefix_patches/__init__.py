@@ -13,6 +13,7 @@ from prefix_patches import (
     decode_graph_runner,
     forward_batch_init_new,
     model_runner_forward,
+    req_reset_for_retract,
     scheduler_internal_state,
 )
 from prefix_patches.versions import check_sglang_version
@@ -23,6 +24,7 @@ _PATCHES = (
     decode_graph_runner,
     forward_batch_init_new,
     model_runner_forward,
+    req_reset_for_retract,
     scheduler_internal_state,
 )
 _TOUCHED = (*_PATCHES, attention_names)

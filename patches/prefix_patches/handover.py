@@ -12,8 +12,9 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
+from weakref import WeakSet
 
-__all__ = ["BATCH_ATTRIBUTE", "Handover", "ensure_handover", "handover_of"]
+__all__ = ["BATCH_ATTRIBUTE", "Handover", "ensure_handover", "handover_of", "note_retraction"]
 
 # Name under which a schedule batch hangs on a forward batch, and a handover on a model runner.
 BATCH_ATTRIBUTE = "_sglang_prefix_schedule_batch"
@@ -22,13 +23,17 @@ _SETTLED_ATTRIBUTE = "_sglang_prefix_settled"
 _HANDOVER_ATTRIBUTE = "_sglang_prefix_handover"
 
 
+_HANDOVERS: WeakSet[Handover] = WeakSet()
+
+
 class Handover:
     """What the forward pass under way was scheduled from.
 
     Attributes:
         batch: SGLang's ``ScheduleBatch`` of the pass under way; None outside a pass, and in
             passes that no schedule batch stands behind (warm-up, capture).
-        epoch: grows with every pass that is not plain decode. Rows and tree may have changed then.
+        epoch: grows with every pass that is not plain decode, and whenever a request is retracted.
+            Rows and tree may have changed then.
         graph_labels: the labels under which each decode graph is captured, see
             `decode_graph_runner`; none where graphs hold nothing of ours.
         graph_label: the label being captured, or chosen for the step under way.
@@ -40,6 +45,7 @@ class Handover:
     """
 
     def __init__(self) -> None:
+        _HANDOVERS.add(self)
         self.batch: Any = None
         self.epoch = 0
         self.graph_labels: tuple[str, ...] = ()
@@ -76,6 +82,12 @@ class Handover:
     def leave(self, previous: Any) -> None:
         """Undo :meth:`enter`; passes may nest."""
         self.batch = previous
+
+
+def note_retraction() -> None:
+    """Note, for all model runners of this process, that a request gives up its slots."""
+    for handover in _HANDOVERS:
+        handover.epoch += 1
 
 
 def handover_of(model_runner: Any) -> Handover | None:
