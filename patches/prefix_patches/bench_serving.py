@@ -38,7 +38,10 @@ def _module() -> Any:
 
 def missing() -> list[str]:
     """Symbols that we need and that are not there, as dotted names."""
-    serving = _module()
+    try:
+        serving = _module()
+    except ImportError as error:
+        return [f"sglang.benchmark.serving ({error})"]
     return [f"{serving.__name__}.{name}" for name in _SYMBOLS if not hasattr(serving, name)]
 
 

@@ -28,15 +28,24 @@ class Client:
     """
 
     def __init__(self, model: str, tokenizer: str, trace: str | None, seed: int) -> None:
-        from sglang.benchmark.utils import get_tokenizer
+        from prefix_patches import (
+            bench_serving,
+            bench_serving_endpoint,
+            bench_serving_rows,
+            bench_serving_tokenizer,
+        )
 
-        from prefix_patches import bench_serving
-
-        if missing := bench_serving.missing():
-            raise RuntimeError(f"this SGLang's bench_serving lacks {', '.join(missing)}")
+        touched = (
+            bench_serving,
+            bench_serving_endpoint,
+            bench_serving_rows,
+            bench_serving_tokenizer,
+        )
+        if missing := [problem for module in touched for problem in module.missing()]:
+            raise RuntimeError(f"this SGLang lacks {', '.join(missing)}")
         self._names = (model, tokenizer)
         try:
-            self._tokenizer = get_tokenizer(tokenizer)
+            self._tokenizer = bench_serving_tokenizer.load_tokenizer(tokenizer)
         except (OSError, ValueError) as error:
             cause = str(error).splitlines()[0]
             raise ValueError(f"cannot load a tokenizer from {tokenizer}: {cause}") from None
@@ -63,7 +72,11 @@ class Client:
                 given, model, name, self._tokenizer, self._trace, self._seed
             )
         self._drivers[given.name] = driver
-        return {"fingerprint": driver.fingerprint(), "flags": getattr(driver, "flags", None)}
+        return {
+            "fingerprint": driver.fingerprint(),
+            "flags": getattr(driver, "flags", None),
+            "replay_s": getattr(driver, "replay_s", 0.0),
+        }
 
     def check(self, name: str, url: str) -> list[list[int]]:
         """Send a workload for its token ids."""

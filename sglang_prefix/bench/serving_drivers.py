@@ -19,7 +19,7 @@ import aiohttp
 import numpy as np
 import requests
 
-from prefix_patches import bench_serving
+from prefix_patches import bench_serving, bench_serving_rows
 from sglang_prefix.bench.serving_trace import scale_trace
 from sglang_prefix.bench.serving_workloads import Rollouts, Trace, Workload
 from sglang_prefix.bench.traces import read_trace
@@ -166,7 +166,7 @@ class BenchServing:
         arguments = self._arguments("http://127.0.0.1")
         self._concurrency = arguments.max_concurrency
         if shape:
-            self._rows: list[Any] = scale_trace(
+            rows = scale_trace(
                 read_trace(trace or "")[: shape.requests],
                 token_ids(tokenizer),
                 block_tokens=shape.block_tokens,
@@ -174,8 +174,13 @@ class BenchServing:
                 max_output_tokens=shape.max_output_tokens,
                 seed=seed,
             )
-            self._rows = [_dataset_row(row) for row in self._rows]
+            self.replay_s = (rows[-1].timestamp - rows[0].timestamp) / 1000 / shape.speed
+            self._rows: list[Any] = [
+                bench_serving_rows.dataset_row(row.prompt, row.output_len, row.timestamp)
+                for row in rows
+            ]
         else:
+            self.replay_s = 0.0
             self._rows = bench_serving.load_requests(arguments, tokenizer)
 
     def _arguments(self, url: str, output: str = "/dev/null") -> bench_serving.Namespace:
@@ -210,12 +215,6 @@ class BenchServing:
             "output_tokens": found["total_output_tokens"],
             "texts": found["generated_texts"],
         }
-
-
-def _dataset_row(row: Any) -> Any:
-    from sglang.benchmark.datasets import DatasetRow
-
-    return DatasetRow(row.prompt, len(row.prompt), row.output_len, timestamp=row.timestamp)
 
 
 def _body(prompt: Any, sampling: dict[str, Any]) -> dict[str, Any]:

@@ -7,12 +7,13 @@ streams and its tokens are timed; what it sends is the language's.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import sglang as sgl
-from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
 
+from prefix_patches import bench_serving_endpoint
 from sglang_prefix.bench.serving_drivers import Answer, fingerprint, summarize
 from sglang_prefix.bench.serving_workloads import Forks
 
@@ -24,17 +25,15 @@ _QUESTION = "\nQuestion {part}: what follows from note {n}, and for whom?\nAnswe
 _TIMES = "sglang_prefix_times"
 
 
-class _TimedEndpoint(RuntimeEndpoint):
-    """Streams every ``gen`` and leaves its times in the meta information of the answer."""
-
-    def generate(self, s: Any, sampling_params: Any) -> tuple[str, dict[str, Any]]:
-        answer = Answer(time.perf_counter())
-        meta: dict[str, Any] = {}
-        for text, meta in self.generate_stream(s, sampling_params):
-            answer.take({"text": answer.text + text, "meta_info": meta})
-        if not answer.chunks:
-            raise RuntimeError("the server ended a stream before its first token")
-        return answer.text, {**meta, _TIMES: answer}
+def _timed(chunks: Iterable[tuple[str, dict[str, Any]]]) -> tuple[str, dict[str, Any]]:
+    """An answer from its stream, with its times in its meta information."""
+    answer = Answer(time.perf_counter())
+    meta: dict[str, Any] = {}
+    for text, meta in chunks:
+        answer.take({"text": answer.text + text, "meta_info": meta})
+    if not answer.chunks:
+        raise RuntimeError("the server ended a stream before its first token")
+    return answer.text, {**meta, _TIMES: answer}
 
 
 @sgl.function  # type: ignore[untyped-decorator]
@@ -92,18 +91,18 @@ class ForkDriver:
 
     def check(self, url: str) -> list[list[int]]:
         """See :class:`~sglang_prefix.bench.serving_drivers.Driver`."""
-        answers = self._run(RuntimeEndpoint(url), ids=True)
+        answers = self._run(bench_serving_endpoint.endpoint(url), ids=True)
         # Of each token its log probability, its id and, perhaps, its text.
         return [[token[1] for token in meta["output_token_logprobs"]] for meta in answers]
 
     def measure(self, url: str) -> dict[str, Any]:
         """See :class:`~sglang_prefix.bench.serving_drivers.Driver`."""
-        endpoint = _TimedEndpoint(url)
+        endpoint = bench_serving_endpoint.streaming_endpoint(url, _timed)
         began = time.perf_counter()
         answers = self._run(endpoint, ids=False)
         return summarize([meta[_TIMES] for meta in answers], time.perf_counter() - began)
 
-    def _run(self, endpoint: RuntimeEndpoint, *, ids: bool) -> list[dict[str, Any]]:
+    def _run(self, endpoint: Any, *, ids: bool) -> list[dict[str, Any]]:
         jobs = [tree | {"ids": ids} for tree in self._trees]
         with ThreadPoolExecutor(len(jobs)) as pool:
             states = list(pool.map(lambda job: _tree.run(**job, backend=endpoint), jobs))
