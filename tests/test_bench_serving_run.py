@@ -227,6 +227,7 @@ def plan(out: Path, **changes: Any) -> Plan:
         "server_args": {"stock": [], "prefix": []},
         "port": None,
         "start_timeout_s": 1.0,
+        "workload_timeout_s": 9.0,
         "min_equal": None,
         "command": ["x"],
     }

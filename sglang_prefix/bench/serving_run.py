@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,9 +12,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sglang_prefix.bench.results import SCHEMA, environment, read_result, write_result
+from sglang_prefix.bench.results import SCHEMA, environment, write_result
 from sglang_prefix.bench.serving_cells import SIDES, judge, new_cell, step_delta, sum_up
-from sglang_prefix.bench.serving_process import ClientError, ClientProcess
+from sglang_prefix.bench.serving_process import ClientError, ClientProcess, ClientTimeoutError
+from sglang_prefix.bench.serving_resume import take_up
 from sglang_prefix.bench.serving_servers import (
     RunningServer,
     ServerError,
@@ -35,6 +35,8 @@ EVIDENCE = "serving-tokens.json"
 # Where rounding may differ, so many tokens must come before an answer does. Broken attention leaves
 # the first token of each, which prefill makes, and a few by chance.
 _MIN_EQUAL_ROUNDED = 0.25
+# A server with a smaller KV pool keeps less of what is shared, and runs fewer requests at once.
+_MAX_POOL_DIFFERENCE = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,8 @@ class Plan:
         server_args: by side, arguments of a server that is started.
         port: of servers that are started; None to choose.
         start_timeout_s: how long a server may take to start.
+        workload_timeout_s: how long requests may take to be made, or to be answered once; beyond
+            the time over which a trace sends them.
         min_equal: share of tokens that must agree; None for all in float32, a quarter otherwise.
         command: what the user typed.
     """
@@ -71,6 +75,7 @@ class Plan:
     server_args: dict[str, list[str]]
     port: int | None
     start_timeout_s: float
+    workload_timeout_s: float
     min_equal: float | None
     command: list[str]
 
@@ -78,6 +83,8 @@ class Plan:
         """What a run that goes on must have in common with its beginning."""
         return {
             "model": self.model,
+            "tokenizer": self.tokenizer,
+            "server URLs": self.urls,
             "workload": [workload.as_dict() for workload in self.workloads],
             "trace": self.trace,
             "repeats": self.repeats,
@@ -109,24 +116,38 @@ class Run:
 
     Args:
         plan: what to run.
-        resume: go on with the result in the folder; else the first step that ends replaces it.
+        resume: go on with the result in the folder; else it is replaced before a server starts.
         tell: called with what is being done, and whether that is a step that has ended.
 
     Raises:
-        ValueError: ``resume`` without a result, or with one of other settings.
+        ValueError: ``resume`` without a result, or with one of other settings, of another machine
+            or software, or that is not whole.
+
+    Attributes:
+        data: the result so far.
+        path: the result file.
+        is_written: whether the file in the folder is of this run.
     """
 
     def __init__(self, plan: Plan, *, resume: bool, tell: Callable[[str, bool], None]) -> None:
         self._plan, self._tell = plan, tell
-        self._result, self._evidence_file = plan.out / RESULT, plan.out / EVIDENCE
-        self.data, self._evidence = self._load() if resume else self._begin()
+        self.path, self._evidence_file = plan.out / RESULT, plan.out / EVIDENCE
+        self._began = time.monotonic()
+        self.data = self._begin()
+        self._evidence: dict[str, Any] = {}
+        if resume:
+            files = (self.path, self._evidence_file)
+            self.data, self._evidence = take_up(*files, self.data, plan.workloads)
+        self.is_written = resume
+        self._wall_s = self.data["wall_s"]
         self._cells = {cell["name"]: cell for cell in self.data["cells"]}
         self._prepared: dict[str, Any] = {}
         self._warm: set[tuple[str, str]] = set()
+        self._judge()
 
-    def _begin(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _begin(self) -> dict[str, Any]:
         plan = self._plan
-        data = {
+        return {
             "schema": SCHEMA,
             "kind": KIND,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -148,25 +169,9 @@ class Run:
                 "compared; cache emptied again before each timed run",
                 "sampling": "greedy, end token ignored",
             },
+            "wall_s": 0.0,
             "cells": [new_cell(workload) for workload in plan.workloads],
         }
-        return data, {}
-
-    def _load(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        data = read_result(self._result, KIND)
-        now = {"settings": self._plan.settings(), "versions": environment()["versions"]}
-        was = {"settings": data.get("settings", {}), "versions": data["environment"]["versions"]}
-        for name, value in now["settings"].items():
-            # Through JSON, as the file has been.
-            if json.loads(json.dumps(value)) != was["settings"].get(name):
-                raise ValueError(f"--resume: {self._result} was made with another {name}")
-        if now["versions"] != was["versions"]:
-            raise ValueError(f"--resume: {self._result} was made with other versions of packages")
-        try:
-            evidence = json.loads(self._evidence_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--resume: {self._evidence_file} cannot be read: {error}") from None
-        return data, evidence
 
     def pending(self) -> list[tuple[str, Workload, int]]:
         """The steps that are left."""
@@ -194,6 +199,8 @@ class Run:
                 if url is not None:
                     servers[side] = RunningServer(side, url)
                     self._describe(servers[side])
+            # Before the first step: what was in the folder is not to be taken up as this run.
+            self._write()
             first = pending[0][0]
             if first not in servers:
                 servers[first] = self._launch(first)  # and import SGLang here at the same time
@@ -201,7 +208,7 @@ class Run:
             stack.callback(client.stop)
             for name in dict.fromkeys(step[1].name for step in pending):
                 self._tell(f"{name}: making requests", False)
-                self._prepare(client, name)
+                self._prepare(client, name, servers[first])
             self._await(servers[first])
             for side, workload, number in pending:
                 if side not in servers:
@@ -209,6 +216,7 @@ class Run:
                     servers[side] = self._launch(side)
                     self._await(servers[side])
                 self._step(client, servers[side], workload, number)
+        self._write()
 
     def _client(self) -> ClientProcess:
         plan = self._plan
@@ -220,9 +228,21 @@ class Run:
         }
         return ClientProcess(plan.out / "client.log", settings)
 
-    def _prepare(self, client: ClientProcess, name: str) -> None:
+    def _prepare(self, client: ClientProcess, name: str, server: RunningServer) -> None:
         (workload,) = (w for w in self._plan.workloads if w.name == name)
-        self._prepared[name] = client.order("prepare", workload=workload.as_dict())
+        limit = self._plan.workload_timeout_s
+        try:
+            self._prepared[name] = client.order(
+                "prepare",
+                limit_s=limit,
+                watch=server.raise_if_ended,
+                workload=workload.as_dict(),
+            )
+        except ClientTimeoutError:
+            raise ClientTimeoutError(
+                f"{name}: its requests were not made within {limit:g} s; --workload-timeout gives "
+                "them longer"
+            ) from None
 
     def _launch(self, side: str) -> RunningServer:
         plan = self._plan
@@ -243,6 +263,13 @@ class Run:
             if len(found) > 1:
                 raise ServerError(f"the servers differ in {name}: {' and '.join(sorted(found))}")
         self.data["dtype"] = next(iter(dtypes), None)
+        pools = [self.data[side].get("max_total_num_tokens") for side in SIDES]
+        if all(pools) and max(pools) - min(pools) > _MAX_POOL_DIFFERENCE * max(pools):
+            stock, prefix = pools
+            raise ServerError(
+                f"the servers differ in the tokens that their KV pools hold: {stock} (stock) and "
+                f"{prefix} (prefix); give both the same --max-total-tokens"
+            )
 
     def _step(
         self, client: ClientProcess, server: RunningServer, workload: Workload, number: int
@@ -252,13 +279,15 @@ class Run:
         try:
             if (side, name) not in self._warm:
                 self._tell(f"{side}, {name}: tokens", False)
-                self._note_tokens(name, side, client.order("check", name=name, url=server.url))
+                self._note_tokens(name, side, self._order(client, "check", name, server))
             self._tell(f"{side}, {name}: run {number + 1} of {self._plan.repeats}", False)
             before = read_counters(server)
-            found = client.order("measure", name=name, url=server.url)
+            found = self._order(client, "measure", name, server)
             found["counters"] = step_delta(before, read_counters(server))
             # Servers in turn meet other programs in turn; this tells of them.
             found["load_per_cpu"] = os.getloadavg()[0] / (os.cpu_count() or 1)
+        except ClientTimeoutError:
+            raise  # a server that hangs would not answer the next question either
         except ClientError as error:
             server.raise_if_dead()
             raise ClientError(f"{side}, {name}: {error}") from None
@@ -269,8 +298,23 @@ class Run:
         cell = self._cells[name]
         cell["sides"][side] = sum_up([*self._runs(side, workload)[:number], found])
         cell["sides"][side]["flags"] = self._prepared[name]["flags"]
-        self._conclude()
+        self._judge()
+        self._write()
         self._tell(f"{side}, {name}: done in {time.monotonic() - began:.0f} s", True)
+
+    def _order(self, client: ClientProcess, order: str, name: str, server: RunningServer) -> Any:
+        replay_s = self._prepared[name].get("replay_s", 0.0) if order == "measure" else 0.0
+        limit = self._plan.workload_timeout_s + replay_s
+        try:
+            # Not `raise_if_dead`, which has an idle server generate a token, within the times.
+            return client.order(
+                order, limit_s=limit, watch=server.raise_if_ended, name=name, url=server.url
+            )
+        except ClientTimeoutError:
+            raise ClientTimeoutError(
+                f"{server.side}, {name}: the server at {server.url} did not answer all requests "
+                f"within {limit:g} s; --workload-timeout gives it longer"
+            ) from None
 
     def _note_tokens(self, name: str, side: str, tokens: list[list[int]]) -> None:
         self._warm.add((side, name))
@@ -285,7 +329,7 @@ class Run:
             return self._plan.min_equal
         return 1.0 if self.data["dtype"] in ("float32", "float") else _MIN_EQUAL_ROUNDED
 
-    def _conclude(self) -> None:
+    def _judge(self) -> None:
         for name, cell in self._cells.items():
             judge(
                 cell,
@@ -295,10 +339,14 @@ class Run:
             )
         left = dict.fromkeys(workload.name for _, workload, _ in self.pending())
         self.data |= {"not_run": list(left), "min_equal": self.min_equal()}
+
+    def _write(self) -> None:
+        self.data["wall_s"] = self._wall_s + time.monotonic() - self._began
         # In this order: tokens without their run are measured again, a run without its tokens
         # could not be compared.
         write_result(self._evidence_file, self._evidence)
-        write_result(self._result, self.data)
+        write_result(self.path, self.data)
+        self.is_written = True
 
 
 def _stop(servers: dict[str, RunningServer]) -> None:

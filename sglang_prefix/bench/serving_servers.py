@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
+
 __all__ = [
     "RunningServer",
     "ServerError",
@@ -34,6 +36,7 @@ _GUARD = (sys.executable, "-m", "sglang_prefix.bench.serving_guard")
 _SERVE = (sys.executable, "-m", "sglang_prefix.cli.main", "exec", "--", "sglang", "serve")
 
 _CALL_S = 60
+_END_S = 60.0
 _POLL_S = 0.3
 _HOST = "127.0.0.1"
 # From 32768 on the system hands out ports for connections; one may be taken before it is used.
@@ -66,7 +69,14 @@ class RunningServer:
     process: subprocess.Popen[bytes] | None = None
 
     def stop(self) -> None:
-        """End a server that was started here, with all its processes; another is left alone."""
+        """End a server that was started here, with all its processes; another is left alone.
+
+        Waits for all of them, not for the leader alone: until the last has ended it may hold the
+        memory, of a GPU too, and the port of the server that is started next.
+
+        Raises:
+            ServerError: a process does not end.
+        """
         if self.process is None:
             return
         with contextlib.suppress(ProcessLookupError):
@@ -74,15 +84,40 @@ class RunningServer:
         self.process.wait()
         if self.process.stdin is not None:
             self.process.stdin.close()
+        deadline = time.monotonic() + _END_S
+        while left := _running_in_group(self.process.pid):
+            if time.monotonic() > deadline:
+                raise ServerError(
+                    f"the {self.side} server was killed but does not end: after {_END_S:g} s "
+                    f"these processes of it are left: {', '.join(map(str, left))}"
+                )
+            time.sleep(_POLL_S)
+
+    def raise_if_ended(self) -> None:
+        """Raise ServerError if a server that was started here has ended; asks it nothing."""
+        if self.process is not None and self.process.poll() is not None:
+            raise ServerError(f"the {self.side} server died with {_ending(self.process, self.log)}")
 
     def raise_if_dead(self) -> None:
         """Raise ServerError if a server that was started here has ended, or another is silent."""
-        if self.process is not None and self.process.poll() is not None:
-            raise ServerError(f"the {self.side} server died with {_ending(self.process, self.log)}")
+        self.raise_if_ended()
         try:
             _get(f"{self.url}/health")
         except OSError as error:
             raise ServerError(f"the {self.side} server at {self.url} is dead: {error}") from None
+
+
+def _running_in_group(group: int) -> list[int]:
+    """Processes of a group that have not ended; a zombie has when its last thread has."""
+    found = []
+    for number in psutil.pids():
+        with contextlib.suppress(OSError, psutil.Error):
+            if os.getpgid(number) != group:
+                continue
+            process = psutil.Process(number)
+            if process.status() != psutil.STATUS_ZOMBIE or process.num_threads() > 1:
+                found.append(number)
+    return found
 
 
 def launch(side: str, arguments: Sequence[str], port: int | None, log: Path) -> RunningServer:
@@ -144,7 +179,8 @@ def describe(server: RunningServer) -> dict[str, Any]:
 
     Returns:
         "model", "tokenizer", "dtype", "load_format", "attention_backend",
-        "decode_attention_backend" and "sglang", None for what it does not say.
+        "decode_attention_backend", "max_total_num_tokens" (of its KV pool) and "sglang", None for
+        what it does not say.
 
     Raises:
         ServerError: it does not answer, has dummy weights, or is of the other side.
@@ -161,7 +197,7 @@ def describe(server: RunningServer) -> dict[str, Any]:
             "would prove nothing; use real ones"
         )
     path = model.get("model_path")
-    names = ("load_format", "attention_backend", "decode_attention_backend")
+    names = ("load_format", "attention_backend", "decode_attention_backend", "max_total_num_tokens")
     return {
         "model": path,
         "tokenizer": model.get("tokenizer_path") or path,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -35,6 +38,11 @@ _OURS = {
 _BACKENDS = ("--attention-backend", "--decode-attention-backend", "--prefill-attention-backend")
 _INTERRUPTED = 130
 _FILE_WIDTH = 132
+_REPORT = "report.html"
+# What a report of a folder shows, by `bench kernel` and this command.
+_RESULTS = ("kernel.json", "serving.json")
+# Of a model folder: without one of these it is not whole.
+_MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 
 def serving(
@@ -100,6 +108,17 @@ def serving(
     start_timeout: Annotated[
         float, typer.Option(min=1, help="Seconds that a server may take to start.")
     ] = 900,
+    workload_timeout: Annotated[
+        float,
+        typer.Option(
+            min=1,
+            help="Seconds in which a server must answer all requests of a workload once, beside "
+            "the time over which a trace sends them.",
+        ),
+    ] = 1800,
+    report: Annotated[
+        bool, typer.Option("--report/--no-report", help="Write OUT/report.html, with the plots.")
+    ] = True,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in OUT that was interrupted.")
     ] = False,
@@ -126,7 +145,7 @@ def serving(
     try:
         workloads, absent = _workloads(workload_file, quick, workload or [], trace, overrides)
         _make_folder(out)
-        model = model_path or _model(out, urls, seed)
+        model = model_path or _model(out, urls)
         plan = Plan(
             out=out,
             model=model,
@@ -141,6 +160,7 @@ def serving(
             server_args=_server_arguments(model, tokenizer, seed, given, urls),
             port=port,
             start_timeout_s=start_timeout,
+            workload_timeout_s=workload_timeout,
             min_equal=min_equal,
             command=["sglang-prefix", *sys.argv[1:]],
         )
@@ -150,8 +170,11 @@ def serving(
         fail(str(error))
     except OSError as error:
         fail(f"cannot write to {out}: {error.strerror or error}")
-    _show(run.data, out, terminal)
+    _show(run.data, terminal)
     write_json(run.data, json_file)
+    files = [run.path, *_write_plots(run.data, out), *([_write_report(out)] if report else [])]
+    names = ", ".join(map(str, files))
+    terminal.print(f"written: {names}", highlight=False, markup=False, soft_wrap=True)
     _fail_on_problems(run.data, run.min_equal())
 
 
@@ -198,7 +221,7 @@ def _make_folder(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
 
 
-def _model(out: Path, urls: dict[str, str | None], seed: int) -> str:
+def _model(out: Path, urls: dict[str, str | None]) -> str:
     """The model of a server that runs, or a tiny one with real random weights."""
     from sglang_prefix.bench.serving_servers import RunningServer, describe
     from sglang_prefix.tiny_model import TinyModelConfig, build_tiny_model
@@ -206,14 +229,22 @@ def _model(out: Path, urls: dict[str, str | None], seed: int) -> str:
     for side, url in urls.items():
         if url is not None:
             return str(describe(RunningServer(side, url.rstrip("/")))["model"])
+    folder = out / "tiny-model"
+    if folder.exists():
+        if lacking := [name for name in _MODEL_FILES if not (folder / name).is_file()]:
+            raise ValueError(
+                f"{folder} is not a whole model, it lacks {', '.join(lacking)}: remove it"
+            )
+        return str(folder)
     # As the demo's. Of more tokens, few are halves of characters: SGLang's tool takes the first
     # text for the first token.
     config = TinyModelConfig(
         num_layers=2, num_heads=8, num_kv_heads=2, head_dim=64, vocab_size=4096
     )
-    folder = out / "tiny-model"
-    if not (folder / "config.json").exists():
-        build_tiny_model(folder, config)
+    with tempfile.TemporaryDirectory(prefix=".tiny-model-", dir=out) as beside:
+        whole = Path(beside, "model")
+        build_tiny_model(whole, config)
+        whole.rename(folder)
     return str(folder)
 
 
@@ -251,7 +282,7 @@ def _follow(plan: Plan, resume: bool, terminal: Console) -> Run:
         TimeElapsedColumn,
     )
 
-    from sglang_prefix.bench.serving_run import RESULT, Run
+    from sglang_prefix.bench.serving_run import Run
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     progress = Progress(*columns, TimeElapsedColumn(), console=terminal, transient=True)
@@ -268,9 +299,12 @@ def _follow(plan: Plan, resume: bool, terminal: Console) -> Run:
             run.run()
         except KeyboardInterrupt:
             progress.stop()
-            has_result = (plan.out / RESULT).exists()
-            goes_on = f"--resume goes on with {plan.out / RESULT}"
-            fail(f"interrupted; {goes_on if has_result else 'nothing was measured'}", _INTERRUPTED)
+            # A file of an earlier run is not this one's to go on with.
+            goes_on = f"--resume goes on with {run.path}"
+            fail(
+                f"interrupted; {goes_on if run.is_written else 'nothing was measured'}",
+                _INTERRUPTED,
+            )
     return run
 
 
@@ -286,11 +320,47 @@ def _ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _show(data: dict[str, Any], out: Path, terminal: Console) -> None:
+def _write_plots(data: dict[str, Any], out: Path) -> list[Path]:
     from sglang_prefix.bench.serving_plots import PLOTS
+
+    paths = []
+    for name, plot in PLOTS.items():
+        path = out / f"{name}.svg"
+        _write_whole(path, partial(plot(data).savefig, format="svg"))
+        paths.append(path)
+    return paths
+
+
+def _write_report(out: Path) -> Path:
+    """A page of the result, and of that of `bench kernel` if it is in the same folder."""
+    from sglang_prefix.bench.report import ResultError, build_page, find_sources
+
+    path = out / _REPORT
+    results = [file for name in _RESULTS if (file := out / name).exists()]
+    try:
+        sources, _ = find_sources(results)
+        page = build_page(sources, title="sglang-prefix results")
+    except ResultError as error:
+        fail(f"no {path}: {' '.join(str(error).split())}")
+    _write_whole(path, lambda beside: beside.write_text(page, encoding="utf-8"))
+    return path
+
+
+def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """All of a file or nothing: `write` is given the name of one beside it."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(beside)
+        beside.replace(path)
+    except OSError as error:
+        fail(f"cannot write {path}: {error.strerror or error}")
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _show(data: dict[str, Any], terminal: Console) -> None:
     from sglang_prefix.bench.serving_table import comparison_table, notes
 
-    plots = [_write_plot(out / f"{name}.svg", plot, data) for name, plot in PLOTS.items()]
     if not terminal.is_terminal:
         terminal.width = max(terminal.width, _FILE_WIDTH)
     terminal.print(comparison_table(data))
@@ -301,15 +371,6 @@ def _show(data: dict[str, Any], out: Path, terminal: Console) -> None:
     )
     for note in notes(data):
         terminal.print(note, highlight=False, markup=False, soft_wrap=True)
-    files = ", ".join(map(str, [out / "serving.json", *plots]))
-    terminal.print(f"written: {files}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _write_plot(path: Path, plot: Callable[[dict[str, Any]], Any], data: dict[str, Any]) -> Path:
-    beside = path.with_name(f".{path.name}.partial")
-    plot(data).savefig(beside, format="svg")
-    beside.replace(path)
-    return path
 
 
 def _fail_on_problems(data: dict[str, Any], min_equal: float) -> None:
