@@ -12,51 +12,16 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from sglang_prefix.bench import serving_run
 from sglang_prefix.bench.results import read_result
-from sglang_prefix.bench.serving_cells import judge, new_cell, step_delta, sum_up
+from sglang_prefix.bench.serving_cells import judge, new_cell, sum_up
 from sglang_prefix.bench.serving_drivers import Answer, summarize
 from sglang_prefix.bench.serving_process import ClientError
-from sglang_prefix.bench.serving_run import Plan, Run, steps
-from sglang_prefix.bench.serving_servers import (
-    RunningServer,
-)
-from sglang_prefix.bench.serving_workloads import Workload
+from sglang_prefix.bench.serving_run import steps
+from tests.serving_runs import WORKLOAD, FakeClient, a_run, fakes, go, plan  # noqa: F401
 
 pytest.importorskip("matplotlib", reason="the plots need matplotlib")
 
-ROLLOUTS = {"prompts": 2, "samples": 2, "prompt_tokens": 8, "output_tokens": 4}
-
-COUNTERS = {
-    "packed_steps": 10,
-    "stock_steps": 2,
-    "fallback_steps": 0,
-    "stock_reasons": {"gate-no-gain": 2},
-    "fallback_reasons": {},
-    "kv_tokens_read": 100,
-    "kv_tokens_logical": 400,
-}
-
-
 # -- conclusions --------------------------------------------------------------------------------
-
-WORKLOAD = Workload("rollouts", "rollouts", "rollouts", "", ROLLOUTS)
-
-
-def a_run(scale: float = 1.0, packed: int | None = None, stock: int = 0) -> dict[str, Any]:
-    times = {f"{m}_ms": {"median": 10 * scale, "p99": 20 * scale} for m in ("ttft", "tpot", "itl")}
-    rates = {"output_tokens_per_s": 100 / scale, "requests_per_s": 1 / scale, "duration_s": scale}
-    counters = None
-    if packed is not None:
-        after = COUNTERS | {
-            "packed_steps": 10 + packed,
-            "stock_steps": 2 + stock,
-            "stock_reasons": {"gate-no-gain": 2 + stock},
-            "kv_tokens_read": 100 + packed,
-            "kv_tokens_logical": 400 + 4 * packed,
-        }
-        counters = step_delta(COUNTERS, after)
-    return {**times, **rates, "counters": counters}
 
 
 def said(*tokens: list[int], fingerprint: str = "f", texts: int = 1) -> dict[str, Any]:
@@ -154,90 +119,12 @@ def test_flags_that_bench_serving_does_not_have_are_told() -> None:
     pytest.importorskip("sglang.benchmark.serving", reason="SGLang's bench_serving is needed")
     from prefix_patches import bench_serving
 
-    assert bench_serving.missing() == []
     assert bench_serving.parse(["--num-prompts", "7"]).num_prompts == 7
     with pytest.raises(ValueError, match="unrecognized arguments: --num-prompt-groups"):
         bench_serving.parse(["--num-prompt-groups", "7"])
 
 
 # -- the run, and going on with it ---------------------------------------------------------------
-
-
-class FakeClient:
-    """Answers what an SGLang client would; ``fails_at`` is the measurement that raises."""
-
-    fails_at: int | None = None
-    measured: tuple[str, ...] = ()
-
-    def __init__(self, log: Path, settings: dict[str, Any]) -> None:
-        pass
-
-    @classmethod
-    def begin(cls, fails_at: int | None = None) -> None:
-        cls.measured, cls.fails_at = (), fails_at
-
-    def order(self, order: str, /, *, url: str = "", **arguments: Any) -> Any:
-        if order == "prepare":
-            return {"fingerprint": "f", "flags": None}
-        if order == "check":
-            return [[1, 2], [3, 4]]
-        if FakeClient.fails_at == len(FakeClient.measured):
-            raise ClientError("gone")
-        FakeClient.measured += (f"{url} {arguments['name']}",)
-        found = a_run(1.0 if "prefix" in url else 2.0)
-        del found["counters"]
-        return found | {"texts": ["a", "b"]}
-
-    def stop(self) -> None:
-        pass
-
-
-@pytest.fixture
-def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No processes: servers answer at once, and pack everything."""
-    packed = iter(range(0, 1000, 10))
-
-    def counters(server: RunningServer) -> dict[str, Any] | None:
-        return COUNTERS | {"packed_steps": next(packed)} if server.side == "prefix" else None
-
-    def described(server: RunningServer) -> dict[str, Any]:
-        return {"model": "m", "dtype": "float32"}
-
-    FakeClient.begin()
-    monkeypatch.setattr(serving_run, "ClientProcess", FakeClient)
-    monkeypatch.setattr(serving_run, "launch", lambda side, *_: RunningServer(side, side))
-    monkeypatch.setattr(serving_run, "describe", described)
-    monkeypatch.setattr(serving_run, "read_counters", counters)
-    monkeypatch.setattr(RunningServer, "raise_if_dead", lambda self: None)
-
-
-def plan(out: Path, **changes: Any) -> Plan:
-    workloads = [Workload(name, "rollouts", "rollouts", "", ROLLOUTS) for name in ("a", "b")]
-    given: dict[str, Any] = {
-        "out": out,
-        "model": "m",
-        "tokenizer": None,
-        "workloads": workloads,
-        "absent": {},
-        "trace": None,
-        "repeats": 1,
-        "seed": 0,
-        "quick": True,
-        "urls": {"stock": None, "prefix": None},
-        "server_args": {"stock": [], "prefix": []},
-        "port": None,
-        "start_timeout_s": 1.0,
-        "workload_timeout_s": 9.0,
-        "min_equal": None,
-        "command": ["x"],
-    }
-    return Plan(**(given | changes))
-
-
-def go(given: Plan, *, resume: bool = False) -> dict[str, Any]:
-    run = Run(given, resume=resume, tell=lambda text, is_done: None)
-    run.run()
-    return read_result(given.out / "serving.json", "bench-serving")
 
 
 @pytest.mark.usefixtures("fakes")
@@ -267,6 +154,8 @@ def test_an_interrupted_run_keeps_what_it_has_and_goes_on(tmp_path: Path) -> Non
         ({"seed": 1}, "was made with another seed"),
         ({"repeats": 2}, "was made with another repeats"),
         ({"model": "n"}, "was made with another model"),
+        ({"tokenizer": "t"}, "was made with another tokenizer"),
+        ({"urls": {"stock": "u", "prefix": None}}, "was made with another server URLs"),
         ({"workloads": [WORKLOAD]}, "was made with another workload"),
     ],
 )
