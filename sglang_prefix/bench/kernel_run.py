@@ -12,10 +12,13 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
+from pydantic import TypeAdapter
 
 from sglang_prefix.bench.cells import KernelCell, KernelOptions, kernel_cells
 from sglang_prefix.bench.contenders import find_stock
-from sglang_prefix.bench.measure import measure_cell, our_makers, peak_gflop_s
+from sglang_prefix.bench.measure import is_out_of_memory, measure_cell, our_makers, peak_gflop_s
+from sglang_prefix.bench.report.schema import KernelRunResult
+from sglang_prefix.bench.report.sources import check_result, check_type
 from sglang_prefix.bench.results import SCHEMA, environment, read_result, write_result
 
 __all__ = ["FILE_NAME", "KIND", "KernelRun"]
@@ -47,6 +50,7 @@ class KernelRun:
     def __init__(
         self, folder: Path, options: KernelOptions, command: Sequence[str], *, resume: bool = False
     ) -> None:
+        self._began = time.monotonic()
         self.path = folder / FILE_NAME
         data = _taken_up(self.path) if resume else None
         self.options = KernelOptions.from_json(data["options"]) if data else options
@@ -70,8 +74,10 @@ class KernelRun:
             "absent": {},
             "not_run": [],
             "why_not_run": {},
+            "wall_s": 0.0,
             "cells": [],
         }
+        self._wall_s_before = self.data.get("wall_s", 0.0)
         self._ours = our_makers(self.options.policies, self.device)
         self._makers = dict(self._ours)
         self.ours = next(iter(self._ours))
@@ -88,7 +94,8 @@ class KernelRun:
         """Measure the cells that the file lacks while the budget lasts; writes after each.
 
         Small batches come first, so that a budget leaves out the largest. A cell is not begun
-        either if it will take longer than what is left, going by the time of the one before.
+        either if it will take longer than what is left, going by the time of the one before. One
+        that runs out of memory is not run; the others go on.
 
         Args:
             budget_s: seconds.
@@ -102,22 +109,26 @@ class KernelRun:
         # Before the first cell: what was in the folder is not to be taken up as this run.
         self._write(reasons)
         pace = 0.0  # seconds per element of KV, of the cell before
-        for cell in sorted(self.cells, key=lambda cell: (cell.rank, cell.logical_elements)):
-            begin(cell)
-            if cell.name in done:
-                continue
-            why_not, left = self._why_not(cell), ended - time.monotonic()
-            if why_not is None and left <= pace * cell.logical_elements:
-                why_not = f"not enough was left of the budget of {budget_s:g} s"
-            if why_not is None:
-                began = time.monotonic()
-                self.data["cells"].append(self._measure(cell, tell))
-                self.data["cells"].sort(key=lambda cell: order[cell["name"]])
-                pace = (time.monotonic() - began) / cell.logical_elements
-                del reasons[cell.name]
-            else:
-                reasons[cell.name] = why_not
-            self._write(reasons)
+        try:
+            for cell in sorted(self.cells, key=lambda cell: (cell.rank, cell.logical_elements)):
+                begin(cell)
+                if cell.name in done:
+                    continue
+                why_not, began = self._why_not(cell), time.monotonic()
+                if why_not is None and ended - began <= pace * cell.logical_elements:
+                    why_not = f"not enough was left of the budget of {budget_s:g} s"
+                if why_not is None:
+                    why_not = self._measure(cell, tell)
+                if why_not is None:
+                    self.data["cells"].sort(key=lambda cell: order[cell["name"]])
+                    pace = (time.monotonic() - began) / cell.logical_elements
+                    del reasons[cell.name]
+                else:
+                    reasons[cell.name] = why_not
+                self._write(reasons)
+        except KeyboardInterrupt:
+            self._write(reasons)  # for the time that the cell had taken
+            raise
 
     def problems(self) -> list[str]:
         """One line for each of our contenders that failed or was wrong."""
@@ -129,21 +140,30 @@ class KernelRun:
         ]
 
     def _write(self, reasons: dict[str, str]) -> None:
-        self.data |= {"not_run": list(reasons), "why_not_run": reasons}
+        wall_s = self._wall_s_before + time.monotonic() - self._began
+        self.data |= {"not_run": list(reasons), "why_not_run": reasons, "wall_s": wall_s}
         write_result(self.path, self.data)
 
-    def _measure(self, cell: KernelCell, tell: Tell) -> dict[str, Any]:
+    def _measure(self, cell: KernelCell, tell: Tell) -> str | None:
+        """Measure a cell into the data; why not, if memory does not suffice."""
         gc.collect()  # the cell before may have held most of the memory
-        return measure_cell(
-            cell,
-            self._makers,
-            self.device,
-            dtype=getattr(torch, self.options.dtype),
-            seed=self.options.seed,
-            rounds=self.options.rounds,
-            seconds=_SECONDS_PER_CELL[self.options.quick],
-            tell=tell,
-        )
+        try:
+            measured = measure_cell(
+                cell,
+                self._makers,
+                self.device,
+                dtype=getattr(torch, self.options.dtype),
+                seed=self.options.seed,
+                rounds=self.options.rounds,
+                seconds=_SECONDS_PER_CELL[self.options.quick],
+                tell=tell,
+            )
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return f"out of memory: {type(error).__name__}: {error}".partition("\n")[0][:300]
+        self.data["cells"].append(measured)
+        return None
 
     def _why_not(self, cell: KernelCell) -> str | None:
         """Why a cell is not run at all."""
@@ -161,10 +181,8 @@ class KernelRun:
 def _taken_up(path: Path) -> dict[str, Any]:
     """The result file of a run to go on with."""
     data = read_result(path, KIND)
-    try:
-        KernelOptions.from_json(data["options"])
-    except (AttributeError, KeyError, TypeError):
-        raise ValueError(f"{path} cannot be resumed: it lacks its options") from None
+    check_result(path, data)
+    check_type(path, data, TypeAdapter(KernelRunResult), "cannot be resumed")
     return data
 
 

@@ -16,7 +16,7 @@ from sglang_prefix.bench.contenders import Contender, ContenderMaker, CpuPacked,
 from sglang_prefix.bench.inputs import AttentionInputs
 from sglang_prefix.bench.output_check import OutputCheck
 
-__all__ = ["measure_cell", "our_makers", "peak_gflop_s"]
+__all__ = ["is_out_of_memory", "measure_cell", "our_makers", "peak_gflop_s"]
 
 # Larger than any cache, so that a read of it comes from memory.
 _STREAM_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
@@ -26,7 +26,17 @@ _MIN_ROUNDS, _MAX_ROUNDS = 3, 15
 _GPU_LAYERS = 32
 _GPU_KV_BYTES = 6 << 30
 
+# Of errors that torch and its libraries raise as a plain RuntimeError.
+_NO_MEMORY = ("out of memory", "allocate memory", "not enough memory", "bad_alloc")
+
 Tell = Callable[[str], None]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether it says that the host or the device has no memory left."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _NO_MEMORY)
 
 
 def our_makers(policies: Sequence[str], device: torch.device) -> dict[str, ContenderMaker]:
@@ -64,6 +74,10 @@ def measure_cell(
 
     Returns:
         The cell of the result file.
+
+    Raises:
+        MemoryError, RuntimeError: memory does not suffice for the inputs, the oracle or a timed
+            step; see :func:`is_out_of_memory`.
     """
     tell("laying out")
     layers = _GPU_LAYERS if device.type == "cuda" else 1
@@ -177,8 +191,12 @@ def _facts(contender: Contender, steps: list[StepSeconds], error: float) -> dict
         values = [getattr(step, part) for step in steps]
         return None if None in values else median(values) * 1e3
 
-    run, merge = middle("run"), middle("merge")
-    alone = [step.run - step.merge for step in steps if step.run and step.merge]
+    def difference() -> float | None:
+        """The run without its merge, which is timed elsewhere: noise can leave nothing of it."""
+        alone = [step.run - step.merge for step in steps if step.run and step.merge]
+        value = median(alone) * 1e3 if alone else middle("run")
+        return value if value is not None and value > 0 else None
+
     return {
         "kind": contender.kind,
         "executor": contender.executor,
@@ -187,8 +205,8 @@ def _facts(contender: Contender, steps: list[StepSeconds], error: float) -> dict
         "raw_ms": [step.total * 1e3 for step in steps],
         "plan_ms": middle("plan"),
         "copy_ms": middle("copy"),
-        "forward_ms": median(alone) * 1e3 if alone else run,
-        "merge_ms": merge,
+        "forward_ms": difference(),
+        "merge_ms": middle("merge"),
         "bytes_read": contender.kv_tokens_read * inputs.token_bytes,
         "kv_read_ratio": contender.kv_tokens_read / inputs.logical_tokens,
         "packs": contender.num_packs,

@@ -127,7 +127,7 @@ def roofline_figure(data: Data) -> Figure:
 
 
 def time_split_figure(data: Data) -> Figure:
-    """Where a step of ours spends its time: plan, copy, forward, merge."""
+    """Where a step of ours spends its time; on the CPU the merge is timed alone, after the step."""
     ours = our_contender(data)
     cells = [c for c in data["cells"] if ours in c["contenders"]]
     figure, axes = _rows(data, "Time of a decode step", cells)
@@ -137,7 +137,7 @@ def time_split_figure(data: Data) -> Figure:
         parts = [cell["contenders"][ours][f"{part}_ms"] for cell in cells]
         if all(value is None for value in parts):
             continue
-        shown.append(Patch(color=colour, label=part))
+        shown.append(Patch(color=colour, label=_part_label(part, cells, ours)))
         wholes = [cell["contenders"][ours]["ms"] for cell in cells]
         shares = [100 * (v or 0.0) / w for v, w in zip(parts, wholes, strict=True)]
         axes.barh(range(len(cells)), shares, left=left, color=colour, height=0.62)
@@ -151,6 +151,14 @@ def time_split_figure(data: Data) -> Figure:
     layers = max((cell["layers"] for cell in cells), default=1)
     axes.set_xlabel(f"median of each part / median of the step of {ours}, %; layers: {layers}")
     return _with_legend(figure, shown, 4)
+
+
+def _part_label(part: str, cells: list[Any], ours: str) -> str:
+    """A part of the step, and how it was found where no clock stood around it."""
+    if all(cell["contenders"][ours]["merge_ms"] is None for cell in cells):
+        return "forward with merge" if part == "forward" else part
+    how = {"forward": " (run less merge)", "merge": " (timed alone after the step)"}
+    return part + how.get(part, "")
 
 
 def byte_ratio_figure(data: Data) -> Figure:

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["KINDS", "SCHEMA", "environment", "read_result", "write_result"]
+__all__ = ["KINDS", "SCHEMA", "environment", "read_result", "write_result", "write_whole"]
 
 SCHEMA = 1
 KINDS = ("bench-kernel", "bench-serving")
@@ -33,6 +33,15 @@ def write_result(path: str | os.PathLike[str], data: Mapping[str, Any]) -> None:
     target = Path(path)
     text = json.dumps(data, indent=1, allow_nan=False) + "\n"
     target.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(target, text)
+
+
+def write_whole(target: Path, text: str) -> None:
+    """Write a text file whole or not at all: to a file beside it, which then takes its place.
+
+    Raises:
+        OSError: it cannot be written; what was there before still is.
+    """
     beside = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         beside.write_text(text, encoding="utf-8")

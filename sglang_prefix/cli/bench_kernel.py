@@ -23,12 +23,13 @@ _INTERRUPTED = 130
 _FILE_WIDTH = 130
 _DTYPES = ("bfloat16", "float16", "float32")
 # What a resumed run may be told anew: none of it changes what its numbers mean.
-_WITH_RESUME = ("ctx", "out", "resume", "budget_s", "json_file", "plots")
+_WITH_RESUME = ("ctx", "out", "resume", "budget_s", "json_file", "plots", "report")
+_BUDGET_S = {True: 240.0, False: 600.0}  # by --quick
 
 
 def kernel(
     ctx: typer.Context,
-    out: Annotated[Path, typer.Option(help="Folder for kernel.json and the plots.")],
+    out: Annotated[Path, typer.Option(help="Folder for kernel.json, plots and page.")],
     quick: Annotated[
         bool, typer.Option("--quick", help="Small batches; a few minutes on two CPU cores.")
     ] = False,
@@ -80,18 +81,25 @@ def kernel(
         int | None, typer.Option(min=1, help="Of torch on the CPU. Default: torch's own choice.")
     ] = None,
     budget_s: Annotated[
-        float, typer.Option(min=0, help="Time for the cells; small batches come first.")
-    ] = 600.0,
+        float | None,
+        typer.Option(
+            min=0,
+            help="Time for the cells; small batches come first. Default: 600, with --quick 240.",
+            show_default=False,
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out, under its options.")
     ] = False,
     plots: Annotated[bool, typer.Option(help="Draw the plots (needs matplotlib).")] = True,
+    report: Annotated[bool, typer.Option(help="Write the page report.html into --out.")] = True,
     json_file: JsonOption = None,
 ) -> None:
     """Compare decode attention kernels on batches that share prefixes.
 
     Every output is compared with a float64 oracle before it is timed. The file in --out is whole
-    after every cell: Ctrl-C keeps what is there, and --resume goes on.
+    after every cell: Ctrl-C keeps what is there, and --resume goes on. At the end a page
+    with all tables and plots lies beside it, report.html.
     """
     if plots and find_spec("matplotlib") is None:
         fail("plots need matplotlib: pip install 'sglang-prefix[bench]', or give --no-plots", 2)
@@ -118,23 +126,50 @@ def kernel(
     )
     screen = console(json_file)
     run = _prepared(out, options, resume, screen)
+    budget_s = _BUDGET_S[run.options.quick] if budget_s is None else budget_s
     interrupted = _measure(run, budget_s, screen)
     _print(run.data, run.ours, screen)
+    if run.path.exists():
+        screen.print(f"written to {run.path}", soft_wrap=True)
+    problems = [*run.problems(), *_draw(run, screen, plots=plots, report=report)]
+    write_json(run.data, json_file)
+    if interrupted:
+        problems.append(f"interrupted; --resume --out {out} goes on")
+    _end(problems, _INTERRUPTED if interrupted else 1)
+
+
+def _draw(run: KernelRun, screen: Console, *, plots: bool, report: bool) -> list[str]:
+    """Write the plots and the page beside the result file; what could not be written, and why."""
+    folder, problems = run.path.parent, []
     if plots and run.data["cells"]:
         from sglang_prefix.bench.plots import save_plots
 
-        for path in save_plots(run.data, out):
+        try:
+            for path in save_plots(run.data, folder):
+                screen.print(f"written to {path}", soft_wrap=True)
+        except OSError as error:
+            problems.append(f"plots cannot be written to {folder}: {error.strerror or error}")
+    if report and run.path.exists():
+        from sglang_prefix.bench.report import ResultError, write_folder_page
+
+        try:
+            path = write_folder_page(folder, plots=plots)
             screen.print(f"written to {path}", soft_wrap=True)
-    if run.path.exists():
-        screen.print(f"written to {run.path}", soft_wrap=True)
-    write_json(run.data, json_file)
-    if interrupted:
-        fail(f"interrupted; --resume --out {out} goes on", _INTERRUPTED)
-    problems = run.problems()
+        except ResultError as error:
+            problems.append(f"no page: {' '.join(str(error).split())}")
+        except OSError as error:
+            problems.append(
+                f"{folder / 'report.html'} cannot be written: {error.strerror or error}"
+            )
+    return problems
+
+
+def _end(problems: list[str], status: int) -> None:
+    """End with one line for each problem; without any, end well."""
     for problem in problems[:-1]:
         typer.echo(f"sglang-prefix: {problem}", err=True)
     if problems:
-        fail(problems[-1])
+        fail(problems[-1], status)
 
 
 def _check(option: str, values: list[str], legal: tuple[str, ...]) -> None:
@@ -234,7 +269,10 @@ def kernel_table(data: dict[str, Any], ours: str, width: int = _FILE_WIDTH) -> A
     )
     split = width >= _FILE_WIDTH
     if split:
-        caption += "; split of ours: plan + copy + forward + merge"
+        caption += (
+            "; split of ours: plan + copy + forward + merge; on the CPU merge is timed alone, "
+            "after the step, and forward is the rest of the layers' time (- where none is left)"
+        )
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     table.add_column("cell", overflow="fold")
     columns = ("batch", "tokens", "stock ms", "ours ms", "speed-up", "over query", "read", "ideal")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,6 +34,7 @@ def report(
     benchmarks. The page needs nothing from the network.
     """
     from sglang_prefix.bench.report import ResultError, build_page, find_sources
+    from sglang_prefix.bench.results import write_whole
 
     try:
         sources, left_out = find_sources(results)
@@ -43,7 +43,10 @@ def report(
         page = build_page(sources, title=title, plots=plots)
     except ResultError as error:
         fail(" ".join(str(error).split()))
-    _write(page, out)
+    try:
+        write_whole(out, page)
+    except OSError as error:
+        fail(f"cannot write {out}: {error.strerror}")
     screen = console()
     if left_out:
         names = ", ".join(left_out)
@@ -66,15 +69,3 @@ def _check_plots(sources: list[Source], plots: bool) -> None:
 
     if plots and any(s.kind in _PLOTTED for s in sources) and not has_matplotlib():
         fail("plots need matplotlib: pip install 'sglang-prefix[bench]', or --no-plots")
-
-
-def _write(page: str, out: Path) -> None:
-    """All of the page or nothing."""
-    beside = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        beside.write_text(page, encoding="utf-8")
-        beside.replace(out)
-    except OSError as error:
-        fail(f"cannot write {out}: {error.strerror}")
-    finally:
-        beside.unlink(missing_ok=True)

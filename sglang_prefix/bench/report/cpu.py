@@ -48,6 +48,11 @@ def cpu_section(source: Source) -> Section:
             folded(_attention_table(data["attention"])),
             *_stage_tables("Host time of planning, us, median", data.get("planning"), "median_us"),
             *_stage_tables("Host time in the real engine, us", data.get("engine"), "us"),
+            *_stage_tables(
+                "Host time with the device elsewhere, all our code in a decode step, us",
+                data.get("host"),
+                "us",
+            ),
         ],
     )
 
@@ -72,6 +77,7 @@ def _verdict(cases: list[CpuAttention], baseline: str) -> Verdict:
         _BASELINES[baseline],
         {case: value for case, value in gains.items() if value is not None},
         {case: "not measured" for case, value in gains.items() if value is None},
+        stock=["torch_native"] if baseline == _STOCK else [],
     )
 
 

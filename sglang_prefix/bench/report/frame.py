@@ -33,14 +33,16 @@ def bench_facts(data: Any) -> dict[str, str]:
 
 
 def bench_warnings(data: Any) -> list[str]:
-    """What stands above the numbers: a shortened run, baselines that are not here, cells left."""
+    """What stands above the numbers: a shortened run, what is not here, cells left."""
     absent, left = data.get("absent", {}), data.get("not_run", [])
     warnings = []
     if data.get("quick"):
         warnings.append("Quick run: few workloads and few repetitions.")
     if absent:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in absent.items())
-        warnings.append(f"Absent baselines: {reasons}.")
+        # Of a serving run these are its loads: it has one baseline, the stock server.
+        what = "Workloads not run" if data["kind"] == "bench-serving" else "Absent baselines"
+        warnings.append(f"{what}: {reasons}.")
     if left:
         reasons = data.get("why_not_run", {})
         said = [n for n in left if n not in reasons]

@@ -21,6 +21,7 @@ def bench_verdicts(data: GpuResult) -> list[Verdict]:
     if way is None:
         return []
     measured = _measured(data)
+    left = {n: "not run" for n, cell in data["cells"].items() if cell["status"] == "not run"}
     verdicts = []
     for baseline, said, time in (
         ("stock", "the fastest stock backend, a plan per step included", "total_us"),
@@ -29,7 +30,9 @@ def bench_verdicts(data: GpuResult) -> list[Verdict]:
         gains = {n: _over(cell, way, baseline, time) for n, cell in measured.items()}
         found = {n: value for n, value in gains.items() if value is not None}
         missing = {n: f"{baseline} was not measured" for n in gains if n not in found}
-        verdicts.append(Verdict(way, said, found, missing))
+        theirs = [_done(measured[n], "stock") for n in found] if baseline == "stock" else []
+        stock = sorted({_fastest(each, time) for each in theirs})
+        verdicts.append(Verdict(way, said, found, missing | left, stock=stock))
     return verdicts
 
 
@@ -57,6 +60,10 @@ def _done(cell: GpuCell, kind: str | None) -> dict[str, Any]:
         for n, candidate in cell.get("candidates", {}).items()
         if candidate.get("status") == "done" and kind in (n, candidate.get("kind"))
     }
+
+
+def _fastest(candidates: dict[str, Any], time: str) -> str:
+    return min(candidates, key=lambda n: float(candidates[n][time]))
 
 
 def _over(cell: GpuCell, way: str | None, baseline: str, time: str) -> float | None:

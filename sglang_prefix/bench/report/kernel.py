@@ -24,6 +24,12 @@ __all__ = ["kernel_section"]
 
 _PAT, _UNSHARED = "pat", "query"
 _KINDS = ("ours", "stock", "peer")
+# No clock stands between the two in a step.
+_FORWARD = "of ours, ms: on the CPU the layers less merge, - where noise leaves nothing of it"
+_MERGE = (
+    "of ours, ms: on the CPU timed alone after the step, on random partials of the plan's shape"
+)
+_HINTS = {"forward ms": _FORWARD, "merge ms": _MERGE}
 
 
 def kernel_section(source: Source, figures: list[Figure]) -> Section:
@@ -37,7 +43,7 @@ def kernel_section(source: Source, figures: list[Figure]) -> Section:
         source=source.name,
         facts=bench_facts(data),
         warnings=[*bench_warnings(data), *_failures(cells)],
-        verdicts=_verdicts(cells, way),
+        verdicts=_verdicts(data, way),
         tables=[
             _contender_table(data),
             folded(_step_table(data, way)),
@@ -92,21 +98,31 @@ def _over_unshared(cell: KernelCell, way: str | None) -> float | None:
     return None
 
 
-def _verdicts(cells: list[KernelCell], way: str | None) -> list[Verdict]:
-    if way is None:
-        return []
+def _verdicts(data: KernelResult, way: str | None) -> list[Verdict]:
+    cells, ours = data["cells"], way or "ours"
+    reasons = data.get("why_not_run", {})
+    left = {n: f"not run: {reasons[n]}" if n in reasons else "not run" for n in _left(data)}
     verdicts = []
     for kind, baseline in (("stock", "the fastest stock backend"), ("peer", "the fastest peer")):
         overs = {cell["name"]: _over(cell, way, kind) for cell in cells}
         found = {cell: value for cell, value in overs.items() if value is not None}
-        missing = {c["name"]: _why_not(c, way, kind) for c in cells if c["name"] not in found}
+        missing = {c["name"]: _why_not(c, ours, kind) for c in cells if c["name"] not in found}
+        names = sorted({_fastest(c, kind) or "" for c in cells if c["name"] in found})
+        said = f"{baseline} ({', '.join(names)})" if names else baseline
+        stock = names if kind == "stock" else []
         if found or kind == "stock":
-            verdicts.append(Verdict(way, baseline, found, missing))
+            verdicts.append(Verdict(ours, said, found, missing | left, stock=stock))
     unshared = {cell["name"]: _over_unshared(cell, way) for cell in cells}
     if gains := {n: value for n, value in unshared.items() if value is not None}:
         baseline = f"policy {_UNSHARED}, which shares nothing, on the same executor"
-        verdicts.append(Verdict(way, baseline, gains))
+        verdicts.append(Verdict(ours, baseline, gains))
     return verdicts
+
+
+def _left(data: KernelResult) -> list[str]:
+    """Cells of which nothing was measured."""
+    begun = {cell["name"] for cell in data["cells"]}
+    return [name for name in data.get("not_run", []) if name not in begun]
 
 
 def _why_not(cell: KernelCell, way: str, kind: str) -> str:
@@ -144,16 +160,16 @@ def _step_table(data: KernelResult, way: str | None) -> Table:
         Column("tokens", "KV tokens of all requests"),
         Column("ideal", "share of them if every shared token is read once"),
         Column("read", "share of them that ours reads"),
-        Column("plan"),
-        Column("copy"),
-        Column("forward"),
-        Column("merge", "and those before it: parts of ours, ms"),
+        Column("plan", "of ours, ms"),
+        Column("copy", "of ours, ms"),
+        Column("forward", _FORWARD),
+        Column("merge", _MERGE),
         Column("GB/s", "KV bytes that ours reads over its whole step"),
         Column("of bandwidth", "share of the bandwidth of a streaming read in the same run"),
     ]
     rows = [_step_row(cell, way, has_peers) for cell in cells]
     reasons = data.get("why_not_run", {})
-    for left in data.get("not_run", []):
+    for left in _left(data):
         said = f"not run: {reasons[left]}" if left in reasons else "not run"
         rows.append(across([name(left)], said, len(columns)))
     title = f"{way} against the fastest stock backend" if way else "Cells"
@@ -296,7 +312,7 @@ def _every_table(cells: list[KernelCell]) -> Table:
         Column("ms"),
         Column("speed-up", "time of the fastest stock backend over this one"),
         Column("fastest to slowest", "of all timed steps, ms", is_text=True),
-        *(Column(part) for part in parts),
+        *(Column(part, _HINTS.get(part, "")) for part in parts),
     ]
     rows = []
     for cell in cells:

@@ -96,6 +96,7 @@ class Verdict:
         gains: by cell, how many times ours is faster; below 1 it is slower.
         not_compared: cells that say nothing about it, and why.
         better, worse: what more and less than 1 are called.
+        stock: names of the stock kernels that ours was compared with, if the file has them.
     """
 
     ours: str
@@ -104,6 +105,7 @@ class Verdict:
     not_compared: Mapping[str, str] = field(default_factory=dict)
     better: str = "faster than"
     worse: str = "slower"
+    stock: Sequence[str] = ()
 
     @property
     def won(self) -> list[str]:

@@ -83,6 +83,7 @@ class _Total:
     lost: int
     compared: int
     not_compared: int
+    stock: list[str]
     lost_elsewhere: int
     compared_elsewhere: int
 
@@ -95,6 +96,7 @@ class _Total:
             sum(len(verdict.lost) for verdict in first),
             sum(len(verdict.gains) for verdict in first),
             sum(len(verdict.not_compared) for verdict in first),
+            list(dict.fromkeys(name for verdict in first for name in verdict.stock)),
             sum(len(verdict.lost) for verdict in others),
             sum(len(verdict.gains) for verdict in others),
         )

@@ -6,9 +6,9 @@ can say where one does not hold what it should.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import Field
+from pydantic import ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "KernelCell",
     "KernelContender",
     "KernelResult",
+    "KernelRunResult",
     "ServingCell",
     "ServingResult",
     "ServingSide",
@@ -27,6 +28,7 @@ __all__ = [
 Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
+AtLeastOne = Annotated[int, Field(ge=1)]
 
 
 class Environment(TypedDict):
@@ -50,6 +52,7 @@ class BenchResult(TypedDict):
     absent: NotRequired[dict[str, str]]
     not_run: NotRequired[list[str]]
     why_not_run: NotRequired[dict[str, str]]
+    wall_s: NotRequired[Annotated[float, Field(ge=0)]]
 
 
 class Heads(TypedDict):
@@ -107,6 +110,56 @@ class KernelOptions(TypedDict):
 class KernelResult(BenchResult):
     options: NotRequired[KernelOptions]
     cells: list[KernelCell]
+
+
+class KernelRunCell(TypedDict):
+    """What `bench kernel` itself reads of a cell, beside what the report reads."""
+
+    best_stock: str | None
+    tokens: Ideal
+    bytes: Ideal
+    flop: int
+    layers: int
+    bandwidth_gb_s: Positive
+    absent: dict[str, str]
+    failed: dict[str, str]
+    contenders: dict[str, KernelRunContender]
+
+
+class KernelRunContender(TypedDict):
+    executor: str
+    policy: str | None
+    plan_ms: float | None
+    copy_ms: float | None
+    forward_ms: float | None
+    merge_ms: float | None
+    bytes_read: AtLeastOne
+    kv_read_ratio: float
+    speedup: float | None
+
+
+@with_config(ConfigDict(extra="forbid"))
+class KernelRunOptions(TypedDict):
+    quick: bool
+    workloads: list[str]
+    trees: list[str]
+    traces: list[str]
+    trace_batches: AtLeastOne
+    policies: Annotated[list[Literal["pat", "node", "chunk", "query"]], Field(min_length=1)]
+    heads: list[str]
+    dtype: Literal["bfloat16", "float16", "float32"]
+    page_size: AtLeastOne
+    rounds: AtLeastOne | None
+    seed: Count
+    max_tokens: AtLeastOne
+    threads: AtLeastOne | None
+
+
+class KernelRunResult(TypedDict):
+    """What a `bench-kernel` file must have, beyond :class:`KernelResult`, to be resumed."""
+
+    options: KernelRunOptions
+    cells: list[KernelRunCell]
 
 
 class Spread(TypedDict):
@@ -206,6 +259,7 @@ class CpuResult(TypedDict):
     attention: list[CpuAttention]
     planning: NotRequired[list[CpuPlanning]]
     engine: NotRequired[list[CpuEngine]]
+    host: NotRequired[list[CpuEngine]]
 
 
 class GpuCell(TypedDict):
@@ -219,6 +273,7 @@ class GpuCell(TypedDict):
     floor: NotRequired[dict[str, float]]
     formula: NotRequired[str]
     load: NotRequired[dict[str, Any]]
+    stock: NotRequired[str]
     ratio: NotRequired[Positive]
 
 

@@ -59,7 +59,7 @@ def serving_section(source: Source, figures: list[Figure]) -> Section:
         source=source.name,
         facts=facts,
         warnings=[*bench_warnings(data), *_not_comparisons(data)],
-        verdicts=[_verdict(data["cells"], metric) for metric in _METRICS],
+        verdicts=[_verdict(data, metric) for metric in _METRICS],
         tables=[folded(_ratio_table(data)), folded(_value_table(data["cells"]))],
         figures=figures,
     )
@@ -73,17 +73,37 @@ def _gain(cell: ServingCell, metric: str) -> float | None:
     return 1 / ratio if _METRICS[metric][2] else float(ratio)
 
 
-def _verdict(cells: list[ServingCell], metric: str) -> Verdict:
+def _verdict(data: ServingResult, metric: str) -> Verdict:
     title, _, _ = _METRICS[metric]
+    cells = data["cells"]
     gains = {cell["name"]: _gain(cell, metric) for cell in cells}
     return Verdict(
         "the prefix server",
         f"the stock server in {title}",
         {cell: value for cell, value in gains.items() if value is not None},
-        {c["name"]: _why_not(c) for c in cells if gains[c["name"]] is None},
+        {c["name"]: _why_not(c) for c in cells if gains[c["name"]] is None} | _left(data),
         better="better than",
         worse="worse",
+        stock=_stock_backend(data),
     )
+
+
+def _stock_backend(data: ServingResult) -> list[str]:
+    """The attention backend that the stock server was told to use; else it chose one itself."""
+    arguments = (data.get("stock") or {}).get("server_args", [])
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        option, _, value = argument.partition("=")
+        if option == "--attention-backend" and (value or following):
+            return [value or following]
+    return []
+
+
+def _left(data: ServingResult) -> dict[str, str]:
+    """Workloads of which nothing was measured, and why."""
+    begun = {cell["name"] for cell in data["cells"]}
+    absent = {n: f"not run: {reason}" for n, reason in data.get("absent", {}).items()}
+    left = dict.fromkeys(data.get("not_run", []), "not run") | absent
+    return {n: reason for n, reason in left.items() if n not in begun}
 
 
 def _why_not(cell: ServingCell) -> str:
@@ -119,9 +139,7 @@ def _ratio_table(data: ServingResult) -> Table:
         ),
     ]
     rows = [row for cell in data["cells"] for row in _ratio_rows(cell, len(columns))]
-    begun = {cell["name"] for cell in data["cells"]}
-    left = [name(n) for n in data.get("not_run", []) if n not in begun]
-    rows += [across([first], "not run", len(columns)) for first in left]
+    rows += [across([name(n)], reason, len(columns)) for n, reason in _left(data).items()]
     note = "A gain below 1 is a loss."
     return Table("Prefix server against stock server", columns, rows, [note])
 

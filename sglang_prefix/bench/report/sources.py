@@ -14,7 +14,7 @@ from pydantic_core import from_json
 from sglang_prefix.bench.report import schema
 from sglang_prefix.bench.results import SCHEMA
 
-__all__ = ["CPU", "KINDS", "ResultError", "Source", "find_sources"]
+__all__ = ["CPU", "KINDS", "ResultError", "Source", "check_result", "check_type", "find_sources"]
 
 # The file of benchmarks/cpu.py says its kind by its keys.
 CPU = "bench-cpu"
@@ -79,7 +79,7 @@ def find_sources(places: Sequence[str | os.PathLike[str]]) -> tuple[list[Source]
     for path, (name, is_named) in files.items():
         data = _parse(path)
         if is_named or _claims(data):
-            found.append(_checked(path, name, data))
+            found.append(Source(name, path, check_result(path, data), data))
         else:
             left_out.append(name)
     if not found:
@@ -104,7 +104,12 @@ def _claims(data: Any) -> bool:
     return isinstance(data, dict) and ("kind" in data or "attention" in data)
 
 
-def _checked(path: Path, name: str, data: Any) -> Source:
+def check_result(path: Path, data: Any) -> str:
+    """Check that a parsed file is a whole result file; return its kind.
+
+    Raises:
+        ResultError: it is not; one line that names the file and the first thing that is wrong.
+    """
     if not isinstance(data, dict):
         raise ResultError(f"{path} is not a result file: it holds no JSON object")
     kind = data.get("kind", CPU if "attention" in data else None)
@@ -113,14 +118,23 @@ def _checked(path: Path, name: str, data: Any) -> Source:
         raise ResultError(f"{path} is not a result file: its kind is {kind!r}; legal: {legal}")
     if kind != CPU and data.get("schema") != SCHEMA:
         raise ResultError(f"{path}: schema is {data.get('schema')!r}; legal: {SCHEMA}")
-    try:
-        _ADAPTERS[kind].validate_python(data, strict=True)
-    except ValidationError as error:
-        raise ResultError(f"{path} is not a whole {kind} file: {_first(error)}") from None
+    check_type(path, data, _ADAPTERS[kind], f"is not a whole {kind} file")
     cells = data["cells"] if kind.startswith("bench-") and kind != CPU else []
     if twice := _named_twice(cells):
         raise ResultError(f"{path} is not a whole {kind} file: two cells are named {twice!r}")
-    return Source(name, path, kind, data)
+    return kind
+
+
+def check_type(path: Path, data: Any, adapter: TypeAdapter[Any], complaint: str) -> None:
+    """Check a parsed file against a type.
+
+    Raises:
+        ResultError: it is not of it; one line: the file, the complaint, the first thing wrong.
+    """
+    try:
+        adapter.validate_python(data, strict=True)
+    except ValidationError as error:
+        raise ResultError(f"{path} {complaint}: {_first(error)}") from None
 
 
 def _parse(path: Path) -> Any:
