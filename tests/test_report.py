@@ -137,7 +137,7 @@ class TestKernel:
         page = made(tmp_path, result)
         assert "pat-tree-01: pat failed: off by 1." in page.items
         assert page.losing[0] == "pat-tree-01"
-        assert "in 2 of 3 cells; slower in 1. Not compared: 1." in words(page.summary)
+        assert "in 2 of 3 cells; slower in 1. Not compared: 2." in words(page.summary)
         assert any("pat-tree-01 (ours failed: off by 1)" in words(item) for item in page.items)
 
     def test_without_a_stock_backend_nothing_is_counted(self, tmp_path: Path) -> None:
@@ -147,7 +147,33 @@ class TestKernel:
             cell["best_stock"] = None
         page = made(tmp_path, result)
         assert "Nothing was compared with stock SGLang." in page.summary
-        assert "Not compared: 4." in words(page.summary)
+        assert "Not compared: 5." in words(page.summary)
+
+    def test_what_was_not_run_is_counted(self, tmp_path: Path) -> None:
+        result = report_files.kernel_result()
+        page = made(tmp_path, result)
+        assert "slower in 1. Not compared: 1." in words(page.summary)
+        assert any("chunk-4096 (not run: interrupted)" in words(item) for item in page.items)
+        for path in (tmp_path / "results").iterdir():
+            path.unlink()
+        (tmp_path / "results").rmdir()
+        page = made(tmp_path, result | {"cells": []})
+        assert "Not compared: 1." in words(page.summary)
+
+    def test_the_first_line_names_the_stock_kernels(self, tmp_path: Path) -> None:
+        result = report_files.kernel_result()
+        contenders = result["cells"][0]["contenders"]
+        contenders["triton"] = contenders["torch_native"] | {"ms": 7.0}
+        # Never the fastest, so never compared with.
+        contenders["slow"] = contenders["torch_native"] | {"ms": 70.0}
+        page = made(tmp_path, result)
+        said = "Against stock SGLang (torch_native, triton), ours is faster in 3 of 4 cells"
+        assert said in words(page.summary)
+
+    def test_how_the_parts_were_timed_is_said(self, tmp_path: Path) -> None:
+        made(tmp_path, report_files.kernel_result())
+        text = (tmp_path / "page.html").read_text()
+        assert text.count("on the CPU timed alone after the step") == 2
 
     def test_every_number_of_the_file_is_shown(self, tmp_path: Path) -> None:
         result = report_files.kernel_result()
@@ -169,12 +195,35 @@ class TestKernel:
 class TestServing:
     def test_wins_losses_and_what_is_no_comparison(self, tmp_path: Path) -> None:
         page = made(tmp_path, report_files.serving_result())
-        assert "faster in 2 of 2 cells; slower in none. Not compared: 1." in words(page.summary)
+        assert "faster in 2 of 2 cells; slower in none. Not compared: 2." in words(page.summary)
         assert "slower or worse in 1 of 6 comparisons" in words(page.summary)
         assert page.losing == ["forks"]
         assert page.named("random")[0][-1] == "not a comparison: our backend packed no step"
         assert page.named("trace")[0][1] == "not run"
         assert any("worse in 1: forks 0.80x" in words(item) for item in page.items)
+
+    def test_absent_workloads_have_a_row(self, tmp_path: Path) -> None:
+        absent = {"traces": "no --trace FILE was given"}
+        page = made(tmp_path, report_files.serving_result() | {"absent": absent})
+        assert "Workloads not run: traces: no --trace FILE was given." in page.items
+        assert not any("baseline" in item for item in page.items)
+        assert page.named("traces")[0][1] == "not run: no --trace FILE was given"
+        assert "Not compared: 3." in words(page.summary)
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (["--attention-backend", "torch_native"], " (torch_native)"),
+            (["--attention-backend=triton"], " (triton)"),
+            (["--model-path", "tiny"], ""),
+        ],
+    )
+    def test_the_stock_backend_is_named(
+        self, arguments: list[str], said: str, tmp_path: Path
+    ) -> None:
+        result = report_files.serving_result() | {"stock": {"server_args": arguments}}
+        summary = words(made(tmp_path, result).summary)
+        assert summary.startswith(f"Against stock SGLang{said}, ours is")
 
     def test_ratios_of_what_is_no_comparison_are_not_shown(self, tmp_path: Path) -> None:
         result = report_files.serving_result()
@@ -215,16 +264,23 @@ def test_committed_cpu_results(result: dict[str, Any], tmp_path: Path) -> None:
         assert any(f"in {won} of {len(times)} cells" in words(item) for item in page.items)
     lost = sum(ms["pat"] > min(ms["stock"], ms["query"]) for ms in times)
     assert len(page.losing) == lost
-    # The oldest file has no times of the engine.
-    engine = result["engine"][0]["us"] if "engine" in result else []
-    for stage in [*result["planning"][0]["median_us"], *engine]:
+    # The oldest files have no times of the engine, or none with the device elsewhere.
+    in_engines = [
+        stage for key in ("engine", "host") for stage in result.get(key, [{"us": ()}])[0]["us"]
+    ]
+    for stage in [*result["planning"][0]["median_us"], *in_engines]:
         assert len(page.named(stage)) == 1
+
+
+def test_some_committed_cpu_result_has_host_times() -> None:
+    assert any("host" in result for result in CPU_FILES.values())
 
 
 class TestGpu:
     def test_wins_losses_and_targets(self, tmp_path: Path) -> None:
         page = made(tmp_path, report_files.gpu_bench_result(dry=False))
-        assert "in 1 of 2 cells; slower in 1." in words(page.summary)
+        said = "(sglang-triton), ours is faster in 1 of 2 cells; slower in 1. Not compared: 1."
+        assert said in words(page.summary)
         assert page.losing == ["nothing shared", "alone"]
         assert page.named("left") == [["left", "not run"]]
         assert "Absent baselines: fasttree: no module." in page.items
@@ -270,7 +326,8 @@ class TestPage:
         assert "and 3 more." in summary
         (verdict,) = [words(item) for item in page.items if "faster than" in item]
         assert verdict.count("loser-") == 9
-        assert verdict.endswith("Not compared: 9 cells (no stock baseline).")
+        left = "chunk-4096 (not run: interrupted)"
+        assert verdict.endswith(f"Not compared: 9 cells (no stock baseline); {left}.")
 
     def test_kinds_are_in_order_and_the_newest_is_first(self, tmp_path: Path) -> None:
         older = report_files.kernel_result() | {"created": "2025-01-01T00:00:00+00:00"}
