@@ -28,7 +28,7 @@ if [[ $# -eq 0 || "$1" == -* ]]; then
     exit 2
 fi
 if ! command -v sglang-prefix >/dev/null; then
-    echo "compare.sh: sglang-prefix is not on PATH; \`pip install sglang-prefix\`, or activate its environment" >&2
+    echo "compare.sh: sglang-prefix is not on PATH; activate its environment (\`source .venv/bin/activate\`), or install it (\`pip install .\` in a checkout)" >&2
     exit 127
 fi
 out=$1
