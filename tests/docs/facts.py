@@ -30,9 +30,9 @@ _OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 
 def problems(pages: Sequence[Page]) -> list[str]:
     """Everything that is wrong with the pages, but for what running them shows."""
-    checks = (links, paths, tests_named, variables, metrics, activation, commands, options)
-    checks += (tables, places)
-    return [problem for check in checks for problem in check(pages)]
+    of_code = (paths, tests_named, variables, metrics, commands, options)
+    of_pages = (links, activation, tables, places)
+    return [problem for check in (*of_code, *of_pages) for problem in check(pages)]
 
 
 def links(pages: Sequence[Page]) -> Iterator[str]:
