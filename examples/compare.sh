@@ -14,6 +14,9 @@ Writes DIR/kernel.json, DIR/serving.json, their plots, and DIR/report.html, whic
   DIR    folder for the results. What was measured before an interruption is kept there, and
          `sglang-prefix bench kernel --resume --out DIR`, or the same with serving, goes on.
 
+Measures the kernels first, then the servers, and ends with the page. Draws plots, so it needs
+matplotlib: `make install` brings it, and so does `pip install '.[bench]'` in a checkout.
+
 FULL=1 runs all workloads; without it, the few of --quick, which take minutes on a CPU.
 HELP
 }
@@ -28,7 +31,7 @@ if [[ $# -eq 0 || "$1" == -* ]]; then
     exit 2
 fi
 if ! command -v sglang-prefix >/dev/null; then
-    echo "compare.sh: sglang-prefix is not on PATH; \`pip install sglang-prefix\`, or activate its environment" >&2
+    echo "compare.sh: sglang-prefix is not on PATH; activate its environment (\`source .venv/bin/activate\`), or install it (\`pip install .\` in a checkout)" >&2
     exit 127
 fi
 out=$1

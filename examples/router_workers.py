@@ -7,8 +7,9 @@ is known. New prompts go where the load is least, and so does everything once on
 requests more than another and half as many again (``--balance-abs-threshold``,
 ``--balance-rel-threshold``).
 
-This starts the servers and the router, sends several prefixes with several questions each, then
-asks every server how much of each prefix it holds, and ends everything::
+This starts the servers and the router and asks several questions about each of several prefixes:
+the first about each in turn, once the router counts the one before as running, then all others at
+once. Then it asks every server how much of each prefix it holds, and ends everything::
 
     pip install sglang-router
     sglang-prefix tiny-model tiny
@@ -104,11 +105,22 @@ def wait_until(ready: Any, process: subprocess.Popen[bytes], log: Path, what: st
         time.sleep(0.5)
 
 
-def ask_questions(router: str, prefixes: list[str], questions: int) -> None:
-    """All questions about all prefixes at once, first one about each."""
+def ask_questions(router: str, prefixes: list[str], questions: int, new_tokens: int) -> None:
+    """One question about each prefix, so that the router spreads them, then all others at once."""
     prompts = [f"{prefix}Question {i}?" for i in range(questions) for prefix in prefixes]
     with ThreadPoolExecutor(len(prompts)) as pool:
-        list(pool.map(lambda prompt: generate(router, prompt, 24), prompts))
+        answers = []
+        for sent, prompt in enumerate(prompts, 1):
+            answers.append(pool.submit(generate, router, prompt, new_tokens))
+            while sent <= len(prefixes) and not answers[-1].done() and running(router) < sent:
+                time.sleep(0.005)
+        for answer in answers:
+            answer.result()
+
+
+def running(router: str) -> int:
+    """Requests that the router has sent to servers and that are not answered yet."""
+    return sum(worker["load"] for worker in call(f"{router}/workers")["workers"])
 
 
 def show(workers: list[str], prefixes: list[str]) -> None:
@@ -130,10 +142,11 @@ def main() -> None:
     parser.add_argument("--model-path", required=True)
     parser.add_argument("--workers", type=int, default=2, help="servers; one GPU each, if any")
     parser.add_argument("--questions", type=int, default=6, help="requests per prefix")
+    parser.add_argument("--new-tokens", type=int, default=24, help="tokens of each answer")
     parser.add_argument("--log-dir", type=Path, default=Path("router-logs"))
     arguments, server_options = parser.parse_known_args()
-    if arguments.workers < 1 or arguments.questions < 1:
-        parser.error("--workers and --questions; legal: 1 and above")
+    if min(arguments.workers, arguments.questions, arguments.new_tokens) < 1:
+        parser.error("--workers, --questions and --new-tokens; legal: 1 and above")
     if find_spec("sglang_router") is None:
         parser.exit(1, "sglang-router is not installed; `pip install sglang-router`\n")
     if (
@@ -171,7 +184,7 @@ def main() -> None:
             lambda: call(f"{router}/workers")["total"] == len(workers), router_process, log, router
         )
         prefixes = [f"All about the {topic}. It has many branches. " * 20 for topic in TOPICS]
-        ask_questions(router, prefixes, arguments.questions)
+        ask_questions(router, prefixes, arguments.questions, arguments.new_tokens)
         show(workers, prefixes)
 
 

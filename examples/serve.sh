@@ -26,7 +26,7 @@ if [[ "${1:-}" == "-h" || "${1:-}" == "--help" ]]; then
     exit 0
 fi
 if ! command -v sglang-prefix >/dev/null; then
-    echo "serve.sh: sglang-prefix is not on PATH; \`pip install sglang-prefix\`, or activate its environment" >&2
+    echo "serve.sh: sglang-prefix is not on PATH; activate its environment (\`source .venv/bin/activate\`), or install it (\`pip install .\` in a checkout)" >&2
     exit 127
 fi
 

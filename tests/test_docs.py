@@ -15,7 +15,8 @@ from sglang_prefix.packing import CPU_PROFILE, GPU_PROFILE, AttentionShape
 from sglang_prefix.plan import PackPlan
 from sglang_prefix.planner import PackPlanner
 from tests.docs.facts import problems
-from tests.docs.pages import ROOT, Page, pages, read_page
+from tests.docs.pages import ACTIVATE, ROOT, Page, pages, read_page
+from tests.docs.run import Reader
 
 DOCTOR = ("sglang_prefix/cli/doctor.py", "sglang_prefix/cli/doctor_checks.py")
 # Where the messages that end a start come from, and as what they are raised.
@@ -72,6 +73,26 @@ def test_a_planted_mistake_is_found(planted: str, complaint: str, tmp_path: Path
     (found,) = problems([_page(tmp_path, planted)])
     assert complaint in found
     assert found.startswith("page.md")
+
+
+@pytest.mark.parametrize("command", ["sglang-prefix doctor", "sglang serve --model-path tiny"])
+def test_commands_need_an_activated_environment(command: str, tmp_path: Path) -> None:
+    run, activate = f"```bash\n{command}\n```", f"```bash\n{ACTIVATE}    # first\n```"
+    for text, wrong in (
+        (f"{run}\n\n{activate}", [f"README.md:1: nothing above says `{ACTIVATE}`"]),
+        (f"{activate}\n\n{run}", []),
+    ):
+        (tmp_path / "README.md").write_text(text)
+        assert problems([read_page(tmp_path / "README.md", tmp_path)]) == wrong
+
+
+def test_a_reader_finds_our_commands_after_activation_only(tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    before, activate, after = "command -v sglang-prefix", ACTIVATE, "type -P sglang-prefix"
+    blocks = (f"```bash\n{command}\n```\n" for command in (before, activate, after))
+    (tmp_path / "page.md").write_text("\n".join(blocks))
+    outcomes = list(Reader(tmp_path / "scratch").read([read_page(tmp_path / "page.md", tmp_path)]))
+    assert [outcome.status for outcome in outcomes] == ["failed", "ran", "ran"]
 
 
 @pytest.mark.parametrize("note", ["skpi no GPU", "skip", "tested by"])

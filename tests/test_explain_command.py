@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import json
 import re
+import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,27 @@ from sglang_prefix.tiny_model import TinyModelConfig, build_tiny_model
 from tests.explanations import LLAMA, run, setting
 
 DOCS = (Path(__file__).parents[1] / "docs" / "explain.md").read_text()
+
+
+_HTTP = b"HTTP/1.0 200 OK\r\n\r\n"
+_CUT = b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{}"
+
+
+@contextlib.contextmanager
+def _listener(said: bytes) -> Iterator[str]:
+    """A port that gives one answer to whatever it is asked."""
+
+    def answer() -> None:
+        connection, _ = listening.accept()
+        with connection:
+            connection.recv(4096)
+            connection.sendall(said)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        thread.join(timeout=10)
 
 
 def _paths(data: Any) -> Iterator[tuple[Any, ...]]:
@@ -60,6 +84,11 @@ class TestRecord:
             ({"sglang_prefix": [{"plans": 3}]}, "SGLANG_PREFIX_KEEP_PLAN=1"),
             ({"sglang_prefix": [{"last_plan": None}]}, "has not planned a decode batch yet"),
             ({"sglang_prefix": [{"last_plan": {"left_out": "too large"}}]}, "too large"),
+            ({"sglang_prefix": [1]}, "damaged: sglang_prefix is no list of counters"),
+            ({"sglang_prefix": None}, "damaged: sglang_prefix is no list of counters"),
+            ({"sglang_prefix": {"last_plan": {}}}, "damaged: sglang_prefix is no list"),
+            ({"sglang_prefix": [{"last_plan": 5}]}, "damaged: last_plan is no plan"),
+            ({"sglang_prefix": [{"last_plan": "x"}]}, "damaged: last_plan is no plan"),
         ],
     )
     def test_a_server_without_a_plan(self, state: dict[str, Any], message: str) -> None:
@@ -172,6 +201,7 @@ class TestCommand:
             (["--plan", "x", "--heads", "8,2,64"], "--heads: a plan that was made has its own"),
             (["--base-url", "http://127.0.0.1:9"], "no server answers at http://127.0.0.1:9"),
             (["--base-url", "nonsense"], "nonsense/server_info"),
+            (["--base-url", "http://HOST:PORT"], "http://HOST:PORT/server_info: not an answer"),
         ],
     )
     def test_mistakes_are_one_clear_line(self, arguments: list[str], message: str) -> None:
@@ -180,6 +210,18 @@ class TestCommand:
         assert message in failed.stderr
         assert len(failed.stderr.splitlines()) == 1
         assert not failed.stdout
+
+    @pytest.mark.parametrize(
+        "said",
+        [b"SSH-2.0-OpenSSH_9.2\r\n", b"", _HTTP + b"[" * 100_000, _HTTP + b"no JSON", _CUT],
+        ids=["not HTTP", "nothing", "too deep", "no JSON", "cut off"],
+    )
+    def test_something_else_listens_there(self, said: bytes) -> None:
+        with _listener(said) as url:
+            failed = run("--base-url", url)
+        assert failed.exit_code == 2
+        (line,) = failed.stderr.splitlines()
+        assert f"{url}/server_info" in line
 
     @pytest.mark.parametrize("text", ["", "[]", '["a", 3]', '["a", ""]', "[1", "\n \n"])
     def test_a_file_without_prompts(self, tmp_path: Path, text: str) -> None:

@@ -168,24 +168,31 @@ def find_plan(data: Any) -> Mapping[str, Any]:
     if not isinstance(states, Sequence):
         raise ValueError("there is no plan in it")
     backends = [
-        backend
-        for state in states
-        if isinstance(state, Mapping)
-        for backend in state.get("sglang_prefix", [])
+        backend for state in states if isinstance(state, Mapping) for backend in _backends_of(state)
     ]
     if not backends:
         raise ValueError("the server does not run the attention backend prefix")
-    kept = [backend["last_plan"] for backend in backends if backend.get("last_plan")]
+    kept = [backend["last_plan"] for backend in backends if backend.get("last_plan") is not None]
     if not kept and not any("last_plan" in backend for backend in backends):
         raise ValueError(
             "the server keeps no plan; start it with SGLANG_PREFIX_KEEP_PLAN=1 in its environment"
         )
     if not kept:
         raise ValueError("the server has not planned a decode batch yet; send requests first")
+    if not all(isinstance(plan, Mapping) for plan in kept):
+        raise ValueError("it is damaged: last_plan is no plan")
     found = next((plan for plan in kept if "left_out" not in plan), None)
     if found is None:
         raise ValueError(str(kept[0]["left_out"]))
     return dict(found)
+
+
+def _backends_of(state: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What the prefix backends of one scheduler say of themselves."""
+    listed = state.get("sglang_prefix", [])
+    if not isinstance(listed, list) or not all(isinstance(entry, Mapping) for entry in listed):
+        raise ValueError("it is damaged: sglang_prefix is no list of counters")
+    return listed
 
 
 def packs_of(plan: PackPlan) -> Packs:

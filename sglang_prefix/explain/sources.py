@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -133,8 +134,9 @@ def plan_of_server(base_url: str) -> PlanRecord:
     except OSError as error:
         reason = getattr(error, "reason", error)
         raise ValueError(f"no server answers at {url}: {reason}") from None
-    except ValueError as error:
-        raise ValueError(f"{url}: not an answer of SGLang's ({error})") from None
+    except (HTTPException, ValueError, RecursionError) as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{url}: not an answer of SGLang's ({said})") from None
     try:
         return PlanRecord.from_dict(find_plan(data))
     except ValueError as error:

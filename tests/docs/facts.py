@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tests.docs.pages import ROOT, Page
+from tests.docs.pages import ACTIVATE, ROOT, Page
 
 __all__ = ["problems"]
 
@@ -22,13 +22,17 @@ SOURCES = ("sglang_prefix", "kernels", "patches")
 _OURS = re.compile(
     r"(?:sglang_prefix|kernels|patches|tests|benchmarks|examples|docs|\.ci)/[\w./-]*"
 )
+# The pages that people begin with, and commands that come from our environment.
+_ENTRIES = (Path("README.md"), Path("docs/quickstart.md"))
+_TAKEN = re.compile(r"^(?:sglang|python)\b", re.MULTILINE)
 _OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 
 
 def problems(pages: Sequence[Page]) -> list[str]:
     """Everything that is wrong with the pages, but for what running them shows."""
-    checks = (links, paths, tests_named, variables, metrics, commands, options, tables, places)
-    return [problem for check in checks for problem in check(pages)]
+    of_code = (paths, tests_named, variables, metrics, commands, options)
+    of_pages = (links, activation, tables, places)
+    return [problem for check in (*of_code, *of_pages) for problem in check(pages)]
 
 
 def links(pages: Sequence[Page]) -> Iterator[str]:
@@ -75,7 +79,10 @@ def variables(pages: Sequence[Page]) -> Iterator[str]:
     settings = set(re.findall(r"SGLANG_PREFIX_[A-Z_]+", _text("sglang_prefix/config.py")))
     environ = Path(_origin("sglang"), "srt", "environ.py")
     known = environ.read_text() if environ.exists() else ""
-    known += "".join(f.read_text() for source in SOURCES for f in (ROOT / source).rglob("*.py"))
+    files = [f for source in SOURCES for f in (ROOT / source).rglob("*.py")]
+    # What tests read stands in the modules that they share; a test may name what there is not.
+    files += [f for f in (ROOT / "tests").glob("*.py") if not f.name.startswith("test_")]
+    known += "".join(f.read_text() for f in files)
     for page in pages:
         for name in sorted(set(re.findall(r"\bSGLANG_[A-Z0-9_]+[A-Z0-9]", page.text))):
             if not re.search(rf"\b{name}\b", known):
@@ -101,6 +108,22 @@ def metrics(pages: Sequence[Page]) -> Iterator[str]:
                 yield f"{page.path}: the table lacks {name}"
             for name in sorted(set(BackendCounters().as_dict()) - {code for _, code in page.code}):
                 yield f"{page.path}: the table lacks the counter {name}"
+
+
+def activation(pages: Sequence[Page]) -> Iterator[str]:
+    """Where people begin, a block says how to activate `.venv` before one takes commands from it.
+
+    Blocks that are not run here stand for other environments.
+    """
+    for page in pages:
+        if page.path not in _ENTRIES:
+            continue
+        for block in (b for b in page.blocks if b.language == "bash"):
+            if ACTIVATE in block.text:
+                break
+            if block.kind in ("run", "server") and _TAKEN.search(block.text):
+                yield f"{block.where}: nothing above says `{ACTIVATE}`"
+                break
 
 
 def commands(pages: Sequence[Page]) -> Iterator[str]:

@@ -20,10 +20,12 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-__all__ = ["ROOT", "RUNNABLE", "Block", "Page", "pages", "read_page"]
+__all__ = ["ACTIVATE", "ROOT", "RUNNABLE", "Block", "Page", "pages", "read_page"]
 
 ROOT = Path(__file__).parents[2]
 RUNNABLE = ("bash", "python")
+# What makes the commands of our environment known to a shell.
+ACTIVATE = "source .venv/bin/activate"
 KINDS = ("skip", "tested by", "server", "prints")
 _NOTE = re.compile(r"<!-- docs-check: (.*?) -->", re.DOTALL)
 

@@ -3,7 +3,8 @@
 Every command runs as it stands, but for the port: 30000 becomes one that is free, here as in the
 server's own command. The server gets a few options more, which bound its memory and let it wait
 without spinning. While it starts, blocks run that do not talk to it. A command that stands on two
-pages runs once.
+pages runs once. Our environment stands in the folder as `.venv` and is not on PATH: what it
+holds is found once a page has said how to activate it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.docs.pages import ROOT, Block, Page
+from tests.docs.pages import ACTIVATE, ROOT, Block, Page
 from tests.engine.driver import free_port, kill_session
 
 __all__ = ["Outcome", "Reader", "reader"]
@@ -65,9 +66,13 @@ class Reader:
         self._done: set[str] = set()
         for part in ("benchmarks", "docs", "examples", "tests", "Makefile"):
             (folder / part).symlink_to(ROOT / part)
+        (folder / ".venv").symlink_to(sys.prefix)
+        self._activate = ""
+        ours = Path(sys.executable).parent
+        others = [p for p in os.environ["PATH"].split(os.pathsep) if p and Path(p) != ours]
         paths = [ROOT, ROOT / "kernels", ROOT / "patches", os.environ.get("PYTHONPATH", "")]
         self.env = os.environ | {
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PATH": os.pathsep.join(others),
             "PYTHONPATH": os.pathsep.join(map(str, paths)),
             "SGLANG_PREFIX_KEEP_PLAN": "1",  # for `explain`, which asks the server for its plan
             "HF_HUB_OFFLINE": "1",
@@ -115,6 +120,10 @@ class Reader:
         return ("failed", problem) if problem else self._run(block.language, text)
 
     def _run(self, language: str, text: str) -> tuple[str, str]:
+        if language == "bash":
+            # Every block has a shell of its own; the one who reads stays in one.
+            self._activate = f"{ACTIVATE}\n" if ACTIVATE in text else self._activate
+            text = self._activate + text
         program = {"bash": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
         try:
             done = subprocess.run(
@@ -144,7 +153,7 @@ class Reader:
         self._serves = set(shlex.split(command, comments=True))
         with self._log.open("wb") as output:
             self.server = subprocess.Popen(
-                ["bash", "-c", f"exec {command}"],
+                ["bash", "-c", f"{self._activate}exec {command}"],
                 cwd=self.folder,
                 env=self.env,
                 stdin=subprocess.DEVNULL,

@@ -85,6 +85,9 @@ def test_a_planted_command_that_fails_is_found(
 
 def test_requests_of_one_prefix_meet_on_one_worker(models: dict[str, str], tmp_path: Path) -> None:
     options = ["--dtype", "float32", "--mem-fraction-static", "0.3", "--max-total-tokens", "20000"]
+    # Long answers: the first prefix must still be running when the router places the second,
+    # however busy this machine is.
+    options += ["--new-tokens", "96"]
     printed = run_example(
         "router_workers.py", "--model-path", models["llama"], *options, cwd=tmp_path
     )
