@@ -23,11 +23,16 @@ install: $(STAMP)  ## Make .venv with SGLang, this package (editable) and all to
 demo: install  ## Compare stock decode with prefix decode in the real engine
 	$(BIN)/sglang-prefix demo --picture build/demo.html
 
-test: install  ## Run all tests; they see the sgl_kernel stand-in where there is no GPU
-	$(BIN)/sglang-prefix exec -- $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+# In the order of the files: engines first, so that no long one is left for the end.
+test: install  ## Run the tests; they see the sgl_kernel stand-in where there is no GPU
+	$(BIN)/sglang-prefix exec -- $(BIN)/python -m pytest -n 2 --dist loadfile \
+		--no-loadscope-reorder $(PYTEST_ARGS)
 
 docs-check: install  ## Run every command of the documentation, and check what it says
 	$(BIN)/sglang-prefix exec -- $(BIN)/python -m tests.docs.check $(DOCS_ARGS)
+
+test-all:  ## As `make test`, with those that repeat on another variant what others show
+	$(MAKE) test PYTEST_ARGS="--extended $(PYTEST_ARGS)"
 
 # An environment per release, beside the main one; constraints.txt pins the main one alone.
 COMPAT := .venv-compat-$(VERSION)

@@ -34,6 +34,20 @@ settings.register_profile(
 settings.load_profile("sglang-prefix")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let `make test-all` ask for what repeats, on another variant, what other tests show."""
+    parser.addoption("--extended", action="store_true", help="also run tests marked extended")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave extended tests out, and say how many, unless they are asked for."""
+    if config.getoption("--extended"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("extended")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in set(left_out)]
+
+
 @pytest.fixture
 def nan_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that torch hands out uninitialised holds NaN, as freed memory on a device may."""

@@ -31,10 +31,22 @@ from tests.engine.scenarios import CONTROLS, CROWD_PAGE_SIZES, IDENTICAL, VARIAN
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
+# Scenarios whose every part another one has, too.
+EXTENDED = {"chunk-128 page-16 policy-node", "crowd page-4"}
+
 
 def with_engines(names: Iterable[str]) -> list[Any]:
     """Parameters for variants, each marked with the engines that its test compares."""
-    return [pytest.param(n, marks=pytest.mark.scenarios("stock", n, "control")) for n in names]
+    return [
+        pytest.param(
+            n,
+            marks=[
+                pytest.mark.scenarios("stock", n, "control"),
+                *[pytest.mark.extended] * (n in EXTENDED),
+            ],
+        )
+        for n in names
+    ]
 
 
 @pytest.mark.parametrize("name", with_engines(VARIANTS))

@@ -191,6 +191,7 @@ def test_explain_shows_the_last_plan(server: Server, tmp_path: Path) -> None:
     assert "Roots" not in target.read_text() + json.dumps(counters)
 
 
+@pytest.mark.extended  # `test_bench_serving.py` has the same load and more
 def test_bench_serving_with_shared_prefixes(server: Server, tmp_path: Path) -> None:
     before = server.counters()
     report = tmp_path / "report.jsonl"
