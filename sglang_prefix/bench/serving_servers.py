@@ -123,6 +123,8 @@ def _running_in_group(group: int) -> list[int]:
 def launch(side: str, arguments: Sequence[str], port: int | None, log: Path) -> RunningServer:
     """Start ``sglang serve`` under ``sglang-prefix exec``; it does not answer yet.
 
+    ``OMP_NUM_THREADS`` is the user's, or else leaves one core to everything else.
+
     Args:
         side: "stock" or "prefix".
         arguments: of ``sglang serve``, without host and port.
@@ -135,9 +137,13 @@ def launch(side: str, arguments: Sequence[str], port: int | None, log: Path) -> 
     if port is not None and not _is_free(port):
         raise ServerError(f"port {port} is in use; --port takes another, or none to choose one")
     port = free_port() if port is None else port
+    # A server's other processes and the load generator need a core, too: threads that wait for
+    # one spin, and times of one and the same server then differ between runs.
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 2) - 1))
     with log.open("wb") as output:
         process = subprocess.Popen(
             [*_GUARD, *_SERVE, *arguments, "--host", _HOST, "--port", str(port)],
+            env=os.environ | {"OMP_NUM_THREADS": threads},
             stdin=subprocess.PIPE,  # its end is how the guard knows of ours
             stdout=output,
             stderr=subprocess.STDOUT,
