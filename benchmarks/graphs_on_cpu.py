@@ -13,7 +13,55 @@ from typing import Any
 
 from benchmarks.import_patches import Patch
 
-__all__ = ["graph_runner_patches"]
+__all__ = ["GraphBackend", "graph_runner_patches"]
+
+
+class GraphBackend:
+    """What SGLang calls a graph backend; what is captured and how it is replayed is left open.
+
+    See SGLang's ``BaseCudaGraphBackend``.
+    """
+
+    def __init__(self, runner: Any) -> None:
+        self.captured: dict[Any, Any] = {}
+
+    @contextlib.contextmanager
+    def capture_session(self, stream: Any) -> Iterator[None]:
+        """Nothing to open."""
+        yield
+
+    def capture_one(
+        self,
+        shape_key: Any,
+        forward_fn: Callable[[], Any],
+        capture_inputs: Any = None,
+        post_warmup_hook: Callable[[], None] | None = None,
+    ) -> None:
+        """Run once to warm up, then capture."""
+        assert shape_key not in self.captured
+        forward_fn()
+        if post_warmup_hook is not None:
+            post_warmup_hook()
+        self.captured[shape_key] = self.capture(shape_key, forward_fn)
+
+    def capture(self, shape_key: Any, forward_fn: Callable[[], Any]) -> Any:
+        """What a replay needs."""
+        raise NotImplementedError
+
+    def can_run(self, forward_batch: Any, shape_key: Any) -> bool:
+        """Whether the shape was captured."""
+        return shape_key in self.captured
+
+    def replay_session(self) -> Any:
+        """Nothing to open."""
+        return contextlib.nullcontext()
+
+    def replay(self, shape_key: Any, static_forward_batch: Any, **kwargs: Any) -> Any:
+        """Run what was captured."""
+        raise NotImplementedError
+
+    def cleanup(self) -> None:
+        """Nothing to free."""
 
 
 def graph_runner_patches(

@@ -98,7 +98,7 @@ class BatchPlanner:
         self._rows: torch.Tensor | None = None
         self._lens = np.zeros(0, dtype=np.int64)  # that were planned for
         self._steps = 0  # taken since then, each of which adds a token to every request
-        self._next_sum: int | None = None  # of the lengths of the step to come
+        self._sum = 0  # of those lengths, and of padding's
         self._max_steps = 0
         self._num_rows = 0
         self._epoch = -1
@@ -123,7 +123,8 @@ class BatchPlanner:
         if self._goes_on(forward_batch):
             self._advance()
             if self._reason is None and in_graph:
-                self._note_growth()
+                for shape in self._shapes:
+                    shape.runner.note_growth()
             self._counters.keep_plan(time.perf_counter() - began)
             if self._reason is None and not in_graph:
                 self._grow_tails(forward_batch)
@@ -134,7 +135,7 @@ class BatchPlanner:
             return "no-request-info"
         self._reason = self._plan_anew(forward_batch, lens)
         self._lens, self._steps, self._num_rows = lens, 0, forward_batch.batch_size
-        self._next_sum = _sum_of_lengths(forward_batch) + len(lens)
+        self._sum = _sum_of_lengths(forward_batch)
         if self._reason is None:
             self._count_step()
         self._counters.plan_seconds += time.perf_counter() - began
@@ -184,7 +185,7 @@ class BatchPlanner:
             or self._epoch != self._handover.epoch
             or self._num_rows != forward_batch.batch_size
             or batch.reqs != self._reqs
-            or _sum_of_lengths(forward_batch) != self._next_sum
+            or _sum_of_lengths(forward_batch) != self._sum + (self._steps + 1) * len(self._lens)
             or not self._has_same_rows(batch)
         ):
             return False
@@ -217,17 +218,11 @@ class BatchPlanner:
         """Note a step under the plan in use, or under the decision to do without one."""
         count = len(self._lens)
         self._steps += 1
-        assert self._next_sum is not None
-        self._next_sum += count
         if self._reason is None:
             # Tails are read by their own request alone: one token more, read and logical.
             read, logical = self._plan_tokens
             self._plan_tokens = (read + count, logical + count)
             self._count_step()
-
-    def _note_growth(self) -> None:
-        for shape in self._shapes:
-            shape.runner.note_growth()
 
     def _grow_tails(self, forward_batch: Any) -> None:
         lens = self._lens + self._steps

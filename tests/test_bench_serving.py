@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import http.server
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from sglang_prefix.bench.serving_trace import scale_trace
 from sglang_prefix.bench.serving_workloads import load_workloads
 from sglang_prefix.bench.traces import read_trace
 from sglang_prefix.cli.main import app
+from tests.serving_runs import COUNTERS
 
 pytest.importorskip("matplotlib", reason="the command needs matplotlib for its plots")
 
@@ -190,17 +192,6 @@ def serve() -> Iterator[Callable[..., str]]:
         server.server_close()
 
 
-COUNTERS = {
-    "packed_steps": 10,
-    "stock_steps": 2,
-    "fallback_steps": 0,
-    "stock_reasons": {"gate-no-gain": 2},
-    "fallback_reasons": {},
-    "kv_tokens_read": 100,
-    "kv_tokens_logical": 400,
-}
-
-
 def info(*replicas: dict[str, Any], **fields: Any) -> dict[str, Any]:
     states = [{"sglang_prefix": [r]} if r else {} for r in replicas]
     return {"dtype": "float32", "load_format": "auto", "internal_states": states} | fields
@@ -326,3 +317,14 @@ def test_a_server_that_never_answers_is_stopped_waiting_for(
         server.stop()
     assert server.process is not None
     assert server.process.returncode is not None
+
+
+def test_a_cpu_server_leaves_a_core_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for cores, threads in ((1, "1"), (2, "1"), (16, "15")):
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        assert serving_servers.cpu_environment() == {"OMP_NUM_THREADS": threads}
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert serving_servers.cpu_environment() == {}

@@ -9,55 +9,31 @@ named by ``SGLANG_PREFIX_HOST_TIMES_FILE`` every few steps.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from benchmarks.graphs_on_cpu import graph_runner_patches
+from benchmarks.graphs_on_cpu import GraphBackend, graph_runner_patches
 from benchmarks.import_patches import patch_after_import
 
 WRITE_EVERY = 20
 
 
-class AbsentGraphs:
-    """What SGLang calls a graph backend: remembers outputs."""
+class AbsentGraphs(GraphBackend):
+    """Remembers outputs."""
 
-    def __init__(self, runner: Any) -> None:
-        self._outputs: dict[Any, Any] = {}
-
-    @contextlib.contextmanager
-    def capture_session(self, stream: Any) -> Iterator[None]:
-        """See SGLang's ``BaseCudaGraphBackend``, as for the others."""
-        yield
-
-    def capture_one(
-        self,
-        shape_key: Any,
-        forward_fn: Any,
-        capture_inputs: Any = None,
-        post_warmup_hook: Any = None,
-    ) -> None:
-        self._outputs[shape_key] = forward_fn()
-        if post_warmup_hook is not None:
-            post_warmup_hook()
-
-    def can_run(self, forward_batch: Any, shape_key: Any) -> bool:
-        return shape_key in self._outputs
-
-    def replay_session(self) -> Any:
-        return contextlib.nullcontext()
+    def capture(self, shape_key: Any, forward_fn: Callable[[], Any]) -> Any:
+        """What the graph's batch got at capture."""
+        return forward_fn()
 
     def replay(self, shape_key: Any, static_forward_batch: Any, **kwargs: Any) -> Any:
-        return self._outputs[shape_key]
-
-    def cleanup(self) -> None:
-        pass
+        """The same again."""
+        return self.captured[shape_key]
 
 
 class StepClock:

@@ -19,6 +19,7 @@ from sglang_prefix.bench.serving_resume import take_up
 from sglang_prefix.bench.serving_servers import (
     RunningServer,
     ServerError,
+    cpu_environment,
     describe,
     launch,
     read_counters,
@@ -146,7 +147,7 @@ class Run:
         self._judge()
 
     def _begin(self) -> dict[str, Any]:
-        plan = self._plan
+        plan, machine = self._plan, environment()
         return {
             "schema": SCHEMA,
             "kind": KIND,
@@ -154,7 +155,7 @@ class Run:
             "command": plan.command,
             "quick": plan.quick,
             "seed": plan.seed,
-            "environment": environment(),
+            "environment": machine,
             "absent": plan.absent,
             "not_run": [workload.name for workload in plan.workloads],
             "model": plan.model,
@@ -168,6 +169,7 @@ class Run:
                 "before_each_workload": "cache emptied; all its requests once, whose tokens are "
                 "compared; cache emptied again before each timed run",
                 "sampling": "greedy, end token ignored",
+                "server_environment": {} if machine["gpu"] else cpu_environment(),
             },
             "wall_s": 0.0,
             "cells": [new_cell(workload) for workload in plan.workloads],
@@ -247,7 +249,8 @@ class Run:
     def _launch(self, side: str) -> RunningServer:
         plan = self._plan
         log = plan.out / f"{side}-server.log"
-        return launch(side, plan.server_args[side], plan.port, log)
+        variables = self.data["method"].get("server_environment")
+        return launch(side, plan.server_args[side], plan.port, log, variables)
 
     def _await(self, server: RunningServer) -> None:
         if server.process is not None:

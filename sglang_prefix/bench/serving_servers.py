@@ -15,7 +15,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import psutil  # type: ignore[import-untyped]
 __all__ = [
     "RunningServer",
     "ServerError",
+    "cpu_environment",
     "describe",
     "free_port",
     "launch",
@@ -120,16 +121,31 @@ def _running_in_group(group: int) -> list[int]:
     return found
 
 
-def launch(side: str, arguments: Sequence[str], port: int | None, log: Path) -> RunningServer:
-    """Start ``sglang serve`` under ``sglang-prefix exec``; it does not answer yet.
+def cpu_environment() -> dict[str, str]:
+    """Variables for a server that computes on the CPU: ``OMP_NUM_THREADS``, unless it is set.
 
-    ``OMP_NUM_THREADS`` is the user's, or else leaves one core to everything else.
+    Its other processes and the load generator need a core, too: threads that wait for one spin.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return {}
+    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) - 1))}
+
+
+def launch(
+    side: str,
+    arguments: Sequence[str],
+    port: int | None,
+    log: Path,
+    environment: Mapping[str, str] | None = None,
+) -> RunningServer:
+    """Start ``sglang serve`` under ``sglang-prefix exec``; it does not answer yet.
 
     Args:
         side: "stock" or "prefix".
         arguments: of ``sglang serve``, without host and port.
         port: where it listens; None to choose a free one.
         log: file for what it prints; written anew.
+        environment: variables beside this process's own.
 
     Raises:
         ServerError: the port is in use.
@@ -137,13 +153,10 @@ def launch(side: str, arguments: Sequence[str], port: int | None, log: Path) -> 
     if port is not None and not _is_free(port):
         raise ServerError(f"port {port} is in use; --port takes another, or none to choose one")
     port = free_port() if port is None else port
-    # A server's other processes and the load generator need a core, too: threads that wait for
-    # one spin, and times of one and the same server then differ between runs.
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 2) - 1))
     with log.open("wb") as output:
         process = subprocess.Popen(
             [*_GUARD, *_SERVE, *arguments, "--host", _HOST, "--port", str(port)],
-            env=os.environ | {"OMP_NUM_THREADS": threads},
+            env=os.environ | (environment or {}),
             stdin=subprocess.PIPE,  # its end is how the guard knows of ours
             stdout=output,
             stderr=subprocess.STDOUT,

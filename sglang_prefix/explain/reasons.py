@@ -1,6 +1,6 @@
 """Why the ``pat`` policy packed a node or did not: both sides of what it compared.
 
-The numbers are those of :func:`sglang_prefix.packing.pat_loops.weigh_choices`, the loop that
+The numbers are those of :func:`sglang_prefix.packing.pat_loops.cheapest_choices`, the loop that
 decides; nothing is weighed a second time in another way.
 """
 
@@ -13,7 +13,7 @@ import numpy as np
 from sglang_prefix.forest import PrefixForest
 from sglang_prefix.packing import CostModel
 from sglang_prefix.packing.pat import bytes_of
-from sglang_prefix.packing.pat_loops import candidate_from, candidate_starts, weigh_choices
+from sglang_prefix.packing.pat_loops import candidate_from, candidate_starts, cheapest_choices
 
 __all__ = ["NodeChoice", "pat_choices"]
 
@@ -54,7 +54,7 @@ def pat_choices(forest: PrefixForest, costs: CostModel) -> list[NodeChoice]:
     token, _, query, reread = model
     candidates = candidate_starts(*tree, forest.node_start, forest.node_parent, *model)
     indptr, position, origin = candidates
-    keeps, tails_fold, folds, pack_bytes, fold_bytes, join_bytes = weigh_choices(
+    keeps, tails_fold, folds, pack_bytes, fold_bytes, join_bytes = cheapest_choices(
         *tree, forest.node_stop, forest.node_parent, *candidates, *model
     )
     chosen = indptr[:-1].copy()

@@ -41,7 +41,7 @@ def pack_pat(forest: PrefixForest, costs: CostModel) -> Packs:
     )
     model = bytes_of(costs)
     candidates = candidate_starts(begin, end, forest.node_start, parent, *model)
-    choices = cheapest_choices(begin, end, stop, parent, *candidates, *model)
+    choices = cheapest_choices(begin, end, stop, parent, *candidates, *model)[:3]
     return Packs(*write_packs(forest.order, begin, end, stop, parent, *candidates, *choices))
 
 

@@ -16,7 +16,6 @@ __all__ = [
     "candidate_from",
     "candidate_starts",
     "cheapest_choices",
-    "weigh_choices",
     "write_packs",
 ]
 
@@ -121,53 +120,19 @@ def cheapest_choices(
     pack_bytes: float,
     query_bytes: float,
     reread_bytes: float,
-) -> tuple[BoolArray, BoolArray, BoolArray]:
-    """For every node and candidate: keep a pack over the KV from there on, or fold it downwards.
-
-    Returns:
-        By candidate: whether a pack is kept; whether tails read the KV themselves; and whether the
-        node, as a child, reads the KV of the parent's candidate ``origin`` itself.
-    """
-    keeps, tails_fold, folds, _, _, _ = weigh_choices(
-        begin,
-        end,
-        stop,
-        parent,
-        indptr,
-        position,
-        origin,
-        token_bytes,
-        pack_bytes,
-        query_bytes,
-        reread_bytes,
-    )
-    return keeps, tails_fold, folds
-
-
-@compiled
-def weigh_choices(
-    begin: IntArray,
-    end: IntArray,
-    stop: IntArray,
-    parent: IntArray,
-    indptr: IntArray,
-    position: IntArray,
-    origin: IntArray,
-    token_bytes: float,
-    pack_bytes: float,
-    query_bytes: float,
-    reread_bytes: float,
 ) -> tuple[BoolArray, BoolArray, BoolArray, FloatArray, FloatArray, FloatArray]:
-    """:func:`cheapest_choices`, with the bytes on either side.
+    """For every node and candidate: keep a pack over the KV from there on, or fold it downwards.
 
     Bottom-up. A pack costs itself, its KV once, and for each child and tail the cheaper of a
     query in it and reading the KV itself; folding costs what reading it costs every child and
     tail, and is possible if each child has the candidate too.
 
     Returns:
-        The three of :func:`cheapest_choices`, and by candidate the bytes of the subtree with a
-        pack; without one, infinite if that is impossible; and with the node's requests in the
-        parent's pack, against which a child that reads the KV itself was weighed.
+        By candidate: whether a pack is kept; whether tails read the KV themselves; and whether the
+        node, as a child, reads the KV of the parent's candidate ``origin`` itself. Then what was
+        weighed, by candidate: the bytes of the subtree with a pack; without one, infinite if that
+        is impossible; and with the node's requests in the parent's pack, against which a child
+        that reads the KV itself was weighed.
     """
     num_nodes = len(parent)
     first_child, next_child, num_own = _children(begin, end, parent)

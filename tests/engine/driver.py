@@ -313,7 +313,7 @@ async def _generate(
         # The first token has none.
         "input_logprobs": [entry[0] for entry in (meta.get("input_token_logprobs") or ())[1:]],
         # SGLang leaves it out where a request was aborted while it waited to run again.
-        "cached_tokens": meta.get("cached_tokens", 0),
+        "cached_tokens": meta.get("cached_tokens"),
         "finish": (meta["finish_reason"] or {}).get("type"),
     }
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
-from benchmarks.graphs_on_cpu import graph_runner_patches
+from benchmarks.graphs_on_cpu import GraphBackend, graph_runner_patches
 from benchmarks.import_patches import Patch
 
 __all__ = ["GRAPH_PATCHES"]
@@ -97,51 +97,22 @@ def wrap_launch(module: ModuleType) -> None:
     vars(module)["launch"] = LAUNCHES.wrap(vars(module)["launch"])
 
 
-class FrozenGraphs:
-    """What SGLang calls a graph backend."""
+class FrozenGraphs(GraphBackend):
+    """Graphs that run the forward function again, under the launches of the capture."""
 
-    def __init__(self, runner: Any) -> None:
-        self._graphs: dict[Any, tuple[Callable[[], Any], list[Any]]] = {}
-
-    @contextlib.contextmanager
-    def capture_session(self, stream: Any) -> Iterator[None]:
-        """See SGLang's ``BaseCudaGraphBackend``."""
-        yield
-
-    def capture_one(
-        self,
-        shape_key: Any,
-        forward_fn: Any,
-        capture_inputs: Any = None,
-        post_warmup_hook: Any = None,
-    ) -> None:
-        """A warm-up, then the run that is recorded."""
-        assert shape_key not in self._graphs
-        forward_fn()
-        if post_warmup_hook is not None:
-            post_warmup_hook()
+    def capture(self, shape_key: Any, forward_fn: Callable[[], Any]) -> Any:
+        """The function, and its launches."""
         with LAUNCHES.recording() as launches:
             forward_fn()
-        self._graphs[shape_key] = forward_fn, launches
         print(f"test hook: captured {shape_key} with {len(launches)} launches", flush=True)
-
-    def can_run(self, forward_batch: Any, shape_key: Any) -> bool:
-        """Whether the shape was captured."""
-        return shape_key in self._graphs
-
-    def replay_session(self) -> Any:
-        """See SGLang's ``BaseCudaGraphBackend``."""
-        return contextlib.nullcontext()
+        return forward_fn, launches
 
     def replay(self, shape_key: Any, static_forward_batch: Any, **kwargs: Any) -> Any:
         """Run what was captured over what stands in the static buffers."""
-        forward_fn, launches = self._graphs[shape_key]
+        forward_fn, launches = self.captured[shape_key]
         print(f"test hook: replay {shape_key.variant_label} {shape_key.size}", flush=True)
         with LAUNCHES.replaying(launches):
             return forward_fn()
-
-    def cleanup(self) -> None:
-        """See SGLang's ``BaseCudaGraphBackend``."""
 
 
 class FlippingGate:
