@@ -1,6 +1,6 @@
 """CPU benchmarks: ``make bench-cpu``, or ``sglang-prefix exec -- python -m benchmarks.cpu``.
 
-Writes every raw time to ``benchmarks/results/cpu/<date>-<commit>.json`` and prints the medians.
+Writes every raw time to ``docs/results/cpu/<date>-<commit>.json`` and prints the medians.
 Stock ``torch_native`` decode is a loop over requests, so the fair baseline stands beside it:
 policy ``query``, which shares nothing, on our own executor.
 """

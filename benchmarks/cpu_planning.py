@@ -11,17 +11,17 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.timing import interleaved, medians
-from prefix_kernels.plan_buffers import pack_plan
+from prefix_kernels.plan_buffers import serialize_plan
 from prefix_kernels.tiles import FUSED_ROWS
 from prefix_kernels.work_list import build_work_list
-from prefix_patches.handover import BATCH_ATTRIBUTE, Handover
 from prefix_patches.radix_paths import path_reader
-from sglang_prefix.batch_planner import BatchPlanner, ShapeRunner
-from sglang_prefix.counters import BackendCounters
+from prefix_patches.schedule_context import BATCH_ATTRIBUTE, ScheduleContext
+from sglang_prefix.backend.counters import BackendCounters
+from sglang_prefix.backend.decode_planner import DecodePlanner, LayerGroup
+from sglang_prefix.backend.path_cache import PathCache
 from sglang_prefix.forest import PathTable, PrefixForest
 from sglang_prefix.packing import CPU_PROFILE, GPU_PROFILE, AttentionShape
-from sglang_prefix.path_cache import PathCache
-from sglang_prefix.planner import PackPlanner
+from sglang_prefix.packing.planner import PackPlanner
 from sglang_prefix.runner import PlanRunner
 
 __all__ = ["measure_planning"]
@@ -57,11 +57,11 @@ def measure_planning(num_requests: int, rounds: int, seed: int) -> dict[str, Any
 
     def make_work_list() -> Int32Array:
         work = build_work_list(gpu_plan, SHAPE.group_size, list(FUSED_ROWS))
-        return pack_plan(gpu_plan, [work.items], work.partials, num_requests)
+        return serialize_plan(gpu_plan, [work.items], work.partials, num_requests)
 
     batch = _DecodeBatch(tree, lens)
     rows = torch.arange(num_requests)
-    runner = PlanRunner(SHAPE, torch.device("cpu"), "cpu")
+    runner = PlanRunner(SHAPE, torch.device("cpu"), "torch")
     runner.load(plan, tree.table, rows)
     new_slots = torch.zeros(num_requests, dtype=torch.int64)
 
@@ -113,13 +113,13 @@ class _DecodeBatch:
     """A decode batch as SGLang's graph runner hands it over, and the planner that serves it."""
 
     def __init__(self, tree: _RadixTree, lens: NDArray[np.int64]) -> None:
-        self._handover = Handover()
-        shape = ShapeRunner(PackPlanner(SHAPE, GPU_PROFILE), _NoRunner())
-        self._batches = BatchPlanner(
-            self._handover, tree.table, 1, [shape], BackendCounters(), verify=False
+        self._schedule = ScheduleContext()
+        shape = LayerGroup(PackPlanner(SHAPE, GPU_PROFILE), _NoRunner())
+        self._batches = DecodePlanner(
+            self._schedule, tree.table, 1, [shape], BackendCounters(), verify=False
         )
         # More than any run does steps, so that no tail runs out of room.
-        shape.planner.growth_room = 1 << 20
+        shape.planner.reserved_tail_slots = 1 << 20
         self._lens = lens.copy()
         size = len(lens)
         device_lens = torch.from_numpy(self._lens)
@@ -136,7 +136,7 @@ class _DecodeBatch:
             reqs=tree.requests, tree_cache=tree.cache, req_pool_indices_cpu=torch.arange(size)
         )
         setattr(self._forward_batch, BATCH_ATTRIBUTE, batch)
-        self._handover.settle(tree.requests)
+        self._schedule.settle(tree.requests)
         self.plan()
 
     def plan(self) -> None:
@@ -145,15 +145,15 @@ class _DecodeBatch:
         self._step()
 
     def keep(self) -> None:
-        """A step that goes on under the plan, the handover of the batch included."""
+        """A step that goes on under the plan, the schedule of the batch included."""
         self._lens += 1
         self._forward_batch.seq_lens_sum += len(self._lens)
         self._step()
 
     def _step(self) -> None:
-        before = self._handover.enter(self._forward_batch)
+        before = self._schedule.push(self._forward_batch)
         reason = self._batches.prepare(self._forward_batch, in_graph=True)
-        self._handover.leave(before)
+        self._schedule.pop(before)
         assert reason is None
 
 

@@ -91,7 +91,7 @@ def graph_runner_patches(
         "sglang.srt.model_executor.model_runner_components.cuda_graph_setup": _capture_on_cpu,
         "sglang.srt.model_executor.runner.decode_cuda_graph_runner": run_on_cpu,
         "sglang.srt.layers.attention.torch_native_backend": _complete_torch_native,
-        "sglang_prefix.backend": _say_that_decode_is_captured,
+        "sglang_prefix.backend.backend": _say_that_decode_is_captured,
     }
 
 

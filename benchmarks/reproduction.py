@@ -9,12 +9,12 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from sglang_prefix.bench.registry import load_registry
 from sglang_prefix.bench.results import read_result
+from sglang_prefix.bench.workloads.registry import load_registry
 
 __all__ = ["chunk_table", "pat_table"]
 
-_OURS, _QUERY = "cpu/pat", "cpu/query"
+_OURS, _QUERY = "torch/pat", "torch/query"
 _COLUMNS = (
     "requests",
     "KV tokens",

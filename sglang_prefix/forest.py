@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sglang_prefix.forest_loops import common_of_paths, nodes_of_neighbours
+from sglang_prefix.forest_jit import common_of_paths, nodes_of_neighbours
 
 __all__ = ["PathTable", "PrefixForest", "RadixPath"]
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-from prefix_kernels.layout import split_bounds
-from sglang_prefix.compiled import compiled
+from prefix_kernels.executor import split_bounds
+from sglang_prefix.jit import jit
 from sglang_prefix.packing.cost import CostModel
 from sglang_prefix.packing.packs import Packs
 
@@ -52,7 +52,7 @@ class PackPlan:
     owns one partial, numbered request by request, so that a request's partials are consecutive
     and there are no holes; PAT numbers them per pack, which collides on uneven
     trees. All arrays are int64 on the host; see
-    :class:`prefix_kernels.layout.PlanArrays` for how they are read.
+    :class:`prefix_kernels.executor.PlanArrays` for how they are read.
     """
 
     seq_lens: IntArray
@@ -65,7 +65,7 @@ class PackPlan:
     partial_indptr: IntArray
     partial_index: IntArray
     request_indptr: IntArray
-    growth_room: int
+    reserved_tail_slots: int
     kv_tokens_unique: int
     costs: CostModel
 
@@ -76,7 +76,7 @@ class PackPlan:
         seq_lens: IntArray,
         num_splits: IntArray,
         *,
-        growth_room: int,
+        reserved_tail_slots: int,
         kv_tokens_unique: int,
         costs: CostModel,
     ) -> PackPlan:
@@ -86,7 +86,7 @@ class PackPlan:
             packs: shared packs and tail starts.
             seq_lens: [B] KV tokens of each request.
             num_splits: [S + B] pieces of each shared pack, then of each tail.
-            growth_room: tokens that each tail may grow by before a new plan is needed.
+            reserved_tail_slots: tokens that each tail may grow by before a new plan is needed.
             kv_tokens_unique: the forest's unique tokens, for the statistics.
             costs: shape and device that the plan was made for.
         """
@@ -98,9 +98,9 @@ class PackPlan:
             packs.tail_start,
             seq_lens,
             num_splits,
-            growth_room,
+            reserved_tail_slots,
         )
-        return cls(seq_lens, *laid_out, growth_room, kv_tokens_unique, costs)
+        return cls(seq_lens, *laid_out, reserved_tail_slots, kv_tokens_unique, costs)
 
     @property
     def batch_size(self) -> int:
@@ -173,7 +173,7 @@ class PackPlan:
         return all(np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b for a, b in pairs)
 
 
-@compiled
+@jit
 def lay_out(
     start: IntArray,
     end: IntArray,
@@ -182,7 +182,7 @@ def lay_out(
     tail_start: IntArray,
     seq_lens: IntArray,
     num_splits: IntArray,
-    growth_room: int,
+    reserved_tail_slots: int,
 ) -> tuple[
     IntArray, IntArray, IntArray, IntArray, IntArray, IntArray, IntArray, IntArray, IntArray
 ]:
@@ -193,7 +193,7 @@ def lay_out(
 
     Args:
         start, end, query_indptr, queries, tail_start: of the shared packs, see :class:`Packs`.
-        seq_lens, num_splits, growth_room: as in :meth:`PackPlan.build`.
+        seq_lens, num_splits, reserved_tail_slots: as in :meth:`PackPlan.build`.
 
     Returns:
         The fields of :class:`PackPlan` from ``pack_start`` to ``request_indptr``.
@@ -217,7 +217,7 @@ def lay_out(
             pack_start[pack], pack_end[pack] = tail_start[request], seq_lens[request]
             all_queries[readers + request] = request
             indptr[pack + 1] = indptr[pack] + 1
-            room = growth_room
+            room = reserved_tail_slots
         slot_offset[pack + 1] = slot_offset[pack] + pack_end[pack] - pack_start[pack] + room
         pieces = num_splits[pack] * (indptr[pack + 1] - indptr[pack])
         partial_indptr[pack + 1] = partial_indptr[pack] + pieces
@@ -235,7 +235,7 @@ def lay_out(
     )
 
 
-@compiled
+@jit
 def tokens_read(
     pack_start: IntArray,
     pack_end: IntArray,
@@ -251,7 +251,7 @@ def tokens_read(
     return read
 
 
-@compiled
+@jit
 def number_partials(
     queries: IntArray, query_indptr: IntArray, num_splits: IntArray, batch_size: int
 ) -> tuple[IntArray, IntArray]:
@@ -300,7 +300,7 @@ def verify_plan(plan: PackPlan) -> None:
         queries = plan.pack_queries(pack)
         fits = (end <= plan.seq_lens[queries]).all()
         _require(bool(fits), f"pack {pack} outruns its query")
-        room = plan.growth_room if pack >= plan.num_shared_packs else 0
+        room = plan.reserved_tail_slots if pack >= plan.num_shared_packs else 0
         first, last = int(plan.slot_offset[pack]), int(plan.slot_offset[pack]) + end - start + room
         _require(0 <= first <= last <= len(used), f"pack {pack} leaves kv_slots")
         used[first:last] += 1

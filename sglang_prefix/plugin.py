@@ -37,7 +37,7 @@ def create_prefix_backend(runner: ModelRunner) -> AttentionBackend:
         runner: SGLang's model runner, as handed over by its attention registry.
 
     Raises:
-        RuntimeError: SGLang is outside the supported range; `sglang_prefix.backend` raises for
+        RuntimeError: SGLang is outside the supported range; `backend/backend.py` raises for
             anything else that is missing.
     """
     from prefix_patches.versions import check_sglang_version
@@ -45,6 +45,6 @@ def create_prefix_backend(runner: ModelRunner) -> AttentionBackend:
     # Before our backend is imported: on a foreign release that import may fail obscurely.
     check_sglang_version()
 
-    from sglang_prefix.backend import create_backend
+    from sglang_prefix.backend.backend import create_backend
 
     return create_backend(runner)

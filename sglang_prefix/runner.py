@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from prefix_kernels.cpu import TorchExecutor
-from prefix_kernels.layout import PlanExecutor
+from prefix_kernels.executor import PlanExecutor
+from prefix_kernels.torch_executor import TorchExecutor
 from sglang_prefix.packing import AttentionShape
 from sglang_prefix.plan import PackPlan
 
@@ -19,7 +19,7 @@ __all__ = ["EXECUTORS", "PlanRunner", "choose_executor"]
 
 IntArray = NDArray[np.int64]
 
-EXECUTORS = ("auto", "cpu", "triton")
+EXECUTORS = ("auto", "torch", "triton")
 
 
 def choose_executor(
@@ -33,15 +33,15 @@ def choose_executor(
     if name not in EXECUTORS:
         legal = ", ".join(map(repr, EXECUTORS))
         raise ValueError(f"executor={name!r} is unknown; legal: {legal}")
-    if name == "cpu" or (name == "auto" and device.type != "cuda"):
-        return "cpu"
+    if name == "torch" or (name == "auto" and device.type != "cuda"):
+        return "torch"
     # Not at the top: importing Triton takes a second, and the torch executor needs none of it.
     from prefix_kernels.triton_executor import why_not_triton
 
     why_not = why_not_triton(device, q_dtype, kv_dtype)
     if why_not and name == "triton":
-        raise ValueError(f"executor='triton' cannot be used here: {why_not}; legal: 'cpu'")
-    return "cpu" if why_not else "triton"
+        raise ValueError(f"executor='triton' cannot be used here: {why_not}; legal: 'torch'")
+    return "torch" if why_not else "triton"
 
 
 class PlanRunner:
@@ -50,7 +50,7 @@ class PlanRunner:
     Args:
         shape: heads, head dims and item sizes of the layers served.
         device: where q, the caches and ``req_to_token`` live.
-        executor: "cpu", the torch executor, which runs on any device; or "triton".
+        executor: "torch", the torch executor, which runs on any device; or "triton".
         check_slots: refuse slots outside the caches also where looking costs a device sync.
         options: more arguments of the executor.
     """
@@ -195,7 +195,7 @@ class PlanRunner:
             ValueError: a length is below the planned one, or past the growth room.
         """
         assert self.plan is not None
-        planned, room = self.plan.seq_lens, self.plan.growth_room
+        planned, room = self.plan.seq_lens, self.plan.reserved_tail_slots
         if (seq_lens < planned).any() or (seq_lens > planned + room).any():
             bad = int(np.flatnonzero((seq_lens < planned) | (seq_lens > planned + room))[0])
             raise ValueError(
@@ -255,7 +255,7 @@ class PlanRunner:
 def _build_executor(
     shape: AttentionShape, device: torch.device, name: str, options: Mapping[str, Any]
 ) -> PlanExecutor:
-    if name == "cpu":
+    if name == "torch":
         heads = shape.num_qo_heads, shape.num_kv_heads
         return TorchExecutor(*heads, shape.v_head_dim, device, **options)
     from prefix_kernels.tiles import TileShape

@@ -12,8 +12,8 @@ from sglang_prefix import checks
 from sglang_prefix.config import verify_requested
 from sglang_prefix.forest import PrefixForest
 from sglang_prefix.packing import AttentionShape
+from sglang_prefix.packing.planner import PackPlanner, profile_for
 from sglang_prefix.plan import PackPlan, PlanStats, verify_plan, verify_slots
-from sglang_prefix.planner import PackPlanner, profile_for
 from sglang_prefix.runner import PlanRunner, choose_executor
 
 __all__ = ["PrefixDecodeWrapper"]
@@ -46,7 +46,7 @@ class PrefixDecodeWrapper:
         max_partials: bound on partial results; a plan over it gives up splits, then sharing.
             Must hold one per request.
         device: where q, the caches and ``req_to_token`` live.
-        executor: "cpu" (torch, any device), "triton" (a GPU, or the CPU under
+        executor: "torch" (any device), "triton" (a GPU, or the CPU under
             ``TRITON_INTERPRET=1``), or "auto", the faster one that works.
 
     Raises:

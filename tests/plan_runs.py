@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from sglang_prefix.packing import CPU_PROFILE, AttentionShape, DeviceProfile
+from sglang_prefix.packing.planner import PackPlanner
 from sglang_prefix.plan import PackPlan, verify_plan
-from sglang_prefix.planner import PackPlanner
 from sglang_prefix.runner import PlanRunner
 from tests.attention import AttentionCase, assert_close
 from tests.forests import Batch
@@ -44,14 +44,14 @@ def load(
     case: AttentionCase,
     policy: str = "pat",
     profile: DeviceProfile = WHOLE,
-    executor: str = "cpu",
+    executor: str = "torch",
 ) -> Runs:
     num_qo_heads, num_kv_heads = case.q.shape[1], case.k_cache.shape[1]
     dims = case.k_cache.shape[2], case.v_cache.shape[2]
     shape = AttentionShape(
         num_qo_heads, num_kv_heads, *dims, case.q.dtype.itemsize, case.k_cache.dtype.itemsize
     )
-    plan = PackPlanner(shape, profile, policy=policy, growth_room=16).plan(batch.forest())
+    plan = PackPlanner(shape, profile, policy=policy, reserved_tail_slots=16).plan(batch.forest())
     verify_plan(plan)
     runner = PlanRunner(shape, torch.device("cpu"), executor)
     runner.load(plan, case.req_to_token, case.req_pool_indices)
@@ -63,7 +63,7 @@ def check(
     case: AttentionCase,
     policy: str = "pat",
     profile: DeviceProfile = WHOLE,
-    executor: str = "cpu",
+    executor: str = "torch",
 ) -> Runs:
     runs = load(batch, case, policy, profile, executor)
     assert_close(runs(), case.oracle())

@@ -1,4 +1,4 @@
-"""The scheduler's side of a :class:`BatchPlanner`: pools, a radix cache of SGLang's, its passes.
+"""The scheduler's side of a :class:`DecodePlanner`: pools, a radix cache of SGLang's, its passes.
 
 Every decode step runs under the plan in use and is compared with the oracle, for two attention
 shapes. Slots hold values of their own, so that a plan which kept a slot too long shows.
@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import torch
 
 from prefix_kernels.oracle import decode_attention_oracle
-from prefix_patches.handover import BATCH_ATTRIBUTE, Handover
-from sglang_prefix.batch_planner import BatchPlanner, ShapeRunner
-from sglang_prefix.counters import BackendCounters
+from prefix_patches.schedule_context import BATCH_ATTRIBUTE, ScheduleContext
+from sglang_prefix.backend.counters import BackendCounters
+from sglang_prefix.backend.decode_planner import DecodePlanner, LayerGroup
 from sglang_prefix.packing import CPU_PROFILE, AttentionShape
-from sglang_prefix.planner import GROWTH_ROOM_TOKENS, PackPlanner
+from sglang_prefix.packing.planner import RESERVED_TAIL_SLOTS, PackPlanner
 from sglang_prefix.runner import PlanRunner
 from tests.attention import assert_close
 
@@ -54,10 +54,12 @@ class Scheduler:
 
     Args:
         page_size: tokens per KV page.
-        growth_room: tokens that a plan's tails may grow by.
+        reserved_tail_slots: tokens that a plan's tails may grow by.
     """
 
-    def __init__(self, *, page_size: int = 1, growth_room: int = GROWTH_ROOM_TOKENS) -> None:
+    def __init__(
+        self, *, page_size: int = 1, reserved_tail_slots: int = RESERVED_TAIL_SLOTS
+    ) -> None:
         self.page_size = page_size
         self.allocator, self.cache = _pools(page_size)
         generator = torch.Generator().manual_seed(0)
@@ -69,21 +71,23 @@ class Scheduler:
         self.table = torch.randint(1, NUM_SLOTS, (NUM_ROWS, CONTEXT), generator=generator).int()
         self.table[0] = 0
         self.free_rows = list(range(1, NUM_ROWS))
-        self.handover = Handover()
+        self.schedule = ScheduleContext()
         self.counters = BackendCounters()
         # Policy "node" packs every node however small, so that what is read can be foretold.
         shapes = [
             AttentionShape(qo_heads, kv_heads, dim, dim, 4, 4) for qo_heads, kv_heads, dim in SHAPES
         ]
         self.shapes = [
-            ShapeRunner(
-                PackPlanner(shape, CPU_PROFILE, policy="node", growth_room=growth_room),
-                PlanRunner(shape, CPU, "cpu"),
+            LayerGroup(
+                PackPlanner(
+                    shape, CPU_PROFILE, policy="node", reserved_tail_slots=reserved_tail_slots
+                ),
+                PlanRunner(shape, CPU, "torch"),
             )
             for shape in shapes
         ]
-        self.planner = BatchPlanner(
-            self.handover, self.table, page_size, self.shapes, self.counters, verify=True
+        self.planner = DecodePlanner(
+            self.schedule, self.table, page_size, self.shapes, self.counters, verify=True
         )
 
     def prefill(self, *prompts: Sequence[int]) -> list[Request]:
@@ -181,11 +185,11 @@ class Scheduler:
 
     def prepare(self, forward_batch: Any) -> str | None:
         """What the planner says within the forward pass."""
-        previous = self.handover.enter(forward_batch)
+        previous = self.schedule.push(forward_batch)
         try:
             return self.planner.prepare(forward_batch)
         finally:
-            self.handover.leave(previous)
+            self.schedule.pop(previous)
 
     def run_pass(self, mode: str, reqs: Sequence[Request]) -> None:
         """A forward pass that our decode has no part in."""
@@ -195,7 +199,7 @@ class Scheduler:
         forward_batch = SimpleNamespace(
             forward_mode=ForwardMode[mode], **{BATCH_ATTRIBUTE: self._schedule_batch(reqs, rows)}
         )
-        self.handover.leave(self.handover.enter(forward_batch))
+        self.schedule.pop(self.schedule.push(forward_batch))
 
     def check_attention(self, forward_batch: Any) -> None:
         """Both runners' outputs for this batch are the oracle's."""

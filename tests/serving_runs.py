@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from sglang_prefix.bench import serving_run
 from sglang_prefix.bench.results import read_result
-from sglang_prefix.bench.serving_cells import step_delta
-from sglang_prefix.bench.serving_process import ClientError
-from sglang_prefix.bench.serving_run import Plan, Run
-from sglang_prefix.bench.serving_servers import RunningServer
-from sglang_prefix.bench.serving_workloads import Workload
+from sglang_prefix.bench.serving import run as serving_run
+from sglang_prefix.bench.serving.cells import step_delta
+from sglang_prefix.bench.serving.process import ClientError
+from sglang_prefix.bench.serving.run import Plan, Run
+from sglang_prefix.bench.serving.servers import RunningServer
+from sglang_prefix.bench.serving.workloads import Workload
 
 ROLLOUTS = {"prompts": 2, "samples": 2, "prompt_tokens": 8, "output_tokens": 4}
 

@@ -17,10 +17,10 @@ from prefix_kernels.oracle import decode_attention_oracle
 from sglang_prefix.bench import contenders, kernel_run, measure, plots
 from sglang_prefix.bench.baselines import Baseline
 from sglang_prefix.bench.cells import KernelOptions, kernel_cells
-from sglang_prefix.bench.contenders import Contender, CpuPacked, StepSeconds
+from sglang_prefix.bench.contenders import Contender, StepSeconds, TorchPacked
 from sglang_prefix.bench.gpu_contenders import GpuBaseline, TritonPacked
-from sglang_prefix.bench.inputs import AttentionInputs
 from sglang_prefix.bench.results import read_result
+from sglang_prefix.bench.workloads.inputs import AttentionInputs
 from sglang_prefix.cli import bench_kernel
 from sglang_prefix.cli.main import app
 
@@ -36,7 +36,7 @@ def bench(out: Path, *options: str) -> Any:
 def no_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stock kernel that is here at once: SGLang takes seconds to import."""
 
-    class Stock(CpuPacked):
+    class Stock(TorchPacked):
         kind = "stock"
 
     def find(device: torch.device) -> tuple[dict[str, Callable[..., Contender]], dict[str, str]]:
@@ -66,10 +66,10 @@ def test_a_quick_run_against_sglang(tmp_path: Path) -> None:
         assert cell["best_stock"] == "sglang-torch-native"
         assert set(cell["contenders"]) == {
             "sglang-torch-native",
-            *(f"cpu/{policy}" for policy in ("pat", "node", "chunk", "query")),
+            *(f"torch/{policy}" for policy in ("pat", "node", "chunk", "query")),
         }
     assert data["cells"][1]["tokens"] == {"ideal": 512 + 8 * 32, "logical": 8 * 544}
-    assert data["cells"][1]["contenders"]["cpu/node"]["packs"] == 9
+    assert data["cells"][1]["contenders"]["torch/node"]["packs"] == 9
     pictures = sorted(tmp_path.glob("new/*.svg"))
     assert [path.stem for path in pictures] == sorted(plots.FIGURES)
     for path in pictures:
@@ -126,7 +126,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert data["cells"][0] == first["cells"][0]
     assert data["seed"] == 7
     assert data["not_run"] == []
-    assert [list(cell["contenders"]) for cell in data["cells"]] == [["stock", "cpu/node"]] * 3
+    assert [list(cell["contenders"]) for cell in data["cells"]] == [["stock", "torch/node"]] * 3
     assert len(calls) == 4
 
     data["environment"]["cpu"] = "another"
@@ -204,7 +204,7 @@ def test_plots_without_matplotlib_are_refused_first(
     assert not (tmp_path / "out").exists()
 
 
-class Wrong(CpuPacked):
+class Wrong(TorchPacked):
     """Right in every head but one."""
 
     def first_layer(self) -> torch.Tensor:
@@ -230,7 +230,7 @@ def measured(makers: dict[str, Callable[..., Contender]]) -> dict[str, Any]:
 def test_a_wrong_output_is_caught_and_not_timed() -> None:
     cell = measured(
         {
-            "right": lambda inputs: CpuPacked(inputs, "pat"),
+            "right": lambda inputs: TorchPacked(inputs, "pat"),
             "wrong": lambda inputs: Wrong(inputs, "pat"),
             "inapplicable": refuse,
         }
@@ -282,7 +282,7 @@ def test_the_contenders_of_a_gpu_run_in_the_interpreter() -> None:
 def test_ours_being_wrong_ends_the_command_with_its_name(
     no_sglang: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measure, "CpuPacked", Wrong)
+    monkeypatch.setattr(measure, "TorchPacked", Wrong)
     result = bench(tmp_path, "--tree", "2_8", *SMALL, "--policy", "node")
     assert result.exit_code == 1
     assert "tree/2_8/4:2:16: cpu/node: WrongOutputError: off by" in result.stderr
@@ -300,18 +300,18 @@ def test_a_missing_sglang_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_losing_rows_are_marked(tmp_path: Path) -> None:
-    cell = measured({"cpu/pat": lambda inputs: CpuPacked(inputs, "pat")})
-    mine = cell["contenders"]["cpu/pat"]
+    cell = measured({"torch/pat": lambda inputs: TorchPacked(inputs, "pat")})
+    mine = cell["contenders"]["torch/pat"]
     stock = mine | {"kind": "stock", "policy": None, "ms": mine["ms"] / 2, "speedup": 1.0}
     losing = cell | {
         "name": "loses",
         "best_stock": "s",
-        "contenders": {"s": stock, "cpu/pat": mine | {"speedup": 0.5}},
+        "contenders": {"s": stock, "torch/pat": mine | {"speedup": 0.5}},
     }
     winning = cell | {
         "name": "wins",
         "best_stock": "s",
-        "contenders": {"s": stock, "cpu/pat": mine | {"speedup": 2.0}},
+        "contenders": {"s": stock, "torch/pat": mine | {"speedup": 2.0}},
     }
     where = {"gpu": None, "cpu": "a CPU", "threads": 1}
     options = KernelOptions().as_json()
@@ -320,10 +320,10 @@ def test_losing_rows_are_marked(tmp_path: Path) -> None:
         "options": options,
         "cells": [losing, cell, winning],
     }
-    assert plots.our_contender(data) == "cpu/pat"
+    assert plots.our_contender(data) == "torch/pat"
     bars = plots.speedup_figure(data).axes[0].patches
     assert [bar.get_facecolor() == bars[0].get_facecolor() for bar in bars] == [True, False]
-    rows = [bench_kernel._row(c, "cpu/pat", with_stock=False) for c in data["cells"]]
+    rows = [bench_kernel._row(c, "torch/pat", with_stock=False) for c in data["cells"]]
     assert [style for _, style in rows] == ["red", None, None]
     assert rows[0][0][5] == "0.50x slower"
     assert rows[1][0][3] == "absent"

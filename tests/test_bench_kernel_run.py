@@ -14,10 +14,10 @@ import torch
 from typer.testing import CliRunner
 
 from sglang_prefix.bench import kernel_run, measure, plots
-from sglang_prefix.bench.contenders import Contender, CpuPacked, StepSeconds
-from sglang_prefix.bench.inputs import AttentionInputs
+from sglang_prefix.bench.contenders import Contender, StepSeconds, TorchPacked
 from sglang_prefix.bench.output_check import OutputCheck
 from sglang_prefix.bench.results import read_result
+from sglang_prefix.bench.workloads.inputs import AttentionInputs
 from sglang_prefix.cli import bench_kernel
 from sglang_prefix.cli.main import app
 
@@ -30,7 +30,7 @@ Change = Callable[[dict[str, Any]], object]
 def no_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stock kernel that is here at once: SGLang takes seconds to import."""
 
-    class Stock(CpuPacked):
+    class Stock(TorchPacked):
         kind = "stock"
 
     stock = {"stock": lambda inputs: Stock(inputs, "query")}
@@ -59,7 +59,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def mine(data: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = data["cells"][0]["contenders"]["cpu/pat"]
+    found: dict[str, Any] = data["cells"][0]["contenders"]["torch/pat"]
     return found
 
 
@@ -216,7 +216,7 @@ def test_forward_is_what_is_left_of_the_run(
     contender = SimpleNamespace(
         inputs=SimpleNamespace(token_bytes=1, logical_tokens=8),
         kind="ours",
-        executor="cpu",
+        executor="torch",
         policy="pat",
         kv_tokens_read=8,
         num_packs=1,
@@ -229,5 +229,5 @@ def test_forward_is_what_is_left_of_the_run(
 def test_pictures_and_table_say_how_the_split_was_found(whole: dict[str, Any]) -> None:
     texts = [text.get_text() for text in plots.time_split_figure(whole).legends[0].get_texts()]
     assert texts[2:] == ["forward (run less merge)", "merge (timed alone after the step)"]
-    caption = str(bench_kernel.kernel_table(whole, "cpu/pat").caption)
+    caption = str(bench_kernel.kernel_table(whole, "torch/pat").caption)
     assert "merge is timed alone, after the step" in re.sub(r"\s+", " ", caption)

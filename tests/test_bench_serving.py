@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from sglang_prefix.bench import serving_servers
-from sglang_prefix.bench.serving_servers import (
+from sglang_prefix.bench.serving import servers as serving_servers
+from sglang_prefix.bench.serving.servers import (
     RunningServer,
     ServerError,
     describe,
@@ -27,9 +27,9 @@ from sglang_prefix.bench.serving_servers import (
     read_counters,
     wait_until_ready,
 )
-from sglang_prefix.bench.serving_trace import scale_trace
-from sglang_prefix.bench.serving_workloads import load_workloads
-from sglang_prefix.bench.traces import read_trace
+from sglang_prefix.bench.serving.trace import scale_trace
+from sglang_prefix.bench.serving.workloads import load_workloads
+from sglang_prefix.bench.workloads.traces import read_trace
 from sglang_prefix.cli.main import app
 from tests.serving_runs import COUNTERS
 
@@ -280,7 +280,7 @@ def test_a_server_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
     code = """
 import sys, time
 from pathlib import Path
-from sglang_prefix.bench import serving_servers
+from sglang_prefix.bench.serving import servers as serving_servers
 sleeping = "import os, time; print(os.getpid(), flush=True); time.sleep(99)"
 serving_servers._SERVE = (sys.executable, "-c", sleeping)
 log = Path(sys.argv[1])

@@ -18,11 +18,13 @@ import typer
 from typer.testing import CliRunner
 
 from sglang_prefix import tiny_model
-from sglang_prefix.bench import serving_process, serving_run, serving_servers
 from sglang_prefix.bench.results import read_result
-from sglang_prefix.bench.serving_process import ClientProcess, ClientTimeoutError
-from sglang_prefix.bench.serving_run import Run
-from sglang_prefix.bench.serving_servers import RunningServer, ServerError
+from sglang_prefix.bench.serving import process as serving_process
+from sglang_prefix.bench.serving import run as serving_run
+from sglang_prefix.bench.serving import servers as serving_servers
+from sglang_prefix.bench.serving.process import ClientProcess, ClientTimeoutError
+from sglang_prefix.bench.serving.run import Run
+from sglang_prefix.bench.serving.servers import RunningServer, ServerError
 from sglang_prefix.cli import bench_serving as command
 from sglang_prefix.cli.main import app
 from tests.serving_runs import FakeClient, fakes, go, plan  # noqa: F401

@@ -13,10 +13,10 @@ import pytest
 from rich.console import Console
 
 from sglang_prefix.bench.results import read_result
-from sglang_prefix.bench.serving_cells import judge, new_cell, sum_up
-from sglang_prefix.bench.serving_drivers import Answer, summarize
-from sglang_prefix.bench.serving_process import ClientError
-from sglang_prefix.bench.serving_run import steps
+from sglang_prefix.bench.serving.cells import judge, new_cell, sum_up
+from sglang_prefix.bench.serving.drivers import Answer, summarize
+from sglang_prefix.bench.serving.process import ClientError
+from sglang_prefix.bench.serving.run import steps
 from tests.serving_runs import WORKLOAD, FakeClient, a_run, fakes, go, plan  # noqa: F401
 
 pytest.importorskip("matplotlib", reason="the plots need matplotlib")
@@ -188,8 +188,8 @@ def test_servers_in_turn_or_taking_turns(tmp_path: Path) -> None:
 def test_table_notes_and_plots_show_what_was_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sglang_prefix.bench.serving_plots import PLOTS
-    from sglang_prefix.bench.serving_table import comparison_table, notes
+    from sglang_prefix.bench.serving.plots import PLOTS
+    from sglang_prefix.bench.serving.table import comparison_table, notes
 
     monkeypatch.setattr(os, "getloadavg", lambda: (0.5, 0.5, 0.5))
     data = go(plan(tmp_path, absent={"trace": "no --trace FILE was given"}))

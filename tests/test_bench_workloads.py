@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from sglang_prefix.bench.cells import KernelOptions, kernel_cells
-from sglang_prefix.bench.registry import Heads, load_registry, registry_names
 from sglang_prefix.bench.results import environment, read_result, write_result
-from sglang_prefix.bench.traces import TraceRequest, read_trace, trace_batches
-from sglang_prefix.bench.trees import TreeBatch, pat_tree
+from sglang_prefix.bench.workloads.registry import Heads, load_registry, registry_names
+from sglang_prefix.bench.workloads.traces import TraceRequest, read_trace, trace_batches
+from sglang_prefix.bench.workloads.trees import TreeBatch, pat_tree
 from tests import forests
 
 TRACE = Path(__file__).parents[2] / "shared" / "data" / "mooncake_conversation_trace.jsonl.gz"

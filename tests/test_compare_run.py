@@ -54,7 +54,7 @@ def test_the_comparison_ends_with_a_page_of_what_was_measured(tmp_path: Path) ->
     data = read_result(tmp_path / "results" / "kernel.json", "bench-kernel")
     assert [cell["name"] for cell in data["cells"]] == [CELL]
     (cell,) = data["cells"]
-    assert {"cpu/pat", "cpu/query"} <= set(cell["contenders"])
+    assert {"torch/pat", "torch/query"} <= set(cell["contenders"])
     assert any(other["kind"] == "stock" for other in cell["contenders"].values())
     page = (tmp_path / "results" / "report.html").read_text()
     assert CELL in page

@@ -184,7 +184,7 @@ class TestCompiled:
     @pytest.fixture(scope="class")
     def sm_90(self) -> list[dict[str, Any]]:
         """The command's own JSON; TRITON_INTERPRET must not matter to it."""
-        options = ["--head-dim", "128", "--merge", "arrival", "--json"]
+        options = ["--head-dim", "128", "--merge", "in_kernel", "--json"]
         command = [sys.executable, "-m", "sglang_prefix.cli.main", "kernels", "--arch", "sm_90"]
         environment = os.environ | {"TRITON_INTERPRET": "1"}
         done = subprocess.run(
@@ -220,7 +220,7 @@ class TestCompiled:
 
     @pytest.mark.parametrize(
         ("arch", "head_dim", "merge"),
-        [("sm_80", 128, "arrival"), ("sm_90", 64, "launch"), ("sm_100", 128, "arrival")],
+        [("sm_80", 128, "in_kernel"), ("sm_90", 64, "launch"), ("sm_100", 128, "in_kernel")],
     )
     def test_other_shapes(self, arch: str, head_dim: int, merge: str) -> None:
         """The tiles for packs of any length; those for packs of 16 tokens do less."""

@@ -27,9 +27,9 @@ def test_defaults() -> None:
         ("STOCK_BACKEND", "triton", "stock_backend", "triton"),
         ("VERIFY", "1", "verify", True),
         ("KEEP_PLAN", "1", "keep_plan", True),
-        ("EXECUTOR", "cpu", "executor", "cpu"),
+        ("EXECUTOR", "torch", "executor", "torch"),
         ("LAUNCH_MODE", "fused", "launch_mode", "fused"),
-        ("MERGE_MODE", "arrival", "merge_mode", "arrival"),
+        ("MERGE_MODE", "in_kernel", "merge_mode", "in_kernel"),
         ("WORKSPACE_MIB", "64", "workspace_mib", 64),
     ],
 )

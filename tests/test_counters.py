@@ -8,9 +8,9 @@ import pytest
 from prometheus_client import REGISTRY
 
 from prefix_patches.decode_log_line import append_with
-from sglang_prefix.counters import BackendCounters
-from sglang_prefix.fallback import GATE_REASONS, REASONS
-from sglang_prefix.metrics import PrefixMetrics
+from sglang_prefix.backend.counters import BackendCounters
+from sglang_prefix.backend.fallback import GATE_REASONS, REASONS
+from sglang_prefix.backend.metrics import PrefixMetrics
 
 LOG = "sglang.srt.managers.scheduler_components.metrics_reporter"
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from sglang_prefix.fallback import REASONS
+from sglang_prefix.backend.fallback import REASONS
 from sglang_prefix.forest import PrefixForest, RadixPath
 from sglang_prefix.packing import CPU_PROFILE, GPU_PROFILE, AttentionShape
+from sglang_prefix.packing.planner import PackPlanner
 from sglang_prefix.plan import PackPlan
-from sglang_prefix.planner import PackPlanner
 from tests.docs.facts import problems
 from tests.docs.pages import ACTIVATE, ROOT, Page, pages, read_page
 from tests.docs.run import Reader
@@ -24,10 +24,10 @@ STARTS = {
     "patches/prefix_patches/__init__.py": "RuntimeError",
     "patches/prefix_patches/attention_names.py": "ValueError",
     "patches/prefix_patches/versions.py": "RuntimeError",
-    "sglang_prefix/backend.py": "ValueError",
+    "sglang_prefix/backend/backend.py": "ValueError",
     "sglang_prefix/config.py": "ValueError",
-    "sglang_prefix/stock_rules.py": "ValueError",
-    "sglang_prefix/workspace.py": "ValueError",
+    "sglang_prefix/backend/stock_rules.py": "ValueError",
+    "sglang_prefix/backend/workspace.py": "ValueError",
 }
 # Shorter ones, such as ": " between two values, say nothing.
 TELLING = 12
@@ -63,7 +63,7 @@ def test_what_the_pages_say_is_so() -> None:
             "there is no test tests/nonesuch.py",
         ),
         (
-            "`benchmarks/results/cpu/2026-11-21-6d537cb.json`\n\n| 32 | 2048 + 128 | 1 |",
+            "`docs/results/cpu/2026-11-21-6d537cb.json`\n\n| 32 | 2048 + 128 | 1 |",
             "this row does not stand in",
         ),
         ("`/home/me/model`", "/home/me/model is a place on one machine"),

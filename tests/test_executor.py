@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefix_kernels import cpu
+from prefix_kernels import torch_executor
 from sglang_prefix.packing import POLICIES, DeviceProfile
 from tests.attention import AttentionCase, assert_close, make_case
 from tests.forests import Batch, Fork, batches, build_batch, random_batch
@@ -103,7 +103,7 @@ def test_scores_far_from_zero(scale: float) -> None:
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
 
 
-LONG = cpu.MIN_RUN_TOKENS
+LONG = torch_executor.MIN_RUN_TOKENS
 
 
 @pytest.mark.parametrize("profile", PROFILES, ids=lambda p: p.name)
@@ -144,8 +144,8 @@ def test_mixed_runs_of_slots(stretches: list[int]) -> None:
 
 def test_blocks_of_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packs longer than one block of scores go through the running maximum."""
-    monkeypatch.setattr(cpu, "SCORE_BLOCK_ELEMENTS", 1)
-    monkeypatch.setattr(cpu, "MIN_BLOCK_TOKENS", 7)
+    monkeypatch.setattr(torch_executor, "SCORE_BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(torch_executor, "MIN_BLOCK_TOKENS", 7)
     batch = random_batch(7, num_requests=12, max_tokens=200)
     for policy in POLICIES:
         check(batch, make_case(batch, group=3), policy, SPLITS)
@@ -263,10 +263,10 @@ def test_control_one_pack_skipped(
     batch, case = broken
     runs = check(batch, case, "node", SPLITS)
     executor = runs.runner._executor
-    assert isinstance(executor, cpu.TorchExecutor)
+    assert isinstance(executor, torch_executor.TorchExecutor)
     attend, skipped = executor._attend, executor._packs[0]
 
-    def leave_out(pack: cpu._Pack, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def leave_out(pack: torch_executor._Pack, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
         values, logs = attend(pack, *args)
         if pack is skipped:
             logs.fill_(-torch.inf)

@@ -10,15 +10,15 @@ import pytest
 
 from sglang_prefix.explain.groups import MAX_DEPTH, MAX_GROUPS, group_parts
 from sglang_prefix.explain.page import html_page
-from sglang_prefix.explain.parts import Explanation, explain
 from sglang_prefix.explain.picture import draw, svg_picture, walk
 from sglang_prefix.explain.reasons import pat_choices
 from sglang_prefix.explain.record import Answer, PlanRecord, ShapePlan
+from sglang_prefix.explain.segments import Explanation, explain
 from sglang_prefix.explain.sources import plan_of_tree
 from sglang_prefix.explain.text import group_lines
 from sglang_prefix.forest import PrefixForest
 from sglang_prefix.packing import CPU_PROFILE, GPU_PROFILE, POLICIES
-from sglang_prefix.planner import PackPlanner
+from sglang_prefix.packing.planner import PackPlanner
 from tests.explanations import LLAMA, QUERY_BYTES, SMALL, TOKEN_BYTES, setting
 from tests.forests import comb_batch, random_batch
 

@@ -18,8 +18,8 @@ import pytest
 from rich.console import Console
 
 from sglang_prefix.explain.page import html_page
-from sglang_prefix.explain.parts import explain
 from sglang_prefix.explain.record import PlanRecord, find_plan, read_record
+from sglang_prefix.explain.segments import explain
 from sglang_prefix.explain.sources import plan_of_prompts, plan_of_tree
 from sglang_prefix.explain.text import print_explanation
 from sglang_prefix.tiny_model import TinyModelConfig, build_tiny_model

@@ -16,8 +16,8 @@ from sglang_prefix.gate import (
     triton_kv_splits,
 )
 from sglang_prefix.packing import GPU_PROFILE, AttentionShape
+from sglang_prefix.packing.planner import PackPlanner
 from sglang_prefix.plan import PackPlan
-from sglang_prefix.planner import PackPlanner
 
 LLAMA_8B = AttentionShape(32, 8, 128, 128, 2, 2)
 H200 = limits_of(torch.device("cpu"))

@@ -25,8 +25,8 @@ from sglang_prefix.bench.baselines import (
     FlashInferDecode,
 )
 from sglang_prefix.bench.output_check import relative_error
-from sglang_prefix.bench.registry import Heads
-from sglang_prefix.bench.trees import Tree, pat_tree, random_tree, shared_then_private
+from sglang_prefix.bench.workloads.registry import Heads
+from sglang_prefix.bench.workloads.trees import Tree, pat_tree, random_tree, shared_then_private
 
 TREES: dict[str, Callable[[], Tree]] = {
     "three levels": lambda: pat_tree("1,2,8_32,16,5"),

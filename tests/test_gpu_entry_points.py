@@ -18,10 +18,10 @@ import torch
 from benchmarks.gpu.targets import default_way, evaluate
 from benchmarks.gpu.workloads import PAT_TREES, cells, dry_cells
 from sglang_prefix.bench.report import build_page, find_sources
-from sglang_prefix.bench.trees import TreeBatch, random_tree
+from sglang_prefix.bench.workloads.trees import TreeBatch, random_tree
 from sglang_prefix.forest import PrefixForest
+from sglang_prefix.packing.planner import PackPlanner
 from sglang_prefix.plan import verify_plan, verify_slots
-from sglang_prefix.planner import PackPlanner
 from tests import forests
 from tests.plan_runs import SPLITS
 
@@ -117,7 +117,7 @@ def test_the_dry_check_resumes_and_passes(runs: DryRuns) -> None:
         "sanitizer/racecheck",
     }
     assert len(runs.check["cells"]["policies-and-ways"]["errors"]) == 7
-    assert "one prefix" in runs.check["cells"]["graph/fused/arrival"]["errors"]
+    assert "one prefix" in runs.check["cells"]["graph/fused/in_kernel"]["errors"]
     assert f"seed {runs.check['seed']}" in runs.check_output
 
 

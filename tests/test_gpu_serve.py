@@ -98,7 +98,7 @@ COUNTERS = {
     "stock_reasons": {"gate-no-gain": 5},
     "fallback_reasons": {},
     "plan_seconds": 0.001,
-    "kept_seconds": 0.003,
+    "reused_plan_seconds": 0.003,
 }
 
 

@@ -13,7 +13,7 @@ from prefix_kernels.plan_buffers import PlanCapacity
 from prefix_kernels.tiles import TileShape
 from prefix_kernels.triton_executor import LAUNCH_MODES, MERGE_MODES, TritonExecutor
 from sglang_prefix.packing import AttentionShape
-from sglang_prefix.planner import PackPlanner
+from sglang_prefix.packing.planner import PackPlanner
 from tests.attention import KERNEL_TOLERANCES, AttentionCase, assert_close, make_case
 from tests.forests import Batch, Fork, build_batch, random_batch
 from tests.plan_runs import SPLITS, WHOLE, grow
@@ -91,7 +91,9 @@ class Server:
     def load(self, batch: Batch, case: AttentionCase, policy: str, *, skip: bool = False) -> None:
         """Plan a batch into the buffers; the table that its slots came from is then lost."""
         profile = SPLITS if policy == "node" else WHOLE
-        plan = PackPlanner(SHAPE, profile, policy=policy, growth_room=8).plan(batch.forest())
+        plan = PackPlanner(SHAPE, profile, policy=policy, reserved_tail_slots=8).plan(
+            batch.forest()
+        )
         table = case.req_to_token.clone()
         if not skip:
             self.executor.load(plan, table, case.req_pool_indices, num_rows=ROWS)

@@ -9,8 +9,8 @@ import pytest
 from sglang_prefix.config import PrefixConfig
 from sglang_prefix.explain import last_plan
 from sglang_prefix.explain.last_plan import LastPlan
-from sglang_prefix.explain.parts import explain
 from sglang_prefix.explain.record import PlanRecord
+from sglang_prefix.explain.segments import explain
 from sglang_prefix.explain.sources import plan_of_tree
 from tests.explanations import setting
 from tests.scheduling import Scheduler

@@ -22,10 +22,10 @@ GLUE = ("backend", "delegation", "served_layers", "plugin", "cli", "bench")
 # one way. A folder stands for all its modules.
 HOST_IMPORTS = {
     "compiled": {"numba"},
-    "forest_loops": {"numpy", "sglang_prefix.compiled"},
-    "forest": {"numpy", "sglang_prefix.forest_loops"},
-    "packing": {"numpy", "sglang_prefix.compiled", "sglang_prefix.forest", "sglang_prefix.packing"},
-    "plan": {"numpy", "sglang_prefix.compiled", "sglang_prefix.packing", "prefix_kernels.layout"},
+    "forest_loops": {"numpy", "sglang_prefix.jit"},
+    "forest": {"numpy", "sglang_prefix.forest_jit"},
+    "packing": {"numpy", "sglang_prefix.jit", "sglang_prefix.forest", "sglang_prefix.packing"},
+    "plan": {"numpy", "sglang_prefix.jit", "sglang_prefix.packing", "prefix_kernels.executor"},
     "workspace": {"sglang_prefix.packing", "prefix_kernels"},
     "gate": {
         "numpy",

@@ -15,10 +15,10 @@ import torch
 
 from prefix_kernels import plan_buffers, triton_executor
 from prefix_kernels.plan_buffers import PlanCapacity
-from sglang_prefix.batch_planner import BatchPlanner, ShapeRunner
+from sglang_prefix.backend.decode_planner import DecodePlanner, LayerGroup
 from sglang_prefix.gate import Gate, limits_of
 from sglang_prefix.packing import AttentionShape
-from sglang_prefix.planner import PackPlanner, profile_for
+from sglang_prefix.packing.planner import PackPlanner, profile_for
 from sglang_prefix.runner import PlanRunner
 from tests.scheduling import NUM_ROWS, SHAPES, Request, Scheduler
 
@@ -67,8 +67,8 @@ class DeviceScheduler(Scheduler):
     def __init__(self, gate: Gate | None = None) -> None:
         super().__init__()
         self.shapes = [device_shape(*shape) for shape in SHAPES]
-        self.planner = BatchPlanner(
-            self.handover,
+        self.planner = DecodePlanner(
+            self.schedule,
             on_device(self.table),
             1,
             self.shapes,
@@ -84,14 +84,14 @@ class DeviceScheduler(Scheduler):
             setattr(batch, name, on_device(getattr(batch, name)))
         if pads:
             batch.num_padding = pads
-        previous = self.handover.enter(batch)
+        previous = self.schedule.push(batch)
         try:
             return self.planner.prepare(batch, in_graph=in_graph)
         finally:
-            self.handover.leave(previous)
+            self.schedule.pop(previous)
 
 
-def device_shape(qo_heads: int, kv_heads: int, dim: int) -> ShapeRunner:
+def device_shape(qo_heads: int, kv_heads: int, dim: int) -> LayerGroup:
     shape = AttentionShape(qo_heads, kv_heads, dim, dim, 4, 4)
     runner = PlanRunner(shape, torch.device("cpu"), "triton", options={"capacity": CAPACITY})
     # Looking at slots is for the CPU, where it costs no sync.
@@ -101,7 +101,7 @@ def device_shape(qo_heads: int, kv_heads: int, dim: int) -> ShapeRunner:
         setattr(buffers, name, on_device(getattr(buffers, name)))
     # Policy "node" packs every node however small.
     options: Any = {"policy": "node", "max_partials": CAPACITY.partials}
-    return ShapeRunner(PackPlanner(shape, profile_for("triton"), **options), runner)
+    return LayerGroup(PackPlanner(shape, profile_for("triton"), **options), runner)
 
 
 @pytest.fixture(autouse=True)

@@ -24,9 +24,9 @@ from sglang_prefix.packing import (
     pat,
     policy_named,
 )
+from sglang_prefix.packing.planner import PackPlanner
 from sglang_prefix.packing.policies import CHUNK_TOKENS
 from sglang_prefix.plan import verify_plan, verify_slots
-from sglang_prefix.planner import PackPlanner
 from tests.forests import (
     PAT_TREES,
     Batch,

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from prefix_patches.radix_paths import path_reader
+from sglang_prefix.backend.path_cache import FoundPaths, PathCache
 from sglang_prefix.forest import PrefixForest
-from sglang_prefix.path_cache import FoundPaths, PathCache
 from tests.scheduling import Request, Scheduler
 
 CORES = ("rust", "python")

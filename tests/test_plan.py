@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from prefix_kernels.layout import split_bounds
+from prefix_kernels.executor import split_bounds
 from prefix_kernels.slot_table import SlotTable
 from sglang_prefix.packing import (
     CPU_PROFILE,
@@ -24,9 +24,9 @@ from sglang_prefix.packing import (
     policy_named,
 )
 from sglang_prefix.packing.packs import Packs, PacksBuilder
+from sglang_prefix.packing.planner import RESERVED_TAIL_SLOTS, PackPlanner
 from sglang_prefix.packing.splits import choose_num_splits
 from sglang_prefix.plan import PackPlan, verify_plan, verify_slots
-from sglang_prefix.planner import GROWTH_ROOM_TOKENS, PackPlanner
 from tests.forests import Batch, Fork, batches, build_batch, random_batch
 
 SHAPE = AttentionShape(8, 2, 64, 64, 2, 2)
@@ -38,7 +38,7 @@ IntArray = NDArray[np.int64]
 
 
 def plan_of(batch: Batch, profile: DeviceProfile = MANY_SPLITS, policy: str = "pat") -> PackPlan:
-    return PackPlanner(SHAPE, profile, policy=policy, growth_room=3).plan(batch.forest())
+    return PackPlanner(SHAPE, profile, policy=policy, reserved_tail_slots=3).plan(batch.forest())
 
 
 def changed(array: IntArray, index: int, by: int) -> IntArray:
@@ -93,7 +93,7 @@ def test_tails_come_last_in_batch_order_with_their_growth_room(plan: PackPlan) -
     room = np.diff(plan.slot_offset) - (plan.pack_end - plan.pack_start)
     assert room[:first].tolist() == [0] * first
     assert room[first:].tolist() == [3] * plan.batch_size
-    assert PackPlanner(SHAPE, CPU_PROFILE).growth_room == GROWTH_ROOM_TOKENS
+    assert PackPlanner(SHAPE, CPU_PROFILE).reserved_tail_slots == RESERVED_TAIL_SLOTS
 
 
 # Each defect is a plan that differs from a right one in one place, and what the verifier says.
@@ -328,7 +328,7 @@ def test_plans_compare_by_content(batch: Batch) -> None:
     plan = plan_of(batch)
     assert plan.same_as(plan_of(batch))
     assert not plan.same_as(plan_of(batch, policy="query"))
-    assert not plan.same_as(replace(plan, growth_room=plan.growth_room + 1))
+    assert not plan.same_as(replace(plan, reserved_tail_slots=plan.reserved_tail_slots + 1))
     assert not plan.same_as(replace(plan, num_splits=changed(plan.num_splits, 0, 1)))
 
 
@@ -338,7 +338,7 @@ def test_a_plan_without_shared_packs_can_be_built() -> None:
         PacksBuilder(2).build(),
         lens,
         np.ones(2, dtype=np.int64),
-        growth_room=0,
+        reserved_tail_slots=0,
         kv_tokens_unique=4,
         costs=CostModel(SHAPE, CPU_PROFILE),
     )

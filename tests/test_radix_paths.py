@@ -5,8 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from prefix_patches.handover import Handover
 from prefix_patches.radix_paths import owned_lengths, path_reader
+from prefix_patches.schedule_context import ScheduleContext
 
 PATHS = {5: ((3, 5), (4, 9)), 6: ((3, 6), (4, 7)), 3: ((3,), (4,))}
 
@@ -77,25 +77,25 @@ class Request:
 
 
 def test_a_request_settles_with_its_second_decode_step_and_not_across_a_retraction() -> None:
-    handover, req = Handover(), Request()
-    assert handover.settled([req]) == [False]
-    handover.settle([req])
-    assert handover.settled([req]) == [True]
+    schedule, req = ScheduleContext(), Request()
+    assert schedule.settled([req]) == [False]
+    schedule.settle([req])
+    assert schedule.settled([req]) == [True]
     req.retraction_count = 1
-    assert handover.settled([req]) == [False]
+    assert schedule.settled([req]) == [False]
 
 
 def test_a_prefill_unsettles_its_requests_but_not_those_that_decode_beside_it() -> None:
-    handover, fresh, decoding = Handover(), Request(), Request()
-    handover.settle([fresh, decoding])
+    schedule, fresh, decoding = ScheduleContext(), Request(), Request()
+    schedule.settle([fresh, decoding])
     batch = SimpleNamespace(reqs=[fresh, decoding], decoding_reqs=[decoding])
     extend = SimpleNamespace(
         forward_mode=SimpleNamespace(is_decode=lambda: False), _sglang_prefix_schedule_batch=batch
     )
-    before = handover.enter(extend)
-    assert handover.batch is batch
-    handover.leave(before)
-    assert handover.batch is None
-    assert handover.epoch == 1
-    assert handover.settled([fresh]) == [False]
-    assert handover.settled([decoding]) == [True]
+    before = schedule.push(extend)
+    assert schedule.batch is batch
+    schedule.pop(before)
+    assert schedule.batch is None
+    assert schedule.epoch == 1
+    assert schedule.settled([fresh]) == [False]
+    assert schedule.settled([decoding]) == [True]

@@ -16,7 +16,7 @@ from sglang_prefix.bench.report.sources import CPU, KINDS, Source, find_sources
 from sglang_prefix.cli.main import app
 from tests import report_files
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
 COMMITTED = {source.name: source for source in find_sources([RESULTS])[0]}
 CPU_FILES = {name: source.data for name, source in COMMITTED.items() if source.kind == CPU}
 

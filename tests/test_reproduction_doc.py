@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_the_tables_are_those_of_the_file() -> None:
     text = (ROOT / "docs" / "reproduction.md").read_text()
-    (name,) = set(re.findall(r"benchmarks/results/cpu/[\w-]+-kernel\.json", text))
+    (name,) = set(re.findall(r"docs/results/cpu/[\w-]+-kernel\.json", text))
     data = read_result(ROOT / name, "bench-kernel")
     assert pat_table(data, "32:8") in text
     assert chunk_table(data) in text

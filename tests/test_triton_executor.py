@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefix_kernels.plan_buffers import PlanBuffers, PlanCapacity, pack_plan
+from prefix_kernels.plan_buffers import PlanBuffers, PlanCapacity, serialize_plan
 from prefix_kernels.tiles import TileShape
 from prefix_kernels.triton_executor import LAUNCH_MODES, MERGE_MODES, TritonExecutor
 from sglang_prefix import PrefixDecodeWrapper
@@ -283,14 +283,14 @@ def test_a_plan_over_the_capacity_is_refused() -> None:
         executor.load(plan, case.req_to_token, case.req_pool_indices)
     with pytest.raises(ValueError, match=r"mode='both'; legal: 'streams', 'fused'"):
         build_executor(case, ("both", "launch"))
-    with pytest.raises(ValueError, match=r"merge='never'; legal: 'launch', 'arrival'"):
+    with pytest.raises(ValueError, match=r"merge='never'; legal: 'launch', 'in_kernel'"):
         build_executor(case, ("fused", "never"))
 
 
 def test_arrivals_are_counted_back_to_zero_and_survive_an_aborted_step() -> None:
     batch = random_batch(15, num_requests=9, max_tokens=90, growth=4)
     case = make_case(batch, group=3, head_dim=16)
-    runs = load(batch, case, how=("streams", "arrival"))
+    runs = load(batch, case, how=("streams", "in_kernel"))
     assert (runs.plan.request_indptr[1:] - runs.plan.request_indptr[:-1] > 1).any()
     arrivals = executor_of(runs).buffers.arrivals
     assert_right(runs)
@@ -345,7 +345,7 @@ def test_indices_past_int32_are_refused() -> None:
     slot_offset = plan.slot_offset.copy()
     slot_offset[-1] = 1 << 31
     with pytest.raises(ValueError, match=r"2147483648 kv_slots.*legal: up to 2147483647"):
-        pack_plan(replace(plan, slot_offset=slot_offset), [], np.zeros(1, dtype=np.int32), 4)
+        serialize_plan(replace(plan, slot_offset=slot_offset), [], np.zeros(1, dtype=np.int32), 4)
 
 
 # Controls: the comparison sees each of these.

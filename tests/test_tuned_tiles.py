@@ -36,7 +36,7 @@ def row(tile: TileConfig = WIDE, **changes: Any) -> dict[str, Any]:
 
 
 def table(*rows: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    entry = {"arch": "sm_90", "result_file": "benchmarks/results/a.json", "tiles": list(rows)}
+    entry = {"arch": "sm_90", "result_file": "docs/results/a.json", "tiles": list(rows)}
     return {DEVICE: entry | changes}
 
 

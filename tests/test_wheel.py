@@ -72,7 +72,7 @@ def test_the_wheel_holds_our_packages_and_no_other_name(wheel: Path) -> None:
     assert "prefix_patches/radix_paths/__init__.py" in names
     assert "sglang_prefix/packing/__init__.py" in names
     assert "sglang_prefix/py.typed" in names
-    assert "sglang_prefix/bench/serving_workloads.json" in names
+    assert "sglang_prefix/bench/serving/workloads.json" in names
     assert {f"sglang_prefix/bench/report/page.{e}" for e in ("html.j2", "css", "js")} <= {*names}
     assert "prefix_kernels/tuned_tiles.json" in names
     for path in (ROOT / "sglang_prefix" / "bench" / "workloads").iterdir():

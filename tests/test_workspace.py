@@ -7,12 +7,12 @@ import re
 import numpy as np
 import pytest
 
-from prefix_kernels.plan_buffers import PlanCapacity, pack_plan
+from prefix_kernels.plan_buffers import PlanCapacity, serialize_plan
 from prefix_kernels.tiles import FUSED_ROWS, ROW_CLASSES
 from prefix_kernels.work_list import build_work_list
+from sglang_prefix.backend.workspace import Workspace, size_workspace
 from sglang_prefix.packing import GPU_PROFILE, POLICIES, AttentionShape
-from sglang_prefix.planner import PackPlanner, profile_for
-from sglang_prefix.workspace import Workspace, size_workspace
+from sglang_prefix.packing.planner import PackPlanner, profile_for
 from tests.forests import random_batch
 
 MIB = 2**20
@@ -20,7 +20,12 @@ LLAMA_8B = AttentionShape(32, 8, 128, 128, 2, 2)
 
 
 def size(shape: AttentionShape = LLAMA_8B, **options: int) -> Workspace:
-    defaults = {"max_rows": 256, "context_len": 131072, "growth_room": 256, "max_block_rows": 128}
+    defaults = {
+        "max_rows": 256,
+        "context_len": 131072,
+        "reserved_tail_slots": 256,
+        "max_block_rows": 128,
+    }
     return size_workspace(shape, **(defaults | {"budget": 256 * MIB} | options))
 
 
@@ -59,7 +64,7 @@ def test_every_plan_of_a_sure_batch_fits(mode: str, policy: str, seed: int) -> N
             shape,
             max_rows=rows,
             context_len=context_len,
-            growth_room=room,
+            reserved_tail_slots=room,
             max_block_rows=classes[-1],
             budget=MIB // 8 if shape.num_kv_heads > 1 else MIB,
         )
@@ -69,7 +74,7 @@ def test_every_plan_of_a_sure_batch_fits(mode: str, policy: str, seed: int) -> N
             profile_for("triton", classes[-1]),
             policy=policy,
             max_partials=workspace.max_partials,
-            growth_room=room,
+            reserved_tail_slots=room,
         )
         for batch in (
             random_batch(seed, num_requests=rows, max_tokens=context_len),
@@ -77,7 +82,7 @@ def test_every_plan_of_a_sure_batch_fits(mode: str, policy: str, seed: int) -> N
         ):
             plan = planner.plan(batch.forest())
             work = build_work_list(plan, shape.group_size, classes)
-            packed = pack_plan(plan, [work.items], work.partials, rows)
+            packed = serialize_plan(plan, [work.items], work.partials, rows)
             need = PlanCapacity(rows, len(packed), plan.num_slots, plan.num_partials)
             assert workspace.capacity.holds(need)
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from sglang_prefix import PrefixDecodeWrapper, PrefixForest
 from sglang_prefix.packing import CPU_PROFILE, POLICIES, AttentionShape
-from sglang_prefix.planner import GROWTH_ROOM_TOKENS, PackPlanner
+from sglang_prefix.packing.planner import RESERVED_TAIL_SLOTS, PackPlanner
 from tests.attention import AttentionCase, assert_close, make_case
 from tests.forests import Batch, Fork, batches, build_batch, radix_paths, random_batch
 
@@ -283,7 +283,7 @@ def test_plan_in_inference_mode_run_outside(batch: Batch, case: AttentionCase) -
 
 
 def test_growth_goes_up_to_the_room(wrapper: PrefixDecodeWrapper, case: AttentionCase) -> None:
-    full = case.seq_lens + GROWTH_ROOM_TOKENS
+    full = case.seq_lens + RESERVED_TAIL_SLOTS
     slots = case.req_to_token[case.req_pool_indices[0], :1].long()
     wrapper.advance(full, slots.repeat(int((full - case.seq_lens).sum())))
     run(wrapper, case)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sglang_prefix import PrefixDecodeWrapper, PrefixForest
-from sglang_prefix.planner import GROWTH_ROOM_TOKENS
+from sglang_prefix.packing.planner import RESERVED_TAIL_SLOTS
 from tests.attention import AttentionCase, assert_close, make_case
 from tests.forests import Fork, build_batch
 
@@ -91,10 +91,10 @@ def test_heads(arguments: tuple[Any, ...], says: str) -> None:
         ({"logit_cap": -1.0}, r"logit_cap=-1.0; legal"),
         ({"logit_cap": float("nan")}, r"logit_cap=nan; legal"),
         ({"policy": "best"}, r"policy='best' is unknown; legal: 'pat', 'node', 'chunk', 'query'"),
-        ({"executor": "gpu"}, r"executor='gpu' is unknown; legal: 'auto', 'cpu', 'triton'"),
+        ({"executor": "gpu"}, r"executor='gpu' is unknown; legal: 'auto', 'torch', 'triton'"),
         (
             {"executor": "triton", "dtype": torch.bfloat16},
-            r"executor='triton' cannot be used here: .*use float16 or float32; legal: 'cpu'",
+            r"executor='triton' cannot be used here: .*use float16 or float32; legal: 'torch'",
         ),
         ({"dtype": torch.float64}, r"q_dtype=torch.float64; legal: torch.float32"),
         ({"dtype": None, "q_dtype": torch.int8}, r"q_dtype=torch.int8; legal"),
@@ -288,7 +288,7 @@ GROWN = [n + 1 for n in LENS]
         ),
         (
             "seq_lens",
-            changed(LENS, 3, LENS[3] + GROWTH_ROOM_TOKENS + 1),
+            changed(LENS, 3, LENS[3] + RESERVED_TAIL_SLOTS + 1),
             r"seq_lens\[3\]=264 .*legal: 7 to 263.*[Pp]lan again",
         ),
         ("seq_lens", changed(LENS, 0, CONTEXT + 1), rf"seq_lens\[0\]={CONTEXT + 1}; legal: 1 to"),

@@ -24,12 +24,12 @@ from benchmarks.gpu.inputs import Inputs, MismatchError
 from benchmarks.gpu.report import CellRun, arguments, device_of
 from benchmarks.gpu.variants import ALL_WAYS, Variant, variants
 from sglang_prefix.bench.packed_attention import PackedAttention
-from sglang_prefix.bench.registry import Heads
-from sglang_prefix.bench.trees import TreeBatch
+from sglang_prefix.bench.workloads.registry import Heads
+from sglang_prefix.bench.workloads.trees import TreeBatch
 
 _TOOLS = ("memcheck", "racecheck")
 _SANITIZER_SECONDS = 150
-_GROWTH_ROOM = 16
+_RESERVED_TAIL_SLOTS = 16
 _HEADLINE = 6  # variants before the graph checks
 
 
@@ -90,7 +90,7 @@ def _check(
             mode=mode,
             merge=merge,
             profile=variant.profile,
-            growth_room=_GROWTH_ROOM,
+            reserved_tail_slots=_RESERVED_TAIL_SLOTS,
         )
         try:
             errors[name] = _check_way(variant, inputs, attention, fixed, dry, control)

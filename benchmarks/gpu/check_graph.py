@@ -10,8 +10,8 @@ import torch
 from benchmarks.gpu.inputs import Inputs, MismatchError, Outputs
 from sglang_prefix.bench.graphs import capture
 from sglang_prefix.bench.packed_attention import PackedAttention
-from sglang_prefix.bench.registry import Heads
-from sglang_prefix.bench.trees import Tree, TreeBatch, random_tree, shared_then_private
+from sglang_prefix.bench.workloads.registry import Heads
+from sglang_prefix.bench.workloads.trees import Tree, TreeBatch, random_tree, shared_then_private
 from sglang_prefix.packing import GPU_PROFILE, DeviceProfile
 
 __all__ = ["check_replays"]
@@ -97,11 +97,13 @@ def check_replays(
     plans = _plans(heads, device, seed, rows, dtype, tokens=12 if dry else 900)
     first = _inputs(shared_then_private(rows, 0, 1), heads, device, seed, dtype)
     shape = heads.shape(dtype, dtype)
-    attention = PackedAttention(shape, device, mode=way[0], merge=way[1], growth_room=_GROWTH)
+    attention = PackedAttention(
+        shape, device, mode=way[0], merge=way[1], reserved_tail_slots=_GROWTH
+    )
     plans = plans[::2] if dry else plans
     made = [
         PackedAttention(
-            shape, device, policy=plan.policy, profile=plan.profile, growth_room=_GROWTH
+            shape, device, policy=plan.policy, profile=plan.profile, reserved_tail_slots=_GROWTH
         ).plan(plan.inputs.batch.forest())
         for plan in plans
     ]
@@ -116,10 +118,10 @@ def check_replays(
     replay = capture(server.step, device)
     errors = {}
     attention.breaks = control
-    for plan, pack_plan in zip(plans, made, strict=True):
+    for plan, serialize_plan in zip(plans, made, strict=True):
         inputs = plan.inputs
         lost = inputs.table.clone()
-        attention.load(pack_plan, lost, inputs.rows, num_rows=rows)
+        attention.load(serialize_plan, lost, inputs.rows, num_rows=rows)
         lost.fill_(1 << 20)  # the rows have changed hands
         worst = 0.0
         for step in range(3):

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from sglang_prefix.bench.baselines import Baseline
-from sglang_prefix.bench.inputs import AttentionInputs
+from sglang_prefix.bench.workloads.inputs import AttentionInputs
 
 __all__ = ["FOLDER_VARIABLE", "FastTree"]
 

@@ -16,8 +16,8 @@ from prefix_kernels.oracle import decode_attention_oracle
 from prefix_kernels.tolerances import KERNEL_TOLERANCES, RELATIVE_TOLERANCES, TOLERANCES
 from sglang_prefix.bench.output_check import relative_error
 from sglang_prefix.bench.packed_attention import PackedAttention
-from sglang_prefix.bench.registry import Heads
-from sglang_prefix.bench.trees import TreeBatch
+from sglang_prefix.bench.workloads.registry import Heads
+from sglang_prefix.bench.workloads.trees import TreeBatch
 
 __all__ = ["Inputs", "MismatchError", "Outputs"]
 

@@ -7,8 +7,8 @@ import torch
 from benchmarks.gpu.inputs import Inputs
 from benchmarks.gpu.variants import ALL_WAYS
 from sglang_prefix.bench.packed_attention import PackedAttention
-from sglang_prefix.bench.registry import Heads
-from sglang_prefix.bench.trees import TreeBatch, random_tree
+from sglang_prefix.bench.workloads.registry import Heads
+from sglang_prefix.bench.workloads.trees import TreeBatch, random_tree
 from sglang_prefix.packing import DeviceProfile
 
 __all__ = ["run_all"]

@@ -173,7 +173,7 @@ def summarise(answer: dict[str, Any], *, ours: bool) -> dict[str, Any]:
         reasons = counters["stock_reasons"] | counters["fallback_reasons"]
         total = counters["packed_steps"] + counters["stock_steps"] + counters["fallback_steps"]
         share = counters["packed_steps"] / max(total, 1)
-        host = counters["plan_seconds"] + counters["kept_seconds"]
+        host = counters["plan_seconds"] + counters["reused_plan_seconds"]
         found |= {
             "packed_share": share,
             "packed": share >= _PACKED_SHARE,

@@ -17,8 +17,8 @@ from prefix_kernels.tuned_tiles import candidate_tiles
 from sglang_prefix.bench.graphs import launches_of
 from sglang_prefix.bench.output_check import relative_error
 from sglang_prefix.bench.packed_attention import PackedAttention
-from sglang_prefix.bench.registry import Heads
-from sglang_prefix.bench.trees import Tree, TreeBatch, pat_tree, shared_then_private
+from sglang_prefix.bench.workloads.registry import Heads
+from sglang_prefix.bench.workloads.trees import Tree, TreeBatch, pat_tree, shared_then_private
 from sglang_prefix.packing import GPU_PROFILE
 
 __all__ = ["TuneCell", "TuneWork", "cells", "dry_cells"]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from prefix_kernels.triton_executor import LAUNCH_MODES, MERGE_MODES
-from sglang_prefix.bench.trees import Tree, random_tree, shared_then_private
+from sglang_prefix.bench.workloads.trees import Tree, random_tree, shared_then_private
 from sglang_prefix.packing import GPU_PROFILE, POLICIES, DeviceProfile
 
 __all__ = ["ALL_WAYS", "Variant", "variants"]

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from sglang_prefix.bench.inputs import AttentionInputs
-from sglang_prefix.bench.registry import Heads, load_registry
-from sglang_prefix.bench.trees import Tree, shared_then_private
+from sglang_prefix.bench.workloads.inputs import AttentionInputs
+from sglang_prefix.bench.workloads.registry import Heads, load_registry
+from sglang_prefix.bench.workloads.trees import Tree, shared_then_private
 
 __all__ = ["PAT_TREES", "Cell", "Workload", "cells", "dry_cells"]
 

@@ -73,24 +73,24 @@ class StepClock:
 
     def watch_handover(self, module: ModuleType) -> None:
         """Time the hook around each forward pass; a decode step ends with it."""
-        handover = module.Handover
-        enter, leave = self.timed(handover.enter), self.timed(handover.leave)
+        schedule = module.ScheduleContext
+        enter, leave = self.timed(schedule.push), self.timed(schedule.pop)
 
         def begin(handover_: Any, forward_batch: Any) -> Any:
             self._seconds = 0.0
-            self._kept_before = self._counters.kept_steps if self._counters else 0
+            self._kept_before = self._counters.reused_plan_steps if self._counters else 0
             self._is_decode = forward_batch.forward_mode.is_decode()
             return enter(handover_, forward_batch)
 
         def end(handover_: Any, previous: Any) -> None:
             leave(handover_, previous)
             if self._is_decode and self._counters is not None:
-                kept = self._counters.kept_steps > self._kept_before
+                kept = self._counters.reused_plan_steps > self._kept_before
                 self._steps["kept" if kept else "planned"].append(self._seconds)
                 if len(self._steps["kept"]) % WRITE_EVERY == 1:
                     self._path.write_text(json.dumps(self._steps))
 
-        handover.enter, handover.leave = begin, end
+        schedule.push, schedule.pop = begin, end
 
 
 def launch_nothing(module: ModuleType) -> None:
@@ -102,7 +102,7 @@ if "SGLANG_PREFIX_HOST_TIMES_FILE" in os.environ:
     clock = StepClock(Path(os.environ["SGLANG_PREFIX_HOST_TIMES_FILE"]))
     size = int(os.environ["SGLANG_PREFIX_HOST_TIMES_BATCH"])
     patches = graph_runner_patches(AbsentGraphs, [size])
-    say_captured = patches.pop("sglang_prefix.backend")
+    say_captured = patches.pop("sglang_prefix.backend.backend")
 
     def backend_patch(module: ModuleType) -> None:
         """Both that concern our backend."""
@@ -112,8 +112,8 @@ if "SGLANG_PREFIX_HOST_TIMES_FILE" in os.environ:
     patch_after_import(
         patches
         | {
-            "sglang_prefix.backend": backend_patch,
-            "prefix_patches.handover": clock.watch_handover,
+            "sglang_prefix.backend.backend": backend_patch,
+            "prefix_patches.schedule_context": clock.watch_handover,
             "prefix_kernels.triton_executor": launch_nothing,
             "prefix_kernels.plan_buffers": launch_nothing,
         }

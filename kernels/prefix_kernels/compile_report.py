@@ -232,7 +232,7 @@ def _arguments(variant: KernelVariant) -> tuple[Any, dict[str, str], dict[str, A
         "LIST": 0,
         "HAS_CAP": False,
         "HAS_SCALES": kv.startswith("fp8"),
-        "MERGES": variant.merge == "arrival",
+        "MERGES": variant.merge == "in_kernel",
     }
     return pack_forward_kernel, pointers, constants
 

@@ -250,7 +250,7 @@ def _attend_item(
     )
     tl.store(partial_lse_ptr + partial_row, lse, mask=goes_to_partial)
     if MERGES:
-        _arrive(
+        last_block_merge(
             partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr, arrivals_ptr, request_indptr_ptr,
             query, goes_to_partial, kv_head,
             out_stride, out_head_stride, lse_stride, lse_head_stride,
@@ -259,7 +259,7 @@ def _attend_item(
 
 
 @triton.jit
-def _arrive(
+def last_block_merge(
     partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr, arrivals_ptr, request_indptr_ptr,
     query, goes_to_partial, kv_head,
     out_stride, out_head_stride, lse_stride, lse_head_stride,

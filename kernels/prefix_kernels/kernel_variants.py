@@ -48,7 +48,7 @@ class KernelVariant:
         dtype, kv_dtype: of q and the output, and of the caches; of a slot kernel, both "int32".
         tile: the tile, of a fused kernel its wide one; else rows and elements taken at once.
         narrow_tile: the other tile of a fused kernel.
-        merge: of the forward stage, one of :data:`MERGE_MODES`: with "arrival", the program that
+        merge: of the forward stage, one of :data:`MERGE_MODES`: with "in_kernel", the program that
             completes a request merges it.
         group_size: query heads per KV head.
     """

@@ -10,12 +10,12 @@ import torch
 from numpy.typing import NDArray
 
 from prefix_kernels import plan_header as header
+from prefix_kernels.executor import PlanArrays
 from prefix_kernels.launch import launch
-from prefix_kernels.layout import PlanArrays
 from prefix_kernels.slots import append_slots_kernel, copy_slots_kernel
 from prefix_kernels.staging import Staging
 
-__all__ = ["PlanBuffers", "PlanCapacity", "pack_plan"]
+__all__ = ["PlanBuffers", "PlanCapacity", "serialize_plan"]
 
 Int32Array = NDArray[np.int32]
 
@@ -50,7 +50,7 @@ class PlanCapacity:
         return PlanCapacity(*(1 << max(size - 1, 0).bit_length() for size in sizes))
 
 
-def pack_plan(
+def serialize_plan(
     plan: PlanArrays, lists: Sequence[Int32Array], partials: Int32Array, rows: int
 ) -> Int32Array:
     """Lay a plan out as one int32 array, as `plan_header.py` says.
@@ -150,7 +150,7 @@ class PlanBuffers:
 
         Args:
             plan: the plan.
-            packed: the same from :func:`pack_plan`.
+            packed: the same from :func:`serialize_plan`.
             req_to_token: [rows, context] int32 or int64, dense in its second dimension.
             req_pool_indices: [B] int32 or int64.
             num_rows: rows of the batch, padding included.

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from prefix_kernels.layout import PlanArrays
+from prefix_kernels.executor import PlanArrays
 
 __all__ = ["SlotTable"]
 

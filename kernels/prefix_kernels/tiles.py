@@ -33,7 +33,7 @@ __all__ = [
 
 # The ways to launch a plan, see `TritonExecutor`.
 LAUNCH_MODES = ("streams", "fused")
-MERGE_MODES = ("launch", "arrival")
+MERGE_MODES = ("launch", "in_kernel")
 
 # The two classes of a fused launch: the most frequent one, and the least one for wgmma.
 FUSED_ROWS = (16, 64)

@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 from triton.runtime.interpreter import InterpretedFunction
 
+from prefix_kernels.executor import PlanArrays
 from prefix_kernels.forward import pack_forward_kernel
 from prefix_kernels.launch import launch
-from prefix_kernels.layout import PlanArrays
 from prefix_kernels.merge_kernel import merge_kernel
-from prefix_kernels.plan_buffers import PlanBuffers, PlanCapacity, pack_plan
+from prefix_kernels.plan_buffers import PlanBuffers, PlanCapacity, serialize_plan
 from prefix_kernels.tiles import (
     FUSED_ROWS,
     LAUNCH_MODES,
@@ -79,8 +79,8 @@ class TritonExecutor:
         device: a CUDA device, or the CPU under the interpreter.
         mode: "streams", one launch per tile class, each on its own stream; or "fused", one launch
             for the two classes that have the same number of warps.
-        merge: "launch", a launch of its own; or "arrival", by the forward program that is the last
-            to arrive for a request.
+        merge: "launch", a launch of its own; or "in_kernel", by the forward program that ends last
+            for a request.
         capacity: fixed sizes of the buffers. Launches are fixed then, too: whatever plan of the
             same number of rows is loaded, :meth:`append` and :meth:`run` launch the same kernels on
             the same addresses, so that a captured graph replays under any of them. None to let the
@@ -110,7 +110,7 @@ class TritonExecutor:
         self._shape = shape
         self._device = device
         self._mode = mode
-        self._merges_on_arrival = merge == "arrival"
+        self._merges_in_kernel = merge == "in_kernel"
         self._launches_are_fixed = capacity is not None
         self._buffers = PlanBuffers(num_qo_heads, num_kv_heads, shape.v_head_dim, device, capacity)
         self._launches: list[_Launch] = []
@@ -170,7 +170,7 @@ class TritonExecutor:
             lists = [work.items[work.tile_class == i] for i in range(len(classes))]
         self._plan_launches(plan, classes, [len(items) for items in lists])
         self._num_rows = num_rows
-        packed = pack_plan(plan, lists, work.partials, self._num_rows)
+        packed = serialize_plan(plan, lists, work.partials, self._num_rows)
         self._buffers.load(plan, packed, req_to_token, req_pool_indices, num_rows)
         self._num_slots = plan.num_slots
         self._needs_merge = (
@@ -247,7 +247,7 @@ class TritonExecutor:
             tail_lengths_ptr=buffers.tail_lengths,
             arrivals_ptr=buffers.arrivals,
             num_rows=self._num_rows,
-            MERGES=self._merges_on_arrival,
+            MERGES=self._merges_in_kernel,
             sm_scale=sm_scale * k_factor,
             v_factor=v_factor,
             logit_cap=logit_cap,
@@ -265,7 +265,7 @@ class TritonExecutor:
             HAS_CAP=logit_cap > 0,
             HAS_SCALES=isinstance(k_scale, torch.Tensor) or isinstance(v_scale, torch.Tensor),
         )
-        if self._needs_merge and not self._merges_on_arrival:
+        if self._needs_merge and not self._merges_in_kernel:
             launch(
                 merge_kernel,
                 (self._num_rows, self._num_kv_heads),
@@ -325,7 +325,7 @@ class TritonExecutor:
     def _plan_launches(self, plan: PlanArrays, classes: list[int], num_items: list[int]) -> None:
         """Decide tiles and grids; without regard to the plan where launches are fixed."""
         lengths = plan.pack_end - plan.pack_start
-        lengths[plan.num_packs - plan.batch_size :] += plan.growth_room
+        lengths[plan.num_packs - plan.batch_size :] += plan.reserved_tail_slots
         longest = _ANY_LENGTH if self._launches_are_fixed else int(lengths.max())
         tiles = [choose_tile(rows, longest, self._shape) for rows in classes]
         if self._mode == "fused":

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from prefix_kernels.layout import PlanArrays
+from prefix_kernels.executor import PlanArrays
 
 __all__ = ["ITEM_FIELDS", "WorkList", "build_work_list"]
 

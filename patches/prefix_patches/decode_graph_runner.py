@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from prefix_patches.handover import handover_of
 from prefix_patches.method_patch import is_patched, patch_method
+from prefix_patches.schedule_context import schedule_context_of
 
 _SYMBOL = "sglang.srt.model_executor.model_runner.ModelRunner._decode_cuda_graph_runner_cls"
 
@@ -62,14 +62,14 @@ def installed() -> bool:
 
 def _runner_class(original: Any, self: Any) -> Any:
     runner_class = original(self)
-    handover = handover_of(self)
-    if handover is None or not handover.graph_labels:
+    schedule = schedule_context_of(self)
+    if schedule is None or not schedule.graph_labels:
         return runner_class
     return labelled(runner_class)
 
 
 def labelled(runner_class: type) -> type:
-    """A decode graph runner that captures each shape once per label of the handover."""
+    """A decode graph runner that captures each shape once per label of the schedule."""
 
     class LabelledGraphRunner(runner_class):
         """Of two graphs for a batch size, replays the one whose label the backend has chosen."""
@@ -89,10 +89,10 @@ def labelled(runner_class: type) -> type:
             if not self.capture_forward_mode.is_decode():
                 super().capture_one_shape(*args, **kwargs)
                 return
-            handover = handover_of(self.model_runner)
-            assert handover is not None
-            for label in handover.graph_labels:
-                handover.graph_label = label
+            schedule = schedule_context_of(self.model_runner)
+            assert schedule is not None
+            for label in schedule.graph_labels:
+                schedule.graph_label = label
                 began, free = time.perf_counter(), _free_bytes()
                 super().capture_one_shape(*args, **kwargs)
                 cost = self._cost_of_label.setdefault(label, [0.0, 0.0])
@@ -103,9 +103,9 @@ def labelled(runner_class: type) -> type:
             key = super()._make_graph_key(*args, **kwargs)
             if not self.capture_forward_mode.is_decode():
                 return key
-            handover = handover_of(self.model_runner)
-            assert handover is not None
-            name = f"{key.variant_label or ''}/{handover.graph_label}"
+            schedule = schedule_context_of(self.model_runner)
+            assert schedule is not None
+            name = f"{key.variant_label or ''}/{schedule.graph_label}"
             return dataclasses.replace(key, variant_label=name)
 
     LabelledGraphRunner.__name__ = f"Labelled{runner_class.__name__}"

@@ -10,8 +10,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from prefix_patches.handover import BATCH_ATTRIBUTE
 from prefix_patches.method_patch import is_patched, patch_method
+from prefix_patches.schedule_context import BATCH_ATTRIBUTE
 
 _SYMBOL = "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new"
 

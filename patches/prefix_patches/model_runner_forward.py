@@ -11,8 +11,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from prefix_patches.handover import handover_of
 from prefix_patches.method_patch import is_patched, patch_method
+from prefix_patches.schedule_context import schedule_context_of
 
 _SYMBOL = "sglang.srt.model_executor.model_runner.ModelRunner.forward"
 
@@ -45,12 +45,12 @@ def installed() -> bool:
 
 
 def _forward(original: Any, self: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
-    # Draft runners call this too, nested in the target's pass; they have no handover.
-    handover = handover_of(self)
-    if handover is None:
+    # Draft runners call this too, nested in the target's pass; they have no schedule.
+    schedule = schedule_context_of(self)
+    if schedule is None:
         return original(self, forward_batch, *args, **kwargs)
-    previous = handover.enter(forward_batch)
+    previous = schedule.push(forward_batch)
     try:
         return original(self, forward_batch, *args, **kwargs)
     finally:
-        handover.leave(previous)
+        schedule.pop(previous)

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefix_patches.handover import note_retraction
 from prefix_patches.method_patch import is_patched, patch_method
+from prefix_patches.schedule_context import note_retraction
 
 _SYMBOL = "sglang.srt.managers.schedule_batch.Req.reset_for_retract"
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from sglang_prefix.bench.inputs import AttentionInputs
+from sglang_prefix.bench.workloads.inputs import AttentionInputs
 
 __all__ = [
     "Baseline",

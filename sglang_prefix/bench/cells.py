@@ -9,14 +9,14 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from sglang_prefix.bench.registry import (
+from sglang_prefix.bench.workloads.registry import (
     Heads,
     WorkloadSpec,
     load_registry,
     registry_names,
 )
-from sglang_prefix.bench.traces import read_trace, trace_batches
-from sglang_prefix.bench.trees import Tree, pat_tree
+from sglang_prefix.bench.workloads.traces import read_trace, trace_batches
+from sglang_prefix.bench.workloads.trees import Tree, pat_tree
 
 __all__ = ["DEFAULT_HEADS", "KernelCell", "KernelOptions", "kernel_cells"]
 

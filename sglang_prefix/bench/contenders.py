@@ -14,13 +14,13 @@ import torch
 
 from prefix_kernels.merge import merge_partials
 from prefix_patches.torch_native_decode import torch_native_decode
-from sglang_prefix.bench.inputs import AttentionInputs
+from sglang_prefix.bench.workloads.inputs import AttentionInputs
 from sglang_prefix.packing import CPU_PROFILE
+from sglang_prefix.packing.planner import PackPlanner
 from sglang_prefix.plan import PackPlan
-from sglang_prefix.planner import PackPlanner
 from sglang_prefix.runner import PlanRunner
 
-__all__ = ["STOCK_ON_CPU", "Contender", "CpuPacked", "StepSeconds", "TorchNative", "find_stock"]
+__all__ = ["STOCK_ON_CPU", "Contender", "StepSeconds", "TorchNative", "TorchPacked", "find_stock"]
 
 STOCK_ON_CPU = "sglang-torch-native"
 NEEDS_GPU = "needs a GPU"
@@ -30,7 +30,7 @@ NEEDS_GPU = "needs a GPU"
 class StepSeconds:
     """Time of one decode step and of its parts; None for a part that there is not.
 
-    ``merge`` is timed after the step, on partials of the same shape; see :class:`CpuPacked`.
+    ``merge`` is timed after the step, on partials of the same shape; see :class:`TorchPacked`.
     """
 
     total: float
@@ -101,7 +101,7 @@ class TorchNative(Contender):
         )
 
 
-class CpuPacked(Contender):
+class TorchPacked(Contender):
     """Our torch executor under one policy: forest, packs and layout; slots; every layer.
 
     The merge is a part of the executor's run. It is timed once more after each step, alone, on
@@ -109,15 +109,15 @@ class CpuPacked(Contender):
     """
 
     kind = "ours"
-    executor = "cpu"
+    executor = "torch"
 
     def __init__(self, inputs: AttentionInputs, policy: str) -> None:
         super().__init__(inputs)
-        self.name = f"cpu/{policy}"
+        self.name = f"torch/{policy}"
         self.policy = policy
         shape = inputs.heads.shape(inputs.q.dtype, inputs.k.dtype)
         self._planner = PackPlanner(shape, CPU_PROFILE, policy=policy)
-        self._runner = PlanRunner(shape, inputs.q.device, "cpu")
+        self._runner = PlanRunner(shape, inputs.q.device, "torch")
         plan = self._plan()
         self._load(plan)
         self.kv_tokens_read, self.num_packs = plan.kv_tokens_read, plan.num_packs

@@ -19,8 +19,8 @@ from sglang_prefix.bench.baselines import (
 )
 from sglang_prefix.bench.contenders import Contender, ContenderMaker, StepSeconds
 from sglang_prefix.bench.graphs import capture
-from sglang_prefix.bench.inputs import AttentionInputs
 from sglang_prefix.bench.packed_attention import PackedAttention
+from sglang_prefix.bench.workloads.inputs import AttentionInputs
 
 __all__ = ["BASELINES", "GpuBaseline", "TritonPacked", "find_baselines"]
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from sglang_prefix.bench.cells import KernelCell
-from sglang_prefix.bench.contenders import Contender, ContenderMaker, CpuPacked, StepSeconds
-from sglang_prefix.bench.inputs import AttentionInputs
+from sglang_prefix.bench.contenders import Contender, ContenderMaker, StepSeconds, TorchPacked
 from sglang_prefix.bench.output_check import OutputCheck
+from sglang_prefix.bench.workloads.inputs import AttentionInputs
 
 __all__ = ["is_out_of_memory", "measure_cell", "our_makers", "peak_gflop_s"]
 
@@ -42,7 +42,7 @@ def is_out_of_memory(error: Exception) -> bool:
 def our_makers(policies: Sequence[str], device: torch.device) -> dict[str, ContenderMaker]:
     """Makers of our contenders on a device, by name."""
     if device.type != "cuda":
-        return {f"cpu/{p}": lambda inputs, p=p: CpuPacked(inputs, p) for p in policies}  # type: ignore[misc]
+        return {f"torch/{p}": lambda inputs, p=p: TorchPacked(inputs, p) for p in policies}  # type: ignore[misc]
     from sglang_prefix.bench.gpu_contenders import TritonPacked
 
     return {f"triton/{p}": lambda inputs, p=p: TritonPacked(inputs, p) for p in policies}  # type: ignore[misc]

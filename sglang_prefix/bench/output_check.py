@@ -7,7 +7,7 @@ import torch
 
 from prefix_kernels.oracle import decode_attention_oracle
 from prefix_kernels.tolerances import RELATIVE_TOLERANCES
-from sglang_prefix.bench.inputs import AttentionInputs
+from sglang_prefix.bench.workloads.inputs import AttentionInputs
 
 __all__ = ["OutputCheck", "WrongOutputError", "relative_error"]
 

@@ -14,8 +14,8 @@ from prefix_kernels.tiles import TileShape
 from prefix_kernels.triton_executor import TritonExecutor
 from sglang_prefix.forest import PrefixForest
 from sglang_prefix.packing import GPU_PROFILE, AttentionShape, DeviceProfile
+from sglang_prefix.packing.planner import PackPlanner
 from sglang_prefix.plan import PackPlan
-from sglang_prefix.planner import PackPlanner
 
 __all__ = ["PackedAttention", "drop_one_work_item"]
 
@@ -30,7 +30,7 @@ class PackedAttention:
         device: where.
         policy, mode, merge: names.
         profile: what the planner believes of the device.
-        growth_room: tokens that tails may grow by.
+        reserved_tail_slots: tokens that tails may grow by.
     """
 
     def __init__(
@@ -42,14 +42,16 @@ class PackedAttention:
         mode: str = "streams",
         merge: str = "launch",
         profile: DeviceProfile = GPU_PROFILE,
-        growth_room: int = 256,
+        reserved_tail_slots: int = 256,
     ) -> None:
         self.shape, self.device = shape, device
         self._how = {"mode": mode, "merge": merge}
         self.executor = self._executor(None)
         rows = min(profile.max_block_rows, self.executor.max_block_rows)
         profile = replace(profile, max_block_rows=rows)
-        self.planner = PackPlanner(shape, profile, policy=policy, growth_room=growth_room)
+        self.planner = PackPlanner(
+            shape, profile, policy=policy, reserved_tail_slots=reserved_tail_slots
+        )
         self.breaks = False
 
     def plan(self, forest: PrefixForest) -> PackPlan:

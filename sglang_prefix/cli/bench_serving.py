@@ -21,8 +21,8 @@ from sglang_prefix.cli.output import JsonOption, console, fail, write_json
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sglang_prefix.bench.serving_run import Plan, Run
-    from sglang_prefix.bench.serving_workloads import Workload
+    from sglang_prefix.bench.serving.run import Plan, Run
+    from sglang_prefix.bench.serving.workloads import Workload
 
 __all__ = ["serving"]
 
@@ -129,9 +129,9 @@ def serving(
     Both get the same requests from SGLang's bench_serving, and their tokens are compared. Workloads
     in which tokens differ, or fewer than 90% of the decode steps were packed, get no ratios.
     """
-    from sglang_prefix.bench.serving_process import ClientError
-    from sglang_prefix.bench.serving_run import Plan
-    from sglang_prefix.bench.serving_servers import ServerError
+    from sglang_prefix.bench.serving.process import ClientError
+    from sglang_prefix.bench.serving.run import Plan
+    from sglang_prefix.bench.serving.servers import ServerError
 
     if find_spec("matplotlib") is None:
         fail("the plots need matplotlib: pip install 'sglang-prefix[bench]'")
@@ -200,8 +200,8 @@ def _workloads(
     trace: Path | None,
     overrides: dict[str, Any],
 ) -> tuple[list[Workload], dict[str, str]]:
-    from sglang_prefix.bench.serving_workloads import REGISTRY, load_workloads
-    from sglang_prefix.bench.traces import read_trace
+    from sglang_prefix.bench.serving.workloads import REGISTRY, load_workloads
+    from sglang_prefix.bench.workloads.traces import read_trace
 
     changed = {name: value for name, value in overrides.items() if value is not None}
     found = load_workloads(file or REGISTRY, quick=quick, names=names, overrides={"trace": changed})
@@ -223,7 +223,7 @@ def _make_folder(out: Path) -> None:
 
 def _model(out: Path, urls: dict[str, str | None]) -> str:
     """The model of a server that runs, or a tiny one with real random weights."""
-    from sglang_prefix.bench.serving_servers import RunningServer, describe
+    from sglang_prefix.bench.serving.servers import RunningServer, describe
     from sglang_prefix.tiny_model import TinyModelConfig, build_tiny_model
 
     for side, url in urls.items():
@@ -282,7 +282,7 @@ def _follow(plan: Plan, resume: bool, terminal: Console) -> Run:
         TimeElapsedColumn,
     )
 
-    from sglang_prefix.bench.serving_run import Run
+    from sglang_prefix.bench.serving.run import Run
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     progress = Progress(*columns, TimeElapsedColumn(), console=terminal, transient=True)
@@ -321,7 +321,7 @@ def _ended_by_signals() -> Iterator[None]:
 
 
 def _write_plots(data: dict[str, Any], out: Path) -> list[Path]:
-    from sglang_prefix.bench.serving_plots import PLOTS
+    from sglang_prefix.bench.serving.plots import PLOTS
 
     paths = []
     for name, plot in PLOTS.items():
@@ -359,7 +359,7 @@ def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _show(data: dict[str, Any], terminal: Console) -> None:
-    from sglang_prefix.bench.serving_table import comparison_table, notes
+    from sglang_prefix.bench.serving.table import comparison_table, notes
 
     if not terminal.is_terminal:
         terminal.width = max(terminal.width, _FILE_WIDTH)

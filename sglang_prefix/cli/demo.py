@@ -277,8 +277,8 @@ def _print_table(report: dict[str, Any], out: Console) -> None:
 def _show_last_plan(report: dict[str, Any], picture: Path | None, out: Console) -> None:
     """Print the last batch that was planned as a tree, and draw it where asked to."""
     from sglang_prefix.cli.explain import write_picture
-    from sglang_prefix.explain.parts import explain
     from sglang_prefix.explain.record import PlanRecord
+    from sglang_prefix.explain.segments import explain
     from sglang_prefix.explain.text import print_explanation
 
     try:

@@ -148,14 +148,14 @@ def _check_patched_symbols() -> Check:
 
 
 def _check_backend() -> Check:
-    import sglang_prefix.backend
+    import sglang_prefix.backend.backend
     from sglang_prefix.config import PrefixConfig
 
     try:
         config = PrefixConfig.from_env()
     except ValueError as error:
         return Check("backend", False, str(error), "correct the environment variable")
-    return Check("backend", True, f"{sglang_prefix.backend.__name__} imports, {config}")
+    return Check("backend", True, f"{sglang_prefix.backend.backend.__name__} imports, {config}")
 
 
 _METADATA_CHECKS = (_check_torch, _check_sglang_version, _check_entry_point)

@@ -12,8 +12,8 @@ import typer
 from sglang_prefix.cli.output import JsonOption, console, fail, write_json
 
 if TYPE_CHECKING:
-    from sglang_prefix.explain.parts import Explanation
     from sglang_prefix.explain.record import PlanRecord
+    from sglang_prefix.explain.segments import Explanation
     from sglang_prefix.explain.sources import Setting
 
 __all__ = ["explain", "write_picture"]
@@ -182,7 +182,7 @@ def _setting(
 
 
 def _show(record: PlanRecord, svg: Path | None, html: Path | None, json_file: str | None) -> None:
-    from sglang_prefix.explain.parts import explain as explain_record
+    from sglang_prefix.explain.segments import explain as explain_record
     from sglang_prefix.explain.text import print_explanation
 
     try:

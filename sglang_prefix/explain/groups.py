@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
-from sglang_prefix.explain.parts import Explanation, Part
+from sglang_prefix.explain.segments import Explanation, Part
 
 __all__ = ["MAX_CHILDREN", "MAX_DEPTH", "MAX_GROUPS", "Group", "group_parts"]
 

@@ -13,7 +13,7 @@ from sglang_prefix.config import PrefixConfig
 from sglang_prefix.explain.record import Answer, PlanRecord, ShapePlan
 
 if TYPE_CHECKING:
-    from sglang_prefix.batch_planner import ShapeRunner
+    from sglang_prefix.backend.decode_planner import LayerGroup
     from sglang_prefix.forest import PrefixForest
 
 __all__ = ["MAX_NUMBERS", "LastPlan"]
@@ -37,7 +37,7 @@ class LastPlan:
     def note(
         self,
         forest: PrefixForest,
-        shapes: Sequence[ShapeRunner],
+        shapes: Sequence[LayerGroup],
         reason: str | None,
         predicted_us: tuple[float | None, float | None],
         page_size: int,
@@ -88,7 +88,7 @@ class LastPlan:
         ).as_dict()
 
 
-def _plan_of(shape: ShapeRunner, forest: PrefixForest) -> ShapePlan:
+def _plan_of(shape: LayerGroup, forest: PrefixForest) -> ShapePlan:
     planner = shape.planner
     plan = planner.plan(forest)
     return ShapePlan(shape.num_layers, planner.policy_name, planner.max_partials, plan)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from xml.etree import ElementTree as ET
 
+from sglang_prefix.explain.format import amount, plural, size, total_rows
 from sglang_prefix.explain.groups import group_parts
-from sglang_prefix.explain.parts import Explanation
 from sglang_prefix.explain.picture import draw, group_colour, walk
+from sglang_prefix.explain.segments import Explanation
 from sglang_prefix.explain.text import group_lines, hidden_line
-from sglang_prefix.explain.words import amount, plural, size, total_rows
 
 __all__ = ["html_page"]
 

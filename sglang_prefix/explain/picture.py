@@ -13,11 +13,11 @@ from xml.etree import ElementTree as ET
 
 import numpy as np
 
-from prefix_kernels.layout import split_bounds
+from prefix_kernels.executor import split_bounds
+from sglang_prefix.explain.format import amount, batch_line, gate_line, plural, size, total_rows
 from sglang_prefix.explain.groups import Group, group_parts
-from sglang_prefix.explain.parts import Explanation, Part
+from sglang_prefix.explain.segments import Explanation, Part
 from sglang_prefix.explain.text import group_lines, hidden_line
-from sglang_prefix.explain.words import amount, batch_line, gate_line, plural, size, total_rows
 
 __all__ = ["draw", "pack_colour", "svg_picture", "walk"]
 

@@ -1,6 +1,6 @@
 """Why the ``pat`` policy packed a node or did not: both sides of what it compared.
 
-The numbers are those of :func:`sglang_prefix.packing.pat_loops.cheapest_choices`, the loop that
+The numbers are those of :func:`sglang_prefix.packing.pat_jit.cheapest_choices`, the loop that
 decides; nothing is weighed a second time in another way.
 """
 
@@ -13,7 +13,7 @@ import numpy as np
 from sglang_prefix.forest import PrefixForest
 from sglang_prefix.packing import CostModel
 from sglang_prefix.packing.pat import bytes_of
-from sglang_prefix.packing.pat_loops import candidate_from, candidate_starts, cheapest_choices
+from sglang_prefix.packing.pat_jit import candidate_from, candidate_starts, cheapest_choices
 
 __all__ = ["NodeChoice", "pat_choices"]
 

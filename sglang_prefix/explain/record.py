@@ -209,7 +209,7 @@ def _plan_as_dict(shape: ShapePlan) -> dict[str, Any]:
         "num_layers": shape.num_layers,
         "policy": shape.policy,
         "max_partials": shape.max_partials,
-        "growth_room": plan.growth_room,
+        "reserved_tail_slots": plan.reserved_tail_slots,
         "shape": asdict(plan.costs.shape),
         "device": asdict(plan.costs.device),
         **{field.name: getattr(packs, field.name).tolist() for field in fields(packs)},
@@ -228,7 +228,7 @@ def _plan_from_dict(data: Mapping[str, Any], forest: PrefixForest) -> ShapePlan:
         packs,
         forest.seq_lens,
         num_splits,
-        growth_room=_number(data["growth_room"]),
+        reserved_tail_slots=_number(data["reserved_tail_slots"]),
         kv_tokens_unique=forest.unique_tokens,
         costs=CostModel(shape, _device(data["device"])),
     )

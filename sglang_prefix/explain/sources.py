@@ -53,7 +53,7 @@ def plan_of_tree(text: str, setting: Setting) -> PlanRecord:
     Raises:
         ValueError: the tree is malformed, or has too many requests.
     """
-    from sglang_prefix.bench.trees import pat_tree
+    from sglang_prefix.bench.workloads.trees import pat_tree
 
     tree = pat_tree(text)
     _check_batch(len(tree.leaf), f"tree {text!r}")
@@ -150,12 +150,12 @@ def _check_batch(count: int, what: str) -> None:
 
 def _plan(forest: PrefixForest, source: str, setting: Setting) -> PlanRecord:
     from prefix_kernels.tiles import row_classes
-    from sglang_prefix.planner import PackPlanner, profile_for
+    from sglang_prefix.packing.planner import PackPlanner, profile_for
 
     gpu = _gpu_name() if setting.device == "cuda" else None
     on_gpu = setting.device != "cpu"
     widest = row_classes(tile_shape(setting.shape, gpu))[-1] if on_gpu else None
-    profile = profile_for("triton" if on_gpu else "cpu", widest)
+    profile = profile_for("triton" if on_gpu else "torch", widest)
     planner = PackPlanner(setting.shape, profile, policy=setting.policy)
     plan = ShapePlan(1, setting.policy, None, planner.plan(forest))
     return PlanRecord(

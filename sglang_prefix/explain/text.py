@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sglang_prefix.explain.groups import Group, group_parts
-from sglang_prefix.explain.parts import Explanation
-from sglang_prefix.explain.words import (
+from sglang_prefix.explain.format import (
     amount,
     batch_line,
     gate_line,
@@ -15,6 +13,8 @@ from sglang_prefix.explain.words import (
     span,
     total_rows,
 )
+from sglang_prefix.explain.groups import Group, group_parts
+from sglang_prefix.explain.segments import Explanation
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -31,7 +31,7 @@ def pack_tiles(record: PlanRecord, plan: PackPlan) -> list[tuple[int, int] | Non
     widest = [record.graph_rows * group_size] if record.graph_rows else np.unique(rows).tolist()
     classes = choose_classes(widest, shape, mode=record.launch_mode, fixed=fixed)
     lengths = plan.pack_end - plan.pack_start
-    lengths[plan.num_shared_packs :] += plan.growth_room
+    lengths[plan.num_shared_packs :] += plan.reserved_tail_slots
     length = _ANY_LENGTH if fixed else int(lengths.max())
     tiles = [choose_tile(number, length, shape) for number in classes]
     if record.launch_mode == "fused" and len(classes) > 1:

@@ -26,7 +26,7 @@ from __future__ import annotations
 from sglang_prefix.forest import PrefixForest
 from sglang_prefix.packing.cost import CostModel
 from sglang_prefix.packing.packs import Packs
-from sglang_prefix.packing.pat_loops import candidate_starts, cheapest_choices, write_packs
+from sglang_prefix.packing.pat_jit import candidate_starts, cheapest_choices, write_packs
 
 __all__ = ["bytes_of", "pack_pat"]
 

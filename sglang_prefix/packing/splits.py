@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from sglang_prefix.compiled import compiled
+from sglang_prefix.jit import jit
 from sglang_prefix.packing.cost import CostModel
 from sglang_prefix.packing.packs import Packs
 
@@ -47,7 +47,7 @@ def choose_num_splits(packs: Packs, seq_lens: IntArray, costs: CostModel) -> Int
     )
 
 
-@compiled
+@jit
 def count_pieces(
     start: IntArray,
     end: IntArray,

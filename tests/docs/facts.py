@@ -95,9 +95,9 @@ def variables(pages: Sequence[Page]) -> Iterator[str]:
 
 def metrics(pages: Sequence[Page]) -> Iterator[str]:
     """Metrics and counters in their tables are those of the code, all of them."""
-    from sglang_prefix.counters import BackendCounters
+    from sglang_prefix.backend.counters import BackendCounters
 
-    source = _text("sglang_prefix/metrics.py")
+    source = _text("sglang_prefix/backend/metrics.py")
     made = {f"sglang_prefix_{name}" for name in re.findall(r'counter\(\s*"(\w+)"', source)}
     for page in pages:
         named = set(re.findall(r"sglang_prefix_\w+_total", page.text))
@@ -158,7 +158,7 @@ def tables(pages: Sequence[Page]) -> Iterator[str]:
     for page in pages:
         file = None
         for line, text in enumerate(page.text.splitlines(), 1):
-            named = re.findall(r"benchmarks/results/cpu/[\w.-]+\.json", text)
+            named = re.findall(r"docs/results/cpu/[\w.-]+\.json", text)
             file = named[-1] if named else file
             if re.match(r"\| \d+ \| \d+ \+ \d+ \|", text) and (
                 file is None or text not in _rows_of(file)

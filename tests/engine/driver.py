@@ -331,7 +331,7 @@ _STATES = (
     "num_partials",
     "predicted_packed_us",
     "predicted_stock_us",
-    "kept_step_us",
+    "reused_step_us",
     "hook_us",
 )
 

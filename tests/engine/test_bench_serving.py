@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from sglang_prefix.bench.results import read_result
-from sglang_prefix.bench.serving_workloads import REGISTRY
+from sglang_prefix.bench.serving.workloads import REGISTRY
 from tests.engine.driver import HOLD_FILE, HOOKS, MODE_FILE
 
 pytest.importorskip("matplotlib", reason="the plots need matplotlib")

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from sglang_prefix.explain.parts import explain
 from sglang_prefix.explain.record import PlanRecord
+from sglang_prefix.explain.segments import explain
 
 KEYS = {
     "device",

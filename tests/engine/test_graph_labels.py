@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_prefix import backend as backend_module
+from sglang_prefix.backend import backend as backend_module
 from sglang_prefix.config import PrefixConfig
 from sglang_prefix.gate import Decision
 
@@ -72,12 +72,12 @@ class Graphs:
         stock.init_forward_metadata_in_graph = lambda batch: None
         config = PrefixConfig(gate=gate, executor="triton", workspace_mib=4)
         self.backend = backend_module.PrefixAttnBackend(runner, stock, "torch_native", config)
-        self.handover = self.backend._handover
+        self.schedule = self.backend._schedule
 
     @property
     def labels(self) -> list[str]:
         """What each graph is captured under."""
-        return list(self.handover.graph_labels)
+        return list(self.schedule.graph_labels)
 
     def view(self, num_requests: int, batch_size: int, mode: str = "DECODE") -> Any:
         """What the graph runner hands over; padding rows at the end."""
@@ -98,7 +98,7 @@ class Graphs:
         )
 
     def capture(self, label: str, batch_size: int) -> None:
-        self.handover.graph_label = label
+        self.schedule.graph_label = label
         self.backend.init_forward_metadata_out_graph(self.view(batch_size, batch_size), True)
         self.backend.init_forward_metadata_in_graph(self.view(batch_size, batch_size))
 
@@ -106,7 +106,7 @@ class Graphs:
         """The label of the graph for a step."""
         view = self.view(num_requests, batch_size, mode)
         self.backend.init_forward_metadata_out_graph(view)
-        return self.handover.graph_label
+        return self.schedule.graph_label
 
     def decode(self, layer: Any, batch_size: int, **kwargs: Any) -> Any:
         q = torch.randn(batch_size, HEADS * DIM)
@@ -120,7 +120,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> type[FixedGate]:
     """Decode is captured, and the gate says what a test wants."""
     monkeypatch.setattr(backend_module, "captures_decode", lambda runner: True)
     monkeypatch.setattr(backend_module, "warm_up", lambda *_: 0.0)  # minutes in the interpreter
-    monkeypatch.setattr("sglang_prefix.fallback.captures_decode", lambda runner: True)
+    monkeypatch.setattr("sglang_prefix.backend.fallback.captures_decode", lambda runner: True)
     monkeypatch.setattr(FixedGate, "packs", True)
     monkeypatch.setattr(
         backend_module, "make_gate", lambda name, *_: FixedGate() if name == "auto" else None

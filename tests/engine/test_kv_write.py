@@ -27,7 +27,7 @@ class Bench:
         from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
         from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
 
-        from sglang_prefix.backend import PrefixAttnBackend
+        from sglang_prefix.backend.backend import PrefixAttnBackend
 
         torch.manual_seed(0)
         self.layers = torch.nn.ModuleList(map(scaled_layer, range(len(SCALES))))

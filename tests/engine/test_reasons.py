@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_prefix.fallback import layer_reason, server_reason
+from sglang_prefix.backend.fallback import layer_reason, server_reason
 from tests.engine.test_kv_write import NUM_KV_HEADS, NUM_QO_HEADS, Bench
 
 

@@ -21,8 +21,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from typer.testing import CliRunner
 
 from sglang_prefix.cli.main import app
-from sglang_prefix.explain.parts import explain
 from sglang_prefix.explain.record import read_record
+from sglang_prefix.explain.segments import explain
 from tests.engine.driver import free_port, kill_session
 from tests.engine.releases import BACKEND_FLAG, has
 
@@ -234,7 +234,7 @@ def test_the_counters_stand_on_metrics_and_move(server: Server) -> None:
 
 def test_the_log_says_what_was_packed(server: Server) -> None:
     log = server.log.read_text(errors="replace")
-    assert "prefix attention: 2 of 2 layers, executor cpu, stock backend torch_native" in log
+    assert "prefix attention: 2 of 2 layers, executor torch, stock backend torch_native" in log
     lines = [line for line in log.splitlines() if "Decode batch" in line]
     assert lines
     assert all("prefix packed: " in line for line in lines)

@@ -67,7 +67,7 @@ def test_the_engine_ends_with_one_message(
         ("SGLANG_PREFIX_GATE", "auto, always, never"),
         ("SGLANG_PREFIX_POLICY", "pat"),
         ("SGLANG_PREFIX_VERIFY", "0, 1"),
-        ("SGLANG_PREFIX_EXECUTOR", "auto, cpu"),
+        ("SGLANG_PREFIX_EXECUTOR", "auto, torch"),
     ],
 )
 def test_an_illegal_setting_is_named_with_what_is_legal(variable: str, legal: str) -> None:
@@ -121,7 +121,7 @@ def test_an_unknown_stock_backend_is_named_with_the_legal_ones(
 def test_the_rules_of_a_stock_backend_name_the_flag(
     name: str, page_size: int, dtype: torch.dtype, flag: str
 ) -> None:
-    from sglang_prefix.stock_rules import check_stock_rules
+    from sglang_prefix.backend.stock_rules import check_stock_rules
 
     runner = SimpleNamespace(page_size=page_size, token_to_kv_pool=SimpleNamespace(dtype=dtype))
     with pytest.raises(ValueError, match=flag) as failure:
@@ -134,7 +134,7 @@ def test_the_rules_of_a_stock_backend_name_the_flag(
     ("name", "page_size"), [("trtllm_mha", 64), ("torch_native", 1), ("fa3", 1), ("triton", 16)]
 )
 def test_what_fits_a_stock_backend_passes(name: str, page_size: int) -> None:
-    from sglang_prefix.stock_rules import check_stock_rules
+    from sglang_prefix.backend.stock_rules import check_stock_rules
 
     pool = SimpleNamespace(dtype=torch.float8_e4m3fn)
     check_stock_rules(name, SimpleNamespace(page_size=page_size, token_to_kv_pool=pool))

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-TARGET = "sglang_prefix.backend"
+TARGET = "sglang_prefix.backend.backend"
 ENTRY_POINTS = ("init_forward_metadata", "init_forward_metadata_out_graph")
 
 

@@ -19,7 +19,7 @@ __all__ = ["MODULES", "draw", "has_matplotlib"]
 # needed: they may need matplotlib to be imported.
 MODULES = {
     "bench-kernel": ("sglang_prefix.bench.plots", "FIGURES"),
-    "bench-serving": ("sglang_prefix.bench.serving_plots", "PLOTS"),
+    "bench-serving": ("sglang_prefix.bench.serving.plots", "PLOTS"),
 }
 
 

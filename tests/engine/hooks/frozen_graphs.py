@@ -141,5 +141,5 @@ GRAPH_PATCHES: list[tuple[str, Patch]] = [
     *graph_runner_patches(FrozenGraphs, BATCH_SIZES).items(),
     ("prefix_kernels.triton_executor", wrap_launch),
     ("prefix_kernels.plan_buffers", wrap_launch),
-    ("sglang_prefix.backend", flip_the_gate),
+    ("sglang_prefix.backend.backend", flip_the_gate),
 ]

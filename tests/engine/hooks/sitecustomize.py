@@ -77,35 +77,35 @@ def widest_pages(runner: Any) -> tuple[Any, Any]:
 
 def patch_batch_planner(module: ModuleType) -> None:
     """Let planning raise, or tell of batches with padding: modes plan-error, tell-padding."""
-    prepare = module.BatchPlanner.prepare
+    prepare = module.DecodePlanner.prepare
 
     def broken(self: Any, forward_batch: Any, **kwargs: Any) -> Any:
         now = mode()
         if now == "plan-error":
             raise RuntimeError("raised on purpose by a test")
-        if now == "tell-padding" and len(self._handover.batch.reqs) < forward_batch.batch_size:
+        if now == "tell-padding" and len(self._schedule.batch.reqs) < forward_batch.batch_size:
             print("test hook: padded batch", flush=True)
         return prepare(self, forward_batch, **kwargs)
 
-    module.BatchPlanner.prepare = broken
+    module.DecodePlanner.prepare = broken
     compare_plans(module)
 
 
 def patch_handover(module: ModuleType) -> None:
     """Tell of passes that prefill and decode at once: mode tell-mixed."""
-    enter = module.Handover.enter
+    push = module.ScheduleContext.push
 
     def telling(self: Any, forward_batch: Any) -> Any:
         if mode() == "tell-mixed" and forward_batch.forward_mode.is_mixed():
             print("test hook: mixed pass", flush=True)
-        return enter(self, forward_batch)
+        return push(self, forward_batch)
 
-    module.Handover.enter = telling
+    module.ScheduleContext.push = telling
 
 
 def compare_plans(module: ModuleType) -> None:
     """Let the wrapper plan every batch as well: mode compare-plans."""
-    plan_anew = module.BatchPlanner._plan_anew
+    plan_anew = module.DecodePlanner.replan
 
     def compared(self: Any, forward_batch: Any, lens: Any) -> Any:
         if mode() != "compare-plans":
@@ -129,7 +129,7 @@ def compare_plans(module: ModuleType) -> None:
             print(f"test hook: {'equal plans' if equal else 'plans differ'}", flush=True)
         return result
 
-    module.BatchPlanner._plan_anew = compared
+    module.DecodePlanner.replan = compared
 
 
 def wrapper_plan(batches: Any, planner: Any, forward_batch: Any, lens: Any, forest: Any) -> Any:
@@ -264,10 +264,10 @@ def tell_of_compilations(module: ModuleType) -> None:
 COMPILED: set[Any] = set()
 
 PATCHES: dict[str, Callable[[ModuleType], None]] = {
-    "prefix_patches.handover": patch_handover,
+    "prefix_patches.schedule_context": patch_handover,
     "sglang_prefix.runner": patch_runner,
-    "sglang_prefix.batch_planner": patch_batch_planner,
-    "sglang_prefix.backend": apply_scales,
+    "sglang_prefix.backend.decode_planner": patch_batch_planner,
+    "sglang_prefix.backend.backend": apply_scales,
     "sglang.srt.model_executor.model_runner": hold_decode,
 }
 

@@ -1,0 +1,164 @@
+"""What the backend did: counters that say whether, and how much, it packed."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from sglang_prefix.backend.fallback import GATE_REASONS, REASONS
+
+if TYPE_CHECKING:
+    from sglang_prefix.config import PrefixConfig
+    from sglang_prefix.explain.last_plan import LastPlan
+
+__all__ = ["BackendCounters"]
+
+# The gate at work: nothing to tell.
+_USUAL = ("gate-nothing-shared", "gate-no-gain")
+
+# Steps that medians are taken over.
+_NEWEST = 500
+_STEPS_TO_WARN_AFTER = 1000
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class BackendCounters:
+    """Decode steps by the way they took, and the KV read for one layer.
+
+    Attributes:
+        packed_steps: decode steps that ran under a plan of ours.
+        stock_reasons: decode steps left to the stock backend because the gate says so, by reason.
+        fallback_steps: decode steps that the stock backend served for another reason.
+        fallback_reasons: the same by reason; layers that are always delegated are not counted
+            here but listed in ``delegated_layers``.
+        plans: plans made.
+        packs, partials: of the newest plan.
+        kv_tokens_read, kv_tokens_logical: KV tokens read by packed steps, and the tokens of all
+            their requests, for one layer.
+        packed_us, stock_us: the gate's newest prediction for one pass through all layers.
+        predicted_gain_us: what it expects packed steps to have saved, all layers.
+        plan_seconds, path_seconds: host time spent on making plans, or on deciding to do without
+            one, and of it on SGLang's radix path call or, where its answer is cached, on finding
+            that.
+        reused_plan_steps, reused_plan_seconds: steps that went on as the one before,
+            and the host time to see that they could.
+        newest_reused: seconds of it for each of the newest such steps.
+        last_plan: the newest plan, if ``SGLANG_PREFIX_KEEP_PLAN`` asks for it.
+    """
+
+    packed_steps: int = 0
+    stock_reasons: Counter[str] = field(default_factory=Counter)
+    fallback_reasons: Counter[str] = field(default_factory=Counter)
+    plans: int = 0
+    packs: int = 0
+    partials: int = 0
+    kv_tokens_read: int = 0
+    kv_tokens_logical: int = 0
+    packed_us: float | None = None
+    stock_us: float | None = None
+    predicted_gain_us: float = 0.0
+    reused_plan_steps: int = 0
+    reused_plan_seconds: float = 0.0
+    newest_reused: deque[float] = field(default_factory=lambda: deque(maxlen=_NEWEST))
+    plan_seconds: float = 0.0
+    path_seconds: float = 0.0
+    delegated_layers: dict[int, str] = field(default_factory=dict)
+    last_plan: LastPlan | None = None
+    _said: set[str] = field(default_factory=set)
+    _logged: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+    @classmethod
+    def of(cls, config: PrefixConfig) -> BackendCounters:
+        """New counters, which keep the newest plan if the settings say so."""
+        if not config.keep_plan:
+            return cls()
+        from sglang_prefix.explain.last_plan import LastPlan
+
+        return cls(last_plan=LastPlan(config))
+
+    @property
+    def stock_steps(self) -> int:
+        """Decode steps that the gate left to the stock backend."""
+        return sum(self.stock_reasons.values())
+
+    @property
+    def fallback_steps(self) -> int:
+        """Decode steps that the stock backend served against the gate."""
+        return sum(self.fallback_reasons.values())
+
+    def fall_back(self, reason: str, detail: str = "") -> None:
+        """Count a step for the stock backend, and say why the first time."""
+        if reason in GATE_REASONS:
+            self.stock_reasons[reason] += 1
+        else:
+            self.fallback_reasons[reason] += 1
+        if reason not in self._said and reason not in _USUAL:
+            self._said.add(reason)
+            text = f"{REASONS[reason]}{': ' if detail else ''}{detail}"
+            logger.warning("prefix attention: decode goes to the stock backend (%s)", text)
+        if self.packed_steps == 0 and self.decode_steps == _STEPS_TO_WARN_AFTER:
+            top, count = (self.stock_reasons + self.fallback_reasons).most_common(1)[0]
+            logger.warning(
+                "prefix attention: none of the first %d decode steps was packed; %d of them "
+                "because: %s",
+                self.decode_steps,
+                count,
+                REASONS[top],
+            )
+
+    def count_reused_step(self, seconds: float) -> None:
+        """Count a step that went on as the one before, and the host time to see that it could."""
+        self.reused_plan_steps += 1
+        self.reused_plan_seconds += seconds
+        self.newest_reused.append(seconds)
+
+    def log_text(self) -> str:
+        """What has been done since the last call, for SGLang's line about decode batches."""
+        packed, steps = self.packed_steps, self.decode_steps
+        read, logical = self.kv_tokens_read, self.kv_tokens_logical
+        packed_before, steps_before, read_before, logical_before = self._logged
+        self._logged = (packed, steps, read, logical)
+        share = (packed - packed_before) / max(steps - steps_before, 1)
+        text = f"prefix packed: {share:.0%}"
+        if logical > logical_before:
+            ratio = (read - read_before) / (logical - logical_before)
+            text += f", prefix packs: {self.packs}, prefix kv read: {ratio:.2f}"
+        return text
+
+    @property
+    def decode_steps(self) -> int:
+        """All decode steps."""
+        return self.packed_steps + self.stock_steps + self.fallback_steps
+
+    def as_dict(self) -> dict[str, Any]:
+        """All counters as plain values."""
+        logical = self.kv_tokens_logical
+        kept = {} if self.last_plan is None else {"last_plan": self.last_plan.as_dict()}
+        return {
+            "packed_steps": self.packed_steps,
+            "stock_steps": self.stock_steps,
+            "stock_reasons": dict(self.stock_reasons),
+            "fallback_steps": self.fallback_steps,
+            "fallback_reasons": dict(self.fallback_reasons),
+            "plans": self.plans,
+            "num_packs": self.packs,
+            "num_partials": self.partials,
+            "kv_tokens_read": self.kv_tokens_read,
+            "kv_tokens_logical": logical,
+            "kv_read_ratio": self.kv_tokens_read / logical if logical else None,
+            "predicted_packed_us": self.packed_us,
+            "predicted_stock_us": self.stock_us,
+            "predicted_gain_us": self.predicted_gain_us,
+            "reused_plan_steps": self.reused_plan_steps,
+            "reused_plan_seconds": self.reused_plan_seconds,
+            "reused_step_us": 1e6 * median(self.newest_reused) if self.newest_reused else None,
+            "plan_seconds": self.plan_seconds,
+            "path_seconds": self.path_seconds,
+            "delegated_layers": {str(k): v for k, v in self.delegated_layers.items()},
+            **kept,
+        }

@@ -1,0 +1,94 @@
+"""The backend's counters on the server's ``/metrics``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from prefix_patches.metric_labels import metric_labels
+
+if TYPE_CHECKING:
+    from sglang_prefix.backend.counters import BackendCounters
+
+__all__ = ["PrefixMetrics", "metrics_of"]
+
+# An increment writes to a file that all processes share, which a decode step should not wait for.
+_INTERVAL_S = 0.1
+
+
+class PrefixMetrics:
+    """Exports what has been counted, some ten times a second.
+
+    Args:
+        labels: of SGLang's own metrics, by name.
+
+    Raises:
+        ValueError: another backend of this process exports already.
+    """
+
+    def __init__(self, labels: Mapping[str, str]) -> None:
+        # Not at the top: the import decides whether this process shares its metrics with others,
+        # and SGLang says so only after it has read its arguments.
+        from prometheus_client import Counter
+
+        self._labels = dict(labels)
+        names = tuple(labels)
+
+        def counter(name: str, text: str, *more: str) -> Counter:
+            return Counter(f"sglang_prefix_{name}", text, (*names, *more))
+
+        self._plans = counter("plans_total", "Plans made.")
+        self._steps = counter("steps_total", "Decode steps, by who served them.", "path")
+        self._reasons = counter(
+            "unpacked_steps_total", "Decode steps that were not packed, by reason.", "reason"
+        )
+        self._read = counter(
+            "kv_tokens_read_total", "KV tokens read by packed decode steps, for one layer."
+        )
+        self._logical = counter(
+            "kv_tokens_logical_total",
+            "KV tokens of all requests of packed decode steps, for one layer.",
+        )
+        self._plan_seconds = counter("plan_seconds_total", "Host time spent on making plans.")
+        self._gain = counter(
+            "predicted_gain_seconds_total",
+            "Time that the gate expects packed decode steps to have saved.",
+        )
+        self._shown: dict[str, float] = {}
+        self._next = 0.0
+
+    def update(self, counters: BackendCounters, *, now: bool = False) -> None:
+        """Export what has been counted since the last time, if that is long enough ago."""
+        clock = time.monotonic()
+        if clock < self._next and not now:
+            return
+        self._next = clock + _INTERVAL_S
+        self._add(self._plans, "plans", counters.plans)
+        self._add(self._read, "read", counters.kv_tokens_read)
+        self._add(self._logical, "logical", counters.kv_tokens_logical)
+        self._add(self._plan_seconds, "plan_seconds", counters.plan_seconds)
+        self._add(self._gain, "gain", counters.predicted_gain_us / 1e6)
+        for path in ("packed", "stock", "fallback"):
+            self._add(self._steps, path, getattr(counters, f"{path}_steps"), path=path)
+        for reasons in (counters.stock_reasons, counters.fallback_reasons):
+            for reason, count in reasons.items():
+                self._add(self._reasons, f"reason {reason}", count, reason=reason)
+
+    def _add(self, counter: Any, key: str, value: float, **labels: str) -> None:
+        # A step that was given up is taken back; a counter never falls, so it waits.
+        added = value - self._shown.get(key, 0)
+        if added > 0 or key not in self._shown:
+            counter.labels(**self._labels, **labels).inc(max(added, 0))
+            self._shown[key] = max(value, self._shown.get(key, 0))
+
+
+def metrics_of(model_runner: Any) -> PrefixMetrics | None:
+    """Metrics of this process, if this rank exports any and no other backend of it does."""
+    labels = metric_labels(model_runner)
+    if labels is None:
+        return None
+    try:
+        return PrefixMetrics(labels)
+    except ValueError:  # prometheus knows each name once
+        return None

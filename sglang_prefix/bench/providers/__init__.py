@@ -1,0 +1,1 @@
+"""What is measured: our kernels and those of other projects, one file each."""

@@ -1,0 +1,1 @@
+"""`bench serving`: servers under the same loads."""

@@ -1,0 +1,315 @@
+"""The two servers of `bench serving`: started here one at a time, or found running."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+
+__all__ = [
+    "RunningServer",
+    "ServerError",
+    "cpu_environment",
+    "describe",
+    "free_port",
+    "launch",
+    "read_counters",
+    "wait_until_ready",
+]
+
+_GUARD = (sys.executable, "-m", "sglang_prefix.bench.serving.guard")
+_SERVE = (sys.executable, "-m", "sglang_prefix.cli.main", "exec", "--", "sglang", "serve")
+
+_CALL_S = 60
+_END_S = 60.0
+_POLL_S = 0.3
+_HOST = "127.0.0.1"
+# From 32768 on the system hands out ports for connections; one may be taken before it is used.
+_PORTS = range(10_000, 32_000)
+_PORT_TRIES = 100
+# What a user can act on in a log of tracebacks: the last line that names an error.
+_CAUSE = re.compile(
+    r"^(?:\S+ )?(?:[\w.]*(?:Error|Exception)\b|.*\berror:).*|.*out of memory.*", re.I
+)
+
+
+class ServerError(RuntimeError):
+    """A server that cannot be used, in one line."""
+
+
+@dataclass(slots=True)
+class RunningServer:
+    """A server that answers.
+
+    Attributes:
+        side: "stock" or "prefix".
+        url: without a slash at the end.
+        log: its log, if it was started here.
+        process: leader of its process group, if it was started here.
+    """
+
+    side: str
+    url: str
+    log: Path | None = None
+    process: subprocess.Popen[bytes] | None = None
+
+    def stop(self) -> None:
+        """End a server that was started here, with all its processes; another is left alone.
+
+        Waits for all of them, not for the leader alone: until the last has ended it may hold the
+        memory, of a GPU too, and the port of the server that is started next.
+
+        Raises:
+            ServerError: a process does not end.
+        """
+        if self.process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        deadline = time.monotonic() + _END_S
+        while left := _running_in_group(self.process.pid):
+            if time.monotonic() > deadline:
+                raise ServerError(
+                    f"the {self.side} server was killed but does not end: after {_END_S:g} s "
+                    f"these processes of it are left: {', '.join(map(str, left))}"
+                )
+            time.sleep(_POLL_S)
+
+    def raise_if_ended(self) -> None:
+        """Raise ServerError if a server that was started here has ended; asks it nothing."""
+        if self.process is not None and self.process.poll() is not None:
+            raise ServerError(f"the {self.side} server died with {_ending(self.process, self.log)}")
+
+    def raise_if_dead(self) -> None:
+        """Raise ServerError if a server that was started here has ended, or another is silent."""
+        self.raise_if_ended()
+        try:
+            _get(f"{self.url}/health")
+        except OSError as error:
+            raise ServerError(f"the {self.side} server at {self.url} is dead: {error}") from None
+
+
+def _running_in_group(group: int) -> list[int]:
+    """Processes of a group that have not ended; a zombie has when its last thread has."""
+    found = []
+    for number in psutil.pids():
+        with contextlib.suppress(OSError, psutil.Error):
+            if os.getpgid(number) != group:
+                continue
+            process = psutil.Process(number)
+            if process.status() != psutil.STATUS_ZOMBIE or process.num_threads() > 1:
+                found.append(number)
+    return found
+
+
+def cpu_environment() -> dict[str, str]:
+    """Variables for a server that computes on the CPU: ``OMP_NUM_THREADS``, unless it is set.
+
+    Its other processes and the load generator need a core, too: threads that wait for one spin.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return {}
+    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) - 1))}
+
+
+def launch(
+    side: str,
+    arguments: Sequence[str],
+    port: int | None,
+    log: Path,
+    environment: Mapping[str, str] | None = None,
+) -> RunningServer:
+    """Start ``sglang serve`` under ``sglang-prefix exec``; it does not answer yet.
+
+    Args:
+        side: "stock" or "prefix".
+        arguments: of ``sglang serve``, without host and port.
+        port: where it listens; None to choose a free one.
+        log: file for what it prints; written anew.
+        environment: variables beside this process's own.
+
+    Raises:
+        ServerError: the port is in use.
+    """
+    if port is not None and not _is_free(port):
+        raise ServerError(f"port {port} is in use; --port takes another, or none to choose one")
+    port = free_port() if port is None else port
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*_GUARD, *_SERVE, *arguments, "--host", _HOST, "--port", str(port)],
+            env=os.environ | (environment or {}),
+            stdin=subprocess.PIPE,  # its end is how the guard knows of ours
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    return RunningServer(side, f"http://{_HOST}:{port}", log, process)
+
+
+def wait_until_ready(server: RunningServer, timeout_s: float) -> None:
+    """Wait until a launched server answers.
+
+    Raises:
+        ServerError: it ended, or does not answer in time.
+    """
+    assert server.process is not None
+    deadline = time.monotonic() + timeout_s
+    while not _is_healthy(server.url):
+        if server.process.poll() is not None:
+            ending = _ending(server.process, server.log)
+            raise ServerError(f"the {server.side} server did not start: it ended with {ending}")
+        if time.monotonic() > deadline:
+            raise ServerError(
+                f"the {server.side} server does not answer after {timeout_s:.0f} s; its log: "
+                f"{server.log}"
+            )
+        time.sleep(_POLL_S)
+
+
+def _ending(process: subprocess.Popen[bytes], log: Path | None) -> str:
+    text = log.read_text(errors="replace") if log else ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    causes = [line for line in lines if _CAUSE.match(line)]
+    cause = [*lines[-1:], *causes[-1:]][-1:] or ["no output"]
+    return f"status {process.returncode}: {cause[0][:300]}; its log: {log}"
+
+
+def describe(server: RunningServer) -> dict[str, Any]:
+    """What a server says it is, checked to be of its side.
+
+    Returns:
+        "model", "tokenizer", "dtype", "load_format", "attention_backend",
+        "decode_attention_backend", "max_total_num_tokens" (of its KV pool) and "sglang", None for
+        what it does not say.
+
+    Raises:
+        ServerError: it does not answer, has dummy weights, or is of the other side.
+    """
+    info = _call(server, "server_info")
+    model = _call(server, "model_info")
+    wants_prefix, is_prefix = server.side == "prefix", _states(info) != []
+    if wants_prefix != is_prefix:
+        told = "names no prefix backend" if wants_prefix else "names the prefix backend"
+        raise ServerError(f"{server.url} is no {server.side} server: its /server_info {told}")
+    if info.get("load_format") == "dummy":
+        raise ServerError(
+            f"{server.url} has dummy weights, under which attention hardly matters: equal tokens "
+            "would prove nothing; use real ones"
+        )
+    path = model.get("model_path")
+    names = ("load_format", "attention_backend", "decode_attention_backend", "max_total_num_tokens")
+    return {
+        "model": path,
+        "tokenizer": model.get("tokenizer_path") or path,
+        "dtype": _dtype(info.get("dtype"), path),
+        **{name: info.get(name) for name in names},
+        "sglang": info.get("version"),
+    }
+
+
+def _dtype(given: str | None, model: str | None) -> str | None:
+    """The data type that a server was given, and that of the model's file if it was "auto"."""
+    if given != "auto" or model is None:
+        return given
+    try:
+        config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not on this machine
+        return given
+    stored = config.get("dtype") or config.get("torch_dtype")
+    return f"auto (model: {stored})" if stored else given
+
+
+def read_counters(server: RunningServer) -> dict[str, Any] | None:
+    """The backend's counters of the first rank; of data-parallel replicas the sum. None for stock.
+
+    Raises:
+        ServerError: the server does not answer.
+    """
+    states = _states(_call(server, "server_info"))
+    if not states:
+        return None
+    total: dict[str, Any] = {}
+    for state in states:
+        for name, value in state.items():
+            if isinstance(value, dict) and name.endswith("_reasons"):
+                old = total.setdefault(name, {})
+                for reason, count in value.items():
+                    old[reason] = old.get(reason, 0) + count
+            elif name.endswith("_steps") or name.startswith("kv_tokens"):
+                total[name] = total.get(name, 0) + value
+    return total
+
+
+def _states(info: dict[str, Any]) -> list[dict[str, Any]]:
+    replicas = (state.get("sglang_prefix") for state in info.get("internal_states", []))
+    return [ranks[0] for ranks in replicas if ranks]
+
+
+def _call(server: RunningServer, path: str) -> dict[str, Any]:
+    try:
+        found = json.loads(_get(f"{server.url}/{path}"))
+    except (OSError, ValueError) as error:
+        raise ServerError(f"{server.url}/{path} does not answer: {error}") from None
+    if not isinstance(found, dict):
+        raise ServerError(f"{server.url}/{path} is not SGLang's: no JSON object")
+    return found
+
+
+def _get(url: str) -> bytes:
+    try:
+        with urllib.request.urlopen(url, timeout=_CALL_S) as answer:
+            text: bytes = answer.read()
+    except urllib.error.URLError as error:
+        raise OSError(getattr(error.reason, "strerror", None) or str(error.reason)) from None
+    except (http.client.HTTPException, ValueError) as error:
+        raise OSError(f"no HTTP server: {error}") from None
+    return text
+
+
+def _is_healthy(url: str) -> bool:
+    try:
+        _get(f"{url}/health")
+    except OSError:
+        return False
+    return True
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on, nor on the next.
+
+    Raises:
+        ServerError: none was found.
+    """
+    for port in random.SystemRandom().sample(_PORTS, _PORT_TRIES):
+        if _is_free(port) and _is_free(port + 1):
+            return port
+    raise ServerError(f"no free TCP port between {_PORTS.start} and {_PORTS.stop}")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((_HOST, port))
+        except OSError:
+            return False
+    return True

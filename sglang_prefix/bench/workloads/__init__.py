@@ -1,0 +1,1 @@
+"""What is measured: batches as trees, and the tensors of one decode step."""

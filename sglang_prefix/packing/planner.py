@@ -1,0 +1,128 @@
+"""From a forest to a plan: the one planner that the wrapper and the backend share."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+
+from sglang_prefix.forest import PrefixForest, RadixPath
+from sglang_prefix.packing import (
+    CPU_PROFILE,
+    GPU_PROFILE,
+    AttentionShape,
+    CostModel,
+    DeviceProfile,
+    policy_named,
+)
+from sglang_prefix.packing.packs import Packs
+from sglang_prefix.packing.splits import choose_num_splits
+from sglang_prefix.plan import PackPlan
+
+__all__ = ["RESERVED_TAIL_SLOTS", "PackPlanner", "profile_for", "warm_up"]
+
+# Tokens that a tail may grow by before its slots need a new plan. At 8 bytes a slot, 256 requests
+# cost 0.5 MB; at one token a step a plan lives for at most this many steps.
+RESERVED_TAIL_SLOTS = 256
+
+
+def profile_for(executor: str, max_block_rows: int | None = None) -> DeviceProfile:
+    """The device profile that plans for an executor are made with.
+
+    Args:
+        executor: "torch" or "triton".
+        max_block_rows: rows that it takes in one pass; None for the profile's own.
+    """
+    profile = GPU_PROFILE if executor == "triton" else CPU_PROFILE
+    return replace(profile, max_block_rows=max_block_rows) if max_block_rows else profile
+
+
+@cache
+def warm_up() -> None:
+    """Compile every loop of planning, or load its machine code; the first planner does it.
+
+    Some 8 s of one core (numba 0.65) where nothing is cached yet, which is once per installation
+    if there is a place to write to, else 0.6 s; see :func:`sglang_prefix.jit.jit`.
+    """
+    forest = PrefixForest.from_paths([RadixPath((1,), (4,))] * 2, [4, 4], [5, 5])
+    costs = CostModel(AttentionShape(1, 1, 1, 1, 1, 1), GPU_PROFILE)
+    packs = policy_named("pat")(forest, costs)
+    pieces = choose_num_splits(packs, forest.seq_lens, costs)
+    plan = PackPlan.build(
+        packs, forest.seq_lens, pieces, reserved_tail_slots=0, kv_tokens_unique=0, costs=costs
+    )
+    plan.stats()
+
+
+class PackPlanner:
+    """Makes plans for one attention shape, one device and one policy.
+
+    The first one of a process calls :func:`warm_up`.
+
+    Args:
+        shape: heads, head dims and item sizes of the layers served.
+        device: profile that the cost model uses.
+        policy: name of the packing policy.
+        max_partials: upper bound on a plan's partials; None for no bound. A plan over it loses
+            its splits first and its sharing next, so a bound of at least the batch size always
+            holds.
+        reserved_tail_slots: tokens that each tail may grow by.
+
+    Raises:
+        ValueError: the policy is unknown.
+    """
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        device: DeviceProfile,
+        *,
+        policy: str = "pat",
+        max_partials: int | None = None,
+        reserved_tail_slots: int = RESERVED_TAIL_SLOTS,
+    ) -> None:
+        self.costs = CostModel(shape, device)
+        self.policy_name = policy
+        self.max_partials = max_partials
+        self.reserved_tail_slots = reserved_tail_slots
+        self._policy = policy_named(policy)
+        warm_up()
+        self._query_policy = policy_named("query")
+
+    def plan(self, forest: PrefixForest) -> PackPlan:
+        """Pack a forest and lay the plan out, within the bound on partials.
+
+        Raises:
+            ValueError: the batch has more requests than partials are allowed.
+        """
+        if self.max_partials is not None and forest.batch_size > self.max_partials:
+            raise ValueError(
+                f"max_partials={self.max_partials} is below the batch size {forest.batch_size}; "
+                "legal: at least one partial per request"
+            )
+        packs = self._policy(forest, self.costs)
+        plan = self._lay_out(packs, forest, split=True)
+        if self._fits(plan):
+            return plan
+        plan = self._lay_out(packs, forest, split=False)
+        if self._fits(plan):
+            return plan
+        return self._lay_out(self._query_policy(forest, self.costs), forest, split=False)
+
+    def _fits(self, plan: PackPlan) -> bool:
+        return self.max_partials is None or plan.num_partials <= self.max_partials
+
+    def _lay_out(self, packs: Packs, forest: PrefixForest, *, split: bool) -> PackPlan:
+        if split:
+            num_splits = choose_num_splits(packs, forest.seq_lens, self.costs)
+        else:
+            num_splits = np.ones(len(packs.start) + forest.batch_size, dtype=np.int64)
+        return PackPlan.build(
+            packs,
+            forest.seq_lens,
+            num_splits,
+            reserved_tail_slots=self.reserved_tail_slots,
+            kv_tokens_unique=forest.unique_tokens,
+            costs=self.costs,
+        )

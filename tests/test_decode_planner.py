@@ -1,0 +1,398 @@
+"""When a batch planner plans, from what, and when a plan goes on."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+
+from prefix_patches import req_reset_for_retract
+from prefix_patches.schedule_context import BATCH_ATTRIBUTE
+from sglang_prefix.backend import decode_planner
+from tests.scheduling import Request, Scheduler
+
+# From the requests that decode, and one that could, to the next batch.
+Change = Callable[[Scheduler, list[Request], Request], list[Request]]
+
+_rng = random.Random(0)
+SYSTEM = [_rng.randrange(256) for _ in range(50)]
+# Of equal length, so that a plan kept when two requests change places fits but for its slots.
+A, B, C, D = ([*SYSTEM, i, *range(12)] for i in range(4))
+# A radix cache without the methods that our adapters know.
+CANNOT_BE_ASKED = SimpleNamespace(tree_core=object())
+
+
+def fork(scheduler: Scheduler, leader: Request) -> Request:
+    """A beam member: a row that holds what its leader's does."""
+    row = scheduler.free_rows.pop()
+    scheduler.table[row] = scheduler.table[leader.kv.req_pool_idx]
+    return Request(row, leader.tokens, None, 0)
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_a_plan_goes_on_while_the_same_requests_grow_by_one(page_size: int) -> None:
+    scheduler = Scheduler(page_size=page_size)
+    reqs = scheduler.start(A, B, C)
+    stats = scheduler.counters.packs, scheduler.counters.partials
+    for _ in range(20):
+        step = scheduler.decode(reqs)
+        shared = scheduler.distinct_slots(reqs)
+        assert step == (0, shared, sum(len(req.tokens) for req in reqs))
+    assert (scheduler.counters.packs, scheduler.counters.partials) == stats
+    assert stats == (1 + len(reqs), 2 * len(reqs))
+
+
+def test_every_first_decode_step_is_private_and_the_second_plans_again() -> None:
+    scheduler = Scheduler()
+    reqs = scheduler.prefill(A, B)
+    first = scheduler.decode(reqs)
+    assert first == (1, first.logical, first.logical)
+    scheduler.publish(*reqs)
+    assert scheduler.decode(reqs) == (1, scheduler.distinct_slots(reqs), first.logical + 2)
+    assert scheduler.decode(reqs) == (0, scheduler.distinct_slots(reqs), first.logical + 4)
+
+
+def test_a_newcomer_is_private_beside_requests_that_share() -> None:
+    scheduler = Scheduler()
+    reqs = scheduler.start(A, B)
+    # Its row holds the tree's slots already; only the scheduler knows when that is certain.
+    (late,) = scheduler.prefill(C)
+    assert late.kv.cache_protected_len == len(SYSTEM)
+    step = scheduler.decode([*reqs, late])
+    assert step[:2] == (1, scheduler.distinct_slots(reqs) + len(late.tokens))
+    scheduler.publish(late)
+    step = scheduler.decode([*reqs, late])
+    assert step[:2] == (1, scheduler.distinct_slots([*reqs, late]))
+    assert scheduler.decode([*reqs, late]).plans == 0
+
+
+def joins(scheduler: Scheduler, reqs: list[Request], other: Request) -> list[Request]:
+    """From another running batch: no prefill has run in between."""
+    return [*reqs, other]
+
+
+def is_replaced(scheduler: Scheduler, reqs: list[Request], other: Request) -> list[Request]:
+    """By one of the same length."""
+    scheduler.grow(other, reqs[1].tokens[len(other.tokens) :])
+    return [reqs[0], other, reqs[2]]
+
+
+def row_moves(scheduler: Scheduler, reqs: list[Request], other: Request) -> list[Request]:
+    row, reqs[1].kv.req_pool_idx = reqs[1].kv.req_pool_idx, scheduler.free_rows.pop()
+    scheduler.table[reqs[1].kv.req_pool_idx] = scheduler.table[row]
+    # Its newest slots go to whoever has the old row now.
+    scheduler.table[row] = 1
+    return reqs
+
+
+def is_retracted(scheduler: Scheduler, reqs: list[Request], other: Request) -> list[Request]:
+    """And comes back, as retracted requests do, through a prefill."""
+    reqs[1].retraction_count += 1
+    scheduler.run_pass("EXTEND", [reqs[1]])
+    return reqs
+
+
+def moves_in_the_tree(scheduler: Scheduler, reqs: list[Request], other: Request) -> list[Request]:
+    before = reqs[1].last_node
+    scheduler.publish(reqs[1])
+    assert reqs[1].last_node != before
+    scheduler.run_pass("EXTEND", [])
+    return reqs
+
+
+def is_another_object(scheduler: Scheduler, reqs: list[Request], other: Request) -> list[Request]:
+    old = reqs[1]
+    new = Request(old.kv.req_pool_idx, old.tokens, old.last_node, old.kv.cache_protected_len)
+    assert new.rid == old.rid
+    return [reqs[0], new, reqs[2]]
+
+
+def extends(scheduler: Scheduler, reqs: list[Request], other: Request) -> list[Request]:
+    scheduler.run_pass("EXTEND", [])
+    return reqs
+
+
+def idles(scheduler: Scheduler, reqs: list[Request], other: Request) -> list[Request]:
+    scheduler.run_pass("IDLE", [])
+    return reqs
+
+
+def grows_by_two(scheduler: Scheduler, reqs: list[Request], other: Request) -> list[Request]:
+    """As when a step was run as a prefill of one token, or left to the stock backend."""
+    for req in reqs:
+        scheduler.grow(req, [7])
+    return reqs
+
+
+def one_grows_by_two(scheduler: Scheduler, reqs: list[Request], other: Request) -> list[Request]:
+    scheduler.grow(reqs[1], [7])
+    return reqs
+
+
+def is_forgotten(scheduler: Scheduler, reqs: list[Request], other: Request) -> list[Request]:
+    scheduler.planner.forget()
+    return reqs
+
+
+@pytest.mark.parametrize(
+    ("change", "plans"),
+    [
+        (lambda scheduler, reqs, other: reqs, [0, 0, 0]),
+        (joins, [1, 0, 0]),
+        (is_replaced, [1, 0, 0]),
+        (lambda scheduler, reqs, other: reqs[:-1], [1, 0, 0]),
+        (lambda scheduler, reqs, other: reqs[1:], [1, 0, 0]),
+        (lambda scheduler, reqs, other: reqs[::-1], [1, 0, 0]),
+        (row_moves, [1, 0, 0]),
+        (moves_in_the_tree, [1, 0, 0]),
+        (extends, [1, 0, 0]),
+        (idles, [1, 0, 0]),
+        (grows_by_two, [1, 0, 0]),
+        (one_grows_by_two, [1, 0, 0]),
+        (is_forgotten, [1, 0, 0]),
+        # Not known to be settled, so the second step plans again.
+        (is_retracted, [1, 1, 0]),
+        (is_another_object, [1, 1, 0]),
+    ],
+)
+def test_a_plan_ends_with_what_it_was_made_for(change: Change, plans: list[int]) -> None:
+    scheduler = Scheduler()
+    *reqs, other = scheduler.start(A, B, C, D)
+    scheduler.decode(reqs)
+    assert scheduler.decode(reqs).plans == 0
+    reqs = change(scheduler, reqs, other)
+    assert [scheduler.decode(reqs).plans for _ in plans] == plans
+
+
+@pytest.mark.parametrize("what", ["retraction_count", "last_node"])
+def test_verify_refuses_that_kv_moves_without_a_prefill(what: str) -> None:
+    """SGLang never does that, and a plan that goes on does not ask every request for it."""
+    scheduler = Scheduler()
+    reqs = scheduler.start(A, B)
+    setattr(reqs[1], what, getattr(reqs[1], what) + 1)
+    with pytest.raises(RuntimeError, match="without a prefill"):
+        scheduler.decode(reqs)
+
+
+def test_verify_refuses_lengths_that_only_sum_up_to_one_token_more_each() -> None:
+    scheduler = Scheduler()
+    batch = scheduler.decode_batch(scheduler.start(A, B))
+    batch.seq_lens_cpu += torch.tensor([1, -1])
+    with pytest.raises(RuntimeError, match="one token to each request"):
+        scheduler.prepare(batch)
+
+
+def test_a_step_that_goes_on_asks_torch_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With cold caches each call into torch takes longer than all the rest of such a step."""
+    scheduler = Scheduler()
+    reqs = scheduler.start(A, B)
+    batch = scheduler.decode_batch(reqs)
+    schedule_batch = getattr(batch, BATCH_ATTRIBUTE)
+    schedule_batch.req_pool_indices_cpu = scheduler.planner._rows
+    batch.seq_lens_cpu = batch.seq_lens = None
+    monkeypatch.setattr(scheduler.planner, "_verify", False)
+    monkeypatch.setattr(decode_planner, "torch", None)
+    monkeypatch.setattr(decode_planner, "np", None)
+    previous = scheduler.schedule.push(batch)
+    plans = scheduler.counters.plans
+    assert scheduler.planner.prepare(batch, in_graph=True) is None
+    scheduler.schedule.pop(previous)
+    assert scheduler.counters.plans == plans
+
+
+def test_a_request_that_comes_back_under_its_old_id_and_row_gets_a_plan_of_its_own() -> None:
+    scheduler = Scheduler()
+    first, aborted = scheduler.start(A, B)
+    scheduler.decode([first, aborted])
+    epoch = scheduler.schedule.epoch
+    scheduler.free_rows.append(aborted.kv.req_pool_idx)
+    scheduler.table[aborted.kv.req_pool_idx] = 1
+    (again,) = scheduler.prefill([*B, *aborted.tokens[len(B) :]])
+    assert again.kv.req_pool_idx == aborted.kv.req_pool_idx
+    assert len(again.tokens) == len(aborted.tokens)
+    scheduler.schedule.epoch = epoch  # the least that could tell them apart is the object
+    assert scheduler.decode([first, again]).plans == 1
+
+
+def test_a_plan_ends_with_any_retraction() -> None:
+    """All may be retracted and come back without a pass, as the same batch on other slots."""
+    from sglang.srt.managers.schedule_batch import Req
+
+    req_reset_for_retract.install()
+    assert req_reset_for_retract.installed()
+    scheduler = Scheduler()
+    reqs = scheduler.start(A, B)
+    assert scheduler.decode(reqs).plans == 0
+    Req.reset_for_retract(MagicMock(**{"kv.holds_kv": False}))
+    assert [scheduler.decode(reqs).plans for _ in range(2)] == [1, 0]
+
+
+def test_a_plan_ends_when_a_tail_has_used_up_its_growth_room() -> None:
+    scheduler = Scheduler(reserved_tail_slots=3)
+    reqs = scheduler.start(A, B)
+    assert [scheduler.decode(reqs).plans for _ in range(9)] == [0, 0, 0, 1, 0, 0, 0, 1, 0]
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_without_a_schedule_batch_rows_are_compared_and_no_plan_goes_on(page_size: int) -> None:
+    scheduler = Scheduler(page_size=page_size)
+    reqs = scheduler.start(A, B, C)
+    for _ in range(3):
+        step = scheduler.decode(reqs, published=False)
+        assert step[:2] == (1, scheduler.distinct_slots(reqs))
+    assert [scheduler.decode(reqs).plans for _ in range(3)] == [1, 0, 0]
+
+
+@pytest.mark.parametrize("pads", [1, 3])
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_padding_rows_are_served_and_no_plan_goes_on(page_size: int, pads: int) -> None:
+    scheduler = Scheduler(page_size=page_size)
+    reqs = scheduler.start(A, B)
+    # Slot 0 is read by every row of padding; only a whole page of it could be shared.
+    padding = 1 if page_size == 1 else pads
+    for _ in range(3):
+        step = scheduler.decode(reqs, pads=pads)
+        logical = sum(len(req.tokens) for req in reqs) + pads
+        assert step == (1, scheduler.distinct_slots(reqs) + padding, logical)
+    assert [scheduler.decode(reqs).plans for _ in range(3)] == [1, 0, 0]
+
+
+def test_padded_requests_stay_unsettled() -> None:
+    scheduler = Scheduler()
+    reqs = scheduler.prefill(A, B)
+    scheduler.decode(reqs, pads=1)
+    scheduler.publish(*reqs)
+    first = scheduler.decode(reqs)
+    assert first == (1, first.logical, first.logical)
+    assert scheduler.decode(reqs)[:2] == (1, scheduler.distinct_slots(reqs))
+    assert scheduler.decode(reqs).plans == 0
+
+
+def test_beam_members_change_rows_at_every_step_and_no_plan_goes_on() -> None:
+    scheduler = Scheduler()
+    leader, other = scheduler.start(A, B)
+    prompt = len(leader.tokens)
+    members = [fork(scheduler, leader) for _ in range(3)]
+    for survivor in (0, 2, 2, 1, 0):
+        step = scheduler.decode([leader, other], members=members)
+        assert step[:2] == (1, scheduler.distinct_slots([leader, other, *members]))
+        # The others go on from one of them: they take over all that it has generated.
+        parent = (leader, *members)[survivor]
+        rows = [req.kv.req_pool_idx for req in (leader, *members)]
+        generated = scheduler.table[parent.kv.req_pool_idx, prompt : len(parent.tokens)].clone()
+        scheduler.table[rows, prompt : len(parent.tokens)] = generated
+    assert [scheduler.decode([leader, other]).plans for _ in range(3)] == [1, 0, 0]
+
+
+def test_a_tree_that_cannot_be_asked_has_its_rows_compared() -> None:
+    scheduler = Scheduler()
+    reqs = scheduler.prefill(A, B)
+    scheduler.publish(*reqs)
+    scheduler.cache = CANNOT_BE_ASKED
+    # Rows are what they are, so that the first step shares as well; it still does not go on.
+    for plans in (1, 1, 0, 0):
+        assert scheduler.decode(reqs)[:2] == (plans, scheduler.distinct_slots(reqs))
+
+
+def test_a_row_is_shared_no_further_than_the_tree_can_show() -> None:
+    scheduler = Scheduler()
+    first, second = scheduler.start(A, A)
+    # As a streaming session leaves it: one row behind both, owned past the end of their node.
+    scheduler.table[second.kv.req_pool_idx] = scheduler.table[first.kv.req_pool_idx]
+    end = first.kv.cache_protected_len
+    for req in (first, second):
+        req.last_node = first.last_node
+        req.kv.cache_protected_len = len(req.tokens)
+    assert end < len(first.tokens)
+    scheduler.run_pass("EXTEND", [])
+    step = scheduler.decode([first, second])
+    assert step[:2] == (1, step.logical - end)
+
+
+@pytest.mark.parametrize(
+    ("published", "reason"), [(True, "no-radix-paths"), (False, "no-request-info")]
+)
+def test_rows_are_not_compared_on_a_device(published: bool, reason: str) -> None:
+    scheduler = Scheduler()
+    reqs = scheduler.start(A, B)
+    scheduler.cache = CANNOT_BE_ASKED
+    scheduler.run_pass("EXTEND", [])
+    counted = scheduler.counted()
+    scheduler.planner._req_to_token = torch.empty(0, device="meta")
+    assert scheduler.prepare(scheduler.decode_batch(reqs, published=published)) == reason
+    assert scheduler.counted() == counted
+    scheduler.planner._req_to_token = scheduler.table
+    assert [scheduler.decode(reqs).plans for _ in range(2)] == [1, 0]
+
+
+def test_lengths_that_only_a_device_knows_are_no_request_info() -> None:
+    scheduler = Scheduler()
+    reqs = scheduler.start(A, B)
+    counted = scheduler.counted()
+    batch = scheduler.decode_batch(reqs)
+    batch.seq_lens_cpu, batch.seq_lens_sum = None, None
+    batch.seq_lens = batch.seq_lens.to("meta")
+    assert scheduler.prepare(batch) == "no-request-info"
+    assert scheduler.prepare(scheduler.decode_batch([])) == "no-request-info"
+    assert scheduler.counted() == counted
+    # On the CPU engine they may come from either of the two.
+    batch = scheduler.decode_batch(reqs)
+    batch.seq_lens_cpu = None
+    assert scheduler.prepare(batch) is None
+    scheduler.check_attention(batch)
+
+
+def test_a_row_that_contradicts_the_tree_raises_and_the_next_batch_plans_anew() -> None:
+    scheduler = Scheduler()
+    reqs = scheduler.start(A, B)
+    slot = scheduler.table[reqs[1].kv.req_pool_idx, len(SYSTEM) // 2]
+    true_slot = slot.clone()
+    slot += 1
+    # A plan that goes on has its slots already, and reads no row.
+    assert scheduler.prepare(scheduler.decode_batch(reqs)) is None
+    scheduler.run_pass("EXTEND", [])
+    counted = scheduler.counted()
+    with pytest.raises(RuntimeError, match="SGLANG_PREFIX_VERIFY: the forest claims a node"):
+        scheduler.prepare(scheduler.decode_batch(reqs))
+    assert scheduler.counted() == counted
+    slot.copy_(true_slot)
+    assert [scheduler.decode(reqs).plans for _ in range(3)] == [1, 0, 0]
+
+
+def test_no_plan_goes_on_after_only_one_shape_got_its_plan(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scheduler = Scheduler()
+    reqs = scheduler.start(A, B)
+    scheduler.decode(reqs)
+
+    def fail(forest: Any) -> None:
+        raise RuntimeError("raised on purpose by a test")
+
+    counted = scheduler.counted()
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler.shapes[1].planner, "plan", fail)
+        with pytest.raises(RuntimeError, match="on purpose"):
+            scheduler.prepare(scheduler.decode_batch(reqs[::-1]))
+    assert scheduler.counted() == counted
+    # Of the lengths that the new plan of the first shape expects, in the order of the old ones.
+    assert [scheduler.decode(reqs).plans for _ in range(3)] == [1, 0, 0]
+
+
+def test_a_step_left_to_stock_is_taken_back() -> None:
+    scheduler = Scheduler()
+    reqs = scheduler.start(A, B)
+    for plans in (0, 1):
+        before = scheduler.counted()
+        step = scheduler.decode(reqs)
+        assert step.plans == plans
+        scheduler.planner.uncount_step()
+        assert scheduler.counted() == (before[0] + plans, *before[1:])
+        scheduler.planner.forget()
+    counters = scheduler.counters
+    assert 0 < counters.path_seconds < counters.plan_seconds
