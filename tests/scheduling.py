@@ -16,6 +16,7 @@ import torch
 from prefix_kernels.oracle import decode_attention_oracle
 from prefix_patches.schedule_context import BATCH_ATTRIBUTE, ScheduleContext
 from sglang_prefix.backend.counters import BackendCounters
+from sglang_prefix.backend.decode_batch import DecodeBatch
 from sglang_prefix.backend.decode_planner import DecodePlanner, LayerGroup
 from sglang_prefix.packing import CPU_PROFILE, AttentionShape
 from sglang_prefix.packing.planner import RESERVED_TAIL_SLOTS, PackPlanner
@@ -77,7 +78,7 @@ class Scheduler:
         shapes = [
             AttentionShape(qo_heads, kv_heads, dim, dim, 4, 4) for qo_heads, kv_heads, dim in SHAPES
         ]
-        self.shapes = [
+        self.groups = [
             LayerGroup(
                 PackPlanner(
                     shape, CPU_PROFILE, policy="node", reserved_tail_slots=reserved_tail_slots
@@ -87,7 +88,7 @@ class Scheduler:
             for shape in shapes
         ]
         self.planner = DecodePlanner(
-            self.schedule, self.table, page_size, self.shapes, self.counters, verify=True
+            self.schedule, self.table, page_size, self.groups, self.counters, verify=True
         )
 
     def prefill(self, *prompts: Sequence[int]) -> list[Request]:
@@ -183,13 +184,17 @@ class Scheduler:
             setattr(forward_batch, BATCH_ATTRIBUTE, self._schedule_batch(reqs, rows))
         return forward_batch
 
-    def prepare(self, forward_batch: Any) -> str | None:
-        """What the planner says within the forward pass."""
+    def prepare(self, forward_batch: Any, *, in_graph: bool = False) -> str | None:
+        """What the planner says within the forward pass; counted as the backend counts."""
         previous = self.schedule.push(forward_batch)
         try:
-            return self.planner.prepare(forward_batch)
+            batch = DecodeBatch(forward_batch, self.schedule.batch, in_graph)
+            reason = self.planner.prepare(batch)
         finally:
             self.schedule.pop(previous)
+        if reason is None:
+            self.counters.count_packed_step(*self.planner.step_cost)
+        return reason
 
     def run_pass(self, mode: str, reqs: Sequence[Request]) -> None:
         """A forward pass that our decode has no part in."""
@@ -202,13 +207,13 @@ class Scheduler:
         self.schedule.pop(self.schedule.push(forward_batch))
 
     def check_attention(self, forward_batch: Any) -> None:
-        """Both runners' outputs for this batch are the oracle's."""
-        for shape, (qo_heads, _, dim), (k_cache, v_cache) in zip(
-            self.shapes, SHAPES, self.caches, strict=True
+        """Both executors' outputs for this batch are the oracle's."""
+        for group, (qo_heads, _, dim), (k_cache, v_cache) in zip(
+            self.groups, SHAPES, self.caches, strict=True
         ):
             q = torch.randn(forward_batch.batch_size, qo_heads, dim)
             out, lse = torch.full_like(q, torch.nan), torch.full(q.shape[:2], torch.nan)
-            shape.runner.run(q, k_cache, v_cache, out, lse, sm_scale=dim**-0.5)
+            group.executor.run(q, k_cache, v_cache, out, lse, sm_scale=dim**-0.5)
             expected = decode_attention_oracle(
                 q,
                 k_cache,

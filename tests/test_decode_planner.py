@@ -135,7 +135,7 @@ def one_grows_by_two(scheduler: Scheduler, reqs: list[Request], other: Request) 
 
 
 def is_forgotten(scheduler: Scheduler, reqs: list[Request], other: Request) -> list[Request]:
-    scheduler.planner.forget()
+    scheduler.planner.invalidate()
     return reqs
 
 
@@ -193,7 +193,7 @@ def test_a_step_that_goes_on_asks_torch_for_nothing(monkeypatch: pytest.MonkeyPa
     reqs = scheduler.start(A, B)
     batch = scheduler.decode_batch(reqs)
     schedule_batch = getattr(batch, BATCH_ATTRIBUTE)
-    schedule_batch.req_pool_indices_cpu = scheduler.planner._rows
+    schedule_batch.req_pool_indices_cpu = scheduler.planner._planned.pool_indices
     batch.seq_lens_cpu = batch.seq_lens = None
     monkeypatch.setattr(scheduler.planner, "_verify", False)
     monkeypatch.setattr(decode_planner, "torch", None)
@@ -323,10 +323,10 @@ def test_rows_are_not_compared_on_a_device(published: bool, reason: str) -> None
     scheduler.cache = CANNOT_BE_ASKED
     scheduler.run_pass("EXTEND", [])
     counted = scheduler.counted()
-    scheduler.planner._req_to_token = torch.empty(0, device="meta")
+    scheduler.planner.req_to_token = torch.empty(0, device="meta")
     assert scheduler.prepare(scheduler.decode_batch(reqs, published=published)) == reason
     assert scheduler.counted() == counted
-    scheduler.planner._req_to_token = scheduler.table
+    scheduler.planner.req_to_token = scheduler.table
     assert [scheduler.decode(reqs).plans for _ in range(2)] == [1, 0]
 
 
@@ -376,7 +376,7 @@ def test_no_plan_goes_on_after_only_one_shape_got_its_plan(
 
     counted = scheduler.counted()
     with monkeypatch.context() as patch:
-        patch.setattr(scheduler.shapes[1].planner, "plan", fail)
+        patch.setattr(scheduler.groups[1].planner, "plan", fail)
         with pytest.raises(RuntimeError, match="on purpose"):
             scheduler.prepare(scheduler.decode_batch(reqs[::-1]))
     assert scheduler.counted() == counted
@@ -393,6 +393,6 @@ def test_a_step_left_to_stock_is_taken_back() -> None:
         assert step.plans == plans
         scheduler.planner.uncount_step()
         assert scheduler.counted() == (before[0] + plans, *before[1:])
-        scheduler.planner.forget()
+        scheduler.planner.invalidate()
     counters = scheduler.counters
     assert 0 < counters.path_seconds < counters.plan_seconds
