@@ -140,7 +140,7 @@ class PrefixAttnBackend(DelegatingBackend):
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """Eager entry point: decide who serves the batch, and prepare it."""
         self._end_step()
-        self._stock_is_ready = False
+        self._step, self._stock_is_ready = NO_STEP, False
         if forward_batch.forward_mode.is_decode():
             batch = DecodeBatch(forward_batch, self._schedule.batch)
             reason = self._plan(batch)
@@ -267,9 +267,10 @@ class PrefixAttnBackend(DelegatingBackend):
 
     def _end_step(self) -> None:
         """Count the step under way, once: packed, or under the reason why it was not."""
-        step, self._step = self._step, NO_STEP
+        step = self._step
         if not step.counts:
             return
+        self._step = NO_STEP
         if step.reason is not None:
             self.counters.count_stock_step(step.reason)
         elif self._planner is not None:
