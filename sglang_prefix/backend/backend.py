@@ -165,7 +165,7 @@ class PrefixAttnBackend(DelegatingBackend):
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         """Outside the graph, before it is captured or replayed: choose the graph, fill buffers."""
         self._end_step()
-        self._stock_is_ready = False
+        self._step, self._stock_is_ready = NO_STEP, False
         if forward_batch.forward_mode.is_decode():
             batch = DecodeBatch(forward_batch, self._schedule.batch, in_graph=True)
             self._step = self._begin_capture(batch) if in_capture else self._begin_replay(batch)
