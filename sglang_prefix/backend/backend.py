@@ -12,6 +12,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import RadixAttention
 
 import prefix_patches
+from prefix_kernels.executor import AttentionParams
 from prefix_patches.attention_names import build_stock, default_stock_name, prefill_name
 from prefix_patches.decode_log_line import append_with
 from prefix_patches.kv_write import applies_kv_scales, write_kv
@@ -176,9 +177,8 @@ class PrefixAttnBackend(DelegatingBackend):
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
         """Inside the graph, before the model: tails grow by this step's slots."""
-        if self._step.packed:
-            for group in self._layers.groups:
-                group.executor.append_in_graph(forward_batch.seq_lens, forward_batch.out_cache_loc)
+        if self._step.packed and self._planner is not None:
+            self._planner.append(DecodeBatch(forward_batch, None, in_graph=True))
         if self._needs_stock():
             self.stock.init_forward_metadata_in_graph(forward_batch)
 
@@ -331,10 +331,13 @@ class PrefixAttnBackend(DelegatingBackend):
             self.token_to_kv_pool.get_key_buffer(layer.layer_id),
             self.token_to_kv_pool.get_value_buffer(layer.layer_id),
             out,
-            sm_scale=layer.scaling,
-            logit_cap=layer.logit_cap or 0.0,
-            k_scale=layer.k_scale if scaled and layer.k_scale is not None else 1.0,
-            v_scale=layer.v_scale if scaled and layer.v_scale is not None else 1.0,
+            None,
+            AttentionParams(
+                layer.scaling,
+                layer.logit_cap or 0.0,
+                layer.k_scale if scaled and layer.k_scale is not None else 1.0,
+                layer.v_scale if scaled and layer.v_scale is not None else 1.0,
+            ),
         )
         return out.view(q.shape[0], -1)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from prefix_kernels.plan import AttentionShape
 from prefix_kernels.plan_buffers import PlanCapacity
 from prefix_kernels.plan_header import HEADER_SIZE
 from prefix_kernels.work_list import ITEM_FIELDS
-from sglang_prefix.packing import AttentionShape
 
 __all__ = ["Workspace", "size_workspace"]
 
@@ -86,7 +86,7 @@ def size_workspace(
     # What slots leave goes to partials, with which packs can be split into more pieces.
     max_partials = (budget - fixed - slots * _INT32) // partial_bytes
     capacity = PlanCapacity(
-        rows=rows,
+        batch_rows=rows,
         plan_size=HEADER_SIZE + 1 + rows * _INTS_PER_ROW + max_partials * partial_ints,
         slots=slots,
         partials=max_partials,
