@@ -53,7 +53,7 @@ class ModelLayers:
     def workspace(self) -> Workspace | None:
         """Of the group that holds the fewest requests for sure; None if nothing is preallocated."""
         workspaces = [group.workspace for group in self.groups if group.workspace]
-        return min(workspaces, key=lambda workspace: workspace.sure_rows, default=None)
+        return min(workspaces, key=lambda workspace: workspace.sure_batch_size, default=None)
 
     def log_startup(
         self,
@@ -164,7 +164,9 @@ def _workspace_of(
     return size_workspace(
         shape,
         # Batches are padded to multiples of what parallelism asks for.
-        max_rows=min(-(-int(model_runner.req_to_token_pool.size) // 64) * 64, _MAX_BATCH_SIZE),
+        max_batch_size=min(
+            -(-int(model_runner.req_to_token_pool.size) // 64) * 64, _MAX_BATCH_SIZE
+        ),
         context_len=int(model_runner.model_config.context_len),
         reserved_tail_slots=RESERVED_TAIL_SLOTS,
         max_block_rows=widest_block(config.launch_mode, TileShape.of(shape)),
