@@ -17,7 +17,7 @@ from sglang_prefix import PrefixDecodeWrapper, PrefixForest
 from sglang_prefix.packing import CPU_PROFILE, POLICIES, AttentionShape
 from sglang_prefix.packing.planner import RESERVED_TAIL_SLOTS, PackPlanner
 from tests.attention import AttentionCase, assert_close, make_case
-from tests.forests import Batch, Fork, batches, build_batch, radix_paths, random_batch
+from tests.forests import Batch, Fork, batches, build_batch, random_batch
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
