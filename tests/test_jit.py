@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
+from prefix_kernels.plan import PackPlan
 from sglang_prefix.bench.workloads.trees import TreeBatch, random_tree
 from sglang_prefix.forest import PrefixForest
 from sglang_prefix.jit import jit
 from sglang_prefix.packing import CPU_PROFILE, GPU_PROFILE, POLICIES, AttentionShape
 from sglang_prefix.packing.planner import PackPlanner
-from sglang_prefix.plan import PackPlan
 
 SHAPE = AttentionShape(8, 2, 64, 64, 2, 2)
 

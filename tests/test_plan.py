@@ -12,8 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefix_kernels.executor import split_bounds
-from prefix_kernels.slot_table import SlotTable
+from prefix_kernels.plan import PackPlan, split_bounds, verify_plan, verify_slots
+from prefix_kernels.torch_executor import TorchExecutor
 from sglang_prefix.packing import (
     CPU_PROFILE,
     GPU_PROFILE,
@@ -23,10 +23,10 @@ from sglang_prefix.packing import (
     DeviceProfile,
     policy_named,
 )
+from sglang_prefix.packing.layout import CostedPlan
 from sglang_prefix.packing.packs import Packs
 from sglang_prefix.packing.planner import RESERVED_TAIL_SLOTS, PackPlanner
 from sglang_prefix.packing.splits import choose_num_splits
-from sglang_prefix.plan import PackPlan, verify_plan, verify_slots
 from tests.forests import Batch, Fork, batches, build_batch, comb_batch, random_batch
 from tests.pack_reference import cost_models
 
@@ -38,7 +38,7 @@ FORKS = [Fork(0, 0, 400), Fork(0, 300, 90), Fork(1, 360, 11), Fork(0, 200, 0), F
 FORKS += [Fork(0, 300, 30), Fork(1, 360, 50)]
 
 
-def plan_of(batch: Batch, profile: DeviceProfile = MANY_SPLITS, policy: str = "pat") -> PackPlan:
+def plan_of(batch: Batch, profile: DeviceProfile = MANY_SPLITS, policy: str = "pat") -> CostedPlan:
     return PackPlanner(SHAPE, profile, policy=policy, reserved_tail_slots=3).plan(batch.forest())
 
 
@@ -48,7 +48,7 @@ def batch() -> Batch:
 
 
 @pytest.fixture
-def plan(batch: Batch) -> PackPlan:
+def plan(batch: Batch) -> CostedPlan:
     plan = plan_of(batch, policy="node")
     assert plan.num_shared_packs >= 3
     assert (plan.num_splits[: plan.num_shared_packs] > 1).all()
@@ -66,9 +66,10 @@ def test_plans_of_generated_forests_are_partitions(
     verify_plan(plan)
     verify_slots(plan, batch.rows)
     # The same, counted over again: the slots that each request's packs read are its row's.
-    table = SlotTable(torch.device("cpu"))
-    table.load(plan, torch.from_numpy(batch.req_to_token), torch.from_numpy(batch.req_pool_indices))
-    kv_slots = table.kv_slots.numpy()
+    executor = TorchExecutor(SHAPE, torch.device("cpu"))
+    table, pool_indices = map(torch.from_numpy, (batch.req_to_token, batch.req_pool_indices))
+    executor.load(plan, table, pool_indices)
+    kv_slots = executor.kv_slots.numpy()
     read: dict[int, list[tuple[int, int]]] = {b: [] for b in range(plan.batch_size)}
     for p in range(plan.num_packs):
         start, length = int(plan.pack_start[p]), int(plan.pack_end[p] - plan.pack_start[p])
@@ -165,7 +166,7 @@ def test_verify_slots_finds_sharing_that_is_not_there(plan: PackPlan, batch: Bat
 COLLISION_TAILS = (40, 2100, 75, 3300, 520, 1024, 33, 7000)
 
 
-def published_numbering(plan: PackPlan) -> Counter[tuple[int, int]]:
+def published_numbering(plan: CostedPlan) -> Counter[tuple[int, int]]:
     """PAT's slot of each (pack split, query): how many partials the *first* query has by then."""
     counts = [0] * plan.batch_size
     writers: Counter[tuple[int, int]] = Counter()
@@ -239,7 +240,7 @@ def _splits_of_tails(lengths: list[int], costs: CostModel) -> list[int]:
 def test_a_bound_on_partials_costs_splits_first_then_sharing(batch: Batch) -> None:
     forest = batch.forest()
 
-    def bounded(max_partials: int | None) -> PackPlan:
+    def bounded(max_partials: int | None) -> CostedPlan:
         planner = PackPlanner(SHAPE, MANY_SPLITS, policy="node", max_partials=max_partials)
         plan = planner.plan(forest)
         verify_plan(plan)
