@@ -2,339 +2,317 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from sglang_prefix.bench.report.cells import NONE, across, gain, geomean, name, number, share, text
-from sglang_prefix.bench.report.frame import bench_facts, bench_warnings
-from sglang_prefix.bench.report.model import (
+from sglang_prefix.bench.comparison import (
+    fastest,
+    of_kind,
+    our_provider,
+    over,
+    over_unshared,
+    provider_of,
+)
+from sglang_prefix.bench.report.section import (
+    Section,
+    Verdict,
+    environment_rows,
+    left_cases,
+    target_tables,
+    warnings,
+)
+from sglang_prefix.bench.tables import (
+    NONE,
     Cell,
     Column,
-    Figure,
-    Row,
-    Section,
     Table,
-    Verdict,
-    folded,
+    as_is,
+    gain,
+    geomean,
+    number,
+    share,
+    tabulate,
+    text,
 )
-from sglang_prefix.bench.report.schema import KernelCell, KernelContender, KernelResult
-from sglang_prefix.bench.report.sources import Source
 
 __all__ = ["kernel_section"]
 
-_PAT, _UNSHARED = "pat", "query"
+Data = Mapping[str, Any]
+
 _KINDS = ("ours", "stock", "peer")
 # No clock stands between the two in a step.
 _FORWARD = "of ours, ms: on the CPU the layers less merge, - where noise leaves nothing of it"
 _MERGE = (
     "of ours, ms: on the CPU timed alone after the step, on random partials of the plan's shape"
 )
-_HINTS = {"forward ms": _FORWARD, "merge ms": _MERGE}
+_OVER_STOCK = "time of the fastest stock backend over that of ours, plans of both included"
 
 
-def kernel_section(source: Source, figures: list[Figure]) -> Section:
-    """What the file says, with the figures drawn from it."""
-    data: KernelResult = source.data
-    cells = data["cells"]
-    way = _our_way(data)
+def kernel_section(data: Data) -> Section:
+    """What the file says."""
+    ours, peers = our_provider(data), _names_of(data, "peer")
+    cases = [case for case in data["cases"] if not of_kind(case, "chain")]
     return Section(
-        kind=source.kind,
         title="Attention kernels",
-        source=source.name,
-        facts=bench_facts(data),
-        warnings=[*bench_warnings(data), *_failures(cells)],
-        verdicts=_verdicts(data, way),
+        environment=environment_rows(data),
+        warnings=warnings(data),
+        verdicts=[] if data["dry"] else _verdicts(data, cases, ours, peers),
         tables=[
-            _contender_table(data),
-            folded(_step_table(data, way)),
-            folded(_time_table(data)),
-            folded(_every_table(cells)),
+            *target_tables(data),
+            _step_table(data, cases, ours, peers),
+            _provider_table(data, cases),
+            _time_table(data, cases),
+            _every_table(data, cases),
+            *_chain_tables(data),
         ],
-        figures=figures,
     )
 
 
-def _our_way(data: KernelResult) -> str | None:
-    """The one of ours with the run's first policy; if it has several, the fastest over most cells.
-
-    One for all cells: the best of ours in each cell would be chosen with its result in hand.
-    """
-    policy = next(iter(data.get("options", {}).get("policies", [])), _PAT)
-    times: dict[str, list[float]] = {}
-    ours = [pair for cell in data["cells"] for pair in _of(cell, "ours").items()]
-    default = [(n, c) for n, c in ours if c.get("policy") == policy]
-    for contender, result in default or ours:
-        times.setdefault(contender, []).append(result["ms"])
-    most = max(map(len, times.values()), default=0)
-    means = {n: geomean(ms) or 0.0 for n, ms in times.items() if len(ms) == most}
-    return min(means, key=means.__getitem__) if means else None
+def _names_of(data: Data, kind: str) -> list[str]:
+    return sorted({name for case in data["cases"] for name in of_kind(case, kind)})
 
 
-def _of(cell: KernelCell, kind: str) -> dict[str, KernelContender]:
-    return {n: c for n, c in cell["contenders"].items() if c["kind"] == kind}
+def _verdicts(
+    data: Data, cases: Sequence[Data], ours: str | None, peers: Sequence[str]
+) -> list[Verdict]:
+    left, said = left_cases(data), ours or "ours"
+    stock = sorted({fastest(c, "stock") or "" for c in cases if over(c, ours, "stock")})
+    backends = f" ({', '.join(stock)})" if stock else ""
 
+    def against(kind: str, baseline: str, time: str, **more: Any) -> Verdict:
+        gain_of = partial(over, ours=ours, kind=kind, time=time)
+        why_not = partial(_why_not, ours=said, kind=kind)
+        return Verdict.over(said, baseline, cases, gain_of, why_not, left, **more)
 
-def _fastest(cell: KernelCell, kind: str) -> str | None:
-    found = _of(cell, kind)
-    return min(found, key=lambda n: found[n]["ms"]) if found else None
-
-
-def _over(cell: KernelCell, ours: str | None, kind: str) -> float | None:
-    """Time of the fastest of a kind over ours."""
-    theirs = _fastest(cell, kind)
-    if theirs is None or ours is None or ours not in cell["contenders"]:
-        return None
-    return cell["contenders"][theirs]["ms"] / cell["contenders"][ours]["ms"]
-
-
-def _over_unshared(cell: KernelCell, way: str | None) -> float | None:
-    """Time of our own executor without sharing over ours; None where ours is just that."""
-    ours = cell["contenders"].get(way or "")
-    if ours is None or ours.get("policy") == _UNSHARED:
-        return None
-    for found in _of(cell, "ours").values():
-        if found.get("policy") == _UNSHARED and found.get("executor") == ours.get("executor"):
-            return found["ms"] / ours["ms"]
-    return None
-
-
-def _verdicts(data: KernelResult, way: str | None) -> list[Verdict]:
-    cells, ours = data["cells"], way or "ours"
-    reasons = data.get("why_not_run", {})
-    left = {n: f"not run: {reasons[n]}" if n in reasons else "not run" for n in _left(data)}
-    verdicts = []
-    for kind, baseline in (("stock", "the fastest stock backend"), ("peer", "the fastest peer")):
-        overs = {cell["name"]: _over(cell, way, kind) for cell in cells}
-        found = {cell: value for cell, value in overs.items() if value is not None}
-        missing = {c["name"]: _why_not(c, ours, kind) for c in cells if c["name"] not in found}
-        names = sorted({_fastest(c, kind) or "" for c in cells if c["name"] in found})
-        said = f"{baseline} ({', '.join(names)})" if names else baseline
-        stock = names if kind == "stock" else []
-        if found or kind == "stock":
-            verdicts.append(Verdict(ours, said, found, missing | left, stock=stock))
-    unshared = {cell["name"]: _over_unshared(cell, way) for cell in cells}
-    if gains := {n: value for n, value in unshared.items() if value is not None}:
-        baseline = f"policy {_UNSHARED}, which shares nothing, on the same executor"
-        verdicts.append(Verdict(ours, baseline, gains))
-    return verdicts
-
-
-def _left(data: KernelResult) -> list[str]:
-    """Cells of which nothing was measured."""
-    begun = {cell["name"] for cell in data["cells"]}
-    return [name for name in data.get("not_run", []) if name not in begun]
-
-
-def _why_not(cell: KernelCell, way: str, kind: str) -> str:
-    if way in cell["contenders"]:
-        return f"no {kind} baseline"
-    return f"ours failed: {cell['failed'][way]}" if way in cell.get("failed", {}) else "no ours"
-
-
-def _failures(cells: list[KernelCell]) -> list[str]:
-    """Contenders that could not be timed, since what they computed was wrong or nothing."""
+    unshared = [case for case in cases if over_unshared(case, ours) is not None]
+    shares_nothing = "policy query, which shares nothing, on the same executor"
+    gain_of = partial(over_unshared, ours=ours)
     return [
-        f"{cell['name']}: {contender} failed: {reason}."
-        for cell in cells
-        for contender, reason in cell.get("failed", {}).items()
+        against("stock", f"the fastest stock backend{backends}", "ms", stock=stock),
+        *(against(peer, f"{peer}, kernels alone", "kernel_us") for peer in peers),
+        *([Verdict.over(said, shares_nothing, unshared, gain_of, str)] if unshared else []),
     ]
 
 
-def _step_table(data: KernelResult, way: str | None) -> Table:
-    cells = data["cells"]
-    has_peers = any(_of(cell, "peer") for cell in cells)
+def _why_not(case: Data, ours: str, kind: str) -> str:
+    if ours in case["providers"]:
+        return f"no {kind} baseline" if kind in _KINDS else f"{kind} was not measured"
+    return f"ours failed: {case['failed'][ours]}" if ours in case["failed"] else "no ours"
+
+
+def _step_table(
+    data: Data, cases: Sequence[Data], ours: str | None, peers: Sequence[str]
+) -> Table:
+    def mine(key: str) -> Any:
+        return lambda case: provider_of(case, ours).get(key)
+
+    def our_time(case: Data) -> Cell:
+        failed = ours in case["failed"]
+        return Cell("failed", tone="losing") if failed else number(mine("ms")(case))
+
+    shown = partial(gain, counts=not data["dry"])
     columns = [
-        Column("cell", is_text=True),
-        Column("speed-up", "time of the fastest stock backend over ours"),
-        *([Column("over peer", "time of the fastest peer over ours")] if has_peers else []),
-        Column(f"over {_UNSHARED}", "time of our executor without sharing over ours", folds=True),
-        Column("stock ms"),
-        Column("ours ms", "median of plan, copy and run of one decode step"),
-        Column("fastest stock", is_text=True, folds=True),
-        Column("group", is_text=True, folds=True),
-        Column("batch", folds=True),
-        Column("heads", "query heads / KV heads / head dim", is_text=True, folds=True),
-        Column("dtype", is_text=True, folds=True),
-        Column("page", folds=True),
-        Column("layers", "of one step", folds=True),
-        Column("tokens", "KV tokens of all requests"),
-        Column("ideal", "share of them if every shared token is read once"),
-        Column("read", "share of them that ours reads"),
-        Column("plan", "of ours, ms"),
-        Column("copy", "of ours, ms"),
-        Column("forward", _FORWARD),
-        Column("merge", _MERGE),
-        Column("GB/s", "KV bytes that ours reads over its whole step"),
-        Column("of bandwidth", "share of the bandwidth of a streaming read in the same run"),
+        Column("case", text, lambda c: c["name"]),
+        Column("speed-up", shown, lambda c: over(c, ours, "stock"), _OVER_STOCK),
+        Column(
+            *("over query", shown, lambda c: over_unshared(c, ours)),
+            *("time of our executor without sharing over that of ours", True),
+        ),
+        *(Column(f"over {p}", shown, partial(over, ours=ours, kind=p, time="kernel_us"),
+                 "kernels alone") for p in peers),
+        Column("batch", number, lambda c: c["batch"], folds=True),
+        Column("tokens", number, lambda c: c["tokens"]["logical"], "KV tokens of all requests"),
+        Column("stock ms", number, lambda c: provider_of(c, fastest(c, "stock")).get("ms")),
+        Column("ours ms", as_is, our_time, "median of plan, copy and run of one decode step"),
+        Column("read", share, mine("kv_read_ratio"), "share of the KV tokens that ours reads"),
+        Column("ideal", share, _ideal, "share of them if every shared token is read once"),
+        *(Column(part, number, mine(f"{part}_ms"), "of ours, ms") for part in ("plan", "copy")),
+        Column("append", number, mine("append_ms"), "of ours, ms, where the plan is kept", True),
+        Column("forward", number, mine("forward_ms"), _FORWARD),
+        Column("merge", number, mine("merge_ms"), _MERGE),
+        Column("fastest stock", text, lambda c: fastest(c, "stock"), folds=True),
+        Column(
+            *("kernels", shown, lambda c: over(c, ours, "stock", "kernel_us")),
+            "speed-up over the fastest stock backend without plans, copies and appends",
+        ),
+        Column("floor us", number, lambda c: c["floor"]["us"], _FLOOR),
+        Column("over floor", number, mine("over_floor"), "kernel time of ours over the floor"),
+        Column("GB/s", number, lambda c: _read_rate(c, ours),
+               "KV bytes that ours reads over its whole step"),
+        Column("of bandwidth", share, lambda c: _bandwidth_share(c, ours),
+               "share of the bandwidth of a streaming read in the same run"),
+        *_case_columns(),
+        *_promise(cases, ours),
+    ]  # fmt: skip
+    title = f"{ours} against the fastest stock backend" if ours else "Cases"
+    return tabulate(title, columns, cases, left=left_cases(data))
+
+
+_FLOOR = "of a layer, what no kernel can beat: bytes, operations, one launch"
+
+
+def _case_columns() -> list[Column]:
+    """What a case is, mostly the same in all of a file."""
+
+    def heads(case: Data) -> str:
+        found = case["heads"]
+        return f"{found['qo']}/{found['kv']}/{found['dim']}"
+
+    return [
+        Column("group", text, lambda c: c["group"], folds=True),
+        Column("heads", text, heads, "query heads / KV heads / head dim", folds=True),
+        Column("dtype", text, lambda c: c["dtype"], folds=True),
+        Column("page", number, lambda c: c["page_size"], folds=True),
+        Column("slots", text, lambda c: c["slots"], folds=True),
+        Column("layers", number, lambda c: c["layers"], "of one step", folds=True),
+        Column("note", text, lambda c: c["note"], folds=True),
     ]
-    rows = [_step_row(cell, way, has_peers) for cell in cells]
-    reasons = data.get("why_not_run", {})
-    for left in _left(data):
-        said = f"not run: {reasons[left]}" if left in reasons else "not run"
-        rows.append(across([name(left)], said, len(columns)))
-    title = f"{way} against the fastest stock backend" if way else "Cells"
-    return Table(title, columns, rows)
 
 
-def _step_row(cell: KernelCell, way: str | None, has_peers: bool) -> Row:
-    ours: Any = cell["contenders"].get(way or "", {})
-    stock = _fastest(cell, "stock")
-    speedup, over_peer = _over(cell, way, "stock"), _over(cell, way, "peer")
-    over_unshared = _over_unshared(cell, way)
-    gains = (speedup, over_peer, over_unshared)
-    loses = any(value is not None and value < 1 for value in gains)
-    loses = loses or (way or "") in cell.get("failed", {})
-    heads, tokens = cell["heads"], cell["tokens"]
+def _promise(cases: Sequence[Data], ours: str | None) -> list[Column]:
+    """The speed-up that the project set itself, where it did."""
+
+    def target(case: Data) -> Cell:
+        wanted, reached = case["target"], over(case, ours, "stock")
+        if wanted is None:
+            return NONE
+        missed = reached is not None and reached < wanted
+        return Cell(f"{wanted:g}x{' missed' * missed}", wanted, "losing" if missed else "")
+
+    hint = "speed-up that the project set itself"
+    has_any = any(case["target"] is not None for case in cases)
+    return [Column("target", as_is, target, hint, folds=True)] if has_any else []
+
+
+def _ideal(case: Data) -> float | None:
+    tokens = case["tokens"]
+    return tokens["ideal"] / tokens["logical"] if tokens["logical"] else None
+
+
+def _read_rate(case: Data, ours: str | None) -> float | None:
+    found = provider_of(case, ours)
     # Bytes are those of one layer, times those of all.
-    read = ours.get("bytes_read", 0) * cell.get("layers", 1)
-    gb_s = read / ours["ms"] / 1e6 if read else None
-    limit = cell.get("bandwidth_gb_s")
-    return Row(
-        [
-            name(cell["name"], loses=loses),
-            gain(speedup),
-            *([gain(over_peer)] if has_peers else []),
-            gain(over_unshared),
-            number(cell["contenders"][stock]["ms"] if stock else None),
-            number(ours.get("ms")),
-            text(stock),
-            text(cell.get("group")),
-            number(cell["batch"]),
-            text(f"{heads['qo']}/{heads['kv']}/{heads['dim']}"),
-            text(cell["dtype"]),
-            number(cell["page_size"]),
-            number(cell.get("layers")),
-            number(tokens["logical"]),
-            share(tokens["ideal"] / tokens["logical"] if tokens["logical"] else None),
-            share(ours.get("kv_read_ratio")),
-            *(number(ours.get(f"{part}_ms")) for part in ("plan", "copy", "forward", "merge")),
-            number(gb_s),
-            share(gb_s / limit if gb_s and limit else None),
-        ],
-        "losing" if loses else "",
-    )
+    return found["bytes_read"] * case["layers"] / found["ms"] / 1e6 if found else None
 
 
-def _kinds(data: KernelResult) -> dict[str, str]:
-    """Contenders that were measured or failed somewhere, ours first, with their kinds."""
-    cells = data["cells"]
-    failed = {n: "failed" for cell in cells for n in cell.get("failed", {})}
-    kinds = failed | {n: c["kind"] for cell in cells for n, c in cell["contenders"].items()}
+def _bandwidth_share(case: Data, ours: str | None) -> float | None:
+    rate = _read_rate(case, ours)
+    return rate / case["bandwidth_gb_s"] if rate else None
+
+
+def _kinds(cases: Sequence[Data]) -> dict[str, str]:
+    """Providers that were measured or failed somewhere, ours first, with their kinds."""
+    kinds = {name: "failed" for case in cases for name in case["failed"]}
+    kinds |= {name: found["kind"] for case in cases for name, found in case["providers"].items()}
     order = {kind: place for place, kind in enumerate(_KINDS)}
     return dict(sorted(kinds.items(), key=lambda item: (order.get(item[1], len(order)), item[0])))
 
 
-def _contender_table(data: KernelResult) -> Table:
-    """Each contender over all cells; a baseline that is not here has a row that says why."""
-    columns = [
-        Column("contender", is_text=True),
-        Column("kind", is_text=True),
-        Column("speed-up", "time of the fastest stock backend over this one, geometric mean"),
-        Column("worst", "speed-up in the worst cell"),
-        Column("worst cell", is_text=True),
-        Column("faster in", "cells in which it is faster than every stock backend"),
-        Column("slower in"),
-        Column("not measured", "cells in which it failed or does not apply"),
-    ]
-    rows = [_contender_row(data["cells"], n, kind) for n, kind in _kinds(data).items()]
-    for n, reason in data.get("absent", {}).items():
-        rows.append(across([name(n)], f"absent: {reason}", len(columns)))
-    return Table("Contenders", columns, rows)
-
-
-def _contender_row(cells: list[KernelCell], contender: str, kind: str) -> Row:
-    found = {cell["name"]: _over(cell, contender, "stock") for cell in cells}
-    gains = {n: value for n, value in found.items() if value is not None}
-    worst = min(gains, key=gains.__getitem__, default=None)
-    is_ours = kind == "ours"
-    lost = sum(value < 1 for value in gains.values())
-    return Row(
-        [
-            name(contender),
-            text(kind),
-            gain(geomean(gains.values()), counts=is_ours),
-            gain(gains[worst] if worst else None, counts=is_ours, bar=False),
-            text(worst),
-            number(sum(value > 1 for value in gains.values())),
-            Cell(str(lost), lost, "losing" if lost and is_ours else ""),
-            number(sum(contender not in cell["contenders"] for cell in cells)),
-        ]
-    )
-
-
-def _time_table(data: KernelResult) -> Table:
-    """All contenders side by side."""
-    cells, kinds = data["cells"], _kinds(data)
-    columns = [Column("cell", is_text=True), *(Column(f"{n} ({k})") for n, k in kinds.items())]
-    rows = []
-    for cell in cells:
-        fastest = {kind: _fastest(cell, kind) for kind in _KINDS}
-        rows.append(Row([name(cell["name"]), *(_time_cell(cell, n, fastest) for n in kinds)]))
-    reasons = {
-        f"{contender} absent where: {reason}."
-        for cell in cells
-        for contender, reason in cell.get("absent", {}).items()
+def _provider_table(data: Data, cases: Sequence[Data]) -> Table:
+    """Each provider over all cases; a baseline that is not here has a row that says why."""
+    kinds = _kinds(cases)
+    gains = {
+        name: {c["name"]: value for c in cases if (value := over(c, name, "stock")) is not None}
+        for name in kinds
     }
+
+    def toned(name: str, value: float | None, *, bar: bool = False) -> Cell:
+        return gain(value, counts=kinds[name] == "ours" and not data["dry"], bar=bar)
+
+    def worst(name: str) -> str | None:
+        return min(gains[name], key=gains[name].__getitem__, default=None)
+
+    def lost(name: str) -> Cell:
+        count = sum(value < 1 for value in gains[name].values())
+        return Cell(str(count), count, "losing" if count and kinds[name] == "ours" else "")
+
+    columns = [
+        Column("provider", text, str),
+        Column("kind", text, lambda n: kinds[n]),
+        Column("speed-up", as_is, lambda n: toned(n, geomean(gains[n].values()), bar=True),
+               "time of the fastest stock backend over this one, geometric mean"),
+        Column("worst", as_is, lambda n: toned(n, gains[n].get(worst(n) or "")),
+               "speed-up in the worst case"),
+        Column("worst case", text, worst),
+        Column("faster in", number, lambda n: sum(value > 1 for value in gains[n].values()),
+               "cases in which it is faster than every stock backend"),
+        Column("slower in", as_is, lost),
+        Column("not measured", number, lambda n: sum(n not in c["providers"] for c in cases),
+               "cases in which it failed or does not apply"),
+    ]  # fmt: skip
+    absent = {name: f"absent: {reason}" for name, reason in data["absent"].items()}
+    return tabulate("Providers", columns, kinds, left=absent, marks_rows=False, is_detail=True)
+
+
+def _time_table(data: Data, cases: Sequence[Data]) -> Table:
+    """All providers side by side."""
+
+    def time(case: Data, name: str) -> Cell:
+        found = provider_of(case, name)
+        if name in case["failed"]:
+            return Cell("failed", tone="losing")
+        if not found:
+            return Cell("absent", tone="absent") if name in case["absent"] else NONE
+        counts = found["kind"] == "ours" and not data["dry"]
+        tone = gain(over(case, name, "stock"), counts=counts).tone
+        return Cell(number(found["ms"]).text, found["ms"], "" if tone == "quiet" else tone)
+
+    columns = [Column("case", text, lambda c: c["name"])]
+    columns += [
+        Column(f"{name} ({kind})", as_is, partial(time, name=name))
+        for name, kind in _kinds(cases).items()
+    ]
     note = "A time of ours that is longer than that of the fastest stock backend is a loss."
-    return Table(
-        "Time of one decode step, all contenders, ms", columns, rows, [note, *sorted(reasons)]
-    )
+    title = "Time of one decode step, all providers, ms"
+    return tabulate(title, columns, cases, marks_rows=False, notes=[note], is_detail=True)
 
 
-def _time_cell(cell: KernelCell, contender: str, fastest: Mapping[str, str | None]) -> Cell:
-    found = cell["contenders"].get(contender)
-    if contender in cell.get("failed", {}):
-        return Cell("failed", tone="losing")
-    if found is None:
-        return Cell("absent", tone="absent") if contender in cell.get("absent", {}) else NONE
-    shown = number(found["ms"])
-    if found["kind"] != "ours" or fastest["stock"] is None:
-        return shown
-    over = _over(cell, contender, "stock")
-    return Cell(shown.text, shown.sort, gain(over).tone)
+def _every_table(data: Data, cases: Sequence[Data]) -> Table:
+    items = [(case, name, found) for case in cases for name, found in case["providers"].items()]
 
+    def of(key: str) -> Any:
+        return lambda item: item[2].get(key)
 
-def _every_table(cells: list[KernelCell]) -> Table:
-    parts: dict[str, Callable[[Any], Cell]] = {
-        "plan ms": lambda c: number(c.get("plan_ms")),
-        "copy ms": lambda c: number(c.get("copy_ms")),
-        "forward ms": lambda c: number(c.get("forward_ms")),
-        "merge ms": lambda c: number(c.get("merge_ms")),
-        "packs": lambda c: number(c.get("packs")),
-        "KV read": lambda c: share(c.get("kv_read_ratio")),
-        "largest error": lambda c: number(c.get("max_abs_error"), 2),
-    }
+    def over_stock(item: tuple[Data, str, Data]) -> Cell:
+        counts = item[2]["kind"] == "ours" and not data["dry"]
+        return gain(over(item[0], item[1], "stock"), counts=counts, bar=False)
+
+    def spread(item: tuple[Data, str, Data]) -> Cell:
+        raw = item[2]["raw_ms"] or [item[2]["ms"]]
+        return Cell(f"{number(min(raw)).text} to {number(max(raw)).text}", min(raw))
+
+    parts = {part: "of the step, ms" for part in ("plan", "copy", "append")}
+    parts |= {"forward": _FORWARD, "merge": _MERGE}
+    names = ("executor", "policy", "mode", "merge")
     columns = [
-        Column("cell", is_text=True),
-        Column("contender", is_text=True),
-        Column("kind", is_text=True),
-        Column("executor", is_text=True, folds=True),
-        Column("ms"),
-        Column("speed-up", "time of the fastest stock backend over this one"),
-        Column("fastest to slowest", "of all timed steps, ms", is_text=True),
-        *(Column(part, _HINTS.get(part, "")) for part in parts),
-    ]
-    rows = []
-    for cell in cells:
-        for contender, found in cell["contenders"].items():
-            raw = found.get("raw_ms") or [found["ms"]]
-            over = _over(cell, contender, "stock")
-            is_ours = found["kind"] == "ours"
-            loses = is_ours and over is not None and over < 1
-            rows.append(
-                Row(
-                    [
-                        name(cell["name"], loses=loses),
-                        text(contender),
-                        text(found["kind"]),
-                        text(found.get("executor")),
-                        number(found["ms"]),
-                        gain(over, counts=is_ours, bar=False),
-                        Cell(f"{number(min(raw)).text} to {number(max(raw)).text}", min(raw)),
-                        *(show(found) for show in parts.values()),
-                    ],
-                    "losing" if loses else "",
-                )
-            )
+        Column("case", text, lambda item: item[0]["name"]),
+        Column("provider", text, lambda item: item[1]),
+        Column("kind", text, of("kind")),
+        *(Column(name if name != "merge" else "merged", text, of(name), folds=True)
+          for name in names),
+        Column("ms", number, of("ms")),
+        Column("speed-up", as_is, over_stock, "time of the fastest stock backend over this one"),
+        Column("fastest to slowest", as_is, spread, "of all timed steps, ms"),
+        Column("kernel us", number, of("kernel_us"), "of one layer"),
+        *(Column(f"{part} ms", number, of(f"{part}_ms"), hint) for part, hint in parts.items()),
+        Column("packs", number, of("packs")),
+        Column("KV read", share, of("kv_read_ratio")),
+        Column("largest error", partial(number, digits=2), of("max_abs_error")),
+    ]  # fmt: skip
     note = "The error is the largest absolute one against the float64 oracle, on the timed inputs."
-    return Table("Every measurement", columns, rows, [note])
+    return tabulate("Every measurement", columns, items, notes=[note], is_detail=True)
+
+
+def _chain_tables(data: Data) -> list[Table]:
+    items = [
+        (case["name"], name, found["kernel_us"])
+        for case in data["cases"]
+        for name, found in of_kind(case, "chain").items()
+    ]
+    columns = [
+        Column("case", text, lambda item: item[0]),
+        Column("launch mode / merge / tile classes in use", text, lambda item: item[1]),
+        Column("us per layer", number, lambda item: item[2]),
+    ]
+    return [tabulate("Price of launches", columns, items)] if items else []
