@@ -101,9 +101,7 @@ def _why_not(case: Data, ours: str, kind: str) -> str:
     return f"ours failed: {case['failed'][ours]}" if ours in case["failed"] else "no ours"
 
 
-def _step_table(
-    data: Data, cases: Sequence[Data], ours: str | None, peers: Sequence[str]
-) -> Table:
+def _step_table(data: Data, cases: Sequence[Data], ours: str | None, peers: Sequence[str]) -> Table:
     def mine(key: str) -> Any:
         return lambda case: provider_of(case, ours).get(key)
 

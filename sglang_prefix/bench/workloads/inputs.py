@@ -13,6 +13,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from prefix_kernels.executor import AttentionParams, PlanExecutor
 from prefix_kernels.oracle import decode_attention_oracle
 from prefix_kernels.tolerances import KERNEL_TOLERANCES, RELATIVE_TOLERANCES, TOLERANCES
 from sglang_prefix.bench.workloads.registry import Heads
@@ -199,6 +200,16 @@ class AttentionInputs:
         """Operations of a layer: both products, of every request with all its KV."""
         heads = self.heads
         return 2 * heads.qo * (heads.dim + heads.v_dim) * self.logical_tokens
+
+    @property
+    def params(self) -> AttentionParams:
+        """What an executor's ``run`` is given beside tensors."""
+        return AttentionParams(self.sm_scale, **self.options)
+
+    def run(self, executor: PlanExecutor, outputs: Outputs, *, layer: int = 0) -> None:
+        """Launch one layer."""
+        caches = self.k[layer], self.v[layer]
+        executor.run(self.q, *caches, outputs.out, outputs.lse, self.params)
 
     def outputs(self) -> Outputs:
         """New outputs, full of NaN."""
