@@ -36,7 +36,6 @@ __all__ = [
     "to_html",
     "to_markdown",
     "to_rich",
-    "to_text",
 ]
 
 Tone = Literal["", "losing", "gaining", "absent", "quiet"]
@@ -50,7 +49,7 @@ _BAR_DOUBLINGS = 4
 # A page lets cells that are longer than this break.
 _LONG = 40
 # On a terminal texts are folded at this width, and tables in a file may be this wide.
-_TEXT_WIDTH, _FILE_WIDTH = 36, 130
+_TEXT_WIDTH, _FILE_WIDTH = 36, 160
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,14 +127,14 @@ class Column:
     Attributes:
         title: the heading.
         format: makes the cell from the value: :func:`text`, :func:`number`, ...
-        get: finds the value in an item.
+        get: finds the value in an item; a text is its key, with dots for keys below keys.
         hint: what the numbers mean, with their unit, for the line below the table.
         folds: goes into the line below the table if all rows have the same.
     """
 
     title: str
     format: Callable[[Any], Cell]
-    get: Callable[[Any], Any]
+    get: Callable[[Any], Any] | str
     hint: str = ""
     folds: bool = False
 
@@ -151,7 +150,11 @@ class Column:
 
     def show(self, item: Any) -> Cell:
         """The cell of an item."""
-        return self.format(self.get(item))
+        if not isinstance(self.get, str):
+            return self.format(self.get(item))
+        for key in self.get.split("."):
+            item = (item or {}).get(key)
+        return self.format(item)
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,30 +300,36 @@ def _without(table: Table, dropped: Collection[int]) -> Table:
     return replace(table, columns=columns, rows=rows)
 
 
-def _fitted(table: Table, width: int | None) -> Table:
-    """The table with the first columns that a terminal has room for, and without spans.
+def _plain(table: Table, width: int | None) -> Table:
+    """The table for a fixed font: no spans, hints as notes, and only what there is room for.
 
-    A message that filled several columns becomes a note.
+    Args:
+        table: what to show.
+        width: of the screen, on which the last columns may have no room. Rows that have nothing but
+            a message are left out then: the warnings of a section say the same, shorter. None for
+            a file, which has room for everything.
     """
-    table = _folded(table)
-    notes = [*table.notes, *(f"{heading}: {hint}" for heading, hint in table.hints.items())]
-    rows = []
+    table, rows, messages = _folded(table), [], []
     for row in table.rows:
-        cells = [cell for cell in row.cells if cell.span == 1]
-        notes += [f"{cells[0].text}: {cell.text}" for cell in row.cells if cell.span > 1]
-        rows.append(Row([*cells, *[NONE] * (len(table.columns) - len(cells))], row.tone))
-    table = replace(table, rows=rows, notes=notes)
+        cells = list(row.cells)
+        if row.tone == "absent":
+            messages.append(f"{cells[0].text}: {cells.pop().text}.")
+        if len(cells) > 1 or row.tone != "absent" or width is None:
+            rows.append(Row([*cells, *[NONE] * (len(table.columns) - len(cells))], row.tone))
+        else:
+            messages.pop()
     used, dropped = 1, []
     for index, column in enumerate(table.columns):
-        texts = (column.title, *(row.cells[index].marked for row in rows))
-        wanted = max(map(len, texts))
+        wanted = max(len(column.title), 0, *(len(row.cells[index].marked) for row in rows))
         used += 3 + (min(wanted, _TEXT_WIDTH) if column.is_text else wanted)
         if width is not None and used > width:
             dropped.append(index)
+    shown = _without(replace(table, rows=rows), dropped)
+    notes = [*table.notes, *messages, *(f"{title}: {hint}." for title, hint in shown.hints.items())]
     if dropped:
         titles = ", ".join(table.columns[index].title for index in dropped)
-        notes = [*notes, f"No room here for: {titles}."]
-    return replace(_without(table, dropped), notes=notes)
+        notes.append(f"No room here for: {titles}.")
+    return replace(shown, notes=notes)
 
 
 def to_rich(table: Table, width: int | None = None) -> RichTable:
@@ -333,7 +342,7 @@ def to_rich(table: Table, width: int | None = None) -> RichTable:
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    table = _fitted(table, width)
+    table = _plain(table, width)
     shown = RichTable(
         title=Text(table.title),
         title_justify="left",
@@ -351,13 +360,13 @@ def to_rich(table: Table, width: int | None = None) -> RichTable:
 
 
 def print_tables(tables: Iterable[Table], console: Console | None = None) -> None:
-    """Print tables that are no detail: on a terminal as wide as it is, plain without rich."""
+    """Print tables that are no detail: on a terminal as wide as it is, as Markdown without rich."""
     shown = [table for table in tables if not table.is_detail]
     if console is None:
         try:
             from rich.console import Console
         except ImportError:
-            print("\n".join(to_text(table) for table in shown))
+            print("\n".join(f"{table.title}\n\n{to_markdown(table)}" for table in shown))
             return
         console = Console()
     if not console.is_terminal:
@@ -366,25 +375,9 @@ def print_tables(tables: Iterable[Table], console: Console | None = None) -> Non
         console.print(to_rich(table, console.width))
 
 
-def to_text(table: Table, width: int | None = None) -> str:
-    """The table in columns of plain text, with its title above and its notes below."""
-    table = _fitted(table, width)
-    lines = [[column.title for column in table.columns]]
-    lines += [[cell.marked for cell in row.cells] for row in table.rows]
-    widths = [max(map(len, texts)) for texts in zip(*lines, strict=True)]
-    aligned = [
-        "  ".join(
-            shown.ljust(size) if column.is_text else shown.rjust(size)
-            for shown, size, column in zip(line, widths, table.columns, strict=True)
-        ).rstrip()
-        for line in lines
-    ]
-    return "\n".join([table.title, *aligned, *table.notes]) + "\n"
-
-
 def to_markdown(table: Table) -> str:
     """The table in GitHub's Markdown, its notes below."""
-    table = _fitted(table, None)
+    table = _plain(table, None)
     lines = [[column.title for column in table.columns]]
     lines += [["---" if column.is_text else "---:" for column in table.columns]]
     lines += [[cell.marked for cell in row.cells] for row in table.rows]

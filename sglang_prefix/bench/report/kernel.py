@@ -41,23 +41,26 @@ __all__ = ["kernel_section"]
 Data = Mapping[str, Any]
 
 _KINDS = ("ours", "stock", "peer")
-# No clock stands between the two in a step.
-_FORWARD = "of ours, ms: on the CPU the layers less merge, - where noise leaves nothing of it"
-_MERGE = (
-    "of ours, ms: on the CPU timed alone after the step, on random partials of the plan's shape"
-)
-_OVER_STOCK = "time of the fastest stock backend over that of ours, plans of both included"
+# No clock stands between forward and merge in a step.
+_PARTS = {
+    "plan": "",
+    "copy": "",
+    "append": "of a step that keeps the plan",
+    "forward": "on the CPU the layers less merge, - where noise leaves nothing of it",
+    "merge": "on the CPU timed alone after the step, on random partials of the plan's shape",
+}
 
 
 def kernel_section(data: Data) -> Section:
     """What the file says."""
-    ours, peers = our_provider(data), _names_of(data, "peer")
-    cases = [case for case in data["cases"] if not of_kind(case, "chain")]
+    ours = our_provider(data)
+    peers = sorted({name for case in data["cases"] for name in of_kind(case, "peer")})
+    cases = [_compared(case, ours, peers) for case in data["cases"] if not of_kind(case, "chain")]
     return Section(
         title="Attention kernels",
         environment=environment_rows(data),
         warnings=warnings(data),
-        verdicts=[] if data["dry"] else _verdicts(data, cases, ours, peers),
+        verdicts=[] if data["dry"] else _verdicts(data, cases, ours or "ours", peers),
         tables=[
             *target_tables(data),
             _step_table(data, cases, ours, peers),
@@ -69,30 +72,45 @@ def kernel_section(data: Data) -> Section:
     )
 
 
-def _names_of(data: Data, kind: str) -> list[str]:
-    return sorted({name for case in data["cases"] for name in of_kind(case, kind)})
+def _compared(case: Data, ours: str | None, peers: Sequence[str]) -> dict[str, Any]:
+    """The case with what it says of ours: "ours", "stock", and "over" each baseline."""
+    stock, mine = fastest(case, "stock"), provider_of(case, ours)
+    # Bytes are those of one layer, times those of all.
+    rate = mine["bytes_read"] * case["layers"] / mine["ms"] / 1e6 if mine else None
+    tokens, heads = case["tokens"], case["heads"]
+    return {
+        **case,
+        "ours": mine,
+        "stock": {"name": stock, **provider_of(case, stock)},
+        "over": {
+            "stock": over(case, ours, "stock"),
+            "stock's kernels": over(case, ours, "stock", "kernel_us"),
+            "query": over_unshared(case, ours),
+            **{peer: over(case, ours, peer, "kernel_us") for peer in peers},
+        },
+        "gb_s": rate,
+        "bandwidth_share": rate / case["bandwidth_gb_s"] if rate else None,
+        "ideal": tokens["ideal"] / tokens["logical"] if tokens["logical"] else None,
+        "shape": f"{heads['qo']}/{heads['kv']}/{heads['dim']}",
+    }
 
 
-def _verdicts(
-    data: Data, cases: Sequence[Data], ours: str | None, peers: Sequence[str]
-) -> list[Verdict]:
-    left, said = left_cases(data), ours or "ours"
-    stock = sorted({fastest(c, "stock") or "" for c in cases if over(c, ours, "stock")})
+def _verdicts(data: Data, cases: Sequence[Data], ours: str, peers: Sequence[str]) -> list[Verdict]:
+    left = left_cases(data)
+    stock = sorted({case["stock"]["name"] for case in cases if case["over"]["stock"]})
     backends = f" ({', '.join(stock)})" if stock else ""
 
-    def against(kind: str, baseline: str, time: str, **more: Any) -> Verdict:
-        gain_of = partial(over, ours=ours, kind=kind, time=time)
-        why_not = partial(_why_not, ours=said, kind=kind)
-        return Verdict.over(said, baseline, cases, gain_of, why_not, left, **more)
+    def against(kind: str, baseline: str, among: Sequence[Data], **more: Any) -> Verdict:
+        why_not = partial(_why_not, ours=ours, kind=kind)
+        return Verdict.over(ours, baseline, among, lambda c: c["over"][kind], why_not, **more)
 
-    unshared = [case for case in cases if over_unshared(case, ours) is not None]
-    shares_nothing = "policy query, which shares nothing, on the same executor"
-    gain_of = partial(over_unshared, ours=ours)
-    return [
-        against("stock", f"the fastest stock backend{backends}", "ms", stock=stock),
-        *(against(peer, f"{peer}, kernels alone", "kernel_us") for peer in peers),
-        *([Verdict.over(said, shares_nothing, unshared, gain_of, str)] if unshared else []),
-    ]
+    baseline = f"the fastest stock backend{backends}"
+    verdicts = [against("stock", baseline, cases, left=left, stock=stock)]
+    verdicts += [against(peer, f"{peer}, kernels alone", cases, left=left) for peer in peers]
+    if unshared := [case for case in cases if case["over"]["query"]]:
+        baseline = "policy query, which shares nothing, on the same executor"
+        verdicts.append(against("query", baseline, unshared))
+    return verdicts
 
 
 def _why_not(case: Data, ours: str, kind: str) -> str:
@@ -102,101 +120,51 @@ def _why_not(case: Data, ours: str, kind: str) -> str:
 
 
 def _step_table(data: Data, cases: Sequence[Data], ours: str | None, peers: Sequence[str]) -> Table:
-    def mine(key: str) -> Any:
-        return lambda case: provider_of(case, ours).get(key)
-
     def our_time(case: Data) -> Cell:
         failed = ours in case["failed"]
-        return Cell("failed", tone="losing") if failed else number(mine("ms")(case))
+        return Cell("failed", tone="losing") if failed else number(case["ours"].get("ms"))
 
-    shown = partial(gain, counts=not data["dry"])
+    def over_baseline(title: str, key: str, hint: str, *, folds: bool = False) -> Column:
+        shown = partial(gain, counts=not data["dry"])
+        return Column(title, shown, lambda case: case["over"][key], hint, folds)
+
     columns = [
-        Column("case", text, lambda c: c["name"]),
-        Column("speed-up", shown, lambda c: over(c, ours, "stock"), _OVER_STOCK),
-        Column(
-            *("over query", shown, lambda c: over_unshared(c, ours)),
-            *("time of our executor without sharing over that of ours", True),
-        ),
-        *(Column(f"over {p}", shown, partial(over, ours=ours, kind=p, time="kernel_us"),
-                 "kernels alone") for p in peers),
-        Column("batch", number, lambda c: c["batch"], folds=True),
-        Column("tokens", number, lambda c: c["tokens"]["logical"], "KV tokens of all requests"),
-        Column("stock ms", number, lambda c: provider_of(c, fastest(c, "stock")).get("ms")),
+        Column("case", text, "name"),
+        over_baseline("speed-up", "stock", "time of the fastest stock backend over that of ours"),
+        over_baseline("over query", "query", "the same executor without sharing", folds=True),
+        *(over_baseline(f"over {peer}", peer, "kernels alone") for peer in peers),
+        Column("stock ms", number, "stock.ms"),
         Column("ours ms", as_is, our_time, "median of plan, copy and run of one decode step"),
-        Column("read", share, mine("kv_read_ratio"), "share of the KV tokens that ours reads"),
-        Column("ideal", share, _ideal, "share of them if every shared token is read once"),
-        *(Column(part, number, mine(f"{part}_ms"), "of ours, ms") for part in ("plan", "copy")),
-        Column("append", number, mine("append_ms"), "of ours, ms, where the plan is kept", True),
-        Column("forward", number, mine("forward_ms"), _FORWARD),
-        Column("merge", number, mine("merge_ms"), _MERGE),
-        Column("fastest stock", text, lambda c: fastest(c, "stock"), folds=True),
-        Column(
-            *("kernels", shown, lambda c: over(c, ours, "stock", "kernel_us")),
-            "speed-up over the fastest stock backend without plans, copies and appends",
-        ),
-        Column("floor us", number, lambda c: c["floor"]["us"], _FLOOR),
-        Column("over floor", number, mine("over_floor"), "kernel time of ours over the floor"),
-        Column("GB/s", number, lambda c: _read_rate(c, ours),
-               "KV bytes that ours reads over its whole step"),
-        Column("of bandwidth", share, lambda c: _bandwidth_share(c, ours),
-               "share of the bandwidth of a streaming read in the same run"),
-        *_case_columns(),
-        *_promise(cases, ours),
-    ]  # fmt: skip
+        Column("read", share, "ours.kv_read_ratio", "share of the KV tokens that ours reads"),
+        Column("ideal", share, "ideal", "share of them if every shared token is read once"),
+        *(Column(f"{part} ms", number, f"ours.{part}_ms", h, True) for part, h in _PARTS.items()),
+        Column("batch", number, "batch", folds=True),
+        Column("tokens", number, "tokens.logical", "KV tokens of all requests"),
+        Column("fastest stock", text, "stock.name", folds=True),
+        over_baseline("kernels", "stock's kernels", "speed-up without plans and copies"),
+        Column("floor us", number, "floor.us", "of a layer: bytes, operations, one launch"),
+        Column("over floor", number, "ours.over_floor", "kernel time of ours over the floor"),
+        Column("GB/s", number, "gb_s", "KV bytes that ours reads over its whole step"),
+        Column("of bandwidth", share, "bandwidth_share", "of a streaming read in the same run"),
+        Column("group", text, "group", folds=True),
+        Column("heads", text, "shape", "query heads / KV heads / head dim", folds=True),
+        Column("dtype", text, "dtype", folds=True),
+        Column("page", number, "page_size", folds=True),
+        Column("slots", text, "slots", folds=True),
+        Column("layers", number, "layers", "of one step", folds=True),
+        Column("note", text, "note", folds=True),
+        Column("target", as_is, _promise, "speed-up that the project set itself", folds=True),
+    ]
     title = f"{ours} against the fastest stock backend" if ours else "Cases"
     return tabulate(title, columns, cases, left=left_cases(data))
 
 
-_FLOOR = "of a layer, what no kernel can beat: bytes, operations, one launch"
-
-
-def _case_columns() -> list[Column]:
-    """What a case is, mostly the same in all of a file."""
-
-    def heads(case: Data) -> str:
-        found = case["heads"]
-        return f"{found['qo']}/{found['kv']}/{found['dim']}"
-
-    return [
-        Column("group", text, lambda c: c["group"], folds=True),
-        Column("heads", text, heads, "query heads / KV heads / head dim", folds=True),
-        Column("dtype", text, lambda c: c["dtype"], folds=True),
-        Column("page", number, lambda c: c["page_size"], folds=True),
-        Column("slots", text, lambda c: c["slots"], folds=True),
-        Column("layers", number, lambda c: c["layers"], "of one step", folds=True),
-        Column("note", text, lambda c: c["note"], folds=True),
-    ]
-
-
-def _promise(cases: Sequence[Data], ours: str | None) -> list[Column]:
-    """The speed-up that the project set itself, where it did."""
-
-    def target(case: Data) -> Cell:
-        wanted, reached = case["target"], over(case, ours, "stock")
-        if wanted is None:
-            return NONE
-        missed = reached is not None and reached < wanted
-        return Cell(f"{wanted:g}x{' missed' * missed}", wanted, "losing" if missed else "")
-
-    hint = "speed-up that the project set itself"
-    has_any = any(case["target"] is not None for case in cases)
-    return [Column("target", as_is, target, hint, folds=True)] if has_any else []
-
-
-def _ideal(case: Data) -> float | None:
-    tokens = case["tokens"]
-    return tokens["ideal"] / tokens["logical"] if tokens["logical"] else None
-
-
-def _read_rate(case: Data, ours: str | None) -> float | None:
-    found = provider_of(case, ours)
-    # Bytes are those of one layer, times those of all.
-    return found["bytes_read"] * case["layers"] / found["ms"] / 1e6 if found else None
-
-
-def _bandwidth_share(case: Data, ours: str | None) -> float | None:
-    rate = _read_rate(case, ours)
-    return rate / case["bandwidth_gb_s"] if rate else None
+def _promise(case: Data) -> Cell:
+    wanted, reached = case["target"], case["over"]["stock"]
+    if wanted is None:
+        return NONE
+    missed = reached is not None and reached < wanted
+    return Cell(f"{wanted:g}x{' missed' * missed}", wanted, "losing" if missed else "")
 
 
 def _kinds(cases: Sequence[Data]) -> dict[str, str]:
@@ -209,38 +177,38 @@ def _kinds(cases: Sequence[Data]) -> dict[str, str]:
 
 def _provider_table(data: Data, cases: Sequence[Data]) -> Table:
     """Each provider over all cases; a baseline that is not here has a row that says why."""
-    kinds = _kinds(cases)
-    gains = {
-        name: {c["name"]: value for c in cases if (value := over(c, name, "stock")) is not None}
-        for name in kinds
-    }
 
-    def toned(name: str, value: float | None, *, bar: bool = False) -> Cell:
-        return gain(value, counts=kinds[name] == "ours" and not data["dry"], bar=bar)
+    def over_all(name: str, kind: str) -> dict[str, Any]:
+        found = {case["name"]: over(case, name, "stock") for case in cases}
+        gains = {case: value for case, value in found.items() if value is not None}
+        worst = min(gains, key=gains.__getitem__, default=None)
+        lost = sum(value < 1 for value in gains.values())
+        is_ours = kind == "ours" and not data["dry"]
+        return {
+            "name": name,
+            "kind": kind,
+            "mean": gain(geomean(gains.values()), counts=is_ours),
+            "worst": gain(gains[worst] if worst else None, counts=is_ours, bar=False),
+            "worst_case": worst,
+            "won": sum(value > 1 for value in gains.values()),
+            "lost": Cell(str(lost), lost, "losing" if lost and is_ours else ""),
+            "missing": sum(name not in case["providers"] for case in cases),
+        }
 
-    def worst(name: str) -> str | None:
-        return min(gains[name], key=gains[name].__getitem__, default=None)
-
-    def lost(name: str) -> Cell:
-        count = sum(value < 1 for value in gains[name].values())
-        return Cell(str(count), count, "losing" if count and kinds[name] == "ours" else "")
-
+    items = [over_all(*item) for item in _kinds(cases).items()]
+    hint = "time of the fastest stock backend over this one, geometric mean"
     columns = [
-        Column("provider", text, str),
-        Column("kind", text, lambda n: kinds[n]),
-        Column("speed-up", as_is, lambda n: toned(n, geomean(gains[n].values()), bar=True),
-               "time of the fastest stock backend over this one, geometric mean"),
-        Column("worst", as_is, lambda n: toned(n, gains[n].get(worst(n) or "")),
-               "speed-up in the worst case"),
-        Column("worst case", text, worst),
-        Column("faster in", number, lambda n: sum(value > 1 for value in gains[n].values()),
-               "cases in which it is faster than every stock backend"),
-        Column("slower in", as_is, lost),
-        Column("not measured", number, lambda n: sum(n not in c["providers"] for c in cases),
-               "cases in which it failed or does not apply"),
-    ]  # fmt: skip
+        Column("provider", text, "name"),
+        Column("kind", text, "kind"),
+        Column("speed-up", as_is, "mean", hint),
+        Column("worst", as_is, "worst", "speed-up in the worst case"),
+        Column("worst case", text, "worst_case"),
+        Column("faster in", number, "won", "cases in which it is faster than every stock backend"),
+        Column("slower in", as_is, "lost"),
+        Column("not measured", number, "missing", "cases in which it failed or does not apply"),
+    ]
     absent = {name: f"absent: {reason}" for name, reason in data["absent"].items()}
-    return tabulate("Providers", columns, kinds, left=absent, marks_rows=False, is_detail=True)
+    return tabulate("Providers", columns, items, left=absent, marks_rows=False, is_detail=True)
 
 
 def _time_table(data: Data, cases: Sequence[Data]) -> Table:
@@ -252,11 +220,11 @@ def _time_table(data: Data, cases: Sequence[Data]) -> Table:
             return Cell("failed", tone="losing")
         if not found:
             return Cell("absent", tone="absent") if name in case["absent"] else NONE
-        counts = found["kind"] == "ours" and not data["dry"]
-        tone = gain(over(case, name, "stock"), counts=counts).tone
-        return Cell(number(found["ms"]).text, found["ms"], "" if tone == "quiet" else tone)
+        speedup = over(case, name, "stock")
+        counts = found["kind"] == "ours" and speedup is not None and not data["dry"]
+        return Cell(number(found["ms"]).text, found["ms"], gain(speedup).tone if counts else "")
 
-    columns = [Column("case", text, lambda c: c["name"])]
+    columns = [Column("case", text, "name")]
     columns += [
         Column(f"{name} ({kind})", as_is, partial(time, name=name))
         for name, kind in _kinds(cases).items()
@@ -267,50 +235,47 @@ def _time_table(data: Data, cases: Sequence[Data]) -> Table:
 
 
 def _every_table(data: Data, cases: Sequence[Data]) -> Table:
-    items = [(case, name, found) for case in cases for name, found in case["providers"].items()]
+    def measurement(case: Data, name: str, found: Data) -> dict[str, Any]:
+        raw = found["raw_ms"] or [found["ms"]]
+        counts = found["kind"] == "ours" and not data["dry"]
+        return {
+            **found,
+            "case": case["name"],
+            "provider": name,
+            "over": gain(over(case, name, "stock"), counts=counts, bar=False),
+            "spread": Cell(f"{number(min(raw)).text} to {number(max(raw)).text}", min(raw)),
+        }
 
-    def of(key: str) -> Any:
-        return lambda item: item[2].get(key)
-
-    def over_stock(item: tuple[Data, str, Data]) -> Cell:
-        counts = item[2]["kind"] == "ours" and not data["dry"]
-        return gain(over(item[0], item[1], "stock"), counts=counts, bar=False)
-
-    def spread(item: tuple[Data, str, Data]) -> Cell:
-        raw = item[2]["raw_ms"] or [item[2]["ms"]]
-        return Cell(f"{number(min(raw)).text} to {number(max(raw)).text}", min(raw))
-
-    parts = {part: "of the step, ms" for part in ("plan", "copy", "append")}
-    parts |= {"forward": _FORWARD, "merge": _MERGE}
-    names = ("executor", "policy", "mode", "merge")
+    items = [measurement(case, *found) for case in cases for found in case["providers"].items()]
+    hint = "time of the fastest stock backend over this one"
     columns = [
-        Column("case", text, lambda item: item[0]["name"]),
-        Column("provider", text, lambda item: item[1]),
-        Column("kind", text, of("kind")),
-        *(Column(name if name != "merge" else "merged", text, of(name), folds=True)
-          for name in names),
-        Column("ms", number, of("ms")),
-        Column("speed-up", as_is, over_stock, "time of the fastest stock backend over this one"),
-        Column("fastest to slowest", as_is, spread, "of all timed steps, ms"),
-        Column("kernel us", number, of("kernel_us"), "of one layer"),
-        *(Column(f"{part} ms", number, of(f"{part}_ms"), hint) for part, hint in parts.items()),
-        Column("packs", number, of("packs")),
-        Column("KV read", share, of("kv_read_ratio")),
-        Column("largest error", partial(number, digits=2), of("max_abs_error")),
-    ]  # fmt: skip
+        Column("case", text, "case"),
+        Column("provider", text, "provider"),
+        Column("kind", text, "kind"),
+        *(Column(key, text, key, folds=True) for key in ("executor", "policy", "mode")),
+        Column("merged", text, "merge", folds=True),
+        Column("ms", number, "ms"),
+        Column("speed-up", as_is, "over", hint),
+        Column("fastest to slowest", as_is, "spread", "of all timed steps, ms"),
+        Column("kernel us", number, "kernel_us", "of one layer"),
+        *(Column(f"{part} ms", number, f"{part}_ms", h, True) for part, h in _PARTS.items()),
+        Column("packs", number, "packs"),
+        Column("KV read", share, "kv_read_ratio"),
+        Column("largest error", partial(number, digits=2), "max_abs_error"),
+    ]
     note = "The error is the largest absolute one against the float64 oracle, on the timed inputs."
     return tabulate("Every measurement", columns, items, notes=[note], is_detail=True)
 
 
 def _chain_tables(data: Data) -> list[Table]:
     items = [
-        (case["name"], name, found["kernel_us"])
+        {"case": case["name"], "chain": name, **found}
         for case in data["cases"]
         for name, found in of_kind(case, "chain").items()
     ]
     columns = [
-        Column("case", text, lambda item: item[0]),
-        Column("launch mode / merge / tile classes in use", text, lambda item: item[1]),
-        Column("us per layer", number, lambda item: item[2]),
+        Column("case", text, "case"),
+        Column("launch mode / merge / tile classes in use", text, "chain"),
+        Column("us per layer", number, "kernel_us"),
     ]
     return [tabulate("Price of launches", columns, items)] if items else []
