@@ -70,7 +70,7 @@ GPU_ENTRY := PYTHONPATH="$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/patches$${PYTHONP
 GPU_DRY := TRITON_INTERPRET=1 $(GPU_ENTRY)
 
 gpu-check:  ## Compare all kernel variants with the oracle on this host's GPU (GPU_ARGS="--resume FILE")
-	$(GPU_ENTRY) $(GPU_PYTHON) -m benchmarks.gpu.check $(GPU_ARGS)
+	$(GPU_ENTRY) $(GPU_PYTHON) -m pytest -m gpu tests/gpu $(GPU_ARGS)
 
 gpu-bench:  ## Measure on this host's GPU, against what can be imported (GPU_ARGS="--resume FILE")
 	$(GPU_ENTRY) $(GPU_PYTHON) -m benchmarks.gpu.bench $(GPU_ARGS)
@@ -82,7 +82,7 @@ gpu-serve:  ## Serve a model on this host's GPU, ours against SGLang's own (GPU_
 	$(GPU_ENTRY) $(GPU_PYTHON) -m benchmarks.gpu.serve $(GPU_ARGS)
 
 gpu-check-dry: install  ## The logic of gpu-check on tiny shapes, without a GPU
-	$(GPU_DRY) $(BIN)/python -m benchmarks.gpu.check --dry $(GPU_ARGS)
+	$(GPU_ENTRY) $(BIN)/python -m pytest -m gpu tests/gpu --dry $(GPU_ARGS)
 
 gpu-bench-dry: install  ## The logic of gpu-bench on tiny shapes, without a GPU; measures nothing
 	$(GPU_DRY) $(BIN)/python -m benchmarks.gpu.bench --dry $(GPU_ARGS)
