@@ -226,7 +226,7 @@ def host(
     """
     if resume:
         _check_resume(ctx, out)
-    from sglang_prefix.bench.planning import HostRun
+    from sglang_prefix.bench.host import HostRun
 
     options = {"requests": requests or [256, 1024], "rounds": rounds, "engine": engine}
     folder = _folder(out or Path() if list_cases else out)
