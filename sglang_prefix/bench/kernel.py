@@ -182,7 +182,7 @@ class _Timed:
     def step(self, clock: Clock, *, plans: bool) -> None:
         """Time one step; ``plans``: with what is done once per step."""
         took = 0.0
-        for part, work in self._host.items() if plans else ():
+        for part, work in self.host.items() if plans else ():
             took += self._note(part, clock.host_seconds_of(work))
         took += self._note("run", clock.seconds_of(self.replay))
         if plans:

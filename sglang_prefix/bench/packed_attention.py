@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from prefix_kernels.executor import PlanExecutor, make_executor
 from prefix_kernels.plan import AttentionShape, PackPlan
 from sglang_prefix.forest import PrefixForest
 from sglang_prefix.packing import CPU_PROFILE, GPU_PROFILE, DeviceProfile
+from sglang_prefix.packing.layout import CostedPlan
 from sglang_prefix.packing.planner import PackPlanner
 
 __all__ = ["PackedAttention", "drop_one_work_item", "work_item_counts"]
@@ -55,12 +57,12 @@ class PackedAttention:
         )
         self.breaks = False
 
-    def plan(self, forest: PrefixForest) -> PackPlan:
+    def plan(self, forest: PrefixForest) -> CostedPlan:
         """Pack a forest."""
         return self.planner.plan(forest)
 
     def fix_capacity(
-        self, plans: list[PackPlan], *load_arguments: torch.Tensor, padded_batch_size: int
+        self, plans: Sequence[PackPlan], *load_arguments: torch.Tensor, padded_batch_size: int
     ) -> None:
         """Fix the Triton executor's buffers and launches, as graphs need.
 

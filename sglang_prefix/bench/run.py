@@ -138,12 +138,12 @@ def _measure(case: Case, data: dict[str, Any]) -> str | None:
             problem = data["not_run"][case.name] = f"out of memory: {reason}"
             return problem
         problem = data["failed"][case.name] = reason
-    else:
-        problem = None
-        times = {"wall_s": time.monotonic() - began}
-        data["cases"].append({"name": case.name, "group": case.group, **measured, **times})
+        del data["not_run"][case.name]
+        return problem
+    times = {"wall_s": time.monotonic() - began}
+    data["cases"].append({"name": case.name, "group": case.group, **measured, **times})
     del data["not_run"][case.name]
-    return problem
+    return None
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from sglang_prefix.bench.graphs import capture
 
-__all__ = ["Clock", "CpuClock", "GpuClock", "clock_for", "interleaved", "unpreempted_seconds"]
+__all__ = ["Clock", "CpuClock", "GpuClock", "clock_for", "host_seconds", "interleaved", "unpreempted_seconds"]
 
 Work = Callable[[], object]
 
@@ -74,13 +74,18 @@ def interleaved(
     return seconds
 
 
+def host_seconds(work: Work) -> float:
+    """Seconds of a work by the host's clock."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
 def unpreempted_seconds(work: Work) -> float:
     """Seconds of a short work on the host; run again if the system took the core away meanwhile."""
     for _ in range(_TRIES):
         preemptions = _preemptions()
-        began = time.perf_counter()
-        work()
-        took = time.perf_counter() - began
+        took = host_seconds(work)
         if _preemptions() == preemptions:
             break
     return took
@@ -164,12 +169,10 @@ class CpuClock(Clock):
         return work
 
     def seconds_of(self, replay: Work) -> float:
-        began = time.perf_counter()
-        replay()
-        return time.perf_counter() - began
+        return host_seconds(replay)
 
     def host_seconds_of(self, work: Work) -> float:
-        return self.seconds_of(work)
+        return host_seconds(work)
 
     def read_seconds(self) -> tuple[int, float]:
         return self._stream.nbytes, self.seconds_of(self._stream.sum)

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from prefix_kernels.launch import launch
-from prefix_kernels.tiles import ARCHS, TileConfig, TileShape, formula_tile
+from prefix_kernels.tile_config import ARCHS
+from prefix_kernels.tiles import TileConfig, TileShape, formula_tile
 from prefix_kernels.tolerances import RELATIVE_TOLERANCES
 from prefix_kernels.triton_executor import why_not_triton
 from prefix_kernels.tuned_tiles import TABLE, candidate_tiles, load_tuned_tiles
@@ -36,7 +37,7 @@ from sglang_prefix.bench.workloads.registry import Heads
 from sglang_prefix.bench.workloads.trees import Tree, pat_tree, shared_then_private
 from sglang_prefix.packing import GPU_PROFILE
 
-__all__ = ["FILE_NAME", "KIND", "PackShape", "TileWork", "TuneRun", "pack_shapes", "write_table"]
+__all__ = ["FILE_NAME", "KIND", "PackShape", "TABLE", "TileWork", "TuneRun", "pack_shapes", "write_table"]
 
 KIND, FILE_NAME = "bench-tune", "tune.json"
 _ROOT = Path(__file__).parents[2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 
 import typer
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from sglang_prefix.bench.run import BenchRun
 
 __all__ = ["host", "kernel", "tune"]
+
+T = TypeVar("T")
 
 _INTERRUPTED = 130
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -224,7 +226,7 @@ def host(
     """
     if resume:
         _check_resume(ctx, out)
-    from sglang_prefix.bench.planning import HostRun
+    from sglang_prefix.bench.host import HostRun
 
     options = {"requests": requests or [256, 1024], "rounds": rounds, "engine": engine}
     folder = _folder(out or Path() if list_cases else out)
@@ -282,7 +284,7 @@ def _list(names: list[str]) -> NoReturn:
     raise typer.Exit
 
 
-def _legal[T](make: Callable[[], T]) -> T:
+def _legal(make: Callable[[], T]) -> T:
     """What ``make`` returns; bad input ends the command with one line."""
     try:
         return make()
@@ -290,7 +292,7 @@ def _legal[T](make: Callable[[], T]) -> T:
         fail(f"{error}", 2)
 
 
-def _made[R: BenchRun](make: Callable[[], R], out: Path) -> R:
+def _made(make: Callable[[], T], out: Path) -> T:
     try:
         return _legal(make)
     except OSError as error:

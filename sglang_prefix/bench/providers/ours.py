@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from prefix_kernels.merge import merge_partials
-from prefix_kernels.plan import PackPlan
 from sglang_prefix.bench.graphs import launches_of
 from sglang_prefix.bench.packed_attention import PackedAttention, work_item_counts
 from sglang_prefix.bench.providers.base import Provider
 from sglang_prefix.bench.providers.find import ProviderMaker
 from sglang_prefix.bench.workloads.inputs import AttentionInputs
+from sglang_prefix.packing.layout import CostedPlan
 
 __all__ = ["Chain", "TorchOurs", "TritonOurs", "all_launches", "chains", "our_providers"]
 
@@ -31,7 +31,7 @@ class _Ours(Provider):
     kind = "ours"
     step_parts = ("plan", "copy")
 
-    def __init__(self, inputs: AttentionInputs, policy: str, **options: str) -> None:
+    def __init__(self, inputs: AttentionInputs, policy: str, **options: Any) -> None:
         super().__init__(inputs)
         self.name, self.policy = f"{self.executor}/{policy}", policy
         shape = inputs.heads.shape(inputs.q.dtype, inputs.k.dtype)
@@ -81,7 +81,7 @@ class TorchOurs(_Ours):
 
 
 def _random_partials(
-    plan: PackPlan, inputs: AttentionInputs
+    plan: CostedPlan, inputs: AttentionInputs
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, torch.Tensor]:
     heads, indptr = inputs.heads, plan.request_indptr
     return (
@@ -104,7 +104,7 @@ class TritonOurs(_Ours):
     """
 
     executor = "triton"
-    parts_alone = ("append",)
+    parts_alone: tuple[str, ...] = ("append",)
 
     def __init__(
         self,
@@ -147,7 +147,7 @@ class Chain(TritonOurs):
     """
 
     kind = "chain"
-    parts_alone = ()
+    parts_alone: tuple[str, ...] = ()
 
     def __init__(
         self, inputs: AttentionInputs, mode: str, merge: str, used: str, *, layers: int

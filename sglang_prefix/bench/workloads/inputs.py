@@ -142,7 +142,7 @@ class AttentionInputs:
             # Indexed writes do not know fp8; its bytes do.
             bits = values.view(torch.uint8 if kv_dtype.itemsize == 1 else kv_dtype)
             for layer in bits:
-                for some in slots.split(_DRAWN_SLOTS):
+                for some in torch.split(slots, _DRAWN_SLOTS):
                     drawn = torch.empty(len(some), *shape[2:], device=device)
                     drawn.normal_(generator=generator)
                     layer[some] = drawn.to(kv_dtype).view(bits.dtype)
