@@ -29,7 +29,7 @@ test: install  ## Run the tests; they see the sgl_kernel stand-in where there is
 		--no-loadscope-reorder $(PYTEST_ARGS)
 
 docs-check: install  ## Run every command of the documentation, and check what it says
-	$(BIN)/sglang-prefix exec -- $(BIN)/python -m tests.docs.check $(DOCS_ARGS)
+	$(BIN)/sglang-prefix exec -- $(BIN)/python -m pytest --extended tests/docs $(PYTEST_ARGS)
 
 test-all:  ## As `make test`, with those that repeat on another variant what others show
 	$(MAKE) test PYTEST_ARGS="--extended $(PYTEST_ARGS)"
@@ -42,13 +42,13 @@ compat: compat-version $(COMPAT)/.installed  ## Engine tests with another SGLang
 		tests/engine $(PYTEST_ARGS)
 
 compat-version:
-	@$(PYTHON) .ci/check_compat_version.py "$(VERSION)"
+	@$(PYTHON) .ci/compat.py check "$(VERSION)"
 
 .venv-compat-%/.installed: pyproject.toml | compat-version
 	$(PYTHON) -m venv .venv-compat-$*
 	.venv-compat-$*/bin/python -m pip install -q --upgrade pip
 	.venv-compat-$*/bin/python -m pip install -q --no-deps 'sglang==$*' -e .
-	.venv-compat-$*/bin/python .ci/compat_requirements.py > .venv-compat-$*/requirements.txt
+	.venv-compat-$*/bin/python .ci/compat.py requirements > .venv-compat-$*/requirements.txt
 	.venv-compat-$*/bin/python -m pip install -q -r .venv-compat-$*/requirements.txt
 	@touch $@
 
