@@ -45,7 +45,7 @@ def test_the_version_is_a_release_of_the_range(version: str, problem: str) -> No
 
 
 def test_requirements_are_those_of_sglang_and_ours() -> None:
-    command = [sys.executable, ROOT / ".ci" / "compat.py", "requirements"]
+    command: list[str | Path] = [sys.executable, ROOT / ".ci" / "compat.py", "requirements"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")
     names = {line.partition(" ")[0] for line in printed}
     assert {"hypothesis", "typer", "transformers"} <= {n.partition("==")[0] for n in names}
