@@ -11,7 +11,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-from prefix_patches import req_reset_for_retract
+from prefix_patches.install import install
 from prefix_patches.schedule_context import BATCH_ATTRIBUTE
 from sglang_prefix.backend import decode_planner
 from tests.scheduling import Request, Scheduler
@@ -223,8 +223,7 @@ def test_a_plan_ends_with_any_retraction() -> None:
     """All may be retracted and come back without a pass, as the same batch on other slots."""
     from sglang.srt.managers.schedule_batch import Req
 
-    req_reset_for_retract.install()
-    assert req_reset_for_retract.installed()
+    install()
     scheduler = Scheduler()
     reqs = scheduler.start(A, B)
     assert scheduler.decode(reqs).plans == 0

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from sglang.srt.layers.radix_attention import RadixAttention
 
-from prefix_patches.kv_write import applies_kv_scales
+from prefix_patches.kv_pool import applies_kv_scales
 from sglang_prefix.backend.decode_planner import LayerGroup
 from sglang_prefix.backend.fallback import layer_reason
 from sglang_prefix.backend.workspace import Workspace, size_workspace
