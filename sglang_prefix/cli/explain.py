@@ -200,8 +200,7 @@ def _show(record: PlanRecord, svg: Path | None, html: Path | None, json_file: st
 
 def write_picture(explanation: Explanation, path: Path, kind: str) -> None:
     """Write "svg" or "html" whole or not at all; ends the command where that fails."""
-    from sglang_prefix.explain.page import html_page
-    from sglang_prefix.explain.picture import svg_picture
+    from sglang_prefix.explain.picture import html_page, svg_picture
 
     text = html_page(explanation) if kind == "html" else svg_picture(explanation)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
