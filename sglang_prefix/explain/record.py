@@ -186,6 +186,8 @@ class PlanRecord:
             found = _RecordFile.model_validate_json(json.dumps(known))
         except ValidationError as error:
             raise ValueError(_line(error)) from None
+        except RecursionError:
+            raise ValueError(f"{_DAMAGED}it is nested too deep") from None
         if not found.plans:
             raise ValueError("it has no plans")
         forest = found.forest.checked()
@@ -311,8 +313,8 @@ def _line(error: ValidationError) -> str:
     place = ".".join(map(str, first["loc"]))
     if first["type"] == "missing":
         return f"{place!r} is missing"
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{_DAMAGED}{place}: {' '.join(message.split())}"
+    message = " ".join(first["msg"].removeprefix("Value error, ").split())
+    return f"{_DAMAGED}{place}{': ' if place else ''}{message}"
 
 
 def read_record(path: Path) -> PlanRecord:
