@@ -17,6 +17,7 @@ from prefix_kernels.work_list import build_work_list
 from prefix_patches.radix_paths import path_reader
 from prefix_patches.schedule_context import BATCH_ATTRIBUTE, ScheduleContext
 from sglang_prefix.backend.counters import BackendCounters
+from sglang_prefix.backend.decode_batch import DecodeBatch
 from sglang_prefix.backend.decode_planner import DecodePlanner, LayerGroup
 from sglang_prefix.backend.path_cache import PathCache
 from sglang_prefix.forest import PathTable, PrefixForest
@@ -141,7 +142,7 @@ class _DecodeBatch:
 
     def plan(self) -> None:
         """A step for which the batch is planned anew."""
-        self._batches.forget()
+        self._batches.invalidate()
         self._step()
 
     def keep(self) -> None:
@@ -152,7 +153,7 @@ class _DecodeBatch:
 
     def _step(self) -> None:
         before = self._schedule.push(self._forward_batch)
-        reason = self._batches.prepare(self._forward_batch, in_graph=True)
+        reason = self._batches.prepare(DecodeBatch(self._forward_batch, self._schedule.batch, True))
         self._schedule.pop(before)
         assert reason is None
 

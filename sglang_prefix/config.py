@@ -6,7 +6,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["GATES", "PrefixConfig", "verify_requested"]
+__all__ = ["BACKEND_NAME", "GATES", "PrefixConfig", "verify_requested"]
+
+# Value of SGLang's attention backend flags that chooses our backend.
+BACKEND_NAME = "prefix"
 
 GATES = ("auto", "always", "never")
 

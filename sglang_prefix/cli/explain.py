@@ -153,8 +153,8 @@ def _setting(
         raise ValueError(
             f"--heads is {heads}; legal: QO,KV,DIM or QO,KV,DIM,V, where QO is a multiple of KV"
         )
-    itemsize = _ITEMSIZES[dtype]
-    shape = AttentionShape(*numbers[:3], numbers[-1], itemsize, itemsize)
+    itemsize, (num_qo_heads, num_kv_heads, head_dim, *_) = _ITEMSIZES[dtype], numbers
+    shape = AttentionShape(num_qo_heads, num_kv_heads, head_dim, numbers[-1], itemsize, itemsize)
     found = device
     if found is None:
         import torch

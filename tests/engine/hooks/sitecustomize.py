@@ -79,16 +79,17 @@ def patch_batch_planner(module: ModuleType) -> None:
     """Let planning raise, or tell of batches with padding: modes plan-error, tell-padding."""
     prepare = module.DecodePlanner.prepare
 
-    def broken(self: Any, forward_batch: Any, **kwargs: Any) -> Any:
+    def broken(self: Any, batch: Any) -> Any:
         now = mode()
         if now == "plan-error":
             raise RuntimeError("raised on purpose by a test")
-        if now == "tell-padding" and len(self._schedule.batch.reqs) < forward_batch.batch_size:
+        if now == "tell-padding" and len(batch.reqs) < batch.padded_batch_size:
             print("test hook: padded batch", flush=True)
-        return prepare(self, forward_batch, **kwargs)
+        if now == "compare-plans":
+            return compared(prepare, self, batch)
+        return prepare(self, batch)
 
     module.DecodePlanner.prepare = broken
-    compare_plans(module)
 
 
 def patch_handover(module: ModuleType) -> None:
@@ -103,36 +104,23 @@ def patch_handover(module: ModuleType) -> None:
     module.ScheduleContext.push = telling
 
 
-def compare_plans(module: ModuleType) -> None:
+def compared(prepare: Any, planner: Any, batch: Any) -> Any:
     """Let the wrapper plan every batch as well: mode compare-plans."""
-    plan_anew = module.DecodePlanner.replan
-
-    def compared(self: Any, forward_batch: Any, lens: Any) -> Any:
-        if mode() != "compare-plans":
-            return plan_anew(self, forward_batch, lens)
-        planner, runner = self._shapes[0][:2]
-        forests: list[Any] = []
-        plan = planner.plan
-
-        def noting_its_forest(forest: Any) -> Any:
-            forests.append(forest)
-            return plan(forest)
-
-        planner.plan = noting_its_forest
-        result = plan_anew(self, forward_batch, lens)
-        del planner.plan
-        # Otherwise the plan is for a first decode step, which only the scheduler knows.
-        if self._reqs is not None:
-            given = wrapper_plan(self, planner, forward_batch, lens, forests[-1])
-            found = wrapper_plan(self, planner, forward_batch, lens, None)
-            equal = given.same_as(runner.plan) and found.same_as(runner.plan)
-            print(f"test hook: {'equal plans' if equal else 'plans differ'}", flush=True)
-        return result
-
-    module.DecodePlanner.replan = compared
+    forests: list[Any] = []
+    planner.on_plan = lambda forest, *_: forests.append(forest)
+    reason = prepare(planner, batch)
+    planner.on_plan = None
+    # Otherwise the plan is for a first decode step, which only the scheduler knows.
+    if forests and planner.is_reusable:
+        pack_planner, executor = planner.groups[0][:2]
+        given = wrapper_plan(planner, pack_planner, batch, forests[-1])
+        found = wrapper_plan(planner, pack_planner, batch, None)
+        equal = given.same_as(executor.plan) and found.same_as(executor.plan)
+        print(f"test hook: {'equal plans' if equal else 'plans differ'}", flush=True)
+    return reason
 
 
-def wrapper_plan(batches: Any, planner: Any, forward_batch: Any, lens: Any, forest: Any) -> Any:
+def wrapper_plan(decode: Any, planner: Any, batch: Any, forest: Any) -> Any:
     """The plan that ``PrefixDecodeWrapper`` makes for a batch, from a forest or from the rows."""
     import torch
 
@@ -144,12 +132,12 @@ def wrapper_plan(batches: Any, planner: Any, forward_batch: Any, lens: Any, fore
         shape.num_kv_heads,
         shape.head_dim,
         v_head_dim=shape.v_head_dim,
-        page_size=batches._page_size,
+        page_size=decode.page_size,
         policy=planner.policy_name,
         dtype=torch.float32,
     )
-    table, rows = batches._req_to_token, forward_batch.req_pool_indices
-    wrapper.plan(table, rows, torch.from_numpy(lens.copy()), forest=forest)
+    lens = batch.host_lengths(batch.num_requests)
+    wrapper.plan(decode.req_to_token, batch.req_pool_indices, torch.from_numpy(lens), forest=forest)
     return wrapper.current_plan
 
 
