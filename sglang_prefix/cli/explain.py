@@ -139,10 +139,8 @@ def _setting(
     *,
     heads: str = "32,8,128",
     dtype: str = "bfloat16",
-    page_size: int = 1,
-    policy: str = "pat",
     device: str | None = None,
-    stock_backend: str = "fa3",
+    **options: Any,
 ) -> Setting:
     """Check the heads, and look for a device where none is named."""
     from sglang_prefix.explain.sources import Setting
@@ -155,12 +153,12 @@ def _setting(
         )
     itemsize, (num_qo_heads, num_kv_heads, head_dim, *_) = _ITEMSIZES[dtype], numbers
     shape = AttentionShape(num_qo_heads, num_kv_heads, head_dim, numbers[-1], itemsize, itemsize)
-    found = device
-    if found is None:
-        import torch
+    if device is not None:
+        return Setting(shape, device, **options)
+    import torch
 
-        found = "cuda" if torch.cuda.is_available() else "cpu"
-    return Setting(shape, found, device is None, policy, page_size, stock_backend)
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    return Setting(shape, found, is_assumed=True, **options)
 
 
 def _show(record: PlanRecord, svg: Path | None, html: Path | None, json_file: str | None) -> None:

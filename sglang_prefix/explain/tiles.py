@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from prefix_kernels.tiles import TileShape, choose_classes, choose_fused_tiles, choose_tile
+from prefix_kernels.tiles import (
+    TileShape,
+    choose_classes,
+    choose_fused_tiles,
+    choose_tile,
+    row_classes,
+)
 from sglang_prefix.explain.record import PlanRecord
 from sglang_prefix.packing import AttentionShape
 from sglang_prefix.plan import PackPlan
@@ -16,9 +22,16 @@ _ANY_LENGTH = 1 << 30
 
 
 def tile_shape(shape: AttentionShape, gpu: str | None) -> TileShape:
-    """What the choice of a tile depends on, on a device with Hopper's matrix units or later."""
+    """What the choice of a tile depends on, on a device with Hopper's matrix units or later.
+
+    Raises:
+        ValueError: heads are too wide for any tile.
+    """
     itemsizes = shape.q_itemsize, shape.kv_itemsize
-    return TileShape(shape.head_dim, shape.v_head_dim, *itemsizes, device=gpu)
+    found = TileShape(shape.head_dim, shape.v_head_dim, *itemsizes, device=gpu)
+    if not row_classes(found):
+        raise ValueError(f"no tile of the Triton kernels is for v_head_dim {shape.v_head_dim:,}")
+    return found
 
 
 def pack_tiles(record: PlanRecord, plan: PackPlan) -> list[tuple[int, int] | None]:
