@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from prefix_kernels.executor import AttentionParams, make_executor
 from prefix_kernels.oracle import decode_attention_oracle
 from prefix_patches.schedule_context import BATCH_ATTRIBUTE, ScheduleContext
 from sglang_prefix.backend.counters import BackendCounters
@@ -19,7 +20,6 @@ from sglang_prefix.backend.decode_batch import DecodeBatch
 from sglang_prefix.backend.decode_planner import DecodePlanner, LayerGroup
 from sglang_prefix.packing import CPU_PROFILE, AttentionShape
 from sglang_prefix.packing.planner import RESERVED_TAIL_SLOTS, PackPlanner
-from sglang_prefix.runner import PlanRunner
 from tests.attention import assert_close
 
 __all__ = ["NUM_ROWS", "SHAPES", "Request", "Scheduler", "Step", "make_request"]
@@ -90,7 +90,7 @@ class Scheduler:
                 PackPlanner(
                     shape, CPU_PROFILE, policy="node", reserved_tail_slots=reserved_tail_slots
                 ),
-                PlanRunner(shape, CPU, "torch"),
+                make_executor("torch", shape, CPU),
             )
             for shape in shapes
         ]
@@ -204,7 +204,7 @@ class Scheduler:
         ):
             q = torch.randn(forward_batch.batch_size, qo_heads, dim)
             out, lse = torch.full_like(q, torch.nan), torch.full(q.shape[:2], torch.nan)
-            group.executor.run(q, k_cache, v_cache, out, lse, sm_scale=dim**-0.5)
+            group.executor.run(q, k_cache, v_cache, out, lse, AttentionParams(dim**-0.5))
             expected = decode_attention_oracle(
                 q,
                 k_cache,

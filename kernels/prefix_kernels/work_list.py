@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from prefix_kernels.executor import PlanArrays
+from prefix_kernels.plan import PackPlan
 
-__all__ = ["ITEM_FIELDS", "WorkList", "build_work_list"]
+__all__ = ["ITEM_FIELDS", "WorkList", "build_work_list", "tile_classes"]
 
 IntArray = NDArray[np.int64]
 
@@ -42,18 +42,27 @@ class WorkList:
     partials: NDArray[np.int32]
 
 
-def build_work_list(plan: PlanArrays, group_size: int, block_rows: list[int]) -> WorkList:
+def tile_classes(qo_rows: IntArray, block_rows: list[int]) -> IntArray:
+    """[P] tile class of each pack: the first that holds its rows, or the last.
+
+    Args:
+        qo_rows: [P] query rows of each pack.
+        block_rows: rows of each tile class, ascending.
+    """
+    return np.minimum(np.searchsorted(block_rows, qo_rows), len(block_rows) - 1)
+
+
+def build_work_list(plan: PackPlan, group_size: int, block_rows: list[int]) -> WorkList:
     """List the row blocks of all splits of all packs.
 
     Args:
         plan: the plan.
         group_size: query heads per KV head.
-        block_rows: rows of each tile class, ascending; a pack takes the smallest that holds its
-            rows, or the largest.
+        block_rows: rows of each tile class, ascending.
     """
     num_queries = plan.query_indptr[1:] - plan.query_indptr[:-1]
     rows = num_queries * group_size
-    pack_class = np.minimum(np.searchsorted(block_rows, rows), len(block_rows) - 1)
+    pack_class = tile_classes(rows, block_rows)
     block_m = np.asarray(block_rows, dtype=np.int64)[pack_class]
     row_blocks = -(-rows // block_m)
     lengths = plan.pack_end - plan.pack_start
@@ -67,9 +76,8 @@ def build_work_list(plan: PlanArrays, group_size: int, block_rows: list[int]) ->
     within = np.arange(len(pack)) - np.repeat(np.cumsum(per_pack) - per_pack, per_pack)
     split = within // row_blocks[pack]
     block = within - split * row_blocks[pack]
-    first_tail = plan.num_packs - plan.batch_size
     tokens = lengths.copy()
-    tokens[first_tail:] = np.arange(-1, -1 - plan.batch_size, -1)
+    tokens[plan.num_shared_packs :] = np.arange(-1, -1 - plan.batch_size, -1)
     items = np.empty((len(pack), ITEM_FIELDS), dtype=np.int32)
     items[:, 0] = plan.query_indptr[pack]
     items[:, 1] = plan.partial_indptr[pack] + split * num_queries[pack]

@@ -11,6 +11,7 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import RadixAttention
 
+from prefix_kernels.executor import AttentionParams
 from prefix_patches.install import install
 from prefix_patches.kv_pool import applies_kv_scales, write_kv
 from prefix_patches.observability import append_with, report_with
@@ -175,9 +176,8 @@ class PrefixAttnBackend(DelegatingBackend):
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
         """Inside the graph, before the model: tails grow by this step's slots."""
-        if self._step.packed:
-            for group in self._layers.groups:
-                group.executor.append_in_graph(forward_batch.seq_lens, forward_batch.out_cache_loc)
+        if self._step.packed and self._planner is not None:
+            self._planner.append(DecodeBatch(forward_batch, None, in_graph=True))
         if self._needs_stock():
             self.stock.init_forward_metadata_in_graph(forward_batch)
 
@@ -330,10 +330,13 @@ class PrefixAttnBackend(DelegatingBackend):
             self.token_to_kv_pool.get_key_buffer(layer.layer_id),
             self.token_to_kv_pool.get_value_buffer(layer.layer_id),
             out,
-            sm_scale=layer.scaling,
-            logit_cap=layer.logit_cap or 0.0,
-            k_scale=layer.k_scale if scaled and layer.k_scale is not None else 1.0,
-            v_scale=layer.v_scale if scaled and layer.v_scale is not None else 1.0,
+            None,
+            AttentionParams(
+                layer.scaling,
+                layer.logit_cap or 0.0,
+                layer.k_scale if scaled and layer.k_scale is not None else 1.0,
+                layer.v_scale if scaled and layer.v_scale is not None else 1.0,
+            ),
         )
         return out.view(q.shape[0], -1)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,14 +13,13 @@ __all__ = ["DecodeBatch"]
 IntArray = NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeBatch:
+class DecodeBatch(NamedTuple):
     """A view of one decode batch. Copies nothing, and reads an attribute when it is asked for it.
 
     SGLang's objects are not typed, and differ between releases; what they are ends here.
     No property reads a device. Rows at the end of a batch may be padding of a graph.
 
-    Args:
+    Attributes:
         forward_batch: SGLang's ``ForwardBatch``, or what its graph runner hands over instead.
         schedule_batch: SGLang's ``ScheduleBatch`` behind it; None where none is known.
         in_graph: the step is a graph's, so its tails grow inside the graph.

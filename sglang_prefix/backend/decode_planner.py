@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from prefix_kernels.executor import PlanExecutor
+from prefix_kernels.plan import PackPlan, verify_plan, verify_slots
 from prefix_patches.radix_paths import owned_lengths
 from prefix_patches.schedule_context import ScheduleContext
 from sglang_prefix.backend.counters import BackendCounters
@@ -28,8 +30,6 @@ from sglang_prefix.checks import check_same_sharing
 from sglang_prefix.forest import PrefixForest
 from sglang_prefix.gate import Gate
 from sglang_prefix.packing.planner import PackPlanner
-from sglang_prefix.plan import PackPlan, verify_plan, verify_slots
-from sglang_prefix.runner import PlanRunner
 
 __all__ = ["DecodePlanner", "LayerGroup", "OnPlan", "StepCost"]
 
@@ -40,7 +40,7 @@ class LayerGroup(NamedTuple):
     """Planner and executor for the layers of one attention shape, and how many layers that is."""
 
     planner: PackPlanner
-    executor: PlanRunner
+    executor: PlanExecutor
     num_layers: int = 1
     workspace: Workspace | None = None  # of the executor; None where it takes what it needs
 
@@ -153,7 +153,7 @@ class DecodePlanner:
         self.page_size = page_size
         self.groups = groups
         self.on_plan = on_plan
-        rows = [group.workspace.capacity.rows for group in groups if group.workspace]
+        rows = [group.workspace.capacity.batch_rows for group in groups if group.workspace]
         self.max_batch_size = min(rows, default=None)
         self._schedule = schedule
         self._counters = counters
@@ -199,7 +199,7 @@ class DecodePlanner:
             planned.steps += 1
             self._counters.count_reused_step(time.perf_counter() - began)
             if planned.reason is None and not batch.in_graph:
-                self._grow_tails(batch, planned)
+                self.append(batch)
             return planned.reason
         self.invalidate()
         lens = batch.host_lengths(batch.num_requests)
@@ -208,6 +208,11 @@ class DecodePlanner:
         reason = self.replan(batch, lens)
         self._counters.plan_seconds += time.perf_counter() - began
         return reason
+
+    def append(self, batch: DecodeBatch) -> None:
+        """Let every tail grow by this step's slot. A graph holds the call, other steps make it."""
+        for group in self.groups:
+            group.executor.append(batch.seq_lens, batch.new_slots)
 
     def prepare_private(self, batch: DecodeBatch) -> None:
         """Make the executors ready for a batch of which nothing is known to be shared.
@@ -319,14 +324,11 @@ class DecodePlanner:
 
     def _load(self, group: LayerGroup, plan: PackPlan, batch: DecodeBatch) -> None:
         group.executor.load(
-            plan, self.req_to_token, batch.req_pool_indices, num_rows=batch.padded_batch_size
+            plan,
+            self.req_to_token,
+            batch.req_pool_indices,
+            padded_batch_size=batch.padded_batch_size,
         )
-
-    def _grow_tails(self, batch: DecodeBatch, planned: _Planned) -> None:
-        lens = planned.lens + planned.steps
-        device_lens = batch.seq_lens[: len(lens)]
-        for group in self.groups:
-            group.executor.append(lens, batch.new_slots, device_lens)
 
     def _forest_from_paths(
         self, batch: DecodeBatch, reqs: list[Any], settled: list[bool], lens: IntArray

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from sglang.srt.layers.radix_attention import RadixAttention
 
+from prefix_kernels.executor import choose_executor, make_executor
+from prefix_kernels.plan import AttentionShape
 from prefix_patches.kv_pool import applies_kv_scales
 from sglang_prefix.backend.decode_planner import LayerGroup
 from sglang_prefix.backend.fallback import REASONS, layer_reason
 from sglang_prefix.backend.workspace import Workspace, size_workspace
 from sglang_prefix.config import PrefixConfig
-from sglang_prefix.packing import AttentionShape
 from sglang_prefix.packing.planner import RESERVED_TAIL_SLOTS, PackPlanner, profile_for
-from sglang_prefix.runner import PlanRunner, choose_executor
 
 __all__ = ["ModelLayers", "find_layers"]
 
@@ -47,13 +47,13 @@ class ModelLayers:
     @property
     def executor_names(self) -> list[str]:
         """Executors in use."""
-        return sorted({group.executor.executor_name for group in self.groups})
+        return sorted({group.executor.name for group in self.groups})
 
     @property
     def workspace(self) -> Workspace | None:
         """Of the group that holds the fewest requests for sure; None if nothing is preallocated."""
         workspaces = [group.workspace for group in self.groups if group.workspace]
-        return min(workspaces, key=lambda workspace: workspace.sure_rows, default=None)
+        return min(workspaces, key=lambda workspace: workspace.sure_batch_size, default=None)
 
     def log_startup(
         self,
@@ -146,7 +146,7 @@ def _build_group(
             "mode": config.launch_mode,
             "merge": config.merge_mode,
         }
-    executor = PlanRunner(shape, device, name, check_slots=config.verify, options=options)
+    executor = make_executor(name, shape, device, check_slots=config.verify, **options)
     planner = PackPlanner(
         shape,
         profile_for(name, executor.max_block_rows),
@@ -159,17 +159,16 @@ def _build_group(
 def _workspace_of(
     model_runner: Any, shape: AttentionShape, config: PrefixConfig, num_groups: int
 ) -> Workspace:
-    from prefix_kernels.tiles import TileShape
-    from prefix_kernels.triton_executor import widest_block
+    from prefix_kernels.tiles import TileShape, widest_block
 
-    tile_shape = TileShape(shape.head_dim, shape.v_head_dim, shape.q_itemsize, shape.kv_itemsize)
+    # Batches are padded to multiples of what parallelism asks for.
+    padded = -(-int(model_runner.req_to_token_pool.size) // 64) * 64
     return size_workspace(
         shape,
-        # Batches are padded to multiples of what parallelism asks for.
-        max_rows=min(-(-int(model_runner.req_to_token_pool.size) // 64) * 64, _MAX_BATCH_SIZE),
+        max_batch_size=min(padded, _MAX_BATCH_SIZE),
         context_len=int(model_runner.model_config.context_len),
         reserved_tail_slots=RESERVED_TAIL_SLOTS,
-        max_block_rows=widest_block(config.launch_mode, tile_shape),
+        max_block_rows=widest_block(config.launch_mode, TileShape.of(shape)),
         budget=config.workspace_mib * 2**20 // num_groups,
     )
 

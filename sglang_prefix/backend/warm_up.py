@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from prefix_kernels.tile_config import ROW_CLASSES
+from prefix_kernels.tiles import ROW_CLASSES
 from sglang_prefix.backend.decode_batch import DecodeBatch
 from sglang_prefix.backend.decode_planner import DecodePlanner, LayerGroup
 
@@ -44,8 +44,7 @@ def warm_up(
     for num_requests in _batch_sizes(planner):
         batch = _blank_batch(num_requests, device)
         planner.prepare_private(batch)
-        for group in planner.groups:
-            group.executor.append_in_graph(batch.seq_lens, batch.new_slots)
+        planner.append(batch)
         for layer, group in group_of.items():
             heads = (num_requests, layer.tp_q_head_num, layer.qk_head_dim)
             run(group, torch.zeros(heads, dtype=q_dtype, device=device), layer)
@@ -60,7 +59,7 @@ def _batch_sizes(planner: DecodePlanner) -> list[int]:
     for group in planner.groups:
         group_size = group.planner.costs.shape.group_size
         smallest = {1, *(rows // group_size + 1 for rows in ROW_CLASSES)}
-        most = group.workspace.capacity.rows if group.workspace else 1
+        most = group.workspace.capacity.batch_rows if group.workspace else 1
         sizes |= {min(size, most) for size in smallest}
     return sorted(sizes)
 
