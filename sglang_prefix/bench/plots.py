@@ -114,8 +114,8 @@ def roofline_figure(data: Data) -> Figure:
                 dot(ideal, rate, _OURS, ms=6, mfc="none")
     if points:
         bandwidths = sorted(case["bandwidth_gb_s"] for case in data["cases"])
-        bandwidth, peak = bandwidths[len(bandwidths) // 2], data.get("peak_gflop_s")
-        _draw_roof(axes, [x for x, _ in points], bandwidth, peak)
+        peak = data.get("limits", {}).get("flop_per_s")
+        _draw_roof(axes, points, bandwidths[len(bandwidths) // 2], peak and peak / 1e9)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("arithmetic intensity, FLOP per byte of KV")
