@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from sglang_prefix.forest import PrefixForest
 from sglang_prefix.packing import AttentionShape
-from sglang_prefix.plan import PackPlan
+from sglang_prefix.packing.layout import CostedPlan
 
 __all__ = [
     "H200",
@@ -126,7 +126,7 @@ class Gate:
         self._stock_name = stock_name
         self._packs = False
 
-    def choose(self, plans: Sequence[tuple[PackPlan, int]], forest: PrefixForest) -> Decision:
+    def choose(self, plans: Sequence[tuple[CostedPlan, int]], forest: PrefixForest) -> Decision:
         """Decide from the plans of a batch, each with the number of layers that it serves."""
         packed = stock = 0.0
         for plan, layers in plans:
@@ -142,7 +142,7 @@ class Gate:
         self._packs = False
 
 
-def predict_packed(plan: PackPlan, limits: DeviceLimits) -> float:
+def predict_packed(plan: CostedPlan, limits: DeviceLimits) -> float:
     """Microseconds of one layer under a plan."""
     costs = plan.costs
     shape = costs.shape
@@ -185,7 +185,7 @@ def predict_stock(
 
 
 def triton_kv_splits(lens: IntArray, shape: AttentionShape, num_sms: int) -> IntArray:
-    """Pieces [B] that SGLang's Triton backend cuts each request into (0.5.17 to 0.5.23).
+    """Splits [B] that SGLang's Triton backend cuts each request into (0.5.17 to 0.5.23).
 
     The larger of two rules: the longest request over the shortest, unless all are within 25% of
     each other; and as many as fill the multiprocessors, the more the longer the requests are.
@@ -198,7 +198,7 @@ def triton_kv_splits(lens: IntArray, shape: AttentionShape, num_sms: int) -> Int
     programs = len(lens) * -(-shape.num_qo_heads // head_tile)
     cores = int(num_sms * max(np.log2(longest / 64), 1.0))
     by_cores = min(-(-cores // programs), _TRITON_MAX_SPLITS)
-    chunks = [-(-longest // pieces) for pieces in (by_length, by_cores)]
+    chunks = [-(-longest // splits) for splits in (by_length, by_cores)]
     return np.maximum(-(-lens // chunks[0]), -(-lens // chunks[1]))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,19 +11,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.timing import interleaved, medians
+from prefix_kernels.executor import make_executor
 from prefix_kernels.plan_buffers import serialize_plan
 from prefix_kernels.tiles import FUSED_ROWS
+from prefix_kernels.torch_executor import TorchExecutor
 from prefix_kernels.work_list import build_work_list
 from prefix_patches.radix_paths import path_reader
 from prefix_patches.schedule_context import BATCH_ATTRIBUTE, ScheduleContext
 from sglang_prefix.backend.counters import BackendCounters
+from sglang_prefix.backend.decode_batch import DecodeBatch
 from sglang_prefix.backend.decode_planner import DecodePlanner, LayerGroup
 from sglang_prefix.backend.path_cache import PathCache
+from sglang_prefix.bench.timing import host_seconds, interleaved, unpreempted_seconds
 from sglang_prefix.forest import PathTable, PrefixForest
 from sglang_prefix.packing import CPU_PROFILE, GPU_PROFILE, AttentionShape
 from sglang_prefix.packing.planner import PackPlanner
-from sglang_prefix.runner import PlanRunner
 
 __all__ = ["measure_planning"]
 
@@ -34,7 +37,11 @@ SHAPE = AttentionShape(32, 8, 128, 128, 2, 2)
 
 
 def measure_planning(num_requests: int, rounds: int, seed: int) -> dict[str, Any]:
-    """Time the stages of a plan for ``num_requests`` requests in a three-level forest."""
+    """Time the stages of a plan for ``num_requests`` requests in a three-level forest.
+
+    Returns:
+        What `schema.HostCase` has of a case, without its name and group.
+    """
     tree = _RadixTree(num_requests, seed)
     read = path_reader(tree.cache)
     assert read is not None
@@ -61,12 +68,13 @@ def measure_planning(num_requests: int, rounds: int, seed: int) -> dict[str, Any
 
     batch = _DecodeBatch(tree, lens)
     rows = torch.arange(num_requests)
-    runner = PlanRunner(SHAPE, torch.device("cpu"), "torch")
-    runner.load(plan, tree.table, rows)
+    executor = make_executor("torch", SHAPE, torch.device("cpu"))
+    executor.load(plan, tree.table, rows)
+    device_lens = torch.from_numpy(lens)
     new_slots = torch.zeros(num_requests, dtype=torch.int64)
 
     def step() -> None:
-        runner.append(runner.seq_lens + 1, new_slots)
+        executor.append(device_lens, new_slots)
 
     seconds = interleaved(
         {
@@ -87,11 +95,12 @@ def measure_planning(num_requests: int, rounds: int, seed: int) -> dict[str, Any
             "forest_from_rows": lambda: PrefixForest.from_rows(
                 tree.table.numpy()[:, : int(lens.max())], lens
             ),
-            "load_slots": lambda: runner.load(plan, tree.table, rows),
+            "load_slots": lambda: executor.load(plan, tree.table, rows),
         },
         rounds,
+        unpreempted_seconds,
     )
-    runner.load(plan, tree.table, rows)
+    executor.load(plan, tree.table, rows)
     seconds |= interleaved(
         {
             # A step that goes on as the one before: all of it in a graph, and on the CPU as well
@@ -100,11 +109,12 @@ def measure_planning(num_requests: int, rounds: int, seed: int) -> dict[str, Any
             "append_slots": step,
         },
         min(rounds, 200),
+        host_seconds,  # a step that is run again has taken its reserved slots twice
     )
     return {
         "num_requests": num_requests,
         "nodes": forest.num_nodes,
-        "median_us": {name: value * 1e6 for name, value in medians(seconds).items()},
+        "us": {name: median(times) * 1e6 for name, times in seconds.items()},
         "seconds": seconds,
     }
 
@@ -114,8 +124,8 @@ class _DecodeBatch:
 
     def __init__(self, tree: _RadixTree, lens: NDArray[np.int64]) -> None:
         self._schedule = ScheduleContext()
-        shape = LayerGroup(PackPlanner(SHAPE, GPU_PROFILE), _NoRunner())
-        self._batches = DecodePlanner(
+        shape = LayerGroup(PackPlanner(SHAPE, GPU_PROFILE), _NoExecutor(SHAPE, torch.device("cpu")))
+        self._planner = DecodePlanner(
             self._schedule, tree.table, 1, [shape], BackendCounters(), verify=False
         )
         # More than any run does steps, so that no tail runs out of room.
@@ -141,7 +151,7 @@ class _DecodeBatch:
 
     def plan(self) -> None:
         """A step for which the batch is planned anew."""
-        self._batches.forget()
+        self._planner.invalidate()
         self._step()
 
     def keep(self) -> None:
@@ -152,22 +162,16 @@ class _DecodeBatch:
 
     def _step(self) -> None:
         before = self._schedule.push(self._forward_batch)
-        reason = self._batches.prepare(self._forward_batch, in_graph=True)
+        reason = self._planner.prepare(DecodeBatch(self._forward_batch, self._schedule.batch, True))
         self._schedule.pop(before)
         assert reason is None
 
 
-class _NoRunner(PlanRunner):
+class _NoExecutor(TorchExecutor):
     """Takes plans and does nothing with them."""
-
-    def __init__(self) -> None:
-        pass
 
     def load(self, *args: Any, **kwargs: Any) -> None:
         """Not this time."""
-
-    def note_growth(self, *args: Any) -> None:
-        """Nor this."""
 
 
 class _RadixTree:
