@@ -7,7 +7,16 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NotRequired,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from sglang_prefix.bench import schema
 from sglang_prefix.bench.results import SCHEMA
@@ -30,8 +39,8 @@ _PLAIN: dict[Any, Any] = {str: "", int: 1, float: 1.0, bool: False}
 def example(kind: Any, /, **given: Any) -> Result:
     """An object of a typed dictionary: what is given, and something legal for all it must have."""
     hints = get_type_hints(kind, include_extras=True)
-    found = {key: _example(hints[key]) for key in hints if key in kind.__required_keys__}
-    return found | given
+    required = {key: hint for key, hint in hints.items() if get_origin(hint) is not NotRequired}
+    return {key: _example(hint) for key, hint in required.items() if key not in given} | given
 
 
 def _example(hint: Any) -> Any:
