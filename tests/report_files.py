@@ -183,7 +183,7 @@ def engine_result() -> Result:
         return {"name": f"pair/{name}", "group": "pair", "load": {"name": name},
                 "measured": measured}  # fmt: skip
 
-    turns = {"name": "pair/unrelated", "group": "pair", "stock": "fa3", "ratio": 1.25}
+    turns: Result = {"name": "pair/unrelated", "group": "pair", "stock": "fa3", "ratio": 1.25}
     turns |= {"ratio_interval": {"low": 1.2, "high": 1.3}}
     check = {"name": "pair/logprobs", "group": "pair", "difference": {"max": 1e-3}}
     cases = [case("many", 5.0, packed=True), case("few", 10.0, packed=False), turns, check]

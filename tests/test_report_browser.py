@@ -26,10 +26,10 @@ NARROW: ViewportSize = {"width": 400, "height": 800}
 EVIL = '<script>window.owned = true</script><img src="https://example.org/x.png">'
 
 
+@pytest.mark.slow
+@pytest.mark.extended
 class TestShown:
     """What a reader sees."""
-
-    pytestmark = (pytest.mark.slow, pytest.mark.extended)
 
     @pytest.fixture(scope="class")
     def page_file(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
