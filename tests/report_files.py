@@ -176,7 +176,7 @@ def engine_result() -> Result:
     """One load won, one on which ours did not pack, one lost with engines in turn; a check."""
 
     def case(name: str, us: float, *, packed: bool) -> Result:
-        ours = {"tpot_us": us, "packed": packed, "packed_share": 1.0 * packed}
+        ours: Result = {"tpot_us": us, "packed": packed, "packed_share": 1.0 * packed}
         ours |= {"not_packed_because": {} if packed else {"gate": 9}, "host_us_per_step": 20.0}
         ours |= {"counters": {"kv_read_ratio": 0.2}}
         measured = {"prefix": ours, "fa3": {"tpot_us": 10.0}}

@@ -119,7 +119,7 @@ def watch_prepare(module: ModuleType) -> None:
         STEP.newest_slots, STEP.plans = forward_batch.out_cache_loc, []
         reason = prepare(self, forward_batch, **kwargs)
         if now == "compare-plans" and settled and reason is None:
-            for planner, forest, plan in tuple(STEP.plans):
+            for planner, forest, plan in STEP.plans:
                 compare_plans(planner, forest, plan, forward_batch)
         return reason
 
