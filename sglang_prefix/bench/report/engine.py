@@ -98,9 +98,7 @@ def _load_table(data: Data, loads: list[Data]) -> Table:
         Column("median step us", number, "prefix.median_step_us", "of ours"),
         Column("packed", share, "prefix.packed_share", packed),
         Column("KV read", share, "prefix.counters.kv_read_ratio", "KV tokens read over all"),
-        Column(
-            "host us", number, "prefix.host_us_per_step", "per step, for plans"
-        ),
+        Column("host us", number, "prefix.host_us_per_step", "per step, for plans"),
         Column("over stock", shown, "over", "time of the fastest stock backend over ours"),
     ]
     return tabulate("Decoding at full batch", columns, loads, message=message)

@@ -146,7 +146,9 @@ def _step_table(data: Data, cases: Sequence[Data], ours: str | None, peers: Sequ
         Column("floor us", number, "floor.us", "of a layer: bytes, operations, one launch", True),
         Column("over floor", number, "ours.over_floor", "kernel time of ours over it", True),
         Column("GB/s", number, "gb_s", "KV bytes that ours reads over its whole step"),
-        Column("of bandwidth", share, "bandwidth_share", "of a streaming read in the same run", True),
+        Column(
+            "of bandwidth", share, "bandwidth_share", "of a streaming read in the same run", True
+        ),
         Column("group", text, "group", folds=True),
         Column("heads", text, "shape", "query heads / KV heads / head dim", folds=True),
         Column("dtype", text, "dtype", folds=True),

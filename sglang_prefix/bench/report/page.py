@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from sglang_prefix.bench.plots import embedded_plots
+from sglang_prefix.bench.report.drawings import embedded_plots
 from sglang_prefix.bench.report.engine import engine_section
 from sglang_prefix.bench.report.kernel import kernel_section
 from sglang_prefix.bench.report.section import Section, Verdict
