@@ -260,7 +260,7 @@ class TestOtherKinds:
         )
         message = rows_of(section, "Decoding")["few"]["message"]
         assert message.startswith("not a comparison: ours did not pack")
-        assert losing(section, "in turn") == ["pair/unrelated"]
+        assert losing(section, "in turn") == ["pair/unrelated", "pair/logprobs"]
 
     def test_tiles(self) -> None:
         (row,) = table_of(section_of(tune_result()), "Tiles").rows

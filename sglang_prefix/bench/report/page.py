@@ -22,8 +22,8 @@ from sglang_prefix.bench.tables import ratio_text, to_html
 __all__ = ["PAGE", "build_page", "section_of", "write_folder_page"]
 
 PAGE = "report.html"
-# Of one folder that both bench commands were given; whatever else is in it is not looked at.
-_FOLDER_FILES = ("kernel.json", "serving.json")
+# What the bench commands write into a folder; whatever else is in it is not looked at.
+_FOLDER_FILES = ("kernel.json", "serving.json", "engine.json", "tune.json", "host.json")
 _SECTIONS: dict[str, Callable[[Mapping[str, Any]], Section]] = {
     "bench-kernel": kernel_section,
     "bench-serving": serving_section,
