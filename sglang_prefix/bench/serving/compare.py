@@ -1,4 +1,4 @@
-"""What `bench serving` concludes from what it measured: pure functions on plain values."""
+"""What `bench serving` concludes from its measurements: pure functions on plain values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from sglang_prefix.bench.serving.workloads import Workload
 
-__all__ = ["METRICS", "MIN_PACKED_SHARE", "SIDES", "judge", "new_cell", "step_delta", "sum_up"]
+__all__ = ["METRICS", "MIN_PACKED_SHARE", "SIDES", "aggregate", "compare", "new_case", "step_delta"]
 
 SIDES = ("stock", "prefix")
 METRICS = ("ttft", "tpot", "itl")
@@ -20,8 +20,8 @@ _PATHS = ("packed", "stock", "fallback")
 _NO_RATIOS = dict.fromkeys((*METRICS, "throughput"))
 
 
-def new_cell(workload: Workload) -> dict[str, Any]:
-    """A cell of which nothing is measured yet."""
+def new_case(workload: Workload) -> dict[str, Any]:
+    """A case of which nothing is measured yet."""
     return {
         "name": workload.name,
         "group": workload.group,
@@ -63,8 +63,8 @@ def step_delta(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None
     }
 
 
-def sum_up(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One side of a cell from its runs: the median over them of every time and rate.
+def aggregate(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One side of a case from its runs: the median over them of every time and rate.
 
     Args:
         runs: at least one; each with times, rates and "counters" from :func:`step_delta`.
@@ -92,51 +92,51 @@ def sum_up(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return side
 
 
-def judge(
-    cell: dict[str, Any],
-    evidence: Mapping[str, Mapping[str, Any]],
+def compare(
+    case: dict[str, Any],
+    outputs: Mapping[str, Mapping[str, Any]],
     *,
     repeats: int,
     min_equal: float,
 ) -> None:
-    """Say of a cell whether it is a comparison, and if so compare.
+    """Decide whether a case is a comparison, and if so compare.
 
     Args:
-        cell: with "sides"; what is concluded is written into it.
-        evidence: by side "tokens", the ids of each answer, "texts", of each run the hash of each
+        case: with "sides"; the conclusions are written into it.
+        outputs: by side "tokens", the ids of each answer, "texts", of each run the hash of each
             answer, and "fingerprint" of the requests.
         repeats: runs that a side must have.
         min_equal: share of the tokens that must come before the first difference of an answer, 0
             to 1. With 1 the answers of the timed runs must be equal as well.
     """
-    sides = cell["sides"]
-    cell |= {"is_comparison": False, "ratios": dict(_NO_RATIOS), "unpacked_ratios": None}
+    sides = case["sides"]
+    case |= {"is_comparison": False, "ratios": dict(_NO_RATIOS), "unpacked_ratios": None}
     missing = [s for s in SIDES if s not in sides or len(sides[s]["raw"]["runs"]) < repeats]
     if missing:
-        cell["why_not"] = f"not run to its end: {' and '.join(missing)}"
+        case["why_not"] = f"not run to its end: {' and '.join(missing)}"
         return
-    stock, prefix = (evidence[side] for side in SIDES)
-    _compare_tokens(cell, stock["tokens"], prefix["tokens"])
-    cell["why_not"] = _objection(cell, stock, prefix, min_equal)
-    if cell["why_not"] is None:
+    stock, prefix = (outputs[side] for side in SIDES)
+    _compare_tokens(case, stock["tokens"], prefix["tokens"])
+    case["why_not"] = _objection(case, stock, prefix, min_equal)
+    if case["why_not"] is None:
         share = sides["prefix"]["packed_share"]
         ratios = _ratios(sides["stock"], sides["prefix"])
         if share < MIN_PACKED_SHARE:
-            reasons = ", ".join(sides["prefix"]["reasons"]) or "no reason told"
-            cell["why_not"] = f"only {share:.0%} of the decode steps were packed ({reasons})"
-            cell["unpacked_ratios"] = ratios
+            reasons = ", ".join(sides["prefix"]["reasons"]) or "no reason given"
+            case["why_not"] = f"only {share:.0%} of the decode steps were packed ({reasons})"
+            case["unpacked_ratios"] = ratios
         else:
-            cell |= {"is_comparison": True, "ratios": ratios}
+            case |= {"is_comparison": True, "ratios": ratios}
 
 
 def _compare_tokens(
-    cell: dict[str, Any], stock: Sequence[Sequence[int]], prefix: Sequence[Sequence[int]]
+    case: dict[str, Any], stock: Sequence[Sequence[int]], prefix: Sequence[Sequence[int]]
 ) -> None:
     pairs = list(zip(stock, prefix, strict=False))
-    cell["requests"] = len(stock)
-    cell["tokens_compared"] = sum(len(a) for a in stock)
-    cell["tokens_equal"] = sum(_common(a, b) for a, b in pairs)
-    cell["requests_equal"] = sum(a == b for a, b in pairs)
+    case["requests"] = len(stock)
+    case["tokens_compared"] = sum(len(a) for a in stock)
+    case["tokens_equal"] = sum(_common(a, b) for a, b in pairs)
+    case["requests_equal"] = sum(a == b for a, b in pairs)
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
@@ -145,25 +145,25 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _objection(
-    cell: Mapping[str, Any], stock: Mapping[str, Any], prefix: Mapping[str, Any], min_equal: float
+    case: Mapping[str, Any], stock: Mapping[str, Any], prefix: Mapping[str, Any], min_equal: float
 ) -> str | None:
-    """Why the sides cannot be compared, whatever was packed."""
-    requests = cell["requests"]
+    """Why the sides cannot be compared, apart from what was packed."""
+    requests = case["requests"]
     if stock["fingerprint"] != prefix["fingerprint"]:
         return "the sides did not get the same requests"
     if len(prefix["tokens"]) != requests:
         return f"{len(prefix['tokens'])} answers for {requests} requests"
-    share = cell["tokens_equal"] / max(cell["tokens_compared"], 1)
-    if share < min_equal or (min_equal == 1 and cell["requests_equal"] < requests):
-        unequal = requests - cell["requests_equal"]
+    share = case["tokens_equal"] / max(case["tokens_compared"], 1)
+    if share < min_equal or (min_equal == 1 and case["requests_equal"] < requests):
+        unequal = requests - case["requests_equal"]
         return f"tokens differ in {unequal} of {requests} answers ({share:.0%} of tokens agree)"
     if min_equal == 1:
-        said = [texts for one in (stock, prefix) for texts in one["texts"]]
-        unequal = sum(len(set(answers)) > 1 for answers in zip(*said, strict=True))
+        runs = [texts for one in (stock, prefix) for texts in one["texts"]]
+        unequal = sum(len(set(answers)) > 1 for answers in zip(*runs, strict=True))
         if unequal:
             return f"answers of the timed runs differ in {unequal} of {requests} requests"
-    if cell["sides"]["prefix"]["steps"] is None:
-        return "the prefix server told no counters"
+    if case["sides"]["prefix"]["steps"] is None:
+        return "the prefix server reported no counters"
     return None
 
 
@@ -173,7 +173,6 @@ def _ratios(stock: Mapping[str, Any], prefix: Mapping[str, Any]) -> dict[str, fl
     for name in METRICS:
         a, b = stock[f"{name}_ms"], prefix[f"{name}_ms"]
         found[name] = b["median"] / a["median"] if a and b and a["median"] else None
-    rates = (side["output_tokens_per_s"] for side in (stock, prefix))
-    was, now = rates
-    found["throughput"] = now / was if was else None
+    rate = stock["output_tokens_per_s"]
+    found["throughput"] = prefix["output_tokens_per_s"] / rate if rate else None
     return found
