@@ -1,0 +1,83 @@
+"""Hooks: modules that are loaded first in every process of an engine, to patch what comes later.
+
+An engine's processes are started by SGLang, and import it before anyone could patch it. Python
+itself imports ``sitecustomize`` at the start of every process, and ours, in this folder, imports
+the modules that ``SGLANG_PREFIX_HOOKS`` names. A hook calls :func:`patch_after_import`.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+
+__all__ = ["HOOKS_VARIABLE", "Patch", "hook_environment", "patch_after_import"]
+
+# Names of modules, separated by commas.
+HOOKS_VARIABLE = "SGLANG_PREFIX_HOOKS"
+_FOLDER = Path(__file__).parent
+
+Patch = Callable[[ModuleType], None]
+
+
+def hook_environment(hooks: Sequence[str], base: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment in which every Python process loads some hooks.
+
+    Args:
+        hooks: names of modules, imported in this order.
+        base: the environment to start from; not changed. Its ``PYTHONPATH`` must lead to the hooks
+            wherever they are not installed, and may hold no ``sitecustomize`` of its own.
+    """
+    if not hooks:
+        return dict(base)
+    paths = [str(_FOLDER), *filter(None, [base.get("PYTHONPATH")])]
+    return {**base, HOOKS_VARIABLE: ",".join(hooks), "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def patch_after_import(patches: Mapping[str, Patch]) -> None:
+    """Patch modules, by name, right after they are imported.
+
+    Several hooks may patch the same module; the patches are applied in the order of the calls.
+    """
+    finder = next((one for one in sys.meta_path if isinstance(one, _PatchingFinder)), None)
+    if finder is None:
+        finder = _PatchingFinder()
+        sys.meta_path.insert(0, finder)
+    for name, patch in patches.items():
+        finder.patches.setdefault(name, []).append(patch)
+
+
+class _PatchingFinder(importlib.abc.MetaPathFinder):
+    """Finds the modules that are patched."""
+
+    def __init__(self) -> None:
+        self.patches: dict[str, list[Patch]] = {}
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname not in self.patches:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _PatchingLoader(spec.loader, self.patches[fullname])
+        return spec
+
+
+class _PatchingLoader(importlib.abc.Loader):
+    """Loads a module as its own loader does, then patches it."""
+
+    def __init__(self, loader: importlib.abc.Loader, patches: Sequence[Patch]) -> None:
+        self._loader, self._patches = loader, patches
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        for patch in self._patches:
+            patch(module)
