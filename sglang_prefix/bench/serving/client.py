@@ -85,7 +85,9 @@ class ClientProcess:
             answer = self._connection.recv()
         except (EOFError, ConnectionError):
             status = self._process.wait()
-            raise ClientError(f"the client ended with status {status}; its log: {self._log}") from None
+            raise ClientError(
+                f"the client ended with status {status}; its log: {self._log}"
+            ) from None
         if "error" in answer:
             raise ClientError(f"{answer['error']}; the client's log: {self._log}")
         return answer["result"]

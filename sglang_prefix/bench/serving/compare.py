@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import median
+from math import comb
+from statistics import fmean, median
 from typing import Any
 
+from sglang_prefix.bench.engine import counter_difference
 from sglang_prefix.bench.serving.workloads import Workload
 
-__all__ = ["METRICS", "MIN_PACKED_SHARE", "SIDES", "aggregate", "compare", "new_case", "step_delta"]
+__all__ = [
+    "METRICS",
+    "MIN_PACKED_SHARE",
+    "SIDES",
+    "aggregate",
+    "compare",
+    "compare_logprobs",
+    "decode_times",
+    "median_interval",
+    "new_case",
+    "step_delta",
+]
 
 SIDES = ("stock", "prefix")
 METRICS = ("ttft", "tpot", "itl")
@@ -18,6 +31,8 @@ _TIMES = tuple(f"{name}_ms" for name in METRICS)
 _RATES = ("output_tokens_per_s", "requests_per_s", "duration_s")
 _PATHS = ("packed", "stock", "fallback")
 _NO_RATIOS = dict.fromkeys((*METRICS, "throughput"))
+
+_LogProbs = Sequence[Sequence[Mapping[str, float]]]
 
 
 def new_case(workload: Workload) -> dict[str, Any]:
@@ -49,17 +64,11 @@ def step_delta(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None
     """
     if before is None or after is None:
         return None
-    reasons: dict[str, int] = {}
-    for kind in ("stock_reasons", "fallback_reasons"):
-        old = before.get(kind, {})
-        for reason, count in after.get(kind, {}).items():
-            if count > old.get(reason, 0):
-                reasons[reason] = count - old.get(reason, 0)
-    tokens = ("kv_tokens_read", "kv_tokens_logical")
+    added = counter_difference(before, after)
     return {
-        "steps": {p: after.get(f"{p}_steps", 0) - before.get(f"{p}_steps", 0) for p in _PATHS},
-        **{name: after.get(name, 0) - before.get(name, 0) for name in tokens},
-        "reasons": reasons,
+        "steps": {path: added.get(f"{path}_steps", 0) for path in _PATHS},
+        **{name: added.get(name, 0) for name in ("kv_tokens_read", "kv_tokens_logical")},
+        "reasons": added.get("stock_reasons", {}) | added.get("fallback_reasons", {}),
     }
 
 
@@ -176,3 +185,73 @@ def _ratios(stock: Mapping[str, Any], prefix: Mapping[str, Any]) -> dict[str, fl
     rate = stock["output_tokens_per_s"]
     found["throughput"] = prefix["output_tokens_per_s"] / rate if rate else None
     return found
+
+
+def decode_times(answer: dict[str, Any], *, ours: bool) -> dict[str, Any]:
+    """Times per output token from `engine_calls.decode`; for ours also who served the steps.
+
+    Raises:
+        ValueError: all requests never decoded at once.
+    """
+    steps = answer["step_us"]
+    if not steps:
+        raise ValueError("at no time did all requests decode")
+    found = {"tpot_us": fmean(steps), "median_step_us": median(steps), "num_steps": len(steps)}
+    if ours:
+        counters = answer["counters"]
+        total = max(sum(counters[f"{path}_steps"] for path in _PATHS), 1)
+        share = counters["packed_steps"] / total
+        host = counters["plan_seconds"] + counters["reused_plan_seconds"]
+        found |= {
+            "packed_share": share,
+            "packed": share >= MIN_PACKED_SHARE,
+            "not_packed_because": counters["stock_reasons"] | counters["fallback_reasons"],
+            "host_us_per_step": host / total * 1e6,
+        }
+    return found | answer
+
+
+def compare_logprobs(first: _LogProbs, second: _LogProbs) -> dict[str, Any]:
+    """Differences of decoded tokens, request by request up to the first token that differs.
+
+    At that place the two still follow the same text. The first token of all is prefill's.
+
+    Args:
+        first, second: by request and position log probabilities by token, the chosen token first.
+    """
+    deltas: list[float] = []
+    num_positions = num_equal = 0
+    for ours, theirs in zip(first, second, strict=True):
+        for position, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            if position:
+                num_positions += 1
+                deltas += [abs(a[token] - b[token]) for token in a.keys() & b.keys()]
+            if next(iter(a)) != next(iter(b)):
+                break
+        else:
+            num_equal += 1
+    return {
+        "requests": len(first),
+        "requests_equal": num_equal,
+        "positions": num_positions,
+        "values": len(deltas),
+        "mean": fmean(deltas) if deltas else 0.0,
+        "max": max(deltas, default=0.0),
+    }
+
+
+def median_interval(values: list[float]) -> dict[str, float]:
+    """An interval for the median that assumes nothing of the distribution, and what it covers.
+
+    Its ends are values of the sample, as far inside as at least 95% allow. Fewer than six values
+    cannot cover as much.
+    """
+    ordered, count = sorted(values), len(values)
+    # Probability that at most `rank` of the values lie below the median, twice.
+    outside = [sum(comb(count, i) for i in range(rank + 1)) / 2**count * 2 for rank in range(count)]
+    rank = max((r for r, p in enumerate(outside) if p <= 0.05), default=0)
+    return {
+        "low": ordered[rank],
+        "high": ordered[count - 1 - rank],
+        "coverage": max(0.0, 1 - outside[rank]),
+    }

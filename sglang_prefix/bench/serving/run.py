@@ -6,9 +6,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +24,7 @@ from sglang_prefix.bench.results import (
 )
 from sglang_prefix.bench.serving.client import ClientError, ClientProcess, ClientTimeoutError
 from sglang_prefix.bench.serving.compare import SIDES, aggregate, compare, new_case, step_delta
+from sglang_prefix.bench.serving.plan import Plan, steps
 from sglang_prefix.bench.serving.servers import (
     RunningServer,
     ServerError,
@@ -36,7 +36,7 @@ from sglang_prefix.bench.serving.servers import (
 )
 from sglang_prefix.bench.serving.workloads import Workload
 
-__all__ = ["OUTPUTS", "RESULT", "Plan", "Run", "steps"]
+__all__ = ["OUTPUTS", "RESULT", "Run"]
 
 KIND = "bench-serving"
 RESULT = "serving.json"
@@ -64,78 +64,6 @@ class Output(TypedDict):
 
 
 Outputs = dict[str, dict[Literal["stock", "prefix"], Output]]
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What is to be run.
-
-    Attributes:
-        out: folder for everything that is written.
-        model: folder or name; tokenizer: the same, None for the model's.
-        workloads: at least one.
-        absent: workloads that cannot be run, and why.
-        trace: file of a trace.
-        repeats: timed runs per workload and side.
-        seed: of the requests and the servers.
-        quick: whether the small sizes were taken.
-        urls: by side, a server that runs; None to start one.
-        server_args: by side, arguments of a server that is started.
-        port: of servers that are started; None to choose.
-        start_timeout_s: how long a server may take to start.
-        workload_timeout_s: how long requests may take to be made, or to be answered once; beyond
-            the time over which a trace sends them.
-        min_equal: share of tokens that must agree; None for all in float32, a quarter otherwise.
-        command: what the user typed.
-    """
-
-    out: Path
-    model: str
-    tokenizer: str | None
-    workloads: Sequence[Workload]
-    absent: dict[str, str]
-    trace: str | None
-    repeats: int
-    seed: int
-    quick: bool
-    urls: dict[str, str | None]
-    server_args: dict[str, list[str]]
-    port: int | None
-    start_timeout_s: float
-    workload_timeout_s: float
-    min_equal: float | None
-    command: list[str]
-
-    def options(self) -> dict[str, Any]:
-        """What a resumed run must have in common with its beginning."""
-        return {
-            "model": self.model,
-            "tokenizer": self.tokenizer,
-            "urls": self.urls,
-            "workloads": [workload.as_dict() for workload in self.workloads],
-            "trace": self.trace,
-            "repeats": self.repeats,
-            "seed": self.seed,
-            "quick": self.quick,
-            "server_args": self.server_args,
-        }
-
-
-def steps(plan: Plan) -> Iterator[tuple[str, Workload, int]]:
-    """Side, workload and number of every timed run, in order.
-
-    A server that is started here serves all its runs before the next one starts. Two that run
-    already take turns, and take turns at being first.
-    """
-    rounds = range(plan.repeats)
-    if all(plan.urls.values()):
-        for workload in plan.workloads:
-            for number in rounds:
-                order = SIDES if number % 2 == 0 else SIDES[::-1]
-                yield from ((side, workload, number) for side in order)
-    else:
-        for side in SIDES:
-            yield from ((side, w, number) for w in plan.workloads for number in rounds)
 
 
 class Run:

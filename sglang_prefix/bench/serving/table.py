@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from sglang_prefix.bench.serving.cells import METRICS, SIDES
+from sglang_prefix.bench.serving.compare import METRICS, SIDES
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
