@@ -127,7 +127,7 @@ class Run:
         same = options | same_environment(self.data["environment"])
         old = load_resumable(self.path, KIND, same)
         self._outputs = _read_outputs(self._outputs_file)
-        self.data |= {name: old[name] for name in _KEPT if name in old}
+        self.data |= {name: old[name] for name in _KEPT if old.get(name) is not None}
         for found in old["cases"]:
             name = found["name"]
             if name not in self._cases:
