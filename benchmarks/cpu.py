@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cpu_attention import CASES, measure_attention
-from benchmarks.cpu_engine import measure_engine, measure_host
 from benchmarks.cpu_planning import measure_planning
 from benchmarks.timing import environment
+from sglang_prefix.bench.host import measure_engine, measure_host
 
 RESULTS = Path(__file__).parent / "results" / "cpu"
 

@@ -10,15 +10,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from prefix_kernels.plan import PackPlan
     from sglang_prefix.forest import PrefixForest
-    from sglang_prefix.plan import PackPlan
     from sglang_prefix.wrapper import PrefixDecodeWrapper
 
 __version__ = "0.1.0"
 __all__ = ["PackPlan", "PrefixDecodeWrapper", "PrefixForest", "__version__"]
 
 _HOME_OF = {
-    "PackPlan": "sglang_prefix.plan",
+    "PackPlan": "prefix_kernels.plan",
     "PrefixDecodeWrapper": "sglang_prefix.wrapper",
     "PrefixForest": "sglang_prefix.forest",
 }

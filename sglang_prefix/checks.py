@@ -21,6 +21,7 @@ __all__ = [
     "check_kv_scale",
     "check_lengths",
     "check_logit_cap",
+    "check_planned_lengths",
     "check_pool_indices",
     "check_positive_ints",
     "check_same_sharing",
@@ -160,6 +161,17 @@ def check_lengths(lens: IntArray, context: int) -> None:
     if len(bad):
         raise ValueError(
             f"seq_lens[{bad[0]}]={lens[bad[0]]}; legal: 1 to {context}, the width of req_to_token"
+        )
+
+
+def check_planned_lengths(lens: IntArray, planned: IntArray, reserved_tail_slots: int) -> None:
+    """Every length is at least the planned one, and its tail has slots for the rest."""
+    bad = np.flatnonzero((lens < planned) | (lens > planned + reserved_tail_slots))
+    if len(bad):
+        b = bad[0]
+        raise ValueError(
+            f"seq_lens[{b}]={lens[b]} does not fit the plan; legal: {planned[b]} to "
+            f"{planned[b] + reserved_tail_slots}. Plan again."
         )
 
 

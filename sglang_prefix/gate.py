@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from sglang_prefix.forest import PrefixForest
 from sglang_prefix.packing import AttentionShape
-from sglang_prefix.plan import PackPlan
+from sglang_prefix.packing.layout import CostedPlan
 
 __all__ = [
     "H200",
@@ -126,7 +126,7 @@ class Gate:
         self._stock_name = stock_name
         self._packs = False
 
-    def choose(self, plans: Sequence[tuple[PackPlan, int]], forest: PrefixForest) -> Decision:
+    def choose(self, plans: Sequence[tuple[CostedPlan, int]], forest: PrefixForest) -> Decision:
         """Decide from the plans of a batch, each with the number of layers that it serves."""
         packed = stock = 0.0
         for plan, layers in plans:
@@ -142,7 +142,7 @@ class Gate:
         self._packs = False
 
 
-def predict_packed(plan: PackPlan, limits: DeviceLimits) -> float:
+def predict_packed(plan: CostedPlan, limits: DeviceLimits) -> float:
     """Microseconds of one layer under a plan."""
     costs = plan.costs
     shape = costs.shape

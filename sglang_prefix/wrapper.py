@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from prefix_kernels.executor import AttentionParams, choose_executor, make_executor
+from prefix_kernels.plan import AttentionShape, verify_plan, verify_slots
 from sglang_prefix import checks
 from sglang_prefix.config import verify_requested
 from sglang_prefix.forest import PrefixForest
-from sglang_prefix.packing import AttentionShape
+from sglang_prefix.packing.layout import CostedPlan, PlanStats
 from sglang_prefix.packing.planner import PackPlanner, profile_for
-from sglang_prefix.plan import PackPlan, PlanStats, verify_plan, verify_slots
-from sglang_prefix.runner import PlanRunner, choose_executor
 
 __all__ = ["PrefixDecodeWrapper"]
 
@@ -113,22 +114,26 @@ class PrefixDecodeWrapper:
         shape = AttentionShape(
             num_qo_heads, num_kv_heads, head_dim, v_head_dim, q_dtype.itemsize, kv_dtype.itemsize
         )
-        self._runner = PlanRunner(shape, self.device, self.executor, check_slots=verify_requested())
-        profile = profile_for(self.executor, self._runner.max_block_rows)
+        self._executor = make_executor(
+            self.executor, shape, self.device, check_slots=verify_requested()
+        )
+        profile = profile_for(self.executor, self._executor.max_block_rows)
         self._planner = PackPlanner(shape, profile, policy=policy, max_partials=max_partials)
+        self._plan: CostedPlan | None = None
+        self._seq_lens = np.zeros(0, dtype=np.int64)  # in use: those planned, or advanced to
         self._req_to_token = torch.empty(0, 0, dtype=torch.int32)
         self._req_pool_indices = torch.empty(0, dtype=torch.int64)
 
     @property
-    def current_plan(self) -> PackPlan:
+    def current_plan(self) -> CostedPlan:
         """The plan in use.
 
         Raises:
             ValueError: nothing has been planned yet.
         """
-        if self._runner.plan is None:
+        if self._plan is None:
             raise ValueError("nothing has been planned; legal: call plan(...) before run(...)")
-        return self._runner.plan
+        return self._plan
 
     @property
     def stats(self) -> PlanStats:
@@ -137,8 +142,8 @@ class PrefixDecodeWrapper:
         Raises:
             ValueError: nothing has been planned yet.
         """
-        grown = self._runner.seq_lens - self.current_plan.seq_lens
-        return self.current_plan.stats(int(grown.sum()))
+        plan = self.current_plan
+        return plan.stats(int((self._seq_lens - plan.seq_lens).sum()))
 
     def plan(
         self,
@@ -202,7 +207,8 @@ class PrefixDecodeWrapper:
             verify_slots(plan, rows)
         self._req_to_token = req_to_token
         self._req_pool_indices = req_pool_indices.to(self.device, copy=True)
-        self._runner.load(plan, req_to_token, self._req_pool_indices)
+        self._executor.load(plan, req_to_token, self._req_pool_indices)
+        self._plan, self._seq_lens = plan, plan.seq_lens
 
     def advance(self, seq_lens: torch.Tensor, new_slots: torch.Tensor) -> None:
         """Let requests grow without planning again, and without ``req_to_token``.
@@ -217,15 +223,17 @@ class PrefixDecodeWrapper:
                 does not have one slot per new token. Nothing is changed then.
         """
         lens = self._checked_lengths(seq_lens)
-        if (lens < self._runner.seq_lens).any():
+        if (lens < self._seq_lens).any():
             raise ValueError(
-                f"seq_lens={lens.tolist()} shrinks below {self._runner.seq_lens.tolist()}; legal: "
+                f"seq_lens={lens.tolist()} shrinks below {self._seq_lens.tolist()}; legal: "
                 "the lengths in use or longer. Plan again."
             )
-        grown = int((lens - self._runner.seq_lens).sum())
-        checks.check_index("new_slots", new_slots, grown)
+        checks.check_index("new_slots", new_slots, int((lens - self._seq_lens).sum()))
         checks.check_slots(new_slots)
-        self._runner.append(lens, new_slots.to(self.device))
+        targets = self._slot_targets(*self._new_positions(lens))
+        self._executor.write_slots(targets, new_slots.to(self.device))
+        self._seq_lens = lens
+        self._set_lengths(lens)
 
     @torch.no_grad()
     def run(
@@ -296,20 +304,55 @@ class PrefixDecodeWrapper:
         if seq_lens is not None:
             lens = self._checked_lengths(seq_lens)
             checks.check_lengths(lens, self._req_to_token.shape[1])
-            longer = self._runner.lengths_from_rows(
-                lens, self._req_to_token, self._req_pool_indices
-            )
+            longer = self._lengths_for_one_call(lens)
+        params = AttentionParams(sm_scale, logit_cap, **scales)
         with longer:
-            self._runner.run(
-                q, k_cache, v_cache, out, lse, sm_scale=sm_scale, logit_cap=logit_cap, **scales
-            )
+            self._executor.run(q, k_cache, v_cache, out, lse, params)
         return (out, lse) if return_lse and lse is not None else out
 
     def _checked_lengths(self, seq_lens: torch.Tensor) -> IntArray:
-        checks.check_index("seq_lens", seq_lens, self.current_plan.batch_size)
+        """Lengths on the host, refused where the plan cannot serve them."""
+        plan = self.current_plan
+        checks.check_index("seq_lens", seq_lens, plan.batch_size)
         lens = _to_host(seq_lens)
-        self._runner.check_lengths(lens)
+        checks.check_planned_lengths(lens, plan.seq_lens, plan.reserved_tail_slots)
         return lens
+
+    @contextmanager
+    def _lengths_for_one_call(self, seq_lens: IntArray) -> Iterator[None]:
+        """For a ``with`` block, let tails reach to ``seq_lens`` [B] as ``req_to_token`` has them.
+
+        Slots of positions past the lengths in use are read from the table now; others stay.
+        """
+        executor = self._executor
+        range_in_use = executor.slot_range
+        requests, positions = self._new_positions(seq_lens)
+        on_device = (torch.from_numpy(part).to(self.device) for part in (requests, positions))
+        request_index, position_index = on_device
+        rows = self._req_pool_indices.long()[request_index]
+        try:
+            slots = self._req_to_token[rows, position_index]
+            executor.write_slots(self._slot_targets(requests, positions), slots)
+            self._set_lengths(seq_lens)
+            yield
+        finally:
+            executor.slot_range = range_in_use
+            self._set_lengths(self._seq_lens)
+
+    def _new_positions(self, seq_lens: IntArray) -> tuple[IntArray, IntArray]:
+        """Request and position of every token between the lengths in use and longer ones."""
+        grown = np.maximum(seq_lens - self._seq_lens, 0)
+        requests = np.repeat(np.arange(len(grown)), grown)
+        within = np.arange(len(requests)) - np.repeat(np.cumsum(grown) - grown, grown)
+        return requests, self._seq_lens[requests] + within
+
+    def _slot_targets(self, requests: IntArray, positions: IntArray) -> IntArray:
+        """Where the slots of tail positions stand in ``kv_slots``."""
+        plan = self.current_plan
+        return plan.tail_offset[requests] + positions - plan.tail_start[requests]
+
+    def _set_lengths(self, seq_lens: IntArray) -> None:
+        self._executor.set_tail_lengths(seq_lens - self.current_plan.tail_start)
 
 
 def _to_host(tensor: torch.Tensor) -> IntArray:

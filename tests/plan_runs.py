@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from prefix_kernels.plan import PackPlan, verify_plan
 from sglang_prefix.packing import CPU_PROFILE, AttentionShape, DeviceProfile
 from sglang_prefix.packing.planner import PackPlanner
-from sglang_prefix.plan import PackPlan, verify_plan
 from sglang_prefix.runner import PlanRunner
 from tests.attention import AttentionCase, assert_close
 from tests.forests import Batch

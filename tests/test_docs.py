@@ -12,8 +12,8 @@ import pytest
 from sglang_prefix.backend.fallback import REASONS
 from sglang_prefix.forest import PrefixForest, RadixPath
 from sglang_prefix.packing import CPU_PROFILE, GPU_PROFILE, AttentionShape
+from sglang_prefix.packing.layout import CostedPlan
 from sglang_prefix.packing.planner import PackPlanner
-from sglang_prefix.plan import PackPlan
 from tests.docs.facts import problems
 from tests.docs.pages import ACTIVATE, ROOT, Page, pages, read_page
 from tests.docs.run import Reader
@@ -232,7 +232,7 @@ def test_the_bytes_and_splits_in_the_text(forest: PrefixForest) -> None:
     assert f"plan has {cpu.num_partials}" in text
 
 
-def _tokens(plan: PackPlan, pack: int) -> int:
+def _tokens(plan: CostedPlan, pack: int) -> int:
     return int(plan.pack_end[pack] - plan.pack_start[pack])
 
 

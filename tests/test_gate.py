@@ -16,8 +16,8 @@ from sglang_prefix.gate import (
     triton_kv_splits,
 )
 from sglang_prefix.packing import GPU_PROFILE, AttentionShape
+from sglang_prefix.packing.layout import CostedPlan
 from sglang_prefix.packing.planner import PackPlanner
-from sglang_prefix.plan import PackPlan
 
 LLAMA_8B = AttentionShape(32, 8, 128, 128, 2, 2)
 H200 = limits_of(torch.device("cpu"))
@@ -29,7 +29,7 @@ def one_prefix(batch: int, shared: int, private: int) -> PrefixForest:
     return PrefixForest.from_neighbours(np.arange(batch), np.full(batch - 1, shared), lens)
 
 
-def planned(forest: PrefixForest, shape: AttentionShape = LLAMA_8B) -> PackPlan:
+def planned(forest: PrefixForest, shape: AttentionShape = LLAMA_8B) -> CostedPlan:
     return PackPlanner(shape, GPU_PROFILE).plan(forest)
 
 

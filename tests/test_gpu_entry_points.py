@@ -17,11 +17,11 @@ import torch
 
 from benchmarks.gpu.targets import default_way, evaluate
 from benchmarks.gpu.workloads import PAT_TREES, cells, dry_cells
+from prefix_kernels.plan import verify_plan, verify_slots
 from sglang_prefix.bench.report import build_page, find_sources
 from sglang_prefix.bench.workloads.trees import TreeBatch, random_tree
 from sglang_prefix.forest import PrefixForest
 from sglang_prefix.packing.planner import PackPlanner
-from sglang_prefix.plan import verify_plan, verify_slots
 from tests import forests
 from tests.plan_runs import SPLITS
 

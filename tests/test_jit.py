@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sglang_prefix import forest_jit, plan
+from sglang_prefix import forest_jit
 from sglang_prefix.forest import PrefixForest
 from sglang_prefix.jit import jit
 from sglang_prefix.packing import (
@@ -18,6 +18,7 @@ from sglang_prefix.packing import (
     GPU_PROFILE,
     POLICIES,
     AttentionShape,
+    layout,
     pat_jit,
     splits,
 )
@@ -36,12 +37,12 @@ for plan in plans_of(range(6)):
     for name in ("pack_start", "pack_end", "query_indptr", "queries", "num_splits",
                  "slot_offset", "partial_indptr", "partial_index", "request_indptr"):
         digest.update(getattr(plan, name).tobytes())
-from sglang_prefix.plan import number_partials
+from sglang_prefix.packing.layout import number_partials
 print(digest.hexdigest(), hasattr(number_partials, "signatures"))
 """
 
 
-def plans_of(seeds: range) -> list[plan.PackPlan]:
+def plans_of(seeds: range) -> list[layout.CostedPlan]:
     """Plans of uneven forests, from paths and from rows, under every policy."""
     plans = []
     for seed in seeds:
@@ -70,7 +71,7 @@ def loops_of(*modules: ModuleType) -> dict[str, Any]:
 
 def test_a_planner_has_every_loop_compiled_and_no_plan_compiles_another() -> None:
     PackPlanner(SHAPE, CPU_PROFILE)
-    loops = loops_of(forest_jit, pat_jit, plan, splits)
+    loops = loops_of(forest_jit, pat_jit, layout, splits)
     packing = set(pat_jit.__all__) - {"candidate_from"}  # called by `explain` alone
     public = [*forest_jit.__all__, *packing, "lay_out", "tokens_read", "count_pieces"]
     before = {name: list(loops[name].signatures) for name in public}

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from prefix_kernels.plan import verify_plan, verify_slots
 from sglang_prefix.forest import PrefixForest
 from sglang_prefix.packing import (
     CPU_PROFILE,
@@ -26,7 +27,6 @@ from sglang_prefix.packing import (
 )
 from sglang_prefix.packing.planner import PackPlanner
 from sglang_prefix.packing.policies import CHUNK_TOKENS
-from sglang_prefix.plan import verify_plan, verify_slots
 from tests.forests import (
     PAT_TREES,
     Batch,

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from prefix_kernels.executor import split_bounds
-from prefix_kernels.slot_table import SlotTable
+from prefix_kernels.plan import split_bounds, verify_plan, verify_slots
+from prefix_kernels.torch_executor import TorchExecutor
 from sglang_prefix.packing import (
     CPU_PROFILE,
     GPU_PROFILE,
@@ -23,10 +23,10 @@ from sglang_prefix.packing import (
     DeviceProfile,
     policy_named,
 )
+from sglang_prefix.packing.layout import CostedPlan
 from sglang_prefix.packing.packs import Packs, PacksBuilder
 from sglang_prefix.packing.planner import RESERVED_TAIL_SLOTS, PackPlanner
 from sglang_prefix.packing.splits import choose_num_splits
-from sglang_prefix.plan import PackPlan, verify_plan, verify_slots
 from tests.forests import Batch, Fork, batches, build_batch, random_batch
 
 SHAPE = AttentionShape(8, 2, 64, 64, 2, 2)
@@ -37,7 +37,7 @@ PROFILES = (CPU_PROFILE, GPU_PROFILE, MANY_SPLITS)
 IntArray = NDArray[np.int64]
 
 
-def plan_of(batch: Batch, profile: DeviceProfile = MANY_SPLITS, policy: str = "pat") -> PackPlan:
+def plan_of(batch: Batch, profile: DeviceProfile = MANY_SPLITS, policy: str = "pat") -> CostedPlan:
     return PackPlanner(SHAPE, profile, policy=policy, reserved_tail_slots=3).plan(batch.forest())
 
 
@@ -56,7 +56,7 @@ def batch() -> Batch:
 
 
 @pytest.fixture
-def plan(batch: Batch) -> PackPlan:
+def plan(batch: Batch) -> CostedPlan:
     plan = plan_of(batch, policy="node")
     assert plan.num_shared_packs >= 3
     assert (plan.num_splits[: plan.num_shared_packs] > 1).all()
@@ -73,9 +73,10 @@ def test_plans_of_generated_forests_are_partitions(
     verify_plan(plan)
     verify_slots(plan, batch.rows)
     # The same, counted over again: the slots that each request's packs read are its row's.
-    table = SlotTable(torch.device("cpu"))
-    table.load(plan, torch.from_numpy(batch.req_to_token), torch.from_numpy(batch.req_pool_indices))
-    kv_slots = table.kv_slots.numpy()
+    executor = TorchExecutor(SHAPE, torch.device("cpu"))
+    table, pool_indices = map(torch.from_numpy, (batch.req_to_token, batch.req_pool_indices))
+    executor.load(plan, table, pool_indices)
+    kv_slots = executor.kv_slots.numpy()
     read: dict[int, list[tuple[int, int]]] = {b: [] for b in range(plan.batch_size)}
     for p in range(plan.num_packs):
         start, length = int(plan.pack_start[p]), int(plan.pack_end[p] - plan.pack_start[p])
@@ -86,7 +87,7 @@ def test_plans_of_generated_forests_are_partitions(
         assert sorted(read[b]) == list(enumerate(batch.rows[b, :length].tolist()))
 
 
-def test_tails_come_last_in_batch_order_with_their_growth_room(plan: PackPlan) -> None:
+def test_tails_come_last_in_batch_order_with_their_growth_room(plan: CostedPlan) -> None:
     first = plan.num_shared_packs
     assert plan.queries[plan.query_indptr[first] :].tolist() == list(range(plan.batch_size))
     assert (plan.pack_end[first:] == plan.seq_lens).all()
@@ -99,7 +100,7 @@ def test_tails_come_last_in_batch_order_with_their_growth_room(plan: PackPlan) -
 # Each defect is a plan that differs from a right one in one place, and what the verifier says.
 
 
-def test_verifier_finds_a_position_covered_twice(plan: PackPlan) -> None:
+def test_verifier_finds_a_position_covered_twice(plan: CostedPlan) -> None:
     tail = plan.num_shared_packs
     assert plan.pack_start[tail] > 0
     wrong = replace(plan, pack_start=changed(plan.pack_start, tail, -1))
@@ -107,26 +108,26 @@ def test_verifier_finds_a_position_covered_twice(plan: PackPlan) -> None:
         verify_plan(wrong)
 
 
-def test_verifier_finds_a_position_left_out(plan: PackPlan) -> None:
+def test_verifier_finds_a_position_left_out(plan: CostedPlan) -> None:
     for pack in (0, plan.num_shared_packs):
         wrong = replace(plan, pack_start=changed(plan.pack_start, pack, 1))
         with pytest.raises(RuntimeError, match="is not covered once"):
             verify_plan(wrong)
 
 
-def test_verifier_finds_a_pack_that_outruns_its_query(plan: PackPlan) -> None:
+def test_verifier_finds_a_pack_that_outruns_its_query(plan: CostedPlan) -> None:
     wrong = replace(plan, pack_end=changed(plan.pack_end, plan.num_packs - 1, 1))
     with pytest.raises(RuntimeError, match="outruns its query"):
         verify_plan(wrong)
 
 
-def test_verifier_finds_a_request_twice_in_a_pack(plan: PackPlan) -> None:
+def test_verifier_finds_a_request_twice_in_a_pack(plan: CostedPlan) -> None:
     wrong = replace(plan, queries=changed(plan.queries, 1, int(plan.queries[0] - plan.queries[1])))
     with pytest.raises(RuntimeError, match="repeats a query"):
         verify_plan(wrong)
 
 
-def test_verifier_finds_two_writers_of_one_partial(plan: PackPlan) -> None:
+def test_verifier_finds_two_writers_of_one_partial(plan: CostedPlan) -> None:
     begin = int(plan.request_indptr[0])
     wrong = plan.partial_index.copy()
     wrong[wrong == begin + 1] = begin  # both belong to request 0
@@ -134,7 +135,7 @@ def test_verifier_finds_two_writers_of_one_partial(plan: PackPlan) -> None:
         verify_plan(replace(plan, partial_index=wrong))
 
 
-def test_verifier_finds_a_partial_read_by_another_request(plan: PackPlan) -> None:
+def test_verifier_finds_a_partial_read_by_another_request(plan: CostedPlan) -> None:
     mine, other = int(plan.request_indptr[0]), int(plan.request_indptr[1])
     wrong = plan.partial_index.copy()
     a, b = np.flatnonzero(wrong == mine)[0], np.flatnonzero(wrong == other)[0]
@@ -143,32 +144,32 @@ def test_verifier_finds_a_partial_read_by_another_request(plan: PackPlan) -> Non
         verify_plan(replace(plan, partial_index=wrong))
 
 
-def test_verifier_finds_a_partial_left_unread(plan: PackPlan) -> None:
+def test_verifier_finds_a_partial_left_unread(plan: CostedPlan) -> None:
     wrong = replace(plan, request_indptr=changed(plan.request_indptr, plan.batch_size, -1))
     with pytest.raises(RuntimeError, match="is not read by request"):
         verify_plan(wrong)
 
 
 @pytest.mark.parametrize("pack", [1, -2])
-def test_verifier_finds_packs_that_share_slots(plan: PackPlan, pack: int) -> None:
+def test_verifier_finds_packs_that_share_slots(plan: CostedPlan, pack: int) -> None:
     wrong = replace(plan, slot_offset=changed(plan.slot_offset, pack, -1))
     with pytest.raises(RuntimeError, match="kv_slots does not belong to exactly one pack"):
         verify_plan(wrong)
 
 
-def test_verifier_finds_slots_past_the_end_of_kv_slots(plan: PackPlan) -> None:
+def test_verifier_finds_slots_past_the_end_of_kv_slots(plan: CostedPlan) -> None:
     wrong = replace(plan, slot_offset=changed(plan.slot_offset, -1, -1))
     with pytest.raises(RuntimeError, match="kv_slots"):
         verify_plan(wrong)
 
 
-def test_verifier_finds_a_partial_that_does_not_exist(plan: PackPlan) -> None:
+def test_verifier_finds_a_partial_that_does_not_exist(plan: CostedPlan) -> None:
     wrong = replace(plan, partial_index=changed(plan.partial_index, 0, plan.num_partials))
     with pytest.raises(RuntimeError, match="partial"):
         verify_plan(wrong)
 
 
-def test_verify_slots_finds_sharing_that_is_not_there(plan: PackPlan, batch: Batch) -> None:
+def test_verify_slots_finds_sharing_that_is_not_there(plan: CostedPlan, batch: Batch) -> None:
     verify_slots(plan, batch.rows)
     reader = int(plan.pack_queries(0)[-1])
     with pytest.raises(RuntimeError, match="pack 0 claims sharing that is not there"):
@@ -185,7 +186,7 @@ def _with_other_slot(batch: Batch, request: int, position: int) -> NDArray[np.in
 COLLISION_TAILS = (40, 2100, 75, 3300, 520, 1024, 33, 7000)
 
 
-def published_numbering(plan: PackPlan) -> Counter[tuple[int, int]]:
+def published_numbering(plan: CostedPlan) -> Counter[tuple[int, int]]:
     """PAT's slot of each (pack split, query): how many partials the *first* query has by then."""
     counts = [0] * plan.batch_size
     writers: Counter[tuple[int, int]] = Counter()
@@ -259,7 +260,7 @@ def _splits_of_tails(lengths: list[int], costs: CostModel) -> list[int]:
 def test_a_bound_on_partials_costs_splits_first_then_sharing(batch: Batch) -> None:
     forest = batch.forest()
 
-    def bounded(max_partials: int | None) -> PackPlan:
+    def bounded(max_partials: int | None) -> CostedPlan:
         planner = PackPlanner(SHAPE, MANY_SPLITS, policy="node", max_partials=max_partials)
         plan = planner.plan(forest)
         verify_plan(plan)
@@ -334,7 +335,7 @@ def test_plans_compare_by_content(batch: Batch) -> None:
 
 def test_a_plan_without_shared_packs_can_be_built() -> None:
     lens = np.asarray([3, 1])
-    plan = PackPlan.build(
+    plan = CostedPlan.build(
         PacksBuilder(2).build(),
         lens,
         np.ones(2, dtype=np.int64),

@@ -42,10 +42,10 @@ def test_it_stays_within_its_budget(shape: AttentionShape, context_len: int, max
         capacity = workspace.capacity
         partial_bytes = shape.num_qo_heads * (shape.v_head_dim + 1) * 4
         held = capacity.partials * partial_bytes + 4 * (capacity.plan_size + capacity.slots)
-        held += 4 * capacity.rows * (1 + shape.num_kv_heads)
+        held += 4 * capacity.batch_rows * (1 + shape.num_kv_heads)
         assert held <= workspace.num_bytes <= budget
-        assert 1 <= workspace.sure_rows <= capacity.rows <= max_rows
-        assert workspace.max_partials >= 2 * capacity.rows
+        assert 1 <= workspace.sure_rows <= capacity.batch_rows <= max_rows
+        assert workspace.max_partials >= 2 * capacity.batch_rows
 
 
 def test_the_default_budget_holds_256_requests_of_llama_3_for_sure() -> None:
@@ -97,6 +97,6 @@ def test_one_request_of_full_length_must_fit() -> None:
 
 def test_batches_beyond_the_sure_ones_are_left_to_chance() -> None:
     workspace = size(max_rows=4096)
-    assert workspace.sure_rows < workspace.capacity.rows
+    assert workspace.sure_rows < workspace.capacity.batch_rows
     assert np.ceil(workspace.capacity.slots / (131072 + 256)) >= workspace.sure_rows
     assert GPU_PROFILE.num_workers < workspace.max_partials

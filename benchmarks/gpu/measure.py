@@ -16,7 +16,7 @@ from sglang_prefix.bench.baselines import Baseline
 from sglang_prefix.bench.output_check import OutputCheck
 from sglang_prefix.bench.packed_attention import PackedAttention
 from sglang_prefix.packing import POLICIES
-from sglang_prefix.plan import PackPlan
+from sglang_prefix.packing.layout import CostedPlan
 
 __all__ = ["LAYERS", "OURS", "measure_cell"]
 
@@ -161,7 +161,7 @@ def _ours(w: Workload, policy: str, mode: str, merge: str, fixed: bool) -> _Cand
     plan = attention.plan(w.batch.forest())
     if fixed:
         attention.fix_capacity([plan], w.req_to_token, w.rows, rows=w.batch.batch_size)
-    plans: list[PackPlan] = [plan]
+    plans: list[CostedPlan] = [plan]
     # The newest token again: the same lengths, the same slots.
     newest = w.req_to_token[w.rows, w.seq_lens - 1]
 

@@ -1,106 +1,248 @@
-"""What an executor needs of a plan and is to its caller, and how a pack is cut into splits."""
+"""The interface of everything that runs plans, and how one is chosen and built."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-__all__ = ["PlanArrays", "PlanExecutor", "split_bounds"]
+from prefix_kernels.plan import AttentionShape, PackPlan
+
+__all__ = ["EXECUTORS", "AttentionParams", "PlanExecutor", "choose_executor", "make_executor"]
 
 IntArray = NDArray[np.int64]
 
+EXECUTORS = ("auto", "torch", "triton")
 
-class PlanArrays(Protocol):
-    """A pack plan as host arrays. ``P`` packs serve ``B`` requests; the last ``B`` are the tails.
 
-    A pack is one stretch of positions that ``query_indptr[p + 1] - query_indptr[p]`` requests
-    read together, in ``num_splits[p]`` pieces. Pack ``P - B + b`` is the tail of request ``b``: it
-    alone grows. Piece ``s`` of pack ``p`` writes, for its ``j``-th query, the partial with number
-    ``partial_index[partial_indptr[p] + s * num_queries + j]``; the partials of request ``b`` are
-    the numbers from ``request_indptr[b]`` to ``request_indptr[b + 1]``.
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionParams:
+    """The numbers that an attention layer brings along.
 
-    The slots of pack ``p`` stand in ``kv_slots`` from ``slot_offset[p]`` on; behind those of a
-    tail is room for ``reserved_tail_slots`` more.
+    Attributes:
+        sm_scale: factor on the scores.
+        logit_cap: scores become ``cap * tanh(score / cap)``; 0 for none.
+        k_scale, v_scale: dequantisation factors, numbers or float32 device tensors of shape [] or
+            [Hkv].
     """
 
-    @property
-    def batch_size(self) -> int: ...
-    @property
-    def num_packs(self) -> int: ...
-    @property
-    def num_partials(self) -> int: ...
-    @property
-    def num_slots(self) -> int: ...
-    @property
-    def reserved_tail_slots(self) -> int: ...
-    @property
-    def seq_lens(self) -> IntArray: ...
-    @property
-    def pack_start(self) -> IntArray: ...
-    @property
-    def pack_end(self) -> IntArray: ...
-    @property
-    def query_indptr(self) -> IntArray: ...
-    @property
-    def queries(self) -> IntArray: ...
-    @property
-    def num_splits(self) -> IntArray: ...
-    @property
-    def slot_offset(self) -> IntArray: ...
-    @property
-    def partial_indptr(self) -> IntArray: ...
-    @property
-    def partial_index(self) -> IntArray: ...
-    @property
-    def request_indptr(self) -> IntArray: ...
+    sm_scale: float
+    logit_cap: float = 0.0
+    k_scale: float | torch.Tensor = 1.0
+    v_scale: float | torch.Tensor = 1.0
 
 
-class PlanExecutor(Protocol):
-    """What runs plans: `cpu.TorchExecutor` or `triton_executor.TritonExecutor`.
+class PlanExecutor(ABC):
+    """Runs plans: ``load`` once per plan, ``append`` once per step, ``run`` once per layer.
 
-    ``max_block_rows`` query rows (requests times group size) read KV in one pass; None for any
-    number. ``append`` lets every tail grow by one token from device tensors alone, and is False
-    where the executor cannot.
+    The executor owns ``kv_slots``, the slots of all positions that the plan reads, and the lengths
+    of the plan's tails. So rows of ``req_to_token`` may change hands while a plan is in use.
+
+    Args:
+        shape: heads, head dims and item sizes of the layers served.
+        device: where q, the caches and ``req_to_token`` live.
+        check_slots: refuse slots outside the caches on every device. On the CPU they always are;
+            elsewhere looking at them costs a device sync per plan and step.
+
+    Attributes:
+        name: "torch" or "triton".
+        max_block_rows: query rows (requests times group size) that read KV in one pass; None for
+            any number.
+        plan: the plan in use; None before the first.
+        padded_batch_size: batch rows of q and the outputs under the plan in use.
+        slot_range: the smallest and the largest slot in use, where slots are checked.
     """
 
+    name: ClassVar[str]
+
+    def __init__(
+        self, shape: AttentionShape, device: torch.device, *, check_slots: bool = False
+    ) -> None:
+        self.shape = shape
+        self.device = device
+        self.max_block_rows: int | None = None
+        self.plan: PackPlan | None = None
+        self.padded_batch_size = 0
+        self.slot_range = (0, 0)
+        self._checks_slots = check_slots or device.type == "cpu"
+
     @property
-    def max_block_rows(self) -> int | None: ...
-    @property
-    def kv_slots(self) -> torch.Tensor: ...
+    @abstractmethod
+    def kv_slots(self) -> torch.Tensor:
+        """Slots of the plan in use, int32 or int64 on the device, laid out by it."""
+
     def load(
         self,
-        plan: PlanArrays,
+        plan: PackPlan,
         req_to_token: torch.Tensor,
         req_pool_indices: torch.Tensor,
         *,
-        num_rows: int | None = None,
-    ) -> None: ...
-    def write_slots(self, target: IntArray, slots: torch.Tensor) -> None: ...
-    def set_lengths(self, tail_lengths: IntArray) -> None: ...
-    def append(self, seq_lens: torch.Tensor, new_slots: torch.Tensor) -> bool: ...
+        padded_batch_size: int | None = None,
+    ) -> None:
+        """Take a plan into use and copy the slots of its positions. Reads no device value.
+
+        Args:
+            plan: the plan.
+            req_to_token: [rows, context] int32 or int64 on the device, dense in its second
+                dimension.
+            req_pool_indices: [B] int32 or int64 on the device.
+            padded_batch_size: batch rows of q and the outputs. Those past the plan's requests are
+                padding and get zeros. None for as many as there are requests.
+
+        Raises:
+            ValueError: the plan is larger than the executor's fixed capacity.
+        """
+        size = plan.batch_size if padded_batch_size is None else padded_batch_size
+        self._load(plan, req_to_token, req_pool_indices, size)
+        self.plan, self.padded_batch_size = plan, size
+        if self._checks_slots:
+            self.slot_range = _bounds(self.kv_slots)
+
+    def append(self, seq_lens: torch.Tensor, new_slots: torch.Tensor) -> None:
+        """Let every tail grow by one token, without a device sync.
+
+        The Triton executor takes the lengths from the device, so a graph may hold the call and a
+        repeated step does no harm. The torch executor counts the steps on the host.
+
+        Args:
+            seq_lens: [B] int32 or int64 on the device: the lengths with the new token. Padding rows
+                may follow.
+            new_slots: [B] int32 or int64 on the device: the slots of the new tokens, likewise.
+        """
+        if self._checks_slots and not _is_capturing(self.device):
+            assert self.plan is not None
+            self._widen_slot_range(new_slots[: self.plan.batch_size])
+        self._append(seq_lens, new_slots)
+
     def run(
         self,
         q: torch.Tensor,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         out: torch.Tensor,
-        lse: torch.Tensor | None = None,
-        *,
-        sm_scale: float,
-        logit_cap: float = 0.0,
-        k_scale: float | torch.Tensor = 1.0,
-        v_scale: float | torch.Tensor = 1.0,
+        lse: torch.Tensor | None,
+        params: AttentionParams,
+    ) -> None:
+        """Attend one layer's queries to their KV. Synchronises nothing.
+
+        Args:
+            q: [B, Hq, D], padding rows included; this and the next three dense in their last
+                dimension.
+            k_cache, v_cache: [slots, Hkv, D] and [slots, Hkv, Dv].
+            out: [B, Hq, Dv], written.
+            lse: [B, Hq] float32, natural log; written where given.
+            params: the layer's numbers.
+
+        Raises:
+            ValueError: a slot lies outside the caches, where slots are checked.
+        """
+        if self._checks_slots:
+            self._check_slots(len(k_cache))
+        self._run(q, k_cache, v_cache, out, lse, params)
+
+    def write_slots(self, target: IntArray, slots: torch.Tensor) -> None:
+        """Write ``slots`` [n] on the device to the entries ``target`` [n] of ``kv_slots``."""
+        if not len(target):
+            return
+        if self._checks_slots:
+            self._widen_slot_range(slots)
+        self._write_slots(target, slots)
+
+    @abstractmethod
+    def set_tail_lengths(self, tail_lengths: IntArray) -> None:
+        """Set the tokens [B] in each request's tail; their slots must have been written."""
+
+    @abstractmethod
+    def _load(
+        self,
+        plan: PackPlan,
+        req_to_token: torch.Tensor,
+        req_pool_indices: torch.Tensor,
+        padded_batch_size: int,
     ) -> None: ...
 
+    @abstractmethod
+    def _append(self, seq_lens: torch.Tensor, new_slots: torch.Tensor) -> None: ...
 
-def split_bounds(length: int, num_splits: int, split: int) -> tuple[int, int]:
-    """Tokens of piece ``split`` of a pack that holds ``length`` tokens now, as [begin, end).
+    @abstractmethod
+    def _run(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        params: AttentionParams,
+    ) -> None: ...
 
-    Pieces are equal up to rounding and depend on the current length only, so a plan stays valid
-    while its tails grow. A piece of a short pack may be empty.
+    def _write_slots(self, target: IntArray, slots: torch.Tensor) -> None:
+        kv_slots = self.kv_slots
+        kv_slots[torch.from_numpy(target).to(self.device)] = slots.to(kv_slots.dtype)
+
+    def _widen_slot_range(self, slots: torch.Tensor) -> None:
+        low, high = _bounds(slots)
+        self.slot_range = (min(self.slot_range[0], low), max(self.slot_range[1], high))
+
+    def _check_slots(self, num_slots: int) -> None:
+        low, high = self.slot_range
+        if low < 0 or high >= num_slots:
+            raise ValueError(
+                f"the slots of req_to_token or new_slots reach {low if low < 0 else high}; "
+                f"legal: 0 to {num_slots - 1} for this k_cache. Plan again."
+            )
+
+
+def choose_executor(
+    name: str, device: torch.device, q_dtype: torch.dtype, kv_dtype: torch.dtype
+) -> str:
+    """Resolve ``"auto"``: Triton on a GPU that its kernels can use, torch elsewhere.
+
+    Raises:
+        ValueError: the name is unknown, or its executor cannot take these tensors.
     """
-    chunk = -(-length // num_splits)
-    return min(split * chunk, length), min((split + 1) * chunk, length)
+    if name not in EXECUTORS:
+        legal = ", ".join(map(repr, EXECUTORS))
+        raise ValueError(f"executor={name!r} is unknown; legal: {legal}")
+    if name == "torch" or (name == "auto" and device.type != "cuda"):
+        return "torch"
+    # Not at the top: importing Triton takes a second, and the torch executor needs none of it.
+    from prefix_kernels.triton_executor import why_not_triton
+
+    why_not = why_not_triton(device, q_dtype, kv_dtype)
+    if why_not and name == "triton":
+        raise ValueError(f"executor='triton' cannot be used here: {why_not}; legal: 'torch'")
+    return "torch" if why_not else "triton"
+
+
+def make_executor(
+    name: str, shape: AttentionShape, device: torch.device, **options: Any
+) -> PlanExecutor:
+    """Build the executor that :func:`choose_executor` named.
+
+    Args:
+        name: "torch" or "triton".
+        shape: of the layers served.
+        device: where they run.
+        options: further arguments of :class:`TorchExecutor` or :class:`TritonExecutor`.
+    """
+    if name == "torch":
+        from prefix_kernels.torch_executor import TorchExecutor
+
+        return TorchExecutor(shape, device, **options)
+    from prefix_kernels.triton_executor import TritonExecutor
+
+    return TritonExecutor(shape, device, **options)
+
+
+def _bounds(slots: torch.Tensor) -> tuple[int, int]:
+    """The smallest and the largest slot; (0, 0) if there is none."""
+    return (int(slots.min()), int(slots.max())) if len(slots) else (0, 0)
+
+
+def _is_capturing(device: torch.device) -> bool:
+    """Whether a graph is being captured, in which nothing may be read from the device."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -33,7 +33,9 @@ HEADER_REQUEST_INDPTR = tl.constexpr(plan_header.HEADER_REQUEST_INDPTR)
 HEADER_NUM_REQUESTS = tl.constexpr(plan_header.HEADER_NUM_REQUESTS)
 
 
-@triton.jit(do_not_specialize=["num_rows"])  # else a batch size could ask for a compilation
+@triton.jit(
+    do_not_specialize=["padded_batch_size"]
+)  # else a batch size could ask for a compilation
 def pack_forward_kernel(
     # One layer.
     q_ptr,  # [B, Hq, D]
@@ -50,7 +52,7 @@ def pack_forward_kernel(
     kv_slots_ptr,  # [kv slots] int32
     tail_lengths_ptr,  # [B] int32
     arrivals_ptr,  # [rows, Hkv] int32, zeros before and after the launch
-    num_rows,  # of q and the outputs, padding included
+    padded_batch_size,  # of q and the outputs, padding included
     sm_scale,
     v_factor,
     logit_cap,
@@ -122,7 +124,9 @@ def pack_forward_kernel(
     if MERGES and LIST == 0:
         # No program arrives for padding rows; these have no partials, so merging gives zeros.
         for row in range(
-            tl.load(plan_ptr + HEADER_NUM_REQUESTS) + tl.program_id(0), num_rows, tl.num_programs(0)
+            tl.load(plan_ptr + HEADER_NUM_REQUESTS) + tl.program_id(0),
+            padded_batch_size,
+            tl.num_programs(0),
         ):
             for kv_head in range(NUM_KV_HEADS):
                 merge_heads(

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from prefix_kernels import plan_header as header
-from prefix_kernels.executor import PlanArrays
 from prefix_kernels.launch import launch
+from prefix_kernels.plan import AttentionShape, PackPlan
 from prefix_kernels.slots import append_slots_kernel, copy_slots_kernel
 from prefix_kernels.staging import Staging
 
@@ -29,13 +29,13 @@ class PlanCapacity:
     """What the buffers hold.
 
     Attributes:
-        rows: requests, padding included.
+        batch_rows: requests, padding included.
         plan_size: int32 values of a packed plan.
         slots: entries of ``kv_slots``.
         partials: partial results.
     """
 
-    rows: int
+    batch_rows: int
     plan_size: int
     slots: int
     partials: int
@@ -51,7 +51,7 @@ class PlanCapacity:
 
 
 def serialize_plan(
-    plan: PlanArrays, lists: Sequence[Int32Array], partials: Int32Array, rows: int
+    plan: PackPlan, lists: Sequence[Int32Array], partials: Int32Array, padded_batch_size: int
 ) -> Int32Array:
     """Lay a plan out as one int32 array, as `plan_header.py` says.
 
@@ -59,7 +59,7 @@ def serialize_plan(
         plan: the plan.
         lists: work items, [n, ITEM_FIELDS] each, one list per launch of the forward stage.
         partials: where each (pack split, query) writes, see `work_list.py`.
-        rows: rows of the batch, padding included; those past the plan's requests have no partial.
+        padded_batch_size: rows of the batch; those past the plan's requests have no partial.
 
     Raises:
         ValueError: an index does not fit into 32 bits.
@@ -69,8 +69,7 @@ def serialize_plan(
             f"the plan has {plan.num_slots} kv_slots and {len(partials)} partials; "
             f"legal: up to {_INT32_MAX} of each"
         )
-    first_tail = plan.num_packs - plan.batch_size
-    request_indptr = np.full(rows + 1, plan.num_partials)
+    request_indptr = np.full(padded_batch_size + 1, plan.num_partials)
     request_indptr[: plan.batch_size + 1] = plan.request_indptr
     lengths = plan.pack_end - plan.pack_start
     first_query = plan.queries[plan.query_indptr[:-1]]
@@ -88,8 +87,8 @@ def serialize_plan(
     add(header.HEADER_QUERIES, plan.queries)
     add(header.HEADER_PARTIALS, partials)
     add(header.HEADER_REQUEST_INDPTR, request_indptr)
-    add(header.HEADER_TAIL_START, plan.pack_start[first_tail:])
-    add(header.HEADER_TAIL_OFFSET, plan.slot_offset[first_tail:-1])
+    add(header.HEADER_TAIL_START, plan.tail_start)
+    add(header.HEADER_TAIL_OFFSET, plan.tail_offset)
     add(header.HEADER_SOURCES, sources)
     for i, items in enumerate(lists):
         add(header.HEADER_ITEMS + i, items)
@@ -105,21 +104,19 @@ class PlanBuffers:
     they never do, and a plan that does not fit is refused.
 
     Args:
-        num_qo_heads, num_kv_heads, v_head_dim: shape of the layers served.
+        shape: of the layers served.
         device: where the layers run.
         capacity: what to hold for good; None to grow.
     """
 
     def __init__(
         self,
-        num_qo_heads: int,
-        num_kv_heads: int,
-        v_head_dim: int,
+        shape: AttentionShape,
         device: torch.device,
         capacity: PlanCapacity | None = None,
     ) -> None:
-        self._partial_shape = (num_qo_heads, v_head_dim)
-        self._num_kv_heads = num_kv_heads
+        self._partial_shape = (shape.num_qo_heads, shape.v_head_dim)
+        self._num_kv_heads = shape.num_kv_heads
         self._device = device
         self._grows = capacity is None
         self.capacity = capacity or PlanCapacity(0, 0, 0, 0)
@@ -131,8 +128,8 @@ class PlanBuffers:
         with torch.inference_mode(False):  # may be written from outside inference mode later
             self.plan = torch.zeros(size.plan_size, dtype=torch.int32, device=device)
             self.kv_slots = torch.zeros(size.slots, dtype=torch.int32, device=device)
-            self.tail_lengths = torch.zeros(size.rows, dtype=torch.int32, device=device)
-            arrivals = (size.rows, self._num_kv_heads)
+            self.tail_lengths = torch.zeros(size.batch_rows, dtype=torch.int32, device=device)
+            arrivals = (size.batch_rows, self._num_kv_heads)
             self.arrivals = torch.zeros(arrivals, dtype=torch.int32, device=device)
             shape = (size.partials, *self._partial_shape)
             self.partial_out = torch.empty(shape, dtype=torch.float32, device=device)
@@ -140,11 +137,11 @@ class PlanBuffers:
 
     def load(
         self,
-        plan: PlanArrays,
+        plan: PackPlan,
         packed: Int32Array,
         req_to_token: torch.Tensor,
         req_pool_indices: torch.Tensor,
-        num_rows: int,
+        padded_batch_size: int,
     ) -> None:
         """Copy a plan to the device and, there, the slots of its packs. Reads no device value.
 
@@ -153,12 +150,12 @@ class PlanBuffers:
             packed: the same from :func:`serialize_plan`.
             req_to_token: [rows, context] int32 or int64, dense in its second dimension.
             req_pool_indices: [B] int32 or int64.
-            num_rows: rows of the batch, padding included.
+            padded_batch_size: rows of the batch, padding included.
 
         Raises:
             ValueError: the plan is larger than the capacity.
         """
-        need = PlanCapacity(num_rows, len(packed), plan.num_slots, plan.num_partials)
+        need = PlanCapacity(padded_batch_size, len(packed), plan.num_slots, plan.num_partials)
         if not self.capacity.holds(need):
             if not self._grows:
                 raise ValueError(f"the plan needs {need}; legal: up to {self.capacity}")
@@ -178,7 +175,7 @@ class PlanBuffers:
             kv_slots_ptr=self.kv_slots,
             tail_lengths_ptr=self.tail_lengths,
             row_stride=req_to_token.stride(0),
-            num_shared_packs=plan.num_packs - plan.batch_size,
+            num_shared_packs=plan.num_shared_packs,
             BLOCK=_COPY_BLOCK,
         )
 
@@ -199,7 +196,7 @@ class PlanBuffers:
             kv_slots_ptr=self.kv_slots,
             tail_lengths_ptr=self.tail_lengths,
             arrivals_ptr=self.arrivals,
-            num_rows=rows,
+            padded_batch_size=rows,
             NUM_KV_HEADS=self._num_kv_heads,
             BLOCK=_APPEND_BLOCK,
         )

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from prefix_kernels.executor import PlanArrays
+from prefix_kernels.plan import PackPlan
 
 __all__ = ["SlotTable"]
 
@@ -28,7 +28,7 @@ class SlotTable:
         self.kv_slots = self._storage
 
     def load(
-        self, plan: PlanArrays, req_to_token: torch.Tensor, req_pool_indices: torch.Tensor
+        self, plan: PackPlan, req_to_token: torch.Tensor, req_pool_indices: torch.Tensor
     ) -> None:
         """Copy the slots of a plan's positions; those of the growth room become 0.
 
@@ -52,12 +52,8 @@ class SlotTable:
         rows = req_pool_indices.long()[request]
         self.kv_slots[target] = req_to_token[rows, position].long()
 
-    def write(self, target: IntArray, slots: torch.Tensor) -> None:
-        """Write ``slots`` [n] on the device to the entries ``target`` [n]."""
-        self.kv_slots[torch.from_numpy(target).to(self._device)] = slots.to(torch.int64)
-
     def _copy_rows(
-        self, plan: PlanArrays, req_to_token: torch.Tensor, req_pool_indices: torch.Tensor
+        self, plan: PackPlan, req_to_token: torch.Tensor, req_pool_indices: torch.Tensor
     ) -> None:
         """Copy row by row, which is faster on the CPU than one indexed copy."""
         table, target = req_to_token.numpy(), self.kv_slots.numpy()
@@ -68,7 +64,7 @@ class SlotTable:
             target[offset : offset + end - start] = table[row, start:end]
 
 
-def _slot_sources(plan: PlanArrays) -> tuple[IntArray, IntArray, IntArray]:
+def _slot_sources(plan: PackPlan) -> tuple[IntArray, IntArray, IntArray]:
     """Where the planned slots come from: (index in kv_slots, batch row, position), flat."""
     lengths = plan.pack_end - plan.pack_start
     within = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)

@@ -49,7 +49,7 @@ def copy_slots_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["num_rows"],
+    do_not_specialize=["padded_batch_size"],
     do_not_specialize_on_alignment=["seq_lens_ptr", "new_slots_ptr"],
 )
 def append_slots_kernel(
@@ -59,7 +59,7 @@ def append_slots_kernel(
     kv_slots_ptr,  # [kv slots] int32, written
     tail_lengths_ptr,  # [rows] int32, written
     arrivals_ptr,  # [rows, Hkv] int32, zeroed
-    num_rows,
+    padded_batch_size,
     NUM_KV_HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -70,7 +70,7 @@ def append_slots_kernel(
     padding and have no tail.
     """
     request = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    exists = (request < num_rows) & (request < tl.load(plan_ptr + HEADER_NUM_REQUESTS))
+    exists = (request < padded_batch_size) & (request < tl.load(plan_ptr + HEADER_NUM_REQUESTS))
     start_ptr = plan_ptr + tl.load(plan_ptr + HEADER_TAIL_START) + request
     offset_ptr = plan_ptr + tl.load(plan_ptr + HEADER_TAIL_OFFSET) + request
     length = tl.load(seq_lens_ptr + request, mask=exists, other=0).to(tl.int32)
@@ -81,4 +81,4 @@ def append_slots_kernel(
     tl.store(tail_lengths_ptr + request, tail_length, mask=exists)
     for kv_head in range(NUM_KV_HEADS):
         arrival_ptr = arrivals_ptr + request * NUM_KV_HEADS + kv_head
-        tl.store(arrival_ptr, 0, mask=request < num_rows)
+        tl.store(arrival_ptr, 0, mask=request < padded_batch_size)

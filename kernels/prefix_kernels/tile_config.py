@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from prefix_kernels.plan import AttentionShape
+
 __all__ = [
     "ARCHS",
     "ROW_CLASSES",
@@ -50,6 +52,12 @@ class TileShape:
     kv_itemsize: int
     has_wgmma: bool = True
     device: str | None = None
+
+    @classmethod
+    def of(cls, shape: AttentionShape, device: str | None = None) -> TileShape:
+        """What matters of an attention shape, on a device that has wgmma."""
+        itemsizes = shape.q_itemsize, shape.kv_itemsize
+        return cls(shape.head_dim, shape.v_head_dim, *itemsizes, device=device)
 
 
 @dataclass(frozen=True, slots=True)

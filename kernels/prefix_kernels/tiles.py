@@ -29,6 +29,7 @@ __all__ = [
     "next_power_of_two",
     "row_class",
     "row_classes",
+    "widest_block",
 ]
 
 # The ways to launch a plan, see `TritonExecutor`.
@@ -97,6 +98,11 @@ def formula_tile(block_m: int, shape: TileShape) -> TileConfig:
         num_stages=max(2, min(4, _KV_BYTES_IN_FLIGHT // (block_n * token_bytes) + 1)),
         max_registers=_NARROW_REGISTERS if accumulator <= _NARROW_TILE else _MAX_REGISTERS,
     )
+
+
+def widest_block(mode: str, shape: TileShape) -> int:
+    """Rows of the widest tile that a launch mode has for head dims."""
+    return FUSED_ROWS[-1] if mode == "fused" else row_classes(shape)[-1]
 
 
 def choose_classes(

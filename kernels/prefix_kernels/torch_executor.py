@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from prefix_kernels.executor import PlanArrays, split_bounds
+from prefix_kernels.executor import AttentionParams, PlanExecutor
 from prefix_kernels.merge import merge_partials
+from prefix_kernels.plan import AttentionShape, PackPlan, split_bounds
 from prefix_kernels.slot_table import SlotTable
 
 __all__ = ["TorchExecutor"]
@@ -65,117 +66,94 @@ class _Pack:
     blocks: list[list[_Block]] = field(default_factory=list)  # per split, of the current length
 
 
-class TorchExecutor:
-    """Runs plans on tensors of one device.
+class TorchExecutor(PlanExecutor):
+    """Runs plans with torch operations; arguments as of :class:`PlanExecutor`.
 
-    Args:
-        num_qo_heads, num_kv_heads, v_head_dim: shape of the layers served.
-        device: where q, the caches and the outputs live.
+    It cuts packs into blocks on the host, so it keeps the lengths of the tails there: those of the
+    plan, and one token more for each step since.
     """
 
+    name = "torch"
+
     def __init__(
-        self, num_qo_heads: int, num_kv_heads: int, v_head_dim: int, device: torch.device
+        self, shape: AttentionShape, device: torch.device, *, check_slots: bool = False
     ) -> None:
-        self._num_qo_heads = num_qo_heads
-        self._num_kv_heads = num_kv_heads
-        self._v_head_dim = v_head_dim
-        self._device = device
+        super().__init__(shape, device, check_slots=check_slots)
         self._packs: list[_Pack] = []
         self._num_shared = 0
         self._slots = SlotTable(device)
-        self._uncut_lengths: IntArray | None = None  # of tails, until the first layer needs them
+        self._tail_offset = np.zeros(0, dtype=np.int64)
+        self._tail_lengths = np.zeros(0, dtype=np.int64)
+        self._tails_are_cut = True
         self._num_partials = 0
         self._request_indptr = torch.zeros(1, dtype=torch.int64, device=device)
         self._max_partials_per_request = 0
         self._partial_out = torch.empty(0, device=device)
         self._partial_lse = torch.empty(0, device=device)
 
-    def load(
+    @property
+    def kv_slots(self) -> torch.Tensor:
+        """Slots of the plan in use, int64, laid out by it."""
+        return self._slots.kv_slots
+
+    def set_tail_lengths(self, tail_lengths: IntArray) -> None:
+        """Set the tokens [B] in each request's tail; the first layer to run cuts them anew."""
+        self._tail_lengths = tail_lengths
+        self._tails_are_cut = False
+
+    def _load(
         self,
-        plan: PlanArrays,
+        plan: PackPlan,
         req_to_token: torch.Tensor,
         req_pool_indices: torch.Tensor,
-        *,
-        num_rows: int | None = None,
+        padded_batch_size: int,
     ) -> None:
-        """Take a plan into use and copy the slots of its positions. Reads no device value.
-
-        Args:
-            plan: the plan.
-            req_to_token: [rows, context] int32 or int64 on the device.
-            req_pool_indices: [B] int32 or int64 on the device.
-            num_rows: for the sake of the other executor; rows past the requests get zeros.
-        """
+        del padded_batch_size  # `run` sees how many rows there are
         self._slots.load(plan, req_to_token, req_pool_indices)
-        self._num_shared = plan.num_packs - plan.batch_size
+        self._num_shared = plan.num_shared_packs
         self._num_partials = plan.num_partials
         self._packs = self._prepare(plan)
         self._find_runs(plan)
         for pack in self._packs[: self._num_shared]:
             self._cut(pack, pack.planned_length)
-        self.set_lengths(plan.seq_lens - plan.pack_start[self._num_shared :])
-        self._request_indptr = torch.from_numpy(plan.request_indptr).to(self._device)
+        self._tail_offset = plan.tail_offset
+        self.set_tail_lengths(plan.seq_lens - plan.tail_start)
+        self._request_indptr = torch.from_numpy(plan.request_indptr).to(self.device)
         self._max_partials_per_request = int(np.diff(plan.request_indptr).max())
         if self._partial_out.shape[0] < plan.num_partials:
-            shape = (plan.num_partials, self._num_qo_heads)
+            shape = (plan.num_partials, self.shape.num_qo_heads)
             with torch.inference_mode(False):  # may be written from outside inference mode later
-                self._partial_out = torch.empty(*shape, self._v_head_dim, device=self._device)
-                self._partial_lse = torch.empty(shape, device=self._device)
+                self._partial_out = torch.empty(*shape, self.shape.v_head_dim, device=self.device)
+                self._partial_lse = torch.empty(shape, device=self.device)
 
-    # One product takes all rows of a pack.
-    max_block_rows: int | None = None
+    def _append(self, seq_lens: torch.Tensor, new_slots: torch.Tensor) -> None:
+        del seq_lens  # on the device, where reading them would wait
+        target = self._tail_offset + self._tail_lengths
+        self._write_slots(target, new_slots[: len(target)])
+        self.set_tail_lengths(self._tail_lengths + 1)
 
-    @property
-    def kv_slots(self) -> torch.Tensor:
-        """Slots of the plan in use, laid out by it."""
-        return self._slots.kv_slots
-
-    def append(self, seq_lens: torch.Tensor, new_slots: torch.Tensor) -> bool:
-        """Not here: the tails' lengths decide on the host how KV is cut."""
-        return False
-
-    def write_slots(self, target: IntArray, slots: torch.Tensor) -> None:
-        """Write ``slots`` [n] to the entries ``target`` [n] of ``kv_slots``."""
-        self._slots.write(target, slots)
-
-    def set_lengths(self, tail_lengths: IntArray) -> None:
-        """Set the tokens in each request's tail, [B]; their slots must have been written."""
-        self._uncut_lengths = tail_lengths
-
-    def run(
+    def _run(
         self,
         q: torch.Tensor,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         out: torch.Tensor,
-        lse: torch.Tensor | None = None,
-        *,
-        sm_scale: float,
-        logit_cap: float = 0.0,
-        k_scale: float | torch.Tensor = 1.0,
-        v_scale: float | torch.Tensor = 1.0,
+        lse: torch.Tensor | None,
+        params: AttentionParams,
     ) -> None:
-        """Attend the batch's queries to its KV. Synchronises nothing; allocates temporaries.
-
-        Args:
-            q: [B, Hq, D].
-            k_cache, v_cache: [slots, Hkv, D] and [slots, Hkv, Dv].
-            out: [B, Hq, Dv], written.
-            lse: [B, Hq] float32, natural log; written where given.
-            sm_scale, logit_cap: as in the oracle.
-            k_scale, v_scale: numbers, or device tensors of shape [] or [Hkv].
-        """
         self._cut_tails()
-        batch, heads = self._request_indptr.shape[0] - 1, self._num_kv_heads
+        batch, heads = self._request_indptr.shape[0] - 1, self.shape.num_kv_heads
         out[batch:].zero_()
         q, out = q[:batch], out[:batch]
         if lse is not None:
             lse[batch:].fill_(-torch.inf)
             lse = lse[:batch]
-        rows = q.float().view(batch, heads, -1, q.shape[2]) * (sm_scale * _per_head(k_scale))
+        rows = q.float().view(batch, heads, -1, q.shape[2]) * (
+            params.sm_scale * _per_head(params.k_scale)
+        )
         partial_out = self._partial_out[: self._num_partials]
         partial_lse = self._partial_lse[: self._num_partials]
-        out_by_head = partial_out.view(self._num_partials, heads, -1, self._v_head_dim)
+        out_by_head = partial_out.view(self._num_partials, heads, -1, self.shape.v_head_dim)
         lse_by_head = partial_lse.view(self._num_partials, heads, -1)
         for pack in self._packs:
             pack_rows = rows[pack.queries]
@@ -183,14 +161,19 @@ class TorchExecutor:
                 # [n, Hkv, g, D] -> [Hkv, n * g, D]: the rows that read one head's KV together
                 pack_rows = pack_rows.transpose(0, 1).reshape(heads, -1, q.shape[2])
             for blocks, partials in zip(pack.blocks, pack.partials, strict=True):
-                values, logs = self._attend(pack, blocks, pack_rows, k_cache, v_cache, logit_cap)
+                values, logs = self._attend(
+                    pack, blocks, pack_rows, k_cache, v_cache, params.logit_cap
+                )
                 if pack.num_queries > 1:
                     shape = (heads, pack.num_queries, -1)
-                    out_by_head[partials] = values.view(*shape, self._v_head_dim).transpose(0, 1)
+                    out_by_head[partials] = values.view(*shape, self.shape.v_head_dim).transpose(
+                        0, 1
+                    )
                     lse_by_head[partials] = logs.view(shape).transpose(0, 1)
                 else:
                     out_by_head[partials] = values
                     lse_by_head[partials] = logs[..., 0]
+        v_scale = params.v_scale
         if isinstance(v_scale, torch.Tensor) or v_scale != 1.0:
             out_by_head.mul_(_per_head(v_scale))
         merge_partials(
@@ -202,13 +185,13 @@ class TorchExecutor:
             lse,
         )
 
-    def _prepare(self, plan: PlanArrays) -> list[_Pack]:
+    def _prepare(self, plan: PackPlan) -> list[_Pack]:
         counts = np.diff(plan.query_indptr).tolist()
         num_splits = plan.num_splits.tolist()
         first_query = plan.queries[plan.query_indptr[:-1]].tolist()
-        queries = torch.from_numpy(plan.queries).to(self._device).split(counts)
+        queries = torch.from_numpy(plan.queries).to(self.device).split(counts)
         sizes = [n for n, splits in zip(counts, num_splits, strict=True) for _ in range(splits)]
-        partials = torch.from_numpy(plan.partial_index).to(self._device).split(sizes)
+        partials = torch.from_numpy(plan.partial_index).to(self.device).split(sizes)
         single_partials = plan.partial_index[np.cumsum([0, *sizes[:-1]])].tolist()
         offsets, lengths = plan.slot_offset.tolist(), (plan.pack_end - plan.pack_start).tolist()
         packs = []
@@ -228,9 +211,9 @@ class TorchExecutor:
             )
         return packs
 
-    def _find_runs(self, plan: PlanArrays) -> None:
+    def _find_runs(self, plan: PackPlan) -> None:
         """Find the stretches of consecutive slots, where looking costs no device sync."""
-        if self._device.type != "cpu":
+        if self.device.type != "cpu":
             for pack in self._packs:
                 pack.runs = [_Run(0, pack.planned_length, -1)]
             return
@@ -251,16 +234,16 @@ class TorchExecutor:
 
     def _cut_tails(self) -> None:
         """Cut the tails whose lengths have been set since the last run: once for all layers."""
-        if self._uncut_lengths is None:
+        if self._tails_are_cut:
             return
         tails = self._packs[self._num_shared :]
-        for pack, length in zip(tails, self._uncut_lengths.tolist(), strict=True):
+        for pack, length in zip(tails, self._tail_lengths.tolist(), strict=True):
             self._cut(pack, length)
-        self._uncut_lengths = None
+        self._tails_are_cut = True
 
     def _cut(self, pack: _Pack, length: int) -> None:
         """Cut a pack that holds ``length`` tokens now into its splits, and those into blocks."""
-        num_rows = pack.num_queries * self._num_qo_heads
+        num_rows = pack.num_queries * self.shape.num_qo_heads
         size = max(MIN_BLOCK_TOKENS, SCORE_BLOCK_ELEMENTS // num_rows)
         runs = _grown_runs(pack, length)
         pack.blocks = [
@@ -284,7 +267,7 @@ class TorchExecutor:
         heads, num_rows = rows.shape[0], rows.shape[1]
         peak = total = values = None
         for block in blocks:
-            k, v = self._load(pack, block, k_cache, v_cache)
+            k, v = self._read_block(pack, block, k_cache, v_cache)
             scores = torch.bmm(rows, k.permute(1, 2, 0))
             if logit_cap > 0:
                 scores.div_(logit_cap).tanh_().mul_(logit_cap)
@@ -300,11 +283,11 @@ class TorchExecutor:
             total.mul_(shrink).add_(scores.sub_(peak).exp_().sum(dim=-1, keepdim=True))
             values.mul_(shrink).baddbmm_(scores, v.transpose(0, 1))
         if peak is None or total is None or values is None:
-            nothing = rows.new_zeros(heads, num_rows, self._v_head_dim)
+            nothing = rows.new_zeros(heads, num_rows, self.shape.v_head_dim)
             return nothing, rows.new_full((heads, num_rows, 1), -torch.inf)
         return values.div_(total), total.log_().add_(peak)
 
-    def _load(
+    def _read_block(
         self,
         pack: _Pack,
         block: _Block,

@@ -10,10 +10,11 @@ import torch
 from numpy.typing import NDArray
 from triton.runtime.interpreter import InterpretedFunction
 
-from prefix_kernels.executor import PlanArrays
+from prefix_kernels.executor import AttentionParams, PlanExecutor
 from prefix_kernels.forward import pack_forward_kernel
 from prefix_kernels.launch import launch
 from prefix_kernels.merge_kernel import merge_kernel
+from prefix_kernels.plan import AttentionShape, PackPlan
 from prefix_kernels.plan_buffers import PlanBuffers, PlanCapacity, serialize_plan
 from prefix_kernels.tiles import (
     FUSED_ROWS,
@@ -26,11 +27,11 @@ from prefix_kernels.tiles import (
     choose_fused_tiles,
     choose_tile,
     next_power_of_two,
-    row_classes,
+    widest_block,
 )
 from prefix_kernels.work_list import build_work_list
 
-__all__ = ["LAUNCH_MODES", "MERGE_MODES", "TritonExecutor", "why_not_triton", "widest_block"]
+__all__ = ["LAUNCH_MODES", "MERGE_MODES", "TritonExecutor", "why_not_triton"]
 
 IntArray = NDArray[np.int64]
 
@@ -55,11 +56,6 @@ def why_not_triton(device: torch.device, q_dtype: torch.dtype, kv_dtype: torch.d
     return None
 
 
-def widest_block(mode: str, shape: TileShape) -> int:
-    """Rows of the widest tile that a launch mode has for head dims."""
-    return FUSED_ROWS[-1] if mode == "fused" else row_classes(shape)[-1]
-
-
 @dataclass(frozen=True, slots=True)
 class _Launch:
     """One launch of the forward stage: a work list and the tiles that take it."""
@@ -70,51 +66,50 @@ class _Launch:
     wide_tile: TileConfig | None = None
 
 
-class TritonExecutor:
-    """Runs plans with the pack-forward and merge kernels.
+class TritonExecutor(PlanExecutor):
+    """Runs plans with the pack-forward and merge kernels. ``run`` allocates nothing.
 
     Args:
-        num_qo_heads, num_kv_heads: heads of the layers served.
-        shape: head dims and item sizes.
-        device: a CUDA device, or the CPU under the interpreter.
+        shape, device, check_slots: as of :class:`PlanExecutor`; the device is a CUDA device, or the
+            CPU under the interpreter.
         mode: "streams", one launch per tile class, each on its own stream; or "fused", one launch
             for the two classes that have the same number of warps.
         merge: "launch", a launch of its own; or "in_kernel", by the forward program that ends last
             for a request.
         capacity: fixed sizes of the buffers. Launches are fixed then, too: whatever plan of the
-            same number of rows is loaded, :meth:`append` and :meth:`run` launch the same kernels on
-            the same addresses, so that a captured graph replays under any of them. None to let the
+            same padded batch size is loaded, ``append`` and ``run`` launch the same kernels on the
+            same addresses, so that a captured graph replays under any of them. None to let the
             buffers grow and to fit the launches to each plan.
     """
 
+    name = "triton"
+
     def __init__(
         self,
-        num_qo_heads: int,
-        num_kv_heads: int,
-        shape: TileShape,
+        shape: AttentionShape,
         device: torch.device,
         *,
         mode: str = "streams",
         merge: str = "launch",
         capacity: PlanCapacity | None = None,
+        check_slots: bool = False,
     ) -> None:
+        super().__init__(shape, device, check_slots=check_slots)
         for name, value, legal in (("mode", mode, LAUNCH_MODES), ("merge", merge, MERGE_MODES)):
             if value not in legal:
                 raise ValueError(f"{name}={value!r}; legal: {', '.join(map(repr, legal))}")
-        self._num_kv_heads = num_kv_heads
-        self._group_size = num_qo_heads // num_kv_heads
+        tile_shape = TileShape.of(shape)
         if device.type == "cuda":
             major, _ = torch.cuda.get_device_capability(device)
-            name = torch.cuda.get_device_name(device)
-            shape = replace(shape, has_wgmma=major in _WGMMA_MAJORS, device=name)
-        self._shape = shape
-        self._device = device
+            gpu = torch.cuda.get_device_name(device)
+            tile_shape = replace(tile_shape, has_wgmma=major in _WGMMA_MAJORS, device=gpu)
+        self._tile_shape = tile_shape
+        self.max_block_rows = widest_block(mode, tile_shape)
         self._mode = mode
         self._merges_in_kernel = merge == "in_kernel"
         self._launches_are_fixed = capacity is not None
-        self._buffers = PlanBuffers(num_qo_heads, num_kv_heads, shape.v_head_dim, device, capacity)
+        self._buffers = PlanBuffers(shape, device, capacity)
         self._launches: list[_Launch] = []
-        self._num_rows = 0
         self._num_slots = 0
         self._needs_merge = False
         with torch.inference_mode(False):
@@ -130,11 +125,6 @@ class TritonExecutor:
             self._joins = [torch.cuda.Event() for _ in ROW_CLASSES[1:]]
 
     @property
-    def max_block_rows(self) -> int:
-        """Rows of the widest tile, in which one pass over the KV serves them all."""
-        return widest_block(self._mode, self._shape)
-
-    @property
     def buffers(self) -> PlanBuffers:
         """The plan in use, on the device."""
         return self._buffers
@@ -144,82 +134,49 @@ class TritonExecutor:
         """Slots of the plan in use, laid out by it."""
         return self._buffers.kv_slots[: self._num_slots]
 
-    def load(
+    def set_tail_lengths(self, tail_lengths: IntArray) -> None:
+        """Set the tokens [B] in each request's tail, on the device."""
+        lengths = torch.from_numpy(tail_lengths.astype(np.int32))
+        self._buffers.tail_lengths[: len(lengths)].copy_(lengths, non_blocking=True)
+
+    def _load(
         self,
-        plan: PlanArrays,
+        plan: PackPlan,
         req_to_token: torch.Tensor,
         req_pool_indices: torch.Tensor,
-        *,
-        num_rows: int | None = None,
+        padded_batch_size: int,
     ) -> None:
-        """Take a plan into use and copy the slots of its positions. Reads no device value.
-
-        Args:
-            plan: the plan.
-            req_to_token: [rows, context] int32 or int64 on the device.
-            req_pool_indices: [B] int32 or int64 on the device.
-            num_rows: rows of q and the outputs; those past the plan's requests are padding and
-                get zeros. None for as many as there are requests.
-        """
-        num_rows = plan.batch_size if num_rows is None else num_rows
-        classes = self._row_classes(plan, num_rows)
-        work = build_work_list(plan, self._group_size, classes)
+        classes = self._row_classes(plan, padded_batch_size)
+        work = build_work_list(plan, self.shape.group_size, classes)
         if self._mode == "fused":
             lists = [work.items]
         else:
             lists = [work.items[work.tile_class == i] for i in range(len(classes))]
         self._plan_launches(plan, classes, [len(items) for items in lists])
-        self._num_rows = num_rows
-        packed = serialize_plan(plan, lists, work.partials, self._num_rows)
-        self._buffers.load(plan, packed, req_to_token, req_pool_indices, num_rows)
+        packed = serialize_plan(plan, lists, work.partials, padded_batch_size)
+        self._buffers.load(plan, packed, req_to_token, req_pool_indices, padded_batch_size)
         self._num_slots = plan.num_slots
         self._needs_merge = (
             self._launches_are_fixed
-            or num_rows > plan.batch_size
+            or padded_batch_size > plan.batch_size
             or bool((np.diff(plan.request_indptr) > 1).any())
         )
 
-    def append(self, seq_lens: torch.Tensor, new_slots: torch.Tensor) -> bool:
-        """Let every tail grow by the slot of one token; see :meth:`PlanBuffers.append`."""
+    def _append(self, seq_lens: torch.Tensor, new_slots: torch.Tensor) -> None:
         self._buffers.append(seq_lens, new_slots)
-        return True
 
-    def write_slots(self, target: IntArray, slots: torch.Tensor) -> None:
-        """Write ``slots`` [n] to the entries ``target`` [n] of ``kv_slots``."""
-        index = torch.from_numpy(target).to(self._device)
-        self._buffers.kv_slots[index] = slots.to(torch.int32)
-
-    def set_lengths(self, tail_lengths: IntArray) -> None:
-        """Set the tokens in each request's tail, [B]; their slots must have been written."""
-        lengths = torch.from_numpy(tail_lengths.astype(np.int32))
-        self._buffers.tail_lengths[: len(lengths)].copy_(lengths, non_blocking=True)
-
-    def run(
+    def _run(
         self,
         q: torch.Tensor,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         out: torch.Tensor,
-        lse: torch.Tensor | None = None,
-        *,
-        sm_scale: float,
-        logit_cap: float = 0.0,
-        k_scale: float | torch.Tensor = 1.0,
-        v_scale: float | torch.Tensor = 1.0,
+        lse: torch.Tensor | None,
+        params: AttentionParams,
     ) -> None:
-        """Attend the batch's queries to its KV. Allocates nothing, synchronises nothing.
-
-        Args:
-            q: [B, Hq, D]; this and the next three dense in their last dimension.
-            k_cache, v_cache: [slots, Hkv, D] and [slots, Hkv, Dv].
-            out: [B, Hq, Dv], written.
-            lse: [B, Hq] float32, natural log; written where given.
-            sm_scale, logit_cap: as in the oracle.
-            k_scale, v_scale: numbers, or float32 device tensors of shape [] or [Hkv].
-        """
-        k_factor, k_scales, k_scale_stride = self._split_scale(k_scale)
-        v_factor, v_scales, v_scale_stride = self._split_scale(v_scale)
-        buffers, shape = self._buffers, self._shape
+        k_factor, k_scales, k_scale_stride = self._split_scale(params.k_scale)
+        v_factor, v_scales, v_scale_stride = self._split_scale(params.v_scale)
+        buffers, shape = self._buffers, self.shape
         lse_or_none = self._no_lse if lse is None else lse
         outputs: dict[str, Any] = dict(  # noqa: C408
             out_ptr=out,
@@ -231,8 +188,8 @@ class TritonExecutor:
             partial_out_ptr=buffers.partial_out,
             partial_lse_ptr=buffers.partial_lse,
             plan_ptr=buffers.plan,
-            NUM_KV_HEADS=self._num_kv_heads,
-            GROUP_SIZE=self._group_size,
+            NUM_KV_HEADS=shape.num_kv_heads,
+            GROUP_SIZE=shape.group_size,
             V_HEAD_DIM=shape.v_head_dim,
             BLOCK_DV=max(16, next_power_of_two(shape.v_head_dim)),
             WRITES_LSE=lse is not None,
@@ -246,11 +203,11 @@ class TritonExecutor:
             kv_slots_ptr=buffers.kv_slots,
             tail_lengths_ptr=buffers.tail_lengths,
             arrivals_ptr=buffers.arrivals,
-            num_rows=self._num_rows,
+            padded_batch_size=self.padded_batch_size,
             MERGES=self._merges_in_kernel,
-            sm_scale=sm_scale * k_factor,
+            sm_scale=params.sm_scale * k_factor,
             v_factor=v_factor,
-            logit_cap=logit_cap,
+            logit_cap=params.logit_cap,
             q_stride=q.stride(0),
             q_head_stride=q.stride(1),
             k_stride=k_cache.stride(0),
@@ -262,13 +219,13 @@ class TritonExecutor:
             v_scale_stride=v_scale_stride,
             HEAD_DIM=shape.head_dim,
             BLOCK_D=max(16, next_power_of_two(shape.head_dim)),
-            HAS_CAP=logit_cap > 0,
-            HAS_SCALES=isinstance(k_scale, torch.Tensor) or isinstance(v_scale, torch.Tensor),
+            HAS_CAP=params.logit_cap > 0,
+            HAS_SCALES=k_scales is not self._one or v_scales is not self._one,
         )
         if self._needs_merge and not self._merges_in_kernel:
             launch(
                 merge_kernel,
-                (self._num_rows, self._num_kv_heads),
+                (self.padded_batch_size, self.shape.num_kv_heads),
                 **outputs,
                 num_warps=4,
             )
@@ -276,7 +233,7 @@ class TritonExecutor:
     def _forward(self, **arguments: Any) -> None:
         """Launch the forward stage; the first launch on the current stream, others beside it."""
         if len(self._launches) > 1 and self._streams:
-            current = torch.cuda.current_stream(self._device)
+            current = torch.cuda.current_stream(self.device)
             side = self._side_streams(current)
             self._fork.record(current)
             for stream, join, work in zip(side, self._joins, self._launches[1:], strict=False):
@@ -315,22 +272,22 @@ class TritonExecutor:
             maxnreg=work.tile.max_registers,
         )
 
-    def _row_classes(self, plan: PlanArrays, num_rows: int) -> list[int]:
+    def _row_classes(self, plan: PackPlan, padded_batch_size: int) -> list[int]:
         """Rows of the tile classes in use, ascending."""
         fixed = self._launches_are_fixed
-        queries = [num_rows] if fixed else np.unique(np.diff(plan.query_indptr)).tolist()
-        rows = [count * self._group_size for count in queries]
-        return choose_classes(rows, self._shape, mode=self._mode, fixed=fixed)
+        queries = [padded_batch_size] if fixed else np.unique(np.diff(plan.query_indptr)).tolist()
+        rows = [count * self.shape.group_size for count in queries]
+        return choose_classes(rows, self._tile_shape, mode=self._mode, fixed=fixed)
 
-    def _plan_launches(self, plan: PlanArrays, classes: list[int], num_items: list[int]) -> None:
+    def _plan_launches(self, plan: PackPlan, classes: list[int], num_items: list[int]) -> None:
         """Decide tiles and grids; without regard to the plan where launches are fixed."""
         lengths = plan.pack_end - plan.pack_start
-        lengths[plan.num_packs - plan.batch_size :] += plan.reserved_tail_slots
+        lengths[plan.num_shared_packs :] += plan.reserved_tail_slots
         longest = _ANY_LENGTH if self._launches_are_fixed else int(lengths.max())
-        tiles = [choose_tile(rows, longest, self._shape) for rows in classes]
+        tiles = [choose_tile(rows, longest, self._tile_shape) for rows in classes]
         if self._mode == "fused":
             if len(tiles) > 1:
-                tiles = list(choose_fused_tiles(longest, self._shape))
+                tiles = list(choose_fused_tiles(longest, self._tile_shape))
             self._launches = [_Launch(0, self._num_programs(tiles[-1], num_items[0]), *tiles)]
             return
         self._launches = [
@@ -340,10 +297,10 @@ class TritonExecutor:
         ]
 
     def _num_programs(self, tile: TileConfig, num_items: int) -> int:
-        resident = self._num_sms * tile.resident_programs(self._shape) or _INTERPRETED_PROGRAMS
+        resident = self._num_sms * tile.resident_programs(self._tile_shape) or _INTERPRETED_PROGRAMS
         if self._launches_are_fixed:
             return resident
-        return max(1, min(num_items * self._num_kv_heads, resident))
+        return max(1, min(num_items * self.shape.num_kv_heads, resident))
 
     def _split_scale(self, scale: float | torch.Tensor) -> tuple[float, torch.Tensor, int]:
         """A scale as a number, times a tensor and its stride from KV head to KV head."""

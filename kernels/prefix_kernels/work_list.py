@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from prefix_kernels.executor import PlanArrays
+from prefix_kernels.plan import PackPlan
 
 __all__ = ["ITEM_FIELDS", "WorkList", "build_work_list"]
 
@@ -42,7 +42,7 @@ class WorkList:
     partials: NDArray[np.int32]
 
 
-def build_work_list(plan: PlanArrays, group_size: int, block_rows: list[int]) -> WorkList:
+def build_work_list(plan: PackPlan, group_size: int, block_rows: list[int]) -> WorkList:
     """List the row blocks of all splits of all packs.
 
     Args:
@@ -67,9 +67,8 @@ def build_work_list(plan: PlanArrays, group_size: int, block_rows: list[int]) ->
     within = np.arange(len(pack)) - np.repeat(np.cumsum(per_pack) - per_pack, per_pack)
     split = within // row_blocks[pack]
     block = within - split * row_blocks[pack]
-    first_tail = plan.num_packs - plan.batch_size
     tokens = lengths.copy()
-    tokens[first_tail:] = np.arange(-1, -1 - plan.batch_size, -1)
+    tokens[plan.num_shared_packs :] = np.arange(-1, -1 - plan.batch_size, -1)
     items = np.empty((len(pack), ITEM_FIELDS), dtype=np.int32)
     items[:, 0] = plan.query_indptr[pack]
     items[:, 1] = plan.partial_indptr[pack] + split * num_queries[pack]

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from prefix_kernels.plan import PackPlan, verify_plan, verify_slots
 from prefix_patches.radix_paths import owned_lengths
 from prefix_patches.schedule_context import ScheduleContext
 from sglang_prefix.backend.counters import BackendCounters
@@ -26,7 +27,6 @@ from sglang_prefix.checks import check_same_sharing
 from sglang_prefix.forest import PrefixForest
 from sglang_prefix.gate import Gate
 from sglang_prefix.packing.planner import PackPlanner
-from sglang_prefix.plan import PackPlan, verify_plan, verify_slots
 from sglang_prefix.runner import PlanRunner
 
 __all__ = ["DecodePlanner", "LayerGroup", "is_idle", "num_requests_of"]
@@ -89,7 +89,7 @@ class DecodePlanner:
         self._gate = gate
         self._verify = verify
         self._paths = PathCache()
-        rows = [shape.workspace.capacity.rows for shape in shapes if shape.workspace]
+        rows = [shape.workspace.capacity.batch_rows for shape in shapes if shape.workspace]
         self.max_rows = min(rows, default=None)
         # Of the plan in use, or of the decision to do without one.
         self._reqs: list[Any] | None = None  # None if it must not go on

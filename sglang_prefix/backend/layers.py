@@ -113,17 +113,15 @@ def serve_layers(
 def _workspace_of(
     model_runner: Any, shape: AttentionShape, config: PrefixConfig, num_shapes: int
 ) -> Workspace:
-    from prefix_kernels.tiles import TileShape
-    from prefix_kernels.triton_executor import widest_block
+    from prefix_kernels.tiles import TileShape, widest_block
 
-    tile_shape = TileShape(shape.head_dim, shape.v_head_dim, shape.q_itemsize, shape.kv_itemsize)
     return size_workspace(
         shape,
         # Batches are padded to multiples of what parallelism asks for.
         max_rows=min(-(-int(model_runner.req_to_token_pool.size) // 64) * 64, _MAX_ROWS),
         context_len=int(model_runner.model_config.context_len),
         reserved_tail_slots=RESERVED_TAIL_SLOTS,
-        max_block_rows=widest_block(config.launch_mode, tile_shape),
+        max_block_rows=widest_block(config.launch_mode, TileShape.of(shape)),
         budget=config.workspace_mib * 2**20 // num_shapes,
     )
 

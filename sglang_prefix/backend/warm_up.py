@@ -52,7 +52,7 @@ def _batch_sizes(served: ServedLayers) -> list[int]:
     for shape in served.shapes:
         group = shape.planner.costs.shape.group_size
         smallest = {1, *(rows // group + 1 for rows in ROW_CLASSES)}
-        most = shape.workspace.capacity.rows if shape.workspace else 1
+        most = shape.workspace.capacity.batch_rows if shape.workspace else 1
         sizes |= {min(size, most) for size in smallest}
     return sorted(sizes)
 

@@ -86,7 +86,7 @@ def size_workspace(
     # What slots leave goes to partials, with which packs can be split into more pieces.
     max_partials = (budget - fixed - slots * _INT32) // partial_bytes
     capacity = PlanCapacity(
-        rows=rows,
+        batch_rows=rows,
         plan_size=HEADER_SIZE + 1 + rows * _INTS_PER_ROW + max_partials * partial_ints,
         slots=slots,
         partials=max_partials,

@@ -16,8 +16,8 @@ from prefix_kernels.merge import merge_partials
 from prefix_patches.torch_native_decode import torch_native_decode
 from sglang_prefix.bench.workloads.inputs import AttentionInputs
 from sglang_prefix.packing import CPU_PROFILE
+from sglang_prefix.packing.layout import CostedPlan
 from sglang_prefix.packing.planner import PackPlanner
-from sglang_prefix.plan import PackPlan
 from sglang_prefix.runner import PlanRunner
 
 __all__ = ["STOCK_ON_CPU", "Contender", "StepSeconds", "TorchNative", "TorchPacked", "find_stock"]
@@ -143,10 +143,10 @@ class TorchPacked(Contender):
             ended - began, planned - began, copied - planned, ended - copied, merged - ended
         )
 
-    def _plan(self) -> PackPlan:
+    def _plan(self) -> CostedPlan:
         return self._planner.plan(self.inputs.batch.forest())
 
-    def _load(self, plan: PackPlan) -> None:
+    def _load(self, plan: CostedPlan) -> None:
         self._runner.load(plan, self.inputs.req_to_token, self.inputs.rows)
 
     def _run(self, layer: int) -> None:
@@ -157,7 +157,7 @@ class TorchPacked(Contender):
 class _MergeAlone:
     """The merge of one plan on random partials, into an output of its own."""
 
-    def __init__(self, plan: PackPlan, inputs: AttentionInputs) -> None:
+    def __init__(self, plan: CostedPlan, inputs: AttentionInputs) -> None:
         heads = inputs.heads
         self._lse = torch.randn(plan.num_partials, heads.qo)
         self._out = torch.empty(plan.num_partials, heads.qo, heads.v_dim).fill_(0.5)

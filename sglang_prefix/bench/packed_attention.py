@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from prefix_kernels import plan_header
+from prefix_kernels.executor import AttentionParams
 from prefix_kernels.plan_buffers import PlanCapacity
-from prefix_kernels.tiles import TileShape
 from prefix_kernels.triton_executor import TritonExecutor
 from sglang_prefix.forest import PrefixForest
 from sglang_prefix.packing import GPU_PROFILE, AttentionShape, DeviceProfile
+from sglang_prefix.packing.layout import CostedPlan
 from sglang_prefix.packing.planner import PackPlanner
-from sglang_prefix.plan import PackPlan
 
 __all__ = ["PackedAttention", "drop_one_work_item"]
 
@@ -54,35 +54,45 @@ class PackedAttention:
         )
         self.breaks = False
 
-    def plan(self, forest: PrefixForest) -> PackPlan:
+    def plan(self, forest: PrefixForest) -> CostedPlan:
         """Pack a forest."""
         return self.planner.plan(forest)
 
-    def fix_capacity(self, plans: list[PackPlan], *load_arguments: Any, rows: int) -> None:
+    def fix_capacity(self, plans: list[CostedPlan], *load_arguments: Any, rows: int) -> None:
         """Fix buffers and launches for batches of ``rows``, as graphs need; must hold ``plans``."""
         for plan in plans:
             self.executor.load(plan, *load_arguments)
         need = self.executor.buffers.capacity
         # Other tile classes make other row blocks, so a packed plan may be larger.
-        capacity = PlanCapacity(max(need.rows, rows), 4 * need.plan_size, need.slots, need.partials)
+        capacity = PlanCapacity(
+            max(need.batch_rows, rows), 4 * need.plan_size, need.slots, need.partials
+        )
         self.executor = self._executor(capacity)
 
     def load(
         self,
-        plan: PackPlan,
+        plan: CostedPlan,
         req_to_token: torch.Tensor,
         req_pool_indices: torch.Tensor,
         *,
         num_rows: int | None = None,
     ) -> None:
         """Take a plan into use; a control loses one work item of it."""
-        self.executor.load(plan, req_to_token, req_pool_indices, num_rows=num_rows)
+        self.executor.load(plan, req_to_token, req_pool_indices, padded_batch_size=num_rows)
         if self.breaks:
             drop_one_work_item(self.executor)
 
-    def run(self, *tensors: torch.Tensor, **factors: Any) -> None:
+    def run(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor | None = None,
+        **params: Any,
+    ) -> None:
         """Launch one layer: :meth:`TritonExecutor.run`."""
-        self.executor.run(*tensors, **factors)
+        self.executor.run(q, k_cache, v_cache, out, lse, AttentionParams(**params))
 
     def poison_partials(self) -> None:
         """Fill the partial results with NaN."""
@@ -96,18 +106,7 @@ class PackedAttention:
         return lambda k, v: self.run(q, k, v, out, sm_scale=sm_scale)
 
     def _executor(self, capacity: PlanCapacity | None) -> TritonExecutor:
-        shape = self.shape
-        tile_shape = TileShape(
-            shape.head_dim, shape.v_head_dim, shape.q_itemsize, shape.kv_itemsize
-        )
-        return TritonExecutor(
-            shape.num_qo_heads,
-            shape.num_kv_heads,
-            tile_shape,
-            self.device,
-            capacity=capacity,
-            **self._how,
-        )
+        return TritonExecutor(self.shape, self.device, capacity=capacity, **self._how)
 
 
 def drop_one_work_item(executor: TritonExecutor) -> None:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -15,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sglang_prefix.bench.engine import EngineProcess, engine_environment
+from sglang_prefix.bench.hooks import zeros
 from sglang_prefix.cli.demo_workload import ForkedWorkload, build_workload
 from sglang_prefix.cli.output import JsonOption, console, fail, write_json
 
@@ -23,13 +21,15 @@ if TYPE_CHECKING:
 
 __all__ = ["demo"]
 
-# The plan may read this much more than the ideal: packing trades short shared stretches for fewer
+# The plan may read this much more than the ideal: packing trades short shared segments for fewer
 # packs, and the first decode step of a request shares nothing.
 _READ_SLACK = 1.5
 _MIN_PACKED_SHARE = 0.9
 _MIN_CHANGED_SHARE = 0.5
 _BACKENDS = ("stock", "prefix")
 _PICTURES = (".html", ".svg")
+_DECODE = "sglang_prefix.cli.demo_workload:decode"
+_COUNTERS = "sglang_prefix.bench.engine:counters"
 _HOW_TO_READ = """
 The last batch as a tree. A node is KV that several requests share, its readers; a pack reads it
 once for all of them. Below are the requests, with what each holds alone.
@@ -81,10 +81,12 @@ def demo(
         )
         results = {}
         for backend in _BACKENDS:
-            engine = _engine_arguments(model, device, dtype, workload)
+            arguments = _engine_arguments(model, device, dtype, workload)
             if backend == "prefix":
-                engine["decode_attention_backend"] = "prefix"
-            results[backend] = _run_engine(root / backend, backend, engine, workload, rounds, out)
+                arguments["decode_attention_backend"] = "prefix"
+            results[backend] = _run_engine(
+                root / backend, backend, arguments, workload, rounds, out
+            )
     report = _report(results, workload, device, dtype, model_path)
     _print_table(report, out)
     _show_last_plan(report, picture, out)
@@ -145,53 +147,54 @@ def _engine_arguments(
 def _run_engine(
     directory: Path,
     backend: str,
-    engine: dict[str, Any],
+    arguments: dict[str, Any],
     workload: ForkedWorkload,
     rounds: int,
     out: Console,
 ) -> dict[str, Any]:
     """Run one engine in a process of its own and show how far it is."""
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
     directory.mkdir()
-    job = {
-        "engine": engine,
-        "prompts": workload.prompts,
-        "new_tokens": workload.new_tokens,
-        "rounds": rounds,
-        "control": backend == "prefix",
-    }
-    (directory / "job.json").write_text(json.dumps(job))
-    command = [sys.executable, "-m", "sglang_prefix.cli.main", "exec", "--", sys.executable]
-    command += ["-m", "sglang_prefix.cli.demo_worker", str(directory)]
-    # Whatever the user's shell sets, the demo shows the backend as it comes.
-    env = {k: v for k, v in os.environ.items() if not k.startswith("SGLANG_PREFIX_")}
-    env["SGLANG_PREFIX_KEEP_PLAN"] = "1"
-    with (directory / "log").open("wb") as log, out.status(f"{backend}: starting") as status:
-        # The worker kills its engine when our end of its standard input closes, however we end.
-        process = subprocess.Popen(
-            command,
-            env=env,
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-        began = time.monotonic()
-        while process.poll() is None:
-            event = _last_event(directory / "events.jsonl")
-            status.update(f"{backend} engine: {event} ({time.monotonic() - began:.0f} s)")
-            time.sleep(0.2)
-    result = directory / "result.json"
-    if not result.exists():
-        tail = (directory / "log").read_text(errors="replace").splitlines()[-15:]
-        fail(f"the {backend} engine ended with status {process.returncode}:\n" + "\n".join(tail))
+    control = directory / "control"
+    settings = {"SGLANG_PREFIX_KEEP_PLAN": "1", zeros.FILE_VARIABLE: str(control)}
+    hooks = [zeros.__name__] if backend == "prefix" else []
+    environment = engine_environment(settings, hooks=hooks)
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    began = time.monotonic()
+    with (
+        EngineProcess(arguments, environment=environment, log=directory / "log") as engine,
+        Progress(*columns, console=out, transient=True) as progress,
+    ):
+        task = progress.add_task("")
+
+        def run(what: str) -> tuple[list[list[int]], float]:
+            progress.update(task, description=f"{backend} engine: {what}")
+            done = engine.ask(_DECODE, prompts=workload.prompts, new_tokens=workload.new_tokens)
+            return done[0], done[1]
+
+        try:
+            progress.update(task, description=f"{backend} engine: start")
+            engine.wait_until_ready()
+            tokens, _ = run("warming up")
+            seconds = []
+            for number in range(rounds):
+                again, round_seconds = run(f"round {number + 1} of {rounds}")
+                seconds.append(round_seconds)
+                if again != tokens:
+                    fail(f"the {backend} engine gave other greedy tokens the second time")
+            found = {
+                "output_ids": tokens,
+                "decode_seconds": seconds,
+                "counters": engine.ask(_COUNTERS),
+            }
+            if backend == "prefix":
+                control.touch()
+                found["control_output_ids"], _ = run("control")
+        except RuntimeError as error:
+            fail(f"the {backend} {error}")
     out.print(f"{backend} engine: done in {time.monotonic() - began:.0f} s")
-    found: dict[str, Any] = json.loads(result.read_text())
     return found
-
-
-def _last_event(path: Path) -> str:
-    lines = path.read_text().splitlines() if path.exists() else []
-    return str(json.loads(lines[-1])["event"]) if lines else "start"
 
 
 def _report(
@@ -205,7 +208,7 @@ def _report(
     stock, prefix = results["stock"], results["prefix"]
     if not prefix["counters"]:
         fail("the prefix engine reported no counters: was the plugin loaded?")
-    counters = prefix["counters"][0]
+    counters = prefix["counters"]
     count = len(workload.prompts)
     pairs = zip(stock["output_ids"], prefix["output_ids"], strict=True)
     num_equal = sum(a == b for a, b in pairs)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["ForkedWorkload", "build_workload"]
+__all__ = ["ForkedWorkload", "build_workload", "decode"]
 
 _RULE = "Rule {n}: an answer names its source, states its unit, and says when it is not sure. "
 _TOPIC = "Part {n} deals with case {n}: read what follows as a note taken on day {n}, in order. "
@@ -74,3 +75,19 @@ def _filled(tokenizer: Any, template: str, first: int, length: int) -> list[int]
         tokens += tokenizer.encode(template.format(n=number), add_special_tokens=False)
         number += 7
     return tokens[:length]
+
+
+def decode(engine: Any, prompts: list[list[int]], new_tokens: int) -> tuple[list[list[int]], float]:
+    """Greedy tokens of all requests, and the seconds from the last first token to the end.
+
+    Prefill is the stock backend's on both sides; what is timed is decode at the full batch. Runs
+    in the engine's process.
+    """
+    sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
+    outputs: dict[int, list[int]] = {}
+    began = time.perf_counter()
+    for chunk in engine.generate(input_ids=prompts, sampling_params=sampling, stream=True):
+        if chunk["index"] not in outputs:
+            began = time.perf_counter()
+        outputs[chunk["index"]] = chunk["output_ids"]
+    return [outputs[index] for index in sorted(outputs)], time.perf_counter() - began

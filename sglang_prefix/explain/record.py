@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from prefix_kernels.tiles import LAUNCH_MODES
 from sglang_prefix.forest import PrefixForest
 from sglang_prefix.packing import POLICIES, AttentionShape, CostModel, DeviceProfile, Packs
-from sglang_prefix.plan import PackPlan
+from sglang_prefix.packing.layout import CostedPlan
 
 __all__ = ["SCHEMA", "Answer", "PlanRecord", "ShapePlan", "find_plan", "packs_of", "read_record"]
 
@@ -43,7 +43,7 @@ class ShapePlan:
     num_layers: int
     policy: str
     max_partials: int | None
-    plan: PackPlan
+    plan: CostedPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +195,7 @@ def _backends_of(state: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return listed
 
 
-def packs_of(plan: PackPlan) -> Packs:
+def packs_of(plan: CostedPlan) -> Packs:
     """The packs that a plan was laid out from."""
     shared = plan.num_shared_packs
     indptr = plan.query_indptr[: shared + 1]
@@ -224,7 +224,7 @@ def _plan_from_dict(data: Mapping[str, Any], forest: PrefixForest) -> ShapePlan:
     shape = AttentionShape(**{name: _number(value) for name, value in data["shape"].items()})
     if shape.num_qo_heads % shape.num_kv_heads:
         raise ValueError("it is damaged: its query heads are no multiple of its KV heads")
-    plan = PackPlan.build(
+    plan = CostedPlan.build(
         packs,
         forest.seq_lens,
         num_splits,

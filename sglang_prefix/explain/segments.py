@@ -14,8 +14,8 @@ from sglang_prefix.explain.record import PlanRecord, ShapePlan, packs_of
 from sglang_prefix.explain.tiles import pack_tiles
 from sglang_prefix.forest import PrefixForest
 from sglang_prefix.packing import policy_named
+from sglang_prefix.packing.layout import CostedPlan, PlanStats
 from sglang_prefix.packing.splits import choose_num_splits
-from sglang_prefix.plan import PackPlan, PlanStats
 
 __all__ = ["Explanation", "Part", "explain"]
 
@@ -110,7 +110,7 @@ class Explanation:
         return self.record.forest
 
     @property
-    def plan(self) -> PackPlan:
+    def plan(self) -> CostedPlan:
         """The plan that is shown."""
         return self.shape_plan.plan
 
@@ -193,7 +193,7 @@ def _places(forest: PrefixForest, leaf: IntArray) -> list[tuple[int, int, int, i
     return [*nodes, *tails]
 
 
-def _owners(forest: PrefixForest, plan: PackPlan, leaf: IntArray) -> IntArray:
+def _owners(forest: PrefixForest, plan: CostedPlan, leaf: IntArray) -> IntArray:
     """[P] the part that each pack ends in."""
     place = np.empty(forest.batch_size, dtype=np.int64)
     place[forest.order] = np.arange(forest.batch_size)
@@ -216,7 +216,7 @@ def _owners(forest: PrefixForest, plan: PackPlan, leaf: IntArray) -> IntArray:
     return owners
 
 
-def _tokens_read(forest: PrefixForest, plan: PackPlan, owners: IntArray) -> IntArray:
+def _tokens_read(forest: PrefixForest, plan: CostedPlan, owners: IntArray) -> IntArray:
     """[parts] how often the tokens of each part are read, row block by row block."""
     reads = np.zeros(forest.num_nodes + forest.batch_size, dtype=np.int64)
     above = [*forest.node_parent.tolist(), *_leaves(forest)[forest.order].tolist()]

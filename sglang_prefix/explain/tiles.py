@@ -7,7 +7,7 @@ import numpy as np
 from prefix_kernels.tiles import TileShape, choose_classes, choose_fused_tiles, choose_tile
 from sglang_prefix.explain.record import PlanRecord
 from sglang_prefix.packing import AttentionShape
-from sglang_prefix.plan import PackPlan
+from sglang_prefix.packing.layout import CostedPlan
 
 __all__ = ["pack_tiles", "tile_shape"]
 
@@ -17,11 +17,10 @@ _ANY_LENGTH = 1 << 30
 
 def tile_shape(shape: AttentionShape, gpu: str | None) -> TileShape:
     """What the choice of a tile depends on, on a device with Hopper's matrix units or later."""
-    itemsizes = shape.q_itemsize, shape.kv_itemsize
-    return TileShape(shape.head_dim, shape.v_head_dim, *itemsizes, device=gpu)
+    return TileShape.of(shape, gpu)
 
 
-def pack_tiles(record: PlanRecord, plan: PackPlan) -> list[tuple[int, int] | None]:
+def pack_tiles(record: PlanRecord, plan: CostedPlan) -> list[tuple[int, int] | None]:
     """[P] rows and KV tokens of each pack's tile; None for an executor that has no tiles."""
     if plan.costs.device.name == "cpu":
         return [None] * plan.num_packs

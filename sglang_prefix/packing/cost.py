@@ -8,52 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from prefix_kernels.plan import AttentionShape
+
 __all__ = ["CPU_PROFILE", "GPU_PROFILE", "AttentionShape", "CostModel", "DeviceProfile"]
-
-# One partial is float32 output and lse, written by the forward stage and read by the merge.
-_PARTIAL_ITEMSIZE = 4
-_PARTIAL_PASSES = 2
-# A plan addresses KV by int32 slot index, read once per pack and KV head group.
-_SLOT_ITEMSIZE = 4
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionShape:
-    """What a plan needs to know about the attention layers that it serves.
-
-    Attributes:
-        num_qo_heads, num_kv_heads: heads on this rank; the first is a multiple of the second.
-        head_dim, v_head_dim: elements per head of q and k, and of v.
-        q_itemsize, kv_itemsize: bytes per element of q, and of the KV cache.
-    """
-
-    num_qo_heads: int
-    num_kv_heads: int
-    head_dim: int
-    v_head_dim: int
-    q_itemsize: int
-    kv_itemsize: int
-
-    @property
-    def group_size(self) -> int:
-        """Query heads that share one KV head."""
-        return self.num_qo_heads // self.num_kv_heads
-
-    @property
-    def kv_token_bytes(self) -> int:
-        """Bytes of K and V of one token, with its slot index."""
-        per_head = (self.head_dim + self.v_head_dim) * self.kv_itemsize
-        return self.num_kv_heads * per_head + _SLOT_ITEMSIZE
-
-    @property
-    def query_bytes(self) -> int:
-        """Bytes of one request's query."""
-        return self.num_qo_heads * self.head_dim * self.q_itemsize
-
-    @property
-    def partial_bytes(self) -> int:
-        """Bytes moved to write one request's partial and to read it again."""
-        return self.num_qo_heads * (self.v_head_dim + 1) * _PARTIAL_ITEMSIZE * _PARTIAL_PASSES
 
 
 @dataclass(frozen=True, slots=True)

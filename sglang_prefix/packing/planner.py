@@ -16,9 +16,9 @@ from sglang_prefix.packing import (
     DeviceProfile,
     policy_named,
 )
+from sglang_prefix.packing.layout import CostedPlan
 from sglang_prefix.packing.packs import Packs
 from sglang_prefix.packing.splits import choose_num_splits
-from sglang_prefix.plan import PackPlan
 
 __all__ = ["RESERVED_TAIL_SLOTS", "PackPlanner", "profile_for", "warm_up"]
 
@@ -48,9 +48,9 @@ def warm_up() -> None:
     forest = PrefixForest.from_paths([RadixPath((1,), (4,))] * 2, [4, 4], [5, 5])
     costs = CostModel(AttentionShape(1, 1, 1, 1, 1, 1), GPU_PROFILE)
     packs = policy_named("pat")(forest, costs)
-    pieces = choose_num_splits(packs, forest.seq_lens, costs)
-    plan = PackPlan.build(
-        packs, forest.seq_lens, pieces, reserved_tail_slots=0, kv_tokens_unique=0, costs=costs
+    num_splits = choose_num_splits(packs, forest.seq_lens, costs)
+    plan = CostedPlan.build(
+        packs, forest.seq_lens, num_splits, reserved_tail_slots=0, kv_tokens_unique=0, costs=costs
     )
     plan.stats()
 
@@ -90,7 +90,7 @@ class PackPlanner:
         warm_up()
         self._query_policy = policy_named("query")
 
-    def plan(self, forest: PrefixForest) -> PackPlan:
+    def plan(self, forest: PrefixForest) -> CostedPlan:
         """Pack a forest and lay the plan out, within the bound on partials.
 
         Raises:
@@ -110,15 +110,15 @@ class PackPlanner:
             return plan
         return self._lay_out(self._query_policy(forest, self.costs), forest, split=False)
 
-    def _fits(self, plan: PackPlan) -> bool:
+    def _fits(self, plan: CostedPlan) -> bool:
         return self.max_partials is None or plan.num_partials <= self.max_partials
 
-    def _lay_out(self, packs: Packs, forest: PrefixForest, *, split: bool) -> PackPlan:
+    def _lay_out(self, packs: Packs, forest: PrefixForest, *, split: bool) -> CostedPlan:
         if split:
             num_splits = choose_num_splits(packs, forest.seq_lens, self.costs)
         else:
             num_splits = np.ones(len(packs.start) + forest.batch_size, dtype=np.int64)
-        return PackPlan.build(
+        return CostedPlan.build(
             packs,
             forest.seq_lens,
             num_splits,

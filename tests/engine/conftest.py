@@ -8,11 +8,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from sglang_prefix.tiny_model import build_tiny_model
-from tests.engine.adapters import ADAPTERS, write_adapter
 from tests.engine.driver import ScenarioResult, run_scenario
-from tests.engine.qwen3 import turn_into_qwen3
-from tests.engine.scenarios import MODELS, build
+from tests.engine.models import write_models
+from tests.engine.scenarios import EXTENDED, build
 
 Results = Callable[[str], ScenarioResult]
 
@@ -26,6 +24,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "scenarios(*names): engines whose results the test compares")
 
 
+@pytest.hookimpl(tryfirst=True)  # before extended tests are left out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test that looks at an engine of `make test-all` is extended."""
+    for item in items:
+        if not EXTENDED.isdisjoint(n for m in item.iter_markers("scenarios") for n in m.args):
+            item.add_marker("extended")
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Note the scenarios of the selected tests in the order in which they are wanted."""
     run = [i for i in session.items if not any(m.args[0] for m in i.iter_markers("skipif"))]
@@ -36,13 +42,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Folder of each model, with random weights on disk."""
-    folders = {name: tmp_path_factory.mktemp(name) for name in MODELS}
-    for name, config in MODELS.items():
-        build_tiny_model(folders[name], config)
-    turn_into_qwen3(folders["qwen3"])
-    for seed, name in enumerate(ADAPTERS):
-        write_adapter(folders["llama"] / name, MODELS["llama"], seed)
-    return {name: str(folder) for name, folder in folders.items()}
+    return write_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="session")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from sglang_prefix.bench.engine import free_port
 
 __all__ = ["Step", "take_steps"]
 
@@ -25,7 +27,7 @@ Step = tuple[str, ...]
 ARRIVAL_S = 0.3
 
 
-async def take_steps(engine: Any, steps: list[Step], hold: Path) -> None:
+async def take_steps(engine: Any, steps: Sequence[Step], hold: Path) -> None:
     """Take the first step while the scheduler is held, let it go on, take the others.
 
     Without a file ``hold`` the scheduler is not held, and nothing is waited for.
@@ -114,7 +116,7 @@ async def _broadcast_weights(manager: Any, model: str, flush: bool) -> None:
     from sglang.srt.utils.common import init_custom_process_group
 
     weights = _weights(model)
-    port = _free_port()
+    port = free_port()
     joined = asyncio.create_task(
         manager.init_weights_update_group(
             io_struct.InitWeightsUpdateGroupReqInput(
@@ -161,9 +163,3 @@ def _weights(model: str) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     return load_file(Path(model) / "model.safetensors")
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

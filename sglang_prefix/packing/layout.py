@@ -1,18 +1,18 @@
-"""The pack plan: what the executors run, as host arrays, and the checks that it is right."""
+"""From packs to the plan that executors run, with what it costs."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prefix_kernels.executor import split_bounds
+from prefix_kernels.plan import PackPlan
 from sglang_prefix.jit import jit
 from sglang_prefix.packing.cost import CostModel
 from sglang_prefix.packing.packs import Packs
 
-__all__ = ["PackPlan", "PlanStats", "verify_plan", "verify_slots"]
+__all__ = ["CostedPlan", "PlanStats"]
 
 IntArray = NDArray[np.int64]
 
@@ -22,7 +22,7 @@ class PlanStats:
     """What a plan reads, in numbers that can be compared between plans.
 
     Attributes:
-        kv_tokens_read: KV tokens read; a pack's stretch counts once per row block that reads it.
+        kv_tokens_read: KV tokens read; a pack's segment counts once per row block that reads it.
         kv_tokens_logical: KV tokens of all requests, which stock kernels read.
         kv_tokens_unique: KV tokens of the batch with every shared one counted once.
         kv_read_ratio: read / logical.
@@ -44,28 +44,14 @@ class PlanStats:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PackPlan:
-    """A partition of the attention work of one decode batch.
+class CostedPlan(PackPlan):
+    """A pack plan with the costs that it was made by, which is what the planner returns.
 
-    Every (request, position) belongs to exactly one pack of that request. ``P`` packs: shared ones
-    first, then one tail per request in batch order, which alone grows. Every (pack split, query)
-    owns one partial, numbered request by request, so that a request's partials are consecutive
-    and there are no holes; PAT numbers them per pack, which collides on uneven
-    trees. All arrays are int64 on the host; see
-    :class:`prefix_kernels.executor.PlanArrays` for how they are read.
+    Attributes:
+        kv_tokens_unique: KV tokens of the batch with every shared one counted once.
+        costs: shape and device that the plan was made for.
     """
 
-    seq_lens: IntArray
-    pack_start: IntArray
-    pack_end: IntArray
-    query_indptr: IntArray
-    queries: IntArray
-    num_splits: IntArray
-    slot_offset: IntArray
-    partial_indptr: IntArray
-    partial_index: IntArray
-    request_indptr: IntArray
-    reserved_tail_slots: int
     kv_tokens_unique: int
     costs: CostModel
 
@@ -79,13 +65,13 @@ class PackPlan:
         reserved_tail_slots: int,
         kv_tokens_unique: int,
         costs: CostModel,
-    ) -> PackPlan:
+    ) -> CostedPlan:
         """Lay packs out: tails behind the shared packs, slots and partials by prefix sums.
 
         Args:
             packs: shared packs and tail starts.
             seq_lens: [B] KV tokens of each request.
-            num_splits: [S + B] pieces of each shared pack, then of each tail.
+            num_splits: [S + B] splits of each shared pack, then of each tail.
             reserved_tail_slots: tokens that each tail may grow by before a new plan is needed.
             kv_tokens_unique: the forest's unique tokens, for the statistics.
             costs: shape and device that the plan was made for.
@@ -103,33 +89,8 @@ class PackPlan:
         return cls(seq_lens, *laid_out, reserved_tail_slots, kv_tokens_unique, costs)
 
     @property
-    def batch_size(self) -> int:
-        """Number of requests."""
-        return len(self.seq_lens)
-
-    @property
-    def num_packs(self) -> int:
-        """Number of packs, the tails included."""
-        return len(self.pack_start)
-
-    @property
-    def num_shared_packs(self) -> int:
-        """Number of packs before the tails."""
-        return self.num_packs - self.batch_size
-
-    @property
-    def num_partials(self) -> int:
-        """Number of partials: one per (pack split, query)."""
-        return len(self.partial_index)
-
-    @property
-    def num_slots(self) -> int:
-        """Entries of ``kv_slots``, growth room included."""
-        return int(self.slot_offset[-1])
-
-    @property
     def kv_tokens_read(self) -> int:
-        """KV tokens read; a pack's stretch counts once per row block that reads it."""
+        """KV tokens read; a pack's segment counts once per row block that reads it."""
         return tokens_read(
             self.pack_start,
             self.pack_end,
@@ -137,10 +98,6 @@ class PackPlan:
             self.costs.shape.group_size,
             self.costs.device.max_block_rows,
         )
-
-    def pack_queries(self, pack: int) -> IntArray:
-        """Batch rows of the requests that read ``pack``."""
-        return self.queries[self.query_indptr[pack] : self.query_indptr[pack + 1]]
 
     def stats(self, grown_tokens: int = 0) -> PlanStats:
         """Statistics of this plan after its tails have grown by ``grown_tokens`` in all."""
@@ -167,11 +124,6 @@ class PackPlan:
             self.num_partials,
         )
 
-    def same_as(self, other: PackPlan) -> bool:
-        """Whether two plans are equal in every field."""
-        pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
-        return all(np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b for a, b in pairs)
-
 
 @jit
 def lay_out(
@@ -193,7 +145,7 @@ def lay_out(
 
     Args:
         start, end, query_indptr, queries, tail_start: of the shared packs, see :class:`Packs`.
-        seq_lens, num_splits, reserved_tail_slots: as in :meth:`PackPlan.build`.
+        seq_lens, num_splits, reserved_tail_slots: as in :meth:`CostedPlan.build`.
 
     Returns:
         The fields of :class:`PackPlan` from ``pack_start`` to ``request_indptr``.
@@ -219,8 +171,8 @@ def lay_out(
             indptr[pack + 1] = indptr[pack] + 1
             room = reserved_tail_slots
         slot_offset[pack + 1] = slot_offset[pack] + pack_end[pack] - pack_start[pack] + room
-        pieces = num_splits[pack] * (indptr[pack + 1] - indptr[pack])
-        partial_indptr[pack + 1] = partial_indptr[pack] + pieces
+        num_partials = num_splits[pack] * (indptr[pack + 1] - indptr[pack])
+        partial_indptr[pack + 1] = partial_indptr[pack] + num_partials
     partial_index, request_indptr = number_partials(all_queries, indptr, num_splits, batch)
     return (
         pack_start,
@@ -243,7 +195,7 @@ def tokens_read(
     group_size: int,
     max_block_rows: int,
 ) -> int:
-    """The loop behind :attr:`PackPlan.kv_tokens_read`."""
+    """The loop behind :attr:`CostedPlan.kv_tokens_read`."""
     read = 0
     for pack in range(len(pack_start)):
         rows = (query_indptr[pack + 1] - query_indptr[pack]) * group_size
@@ -280,65 +232,3 @@ def number_partials(
                 following[queries[i]] += 1
                 count += 1
     return partial_index, request_indptr
-
-
-def verify_plan(plan: PackPlan) -> None:
-    """Prove that a plan is a partition of the work; used by tests and SGLANG_PREFIX_VERIFY=1.
-
-    Every (request, position) is covered by one pack split, every partial is written by one
-    (pack split, query) and read by the request that it belongs to, and no two packs share an
-    entry of ``kv_slots``. Independent of how the plan was made.
-
-    Raises:
-        RuntimeError: the plan is wrong; the message says where.
-    """
-    covered = [np.zeros(int(length), dtype=np.int64) for length in plan.seq_lens]
-    writer = np.zeros(plan.num_partials, dtype=np.int64)
-    used = np.zeros(plan.num_slots, dtype=np.int64)
-    for pack in range(plan.num_packs):
-        start, end = int(plan.pack_start[pack]), int(plan.pack_end[pack])
-        queries = plan.pack_queries(pack)
-        fits = (end <= plan.seq_lens[queries]).all()
-        _require(bool(fits), f"pack {pack} outruns its query")
-        room = plan.reserved_tail_slots if pack >= plan.num_shared_packs else 0
-        first, last = int(plan.slot_offset[pack]), int(plan.slot_offset[pack]) + end - start + room
-        _require(0 <= first <= last <= len(used), f"pack {pack} leaves kv_slots")
-        used[first:last] += 1
-        _require(len(set(queries.tolist())) == len(queries), f"pack {pack} repeats a query")
-        for split in range(int(plan.num_splits[pack])):
-            low, high = split_bounds(end - start, int(plan.num_splits[pack]), split)
-            base = int(plan.partial_indptr[pack]) + split * len(queries)
-            for j, query in enumerate(queries.tolist()):
-                covered[query][start + low : start + high] += 1
-                partial = int(plan.partial_index[base + j])
-                mine = plan.request_indptr[query] <= partial < plan.request_indptr[query + 1]
-                _require(bool(mine), f"partial {partial} is not read by request {query}")
-                _require(0 <= partial < len(writer), f"there is no partial {partial}")
-                writer[partial] += 1
-    for query, count in enumerate(covered):
-        wrong = np.flatnonzero(count != 1)
-        _require(not len(wrong), f"request {query}: position {wrong[:1]} is not covered once")
-    _require(bool((writer == 1).all()), "a partial is not written exactly once")
-    _require(bool((used == 1).all()), "an entry of kv_slots does not belong to exactly one pack")
-    _require(int(plan.request_indptr[-1]) == plan.num_partials, "partials are left unread")
-
-
-def verify_slots(plan: PackPlan, rows: NDArray[np.integer]) -> None:
-    """Prove that every request of every pack holds the pack's slots at the pack's positions.
-
-    Args:
-        plan: the plan.
-        rows: [B, >= max(seq_lens)] slot rows of the batch.
-
-    Raises:
-        RuntimeError: a pack claims sharing that the rows do not show.
-    """
-    for pack in range(plan.num_shared_packs):
-        queries = plan.pack_queries(pack)
-        part = rows[queries, int(plan.pack_start[pack]) : int(plan.pack_end[pack])]
-        _require(bool((part == part[:1]).all()), f"pack {pack} claims sharing that is not there")
-
-
-def _require(condition: bool, what: str) -> None:
-    if not condition:
-        raise RuntimeError(f"the pack plan is wrong: {what}")

@@ -1,7 +1,7 @@
 """SGLang's own decode graph runner on the CPU, where there are no graphs.
 
-The runner is the real one: padding, static buffers, keys, metadata before each replay. What is put
-in its place is the device: streams, events, and the object that captures and replays.
+The runner is the real one: padding, static buffers, keys, metadata before each replay. Only the
+device is replaced: streams, events, and the object that captures and replays.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from benchmarks.import_patches import Patch
+from sglang_prefix.bench.hooks import patch_after_import
 
-__all__ = ["GraphBackend", "graph_runner_patches"]
+__all__ = ["GraphBackend", "run_graphs_on_cpu"]
 
 
 class GraphBackend:
-    """What SGLang calls a graph backend; what is captured and how it is replayed is left open.
+    """What SGLang calls a graph backend, see its ``BaseCudaGraphBackend``.
 
-    See SGLang's ``BaseCudaGraphBackend``.
+    Subclasses say what is captured and how it is replayed.
     """
 
     def __init__(self, runner: Any) -> None:
@@ -64,17 +64,17 @@ class GraphBackend:
         """Nothing to free."""
 
 
-def graph_runner_patches(
-    graph_backend: Callable[[Any], Any], batch_sizes: Sequence[int]
-) -> dict[str, Patch]:
-    """Patches by module.
+def run_graphs_on_cpu(
+    graph_backend: Callable[[Any], GraphBackend], batch_sizes: Sequence[int]
+) -> None:
+    """Let SGLang capture and replay decode graphs on the CPU; for a hook.
 
     Args:
-        graph_backend: from the runner to what SGLang calls a graph backend.
+        graph_backend: makes the graph backend of a graph runner.
         batch_sizes: that are captured.
     """
 
-    def run_on_cpu(module: ModuleType) -> None:
+    def replace_device(module: ModuleType) -> None:
         import torch
 
         names = vars(module)
@@ -87,12 +87,15 @@ def graph_runner_patches(
         module.DecodeCudaGraphRunner._publish_read_done = lambda self, in_graph: None
         module.DecodeCudaGraphRunner._record_in_graph_metadata_prep_done = lambda self: None
 
-    return {
-        "sglang.srt.model_executor.model_runner_components.cuda_graph_setup": _capture_on_cpu,
-        "sglang.srt.model_executor.runner.decode_cuda_graph_runner": run_on_cpu,
-        "sglang.srt.layers.attention.torch_native_backend": _complete_torch_native,
-        "sglang_prefix.backend.backend": _say_that_decode_is_captured,
-    }
+    runner, layers = "sglang.srt.model_executor", "sglang.srt.layers.attention"
+    patch_after_import(
+        {
+            f"{runner}.model_runner_components.cuda_graph_setup": _capture_on_cpu,
+            f"{runner}.runner.decode_cuda_graph_runner": replace_device,
+            f"{layers}.torch_native_backend": _complete_torch_native,
+            "sglang_prefix.backend.fallback": _say_that_decode_is_captured,
+        }
+    )
 
 
 @contextlib.contextmanager

@@ -1,10 +1,12 @@
 """SGLang's own decode graph runner on the CPU, with graphs that freeze what a CUDA graph freezes.
 
 A graph here is the forward function that the runner gave to be captured, run again over its static
-buffers, in which each launch of ours is replaced by the one that was recorded at capture: the same
-kernel and grid, and its arguments by raw address. Only what the model allocates anew in each run,
-q and the output, is taken from the run. So a launch that depends on the plan shows, as it would on
-a GPU.
+buffers. Each launch of ours is replaced by the one that was recorded at capture: the same kernel
+and grid, and its arguments by raw address. Only q and the output, which the model allocates anew in
+each run, are taken from the run. So a launch that depends on the plan shows, as it would on a GPU.
+
+Two more modes: "packed" packs every batch that shares anything; without a mode the gate packs every
+second one, so that the graphs of both kinds are replayed.
 """
 
 from __future__ import annotations
@@ -14,10 +16,9 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
-from benchmarks.graphs_on_cpu import GraphBackend, graph_runner_patches
-from benchmarks.import_patches import Patch
-
-__all__ = ["GRAPH_PATCHES"]
+from sglang_prefix.bench.hooks import patch_after_import
+from sglang_prefix.bench.hooks.cpu_graphs import GraphBackend, run_graphs_on_cpu
+from tests.engine.hooks.controls import mode, say
 
 BATCH_SIZES = (2, 4, 10)
 # What the model allocates anew in each run.
@@ -93,7 +94,7 @@ LAUNCHES = FrozenLaunches()
 
 
 def wrap_launch(module: ModuleType) -> None:
-    """In the modules that launch."""
+    """Where kernels are launched."""
     vars(module)["launch"] = LAUNCHES.wrap(vars(module)["launch"])
 
 
@@ -104,19 +105,19 @@ class FrozenGraphs(GraphBackend):
         """The function, and its launches."""
         with LAUNCHES.recording() as launches:
             forward_fn()
-        print(f"test hook: captured {shape_key} with {len(launches)} launches", flush=True)
+        say(f"captured {shape_key} with {len(launches)} launches")
         return forward_fn, launches
 
     def replay(self, shape_key: Any, static_forward_batch: Any, **kwargs: Any) -> Any:
         """Run what was captured over what stands in the static buffers."""
         forward_fn, launches = self.captured[shape_key]
-        print(f"test hook: replay {shape_key.variant_label} {shape_key.size}", flush=True)
+        say(f"replay {shape_key.variant_label} {shape_key.size}")
         with LAUNCHES.replaying(launches):
             return forward_fn()
 
 
 class FlippingGate:
-    """Packs every second batch that shares anything, so that both graphs are replayed."""
+    """Packs every second batch that shares anything, or, in mode "packed", all of them."""
 
     def __init__(self) -> None:
         self._packs = False
@@ -125,7 +126,7 @@ class FlippingGate:
         """The other way than the last time."""
         from sglang_prefix.gate import Decision
 
-        self._packs = not self._packs
+        self._packs = mode() == "packed" or not self._packs
         return Decision(self._packs, None if self._packs else "gate-no-gain", 1.0, 2.0)
 
     def leave(self) -> None:
@@ -133,13 +134,9 @@ class FlippingGate:
 
 
 def flip_the_gate(module: ModuleType) -> None:
-    """In our backend."""
+    """In place of the gate that setting "auto" gets on a GPU."""
     vars(module)["make_gate"] = lambda name, *args: FlippingGate() if name == "auto" else None
 
 
-GRAPH_PATCHES: list[tuple[str, Patch]] = [
-    *graph_runner_patches(FrozenGraphs, BATCH_SIZES).items(),
-    ("prefix_kernels.triton_executor", wrap_launch),
-    ("prefix_kernels.plan_buffers", wrap_launch),
-    ("sglang_prefix.backend.backend", flip_the_gate),
-]
+run_graphs_on_cpu(FrozenGraphs, BATCH_SIZES)
+patch_after_import({"prefix_kernels.launch": wrap_launch, "sglang_prefix.gate": flip_the_gate})

@@ -1,0 +1,217 @@
+"""The pack plan, as host arrays: what every executor runs, and the checks that it is right."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["AttentionShape", "PackPlan", "split_bounds", "verify_plan", "verify_slots"]
+
+IntArray = NDArray[np.int64]
+
+# One partial is float32 output and lse, written by the forward stage and read by the merge.
+_PARTIAL_ITEMSIZE = 4
+_PARTIAL_PASSES = 2
+# A plan addresses KV by int32 slot index, read once per pack and KV head group.
+_SLOT_ITEMSIZE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """What a plan and its executor need to know about the attention layers that they serve.
+
+    Attributes:
+        num_qo_heads, num_kv_heads: heads on this rank; the first is a multiple of the second.
+        head_dim, v_head_dim: elements per head of q and k, and of v.
+        q_itemsize, kv_itemsize: bytes per element of q, and of the KV cache.
+    """
+
+    num_qo_heads: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    q_itemsize: int
+    kv_itemsize: int
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one KV head."""
+        return self.num_qo_heads // self.num_kv_heads
+
+    @property
+    def kv_token_bytes(self) -> int:
+        """Bytes of K and V of one token, with its slot index."""
+        per_head = (self.head_dim + self.v_head_dim) * self.kv_itemsize
+        return self.num_kv_heads * per_head + _SLOT_ITEMSIZE
+
+    @property
+    def query_bytes(self) -> int:
+        """Bytes of one request's query."""
+        return self.num_qo_heads * self.head_dim * self.q_itemsize
+
+    @property
+    def partial_bytes(self) -> int:
+        """Bytes moved to write one request's partial and to read it again."""
+        return self.num_qo_heads * (self.v_head_dim + 1) * _PARTIAL_ITEMSIZE * _PARTIAL_PASSES
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackPlan:
+    """A partition of the attention work of one decode batch: ``P`` packs for ``B`` requests.
+
+    A pack is a segment of positions whose KV several requests read together. Every (request,
+    position) belongs to exactly one pack of that request. Shared packs come first, then one tail
+    per request in batch order; pack ``P - B + b`` is the tail of request ``b``. Only tails grow.
+
+    A pack is cut into splits. Every (pack split, query) writes one partial. Partials are numbered
+    request by request, so that those of a request are consecutive and there are no holes; PAT
+    numbers them per pack, which collides on uneven trees.
+
+    All arrays are int64 on the host.
+
+    Attributes:
+        seq_lens: [B] KV tokens of each request when the plan was made.
+        pack_start, pack_end: [P] positions ``[start, end)`` of each pack.
+        query_indptr: [P + 1] bounds of each pack in ``queries``.
+        queries: batch rows of the packs' requests, pack after pack.
+        num_splits: [P] splits of each pack.
+        slot_offset: [P + 1] where the slots of each pack begin in ``kv_slots``. Behind those of a
+            tail is room for ``reserved_tail_slots`` more.
+        partial_indptr: [P + 1] bounds of each pack in ``partial_index``. Split ``s`` of pack ``p``
+            writes, for its ``j``-th of ``n`` queries, the partial with number
+            ``partial_index[partial_indptr[p] + s * n + j]``.
+        partial_index: numbers of the partials, pack after pack.
+        request_indptr: [B + 1] the partials of request ``b`` are the numbers from
+            ``request_indptr[b]`` to ``request_indptr[b + 1]``.
+        reserved_tail_slots: tokens that each tail may grow by before a new plan is needed.
+    """
+
+    seq_lens: IntArray
+    pack_start: IntArray
+    pack_end: IntArray
+    query_indptr: IntArray
+    queries: IntArray
+    num_splits: IntArray
+    slot_offset: IntArray
+    partial_indptr: IntArray
+    partial_index: IntArray
+    request_indptr: IntArray
+    reserved_tail_slots: int
+
+    @property
+    def batch_size(self) -> int:
+        """Number of requests."""
+        return len(self.seq_lens)
+
+    @property
+    def num_packs(self) -> int:
+        """Number of packs, the tails included."""
+        return len(self.pack_start)
+
+    @property
+    def num_shared_packs(self) -> int:
+        """Number of packs before the tails."""
+        return self.num_packs - self.batch_size
+
+    @property
+    def num_partials(self) -> int:
+        """Number of partials: one per (pack split, query)."""
+        return len(self.partial_index)
+
+    @property
+    def num_slots(self) -> int:
+        """Entries of ``kv_slots``, reserved tail slots included."""
+        return int(self.slot_offset[-1])
+
+    @property
+    def tail_start(self) -> IntArray:
+        """[B] first position of each request's tail."""
+        return self.pack_start[self.num_shared_packs :]
+
+    @property
+    def tail_offset(self) -> IntArray:
+        """[B] where the slots of each tail begin in ``kv_slots``."""
+        return self.slot_offset[self.num_shared_packs : -1]
+
+    def pack_queries(self, pack: int) -> IntArray:
+        """Batch rows of the requests that read ``pack``."""
+        return self.queries[self.query_indptr[pack] : self.query_indptr[pack + 1]]
+
+    def same_as(self, other: PackPlan) -> bool:
+        """Whether two plans are equal in every field."""
+        pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return all(np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b for a, b in pairs)
+
+
+def split_bounds(length: int, num_splits: int, split: int) -> tuple[int, int]:
+    """Tokens of one split of a pack that holds ``length`` tokens now, as ``[begin, end)``.
+
+    Splits are equal up to rounding and depend on the current length only, so a plan stays valid
+    while its tails grow. A split of a short pack may be empty.
+    """
+    chunk = -(-length // num_splits)
+    return min(split * chunk, length), min((split + 1) * chunk, length)
+
+
+def verify_plan(plan: PackPlan) -> None:
+    """Prove that a plan is a partition of the work; used by tests and SGLANG_PREFIX_VERIFY=1.
+
+    Every (request, position) is covered by one pack split, every partial is written by one
+    (pack split, query) and read by the request that it belongs to, and no two packs share an
+    entry of ``kv_slots``. Independent of how the plan was made.
+
+    Raises:
+        RuntimeError: the plan is wrong; the message says where.
+    """
+    covered = [np.zeros(int(length), dtype=np.int64) for length in plan.seq_lens]
+    writer = np.zeros(plan.num_partials, dtype=np.int64)
+    used = np.zeros(plan.num_slots, dtype=np.int64)
+    for pack in range(plan.num_packs):
+        start, end = int(plan.pack_start[pack]), int(plan.pack_end[pack])
+        queries = plan.pack_queries(pack)
+        fits = (end <= plan.seq_lens[queries]).all()
+        _require(bool(fits), f"pack {pack} outruns its query")
+        room = plan.reserved_tail_slots if pack >= plan.num_shared_packs else 0
+        first, last = int(plan.slot_offset[pack]), int(plan.slot_offset[pack]) + end - start + room
+        _require(0 <= first <= last <= len(used), f"pack {pack} leaves kv_slots")
+        used[first:last] += 1
+        _require(len(set(queries.tolist())) == len(queries), f"pack {pack} repeats a query")
+        for split in range(int(plan.num_splits[pack])):
+            low, high = split_bounds(end - start, int(plan.num_splits[pack]), split)
+            base = int(plan.partial_indptr[pack]) + split * len(queries)
+            for j, query in enumerate(queries.tolist()):
+                covered[query][start + low : start + high] += 1
+                partial = int(plan.partial_index[base + j])
+                mine = plan.request_indptr[query] <= partial < plan.request_indptr[query + 1]
+                _require(bool(mine), f"partial {partial} is not read by request {query}")
+                _require(0 <= partial < len(writer), f"there is no partial {partial}")
+                writer[partial] += 1
+    for query, count in enumerate(covered):
+        wrong = np.flatnonzero(count != 1)
+        _require(not len(wrong), f"request {query}: position {wrong[:1]} is not covered once")
+    _require(bool((writer == 1).all()), "a partial is not written exactly once")
+    _require(bool((used == 1).all()), "an entry of kv_slots does not belong to exactly one pack")
+    _require(int(plan.request_indptr[-1]) == plan.num_partials, "partials are left unread")
+
+
+def verify_slots(plan: PackPlan, rows: NDArray[np.integer]) -> None:
+    """Prove that every request of every pack holds the pack's slots at the pack's positions.
+
+    Args:
+        plan: the plan.
+        rows: [B, >= max(seq_lens)] slot rows of the batch.
+
+    Raises:
+        RuntimeError: a pack claims sharing that the rows do not show.
+    """
+    for pack in range(plan.num_shared_packs):
+        queries = plan.pack_queries(pack)
+        part = rows[queries, int(plan.pack_start[pack]) : int(plan.pack_end[pack])]
+        _require(bool((part == part[:1]).all()), f"pack {pack} claims sharing that is not there")
+
+
+def _require(condition: bool, what: str) -> None:
+    if not condition:
+        raise RuntimeError(f"the pack plan is wrong: {what}")

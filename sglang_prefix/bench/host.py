@@ -1,0 +1,133 @@
+"""What a decode step costs the host in the real engine.
+
+Two engines. One does the model's arithmetic on the CPU, and the backend's own clocks are read: of
+steps that reuse their plan, of plans, and of the hook around each forward pass. The other runs
+SGLang's graph runner with graphs that do nothing (`hooks.step_clock`), so that the CPU does what it
+does beside a GPU, and all of our code in a step is on the clock. Nothing here is the time of
+attention.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from sglang_prefix.bench.engine import EngineProcess, counters, engine_environment
+from sglang_prefix.bench.hooks import step_clock
+from sglang_prefix.tiny_model import build_tiny_model
+
+__all__ = ["measure_engine", "measure_host"]
+
+MIN_REUSED_STEPS = 100
+
+NEW_TOKENS = 240
+# Of the first requests, one after another ends early, so that the batch is planned anew.
+ENDS_EARLY = range(20, 220, 8)
+# Rollouts: prompts of 8 groups, all samples of a group alike.
+GROUPS, PROMPT_TOKENS = 8, 200
+
+
+def measure_engine(num_requests: int) -> dict[str, Any]:
+    """Decode ``num_requests`` requests with the model's arithmetic on the CPU.
+
+    Returns:
+        A case of kind bench-host: "name", "group", "num_requests", "counters" of the backend, and
+        "us", microseconds by what was timed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        found = _run(num_requests, Path(folder), {}, {}, ())
+    per_plan = 1e6 / found["plans"]
+    return {
+        "name": f"engine/{num_requests}",
+        "group": "engine",
+        "num_requests": num_requests,
+        "counters": found,
+        "us": {
+            "step that reuses its plan (median)": found["reused_step_us"],
+            "hook around a forward pass (median)": found["hook_us"],
+            "plan, with slots and path call (mean)": per_plan * found["plan_seconds"],
+            "path call of it (mean)": per_plan * found["path_seconds"],
+        },
+    }
+
+
+def measure_host(num_requests: int) -> dict[str, Any]:
+    """The same with the device elsewhere, and all our code in a decode step on the clock.
+
+    Returns:
+        As `measure_engine`, and "seconds": what each step took, "reused" its plan or "planned".
+
+    Raises:
+        RuntimeError: too few steps reused their plan for a median.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        times = Path(folder, "times.json")
+        times.write_text("{}")
+        settings = {
+            step_clock.FILE_VARIABLE: str(times),
+            step_clock.BATCH_VARIABLE: str(num_requests),
+            "SGLANG_PREFIX_EXECUTOR": "triton",
+            "SGLANG_PREFIX_GATE": "always",
+            "TRITON_INTERPRET": "1",
+            "OMP_NUM_THREADS": "1",  # what is left of the device's work: copies and memory sets
+        }
+        options = {"torch_compile_max_bs": num_requests}  # which bounds graphs on the CPU
+        found = _run(num_requests, Path(folder), options, settings, [step_clock.__name__])
+        steps = json.loads(times.read_text())
+    num_reused = len(steps.get("reused", ()))
+    if num_reused < MIN_REUSED_STEPS:
+        raise RuntimeError(f"only {num_reused} steps reused their plan: not reported")
+    return {
+        "name": f"host/{num_requests}",
+        "group": "host",
+        "num_requests": num_requests,
+        "counters": found,
+        "seconds": steps,
+        "us": {
+            "step that reuses its plan, all hooks (median)": 1e6 * median(steps["reused"]),
+            "step that plans, all hooks (median)": 1e6 * median(steps["planned"]),
+        },
+    }
+
+
+def _run(
+    num_requests: int,
+    folder: Path,
+    options: Mapping[str, Any],
+    settings: Mapping[str, str],
+    hooks: Sequence[str],
+) -> dict[str, Any]:
+    """Decode the rollouts in one engine; the backend's counters."""
+    build_tiny_model(folder / "model")
+    arguments = {
+        "model_path": str(folder / "model"),
+        "device": "cpu",
+        "dtype": "float32",
+        "attention_backend": "prefix",
+        "max_total_tokens": 80_000,
+        "max_running_requests": num_requests,
+        "mem_fraction_static": 0.7,
+        "log_level": "error",
+    }
+    environment = engine_environment({"HF_HUB_OFFLINE": "1", **settings}, hooks=hooks)
+    with EngineProcess(
+        arguments | dict(options), environment=environment, log=folder / "log"
+    ) as engine:
+        found: dict[str, Any] = engine.ask(f"{__name__}:decode_rollouts", num_requests=num_requests)
+        return found
+
+
+def decode_rollouts(engine: Any, num_requests: int) -> dict[str, Any]:
+    """Decode all requests at once, of which some end early; in the engine's process."""
+    groups = [
+        [(7 * group + token) % 256 for token in range(PROMPT_TOKENS)] for group in range(GROUPS)
+    ]
+    prompts = [groups[request % GROUPS] for request in range(num_requests)]
+    ends = [*ENDS_EARLY, *[NEW_TOKENS] * num_requests][:num_requests]
+    sampling = [{"temperature": 0, "max_new_tokens": n, "ignore_eos": True} for n in ends]
+    engine.generate(input_ids=prompts, sampling_params=sampling)
+    return counters(engine)
