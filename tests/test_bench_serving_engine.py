@@ -293,19 +293,25 @@ class Backend:
     """As ours is to SGLang; notes the mode of every call, waits where that is forbidden."""
 
     def __init__(self, is_stock: bool = False) -> None:
-        self.name, self.modes, self.waits = "stock" if is_stock else "ours", [], False
+        self.modes: list[Any] = []
+        self.waits = False
         self.stock = self if is_stock else Backend(is_stock=True)
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         self.init_forward_metadata_out_graph(forward_batch)
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
-        mode = torch.cuda.get_sync_debug_mode()
+        mode = mode_now()
         self.modes.append(mode)
         if self.waits and mode == "error":
             raise RuntimeError("called a synchronizing CUDA operation")
         if self.stock is not self:
             self.stock.init_forward_metadata_out_graph(forward_batch, in_capture)
+
+
+def mode_now() -> Any:
+    """What the guard has set; the real one gives numbers."""
+    return torch.cuda.get_sync_debug_mode()
 
 
 @pytest.fixture
@@ -332,7 +338,7 @@ def test_ours_is_guarded_and_stock_is_not(guarded: Backend, tmp_path: Path) -> N
     guarded.init_forward_metadata_out_graph(DECODE)
     guarded.init_forward_metadata_out_graph(DECODE, in_capture=False)
     assert (guarded.modes, guarded.stock.modes) == (["error"] * 2, ["default"] * 2)
-    assert torch.cuda.get_sync_debug_mode() == "default"
+    assert mode_now() == "default"
     seen = json.loads((tmp_path / "sync.json").read_text())
     assert seen == {"steps": 2, "on_gpu": True, "control": True, "raised": []}
 
@@ -349,6 +355,6 @@ def test_control_a_wait_is_told_of_and_goes_on(guarded: Backend, tmp_path: Path)
     guarded.waits = True
     with pytest.raises(RuntimeError, match="synchronizing"):
         guarded.init_forward_metadata_out_graph(DECODE)
-    assert torch.cuda.get_sync_debug_mode() == "default"
+    assert mode_now() == "default"
     seen = json.loads((tmp_path / "sync.json").read_text())
     assert seen["raised"] == ["RuntimeError: called a synchronizing CUDA operation"]

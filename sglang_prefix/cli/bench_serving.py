@@ -367,7 +367,7 @@ def _show(
     except ResultError as error:
         fail(f"no page: {' '.join(str(error).split())}")
     except OSError as error:
-        fail(f"cannot write {error.filename}: {error.strerror or error}")
+        fail(f"cannot write {error.filename2 or error.filename}: {error.strerror or error}")
     names = ", ".join(map(str, files))
     terminal.print(f"written: {names}", highlight=False, markup=False, soft_wrap=True)
 
