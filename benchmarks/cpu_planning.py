@@ -11,18 +11,20 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.timing import interleaved, medians
+from prefix_kernels.executor import make_executor
 from prefix_kernels.plan_buffers import serialize_plan
 from prefix_kernels.tiles import FUSED_ROWS
+from prefix_kernels.torch_executor import TorchExecutor
 from prefix_kernels.work_list import build_work_list
 from prefix_patches.radix_paths import path_reader
 from prefix_patches.schedule_context import BATCH_ATTRIBUTE, ScheduleContext
 from sglang_prefix.backend.counters import BackendCounters
+from sglang_prefix.backend.decode_batch import DecodeBatch
 from sglang_prefix.backend.decode_planner import DecodePlanner, LayerGroup
 from sglang_prefix.backend.path_cache import PathCache
 from sglang_prefix.forest import PathTable, PrefixForest
 from sglang_prefix.packing import CPU_PROFILE, GPU_PROFILE, AttentionShape
 from sglang_prefix.packing.planner import PackPlanner
-from sglang_prefix.runner import PlanRunner
 
 __all__ = ["measure_planning"]
 
@@ -61,12 +63,13 @@ def measure_planning(num_requests: int, rounds: int, seed: int) -> dict[str, Any
 
     batch = _DecodeBatch(tree, lens)
     rows = torch.arange(num_requests)
-    runner = PlanRunner(SHAPE, torch.device("cpu"), "torch")
-    runner.load(plan, tree.table, rows)
+    executor = make_executor("torch", SHAPE, torch.device("cpu"))
+    executor.load(plan, tree.table, rows)
+    device_lens = torch.from_numpy(lens)
     new_slots = torch.zeros(num_requests, dtype=torch.int64)
 
     def step() -> None:
-        runner.append(runner.seq_lens + 1, new_slots)
+        executor.append(device_lens, new_slots)
 
     seconds = interleaved(
         {
@@ -87,11 +90,11 @@ def measure_planning(num_requests: int, rounds: int, seed: int) -> dict[str, Any
             "forest_from_rows": lambda: PrefixForest.from_rows(
                 tree.table.numpy()[:, : int(lens.max())], lens
             ),
-            "load_slots": lambda: runner.load(plan, tree.table, rows),
+            "load_slots": lambda: executor.load(plan, tree.table, rows),
         },
         rounds,
     )
-    runner.load(plan, tree.table, rows)
+    executor.load(plan, tree.table, rows)
     seconds |= interleaved(
         {
             # A step that goes on as the one before: all of it in a graph, and on the CPU as well
@@ -114,7 +117,7 @@ class _DecodeBatch:
 
     def __init__(self, tree: _RadixTree, lens: NDArray[np.int64]) -> None:
         self._schedule = ScheduleContext()
-        shape = LayerGroup(PackPlanner(SHAPE, GPU_PROFILE), _NoRunner())
+        shape = LayerGroup(PackPlanner(SHAPE, GPU_PROFILE), _NoExecutor(SHAPE, torch.device("cpu")))
         self._batches = DecodePlanner(
             self._schedule, tree.table, 1, [shape], BackendCounters(), verify=False
         )
@@ -141,7 +144,7 @@ class _DecodeBatch:
 
     def plan(self) -> None:
         """A step for which the batch is planned anew."""
-        self._batches.forget()
+        self._batches.invalidate()
         self._step()
 
     def keep(self) -> None:
@@ -152,22 +155,16 @@ class _DecodeBatch:
 
     def _step(self) -> None:
         before = self._schedule.push(self._forward_batch)
-        reason = self._batches.prepare(self._forward_batch, in_graph=True)
+        reason = self._batches.prepare(DecodeBatch(self._forward_batch, self._schedule.batch, True))
         self._schedule.pop(before)
         assert reason is None
 
 
-class _NoRunner(PlanRunner):
+class _NoExecutor(TorchExecutor):
     """Takes plans and does nothing with them."""
-
-    def __init__(self) -> None:
-        pass
 
     def load(self, *args: Any, **kwargs: Any) -> None:
         """Not this time."""
-
-    def note_growth(self, *args: Any) -> None:
-        """Nor this."""
 
 
 class _RadixTree:

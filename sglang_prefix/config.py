@@ -6,7 +6,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["GATES", "PrefixConfig", "verify_requested"]
+__all__ = ["BACKEND_NAME", "GATES", "PrefixConfig", "verify_requested"]
+
+# Value of SGLang's attention backend flags that chooses our backend.
+BACKEND_NAME = "prefix"
 
 GATES = ("auto", "always", "never")
 
@@ -50,9 +53,9 @@ class PrefixConfig:
         Raises:
             ValueError: a variable has a value that is not legal; the message names both.
         """
+        from prefix_kernels.executor import EXECUTORS
         from prefix_kernels.tiles import LAUNCH_MODES, MERGE_MODES
         from sglang_prefix.packing import POLICIES
-        from sglang_prefix.runner import EXECUTORS
 
         env = os.environ if env is None else env
         default = cls()

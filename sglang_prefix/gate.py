@@ -185,7 +185,7 @@ def predict_stock(
 
 
 def triton_kv_splits(lens: IntArray, shape: AttentionShape, num_sms: int) -> IntArray:
-    """Pieces [B] that SGLang's Triton backend cuts each request into (0.5.17 to 0.5.23).
+    """Splits [B] that SGLang's Triton backend cuts each request into (0.5.17 to 0.5.23).
 
     The larger of two rules: the longest request over the shortest, unless all are within 25% of
     each other; and as many as fill the multiprocessors, the more the longer the requests are.
@@ -198,7 +198,7 @@ def triton_kv_splits(lens: IntArray, shape: AttentionShape, num_sms: int) -> Int
     programs = len(lens) * -(-shape.num_qo_heads // head_tile)
     cores = int(num_sms * max(np.log2(longest / 64), 1.0))
     by_cores = min(-(-cores // programs), _TRITON_MAX_SPLITS)
-    chunks = [-(-longest // pieces) for pieces in (by_length, by_cores)]
+    chunks = [-(-longest // splits) for splits in (by_length, by_cores)]
     return np.maximum(-(-lens // chunks[0]), -(-lens // chunks[1]))
 
 

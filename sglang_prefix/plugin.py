@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sglang_prefix.config import BACKEND_NAME
+
 if TYPE_CHECKING:
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
     from sglang.srt.model_executor.model_runner import ModelRunner
 
-__all__ = ["BACKEND_NAME", "create_prefix_backend", "register"]
-
-BACKEND_NAME = "prefix"
+__all__ = ["create_prefix_backend", "register"]
 
 
 def register() -> None:

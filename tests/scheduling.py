@@ -8,21 +8,23 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 
+from prefix_kernels.executor import AttentionParams, make_executor
 from prefix_kernels.oracle import decode_attention_oracle
 from prefix_patches.schedule_context import BATCH_ATTRIBUTE, ScheduleContext
 from sglang_prefix.backend.counters import BackendCounters
+from sglang_prefix.backend.decode_batch import DecodeBatch
 from sglang_prefix.backend.decode_planner import DecodePlanner, LayerGroup
 from sglang_prefix.packing import CPU_PROFILE, AttentionShape
 from sglang_prefix.packing.planner import RESERVED_TAIL_SLOTS, PackPlanner
-from sglang_prefix.runner import PlanRunner
 from tests.attention import assert_close
 
-__all__ = ["Request", "Scheduler", "Step"]
+__all__ = ["NUM_ROWS", "SHAPES", "Request", "Scheduler", "Step", "make_request"]
+
+Request = Any  # SGLang's ``Req``, with the ``tokens`` that it holds KV of
 
 CPU = torch.device("cpu")
 NUM_SLOTS, NUM_ROWS, CONTEXT = 2048, 16, 160
@@ -30,15 +32,16 @@ NUM_SLOTS, NUM_ROWS, CONTEXT = 2048, 16, 160
 SHAPES = ((4, 2, 32), (3, 1, 16))
 
 
-class Request:
-    """What a planner reads of SGLang's ``Req``, and the tokens that it holds KV of."""
+def make_request(row: int, tokens: Sequence[int], node: Any = None, owned: int = 0) -> Request:
+    """A request that holds KV of ``tokens`` in a row, of which the tree owns the first ones."""
+    # Here, because importing SGLang takes ten seconds, and collecting tests should not.
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.sampling.sampling_params import SamplingParams
 
-    def __init__(self, row: int, tokens: Sequence[int], last_node: Any, owned: int) -> None:
-        self.rid = f"r{row}"
-        self.retraction_count = 0
-        self.last_node = last_node
-        self.kv = SimpleNamespace(req_pool_idx=row, cache_protected_len=owned)
-        self.tokens = list(tokens)
+    req: Any = Req(f"r{row}", "", array("q", tokens), SamplingParams())
+    req.last_node, req.tokens = node, list(tokens)
+    req.kv.req_pool_idx, req.kv.cache_protected_len = row, owned
+    return req
 
 
 class Step(NamedTuple):
@@ -55,10 +58,15 @@ class Scheduler:
     Args:
         page_size: tokens per KV page.
         reserved_tail_slots: tokens that a plan's tails may grow by.
+        verify: the planner checks every plan and step.
     """
 
     def __init__(
-        self, *, page_size: int = 1, reserved_tail_slots: int = RESERVED_TAIL_SLOTS
+        self,
+        *,
+        page_size: int = 1,
+        reserved_tail_slots: int = RESERVED_TAIL_SLOTS,
+        verify: bool = True,
     ) -> None:
         self.page_size = page_size
         self.allocator, self.cache = _pools(page_size)
@@ -77,17 +85,17 @@ class Scheduler:
         shapes = [
             AttentionShape(qo_heads, kv_heads, dim, dim, 4, 4) for qo_heads, kv_heads, dim in SHAPES
         ]
-        self.shapes = [
+        self.groups = [
             LayerGroup(
                 PackPlanner(
                     shape, CPU_PROFILE, policy="node", reserved_tail_slots=reserved_tail_slots
                 ),
-                PlanRunner(shape, CPU, "torch"),
+                make_executor("torch", shape, CPU),
             )
             for shape in shapes
         ]
         self.planner = DecodePlanner(
-            self.schedule, self.table, page_size, self.shapes, self.counters, verify=True
+            self.schedule, self.table, page_size, self.groups, self.counters, verify=verify
         )
 
     def prefill(self, *prompts: Sequence[int]) -> list[Request]:
@@ -101,11 +109,17 @@ class Scheduler:
             node, slots = self._match(prompt[:-1])
             row = self.free_rows.pop()
             self.table[row, : len(slots)] = slots.int()
-            req = Request(row, prompt[: len(slots)], node, len(slots))
+            req = make_request(row, prompt[: len(slots)], node, len(slots))
             self.grow(req, prompt[len(slots) :])
             reqs.append(req)
         self.run_pass("EXTEND", reqs)
         return reqs
+
+    def fork(self, leader: Request) -> Request:
+        """A beam member: a row that holds what its leader's does."""
+        row = self.free_rows.pop()
+        self.table[row] = self.table[leader.kv.req_pool_idx]
+        return make_request(row, leader.tokens)
 
     def publish(self, *reqs: Request) -> None:
         """Insert requests into the tree; their rows now hold the tree's slots."""
@@ -162,53 +176,35 @@ class Scheduler:
         published: bool = True,
     ) -> Any:
         """The forward batch of a decode step, for which every row has got its new slot."""
-        from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
-
-        rows = [req.kv.req_pool_idx for req in (*reqs, *members)]
-        for req in (*reqs, *members):
+        held = [*reqs, *members]
+        for req in held:
             self.grow(req, (int(torch.randint(1000, (1,))),))
-        lens = [len(req.tokens) for req in (*reqs, *members)]
-        new_slots = [int(self.table[row, n - 1]) for row, n in zip(rows, lens, strict=True)]
-        forward_batch = ForwardBatch(
-            forward_mode=ForwardMode.DECODE,
-            batch_size=len(rows) + pads,
-            input_ids=torch.zeros(len(rows) + pads, dtype=torch.int64),
-            req_pool_indices=torch.tensor(rows + [0] * pads),
-            seq_lens=torch.tensor(lens + [1] * pads),
-            seq_lens_cpu=torch.tensor(lens + [1] * pads),
-            seq_lens_sum=sum(lens) + pads,
-            out_cache_loc=torch.tensor(new_slots + [0] * pads),
-        )
-        if published:
-            setattr(forward_batch, BATCH_ATTRIBUTE, self._schedule_batch(reqs, rows))
-        return forward_batch
+        return self._forward_batch("DECODE", held, pads, reqs if published else None)
 
-    def prepare(self, forward_batch: Any) -> str | None:
-        """What the planner says within the forward pass."""
+    def prepare(self, forward_batch: Any, *, in_graph: bool = False) -> str | None:
+        """What the planner says within the forward pass; counted as the backend counts."""
         previous = self.schedule.push(forward_batch)
         try:
-            return self.planner.prepare(forward_batch)
+            batch = DecodeBatch(forward_batch, self.schedule.batch, in_graph)
+            reason = self.planner.prepare(batch)
         finally:
             self.schedule.pop(previous)
+        if reason is None:
+            self.counters.count_packed_step(*self.planner.step_cost)
+        return reason
 
     def run_pass(self, mode: str, reqs: Sequence[Request]) -> None:
         """A forward pass that our decode has no part in."""
-        from sglang.srt.model_executor.forward_batch_info import ForwardMode
-
-        rows = [req.kv.req_pool_idx for req in reqs]
-        forward_batch = SimpleNamespace(
-            forward_mode=ForwardMode[mode], **{BATCH_ATTRIBUTE: self._schedule_batch(reqs, rows)}
-        )
-        self.schedule.pop(self.schedule.push(forward_batch))
+        self.schedule.pop(self.schedule.push(self._forward_batch(mode, reqs, 0, reqs)))
 
     def check_attention(self, forward_batch: Any) -> None:
-        """Both runners' outputs for this batch are the oracle's."""
-        for shape, (qo_heads, _, dim), (k_cache, v_cache) in zip(
-            self.shapes, SHAPES, self.caches, strict=True
+        """Both executors' outputs for this batch are the oracle's."""
+        for group, (qo_heads, _, dim), (k_cache, v_cache) in zip(
+            self.groups, SHAPES, self.caches, strict=True
         ):
             q = torch.randn(forward_batch.batch_size, qo_heads, dim)
             out, lse = torch.full_like(q, torch.nan), torch.full(q.shape[:2], torch.nan)
-            shape.runner.run(q, k_cache, v_cache, out, lse, sm_scale=dim**-0.5)
+            group.executor.run(q, k_cache, v_cache, out, lse, AttentionParams(dim**-0.5))
             expected = decode_attention_oracle(
                 q,
                 k_cache,
@@ -251,10 +247,31 @@ class Scheduler:
         node = found.last_device_node
         return node, self.cache.path_device_indices(node)
 
-    def _schedule_batch(self, reqs: Sequence[Request], rows: Sequence[int]) -> Any:
-        return SimpleNamespace(
-            reqs=list(reqs), req_pool_indices_cpu=torch.tensor(rows), tree_cache=self.cache
+    def _forward_batch(
+        self, mode: str, held: Sequence[Request], pads: int, reqs: Sequence[Request] | None
+    ) -> Any:
+        """A forward batch of ``held``; behind it stands a schedule batch of ``reqs``, if any."""
+        from sglang.srt.managers.schedule_batch import ScheduleBatch
+        from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+
+        rows = [req.kv.req_pool_idx for req in held]
+        lens = [len(req.tokens) for req in held]
+        new_slots = [int(self.table[row, n - 1]) for row, n in zip(rows, lens, strict=True)]
+        forward_batch = ForwardBatch(
+            forward_mode=ForwardMode[mode],
+            batch_size=len(rows) + pads,
+            input_ids=torch.zeros(len(rows) + pads, dtype=torch.int64),
+            req_pool_indices=torch.tensor(rows + [0] * pads, dtype=torch.int64),
+            seq_lens=torch.tensor(lens + [1] * pads, dtype=torch.int64),
+            seq_lens_cpu=torch.tensor(lens + [1] * pads, dtype=torch.int64),
+            seq_lens_sum=sum(lens) + pads,
+            out_cache_loc=torch.tensor(new_slots + [0] * pads, dtype=torch.int64),
         )
+        if reqs is not None:
+            batch: Any = ScheduleBatch(reqs=list(reqs), tree_cache=self.cache)
+            batch.req_pool_indices_cpu = torch.tensor(rows, dtype=torch.int64)
+            setattr(forward_batch, BATCH_ATTRIBUTE, batch)
+        return forward_batch
 
 
 def _radix_key(tokens: Sequence[int]) -> Any:

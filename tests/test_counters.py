@@ -9,48 +9,46 @@ from prometheus_client import REGISTRY
 
 from prefix_patches.decode_log_line import append_with
 from sglang_prefix.backend.counters import BackendCounters
-from sglang_prefix.backend.fallback import GATE_REASONS, REASONS
+from sglang_prefix.backend.fallback import REASONS
 from sglang_prefix.backend.metrics import PrefixMetrics
 
 LOG = "sglang.srt.managers.scheduler_components.metrics_reporter"
 
 
 def test_gate_and_fallback_are_counted_apart() -> None:
-    counters = BackendCounters(packed_steps=5)
+    counters = BackendCounters()
+    for _ in range(5):
+        counters.count_packed_step(10, 40, 1.5)
     for reason in ("gate-no-gain", "gate-never", "error", "gate-no-gain"):
-        counters.fall_back(reason)
+        counters.count_stock_step(reason)
     assert (counters.stock_steps, counters.fallback_steps, counters.decode_steps) == (3, 1, 9)
     shown = counters.as_dict()
     assert shown["stock_reasons"] == {"gate-no-gain": 2, "gate-never": 1}
     assert shown["fallback_reasons"] == {"error": 1}
-    assert set(GATE_REASONS) < set(REASONS)
+    assert (shown["kv_read_ratio"], shown["predicted_gain_us"]) == (0.25, 7.5)
 
 
 def test_a_reason_is_said_once_and_the_gate_at_work_not_at_all(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    counters = BackendCounters(packed_steps=1)
+    counters = BackendCounters()
     for _ in range(3):
-        counters.fall_back("workspace")
-        counters.fall_back("gate-nothing-shared")
+        counters.say("workspace")
+        counters.say("gate-nothing-shared")
     (record,) = caplog.records
     assert REASONS["workspace"] in record.getMessage()
 
 
 def test_a_server_that_never_packs_says_why_once(caplog: pytest.LogCaptureFixture) -> None:
-    counters = BackendCounters()
+    counters, packing = BackendCounters(), BackendCounters(packed_steps=1)
     for step in range(2500):
-        counters.fall_back("gate-nothing-shared" if step % 4 else "gate-no-gain")
+        counters.count_stock_step("gate-nothing-shared" if step % 4 else "gate-no-gain")
+        packing.count_stock_step("gate-no-gain")
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     text = record.getMessage()
     assert "none of the first 1000 decode steps was packed; 750 of them because" in text
     assert REASONS["gate-nothing-shared"] in text
-    caplog.clear()
-    packing = BackendCounters(packed_steps=1)
-    for _ in range(2500):
-        packing.fall_back("gate-no-gain")
-    assert not caplog.records
 
 
 def test_sglangs_line_about_decode_gets_what_happened_since_the_last_one(
@@ -66,7 +64,7 @@ def test_sglangs_line_about_decode_gets_what_happened_since_the_last_one(
             counters.kv_tokens_read, counters.kv_tokens_logical = 250, 1000
             logger.info("Decode batch, #running-req: 4, gen throughput (token/s): 1.0, ")
             for _ in range(10):
-                counters.fall_back("gate-no-gain")
+                counters.count_stock_step("gate-no-gain")
             logger.info("Decode batch, #running-req: 4")
             logger.info("Prefill batch, #new-seq: 1")
     finally:
@@ -77,7 +75,7 @@ def test_sglangs_line_about_decode_gets_what_happened_since_the_last_one(
     assert other == "Prefill batch, #new-seq: 1"
 
 
-def test_metrics_follow_the_counters_and_never_fall() -> None:
+def test_metrics_follow_the_counters_ten_times_a_second() -> None:
     labels = {"model_name": "tiny", "tp_rank": "0"}
     metrics = PrefixMetrics(labels)
     counters = BackendCounters()
@@ -89,7 +87,7 @@ def test_metrics_follow_the_counters_and_never_fall() -> None:
     assert value("plans_total") == value("steps_total", path="packed") == 0
     counters.plans, counters.packed_steps = 3, 40
     counters.kv_tokens_read, counters.kv_tokens_logical = 100, 400
-    counters.fall_back("error")
+    counters.count_stock_step("error")
     metrics.update(counters)
     assert value("plans_total") == 0  # not so soon
     metrics.update(counters, now=True)
@@ -99,12 +97,5 @@ def test_metrics_follow_the_counters_and_never_fall() -> None:
     assert value("steps_total", path="fallback") == 1
     assert value("unpacked_steps_total", reason="error") == 1
     assert (value("kv_tokens_read_total"), value("kv_tokens_logical_total")) == (100, 400)
-    # A step that is given up after it was counted.
-    counters.packed_steps -= 1
-    metrics.update(counters, now=True)
-    assert value("steps_total", path="packed") == 40
-    counters.packed_steps += 3
-    metrics.update(counters, now=True)
-    assert value("steps_total", path="packed") == 42
     with pytest.raises(ValueError, match="Duplicated timeseries"):
         PrefixMetrics(labels)

@@ -6,15 +6,14 @@ import random
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
 import torch
 
 from prefix_patches import req_reset_for_retract
 from prefix_patches.schedule_context import BATCH_ATTRIBUTE
-from sglang_prefix.backend import decode_planner
-from tests.scheduling import Request, Scheduler
+from sglang_prefix.backend import decode_batch, decode_planner
+from tests.scheduling import Request, Scheduler, make_request
 
 # From the requests that decode, and one that could, to the next batch.
 Change = Callable[[Scheduler, list[Request], Request], list[Request]]
@@ -27,11 +26,9 @@ A, B, C, D = ([*SYSTEM, i, *range(12)] for i in range(4))
 CANNOT_BE_ASKED = SimpleNamespace(tree_core=object())
 
 
-def fork(scheduler: Scheduler, leader: Request) -> Request:
-    """A beam member: a row that holds what its leader's does."""
-    row = scheduler.free_rows.pop()
-    scheduler.table[row] = scheduler.table[leader.kv.req_pool_idx]
-    return Request(row, leader.tokens, None, 0)
+def plans_of(scheduler: Scheduler, reqs: list[Request], steps: int = 3) -> list[int]:
+    """Plans that each of the next steps makes."""
+    return [scheduler.decode(reqs).plans for _ in range(steps)]
 
 
 @pytest.mark.parametrize("page_size", [1, 16])
@@ -43,8 +40,9 @@ def test_a_plan_goes_on_while_the_same_requests_grow_by_one(page_size: int) -> N
         step = scheduler.decode(reqs)
         shared = scheduler.distinct_slots(reqs)
         assert step == (0, shared, sum(len(req.tokens) for req in reqs))
-    assert (scheduler.counters.packs, scheduler.counters.partials) == stats
-    assert stats == (1 + len(reqs), 2 * len(reqs))
+    counters = scheduler.counters
+    assert (counters.packs, counters.partials) == stats == (1 + len(reqs), 2 * len(reqs))
+    assert 0 < counters.path_seconds < counters.plan_seconds
 
 
 def test_every_first_decode_step_is_private_and_the_second_plans_again() -> None:
@@ -92,9 +90,17 @@ def row_moves(scheduler: Scheduler, reqs: list[Request], other: Request) -> list
 
 def is_retracted(scheduler: Scheduler, reqs: list[Request], other: Request) -> list[Request]:
     """And comes back, as retracted requests do, through a prefill."""
-    reqs[1].retraction_count += 1
+    retract(reqs[1])
     scheduler.run_pass("EXTEND", [reqs[1]])
     return reqs
+
+
+def retract(req: Request) -> None:
+    """SGLang's method, on a request that stays where it is."""
+    row, node, owned = req.kv.req_pool_idx, req.last_node, req.kv.cache_protected_len
+    req.kv.req_pool_idx = None
+    req.reset_for_retract()
+    req.kv.req_pool_idx, req.last_node, req.kv.cache_protected_len = row, node, owned
 
 
 def moves_in_the_tree(scheduler: Scheduler, reqs: list[Request], other: Request) -> list[Request]:
@@ -107,7 +113,7 @@ def moves_in_the_tree(scheduler: Scheduler, reqs: list[Request], other: Request)
 
 def is_another_object(scheduler: Scheduler, reqs: list[Request], other: Request) -> list[Request]:
     old = reqs[1]
-    new = Request(old.kv.req_pool_idx, old.tokens, old.last_node, old.kv.cache_protected_len)
+    new = make_request(old.kv.req_pool_idx, old.tokens, old.last_node, old.kv.cache_protected_len)
     assert new.rid == old.rid
     return [reqs[0], new, reqs[2]]
 
@@ -134,8 +140,8 @@ def one_grows_by_two(scheduler: Scheduler, reqs: list[Request], other: Request) 
     return reqs
 
 
-def is_forgotten(scheduler: Scheduler, reqs: list[Request], other: Request) -> list[Request]:
-    scheduler.planner.forget()
+def is_invalidated(scheduler: Scheduler, reqs: list[Request], other: Request) -> list[Request]:
+    scheduler.planner.invalidate()
     return reqs
 
 
@@ -154,7 +160,7 @@ def is_forgotten(scheduler: Scheduler, reqs: list[Request], other: Request) -> l
         (idles, [1, 0, 0]),
         (grows_by_two, [1, 0, 0]),
         (one_grows_by_two, [1, 0, 0]),
-        (is_forgotten, [1, 0, 0]),
+        (is_invalidated, [1, 0, 0]),
         # Not known to be settled, so the second step plans again.
         (is_retracted, [1, 1, 0]),
         (is_another_object, [1, 1, 0]),
@@ -165,8 +171,7 @@ def test_a_plan_ends_with_what_it_was_made_for(change: Change, plans: list[int])
     *reqs, other = scheduler.start(A, B, C, D)
     scheduler.decode(reqs)
     assert scheduler.decode(reqs).plans == 0
-    reqs = change(scheduler, reqs, other)
-    assert [scheduler.decode(reqs).plans for _ in plans] == plans
+    assert plans_of(scheduler, change(scheduler, reqs, other)) == plans
 
 
 @pytest.mark.parametrize("what", ["retraction_count", "last_node"])
@@ -189,19 +194,19 @@ def test_verify_refuses_lengths_that_only_sum_up_to_one_token_more_each() -> Non
 
 def test_a_step_that_goes_on_asks_torch_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """With cold caches each call into torch takes longer than all the rest of such a step."""
-    scheduler = Scheduler()
+    scheduler = Scheduler(verify=False)
     reqs = scheduler.start(A, B)
-    batch = scheduler.decode_batch(reqs)
-    schedule_batch = getattr(batch, BATCH_ATTRIBUTE)
-    schedule_batch.req_pool_indices_cpu = scheduler.planner._rows
-    batch.seq_lens_cpu = batch.seq_lens = None
-    monkeypatch.setattr(scheduler.planner, "_verify", False)
-    monkeypatch.setattr(decode_planner, "torch", None)
-    monkeypatch.setattr(decode_planner, "np", None)
-    previous = scheduler.schedule.push(batch)
+    first, second = scheduler.decode_batch(reqs), scheduler.decode_batch(reqs)
+    # SGLang makes a new tensor only when a row changes.
+    rows = getattr(first, BATCH_ATTRIBUTE).req_pool_indices_cpu
+    getattr(second, BATCH_ATTRIBUTE).req_pool_indices_cpu = rows
+    assert scheduler.prepare(first, in_graph=True) is None
+    second.seq_lens_cpu = second.seq_lens = None
+    for module in (decode_planner, decode_batch):
+        for name in ("torch", "np"):
+            monkeypatch.setattr(module, name, None)
     plans = scheduler.counters.plans
-    assert scheduler.planner.prepare(batch, in_graph=True) is None
-    scheduler.schedule.pop(previous)
+    assert scheduler.prepare(second, in_graph=True) is None
     assert scheduler.counters.plans == plans
 
 
@@ -221,21 +226,19 @@ def test_a_request_that_comes_back_under_its_old_id_and_row_gets_a_plan_of_its_o
 
 def test_a_plan_ends_with_any_retraction() -> None:
     """All may be retracted and come back without a pass, as the same batch on other slots."""
-    from sglang.srt.managers.schedule_batch import Req
-
     req_reset_for_retract.install()
     assert req_reset_for_retract.installed()
     scheduler = Scheduler()
-    reqs = scheduler.start(A, B)
-    assert scheduler.decode(reqs).plans == 0
-    Req.reset_for_retract(MagicMock(**{"kv.holds_kv": False}))
-    assert [scheduler.decode(reqs).plans for _ in range(2)] == [1, 0]
+    *reqs, other = scheduler.start(A, B, C)
+    assert plans_of(scheduler, reqs) == [1, 0, 0]
+    retract(other)
+    assert plans_of(scheduler, reqs) == [1, 0, 0]
 
 
 def test_a_plan_ends_when_a_tail_has_used_up_its_growth_room() -> None:
     scheduler = Scheduler(reserved_tail_slots=3)
     reqs = scheduler.start(A, B)
-    assert [scheduler.decode(reqs).plans for _ in range(9)] == [0, 0, 0, 1, 0, 0, 0, 1, 0]
+    assert plans_of(scheduler, reqs, 9) == [0, 0, 0, 1, 0, 0, 0, 1, 0]
 
 
 @pytest.mark.parametrize("page_size", [1, 16])
@@ -245,7 +248,7 @@ def test_without_a_schedule_batch_rows_are_compared_and_no_plan_goes_on(page_siz
     for _ in range(3):
         step = scheduler.decode(reqs, published=False)
         assert step[:2] == (1, scheduler.distinct_slots(reqs))
-    assert [scheduler.decode(reqs).plans for _ in range(3)] == [1, 0, 0]
+    assert plans_of(scheduler, reqs) == [1, 0, 0]
 
 
 @pytest.mark.parametrize("pads", [1, 3])
@@ -259,7 +262,7 @@ def test_padding_rows_are_served_and_no_plan_goes_on(page_size: int, pads: int) 
         step = scheduler.decode(reqs, pads=pads)
         logical = sum(len(req.tokens) for req in reqs) + pads
         assert step == (1, scheduler.distinct_slots(reqs) + padding, logical)
-    assert [scheduler.decode(reqs).plans for _ in range(3)] == [1, 0, 0]
+    assert plans_of(scheduler, reqs) == [1, 0, 0]
 
 
 def test_padded_requests_stay_unsettled() -> None:
@@ -277,7 +280,7 @@ def test_beam_members_change_rows_at_every_step_and_no_plan_goes_on() -> None:
     scheduler = Scheduler()
     leader, other = scheduler.start(A, B)
     prompt = len(leader.tokens)
-    members = [fork(scheduler, leader) for _ in range(3)]
+    members = [scheduler.fork(leader) for _ in range(3)]
     for survivor in (0, 2, 2, 1, 0):
         step = scheduler.decode([leader, other], members=members)
         assert step[:2] == (1, scheduler.distinct_slots([leader, other, *members]))
@@ -286,7 +289,7 @@ def test_beam_members_change_rows_at_every_step_and_no_plan_goes_on() -> None:
         rows = [req.kv.req_pool_idx for req in (leader, *members)]
         generated = scheduler.table[parent.kv.req_pool_idx, prompt : len(parent.tokens)].clone()
         scheduler.table[rows, prompt : len(parent.tokens)] = generated
-    assert [scheduler.decode([leader, other]).plans for _ in range(3)] == [1, 0, 0]
+    assert plans_of(scheduler, [leader, other]) == [1, 0, 0]
 
 
 def test_a_tree_that_cannot_be_asked_has_its_rows_compared() -> None:
@@ -323,11 +326,11 @@ def test_rows_are_not_compared_on_a_device(published: bool, reason: str) -> None
     scheduler.cache = CANNOT_BE_ASKED
     scheduler.run_pass("EXTEND", [])
     counted = scheduler.counted()
-    scheduler.planner._req_to_token = torch.empty(0, device="meta")
+    scheduler.planner.req_to_token = torch.empty(0, device="meta")
     assert scheduler.prepare(scheduler.decode_batch(reqs, published=published)) == reason
     assert scheduler.counted() == counted
-    scheduler.planner._req_to_token = scheduler.table
-    assert [scheduler.decode(reqs).plans for _ in range(2)] == [1, 0]
+    scheduler.planner.req_to_token = scheduler.table
+    assert plans_of(scheduler, reqs, 2) == [1, 0]
 
 
 def test_lengths_that_only_a_device_knows_are_no_request_info() -> None:
@@ -361,7 +364,7 @@ def test_a_row_that_contradicts_the_tree_raises_and_the_next_batch_plans_anew() 
         scheduler.prepare(scheduler.decode_batch(reqs))
     assert scheduler.counted() == counted
     slot.copy_(true_slot)
-    assert [scheduler.decode(reqs).plans for _ in range(3)] == [1, 0, 0]
+    assert plans_of(scheduler, reqs) == [1, 0, 0]
 
 
 def test_no_plan_goes_on_after_only_one_shape_got_its_plan(
@@ -376,23 +379,9 @@ def test_no_plan_goes_on_after_only_one_shape_got_its_plan(
 
     counted = scheduler.counted()
     with monkeypatch.context() as patch:
-        patch.setattr(scheduler.shapes[1].planner, "plan", fail)
+        patch.setattr(scheduler.groups[1].planner, "plan", fail)
         with pytest.raises(RuntimeError, match="on purpose"):
             scheduler.prepare(scheduler.decode_batch(reqs[::-1]))
     assert scheduler.counted() == counted
     # Of the lengths that the new plan of the first shape expects, in the order of the old ones.
-    assert [scheduler.decode(reqs).plans for _ in range(3)] == [1, 0, 0]
-
-
-def test_a_step_left_to_stock_is_taken_back() -> None:
-    scheduler = Scheduler()
-    reqs = scheduler.start(A, B)
-    for plans in (0, 1):
-        before = scheduler.counted()
-        step = scheduler.decode(reqs)
-        assert step.plans == plans
-        scheduler.planner.uncount_step()
-        assert scheduler.counted() == (before[0] + plans, *before[1:])
-        scheduler.planner.forget()
-    counters = scheduler.counters
-    assert 0 < counters.path_seconds < counters.plan_seconds
+    assert plans_of(scheduler, reqs) == [1, 0, 0]

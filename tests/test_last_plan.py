@@ -22,16 +22,16 @@ PROMPTS = [[*SYSTEM, 60 + i, *range(70, 75 + i)] for i in range(3)]
 def test_the_newest_plan_is_shown_if_it_is_to_be_kept() -> None:
     """As a record that says what runs, and that survives being written as JSON."""
     scheduler = Scheduler()
-    assert "last_plan" not in scheduler.counters.as_dict()
-    scheduler.counters.last_plan = LastPlan(PrefixConfig(keep_plan=True))
-    assert scheduler.counters.as_dict()["last_plan"] is None
+    last = LastPlan(PrefixConfig(keep_plan=True))
+    scheduler.planner.on_plan = last.note
+    assert last.as_dict() is None
     scheduler.start(*PROMPTS)
-    shown = json.loads(json.dumps(scheduler.counters.as_dict()["last_plan"]))
+    shown = json.loads(json.dumps(last.as_dict()))
     record = PlanRecord.from_dict(shown)
-    assert len(record.plans) == len(scheduler.shapes)
-    for found, shape in zip(record.plans, scheduler.shapes, strict=True):
-        assert shape.runner.plan is not None
-        assert found.plan.same_as(shape.runner.plan)
+    assert len(record.plans) == len(scheduler.groups)
+    for found, shape in zip(record.plans, scheduler.groups, strict=True):
+        assert shape.executor.plan is not None
+        assert found.plan.same_as(shape.executor.plan)
     (node, *tails) = explain(record).parts
     assert (node.tokens, node.num_readers) == (len(SYSTEM), 3)
     own = len(PROMPTS[0]) - len(SYSTEM) + 2  # of its prompt, and two generated

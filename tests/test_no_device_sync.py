@@ -15,11 +15,12 @@ import torch
 
 from prefix_kernels import plan_buffers, triton_executor
 from prefix_kernels.plan_buffers import PlanCapacity
+from prefix_kernels.triton_executor import TritonExecutor
+from sglang_prefix.backend.decode_batch import DecodeBatch
 from sglang_prefix.backend.decode_planner import DecodePlanner, LayerGroup
 from sglang_prefix.gate import Gate, limits_of
 from sglang_prefix.packing import AttentionShape
 from sglang_prefix.packing.planner import PackPlanner, profile_for
-from sglang_prefix.runner import PlanRunner
 from tests.scheduling import NUM_ROWS, SHAPES, Request, Scheduler
 
 CAPACITY = PlanCapacity(NUM_ROWS, 1 << 14, 1 << 13, 1 << 9)
@@ -66,12 +67,12 @@ class DeviceScheduler(Scheduler):
 
     def __init__(self, gate: Gate | None = None) -> None:
         super().__init__()
-        self.shapes = [device_shape(*shape) for shape in SHAPES]
+        self.groups = [device_shape(*shape) for shape in SHAPES]
         self.planner = DecodePlanner(
             self.schedule,
             on_device(self.table),
             1,
-            self.shapes,
+            self.groups,
             self.counters,
             gate=gate,
             verify=False,
@@ -86,22 +87,22 @@ class DeviceScheduler(Scheduler):
             batch.num_padding = pads
         previous = self.schedule.push(batch)
         try:
-            return self.planner.prepare(batch, in_graph=in_graph)
+            return self.planner.prepare(DecodeBatch(batch, self.schedule.batch, in_graph))
         finally:
             self.schedule.pop(previous)
 
 
 def device_shape(qo_heads: int, kv_heads: int, dim: int) -> LayerGroup:
     shape = AttentionShape(qo_heads, kv_heads, dim, dim, 4, 4)
-    runner = PlanRunner(shape, torch.device("cpu"), "triton", options={"capacity": CAPACITY})
+    executor = TritonExecutor(shape, torch.device("cpu"), capacity=CAPACITY)
     # Looking at slots is for the CPU, where it costs no sync.
-    runner._checks_slots = False
-    buffers: Any = runner._executor._buffers  # type: ignore[attr-defined]
+    executor._checks_slots = False
+    buffers: Any = executor.buffers
     for name in ("plan", "kv_slots", "tail_lengths", "arrivals"):
         setattr(buffers, name, on_device(getattr(buffers, name)))
     # Policy "node" packs every node however small.
     options: Any = {"policy": "node", "max_partials": CAPACITY.partials}
-    return LayerGroup(PackPlanner(shape, profile_for("triton"), **options), runner)
+    return LayerGroup(PackPlanner(shape, profile_for("triton"), **options), executor)
 
 
 @pytest.fixture(autouse=True)
@@ -140,7 +141,8 @@ def test_steps_with_joins_and_leaves_do_not_wait(in_graph: bool) -> None:
     scheduler = DeviceScheduler()
     assert set(requests_come_and_go(scheduler, in_graph)) == {None}
     assert 8 < scheduler.counters.plans < 24
-    assert scheduler.counters.kv_tokens_read < scheduler.counters.kv_tokens_logical
+    cost = scheduler.planner.step_cost
+    assert cost.kv_tokens_read < cost.kv_tokens_logical
 
 
 def test_the_gate_does_not_wait_either() -> None:
@@ -161,12 +163,12 @@ PLANTED: dict[str, Callable[[Any], object]] = {
 
 @pytest.mark.parametrize("what", PLANTED)
 def test_control_a_planted_wait_is_seen(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    load = PlanRunner.load
+    load = TritonExecutor.load
 
     def waiting(self: Any, plan: Any, table: Any, rows: Any, **options: Any) -> None:
         PLANTED[what](rows)
         load(self, plan, table, rows, **options)
 
-    monkeypatch.setattr(PlanRunner, "load", waiting)
+    monkeypatch.setattr(TritonExecutor, "load", waiting)
     with pytest.raises(SynchronisedError):
         requests_come_and_go(DeviceScheduler(), False)

@@ -17,7 +17,6 @@ from prefix_kernels.merge_kernel import merge_kernel
 from prefix_kernels.plan import AttentionShape, PackPlan
 from prefix_kernels.plan_buffers import PlanBuffers, PlanCapacity, serialize_plan
 from prefix_kernels.tiles import (
-    FUSED_ROWS,
     LAUNCH_MODES,
     MERGE_MODES,
     ROW_CLASSES,

@@ -6,13 +6,9 @@ import logging
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sglang_prefix.backend.fallback import GATE_REASONS, REASONS
-
-if TYPE_CHECKING:
-    from sglang_prefix.config import PrefixConfig
-    from sglang_prefix.explain.last_plan import LastPlan
 
 __all__ = ["BackendCounters"]
 
@@ -28,27 +24,27 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class BackendCounters:
-    """Decode steps by the way they took, and the KV read for one layer.
+    """Decode steps by who served them, and the KV read for one layer.
 
     Attributes:
         packed_steps: decode steps that ran under a plan of ours.
         stock_reasons: decode steps left to the stock backend because the gate says so, by reason.
-        fallback_steps: decode steps that the stock backend served for another reason.
-        fallback_reasons: the same by reason; layers that are always delegated are not counted
-            here but listed in ``delegated_layers``.
+        fallback_reasons: decode steps that the stock backend served for another reason, by reason;
+            layers that are always delegated are not counted here but listed in
+            ``delegated_layers``.
         plans: plans made.
         packs, partials: of the newest plan.
         kv_tokens_read, kv_tokens_logical: KV tokens read by packed steps, and the tokens of all
             their requests, for one layer.
         packed_us, stock_us: the gate's newest prediction for one pass through all layers.
         predicted_gain_us: what it expects packed steps to have saved, all layers.
-        plan_seconds, path_seconds: host time spent on making plans, or on deciding to do without
-            one, and of it on SGLang's radix path call or, where its answer is cached, on finding
+        plan_seconds: host time spent on making plans, or on deciding to do without one.
+        path_seconds: of it, on SGLang's radix path call or, where its answer is cached, on finding
             that.
-        reused_plan_steps, reused_plan_seconds: steps that went on as the one before,
-            and the host time to see that they could.
+        reused_plan_steps, reused_plan_seconds: steps that reused the plan of the step before, and
+            the host time to see that they could.
         newest_reused: seconds of it for each of the newest such steps.
-        last_plan: the newest plan, if ``SGLANG_PREFIX_KEEP_PLAN`` asks for it.
+        delegated_layers: layers that are always the stock backend's: a reason by layer id.
     """
 
     packed_steps: int = 0
@@ -68,18 +64,8 @@ class BackendCounters:
     plan_seconds: float = 0.0
     path_seconds: float = 0.0
     delegated_layers: dict[int, str] = field(default_factory=dict)
-    last_plan: LastPlan | None = None
     _said: set[str] = field(default_factory=set)
     _logged: tuple[int, int, int, int] = (0, 0, 0, 0)
-
-    @classmethod
-    def of(cls, config: PrefixConfig) -> BackendCounters:
-        """New counters, which keep the newest plan if the settings say so."""
-        if not config.keep_plan:
-            return cls()
-        from sglang_prefix.explain.last_plan import LastPlan
-
-        return cls(last_plan=LastPlan(config))
 
     @property
     def stock_steps(self) -> int:
@@ -91,16 +77,32 @@ class BackendCounters:
         """Decode steps that the stock backend served against the gate."""
         return sum(self.fallback_reasons.values())
 
-    def fall_back(self, reason: str, detail: str = "") -> None:
-        """Count a step for the stock backend, and say why the first time."""
-        if reason in GATE_REASONS:
-            self.stock_reasons[reason] += 1
-        else:
-            self.fallback_reasons[reason] += 1
+    @property
+    def decode_steps(self) -> int:
+        """All decode steps."""
+        return self.packed_steps + self.stock_steps + self.fallback_steps
+
+    def say(self, reason: str) -> None:
+        """Log, the first time, why a decode step goes to the stock backend."""
         if reason not in self._said and reason not in _USUAL:
             self._said.add(reason)
-            text = f"{REASONS[reason]}{': ' if detail else ''}{detail}"
-            logger.warning("prefix attention: decode goes to the stock backend (%s)", text)
+            logger.warning(
+                "prefix attention: decode goes to the stock backend (%s)", REASONS[reason]
+            )
+
+    def count_packed_step(
+        self, kv_tokens_read: int, kv_tokens_logical: int, gain_us: float
+    ) -> None:
+        """Count a step that ran under a plan, and what it read."""
+        self.packed_steps += 1
+        self.kv_tokens_read += kv_tokens_read
+        self.kv_tokens_logical += kv_tokens_logical
+        self.predicted_gain_us += gain_us
+
+    def count_stock_step(self, reason: str) -> None:
+        """Count a step that the stock backend served; warn once if no step is ever packed."""
+        reasons = self.stock_reasons if reason in GATE_REASONS else self.fallback_reasons
+        reasons[reason] += 1
         if self.packed_steps == 0 and self.decode_steps == _STEPS_TO_WARN_AFTER:
             top, count = (self.stock_reasons + self.fallback_reasons).most_common(1)[0]
             logger.warning(
@@ -112,10 +114,15 @@ class BackendCounters:
             )
 
     def count_reused_step(self, seconds: float) -> None:
-        """Count a step that went on as the one before, and the host time to see that it could."""
+        """Count a step under the plan of the one before, and the host time to see that it could."""
         self.reused_plan_steps += 1
         self.reused_plan_seconds += seconds
         self.newest_reused.append(seconds)
+
+    def count_plan(self, packs: int, partials: int) -> None:
+        """Count a plan that was taken into use."""
+        self.plans += 1
+        self.packs, self.partials = packs, partials
 
     def log_text(self) -> str:
         """What has been done since the last call, for SGLang's line about decode batches."""
@@ -130,15 +137,9 @@ class BackendCounters:
             text += f", prefix packs: {self.packs}, prefix kv read: {ratio:.2f}"
         return text
 
-    @property
-    def decode_steps(self) -> int:
-        """All decode steps."""
-        return self.packed_steps + self.stock_steps + self.fallback_steps
-
     def as_dict(self) -> dict[str, Any]:
         """All counters as plain values."""
         logical = self.kv_tokens_logical
-        kept = {} if self.last_plan is None else {"last_plan": self.last_plan.as_dict()}
         return {
             "packed_steps": self.packed_steps,
             "stock_steps": self.stock_steps,
@@ -160,5 +161,4 @@ class BackendCounters:
             "plan_seconds": self.plan_seconds,
             "path_seconds": self.path_seconds,
             "delegated_layers": {str(k): v for k, v in self.delegated_layers.items()},
-            **kept,
         }

@@ -16,6 +16,7 @@ from sglang_prefix.checks import KV_DTYPES, Q_DTYPES
 __all__ = [
     "GATE_REASONS",
     "REASONS",
+    "batch_reason",
     "captures_decode",
     "has_dp_attention",
     "has_tensor_parallelism",
@@ -94,6 +95,17 @@ def server_reason(model_runner: Any, gate: str) -> str | None:
         "cpu-graph": device == "cpu" and bool(getattr(args, "enable_torch_compile", False)),
     }
     return next((reason for reason, holds in found.items() if holds), None)
+
+
+def batch_reason(forward_batch: Any) -> str | None:
+    """Why a decode batch is left to the stock backend unseen; None to plan it."""
+    if getattr(forward_batch, "spec_info", None) is not None:
+        return "speculative"
+    # The halves come to backends of their own, with the schedule batch of the whole.
+    names = ("tbo_children", "tbo_parent_token_range")  # of the whole and of a half, up to 0.5.23
+    if any(getattr(forward_batch, name, None) for name in names):
+        return "two-batch-overlap"
+    return None
 
 
 def has_dp_attention(model_runner: Any) -> bool:

@@ -2,54 +2,109 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from sglang.srt.layers.radix_attention import RadixAttention
 
+from prefix_kernels.executor import choose_executor, make_executor
+from prefix_kernels.plan import AttentionShape
 from prefix_patches.kv_write import applies_kv_scales
 from sglang_prefix.backend.decode_planner import LayerGroup
-from sglang_prefix.backend.fallback import layer_reason
+from sglang_prefix.backend.fallback import REASONS, layer_reason
 from sglang_prefix.backend.workspace import Workspace, size_workspace
 from sglang_prefix.config import PrefixConfig
-from sglang_prefix.packing import AttentionShape
 from sglang_prefix.packing.planner import RESERVED_TAIL_SLOTS, PackPlanner, profile_for
-from sglang_prefix.runner import PlanRunner, choose_executor
 
-__all__ = ["ServedLayers", "attention_layers", "find_delegated", "serve_layers"]
+__all__ = ["ModelLayers", "find_layers"]
 
 # Twice the largest batch that SGLang captures by default (512). Larger ones go to stock.
-_MAX_ROWS = 1024
+_MAX_BATCH_SIZE = 1024
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class ServedLayers:
-    """What runs the layers that are not delegated.
+class ModelLayers:
+    """Attention layers of a model: those that we serve, and those that are the stock backend's.
 
     Attributes:
-        runner_of: the runner of each layer.
-        shapes: planner and runner of each attention shape.
-        device: where they run.
-        workspace: of the shape that holds the fewest requests for sure; None where nothing is
-            preallocated.
+        num_layers: all of them.
+        delegated: layers that are always the stock backend's: a reason by layer id.
+        group_of: the group of each layer that we serve.
+        groups: planner and executor of each attention shape that we serve.
     """
 
-    runner_of: dict[RadixAttention, PlanRunner]
-    shapes: list[LayerGroup]
-    device: torch.device
-    workspace: Workspace | None
+    num_layers: int
+    delegated: dict[int, str]
+    group_of: dict[RadixAttention, LayerGroup]
+    groups: list[LayerGroup]
 
     @property
     def executor_names(self) -> list[str]:
         """Executors in use."""
-        return sorted({shape.runner.executor_name for shape in self.shapes})
+        return sorted({group.executor.name for group in self.groups})
+
+    @property
+    def workspace(self) -> Workspace | None:
+        """Of the group that holds the fewest requests for sure; None if nothing is preallocated."""
+        workspaces = [group.workspace for group in self.groups if group.workspace]
+        return min(workspaces, key=lambda workspace: workspace.sure_batch_size, default=None)
+
+    def log_startup(
+        self,
+        config: PrefixConfig,
+        stock_name: str,
+        graph_labels: Sequence[str],
+        inactive: str | None,
+    ) -> None:
+        """One line that says whether anything is packed, and one per reason to delegate a layer.
+
+        Args:
+            config: settings.
+            stock_name: name of the stock backend.
+            graph_labels: labels that decode graphs are captured under.
+            inactive: why nothing is packed, a key of :data:`REASONS`; None if something is.
+        """
+        workspace = self.workspace
+        logger.info(
+            "prefix attention: %d of %d layers, executor %s, stock backend %s, gate %s, policy %s, "
+            "graph labels %s%s%s",
+            0 if inactive else len(self.group_of),
+            self.num_layers,
+            "/".join(self.executor_names) or "none",
+            stock_name,
+            config.gate,
+            config.policy,
+            "/".join(graph_labels) or "none",
+            f", workspace {workspace.num_bytes / 2**20:.0f} MiB" if workspace else "",
+            f", inactive: {REASONS[inactive]}" if inactive else "",
+        )
+        for reason in sorted(set(self.delegated.values())):
+            ids = [layer_id for layer_id, found in self.delegated.items() if found == reason]
+            logger.info("prefix attention: layers %s are stock's (%s)", ids, REASONS[reason])
 
 
-def find_delegated(model_runner: Any, stock_names: set[str]) -> dict[int, str]:
-    """Layers that are always the stock backend's: a reason by layer id."""
+def find_layers(
+    model_runner: Any, stock_names: set[str], config: PrefixConfig, *, serve: bool
+) -> ModelLayers:
+    """Find a model's attention layers, and build what runs those that are not delegated.
+
+    Args:
+        model_runner: SGLang's model runner; its pools and its model exist.
+        stock_names: the backends that run prefill, and decode when we do not.
+        config: settings.
+        serve: whether we serve any layer; if not, nothing is built.
+
+    Raises:
+        ValueError: the executor cannot take the model's tensors, or the workspace is too small.
+    """
     pool = model_runner.token_to_kv_pool
+    layers = [m for m in model_runner.model.modules() if isinstance(m, RadixAttention)]
     reasons = {
         layer.layer_id: layer_reason(
             layer,
@@ -57,72 +112,64 @@ def find_delegated(model_runner: Any, stock_names: set[str]) -> dict[int, str]:
             kv_is_8_bit=applies_kv_scales(pool),
             same_dtype=pool.dtype == model_runner.dtype,
         )
-        for layer in attention_layers(model_runner)
+        for layer in layers
     }
-    return {layer_id: reason for layer_id, reason in reasons.items() if reason}
+    delegated = {layer_id: reason for layer_id, reason in reasons.items() if reason}
+    if not serve:
+        return ModelLayers(len(layers), delegated, {}, [])
+    shape_of = {
+        layer: _shape_of(layer, model_runner.dtype, pool.dtype)
+        for layer in layers
+        if layer.layer_id not in delegated
+    }
+    num_layers = Counter(shape_of.values())
+    groups = {
+        shape: _build_group(model_runner, shape, config, count, len(num_layers))
+        for shape, count in num_layers.items()
+    }
+    group_of = {layer: groups[shape] for layer, shape in shape_of.items()}
+    return ModelLayers(len(layers), delegated, group_of, list(groups.values()))
 
 
-def attention_layers(model_runner: Any) -> list[RadixAttention]:
-    """All attention layers of the model."""
-    return [m for m in model_runner.model.modules() if isinstance(m, RadixAttention)]
-
-
-def serve_layers(
-    model_runner: Any, delegated: dict[int, str], config: PrefixConfig
-) -> ServedLayers:
-    """Build planner and runner for each attention shape among the layers that we take.
-
-    Raises:
-        ValueError: the executor cannot take the model's tensors, or the workspace is too small.
-    """
+def _build_group(
+    model_runner: Any, shape: AttentionShape, config: PrefixConfig, num_layers: int, num_groups: int
+) -> LayerGroup:
     device = model_runner.req_to_token_pool.req_to_token.device
     kv_dtype = model_runner.token_to_kv_pool.dtype
-    layers = [m for m in attention_layers(model_runner) if m.layer_id not in delegated]
-    shape_of = {layer: _shape_of(layer, model_runner.dtype, kv_dtype) for layer in layers}
-    executor = choose_executor(config.executor, device, model_runner.dtype, kv_dtype)
-    num_layers = Counter(shape_of.values())
-    shapes: dict[AttentionShape, LayerGroup] = {}
-    workspaces: list[Workspace] = []
-    for shape, count in num_layers.items():
-        options: dict[str, Any] = {}
-        workspace = None
-        if executor == "triton":
-            workspace = _workspace_of(model_runner, shape, config, len(num_layers))
-            workspaces.append(workspace)
-            options = {
-                "capacity": workspace.capacity,
-                "mode": config.launch_mode,
-                "merge": config.merge_mode,
-            }
-        runner = PlanRunner(shape, device, executor, check_slots=config.verify, options=options)
-        planner = PackPlanner(
-            shape,
-            profile_for(executor, runner.max_block_rows),
-            policy=config.policy,
-            max_partials=workspace.max_partials if workspace else None,
-        )
-        shapes[shape] = LayerGroup(planner, runner, count, workspace)
-    return ServedLayers(
-        {layer: shapes[shape].runner for layer, shape in shape_of.items()},
-        list(shapes.values()),
-        device,
-        min(workspaces, key=lambda workspace: workspace.sure_rows, default=None),
+    name = choose_executor(config.executor, device, model_runner.dtype, kv_dtype)
+    options: dict[str, Any] = {}
+    workspace = None
+    if name == "triton":
+        workspace = _workspace_of(model_runner, shape, config, num_groups)
+        options = {
+            "capacity": workspace.capacity,
+            "mode": config.launch_mode,
+            "merge": config.merge_mode,
+        }
+    executor = make_executor(name, shape, device, check_slots=config.verify, **options)
+    planner = PackPlanner(
+        shape,
+        profile_for(name, executor.max_block_rows),
+        policy=config.policy,
+        max_partials=workspace.max_partials if workspace else None,
     )
+    return LayerGroup(planner, executor, num_layers, workspace)
 
 
 def _workspace_of(
-    model_runner: Any, shape: AttentionShape, config: PrefixConfig, num_shapes: int
+    model_runner: Any, shape: AttentionShape, config: PrefixConfig, num_groups: int
 ) -> Workspace:
     from prefix_kernels.tiles import TileShape, widest_block
 
+    # Batches are padded to multiples of what parallelism asks for.
+    padded = -(-int(model_runner.req_to_token_pool.size) // 64) * 64
     return size_workspace(
         shape,
-        # Batches are padded to multiples of what parallelism asks for.
-        max_rows=min(-(-int(model_runner.req_to_token_pool.size) // 64) * 64, _MAX_ROWS),
+        max_batch_size=min(padded, _MAX_BATCH_SIZE),
         context_len=int(model_runner.model_config.context_len),
         reserved_tail_slots=RESERVED_TAIL_SLOTS,
         max_block_rows=widest_block(config.launch_mode, TileShape.of(shape)),
-        budget=config.workspace_mib * 2**20 // num_shapes,
+        budget=config.workspace_mib * 2**20 // num_groups,
     )
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prefix_patches.metric_labels import metric_labels
-
-if TYPE_CHECKING:
-    from sglang_prefix.backend.counters import BackendCounters
+from sglang_prefix.backend.counters import BackendCounters
 
 __all__ = ["PrefixMetrics", "metrics_of"]
 
@@ -76,11 +74,10 @@ class PrefixMetrics:
                 self._add(self._reasons, f"reason {reason}", count, reason=reason)
 
     def _add(self, counter: Any, key: str, value: float, **labels: str) -> None:
-        # A step that was given up is taken back; a counter never falls, so it waits.
         added = value - self._shown.get(key, 0)
         if added > 0 or key not in self._shown:
-            counter.labels(**self._labels, **labels).inc(max(added, 0))
-            self._shown[key] = max(value, self._shown.get(key, 0))
+            counter.labels(**self._labels, **labels).inc(added)
+            self._shown[key] = value
 
 
 def metrics_of(model_runner: Any) -> PrefixMetrics | None:

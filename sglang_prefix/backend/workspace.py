@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from prefix_kernels.plan import AttentionShape
 from prefix_kernels.plan_buffers import PlanCapacity
 from prefix_kernels.plan_header import HEADER_SIZE
 from prefix_kernels.work_list import ITEM_FIELDS
-from sglang_prefix.packing import AttentionShape
 
 __all__ = ["Workspace", "size_workspace"]
 
@@ -16,7 +16,7 @@ _FLOAT32 = 4
 # Beside its items: its place in `queries` and in `partials`, and the source of its pack.
 _INTS_PER_PARTIAL = 2 + 4
 # Beside those: bounds of its partials, start and offset of its tail.
-_INTS_PER_ROW = 3
+_INTS_PER_REQUEST = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,21 +27,21 @@ class Workspace:
         capacity: sizes of the device buffers.
         max_partials: partials that a plan may have; the planner lowers splits, then sharing, to
             stay below.
-        sure_rows: batches up to this many requests fit whatever they share, at any length up to
-            the context length. Larger ones fit if they are short enough.
+        sure_batch_size: batches up to this many requests fit whatever they share, at any length
+            up to the context length. Larger ones fit if they are short enough.
         num_bytes: device memory of all buffers.
     """
 
     capacity: PlanCapacity
     max_partials: int
-    sure_rows: int
+    sure_batch_size: int
     num_bytes: int
 
 
 def size_workspace(
     shape: AttentionShape,
     *,
-    max_rows: int,
+    max_batch_size: int,
     context_len: int,
     reserved_tail_slots: int,
     max_block_rows: int,
@@ -56,8 +56,8 @@ def size_workspace(
 
     Args:
         shape: heads and item sizes of the layers served.
-        max_rows: requests of the largest batch, padding included; fewer where the budget does not
-            hold two partials of each.
+        max_batch_size: requests of the largest batch, padding included; fewer where the budget
+            does not hold two partials of each.
         context_len: tokens of the longest request.
         reserved_tail_slots: tokens that each tail may grow by.
         max_block_rows: rows of the widest tile.
@@ -70,30 +70,30 @@ def size_workspace(
     blocks = -(-shape.group_size // max_block_rows)
     partial_ints = _INTS_PER_PARTIAL + ITEM_FIELDS * blocks
     partial_bytes = shape.num_qo_heads * (shape.v_head_dim + 1) * _FLOAT32 + partial_ints * _INT32
-    row_bytes = (_INTS_PER_ROW + 1 + shape.num_kv_heads) * _INT32
+    row_bytes = (_INTS_PER_REQUEST + 1 + shape.num_kv_heads) * _INT32
     request_slots = context_len + reserved_tail_slots
     # Half the budget is enough for partials; twice as many as rows let one pack be split.
-    rows = min(max_rows, budget // 4 // partial_bytes)
-    fixed = (HEADER_SIZE + 1) * _INT32 + rows * row_bytes
-    left = budget - fixed - min(2 * rows * partial_bytes, budget // 2)
-    if rows < 1 or left < request_slots * _INT32:
+    batch_rows = min(max_batch_size, budget // 4 // partial_bytes)
+    fixed = (HEADER_SIZE + 1) * _INT32 + batch_rows * row_bytes
+    left = budget - fixed - min(2 * batch_rows * partial_bytes, budget // 2)
+    if batch_rows < 1 or left < request_slots * _INT32:
         least = 4 * (partial_bytes + row_bytes + HEADER_SIZE * _INT32 + request_slots * _INT32)
         raise ValueError(
             f"a workspace of {budget} bytes is too small for requests of {context_len} tokens; "
             f"legal: at least {least} bytes"
         )
-    slots = min(rows * request_slots, left // _INT32)
-    # What slots leave goes to partials, with which packs can be split into more pieces.
+    slots = min(batch_rows * request_slots, left // _INT32)
+    # What slots leave goes to partials, with which packs can be cut into more splits.
     max_partials = (budget - fixed - slots * _INT32) // partial_bytes
     capacity = PlanCapacity(
-        batch_rows=rows,
-        plan_size=HEADER_SIZE + 1 + rows * _INTS_PER_ROW + max_partials * partial_ints,
+        batch_rows=batch_rows,
+        plan_size=HEADER_SIZE + 1 + batch_rows * _INTS_PER_REQUEST + max_partials * partial_ints,
         slots=slots,
         partials=max_partials,
     )
     return Workspace(
         capacity,
         max_partials,
-        min(rows, slots // request_slots),
+        min(batch_rows, slots // request_slots),
         fixed + slots * _INT32 + max_partials * partial_bytes,
     )

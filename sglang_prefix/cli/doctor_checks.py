@@ -89,7 +89,8 @@ def _check_sglang_version() -> Check:
 
 
 def _check_entry_point() -> Check:
-    from sglang_prefix.plugin import BACKEND_NAME, register
+    from sglang_prefix.config import BACKEND_NAME
+    from sglang_prefix.plugin import register
 
     expected = f"{register.__module__}:{register.__name__}"
     values = [entry.value for entry in entry_points(group=_PLUGIN_GROUP, name=BACKEND_NAME)]
@@ -111,7 +112,8 @@ def _check_registration() -> Check:
     from sglang.srt.plugins import load_plugins
     from sglang.srt.server_args import ATTENTION_BACKEND_CHOICES
 
-    from sglang_prefix.plugin import BACKEND_NAME, create_prefix_backend
+    from sglang_prefix.config import BACKEND_NAME
+    from sglang_prefix.plugin import create_prefix_backend
 
     load_plugins()
     missing = [

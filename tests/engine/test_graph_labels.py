@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from sglang_prefix.backend import backend as backend_module
+from sglang_prefix.backend.decode_planner import DecodePlanner
 from sglang_prefix.config import PrefixConfig
 from sglang_prefix.gate import Decision
+from tests.engine.bare_backend import NUM_KV_HEADS, NUM_QO_HEADS, make_layer, make_runner
 
-HEADS, KV_HEADS, DIM, ROWS, CONTEXT = 4, 2, 32, 8, 64
+MAX_BATCH_SIZE = 8  # that the workspace is sure to hold
 
 
 class FixedGate:
@@ -38,41 +40,28 @@ class Graphs:
     """
 
     def __init__(self, gate: str = "auto", *, windows: int = 0, **args: Any) -> None:
-        from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
-        from sglang.srt.layers.radix_attention import RadixAttention
-        from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
-
-        layers = torch.nn.ModuleList(
-            RadixAttention(
-                HEADS, DIM, DIM**-0.5, KV_HEADS, i, sliding_window_size=16 if i < windows else -1
-            )
-            for i in range(2)
-        )
-        self.layers = list(layers)
-        runner = SimpleNamespace(
-            token_to_kv_pool=MHATokenToKVPool(
-                200, 1, torch.float32, KV_HEADS, DIM, len(layers), "cpu", False
-            ),
-            req_to_token_pool=ReqToTokenPool(ROWS, CONTEXT, "cpu", False),
-            model=layers,
-            server_args=SimpleNamespace(**args),
-            model_config=SimpleNamespace(context_len=CONTEXT),
-            is_draft_worker=False,
-            use_mla_backend=False,
-            device="cpu",
-            dtype=torch.float32,
-            page_size=1,
-        )
-        stock: Any = TorchNativeAttnBackend(runner)
+        self.layers = [
+            make_layer(i, sliding_window_size=16 if i < windows else -1) for i in range(2)
+        ]
         self.prepared: list[tuple[str, int]] = []  # how the stock backend was prepared
-        stock.init_cuda_graph_state = lambda max_bs, tokens: None
-        stock.init_forward_metadata_out_graph = lambda batch, in_capture=False: (
-            self.prepared.append(("capture" if in_capture else "replay", batch.batch_size))
+        stock: Any = SimpleNamespace(
+            forward=lambda q, *args, **kwargs: q,
+            init_cuda_graph_state=lambda max_bs, tokens: None,
+            init_forward_metadata_out_graph=self._prepare,
+            init_forward_metadata_in_graph=lambda batch: None,
         )
-        stock.init_forward_metadata_in_graph = lambda batch: None
-        config = PrefixConfig(gate=gate, executor="triton", workspace_mib=4)
+        config = PrefixConfig(gate=gate, executor="triton", workspace_mib=8)
+        runner = make_runner(self.layers, args=args)
         self.backend = backend_module.PrefixAttnBackend(runner, stock, "torch_native", config)
         self.schedule = self.backend._schedule
+
+    def _prepare(self, batch: Any, in_capture: bool = False) -> None:
+        self.prepared.append(("capture" if in_capture else "replay", batch.batch_size))
+
+    @property
+    def counted(self) -> dict[str, Any]:
+        """The backend's counters."""
+        return self.backend._report()
 
     @property
     def labels(self) -> list[str]:
@@ -109,8 +98,8 @@ class Graphs:
         return self.schedule.graph_label
 
     def decode(self, layer: Any, batch_size: int, **kwargs: Any) -> Any:
-        q = torch.randn(batch_size, HEADS * DIM)
-        k, v = torch.randn(2, batch_size, KV_HEADS, DIM)
+        q = torch.randn(batch_size, NUM_QO_HEADS * 64)
+        k, v = torch.randn(2, batch_size, NUM_KV_HEADS, 64)
         view = self.view(batch_size, batch_size)
         return self.backend.forward_decode(q, k, v, layer, view, False, **kwargs)
 
@@ -128,45 +117,58 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> type[FixedGate]:
     return FixedGate
 
 
-def test_labels_follow_the_setting() -> None:
-    assert Graphs("auto").labels == ["packed", "stock"]
-    assert Graphs("always").labels == ["packed"]
-    assert Graphs("never").labels == []
+@pytest.mark.parametrize(
+    ("gate", "max_batch_size", "args", "labels"),
+    [
+        ("auto", MAX_BATCH_SIZE, {}, ["packed", "stock"]),
+        ("auto", 100_000, {}, ["packed", "stock"]),
+        ("always", MAX_BATCH_SIZE, {}, ["packed"]),
+        # A batch that outgrows the workspace needs a graph, too.
+        ("always", 100_000, {}, ["packed", "stock"]),
+        ("never", MAX_BATCH_SIZE, {}, []),
+        # A graph's all-reduce reads what the same graph of the other ranks wrote.
+        ("auto", MAX_BATCH_SIZE, {"enable_dp_attention": True}, []),
+        ("always", MAX_BATCH_SIZE, {"enable_dp_attention": True}, ["packed"]),
+    ],
+)
+def test_labels_follow_the_setting_the_workspace_and_the_ranks(
+    gate: str, max_batch_size: int, args: dict[str, Any], labels: list[str]
+) -> None:
+    graphs = Graphs(gate, **args)
+    graphs.backend.init_cuda_graph_state(max_batch_size, max_batch_size)
+    assert graphs.labels == labels
 
 
-def test_always_keeps_a_stock_graph_only_where_the_workspace_may_not_do() -> None:
-    graphs = Graphs("always")
-    graphs.backend.init_cuda_graph_state(ROWS, ROWS)
-    assert graphs.labels == ["packed"]
-    graphs.backend.init_cuda_graph_state(100_000, 100_000)
-    assert graphs.labels == ["packed", "stock"]
-
-
-def test_ranks_with_batches_of_their_own_get_one_label() -> None:
-    """A graph's all-reduce reads what the same graph of the other ranks wrote."""
-    auto = Graphs("auto", enable_dp_attention=True)
-    assert auto.labels == []
-    assert auto.backend._server_reason == "dp-attention"
-    always = Graphs("always", enable_dp_attention=True)
-    always.backend.init_cuda_graph_state(ROWS, ROWS)
-    assert always.labels == ["packed"]
+def test_ranks_with_batches_of_their_own_need_a_workspace_for_every_batch() -> None:
+    graphs = Graphs("always", enable_dp_attention=True)
     with pytest.raises(ValueError, match="change SGLANG_PREFIX_WORKSPACE_MIB"):
-        always.backend.init_cuda_graph_state(100_000, 100_000)
+        graphs.backend.init_cuda_graph_state(100_000, 100_000)
 
 
 def test_a_rank_that_cannot_plan_does_not_choose_another_graph_than_the_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def fail(*args: Any, **kwargs: Any) -> None:
+    def fail(*args: Any) -> None:
         raise RuntimeError("raised on purpose by a test")
 
+    monkeypatch.setattr(DecodePlanner, "prepare", fail)
     alone, one_of_two = Graphs(), Graphs(tp_size=2)
-    for graphs in (alone, one_of_two):
-        monkeypatch.setattr(graphs.backend._batches, "prepare", fail)
     assert alone.replay(2, 2) == "stock"
-    assert alone.backend.counters.fallback_reasons == {"error": 1}
+    assert alone.counted["fallback_reasons"] == {"error": 1}
     with pytest.raises(RuntimeError, match="on purpose"):
         one_of_two.replay(2, 2)
+    assert one_of_two.counted["fallback_reasons"] == {}
+
+
+def test_steps_are_counted_under_the_graph_that_they_replay() -> None:
+    graphs = Graphs()
+    for packs, label in ((True, "packed"), (False, "stock"), (True, "packed")):
+        FixedGate.packs = packs
+        assert graphs.replay(2, 4) == label
+    assert graphs.prepared == [("replay", 4)]
+    counted = graphs.counted
+    assert (counted["packed_steps"], counted["stock_reasons"]) == (2, {"gate-no-gain": 1})
+    assert counted == graphs.counted  # asking again counts nothing
 
 
 @pytest.mark.parametrize(("gate", "label"), [("auto", "stock"), ("always", "packed")])
@@ -176,15 +178,16 @@ def test_an_idle_rank_replays_a_graph_and_counts_nothing(gate: str, label: str) 
     assert graphs.backend.counters.decode_steps == 0
 
 
-def test_a_batch_that_nothing_is_known_of_gets_a_graph() -> None:
+def test_a_batch_that_nothing_is_known_of_gets_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a schedule batch; on the CPU its rows are compared."""
+    monkeypatch.setattr(DecodePlanner, "prepare", lambda self, batch: "no-request-info")
     always = Graphs("always")
-    always.backend._batches._req_to_token = torch.empty(0, device="meta")  # type: ignore[union-attr]
-    loaded = []
-    always.backend._batches._load = lambda *args: loaded.append(args)  # type: ignore[union-attr, method-assign]
     assert always.replay(3, 4) == "packed"
-    assert loaded
-    assert always.backend.counters.fallback_reasons == {"no-request-info": 1}
+    for group in always.backend._layers.groups:
+        assert group.executor.plan is not None
+        assert group.executor.plan.num_shared_packs == 0
+    assert always.counted["fallback_reasons"] == {"no-request-info": 1}
+    assert always.prepared == []
 
 
 def test_a_capture_counts_nothing_and_prepares_stock_once_per_size() -> None:
@@ -193,13 +196,13 @@ def test_a_capture_counts_nothing_and_prepares_stock_once_per_size() -> None:
     for size in (4, 2):
         for label in graphs.labels:
             graphs.capture(label, size)
-            assert graphs.backend._packed is (label == "packed")
+            assert graphs.backend._step.packed is (label == "packed")
     assert graphs.prepared == [("capture", 4), ("capture", 2)]
     # A runner that captures again, as after a change of the role, prepares again.
     graphs.backend.init_cuda_graph_state(4, 4)
     graphs.capture("packed", 2)
-    assert graphs.prepared[-1] == ("capture", 2)
-    assert len(graphs.prepared) == 3
+    assert graphs.prepared[2:] == [("capture", 2)]
+    assert graphs.counted["delegated_layers"] == {"0": "sliding-window"}
     assert graphs.backend.counters.decode_steps == 0
 
 
@@ -213,14 +216,14 @@ def test_without_a_second_label_stock_is_prepared_as_sglang_asks() -> None:
 
 def test_a_size_that_no_plan_fits_is_captured_without_ours() -> None:
     graphs = Graphs()
-    assert graphs.backend._batches is not None
-    graphs.backend._batches.max_rows = 2
+    assert graphs.backend._planner is not None
+    graphs.backend._planner.max_batch_size = 2
     graphs.capture("packed", 4)
-    assert not graphs.backend._packed
+    assert not graphs.backend._step.packed
     assert graphs.replay(4, 4) == "stock"
-    assert graphs.backend.counters.fallback_reasons == {"workspace": 1}
+    assert graphs.counted["fallback_reasons"] == {"workspace": 1}
     graphs.capture("packed", 2)
-    assert graphs.backend._packed
+    assert graphs.backend._step.packed
 
 
 def test_arguments_found_in_a_warm_up_delegate_their_layers_and_nothing_else() -> None:
@@ -228,12 +231,11 @@ def test_arguments_found_in_a_warm_up_delegate_their_layers_and_nothing_else() -
     graphs.capture("packed", 2)
     assert graphs.prepared == []
     first, second = graphs.layers
-    with pytest.raises(TypeError, match="sinks"):  # torch_native does not know them either
-        graphs.decode(first, 2, sinks=torch.zeros(HEADS))
+    graphs.decode(first, 2, sinks=torch.zeros(NUM_QO_HEADS))
     # As for capture, not as for an eager step: the graph will read those buffers.
     assert graphs.prepared == [("capture", 2)]
-    assert graphs.decode(second, 2).shape == (2, HEADS * DIM)
-    counters = graphs.backend.counters
-    assert counters.delegated_layers == {0: "unknown-argument"}
-    assert (counters.packed_steps, counters.decode_steps) == (0, 0)
-    assert graphs.backend._packed
+    assert graphs.decode(second, 2).shape == (2, NUM_QO_HEADS * 64)
+    counted = graphs.counted
+    assert counted["delegated_layers"] == {"0": "unknown-argument"}
+    assert graphs.backend.counters.decode_steps == 0
+    assert graphs.backend._step.packed

@@ -2,122 +2,170 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from sglang_prefix.backend.fallback import layer_reason, server_reason
-from tests.engine.test_kv_write import NUM_KV_HEADS, NUM_QO_HEADS, Bench
+from prefix_kernels.torch_executor import TorchExecutor
+from sglang_prefix.backend import backend as backend_module
+from sglang_prefix.backend.fallback import GATE_REASONS, REASONS, layer_reason, server_reason
+from sglang_prefix.config import PrefixConfig
+from tests.engine.bare_backend import Bench, make_layer, make_runner
 
-
-def runner(**changes: Any) -> Any:
-    """What ``server_reason`` looks at, with nothing in it that goes to stock."""
-    pool = SimpleNamespace(dtype=torch.float32)
-    plain = {
-        "token_to_kv_pool": pool,
-        "server_args": SimpleNamespace(),
-        "model_config": SimpleNamespace(is_encoder_decoder=False),
-        "is_draft_worker": False,
-        "use_mla_backend": False,
-        "device": "cpu",
-        "dtype": torch.float32,
-    }
-    return SimpleNamespace(**plain | changes)
-
-
+# What differs from a server that packs, from a layer that is packed, from a batch that is.
 SERVERS: dict[str, dict[str, Any]] = {
     "draft-model": {"is_draft_worker": True},
     "mla": {"use_mla_backend": True},
     "encoder-decoder": {"model_config": SimpleNamespace(is_encoder_decoder=True)},
-    "deterministic": {"server_args": SimpleNamespace(enable_deterministic_inference=True)},
-    "context-parallel": {"server_args": SimpleNamespace(dcp_size=2)},
-    "kv-quantized": {"server_args": SimpleNamespace(kv_cache_dtype="fp4_e2m1")},
+    "deterministic": {"args": {"enable_deterministic_inference": True}},
+    "context-parallel": {"args": {"dcp_size": 2}},
+    "kv-quantized": {"args": {"kv_cache_dtype": "fp4_e2m1"}},
     "kv-layout": {"token_to_kv_pool": SimpleNamespace(dtype=torch.float32, kv_cache_layout="hnd")},
     "kv-dtype": {"dtype": torch.float64},
-    "cpu-graph": {"server_args": SimpleNamespace(enable_torch_compile=True)},
-    "torch-compile": {"device": "cuda", "server_args": SimpleNamespace(enable_torch_compile=True)},
-    "two-batch-overlap": {"server_args": SimpleNamespace(enable_two_batch_overlap=True)},
-    "pd-multiplexing": {"server_args": SimpleNamespace(enable_pdmux=True)},
+    "cpu-graph": {"args": {"enable_torch_compile": True}},
+    "torch-compile": {"device": "cuda", "args": {"enable_torch_compile": True}},
+    "two-batch-overlap": {"args": {"enable_two_batch_overlap": True}},
+    "pd-multiplexing": {"args": {"enable_pdmux": True}},
+    "dp-attention": {"device": "cuda", "args": {"enable_dp_attention": True}, "gate": "auto"},
+    "gate-never": {"gate": "never"},
 }
+VARIABLES = {
+    "metadata-glue-graph": "SGLANG_ENABLE_METADATA_GLUE_GRAPH",
+    "kv-layout": "SGLANG_USE_HND_KVCACHE",
+}
+SCALED = {"k_scale": torch.ones(()), "v_scale": torch.ones(())}
+LAYERS: dict[str, dict[str, Any]] = {
+    "sliding-window": {"sliding_window_size": 64},
+    "cross-attention": {"is_cross_attention": True},
+    "attention-type": {"attn_type": SimpleNamespace(value="encoder_only")},
+    "position-encoding": {"use_irope": True},
+    "logit-capping": {"logit_cap": 30.0},
+    "kv-scales": {"kv_is_8_bit": True, **SCALED},
+    "head-groups": {"tp_q_head_num": 7},
+}
+BATCHES: dict[str, tuple[str, Any]] = {
+    "speculative": ("spec_info", object()),
+    "two-batch-overlap": ("tbo_children", [object(), object()]),
+    "two-batch-overlap, a half": ("tbo_parent_token_range", (0, 3)),
+}
+# Reasons that need more than one changed value, and where they are.
+ELSEWHERE = {
+    "error": "test_kv_write",
+    "unknown-argument": "test_kv_write",
+    "workspace": "test_graph_labels",
+    "gate-no-gain": "test_gate",
+    "gate-nothing-shared": "test_no_device_sync",
+    "no-request-info": "test_decode_planner",
+    "no-radix-paths": "test_decode_planner",
+}
+HERE = {"no-layer", "cuda-graph", "other-batch"}
+
+
+def reason_of(changes: dict[str, Any]) -> str | None:
+    changes = dict(changes)
+    gate = changes.pop("gate", "always")
+    return server_reason(make_runner(**changes), gate)
+
+
+def test_every_reason_has_a_test() -> None:
+    tested = set(SERVERS) | set(VARIABLES) | set(LAYERS) | set(ELSEWHERE) | HERE
+    assert tested | {name.split(",")[0] for name in BATCHES} == set(REASONS)
+    assert set(GATE_REASONS) < set(REASONS)
 
 
 @pytest.mark.parametrize("reason", SERVERS)
 def test_servers_that_go_to_stock(reason: str) -> None:
-    assert server_reason(runner(), "always") is None
-    assert server_reason(runner(**SERVERS[reason]), "always") == reason
+    assert reason_of({}) is None
+    assert reason_of(SERVERS[reason]) == reason
 
 
-def test_decode_graphs_alone_are_no_reason_but_with_dp_attention_the_gate_must_be_set() -> None:
-    assert server_reason(runner(device="cuda"), "auto") is None
-    ranks = runner(device="cuda", server_args=SimpleNamespace(enable_dp_attention=True))
-    assert server_reason(ranks, "auto") == "dp-attention"
-    assert server_reason(ranks, "always") is None
+def test_decode_graphs_alone_are_no_reason_and_with_dp_attention_the_gate_can_be_set() -> None:
+    assert reason_of({"device": "cuda", "gate": "auto"}) is None
+    assert reason_of(SERVERS["dp-attention"] | {"gate": "always"}) is None
 
 
-@pytest.mark.parametrize(
-    ("variable", "reason"),
-    [
-        ("SGLANG_ENABLE_METADATA_GLUE_GRAPH", "metadata-glue-graph"),
-        ("SGLANG_USE_HND_KVCACHE", "kv-layout"),
-    ],
-)
+@pytest.mark.parametrize("reason", VARIABLES)
 def test_environment_variables_that_go_to_stock(
-    variable: str, reason: str, monkeypatch: pytest.MonkeyPatch
+    reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(variable, "1")
-    assert server_reason(runner(), "always") == reason
+    monkeypatch.setenv(VARIABLES[reason], "1")
+    assert reason_of({}) == reason
 
 
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({}, None),
-        ({"sliding_window_size": 64}, "sliding-window"),
-        ({"is_cross_attention": True}, "cross-attention"),
-        ({"attn_type": "encoder_only"}, "attention-type"),
-        ({"use_irope": True}, "position-encoding"),
-        ({"logit_cap": 30.0}, "logit-capping"),
-    ],
-    ids=["plain", "window", "cross", "encoder", "irope", "cap"],
-)
-def test_layers_that_go_to_stock(options: dict[str, Any], reason: str | None) -> None:
-    from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
-
-    if "attn_type" in options:
-        options = {"attn_type": AttentionType(options["attn_type"])}
-    layer = RadixAttention(NUM_QO_HEADS, 64, 0.125, NUM_KV_HEADS, 0, **options)
-    found = layer_reason(layer, {"torch_native"}, kv_is_8_bit=False, same_dtype=True)
+@pytest.mark.parametrize("reason", [None, *LAYERS])
+def test_layers_that_go_to_stock(reason: str | None) -> None:
+    changes = {} if reason is None else dict(LAYERS[reason])
+    is_8_bit = changes.pop("kv_is_8_bit", False)
+    layer = make_layer(0)
+    for name, value in changes.items():
+        assert hasattr(layer, name)
+        setattr(layer, name, value)
+    found = layer_reason(layer, {"torch_native"}, kv_is_8_bit=is_8_bit, same_dtype=True)
     assert found == reason
 
 
-@pytest.mark.parametrize(
-    ("attribute", "value", "reason"),
-    [
-        ("spec_info", object(), "speculative"),
-        ("tbo_children", [object(), object()], "two-batch-overlap"),
-        ("tbo_parent_token_range", (0, 3), "two-batch-overlap"),
-    ],
-)
-def test_batches_that_go_to_stock(attribute: str, value: Any, reason: str) -> None:
-    bench = Bench(torch.float32)
+def build(layers: list[Any]) -> Any:
+    """A backend whose stock backend is never called."""
+    stock: Any = SimpleNamespace(init_forward_metadata=lambda batch: None)
+    runner = make_runner(layers)
+    config = PrefixConfig(executor="torch", gate="always")
+    return backend_module.PrefixAttnBackend(runner, stock, "triton", config)
+
+
+def test_a_server_without_a_layer_of_ours_or_with_graphs_on_the_torch_executor_goes_to_stock(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        assert build([make_layer(0, sliding_window_size=16)])._server_reason == "no-layer"
+        monkeypatch.setattr(backend_module, "captures_decode", lambda runner: True)
+        assert build([make_layer(0)])._server_reason == "cuda-graph"
+    starts = [text for text in caplog.messages if "stock backend triton" in text]
+    for text, reason in zip(starts, ("no-layer", "cuda-graph"), strict=True):
+        assert "0 of 1 layers, executor none" in text
+        assert text.endswith(f"graph labels none, inactive: {REASONS[reason]}")
+    assert f"layers [0] are stock's ({REASONS['sliding-window']})" in caplog.text
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_batches_that_go_to_stock(name: str) -> None:
+    bench = Bench()
+    attribute, value = BATCHES[name]
     assert hasattr(bench.batch, attribute)
     setattr(bench.batch, attribute, value)
-    bench.backend.init_forward_metadata(bench.batch)
-    assert dict(bench.backend.counters.fallback_reasons) == {reason: 1}
-    assert bench.backend.counters.packed_steps == 0
+    with bench.step():
+        pass
+    assert bench.counted["fallback_reasons"] == {name.split(",")[0]: 1}
+    assert bench.counted["packed_steps"] == 0
+
+
+def test_a_call_with_another_number_of_queries_goes_to_stock_with_the_rest_of_the_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bench = Bench()
+    seen: list[int] = []
+    stock: Callable[..., Any] = lambda q, *args, **kwargs: seen.append(len(q))  # noqa: E731
+    monkeypatch.setattr(bench.stock, "forward", stock)
+    monkeypatch.setattr(TorchExecutor, "run", lambda *args, **kwargs: seen.append(-1))
+    with bench.step():
+        bench.decode(bench.layers[0])
+        q = torch.zeros(2, 8 * 64)
+        bench.backend.forward(q, None, None, bench.layers[1], bench.batch)
+        bench.decode(bench.layers[0])
+    assert seen == [-1, 2, 6]
+    assert bench.counted["fallback_reasons"] == {"other-batch": 1}
+    assert bench.counted["packed_steps"] == 0
 
 
 def test_idle_batches_are_no_decode_steps() -> None:
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-    bench = Bench(torch.float32)
+    bench = Bench()
     bench.batch.forward_mode = ForwardMode.IDLE
     bench.backend.forward_metadata = None  # as SGLang's own runner does on an idle rank
-    kv = torch.empty(0, NUM_KV_HEADS, 64)
-    q = torch.empty(0, NUM_QO_HEADS * 64)
+    kv, q = torch.empty(0, 2, 64), torch.empty(0, 8 * 64)
     out = bench.backend.forward(q, kv, kv, bench.layers[0], bench.batch)
     assert out.shape == q.shape
-    counters = bench.backend.counters
-    assert counters.packed_steps == counters.stock_steps == counters.fallback_steps == 0
+    assert bench.backend.counters.decode_steps == 0

@@ -1,0 +1,113 @@
+"""A decode batch as SGLang handed it over: what planning reads of it, and nothing of it before."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+__all__ = ["DecodeBatch"]
+
+IntArray = NDArray[np.int64]
+
+
+class DecodeBatch(NamedTuple):
+    """A view of one decode batch. Copies nothing, and reads an attribute when it is asked for it.
+
+    SGLang's objects are not typed, and differ between releases; what they are ends here.
+    No property reads a device. Rows at the end of a batch may be padding of a graph.
+
+    Attributes:
+        forward_batch: SGLang's ``ForwardBatch``, or what its graph runner hands over instead.
+        schedule_batch: SGLang's ``ScheduleBatch`` behind it; None where none is known.
+        in_graph: the step is a graph's, so its tails grow inside the graph.
+    """
+
+    forward_batch: Any
+    schedule_batch: Any
+    in_graph: bool = False
+
+    @property
+    def padded_batch_size(self) -> int:
+        """Rows of q and of the outputs, padding included."""
+        return self.forward_batch.batch_size  # type: ignore[no-any-return]
+
+    @property
+    def num_requests(self) -> int:
+        """Rows that are not padding of a graph."""
+        batch = self.forward_batch
+        return int(batch.batch_size - getattr(batch, "num_padding", 0))
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether a rank without requests replays a graph for the sake of the others."""
+        mode = getattr(self.forward_batch, "actual_forward_mode", None)
+        return mode is not None and bool(mode.is_idle())
+
+    @property
+    def reqs(self) -> list[Any]:
+        """SGLang's requests; none where no schedule batch is known."""
+        return [] if self.schedule_batch is None else self.schedule_batch.reqs
+
+    @property
+    def tree_cache(self) -> Any:
+        """SGLang's prefix cache of a batch that has requests."""
+        return self.schedule_batch.tree_cache
+
+    @property
+    def req_pool_indices(self) -> torch.Tensor:
+        """[padded_batch_size] rows of ``req_to_token``, on the device."""
+        return self.forward_batch.req_pool_indices  # type: ignore[no-any-return]
+
+    @property
+    def seq_lens(self) -> torch.Tensor:
+        """[padded_batch_size] lengths, the new token included, on the device."""
+        return self.forward_batch.seq_lens  # type: ignore[no-any-return]
+
+    @property
+    def new_slots(self) -> torch.Tensor:
+        """[padded_batch_size] slots of the new tokens, on the device."""
+        return self.forward_batch.out_cache_loc  # type: ignore[no-any-return]
+
+    @property
+    def pool_indices(self) -> torch.Tensor | None:
+        """[num_requests] rows of ``req_to_token`` as the scheduler knows them on the CPU.
+
+        SGLang makes a new tensor whenever one changes.
+        """
+        found = getattr(self.schedule_batch, "req_pool_indices_cpu", None)
+        if found is None:
+            found = self.schedule_batch.req_pool_indices
+            return found if found.device.type == "cpu" else None
+        return found  # type: ignore[no-any-return]
+
+    @property
+    def sum_of_lengths(self) -> int:
+        """Sum of all lengths, padding included; -1 where the CPU knows none."""
+        total = self.forward_batch.seq_lens_sum
+        if isinstance(total, int):
+            return total
+        lens = self.host_lengths(self.padded_batch_size)
+        return -1 if lens is None else int(lens.sum())
+
+    def host_lengths(self, num_requests: int) -> IntArray | None:
+        """Lengths [num_requests] where the CPU knows them, else None."""
+        lens = getattr(self.forward_batch, "seq_lens_cpu", None)
+        if lens is None:
+            lens = self.forward_batch.seq_lens
+        if lens.device.type != "cpu":
+            return None
+        # A copy: SGLang adds to the lengths in place.
+        return np.array(lens.numpy()[:num_requests], dtype=np.int64)
+
+    def device_lengths(self, num_requests: int) -> IntArray:
+        """Lengths [num_requests], read from the device, for which the CPU waits."""
+        return np.asarray(self.seq_lens[:num_requests].cpu().numpy(), dtype=np.int64)
+
+    def kv_states(self) -> list[Any]:
+        """What changes when a request's KV moves although the same requests decode."""
+        indices = self.pool_indices
+        states: list[Any] = [(req.retraction_count, req.last_node) for req in self.reqs]
+        return states if indices is None else [*states, *indices.tolist()]

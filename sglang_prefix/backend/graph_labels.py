@@ -1,0 +1,93 @@
+"""Under which labels decode graphs are captured, and which of two graphs a step replays."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from prefix_patches.schedule_context import ScheduleContext
+from sglang_prefix.backend.fallback import has_dp_attention, has_tensor_parallelism
+from sglang_prefix.backend.workspace import Workspace
+
+__all__ = ["PACKED", "STOCK", "GraphLabels"]
+
+PACKED, STOCK = "packed", "stock"
+
+logger = logging.getLogger(__name__)
+
+
+class GraphLabels:
+    """Labels of a model runner's decode graphs, one graph per batch size and label.
+
+    "packed" graphs hold our kernels, "stock" graphs do not, and each step replays one of the two.
+    All ranks of a tensor-parallel group must replay the same label: the all-reduce inside a graph
+    reads what the other ranks' graphs wrote. They do, because they decide by the same numbers of
+    the host.
+
+    Args:
+        schedule: where SGLang's graph runner reads the labels. It has none until :meth:`use`.
+    """
+
+    def __init__(self, schedule: ScheduleContext) -> None:
+        self._schedule = schedule
+        self._has_one_label = False
+        self._captured_size = 0
+        self.ranks_must_agree = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Labels that graphs are captured under; none where no graph holds our kernels."""
+        return self._schedule.graph_labels
+
+    @property
+    def without_stock(self) -> bool:
+        """Whether graphs exist and none of them holds a stock kernel."""
+        return self.names == (PACKED,)
+
+    @property
+    def captures_packed(self) -> bool:
+        """Whether the graph being captured is to hold our kernels."""
+        return self._schedule.graph_label == PACKED
+
+    def use(self, model_runner: Any, gate: str) -> None:
+        """Let decode graphs be captured with our kernels, and without if the gate may say so."""
+        self._schedule.graph_labels = (PACKED, STOCK) if gate == "auto" else (PACKED,)
+        # Ranks with batches of their own cannot agree on a label.
+        self._has_one_label = has_dp_attention(model_runner)
+        self.ranks_must_agree = gate == "auto" and has_tensor_parallelism(model_runner)
+
+    def begin_captures(self, workspace: Workspace | None, max_batch_size: int) -> None:
+        """Begin to capture graphs of up to ``max_batch_size`` requests.
+
+        A batch that outgrows the workspace needs a graph too, so stock is captured as well where
+        that can happen.
+
+        Raises:
+            ValueError: it can happen, and there is no other graph to go to.
+        """
+        self._captured_size = 0
+        if workspace is None or not self.without_stock:
+            return
+        held = workspace.sure_batch_size
+        if held >= max_batch_size:
+            return
+        ways_out = "SGLANG_PREFIX_WORKSPACE_MIB, --cuda-graph-max-bs-decode or --context-length"
+        sure = f"the workspace is sure to hold {held} requests of {max_batch_size}"
+        if self._has_one_label:
+            raise ValueError(f"{sure}, and ranks must replay one graph; change {ways_out}")
+        self._schedule.graph_labels = (PACKED, STOCK)
+        logger.warning("prefix attention: %s, so stock is captured too; see %s", sure, ways_out)
+
+    def note_stock_capture(self, batch_size: int) -> bool:
+        """Note that stock kernels are about to be captured; False if stock is ready for that.
+
+        It prepares once for both labels: FlashInfer's makes new buffers each time, and would forget
+        those that the graph of the other label reads.
+        """
+        is_ready = len(self.names) > 1 and self._captured_size == batch_size
+        self._captured_size = batch_size
+        return not is_ready
+
+    def choose(self, *, packed: bool) -> None:
+        """Choose the graph that this step replays."""
+        self._schedule.graph_label = PACKED if packed else STOCK
