@@ -356,11 +356,11 @@ def test_the_workload_that_hangs_is_named(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_flags_that_bench_serving_does_not_have_are_told() -> None:
     pytest.importorskip("sglang.benchmark.serving", reason="SGLang's bench_serving is needed")
-    from prefix_patches import bench_serving
+    from prefix_patches import load_generator
 
-    assert bench_serving.parse(["--num-prompts", "7"]).num_prompts == 7
+    assert load_generator.parse(["--num-prompts", "7"]).num_prompts == 7
     with pytest.raises(ValueError, match="unrecognized arguments: --num-prompt-groups"):
-        bench_serving.parse(["--num-prompt-groups", "7"])
+        load_generator.parse(["--num-prompt-groups", "7"])
 
 
 def test_internals_that_are_gone_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,7 +370,7 @@ def test_internals_that_are_gone_are_named(monkeypatch: pytest.MonkeyPatch) -> N
     from sglang.benchmark import serving
     from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
 
-    from sglang_prefix.bench.serving import drivers
+    from prefix_patches import load_generator
 
     touched = (
         (serving, "get_dataset"),
@@ -379,8 +379,8 @@ def test_internals_that_are_gone_are_named(monkeypatch: pytest.MonkeyPatch) -> N
         (sglang.benchmark.utils, "get_tokenizer"),
     )
     for owner, name in touched:
-        assert drivers.missing() == []
+        assert load_generator.missing() == []
         with monkeypatch.context() as patch:
             patch.delattr(owner, name)
-            (problem,) = drivers.missing()
+            (problem,) = load_generator.missing()
         assert name in problem

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from prefix_kernels.merge import merge_partials
-from prefix_patches.torch_native_decode import torch_native_decode
+from prefix_patches.stock_backend import torch_native_decode
 from sglang_prefix.bench.workloads.inputs import AttentionInputs
 from sglang_prefix.packing import CPU_PROFILE
 from sglang_prefix.packing.layout import CostedPlan

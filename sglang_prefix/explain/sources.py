@@ -41,10 +41,10 @@ class Setting:
 
     shape: AttentionShape
     device: str
-    is_assumed: bool
-    policy: str
-    page_size: int
-    stock_backend: str
+    is_assumed: bool = False
+    policy: str = "pat"
+    page_size: int = 1
+    stock_backend: str = "fa3"
 
 
 def plan_of_tree(text: str, setting: Setting) -> PlanRecord:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from prefix_kernels.tiles import TileShape, choose_classes, choose_fused_tiles, choose_tile
+from prefix_kernels.tiles import (
+    TileShape,
+    choose_classes,
+    choose_fused_tiles,
+    choose_tile,
+    row_classes,
+)
 from sglang_prefix.explain.record import PlanRecord
 from sglang_prefix.packing import AttentionShape
-from sglang_prefix.packing.layout import CostedPlan
+from sglang_prefix.plan import PackPlan
 
 __all__ = ["pack_tiles", "tile_shape"]
 
@@ -16,11 +22,19 @@ _ANY_LENGTH = 1 << 30
 
 
 def tile_shape(shape: AttentionShape, gpu: str | None) -> TileShape:
-    """What the choice of a tile depends on, on a device with Hopper's matrix units or later."""
-    return TileShape.of(shape, gpu)
+    """What the choice of a tile depends on, on a device with Hopper's matrix units or later.
+
+    Raises:
+        ValueError: heads are too wide for any tile.
+    """
+    itemsizes = shape.q_itemsize, shape.kv_itemsize
+    found = TileShape(shape.head_dim, shape.v_head_dim, *itemsizes, device=gpu)
+    if not row_classes(found):
+        raise ValueError(f"no tile of the Triton kernels is for v_head_dim {shape.v_head_dim:,}")
+    return found
 
 
-def pack_tiles(record: PlanRecord, plan: CostedPlan) -> list[tuple[int, int] | None]:
+def pack_tiles(record: PlanRecord, plan: PackPlan) -> list[tuple[int, int] | None]:
     """[P] rows and KV tokens of each pack's tile; None for an executor that has no tiles."""
     if plan.costs.device.name == "cpu":
         return [None] * plan.num_packs

@@ -17,10 +17,13 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sglang_prefix.bench.serving.workloads as registry
 from sglang_prefix.bench.engine import engine_environment, kill_session
+
+if TYPE_CHECKING:
+    from sglang_prefix.bench.serving.drivers import Driver
 
 __all__ = ["Client", "ClientError", "ClientProcess", "ClientTimeoutError"]
 
@@ -113,14 +116,18 @@ class Client:
     """
 
     def __init__(self, model: str, tokenizer: str, trace: str | None, seed: int) -> None:
-        from sglang_prefix.bench.serving import drivers
+        from prefix_patches import load_generator
 
-        if missing := drivers.missing():
+        if missing := load_generator.missing():
             raise RuntimeError(f"this SGLang lacks {', '.join(missing)}")
         self._flags = {"model": model, "tokenizer": tokenizer, "seed": seed}
         self._trace, self._seed = trace, seed
-        self._tokenizer = drivers.load_tokenizer(tokenizer)
-        self._drivers: dict[str, drivers.Driver] = {}
+        try:
+            self._tokenizer = load_generator.load_tokenizer(tokenizer)
+        except (OSError, ValueError) as error:
+            cause = str(error).splitlines()[0]
+            raise ValueError(f"cannot load a tokenizer from {tokenizer}: {cause}") from None
+        self._drivers: dict[str, Driver] = {}
 
     def prepare(self, workload: dict[str, Any]) -> dict[str, Any]:
         """Make the requests of a workload; returns what identifies them."""
@@ -142,7 +149,7 @@ class Client:
         _flush(url)
         return self._drivers[name].measure(url)
 
-    def _driver(self, workload: registry.Workload) -> Any:
+    def _driver(self, workload: registry.Workload) -> Driver:
         from sglang_prefix.bench.serving import drivers
 
         parameters = registry.DRIVERS[workload.driver]

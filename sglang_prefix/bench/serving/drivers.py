@@ -19,12 +19,7 @@ from typing import Any, Protocol
 import aiohttp
 import numpy as np
 
-from prefix_patches import (
-    bench_serving,
-    bench_serving_endpoint,
-    bench_serving_rows,
-    bench_serving_tokenizer,
-)
+from prefix_patches import load_generator
 from sglang_prefix.bench.serving.workloads import Forks, Rollouts, Trace, scale_trace
 from sglang_prefix.bench.workloads.traces import read_trace
 
@@ -35,8 +30,6 @@ __all__ = [
     "ForkDriver",
     "RolloutDriver",
     "TraceDriver",
-    "load_tokenizer",
-    "missing",
     "summarize",
 ]
 
@@ -45,30 +38,6 @@ _DOCUMENT = "Rule {n} of part {part}: an answer names its source and says when i
 _SECTION = "Note {n} on case {part}: read it as taken on that day, in this order. "
 _QUESTION = "\nQuestion {part}: what follows from note {n}, and for whom?\nAnswer:"
 _TIMES = "sglang_prefix_times"
-
-
-def missing() -> list[str]:
-    """Names in SGLang that the drivers need and that are not there."""
-    touched = (
-        bench_serving,
-        bench_serving_endpoint,
-        bench_serving_rows,
-        bench_serving_tokenizer,
-    )
-    return [problem for module in touched for problem in module.missing()]
-
-
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer in a folder or of that name, as SGLang's load generator loads it.
-
-    Raises:
-        ValueError: there is none.
-    """
-    try:
-        return bench_serving_tokenizer.load_tokenizer(name)
-    except (OSError, ValueError) as error:
-        cause = str(error).splitlines()[0]
-        raise ValueError(f"cannot load a tokenizer from {name}: {cause}") from None
 
 
 class Driver(Protocol):
@@ -160,11 +129,11 @@ class BenchServing:
         self._concurrency = arguments.max_concurrency
         self._rows = self._make_rows(arguments, tokenizer)
 
-    def _make_rows(self, arguments: bench_serving.Namespace, tokenizer: Any) -> list[Any]:
-        return bench_serving.load_requests(arguments, tokenizer)
+    def _make_rows(self, arguments: load_generator.Namespace, tokenizer: Any) -> list[Any]:
+        return load_generator.load_requests(arguments, tokenizer)
 
-    def _arguments(self, url: str) -> bench_serving.Namespace:
-        return bench_serving.parse([*self.flags, "--base-url", url, "--output-file", "/dev/null"])
+    def _arguments(self, url: str) -> load_generator.Namespace:
+        return load_generator.parse([*self.flags, "--base-url", url, "--output-file", "/dev/null"])
 
     def fingerprint(self) -> str:
         """See :class:`Driver`."""
@@ -178,7 +147,7 @@ class BenchServing:
 
     def measure(self, url: str) -> dict[str, Any]:
         """See :class:`Driver`."""
-        found = bench_serving.run(self._arguments(url), self._rows)
+        found = load_generator.run(self._arguments(url), self._rows)
         errors = [error for error in found["errors"] if error]
         if errors or found["completed"] < len(self._rows):
             why = errors[0].strip().splitlines()[-1] if errors else "no reason given"
@@ -222,7 +191,7 @@ class TraceDriver(BenchServing):
         }
         super().__init__(replay | flags, tokenizer)
 
-    def _make_rows(self, arguments: bench_serving.Namespace, tokenizer: Any) -> list[Any]:
+    def _make_rows(self, arguments: load_generator.Namespace, tokenizer: Any) -> list[Any]:
         rows = scale_trace(
             self._trace,
             _token_ids(tokenizer),
@@ -231,7 +200,7 @@ class TraceDriver(BenchServing):
             max_output_tokens=self._shape.max_output_tokens,
             seed=arguments.seed,
         )
-        make = bench_serving_rows.dataset_row
+        make = load_generator.dataset_row
         return [make(row.prompt, row.output_len, row.timestamp) for row in rows]
 
 
@@ -317,13 +286,13 @@ class ForkDriver:
 
     def check(self, url: str) -> list[list[int]]:
         """See :class:`Driver`."""
-        answers = self._run(bench_serving_endpoint.endpoint(url), ids=True)
+        answers = self._run(load_generator.endpoint(url), ids=True)
         # Of each token its log probability, its id and, perhaps, its text.
         return [[token[1] for token in meta["output_token_logprobs"]] for meta in answers]
 
     def measure(self, url: str) -> dict[str, Any]:
         """See :class:`Driver`."""
-        endpoint = bench_serving_endpoint.streaming_endpoint(url, _timed)
+        endpoint = load_generator.streaming_endpoint(url, _timed)
         began = time.perf_counter()
         answers = self._run(endpoint, ids=False)
         return summarize([meta[_TIMES] for meta in answers], time.perf_counter() - began)
