@@ -23,7 +23,7 @@ __all__ = ["PAGE", "build_page", "section_of", "write_folder_page"]
 
 PAGE = "report.html"
 # Of one folder that both bench commands were given; whatever else is in it is not looked at.
-_FOLDER_FILES = ("kernel.json", "serving.json")
+_FOLDER_FILES = ("kernel.json", "serving.json", "engine.json")
 _SECTIONS: dict[str, Callable[[Mapping[str, Any]], Section]] = {
     "bench-kernel": kernel_section,
     "bench-serving": serving_section,

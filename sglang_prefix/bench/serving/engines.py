@@ -12,6 +12,7 @@ from typing import Any
 from sglang_prefix.bench.engine import EngineProcess, engine_environment
 from sglang_prefix.bench.run import NotRunError
 from sglang_prefix.bench.serving.loads import OURS, PAIR, SYNC
+from sglang_prefix.bench.serving.servers import cause_in
 from sglang_prefix.bench.serving.sync_guard import SYNC_FILE
 
 __all__ = ["DRY_STOCK", "Engines", "engine_arguments"]
@@ -74,7 +75,7 @@ class Engines:
 
         Raises:
             NotRunError: there was no time, or the group failed to start before in this run.
-            RuntimeError: an engine failed; none of the group is left.
+            RuntimeError: an engine failed, in one line.
         """
         if group in self._broken:
             raise NotRunError(f"engines {group} did not start before: {self._broken[group]}")
@@ -92,8 +93,8 @@ class Engines:
         except TimeoutError as error:
             raise NotRunError(str(error)) from None
         except RuntimeError as error:
-            self._broken[group] = str(error)[:200]
-            raise
+            self._broken[group] = _in_one_line(error)
+            raise RuntimeError(self._broken[group]) from error
         return {name: self._alive[name].description for name in backends}
 
     def call(self, backend: str, function: str, load: dict[str, Any], **more: Any) -> Any:
@@ -101,13 +102,15 @@ class Engines:
 
         Raises:
             NotRunError: there was no time for it.
-            RuntimeError: it failed; the message ends with the engine's log.
+            RuntimeError: it failed; one line.
         """
         given = {"load": load, "seed": self.seed, "vocab_size": self.vocab_size, **more}
         try:
             return self._alive[backend].ask(f"{_CALLS}:{function}", self.deadline, **given)
         except TimeoutError as error:
             raise NotRunError(str(error)) from None
+        except RuntimeError as error:
+            raise RuntimeError(_in_one_line(error)) from error
 
     def stop(self) -> None:
         """End all engines."""
@@ -144,6 +147,12 @@ class Engines:
             ),
             log=self.folder / f"{self._starts}-{group}-{backend}.log",
         )
+
+
+def _in_one_line(error: RuntimeError) -> str:
+    """What an engine failed at, and of its log, which follows in the message, the cause."""
+    first, _, log = str(error).partition("\n")
+    return f"{first.removesuffix('; its log ends:')}: {cause_in(log)}"
 
 
 def engine_arguments(model: Path, backend: str, group: str, *, dry: bool) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from sglang_prefix.bench.engine import free_port, kill_session
 __all__ = [
     "RunningServer",
     "ServerError",
+    "cause_in",
     "cpu_environment",
     "describe",
     "launch",
@@ -45,7 +46,6 @@ _CALL_S = 60
 _END_S = 60.0
 _POLL_S = 0.3
 _HOST = "127.0.0.1"
-# The line of a log of tracebacks that a user can act on: the last one that names an error.
 _CAUSE = re.compile(
     r"^(?:\S+ )?(?:[\w.]*(?:Error|Exception)\b|.*\berror:).*|.*out of memory.*", re.I
 )
@@ -187,10 +187,15 @@ def wait_until_ready(server: RunningServer, timeout_s: float) -> None:
 
 def _ending(process: subprocess.Popen[bytes], log: Path | None) -> str:
     text = log.read_text(errors="replace") if log else ""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return f"status {process.returncode}: {cause_in(text)}; its log: {log}"
+
+
+def cause_in(log: str) -> str:
+    """The line of a log that a user can act on: the last that names an error, or the last."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
     causes = [line for line in lines if _CAUSE.match(line)]
-    cause = [*lines[-1:], *causes[-1:]][-1:] or ["no output"]
-    return f"status {process.returncode}: {cause[0][:300]}; its log: {log}"
+    found = [*lines[-1:], *causes[-1:]][-1:] or ["no output"]
+    return found[0][:300]
 
 
 def describe(server: RunningServer) -> dict[str, Any]:
