@@ -63,7 +63,7 @@ def test_what_the_pages_say_is_so() -> None:
             "there is no test tests/nonesuch.py",
         ),
         (
-            "`docs/results/cpu/2026-11-21-6d537cb.json`\n\n| 32 | 2048 + 128 | 1 |",
+            "`docs/results/cpu/2026-11-21-6d537cb-kernel.json`\n\n| 32 | 2048 + 128 | 1 |",
             "this row does not stand in",
         ),
         ("`/home/me/model`", "/home/me/model is a place on one machine"),

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
-CPU_RESULT = ROOT / "docs" / "results" / "cpu" / "2026-11-21-6d537cb.json"
+CPU_RESULT = ROOT / "docs" / "results" / "cpu" / "2026-11-21-6d537cb-kernel.json"
 SCREENSHOTS = ROOT / "build" / "screenshots"
 WIDE: ViewportSize = {"width": 1280, "height": 900}
 NARROW: ViewportSize = {"width": 400, "height": 800}

@@ -25,9 +25,9 @@ def our_provider(data: Case) -> str | None:
     default = [(n, p) for n, p in ours if p.get("policy") == policy and p.get("fixed") is not False]
     times: dict[str, list[float]] = {}
     for name, provider in default or ours:
-        times.setdefault(name, []).append(provider["ms"])
+        times.setdefault(name, []).append(provider["kernel_us"] or provider["ms"])
     most = max(map(len, times.values()), default=0)
-    means = {name: geomean(ms) or 0.0 for name, ms in times.items() if len(ms) == most}
+    means = {name: geomean(us) or 0.0 for name, us in times.items() if len(us) == most}
     return min(means, key=means.__getitem__) if means else None
 
 

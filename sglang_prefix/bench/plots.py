@@ -112,10 +112,11 @@ def roofline_figure(data: Data) -> Figure:
                 read, ideal = case["flop"] / found["bytes_read"], _ideal_intensity(case)
                 axes.plot([read, ideal], [rate, rate], "-", color=_OURS, lw=0.6)
                 dot(ideal, rate, _OURS, ms=6, mfc="none")
-    if points:
-        bandwidths = sorted(case["bandwidth_gb_s"] for case in data["cases"])
-        bandwidth, peak = bandwidths[len(bandwidths) // 2], data.get("peak_gflop_s")
-        _draw_roof(axes, [x for x, _ in points], bandwidth, peak)
+    bandwidths = sorted(c["bandwidth_gb_s"] for c in data["cases"] if c["bandwidth_gb_s"])
+    if points and bandwidths:
+        peak = data.get("limits", {}).get("flop_per_s")
+        middle = bandwidths[len(bandwidths) // 2]
+        _draw_roof(axes, [x for x, _ in points], middle, peak and peak / 1e9)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("arithmetic intensity, FLOP per byte of KV")

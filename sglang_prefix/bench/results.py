@@ -24,6 +24,7 @@ __all__ = [
     "SCHEMA",
     "ResultError",
     "check_result",
+    "check_same",
     "check_type",
     "check_writable",
     "environment",
@@ -257,6 +258,18 @@ def load_resumable(
         ResultError: it cannot be read, is not whole, or something is not as it was.
     """
     data = read_result(path, kind)
+    check_same(path, data, same)
+    return data
+
+
+def check_same(
+    path: str | os.PathLike[str], data: Mapping[str, Any], same: Mapping[str, Any]
+) -> None:
+    """Check that what must be as it was is so; see :func:`load_resumable`.
+
+    Raises:
+        ResultError: something is not.
+    """
     for key, here in same.items():
         there: Any = data
         for name in key.split("."):
@@ -267,7 +280,6 @@ def load_resumable(
                 f"{path} cannot be resumed: its {key.rpartition('.')[2]} is {there!r}, here it is "
                 f"{here!r}"
             )
-    return data
 
 
 def same_environment(here: Mapping[str, Any]) -> dict[str, Any]:

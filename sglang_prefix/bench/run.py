@@ -5,14 +5,23 @@ from __future__ import annotations
 import gc
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from sglang_prefix.bench.results import write_result
+from sglang_prefix.bench.results import (
+    check_same,
+    check_writable,
+    environment,
+    new_result,
+    read_result,
+    same_environment,
+    write_result,
+)
 
-__all__ = ["Case", "NotRunError", "is_out_of_memory", "run_cases"]
+__all__ = ["BenchRun", "Case", "NotRunError", "is_out_of_memory", "run_cases"]
 
 # Of errors that torch and its libraries raise as a plain RuntimeError.
 _NO_MEMORY = ("out of memory", "allocate memory", "not enough memory", "bad_alloc")
@@ -129,12 +138,12 @@ def _measure(case: Case, data: dict[str, Any]) -> str | None:
             problem = data["not_run"][case.name] = f"out of memory: {reason}"
             return problem
         problem = data["failed"][case.name] = reason
-    else:
-        problem = None
-        times = {"wall_s": time.monotonic() - began}
-        data["cases"].append({"name": case.name, "group": case.group, **measured, **times})
+        del data["not_run"][case.name]
+        return problem
+    times = {"wall_s": time.monotonic() - began}
+    data["cases"].append({"name": case.name, "group": case.group, **measured, **times})
     del data["not_run"][case.name]
-    return problem
+    return None
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -161,3 +170,109 @@ def _is_lost() -> bool:
     except RuntimeError:
         return True
     return False
+
+
+class BenchRun(ABC):
+    """The run of a bench command, new or resumed, and its result file.
+
+    Args:
+        folder: where the file is written.
+        command: arguments of the command, for the file.
+        options: for the file; those of a resumed run stand instead.
+        seed: of all inputs; likewise.
+        device: "cpu" for a run that leaves a GPU alone; None for the GPU if there is one.
+        dry: whether nothing is measured.
+        resume: go on with the run whose file is in the folder.
+
+    Raises:
+        ValueError: an option is not legal, or the file cannot be resumed; one line.
+        OSError: the folder cannot be written.
+
+    Attributes:
+        path, data: of the result.
+        progress: is told what happens within a case.
+    """
+
+    kind: ClassVar[str]
+    file_name: ClassVar[str]
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        command: Sequence[str],
+        options: Mapping[str, Any],
+        seed: int,
+        device: str | None = None,
+        dry: bool = False,
+        resume: bool = False,
+    ) -> None:
+        self._began = time.monotonic()
+        self.path = folder / self.file_name
+        data = read_result(self.path, self.kind) if resume else None
+        self.use(data["options"] if data else options)
+        here = environment("cpu" if dry else device)
+        if data:
+            check_same(self.path, data, {**same_environment(here), "dry": dry})
+        check_writable(self.path)
+        self.data: dict[str, Any] = data or new_result(
+            self.kind, command=command, options=options, seed=seed, environment=here, dry=dry
+        )
+        self.progress: Callable[[str], None] = lambda what: None
+
+    @abstractmethod
+    def use(self, options: Mapping[str, Any]) -> None:
+        """Take the options of the run into use, before its environment is looked at.
+
+        Raises:
+            ValueError: they are not legal.
+        """
+
+    def prepare(self) -> None:  # noqa: B027
+        """What takes seconds, and comes before the first case."""
+
+    @abstractmethod
+    def cases(self) -> list[Case]:
+        """In the order in which they are run."""
+
+    @property
+    def order(self) -> list[str]:
+        """Names of the cases in the order of the file."""
+        return [case.name for case in self.cases()]
+
+    def conclude(self) -> None:  # noqa: B027
+        """Derive what depends on all cases, before the file is written."""
+
+    def run(
+        self, budget_s: float, begin: Callable[[str], None], progress: Callable[[str], None]
+    ) -> None:
+        """Measure the cases that the file lacks: :func:`run_cases`.
+
+        Args:
+            budget_s: seconds since this object was made.
+            begin: is told every case before it is measured or passed over.
+            progress: is told what happens within a case.
+        """
+        self.progress = progress
+        run_cases(
+            self.path,
+            self.data,
+            self.cases(),
+            budget_s,
+            order=self.order,
+            began=self._began,
+            begin=lambda case: begin(case.name),
+            conclude=self.conclude,
+        )
+
+    def problems(self) -> list[str]:
+        """One line for each case that failed, and for each of our own results that was wrong."""
+        failed = dict(self.data["failed"])
+        for case in self.data["cases"]:
+            failed |= {f"{case['name']}: {n}": why for n, why in self.own_failures(case).items()}
+        return [f"{what}: {why}" for what, why in failed.items()]
+
+    def own_failures(self, case: Mapping[str, Any]) -> Mapping[str, str]:
+        """Of what is ours in a case, what failed, and why."""
+        found: Mapping[str, str] = case.get("failed", {})
+        return found

@@ -113,7 +113,8 @@ class Floor(TypedDict):
 class KernelProvider(TypedDict):
     """Times of a provider. ``ms`` and the parts are medians of a step of all ``layers``.
 
-    A part that there is not, or that is not timed apart, is None.
+    A part that there is not, or that is not timed apart, is None. Files that were converted from
+    older ones lack more.
     """
 
     kind: Literal["ours", "stock", "peer", "chain"]
@@ -129,7 +130,7 @@ class KernelProvider(TypedDict):
     append_ms: float | None
     forward_ms: float | None
     merge_ms: float | None
-    kernel_us: Positive
+    kernel_us: Positive | None
     over_floor: Positive | None
     bytes_read: AtLeastOne
     kv_read_ratio: float
@@ -152,10 +153,10 @@ class KernelCase(TypedDict):
     tokens: Amount
     bytes: Amount
     flop: Count
-    floor: Floor
+    floor: Floor | None
     best_stock: str | None
     target: float | None
-    bandwidth_gb_s: Positive
+    bandwidth_gb_s: Positive | None
     absent: Reasons
     failed: Reasons
     providers: dict[str, KernelProvider]
@@ -164,9 +165,9 @@ class KernelCase(TypedDict):
 class Limits(TypedDict):
     """Measured in the same run."""
 
-    read_bytes_per_s: Positive
+    read_bytes_per_s: NotRequired[Positive]
     flop_per_s: Positive
-    empty_launch_us: NotNegative
+    empty_launch_us: NotRequired[NotNegative]
 
 
 class KernelOptions(TypedDict):

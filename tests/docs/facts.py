@@ -294,11 +294,12 @@ def _origin(package: str) -> str:
 def _rows_of(file: str) -> set[str]:
     """The rows of a result file of `make bench-cpu`, as the tables have them."""
     rows = set()
-    for case in json.loads(_text(file))["attention"]:
-        ms = case["median_ms"]
-        slots = "scattered" if case["scattered"] else "consecutive"
-        cells = [case["batch"], f"{case['shared']} + {case['private']}", case["dtype"], slots]
-        cells += [f"{ms[name]:.1f}" for name in ("stock", "query", "pat")]
-        cells += [f"{case[f'speedup_over_{name}']:.2f}x" for name in ("stock", "query")]
+    for case in json.loads(_text(file))["cases"]:
+        names = ("sglang-torch-native", "torch/query", "torch/pat")
+        stock, query, pat = (case["providers"][name]["ms"] for name in names)
+        *shared, own = case["tree"].split("_")[1].split(",")
+        cells = [case["batch"], f"{(shared or [0])[0]} + {own}", case["dtype"], case["slots"]]
+        cells += [f"{ms:.1f}" for ms in (stock, query, pat)]
+        cells += [f"{stock / pat:.2f}x", f"{query / pat:.2f}x"]
         rows.add(f"| {' | '.join(map(str, cells))} |")
     return rows

@@ -77,7 +77,7 @@ def _compared(case: Data, ours: str | None, peers: Sequence[str]) -> dict[str, A
     stock, mine = fastest(case, "stock"), provider_of(case, ours)
     # Bytes are those of one layer, times those of all.
     rate = mine["bytes_read"] * case["layers"] / mine["ms"] / 1e6 if mine else None
-    tokens, heads = case["tokens"], case["heads"]
+    tokens, heads, limit = case["tokens"], case["heads"], case["bandwidth_gb_s"]
     return {
         **case,
         "ours": mine,
@@ -89,7 +89,7 @@ def _compared(case: Data, ours: str | None, peers: Sequence[str]) -> dict[str, A
             **{peer: over(case, ours, peer, "kernel_us") for peer in peers},
         },
         "gb_s": rate,
-        "bandwidth_share": rate / case["bandwidth_gb_s"] if rate else None,
+        "bandwidth_share": rate / limit if rate and limit else None,
         "ideal": tokens["ideal"] / tokens["logical"] if tokens["logical"] else None,
         "shape": f"{heads['qo']}/{heads['kv']}/{heads['dim']}",
     }

@@ -17,7 +17,7 @@ from sglang_prefix.bench.report.serving import serving_section
 from sglang_prefix.bench.report.sources import Source, find_sources
 from sglang_prefix.bench.report.uncompared import check_section, host_section, tune_section
 from sglang_prefix.bench.results import ResultError, write_whole
-from sglang_prefix.bench.tables import geomean, ratio_text, to_html
+from sglang_prefix.bench.tables import ratio_text, to_html
 
 __all__ = ["PAGE", "build_page", "section_of", "write_folder_page"]
 
@@ -79,7 +79,7 @@ def build_page(sources: Sequence[Source], *, title: str, plots: bool = True) -> 
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"ratio": ratio_text, "mean": lambda v: geomean(v.gains.values())}
+    environment.filters["ratio"] = ratio_text
     return environment.from_string(template).render(
         title=title,
         parts=parts,

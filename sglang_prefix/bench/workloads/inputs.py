@@ -13,6 +13,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from prefix_kernels.executor import AttentionParams, PlanExecutor
 from prefix_kernels.oracle import decode_attention_oracle
 from prefix_kernels.tolerances import KERNEL_TOLERANCES, RELATIVE_TOLERANCES, TOLERANCES
 from sglang_prefix.bench.workloads.registry import Heads
@@ -141,7 +142,7 @@ class AttentionInputs:
             # Indexed writes do not know fp8; its bytes do.
             bits = values.view(torch.uint8 if kv_dtype.itemsize == 1 else kv_dtype)
             for layer in bits:
-                for some in slots.split(_DRAWN_SLOTS):
+                for some in torch.split(slots, _DRAWN_SLOTS):
                     drawn = torch.empty(len(some), *shape[2:], device=device)
                     drawn.normal_(generator=generator)
                     layer[some] = drawn.to(kv_dtype).view(bits.dtype)
@@ -199,6 +200,16 @@ class AttentionInputs:
         """Operations of a layer: both products, of every request with all its KV."""
         heads = self.heads
         return 2 * heads.qo * (heads.dim + heads.v_dim) * self.logical_tokens
+
+    @property
+    def params(self) -> AttentionParams:
+        """What an executor's ``run`` is given beside tensors."""
+        return AttentionParams(self.sm_scale, **self.options)
+
+    def run(self, executor: PlanExecutor, outputs: Outputs, *, layer: int = 0) -> None:
+        """Launch one layer."""
+        caches = self.k[layer], self.v[layer]
+        executor.run(self.q, *caches, outputs.out, outputs.lse, self.params)
 
     def outputs(self) -> Outputs:
         """New outputs, full of NaN."""

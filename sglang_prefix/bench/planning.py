@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.timing import interleaved, medians
 from prefix_kernels.executor import make_executor
 from prefix_kernels.plan_buffers import serialize_plan
 from prefix_kernels.tiles import FUSED_ROWS
@@ -22,6 +22,7 @@ from sglang_prefix.backend.counters import BackendCounters
 from sglang_prefix.backend.decode_batch import DecodeBatch
 from sglang_prefix.backend.decode_planner import DecodePlanner, LayerGroup
 from sglang_prefix.backend.path_cache import PathCache
+from sglang_prefix.bench.timing import host_seconds, interleaved, unpreempted_seconds
 from sglang_prefix.forest import PathTable, PrefixForest
 from sglang_prefix.packing import CPU_PROFILE, GPU_PROFILE, AttentionShape
 from sglang_prefix.packing.planner import PackPlanner
@@ -36,7 +37,11 @@ SHAPE = AttentionShape(32, 8, 128, 128, 2, 2)
 
 
 def measure_planning(num_requests: int, rounds: int, seed: int) -> dict[str, Any]:
-    """Time the stages of a plan for ``num_requests`` requests in a three-level forest."""
+    """Time the stages of a plan for ``num_requests`` requests in a three-level forest.
+
+    Returns:
+        What `schema.HostCase` has of a case, without its name and group.
+    """
     tree = _RadixTree(num_requests, seed)
     read = path_reader(tree.cache)
     assert read is not None
@@ -93,6 +98,7 @@ def measure_planning(num_requests: int, rounds: int, seed: int) -> dict[str, Any
             "load_slots": lambda: executor.load(plan, tree.table, rows),
         },
         rounds,
+        unpreempted_seconds,
     )
     executor.load(plan, tree.table, rows)
     seconds |= interleaved(
@@ -103,11 +109,12 @@ def measure_planning(num_requests: int, rounds: int, seed: int) -> dict[str, Any
             "append_slots": step,
         },
         min(rounds, 200),
+        host_seconds,  # a step that is run again has taken its reserved slots twice
     )
     return {
         "num_requests": num_requests,
         "nodes": forest.num_nodes,
-        "median_us": {name: value * 1e6 for name, value in medians(seconds).items()},
+        "us": {name: median(times) * 1e6 for name, times in seconds.items()},
         "seconds": seconds,
     }
 
@@ -118,7 +125,7 @@ class _DecodeBatch:
     def __init__(self, tree: _RadixTree, lens: NDArray[np.int64]) -> None:
         self._schedule = ScheduleContext()
         shape = LayerGroup(PackPlanner(SHAPE, GPU_PROFILE), _NoExecutor(SHAPE, torch.device("cpu")))
-        self._batches = DecodePlanner(
+        self._planner = DecodePlanner(
             self._schedule, tree.table, 1, [shape], BackendCounters(), verify=False
         )
         # More than any run does steps, so that no tail runs out of room.
@@ -144,7 +151,7 @@ class _DecodeBatch:
 
     def plan(self) -> None:
         """A step for which the batch is planned anew."""
-        self._batches.invalidate()
+        self._planner.invalidate()
         self._step()
 
     def keep(self) -> None:
@@ -155,7 +162,7 @@ class _DecodeBatch:
 
     def _step(self) -> None:
         before = self._schedule.push(self._forward_batch)
-        reason = self._batches.prepare(DecodeBatch(self._forward_batch, self._schedule.batch, True))
+        reason = self._planner.prepare(DecodeBatch(self._forward_batch, self._schedule.batch, True))
         self._schedule.pop(before)
         assert reason is None
 

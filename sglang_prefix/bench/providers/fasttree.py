@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from sglang_prefix.bench.baselines import Baseline
+from sglang_prefix.bench.providers.base import Provider
 from sglang_prefix.bench.workloads.inputs import AttentionInputs
 
-__all__ = ["FOLDER_VARIABLE", "FastTree"]
+__all__ = ["FOLDER_VARIABLE", "PROVIDERS", "FastTree"]
 
 FOLDER_VARIABLE = "FASTTREE_KERNEL_BENCH"
 
@@ -44,19 +44,17 @@ class _Node:
     requests: list[int] = field(default_factory=list)
 
 
-class FastTree(Baseline):
+class FastTree(Provider):
     """FastTree's plan and its two-stage kernels.
 
     It takes the slots of a node for a run, from which we look ours up on the device.
     """
 
     name = "fasttree"
-    stock = False
+    kind = "peer"
 
     @classmethod
     def unavailable(cls, device: torch.device) -> str | None:
-        if device.type != "cuda":
-            return "needs a GPU"
         folder = os.environ.get(FOLDER_VARIABLE)
         if not folder:
             return f"{FOLDER_VARIABLE} names no folder"
@@ -67,9 +65,9 @@ class FastTree(Baseline):
         return None
 
     @classmethod
-    def inapplicable(cls, workload: AttentionInputs) -> str | None:
-        tree = workload.batch.tree
-        group = workload.q.shape[1] // workload.k.shape[-2]
+    def inapplicable(cls, inputs: AttentionInputs) -> str | None:
+        tree = inputs.batch.tree
+        group = inputs.heads.qo // inputs.heads.kv
         if group & (group - 1) or group > min(_QUERY_ROWS):
             return f"group size {group} is no power of two up to {min(_QUERY_ROWS)}"
         inner = set(tree.parent.tolist()) & set(tree.leaf.tolist())
@@ -77,10 +75,15 @@ class FastTree(Baseline):
             return "requests end inside shared nodes"
         return None
 
-    def __init__(self, workload: AttentionInputs) -> None:
-        super().__init__(workload)
+    @property
+    def kv_tokens_read(self) -> int:
+        """It reads every node once."""
+        return self.inputs.unique_tokens
+
+    def __init__(self, inputs: AttentionInputs) -> None:
+        super().__init__(inputs)
         self._module: Any = _load(os.environ[FOLDER_VARIABLE])
-        tree, table = workload.batch.tree, workload.batch.table
+        tree, table = inputs.batch.tree, inputs.batch.table
         # Several roots hang below an empty one.
         below = int((tree.parent < 0).sum() > 1)
         self._nodes = [_Node(-1, 0, 0)] * below
@@ -92,8 +95,8 @@ class FastTree(Baseline):
                 self._nodes[parent].num_children += 1
         slots: list[Any] = [()] * len(self._nodes)
         if below:
-            self._nodes[0].requests.extend(range(workload.batch.batch_size))
-        for request, path in enumerate(workload.batch.paths):
+            self._nodes[0].requests.extend(range(inputs.batch.batch_size))
+        for request, path in enumerate(inputs.batch.paths):
             for start, end, node in zip((0, *path.ends), path.ends, path.node_ids, strict=False):
                 self._nodes[node + below].requests.append(request)
                 slots[node + below] = table[request, start:end]
@@ -101,16 +104,16 @@ class FastTree(Baseline):
         self._pointers = np.concatenate(([0], np.cumsum(lengths))).tolist()
         flat = np.append(np.concatenate(slots), -1)  # the last entry is FastTree's padding, -1
         # int32 offsets overflow in its kernels on a large cache; 64-bit slots prevent that.
-        wide = workload.k[0].numel() >= 1 << 31
+        wide = inputs.k[0].numel() >= 1 << 31
         self._slots = torch.from_numpy(flat).to(
-            workload.q.device, torch.int64 if wide else torch.int32
+            inputs.q.device, torch.int64 if wide else torch.int32
         )
         self._plan: tuple[Any, ...] = ()
         self._tiles: tuple[list[int], list[int]] = ([], [])
 
     def plan(self) -> None:
-        w = self.workload
-        group = w.q.shape[1] // w.k.shape[-2]
+        w = self.inputs
+        group = w.heads.qo // w.heads.kv
         params = self._module.FastTreeParams()
         params.set_values(0.66, 0.33, 0.1)
         params.set_q_tile_sizes([rows // group for rows in _QUERY_ROWS])
@@ -120,10 +123,10 @@ class FastTree(Baseline):
             plan, _ = self._module.fasttree_preparation(
                 self._nodes,
                 self._pointers,
-                w.q.shape[0],
-                w.q.shape[1],
-                w.k.shape[-2],
-                w.q.shape[2],
+                w.batch.batch_size,
+                w.heads.qo,
+                w.heads.kv,
+                w.heads.dim,
                 _KV_SPLITS,
                 *_THRESHOLDS,
                 params,
@@ -133,7 +136,7 @@ class FastTree(Baseline):
         self._tiles = (params.TSQs, params.TSKs)
 
     def run(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        w = self.workload
+        w = self.inputs
         self._module.fasttree_decode(w.q, k, v, w.out, *self._plan, *self._tiles, w.sm_scale)
         return w.out
 
@@ -147,3 +150,6 @@ def _load(folder: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+PROVIDERS = (FastTree,)
