@@ -40,8 +40,12 @@ __all__ = ["RESULT", "EnginePlan", "measure_case", "problems", "run_engines"]
 
 KIND = "bench-engine"
 RESULT = "engine.json"
-# The one that is expected to be the fastest first.
-_STOCK = ("fa3", "flashinfer", "triton")
+# Stock backends with what must be imported for them; the one expected to be the fastest first.
+_STOCK = {
+    "fa3": ("sgl_kernel.flash_attn", "sgl_kernel.flash_ops"),
+    "flashinfer": ("flashinfer",),
+    "triton": ("sglang.srt.layers.attention.triton_backend",),
+}
 # Of one engine or of two side by side, until one has started: imports, weights, graphs.
 _START_SECONDS = 100
 _MODEL_SECONDS = 60
@@ -81,7 +85,7 @@ class EnginePlan:
     dry: bool
     command: list[str]
 
-    def measurements(self, stock: Sequence[str] = _STOCK) -> list[Measurement]:
+    def measurements(self, stock: Sequence[str] = tuple(_STOCK)) -> list[Measurement]:
         """What is measured against some stock backends, in order."""
         return dry_measurements(DRY_STOCK) if self.dry else measurements(stock, self.long_output)
 
@@ -196,14 +200,11 @@ def _unavailable(name: str) -> str | None:
     """Why a stock backend cannot be used on this host; None if it can."""
     import torch
 
-    from sglang_prefix.bench.baselines import FlashInferDecode, SglangTriton, import_reason
+    from sglang_prefix.bench.providers.base import import_reason
 
-    device = torch.device("cuda", torch.cuda.current_device())
-    if name == "fa3":
-        if torch.cuda.get_device_capability(device)[0] not in (8, 9):
-            return "needs compute capability 8.x or 9.x"
-        return import_reason("sgl_kernel.flash_attn", "sgl_kernel.flash_ops")
-    return {"flashinfer": FlashInferDecode, "triton": SglangTriton}[name].unavailable(device)
+    if name == "fa3" and torch.cuda.get_device_capability()[0] not in (8, 9):
+        return "needs compute capability 8.x or 9.x"
+    return import_reason(*_STOCK[name])
 
 
 def measure_case(one: Measurement, engines: Engines) -> dict[str, Any]:
