@@ -60,7 +60,7 @@ def test_sglangs_line_about_decode_gets_what_happened_since_the_last_one(
     append_with(counters.log_text)
     try:
         with caplog.at_level(logging.INFO, logger=LOG):
-            counters.packed_steps, counters.packs = 30, 7
+            counters.packed_steps, counters.num_packs = 30, 7
             counters.kv_tokens_read, counters.kv_tokens_logical = 250, 1000
             logger.info("Decode batch, #running-req: 4, gen throughput (token/s): 1.0, ")
             for _ in range(10):

@@ -35,13 +35,13 @@ def plans_of(scheduler: Scheduler, reqs: list[Request], steps: int = 3) -> list[
 def test_a_plan_goes_on_while_the_same_requests_grow_by_one(page_size: int) -> None:
     scheduler = Scheduler(page_size=page_size)
     reqs = scheduler.start(A, B, C)
-    stats = scheduler.counters.packs, scheduler.counters.partials
+    stats = scheduler.counters.num_packs, scheduler.counters.num_partials
     for _ in range(20):
         step = scheduler.decode(reqs)
         shared = scheduler.distinct_slots(reqs)
         assert step == (0, shared, sum(len(req.tokens) for req in reqs))
     counters = scheduler.counters
-    assert (counters.packs, counters.partials) == stats == (1 + len(reqs), 2 * len(reqs))
+    assert (counters.num_packs, counters.num_partials) == stats == (1 + len(reqs), 2 * len(reqs))
     assert 0 < counters.path_seconds < counters.plan_seconds
 
 
