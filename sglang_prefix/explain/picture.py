@@ -13,7 +13,7 @@ from xml.etree import ElementTree as ET
 
 import numpy as np
 
-from prefix_kernels.executor import split_bounds
+from prefix_kernels.plan import split_bounds
 from sglang_prefix.explain.format import amount, plural, size
 from sglang_prefix.explain.segments import Explanation, Segment
 from sglang_prefix.explain.text import (

@@ -27,7 +27,7 @@ from pydantic import (
 from prefix_kernels.tiles import LAUNCH_MODES
 from sglang_prefix.forest import PrefixForest
 from sglang_prefix.packing import POLICIES, AttentionShape, CostModel, DeviceProfile, Packs
-from sglang_prefix.plan import PackPlan
+from sglang_prefix.packing.layout import CostedPlan
 
 __all__ = ["SCHEMA", "Answer", "PlanRecord", "ShapePlan", "find_plan", "packs_of", "read_record"]
 
@@ -91,7 +91,7 @@ class ShapePlan:
     num_layers: int
     policy: str
     max_partials: int | None
-    plan: PackPlan
+    plan: CostedPlan
 
     def as_dict(self) -> dict[str, Any]:
         """As values that JSON has."""
@@ -251,7 +251,7 @@ class _PlanFile(BaseModel):
         packs = Packs(self.start, self.end, self.query_indptr, self.queries, self.tail_start)
         if not _covers(packs, self.num_splits, forest.seq_lens):
             raise ValueError(f"{_DAMAGED}its packs do not cover its requests")
-        plan = PackPlan.build(
+        plan = CostedPlan.build(
             packs,
             forest.seq_lens,
             self.num_splits,
@@ -369,7 +369,7 @@ def _backends_of(state: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return listed
 
 
-def packs_of(plan: PackPlan) -> Packs:
+def packs_of(plan: CostedPlan) -> Packs:
     """The packs that a plan was laid out from."""
     shared = plan.num_shared_packs
     indptr = plan.query_indptr[: shared + 1]

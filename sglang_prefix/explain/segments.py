@@ -12,7 +12,7 @@ from sglang_prefix.explain.reasons import leaves, notes_of, reasons_of
 from sglang_prefix.explain.record import PlanRecord, ShapePlan
 from sglang_prefix.explain.tiles import pack_tiles
 from sglang_prefix.forest import PrefixForest
-from sglang_prefix.plan import PackPlan, PlanStats
+from sglang_prefix.packing.layout import CostedPlan, PlanStats
 
 __all__ = ["Explanation", "Segment", "explain"]
 
@@ -107,7 +107,7 @@ class Explanation:
         return self.record.forest
 
     @property
-    def plan(self) -> PackPlan:
+    def plan(self) -> CostedPlan:
         """The plan that is shown."""
         return self.shape_plan.plan
 
@@ -189,7 +189,7 @@ def _places(forest: PrefixForest) -> list[_Place]:
     return [_Place(*row) for row in np.stack([*map(np.concatenate, columns)], axis=1).tolist()]
 
 
-def _owners(forest: PrefixForest, plan: PackPlan, places: list[_Place]) -> list[int]:
+def _owners(forest: PrefixForest, plan: CostedPlan, places: list[_Place]) -> list[int]:
     """[P] the segment that each pack ends in."""
     place_of = np.empty(forest.batch_size, dtype=np.int64)
     place_of[forest.order] = np.arange(forest.batch_size)
@@ -210,7 +210,7 @@ def _owners(forest: PrefixForest, plan: PackPlan, places: list[_Place]) -> list[
     return owners + (forest.num_nodes + place_of).tolist()
 
 
-def _tokens_read(plan: PackPlan, owners: list[int], places: list[_Place]) -> list[int]:
+def _tokens_read(plan: CostedPlan, owners: list[int], places: list[_Place]) -> list[int]:
     """How often the tokens of each segment are read, row block by row block."""
     reads = [0] * len(places)
     for pack, owner in enumerate(owners):

@@ -13,7 +13,7 @@ from prefix_kernels.tiles import (
 )
 from sglang_prefix.explain.record import PlanRecord
 from sglang_prefix.packing import AttentionShape
-from sglang_prefix.plan import PackPlan
+from sglang_prefix.packing.layout import CostedPlan
 
 __all__ = ["pack_tiles", "tile_shape"]
 
@@ -34,7 +34,7 @@ def tile_shape(shape: AttentionShape, gpu: str | None) -> TileShape:
     return found
 
 
-def pack_tiles(record: PlanRecord, plan: PackPlan) -> list[tuple[int, int] | None]:
+def pack_tiles(record: PlanRecord, plan: CostedPlan) -> list[tuple[int, int] | None]:
     """[P] rows and KV tokens of each pack's tile; None for an executor that has no tiles."""
     if plan.costs.device.name == "cpu":
         return [None] * plan.num_packs
