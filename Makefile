@@ -78,8 +78,9 @@ gpu-bench:  ## Measure on this host's GPU, against what can be imported (GPU_ARG
 gpu-tune:  ## Compare tiles of the forward kernel on this host's GPU (GPU_ARGS="--write-table FILE")
 	$(GPU_ENTRY) $(GPU_PYTHON) -m benchmarks.gpu.tune $(GPU_ARGS)
 
-gpu-serve:  ## Serve a model on this host's GPU, ours against SGLang's own (GPU_ARGS="--resume FILE")
-	$(GPU_ENTRY) $(GPU_PYTHON) -m benchmarks.gpu.serve $(GPU_ARGS)
+gpu-serve:  ## Serve a model on this host's GPU, ours against SGLang's own (GPU_ARGS=--resume)
+	$(GPU_ENTRY) $(GPU_PYTHON) -m sglang_prefix.cli.main bench serving --engine \
+		--out build/gpu-serve $(GPU_ARGS)
 
 gpu-check-dry: install  ## The logic of gpu-check on tiny shapes, without a GPU
 	$(GPU_ENTRY) $(BIN)/python -m pytest -m gpu tests/gpu --dry $(GPU_ARGS)
@@ -91,7 +92,7 @@ gpu-tune-dry: install  ## The logic of gpu-tune on tiny shapes, without a GPU; m
 	$(GPU_DRY) $(BIN)/python -m benchmarks.gpu.tune --dry $(GPU_ARGS)
 
 gpu-serve-dry: install  ## The logic of gpu-serve with a tiny model, without a GPU; measures nothing
-	$(GPU_ENTRY) $(BIN)/sglang-prefix exec -- $(BIN)/python -m benchmarks.gpu.serve --dry $(GPU_ARGS)
+	$(BIN)/sglang-prefix bench serving --engine --dry --out build/gpu-serve-dry $(GPU_ARGS)
 
 clean:  ## Remove the environment and everything that was built
 	rm -rf $(VENV) .venv-compat-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,31 +1,36 @@
-"""Guards the preparation of every decode step; Python imports this file at start-up.
+"""A hook that guards the preparation of every decode step against waiting for the device.
 
 While our backend prepares a step outside the graph, `torch.cuda.set_sync_debug_mode("error")`
 makes every operation raise that would wait for the device. (It does not know of waiting for an
-event.) What the stock backend does inside is not ours and not guarded. The file named by
-``SGLANG_PREFIX_SERVE_SYNC_FILE`` gets the number of steps, and whether a planted wait raised.
+event.) The stock backend's own part is not guarded. The file named by the variable
+:data:`SYNC_FILE` gets the number of steps, and whether a planted wait raised.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.abc
-import importlib.machinery
 import json
 import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-TARGET = "sglang_prefix.backend.backend"
-ENTRY_POINTS = ("init_forward_metadata", "init_forward_metadata_out_graph")
+from sglang_prefix.bench.hooks import patch_after_import
+
+__all__ = ["SYNC_FILE", "Guard", "patch"]
+
+SYNC_FILE = "SGLANG_PREFIX_SYNC_FILE"
+_ENTRY_POINTS = ("init_forward_metadata", "init_forward_metadata_out_graph")
 
 
 class Guard:
-    """Counts guarded steps and keeps what raised."""
+    """Counts guarded steps and keeps what raised.
+
+    Args:
+        path: file for both.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -54,7 +59,7 @@ class Guard:
         try:
             with self.mode("error"):
                 yield
-        except Exception as error:
+        except Exception as error:  # planning catches it further up and the step ends as a fallback
             self._seen["raised"].append(f"{type(error).__name__}: {error}"[:500])
             raise
         finally:
@@ -76,15 +81,19 @@ class Guard:
 
 
 def patch(module: ModuleType) -> None:
-    """Guard our entry points, and lift the guard in the stock backend's."""
-    guard = Guard(Path(os.environ["SGLANG_PREFIX_SERVE_SYNC_FILE"]))
+    """Guard the entry points of our backend, and lift the guard in those of the stock backend.
+
+    Args:
+        module: `sglang_prefix.backend.backend`.
+    """
+    guard = Guard(Path(os.environ[SYNC_FILE]))
     backend = module.PrefixAttnBackend
     plain_init = backend.__init__
 
     @functools.wraps(plain_init)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         plain_init(self, *args, **kwargs)
-        for name in ENTRY_POINTS:
+        for name in _ENTRY_POINTS:
             setattr(self.stock, name, lifted(getattr(self.stock, name)))
 
     def lifted(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -107,41 +116,9 @@ def patch(module: ModuleType) -> None:
         return call
 
     backend.__init__ = init
-    for name in ENTRY_POINTS:
+    for name in _ENTRY_POINTS:
         setattr(backend, name, guarded(getattr(backend, name)))
-    # Errors of planning are caught in between and end as fallbacks.
 
 
-class PatchedLoader(importlib.abc.Loader):
-    """Loads a module as its own loader does, then patches it."""
-
-    def __init__(self, loader: importlib.abc.Loader) -> None:
-        self._loader = loader
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        """See :class:`importlib.abc.Loader`."""
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        """See :class:`importlib.abc.Loader`."""
-        self._loader.exec_module(module)
-        patch(module)
-
-
-class PatchingFinder(importlib.abc.MetaPathFinder):
-    """Finds the module that is patched."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        """See :class:`importlib.abc.MetaPathFinder`."""
-        if fullname != TARGET:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
-        if spec is not None and spec.loader is not None:
-            spec.loader = PatchedLoader(spec.loader)
-        return spec
-
-
-if "SGLANG_PREFIX_SERVE_SYNC_FILE" in os.environ:
-    sys.meta_path.insert(0, PatchingFinder())
+if SYNC_FILE in os.environ:
+    patch_after_import({"sglang_prefix.backend.backend": patch})

@@ -1,12 +1,22 @@
-"""What `serve` measures: trees of requests, and which engines run them."""
+"""What `bench serving --engine` measures: trees of requests, and the engines that run them."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["OURS", "PAIR", "Cell", "Load", "cells", "dry_cells", "prompts"]
+__all__ = [
+    "OURS",
+    "PAIR",
+    "SYNC",
+    "Load",
+    "Measurement",
+    "dry_measurements",
+    "measurements",
+    "prompts",
+]
 
 OURS = "prefix"
 # Groups of engines that are alive together; PAIR is ours and the best stock backend.
@@ -30,6 +40,12 @@ class Load:
     levels: tuple[tuple[int, int], ...]
     output_tokens: int
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Load:
+        """The load that ``dataclasses.asdict`` was given, perhaps through JSON."""
+        levels = tuple((nodes, tokens) for nodes, tokens in values["levels"])
+        return cls(**{**values, "levels": levels})
+
     @property
     def prompt_tokens(self) -> int:
         """Tokens of each prompt."""
@@ -42,13 +58,13 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
-    """One measurement.
+class Measurement:
+    """One case of a run.
 
     Attributes:
         kind: "decode" times steps, "alternate" does so on both backends in turn, "logprobs"
             compares answers, "churn" lets requests join and leave under a guard.
-        group: the engines that are alive, and nothing else on the device.
+        group: the engines that are alive; nothing else is on the device.
         backends: of them the ones that it uses.
         load: what they run.
         seconds: that it is expected to take on a GPU, without starting engines.
@@ -64,7 +80,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Unique among all cells."""
+        """Unique in a run."""
         return f"{self.group}/{self.load.name}"
 
 
@@ -85,8 +101,8 @@ _WIDE, _SMALL, _LONG = (
 )
 
 
-def cells(stock: Sequence[str], long_output: int = 8192) -> list[Cell]:
-    """Measurements against the stock backends, best first, in the order in which they run.
+def measurements(stock: Sequence[str], long_output: int = 8192) -> list[Measurement]:
+    """Measurements against the stock backends, the most valuable first, in the order of the run.
 
     Args:
         stock: names of the backends, the one that is expected to be the fastest first.
@@ -97,34 +113,36 @@ def cells(stock: Sequence[str], long_output: int = 8192) -> list[Cell]:
     many = rollouts(64, 1024, long_output, f"rollouts-64x1k-out{long_output}")
     many_seconds = 20 + long_output / 60
     found = [
-        Cell("decode", PAIR, both, _WIDE, 40),
-        Cell("alternate", PAIR, both, UNRELATED, 60),
-        Cell("decode", PAIR, both, _SMALL, 15),
-        Cell("decode", PAIR, both, AGENTS, 25),
-        Cell("decode", PAIR, both, _LONG, 70),
-        Cell("logprobs", PAIR, both, FOREST, 15),
+        Measurement("decode", PAIR, both, _WIDE, 40),
+        Measurement("alternate", PAIR, both, UNRELATED, 60),
+        Measurement("decode", PAIR, both, _SMALL, 15),
+        Measurement("decode", PAIR, both, AGENTS, 25),
+        Measurement("decode", PAIR, both, _LONG, 70),
+        Measurement("logprobs", PAIR, both, FOREST, 15),
     ]
     # Half of the memory would not hold the KV of these.
-    found += [Cell("decode", f"alone-{name}", (name,), many, many_seconds) for name in both]
-    found.append(Cell("churn", SYNC, (OURS,), CHURN, 30))
+    found += [Measurement("decode", f"alone-{name}", (name,), many, many_seconds) for name in both]
+    found.append(Measurement("churn", SYNC, (OURS,), CHURN, 30))
     for name in others:
+        loads = ((_WIDE, 30), (_SMALL, 10), (AGENTS, 15), (_LONG, 60), (many, many_seconds))
         found += [
-            Cell("decode", f"alone-{name}", (name,), load, seconds)
-            for load, seconds in ((_WIDE, 30), (_SMALL, 10), (AGENTS, 15), (_LONG, 60))
+            Measurement("decode", f"alone-{name}", (name,), load, seconds)
+            for load, seconds in loads
         ]
-        found.append(Cell("decode", f"alone-{name}", (name,), many, many_seconds))
     return found
 
 
-def dry_cells(stock: Sequence[str]) -> list[Cell]:
+def dry_measurements(stock: str) -> list[Measurement]:
     """The same kinds on the CPU, so small that they mean nothing; two engines run them all."""
-    both = (OURS, stock[0])
+    both = (OURS, stock)
+    wide = Load("rollouts-64x8k", 8, ((1, 512),), 12)
+    agents = Load("agents", 6, ((1, 256), (2, 128), (6, 8)), 8)
     return [
-        Cell("decode", PAIR, both, Load("rollouts-64x8k", 8, ((1, 512),), 12)),
-        Cell("alternate", PAIR, both, Load("unrelated", 3, ((3, 40),), 6), rounds=2),
-        Cell("decode", PAIR, both, Load("agents", 6, ((1, 256), (2, 128), (6, 8)), 8)),
-        Cell("logprobs", PAIR, both, Load("logprobs", 4, ((1, 64), (2, 16), (4, 4)), 8)),
-        Cell("churn", PAIR, (OURS,), Load("no-device-sync", 4, ((1, 64), (4, 8)), 6)),
+        Measurement("decode", PAIR, both, wide, 0),
+        Measurement("alternate", PAIR, both, Load("unrelated", 3, ((3, 40),), 6), 0, rounds=2),
+        Measurement("decode", PAIR, both, agents, 0),
+        Measurement("logprobs", PAIR, both, Load("logprobs", 4, ((1, 64), (2, 16), (4, 4)), 8), 0),
+        Measurement("churn", PAIR, (OURS,), Load("no-device-sync", 4, ((1, 64), (4, 8)), 6), 0),
     ]
 
 
