@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import typer
 
-from sglang_prefix.cli.bench_kernel import kernel
+from sglang_prefix.cli.bench_kernel import host, kernel, tune
 from sglang_prefix.cli.bench_serving import serving
 from sglang_prefix.cli.demo import demo
 from sglang_prefix.cli.doctor import doctor
 from sglang_prefix.cli.exec import exec_command
 from sglang_prefix.cli.explain import explain
 from sglang_prefix.cli.kernels import kernels
-from sglang_prefix.cli.output import JsonCommand
+from sglang_prefix.cli.output import Command, JsonCommand
 from sglang_prefix.cli.report import report
 from sglang_prefix.cli.tiny_model import tiny_model
 
@@ -26,19 +26,21 @@ app = typer.Typer(
 )
 
 # Options behind CMD are CMD's own, with or without `--` before it.
-app.command("exec", context_settings={"allow_interspersed_args": False})(exec_command)
+app.command("exec", cls=Command, context_settings={"allow_interspersed_args": False})(exec_command)
 app.command("doctor", cls=JsonCommand)(doctor)
 app.command("tiny-model", cls=JsonCommand)(tiny_model)
 app.command("demo", cls=JsonCommand)(demo)
 app.command("explain", cls=JsonCommand)(explain)
 app.command("kernels", cls=JsonCommand)(kernels)
-app.command("report")(report)
+app.command("report", cls=Command)(report)
 
 bench_app = typer.Typer(
     help="Compare with stock SGLang on this machine; results are JSON files and plots.",
     no_args_is_help=True,
 )
 bench_app.command("kernel", cls=JsonCommand)(kernel)
+bench_app.command("tune", cls=JsonCommand)(tune)
+bench_app.command("host", cls=JsonCommand)(host)
 bench_app.command("serving", cls=JsonCommand)(serving)
 app.add_typer(bench_app, name="bench")
 
