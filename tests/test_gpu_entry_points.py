@@ -23,7 +23,7 @@ from sglang_prefix.bench.workloads.trees import TreeBatch, random_tree
 from sglang_prefix.forest import PrefixForest
 from sglang_prefix.packing.planner import PackPlanner
 from tests import forests
-from tests.plan_runs import SPLITS
+from tests.attention import SPLITS
 
 ROOT = Path(__file__).parents[1]
 BENCH, CHECK = "benchmarks.gpu.bench", "benchmarks.gpu.check"
