@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from prefix_kernels.merge import merge_partials
+from prefix_kernels.torch_executor import merge_partials
 from sglang_prefix.bench.graphs import launches_of
 from sglang_prefix.bench.packed_attention import PackedAttention, work_item_counts
 from sglang_prefix.bench.providers.base import Provider
