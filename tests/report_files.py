@@ -1,17 +1,31 @@
-"""Small result files of all kinds, for tests of what reads them.
+"""Small result files of all kinds, for tests of what reads them: made from the schema itself.
 
 The numbers are made up, and round, so that no one takes them for measurements.
 """
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
-from typing import Any
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NotRequired,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+from sglang_prefix.bench import schema
+from sglang_prefix.bench.results import SCHEMA
 
 __all__ = [
     "MADE_UP",
     "check_result",
     "engine_result",
+    "example",
     "host_result",
     "kernel_result",
     "serving_result",
@@ -19,33 +33,40 @@ __all__ = [
 ]
 
 Result = dict[str, Any]
+_PLAIN: dict[Any, Any] = {str: "", int: 1, float: 1.0, bool: False}
+
+
+def example(kind: Any, /, **given: Any) -> Result:
+    """An object of a typed dictionary: what is given, and something legal for all it must have."""
+    hints = get_type_hints(kind, include_extras=True)
+    required = {key: hint for key, hint in hints.items() if get_origin(hint) is not NotRequired}
+    return {key: _example(hint) for key, hint in required.items() if key not in given} | given
+
+
+def _example(hint: Any) -> Any:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint in _PLAIN:
+        return _PLAIN[hint]
+    if origin is Annotated:
+        return _example(arguments[0])
+    if origin is Literal:
+        return arguments[0]
+    if origin in (Union, types.UnionType):
+        return None
+    return example(hint) if origin is None else origin()
 
 
 def _result(kind: str, cases: list[Result], **more: Any) -> Result:
-    return {
-        "schema": 2,
-        "kind": kind,
-        "created": "2026-01-01T00:00:00+00:00",
-        "command": ["sglang-prefix", *kind.split("-"), "--out", "results"],
-        "options": {"quick": True},
-        "seed": 7,
-        "dry": False,
-        "environment": {
-            "device": "cpu",
-            "cpu": "made-up CPU",
-            "threads": 2,
-            "gpu": None,
-            "python": "3.11.0",
-            "versions": {"sglang": "0.5.23", "torch": "2.14.1", "triton": None},
-            "commit": "0000000",
-        },
-        "absent": {},
-        "not_run": {},
-        "failed": {},
-        "wall_s": 1.5,
-        "cases": cases,
-        **more,
+    environment = {
+        **{"device": "cpu", "cpu": "made-up CPU", "threads": 2, "gpu": None, "python": "3.11.0"},
+        **{"versions": {"sglang": "0.5.23", "triton": None}, "commit": "0000000"},
     }
+    given = {
+        **{"schema": SCHEMA, "kind": kind, "created": "2026-01-01T00:00:00+00:00"},
+        **{"command": ["sglang-prefix", *kind.split("-"), "--out", "results"], "seed": 7},
+        **{"options": {"quick": True}, "environment": environment, "cases": cases},
+    }
+    return example(schema.RESULTS[kind], **(given | more))
 
 
 def kernel_result() -> Result:
@@ -61,7 +82,7 @@ def kernel_result() -> Result:
         "bench-kernel",
         cases,
         options={"quick": True, "policies": ["pat", "query"], "dtype": "float32"},
-        limits={"read_bytes_per_s": 2e10, "flop_per_s": 1e11, "empty_launch_us": 1.0},
+        limits=example(schema.Limits, flop_per_s=1e11),
         targets={"nothing shared": target},
         absent={"flashinfer-cascade": "needs a GPU"},
         not_run={"chunk-4096": "interrupted"},
@@ -76,45 +97,32 @@ def _kernel_case(
 
     def provider(kind: str, time: float, policy: str | None = None) -> Result:
         read = tokens["logical" if policy == "query" or kind == "stock" else "ideal"]
-        parts = {"plan": 0.1, "copy": 0.02, "append": None, "forward": 0.8, "merge": 0.08}
-        return {
-            "kind": kind,
-            "executor": "torch",
-            "policy": policy,
-            **{"mode": None, "merge": None, "fixed": None},
-            "ms": time,
-            "raw_ms": [0.9 * time, time, 1.2 * time],
-            **{f"{p}_ms": x and (x * time if policy else None) for p, x in parts.items()},
-            "kernel_us": 1000 * time,
-            "over_floor": time,
-            "bytes_read": read * per_token,
-            "kv_read_ratio": read / tokens["logical"],
-            "packs": batch + 1 if policy else None,
-            "speedup": ms["stock"] / time,
-            "max_abs_error": 1e-6,
-        }
+        parts = {"plan": 0.1, "copy": 0.02, "forward": 0.8, "merge": 0.08} if policy else {}
+        return example(
+            schema.KernelProvider,
+            **{"kind": kind, "executor": "torch", "policy": policy, "ms": time},
+            **{f"{part}_ms": share * time for part, share in parts.items()},
+            raw_ms=[0.9 * time, time, 1.2 * time],
+            kernel_us=1000 * time,
+            bytes_read=read * per_token,
+            kv_read_ratio=read / tokens["logical"],
+            speedup=ms["stock"] / time,
+        )
 
-    return {
-        "name": name,
-        "group": "trees" if tree else "unrelated",
-        "tree": tree,
-        "note": "",
-        "batch": batch,
-        "heads": {"qo": 32, "kv": 8, "dim": 128, "v_dim": 128},
-        **{"dtype": "float32", "page_size": 1, "slots": "scattered", "layers": 1},
-        "tokens": tokens,
-        "bytes": {key: count * per_token for key, count in tokens.items()},
-        "flop": 4 * 32 * 128 * tokens["logical"],
-        "floor": {"bytes_us": 1000.0, "flop_us": 10.0, "launch_us": 1.0, "us": 1000.0},
-        **{"best_stock": "torch_native", "target": None, "bandwidth_gb_s": 20.0},
-        **{"absent": {}, "failed": {}},
-        "providers": {
-            "torch_native": provider("stock", ms["stock"]),
-            "pat": provider("ours", ms["pat"], "pat"),
-            "query": provider("ours", ms["query"], "query"),
-            **({"hydragen": provider("peer", peer)} if peer else {}),
-        },
+    providers = {
+        "torch_native": provider("stock", ms["stock"]),
+        "pat": provider("ours", ms["pat"], "pat"),
+        "query": provider("ours", ms["query"], "query"),
     }
+    return example(
+        schema.KernelCase,
+        **{"name": name, "group": "trees" if tree else "unrelated", "tree": tree, "batch": batch},
+        **{"dtype": "float32", "tokens": tokens, "best_stock": "torch_native"},
+        bytes={key: count * per_token for key, count in tokens.items()},
+        flop=4 * 32 * 128 * tokens["logical"],
+        bandwidth_gb_s=20.0,
+        providers=providers | ({"hydragen": provider("peer", peer)} if peer else {}),
+    )
 
 
 def serving_result() -> Result:
@@ -144,39 +152,41 @@ def _serving_case(name: str, group: str, ratios: Result, why_not: str | None = N
         "kv_read_ratio": 0.25 if packs else 1.0,
         "reasons": {"gate": 4} if packs else {"nothing shared": 64},
     }
-    return {
-        **{"name": name, "group": group, "requests": 32},
-        **{"tokens_compared": 1024, "tokens_equal": 1024, "requests_equal": 32},
+    return example(
+        schema.ServingCase,
+        **{"name": name, "group": group, "requests": 32, "requests_equal": 32},
+        **{"tokens_compared": 1024, "tokens_equal": 1024},
         **{"is_comparison": packs, "why_not": why_not, "ratios": ratios},
-        "sides": {"stock": _side({}), "prefix": _side(ratios) | counted},
-    }
+        sides={"stock": _side({}), "prefix": _side(ratios) | counted},
+    )
 
 
 def _side(ratios: Result) -> Result:
     over = {metric: ratio or 1.0 for metric, ratio in ratios.items()}
     medians = {m: base * over.get(m, 1.0) for m, base in (("ttft", 80), ("tpot", 20), ("itl", 18))}
-    return {
+    return example(
+        schema.ServingSide,
         **{f"{metric}_ms": {"median": ms, "p99": 2 * ms} for metric, ms in medians.items()},
-        "output_tokens_per_s": 400 * over.get("throughput", 1.0),
-        **{"requests_per_s": 12.5, "duration_s": 4.0, "raw": {"runs": [{"load_per_cpu": 0.5}]}},
-        **{"steps": None, "packed_share": None, "kv_read_ratio": None, "reasons": {}},
-    }
+        output_tokens_per_s=400 * over.get("throughput", 1.0),
+        raw={"runs": [{"load_per_cpu": 0.5}]},
+    )
 
 
 def engine_result() -> Result:
     """One load won, one on which ours did not pack, one lost with engines in turn; a check."""
 
     def case(name: str, us: float, *, packed: bool) -> Result:
-        ours = {"tpot_us": us, "packed": packed, "packed_share": 1.0 * packed}
+        ours: Result = {"tpot_us": us, "packed": packed, "packed_share": 1.0 * packed}
         ours |= {"not_packed_because": {} if packed else {"gate": 9}, "host_us_per_step": 20.0}
         ours |= {"counters": {"kv_read_ratio": 0.2}}
         measured = {"prefix": ours, "fa3": {"tpot_us": 10.0}}
         return {"name": f"pair/{name}", "group": "pair", "load": {"name": name},
                 "measured": measured}  # fmt: skip
 
-    turns = {"name": "pair/unrelated", "group": "pair", "stock": "fa3", "ratio": 1.25}
+    turns: Result = {"name": "pair/unrelated", "group": "pair", "stock": "fa3", "ratio": 1.25}
     turns |= {"ratio_interval": {"low": 1.2, "high": 1.3}}
-    check = {"name": "pair/logprobs", "group": "pair", "difference": {"max": 1e-3}}
+    check: Result = {"name": "pair/logprobs", "group": "pair", "difference": {"max": 1e-3}}
+    check |= {"status": "failed"}
     cases = [case("many", 5.0, packed=True), case("few", 10.0, packed=False), turns, check]
     return _result("bench-engine", cases)
 
@@ -189,18 +199,10 @@ def check_result() -> Result:
 
 def tune_result() -> Result:
     """One shape with a tile that is faster than the formula's."""
-
-    def tile(us: float) -> Result:
-        return {"tile": {"rows": 16}, "registers": 64, "error": 1e-3, "kernel_us": us,
-                "raw_us": [us], "bytes_per_s": 1e12}  # fmt: skip
-
-    case = {
-        **{"name": "dim128/rows16", "group": "dim128", "shape": {"head_dim": 128}},
-        **{"packs": 4, "tokens_per_pack": 512, "kv_bytes": 2**20, "formula": "16x64"},
-        "tiles": {"16x64": tile(3.0), "32x64": tile(2.0)},
-        **{"absent": {"64x64": "spills"}, "failed": {}},
-    }
-    return _result("bench-tune", [case], device_name="made-up", arch="sm_90")
+    times = {"16x64": 3.0, "32x64": 2.0}
+    tiles = {tile: example(schema.TileTimes, kernel_us=us) for tile, us in times.items()}
+    case = example(schema.TuneCase, name="dim128/rows16", formula="16x64", tiles=tiles)
+    return _result("bench-tune", [case])
 
 
 def host_result() -> Result:

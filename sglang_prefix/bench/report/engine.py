@@ -15,7 +15,17 @@ from sglang_prefix.bench.report.section import (
     target_tables,
     warnings,
 )
-from sglang_prefix.bench.tables import Column, Table, gain, number, share, tabulate, text
+from sglang_prefix.bench.tables import (
+    Cell,
+    Column,
+    Table,
+    as_is,
+    gain,
+    number,
+    share,
+    tabulate,
+    text,
+)
 
 __all__ = ["engine_section"]
 
@@ -38,92 +48,88 @@ def engine_section(data: Data) -> Section:
 
 
 def _loads(data: Data) -> list[Data]:
-    """Measured decoding by load: its backends may lie in several cases."""
+    """Measured decoding by load, whose backends may lie in several cases.
+
+    Returns:
+        "name", "backends" by name, "prefix" (ours), "why_not" (None if ours can be compared) and
+        "over", the time of the fastest stock backend over ours.
+    """
     loads: dict[str, dict[str, Any]] = {}
     for case in data["cases"]:
         if case.get("measured"):
             name = case.get("load", {}).get("name", case["name"])
-            backends = loads.setdefault(name, {"name": name, "backends": {}})["backends"]
-            backends |= case["measured"]
-    return list(loads.values())
+            loads.setdefault(name, {}).update(case["measured"])
+    return [_compared(*load) for load in loads.items()]
+
+
+def _compared(name: str, backends: dict[str, Any]) -> Data:
+    ours = backends.get(_OURS, {})
+    stock = [found["tpot_us"] for backend, found in backends.items() if backend != _OURS]
+    why_not = None
+    if not ours or not stock:
+        why_not = f"{'no stock backend' if ours else 'ours'} was measured"
+    elif not ours.get("packed"):
+        why_not = f"ours did not pack: {ours.get('not_packed_because')}"
+    over = None if why_not else min(stock) / ours["tpot_us"]
+    return {"name": name, "backends": backends, _OURS: ours, "why_not": why_not, "over": over}
 
 
 def _verdict(data: Data, loads: list[Data]) -> Verdict:
     """Time per output token against the fastest stock backend, where ours packed."""
-    turns = [case for case in data["cases"] if "ratio" in case]
-
-    def gain_of(case: Data) -> float | None:
-        return 1 / case["ratio"] if "ratio" in case else _over(case)
-
-    compared = [load for load in loads if _over(load) is not None]
-    stock = {backend for load in compared for backend in load["backends"]}
+    turns = [{**case, "over": 1 / case["ratio"]} for case in data["cases"] if "ratio" in case]
+    stock = {name for load in loads if not load["why_not"] for name in load["backends"]}
     stock |= {case["stock"] for case in turns if "stock" in case}
     return Verdict.over(
-        *("the prefix backend", "the fastest stock backend in TPOT"),
-        *([*loads, *turns], gain_of, lambda load: _why_not(load) or "", left_cases(data)),
+        "the prefix backend",
+        "the fastest stock backend in TPOT",
+        [*loads, *turns],
+        lambda case: case["over"],
+        lambda case: case["why_not"],
+        left_cases(data),
         stock=sorted(stock - {_OURS}),
     )
-
-
-def _stock_us(load: Data) -> list[float]:
-    return [found["tpot_us"] for name, found in load["backends"].items() if name != _OURS]
-
-
-def _why_not(load: Data) -> str | None:
-    """Why a load says nothing about ours and stock; None if it does."""
-    ours = load["backends"].get(_OURS)
-    if ours is None or not _stock_us(load):
-        return f"{'ours' if ours is None else 'no stock backend'} was measured"
-    return None if ours.get("packed") else f"ours did not pack: {ours.get('not_packed_because')}"
-
-
-def _over(load: Data) -> float | None:
-    """Time of the fastest stock backend over ours."""
-    if _why_not(load):
-        return None
-    return float(min(_stock_us(load)) / load["backends"][_OURS]["tpot_us"])
 
 
 def _load_table(data: Data, loads: list[Data]) -> Table:
     stock = sorted({name for load in loads for name in load["backends"]} - {_OURS})
 
-    def of(backend: str, key: str) -> Any:
-        return lambda load: load["backends"].get(backend, {}).get(key)
-
-    def read(load: Data) -> float | None:
-        ratio: float | None = (of(_OURS, "counters")(load) or {}).get("kv_read_ratio")
-        return ratio
+    def time_of(backend: str) -> Any:
+        return lambda load: load["backends"].get(backend, {}).get("tpot_us")
 
     def message(load: Data) -> str | None:
-        why_not = _why_not(load)
-        return why_not and f"not a comparison: {why_not}"
+        return load["why_not"] and f"not a comparison: {load['why_not']}"
 
+    shown = partial(gain, counts=not data["dry"])
+    packed = "share of decode steps that read shared prefixes once"
     columns = [
-        Column("load", text, lambda load: load["name"]),
-        *(Column(f"{name} us", number, of(name, "tpot_us")) for name in stock),
-        Column(f"{_OURS} us", number, of(_OURS, "tpot_us"), "time per output token, full batch"),
-        Column("median step us", number, of(_OURS, "median_step_us"), "of ours"),
-        Column("packed", share, of(_OURS, "packed_share"),
-               "share of decode steps that read shared prefixes once"),
-        Column("KV read", share, read, "KV tokens read over KV tokens of all requests"),
-        Column("host us", number, of(_OURS, "host_us_per_step"),
-               "per step, spent on plans and on keeping them"),
-        Column("over stock", partial(gain, counts=not data["dry"]), _over,
-               "time of the fastest stock backend over ours"),
-    ]  # fmt: skip
+        Column("load", text, "name"),
+        *(Column(f"{name} us", number, time_of(name)) for name in stock),
+        Column("prefix us", number, "prefix.tpot_us", "time per output token, full batch"),
+        Column("median step us", number, "prefix.median_step_us", "of ours"),
+        Column("packed", share, "prefix.packed_share", packed),
+        Column("KV read", share, "prefix.counters.kv_read_ratio", "KV tokens read over all"),
+        Column("host us", number, "prefix.host_us_per_step", "per step, for plans"),
+        Column("over stock", shown, "over", "time of the fastest stock backend over ours"),
+    ]
     return tabulate("Decoding at full batch", columns, loads, message=message)
 
 
 def _turn_tables(data: Data) -> list[Table]:
     """Cases that are not one load on one engine: engines in turn, log probabilities, churn."""
     cases = [case for case in data["cases"] if _found(case)]
+
+    def over(case: Data) -> float | None:
+        return 1 / case["ratio"] if "ratio" in case else None
+
+    def status(case: Data) -> Cell:
+        found = str(case.get("status", "done"))
+        return Cell(found, found, "losing" if found == "failed" else "")
+
     columns = [
-        Column("case", text, lambda case: case["name"]),
+        Column("case", text, "name"),
+        Column("status", as_is, status),
         Column("what was found", text, _found),
-        Column(
-            *("over stock", partial(gain, counts=not data["dry"])),
-            lambda case: 1 / case["ratio"] if "ratio" in case else None,
-        ),
+        Column("over stock", partial(gain, counts=not data["dry"]), over),
     ]
     return [tabulate("Comparisons in turn, and checks", columns, cases)] if cases else []
 

@@ -14,6 +14,7 @@ from sglang_prefix.bench.tables import (
     Table,
     as_is,
     by_reason,
+    geomean,
     number,
     print_tables,
     tabulate,
@@ -93,6 +94,11 @@ class Verdict:
         """Cases in which ours is slower, worst first."""
         slower = {name: gain for name, gain in self.gains.items() if gain < 1}
         return dict(sorted(slower.items(), key=lambda item: item[1]))
+
+    @property
+    def mean(self) -> float | None:
+        """Geometric mean of the gains."""
+        return geomean(self.gains.values())
 
     @property
     def missing(self) -> list[str]:

@@ -35,9 +35,9 @@ Data = Mapping[str, Any]
 _OURS, _STOCK = "prefix", "stock"
 # By ratio: its title, what it is a ratio of, and whether less of it is better.
 _METRICS = {
-    "tpot": ("TPOT", "time per output token after the first, ms, median", True),
-    "ttft": ("TTFT", "time to first token, ms, median", True),
-    "itl": ("ITL", "time between tokens, ms, median", True),
+    "tpot": ("TPOT", "median time per output token after the first", True),
+    "ttft": ("TTFT", "median time to first token", True),
+    "itl": ("ITL", "median time between tokens", True),
     "throughput": ("throughput", "output tokens per second", False),
 }
 # A server and its client want to run all the time, and threads of theirs beside them.
@@ -79,8 +79,12 @@ def _gain(case: Data, metric: str) -> float | None:
 
 def _verdict(data: Data, metric: str) -> Verdict:
     return Verdict.over(
-        *("the prefix server", f"the stock server in {_METRICS[metric][0]}"),
-        *(data["cases"], partial(_gain, metric=metric), _why_not, _left(data)),
+        "the prefix server",
+        f"the stock server in {_METRICS[metric][0]}",
+        data["cases"],
+        partial(_gain, metric=metric),
+        _why_not,
+        _left(data),
         better="better than",
         worse="worse",
         stock=_stock_backend(data),
@@ -131,36 +135,30 @@ def _busy(cases: list[Data]) -> list[str]:
 
 
 def _ratio_table(data: Data) -> Table:
-    def ours(case: Data) -> Data:
-        side: Data = case["sides"].get(_OURS, {})
-        return side
+    def gain_of(metric: str) -> Column:
+        title, meaning, is_time = _METRICS[metric]
+        hint = f"{meaning}: {'stock / prefix' if is_time else 'prefix / stock'}"
+        shown = partial(gain, counts=not data["dry"])
+        return Column(f"{title} gain", shown, partial(_gain, metric=metric), hint)
 
+    equal = "requests whose tokens are all those of the stock server"
+    packed = "share of decode steps that read shared prefixes once"
+    read = "KV tokens that those steps read, over KV tokens of all requests"
     columns = [
-        Column("workload", text, lambda case: case["name"]),
-        Column("group", text, lambda case: case.get("group"), folds=True),
-        Column("requests", number, lambda case: case["requests"], folds=True),
-        Column("answers equal", as_is, _answers_equal,
-               "requests whose tokens are all those of the stock server"),
-        Column("tokens equal", share, _tokens_equal,
-               "share of the tokens before the first that differs"),
-        Column("compared", number, lambda case: case.get("tokens_compared"), "tokens", True),
-        Column("packed", share, lambda case: ours(case).get("packed_share"),
-               "share of decode steps that read shared prefixes once"),
-        Column("KV read", share, lambda case: ours(case).get("kv_read_ratio"),
-               "KV tokens that those steps read, over KV tokens of all requests"),
-        *(
-            Column(f"{title} gain", partial(gain, counts=not data["dry"]),
-                   partial(_gain, metric=metric),
-                   f"{meaning}: {'stock / prefix' if less else 'prefix / stock'}")
-            for metric, (title, meaning, less) in _METRICS.items()
-        ),
-    ]  # fmt: skip
-    return tabulate(
-        *("Prefix server against stock server", columns, data["cases"]),
-        message=_no_comparison,
-        left=_left(data),
-        notes=["A gain below 1 is a loss."],
-    )
+        Column("workload", text, "name"),
+        Column("group", text, "group", folds=True),
+        Column("requests", number, "requests", folds=True),
+        Column("answers equal", as_is, _answers_equal, equal),
+        Column("tokens equal", share, _tokens_equal, "share of them before the first that differs"),
+        Column("compared", number, "tokens_compared", "tokens", folds=True),
+        Column("packed", share, "sides.prefix.packed_share", packed),
+        Column("KV read", share, "sides.prefix.kv_read_ratio", read),
+        *map(gain_of, _METRICS),
+    ]
+    note = "A gain below 1 is a loss."
+    title, left = "Prefix server against stock server", _left(data)
+    message = _no_comparison
+    return tabulate(title, columns, data["cases"], message=message, left=left, notes=[note])
 
 
 def _answers_equal(case: Data) -> Cell:
@@ -192,44 +190,33 @@ def _no_comparison(case: Data) -> str | None:
 
 def _value_table(cases: list[Data]) -> Table:
     items = [
-        (case["name"], side, case["sides"][side])
+        {"workload": case["name"], "server": side, **case["sides"][side]}
         for case in cases
         for side in sorted(case["sides"], reverse=True)
     ]
 
-    def of(key: str) -> Any:
-        return lambda item: item[2].get(key)
-
-    def steps(item: tuple[str, str, Data]) -> Cell:
-        found = item[2].get("steps")
+    def steps(item: Data) -> Cell:
+        found = item.get("steps")
         if not found:
             return NONE
         said = " / ".join(str(found[path]) for path in ("packed", "stock", "fallback"))
         return Cell(said, found["packed"])
 
-    def reasons(item: tuple[str, str, Data]) -> str:
-        return "; ".join(f"{why}: {n}" for why, n in (item[2].get("reasons") or {}).items())
+    def reasons(item: Data) -> str:
+        return "; ".join(f"{why}: {count}" for why, count in (item.get("reasons") or {}).items())
 
-    columns = [
-        Column("workload", text, lambda item: item[0]),
-        Column("server", text, lambda item: item[1]),
-    ]
+    columns = [Column("workload", text, "workload"), Column("server", text, "server")]
     for metric in ("ttft", "tpot", "itl"):
         title, meaning, _ = _METRICS[metric]
-        for column, hint in (("median", meaning), ("p99", "")):
-            get = partial(_quantile, metric=metric, column=column)
-            columns.append(Column(f"{title} {column}", number, get, hint.removesuffix(", median")))
+        columns += [
+            Column(f"{title} median", number, f"{metric}_ms.median", f"{meaning}, ms"),
+            Column(f"{title} p99", number, f"{metric}_ms.p99"),
+        ]
     columns += [
-        Column("tokens/s", number, of("output_tokens_per_s"), "output tokens"),
-        Column("requests/s", number, of("requests_per_s")),
-        Column("seconds", number, of("duration_s")),
-        Column("steps", as_is, steps,
-               "decode steps packed / left to stock by the gate / fallen back"),
+        Column("tokens/s", number, "output_tokens_per_s", "output tokens"),
+        Column("requests/s", number, "requests_per_s"),
+        Column("seconds", number, "duration_s"),
+        Column("steps", as_is, steps, "decode steps: packed / left to stock / fallen back"),
         Column("reasons", text, reasons, "of steps that were not packed"),
-    ]  # fmt: skip
+    ]
     return tabulate("Measured values", columns, items)
-
-
-def _quantile(item: tuple[str, str, Data], metric: str, column: str) -> float | None:
-    value: float | None = (item[2][f"{metric}_ms"] or {}).get(column)
-    return value

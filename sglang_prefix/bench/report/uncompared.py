@@ -28,16 +28,19 @@ _HOST_TITLES = {
 
 def check_section(data: Data) -> Section:
     """What the kernels' outputs were checked on, and how far from the oracle they were."""
+
+    def worst(case: Data) -> float | None:
+        return max(case.get("errors", {}).values(), default=None)
+
+    variants = "policies and launch and merge modes on these inputs"
     columns = [
-        Column("case", text, lambda case: case["name"]),
-        Column("group", text, lambda case: case["group"], folds=True),
+        Column("case", text, "name"),
+        Column("group", text, "group", folds=True),
+        Column("variants", number, lambda case: len(case.get("errors", {})) or None, variants),
         Column(
-            *("variants", number, lambda case: len(case.get("errors", {})) or None),
-            "policies and launch and merge modes on these inputs",
-        ),
-        Column(
-            *("largest error", partial(number, digits=2)),
-            lambda case: max(case.get("errors", {}).values(), default=None),
+            "largest error",
+            partial(number, digits=2),
+            worst,
             "relative, against the float64 oracle",
         ),
     ]
@@ -48,31 +51,23 @@ def check_section(data: Data) -> Section:
 def tune_section(data: Data) -> Section:
     """The fastest tile of each pack shape beside the one that the formula chooses."""
 
-    def fastest(case: Data) -> str:
+    def row(case: Data) -> Data:
         times = {tile: found["kernel_us"] for tile, found in case["tiles"].items()}
-        return min(times, key=times.__getitem__)
+        fastest, before = min(times, key=times.__getitem__), times.get(case["formula"])
+        gained = before / times[fastest] if before else None
+        return {**case, "us": before, "fastest": fastest, "best": times[fastest], "gain": gained}
 
-    def time(case: Data, tile: str) -> float | None:
-        found = case["tiles"].get(tile)
-        return found["kernel_us"] if found else None
-
-    def over_formula(case: Data) -> float | None:
-        before = time(case, case["formula"])
-        return before / case["tiles"][fastest(case)]["kernel_us"] if before else None
-
+    shown = partial(gain, counts=not data["dry"])
     columns = [
-        Column("shape", text, lambda case: case["name"]),
-        Column("tile of the formula", text, lambda case: case["formula"]),
-        Column("us", number, lambda case: time(case, case["formula"])),
-        Column("fastest tile", text, fastest),
-        Column("fastest us", number, lambda case: time(case, fastest(case))),
-        Column(
-            *("gain", partial(gain, counts=not data["dry"]), over_formula),
-            "time of the formula's tile over that of the fastest",
-        ),
+        Column("shape", text, "name"),
+        Column("tile of the formula", text, "formula"),
+        Column("us", number, "us"),
+        Column("fastest tile", text, "fastest"),
+        Column("fastest us", number, "best"),
+        Column("gain", shown, "gain", "time of the formula's tile over that of the fastest"),
     ]
-    cases = [case for case in data["cases"] if case["tiles"]]
-    tables = [tabulate("Tiles", columns, cases)] if cases else []
+    rows = [row(case) for case in data["cases"] if case["tiles"]]
+    tables = [tabulate("Tiles", columns, rows)] if rows else []
     return _section("Tiles of the forward kernel", data, tables)
 
 
