@@ -22,8 +22,9 @@ from typer.testing import CliRunner
 from prefix_kernels.oracle import decode_attention_oracle
 from sglang_prefix.bench import kernel, plots, timing
 from sglang_prefix.bench.cases import KernelOptions, kernel_cases
-from sglang_prefix.bench.providers import find, ours
+from sglang_prefix.bench.providers import ours, sglang
 from sglang_prefix.bench.providers.base import Provider
+from sglang_prefix.bench.providers.find import find_providers
 from sglang_prefix.bench.providers.ours import TorchOurs, TritonOurs
 from sglang_prefix.bench.results import ResultError, check_result, read_result
 from sglang_prefix.bench.workloads.inputs import AttentionInputs, OutputCheck
@@ -409,8 +410,8 @@ def test_a_wrong_output_is_caught_and_not_timed() -> None:
     assert case["providers"]["right"]["speedup"] is None
     peer = case["providers"]["levels"]
     assert peer["bytes_read"] == case["bytes"]["ideal"]
-    case = kernel_cases(KernelOptions(workloads=("uneven",), heads=("2:1:16",)))[0]
-    inputs = AttentionInputs.lay_out(case.make_tree(), case.heads, CPU, 0, dtype=torch.float32)
+    spec = kernel_cases(KernelOptions(workloads=("uneven",), heads=("2:1:16",)))[0]
+    inputs = AttentionInputs.lay_out(spec.make_tree(), spec.heads, CPU, 0, dtype=torch.float32)
     assert kernel._inapplicable(Levels, inputs) == "the forest is no set of levels"
 
 
@@ -436,8 +437,8 @@ def test_ours_being_wrong_ends_the_command_with_its_name(
 
 def test_a_missing_sglang_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "prefix_patches.torch_native_decode", None)
-    find.sglang._torch_native.cache_clear()
-    makers, absent = find.find_providers(CPU, "cpu")
+    sglang._torch_native.cache_clear()
+    makers, absent = find_providers(CPU, "cpu")
     assert makers == {}
     assert "torch_native_decode" in absent["sglang-torch-native"]
 
