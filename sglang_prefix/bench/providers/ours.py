@@ -12,8 +12,7 @@ from prefix_kernels.tiles import LAUNCH_MODES, MERGE_MODES
 from prefix_kernels.torch_executor import merge_partials
 from sglang_prefix.bench.graphs import launches_of
 from sglang_prefix.bench.packed_attention import PackedAttention, work_item_counts
-from sglang_prefix.bench.providers.base import Provider
-from sglang_prefix.bench.providers.find import ProviderMaker
+from sglang_prefix.bench.providers.base import Provider, ProviderMaker
 from sglang_prefix.bench.workloads.inputs import AttentionInputs
 from sglang_prefix.packing.layout import CostedPlan
 
