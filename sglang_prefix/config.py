@@ -58,18 +58,23 @@ class PrefixConfig:
         from sglang_prefix.packing import POLICIES
 
         env = os.environ if env is None else env
+        legal = {
+            "gate": GATES,
+            "policy": tuple(POLICIES),
+            "executor": EXECUTORS,
+            "launch_mode": LAUNCH_MODES,
+            "merge_mode": MERGE_MODES,
+        }
         default = cls()
+        chosen = {
+            name: _one_of(env, f"SGLANG_PREFIX_{name.upper()}", getattr(default, name), values)
+            for name, values in legal.items()
+        }
         return cls(
-            gate=_one_of(env, "SGLANG_PREFIX_GATE", default.gate, GATES),
-            policy=_one_of(env, "SGLANG_PREFIX_POLICY", default.policy, tuple(POLICIES)),
+            **chosen,
             stock_backend=env.get("SGLANG_PREFIX_STOCK_BACKEND") or None,
             verify=verify_requested(env),
             keep_plan=_switch(env, "SGLANG_PREFIX_KEEP_PLAN"),
-            executor=_one_of(env, "SGLANG_PREFIX_EXECUTOR", default.executor, EXECUTORS),
-            launch_mode=_one_of(
-                env, "SGLANG_PREFIX_LAUNCH_MODE", default.launch_mode, LAUNCH_MODES
-            ),
-            merge_mode=_one_of(env, "SGLANG_PREFIX_MERGE_MODE", default.merge_mode, MERGE_MODES),
             workspace_mib=_positive_int(env, "SGLANG_PREFIX_WORKSPACE_MIB", default.workspace_mib),
         )
 

@@ -7,7 +7,7 @@ import logging
 import pytest
 from prometheus_client import REGISTRY
 
-from prefix_patches.decode_log_line import append_with
+from prefix_patches.observability import append_with
 from sglang_prefix.backend.counters import BackendCounters
 from sglang_prefix.backend.fallback import REASONS
 from sglang_prefix.backend.metrics import PrefixMetrics
@@ -60,7 +60,7 @@ def test_sglangs_line_about_decode_gets_what_happened_since_the_last_one(
     append_with(counters.log_text)
     try:
         with caplog.at_level(logging.INFO, logger=LOG):
-            counters.packed_steps, counters.packs = 30, 7
+            counters.packed_steps, counters.num_packs = 30, 7
             counters.kv_tokens_read, counters.kv_tokens_logical = 250, 1000
             logger.info("Decode batch, #running-req: 4, gen throughput (token/s): 1.0, ")
             for _ in range(10):

@@ -110,7 +110,7 @@ def real() -> dict[str, set[str]]:
 def drawn() -> dict[str, set[str]]:
     """The picture: one line per package, `a -> b, c`."""
     section = PICTURE.read_text().partition(f"{SECTION}\n")[2].partition("\n## ")[0]
-    (block,) = re.findall(r"```text\n(.*?)```", section, re.DOTALL)
+    (block,) = re.findall(r"```\n(.*?)```", section, re.DOTALL)
     lines = (line.partition("->") for line in block.splitlines())
     return {
         package.strip(): {name.strip() for name in names.split(",") if name.strip()}
@@ -140,16 +140,12 @@ def _lines(packages: Mapping[str, set[str]]) -> list[str]:
     return [f"{p:{width}} -> {', '.join(sorted(names))}".rstrip() for p, names in packages.items()]
 
 
-def test_every_package_imports_only_those_drawn_above_it() -> None:
-    above = {"sglang"}
-    for package, names in drawn().items():
-        assert names <= above, f"{package} imports {sorted(names - above)}, drawn below it"
-        above.add(package)
-
-
 def test_no_modules_import_each_other_in_a_circle() -> None:
-    """Imports in functions count, too."""
-    graph = {module: imports(module).keys() & modules().keys() for module in modules()}
+    """When they are imported; a function may import what was there before it."""
+    graph = {
+        module: {name for name, at_once in imports(module).items() if at_once} & modules().keys()
+        for module in modules()
+    }
     assert sum(map(len, graph.values())) > 100
     try:
         TopologicalSorter(graph).prepare()
@@ -182,7 +178,8 @@ def test_what_runs_on_gpu_hosts_imports_only_what_they_have() -> None:
 def test_every_patch_says_for_which_releases_and_what_else(module: str) -> None:
     text = modules()[module].read_text()
     docstring = ast.get_docstring(ast.parse(text)) or ""
-    if "sglang" in imports(module) or '"sglang.srt.' in text:
+    declares = re.search(r"\b[tT]ouch\(", text)  # which asks for both
+    if not declares and ("sglang" in imports(module) or '"sglang.srt.' in text):
         assert re.search(r"\b0\.5\.\d+", docstring), "name the releases"
         assert re.search(r"\bgone\b", docstring), "say what happens when the symbol is gone"
 

@@ -140,18 +140,19 @@ def test_ids_of_a_tree_that_was_reset_are_not_found(scheduler: Scheduler) -> Non
     assert forest.sharing() == {(0, 9, frozenset({0, 1}))}
 
 
-def tree(paths: dict[int, tuple[tuple[int, ...], tuple[int, ...]]]) -> Any:
-    """A tree whose calls can be counted."""
+class CountedTree:
+    """A tree of known paths, and how often it was asked."""
 
-    def collect(ids: list[int]) -> list[list[Any]]:
-        core.calls += 1
+    def __init__(self, paths: dict[int, tuple[tuple[int, ...], tuple[int, ...]]]) -> None:
+        self.paths, self.calls = paths, 0
+        self.tree_core = SimpleNamespace(collect_path_info=self._collect)
+
+    def _collect(self, ids: list[int]) -> list[list[Any]]:
+        self.calls += 1
         return [
-            [SimpleNamespace(node_id=n, path_end=e) for n, e in zip(*paths[node], strict=True)]
-            for node in ids
+            [SimpleNamespace(node_id=n, path_end=e) for n, e in zip(*self.paths[i], strict=True)]
+            for i in ids
         ]
-
-    core = SimpleNamespace(calls=0, collect_path_info=collect)
-    return SimpleNamespace(tree_core=core)
 
 
 def at(*nodes: Any) -> list[Any]:
@@ -159,28 +160,24 @@ def at(*nodes: Any) -> list[Any]:
 
 
 def test_another_tree_with_the_same_ids_is_asked_itself() -> None:
-    one, other = tree({1: ((1,), (4,))}), tree({1: ((7, 1), (2, 4))})
+    one, other = CountedTree({1: ((1,), (4,))}), CountedTree({1: ((7, 1), (2, 4))})
     cache = PathCache()
-    for cached, expected in ((one, [1]), (one, [1]), (other, [7, 1]), (one, [1])):
-        assert look_up(cache, cached, at(1)).table.node_ids.tolist() == expected
-    assert (one.tree_core.calls, other.tree_core.calls) == (2, 1)
+    for tree, expected in ((one, [1]), (one, [1]), (other, [7, 1]), (one, [1])):
+        assert look_up(cache, tree, at(1)).table.node_ids.tolist() == expected
+    assert (one.calls, other.calls) == (2, 1)
 
 
-def test_a_virtual_node_is_asked_for_each_time_and_its_path_is_empty() -> None:
-    asked, cache, virtual = tree({1: ((1,), (4,))}), PathCache(), object()
-    for _ in range(2):
-        found = look_up(cache, asked, at(virtual, 1))
+def test_what_is_no_stable_id_is_asked_for_each_time() -> None:
+    # The virtual node of a session, whose path is empty.
+    tree, cache, virtual = CountedTree({1: ((1,), (4,))}), PathCache(), object()
+    for calls in (1, 2):
+        found = look_up(cache, tree, at(virtual, 1))
         assert found.table.lengths[found.path_of].tolist() == [0, 4]
-    assert asked.tree_core.calls == 2
-
-
-def test_trees_without_stable_ids_are_asked_each_time() -> None:
+        assert tree.calls == calls
+    # A node of a tree of linked nodes, whose ids SGLang hands out again.
     node = SimpleNamespace(id=3, key=[0] * 4, parent=SimpleNamespace(parent=None))
-    cache = PathCache()
-    assert look_up(cache, SimpleNamespace(), at(node)).table.ends.tolist() == [4]
-    node.key = [0] * 6
-    assert look_up(cache, SimpleNamespace(), at(node)).table.ends.tolist() == [6]
-
-
-def test_a_tree_that_cannot_be_read_has_no_paths() -> None:
+    for length in (4, 6):
+        node.key = [0] * length
+        assert look_up(cache, SimpleNamespace(), at(node)).table.ends.tolist() == [length]
+    # A tree that cannot be read has no paths.
     assert PathCache().look_up(SimpleNamespace(tree_core=object()), at(1)) is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from statistics import median
 from typing import Any
 
@@ -33,17 +33,17 @@ class BackendCounters:
             layers that are always delegated are not counted here but listed in
             ``delegated_layers``.
         plans: plans made.
-        packs, partials: of the newest plan.
+        num_packs, num_partials: of the newest plan.
         kv_tokens_read, kv_tokens_logical: KV tokens read by packed steps, and the tokens of all
             their requests, for one layer.
-        packed_us, stock_us: the gate's newest prediction for one pass through all layers.
+        predicted_packed_us, predicted_stock_us: the gate's newest prediction for one pass through
+            all layers.
         predicted_gain_us: what it expects packed steps to have saved, all layers.
         plan_seconds: host time spent on making plans, or on deciding to do without one.
         path_seconds: of it, on SGLang's radix path call or, where its answer is cached, on finding
             that.
         reused_plan_steps, reused_plan_seconds: steps that reused the plan of the step before, and
             the host time to see that they could.
-        newest_reused: seconds of it for each of the newest such steps.
         delegated_layers: layers that are always the stock backend's: a reason by layer id.
     """
 
@@ -51,19 +51,19 @@ class BackendCounters:
     stock_reasons: Counter[str] = field(default_factory=Counter)
     fallback_reasons: Counter[str] = field(default_factory=Counter)
     plans: int = 0
-    packs: int = 0
-    partials: int = 0
+    num_packs: int = 0
+    num_partials: int = 0
     kv_tokens_read: int = 0
     kv_tokens_logical: int = 0
-    packed_us: float | None = None
-    stock_us: float | None = None
+    predicted_packed_us: float | None = None
+    predicted_stock_us: float | None = None
     predicted_gain_us: float = 0.0
     reused_plan_steps: int = 0
     reused_plan_seconds: float = 0.0
-    newest_reused: deque[float] = field(default_factory=lambda: deque(maxlen=_NEWEST))
     plan_seconds: float = 0.0
     path_seconds: float = 0.0
     delegated_layers: dict[int, str] = field(default_factory=dict)
+    _newest_reused: deque[float] = field(default_factory=lambda: deque(maxlen=_NEWEST))
     _said: set[str] = field(default_factory=set)
     _logged: tuple[int, int, int, int] = (0, 0, 0, 0)
 
@@ -117,12 +117,12 @@ class BackendCounters:
         """Count a step under the plan of the one before, and the host time to see that it could."""
         self.reused_plan_steps += 1
         self.reused_plan_seconds += seconds
-        self.newest_reused.append(seconds)
+        self._newest_reused.append(seconds)
 
-    def count_plan(self, packs: int, partials: int) -> None:
+    def count_plan(self, num_packs: int, num_partials: int) -> None:
         """Count a plan that was taken into use."""
         self.plans += 1
-        self.packs, self.partials = packs, partials
+        self.num_packs, self.num_partials = num_packs, num_partials
 
     def log_text(self) -> str:
         """What has been done since the last call, for SGLang's line about decode batches."""
@@ -134,31 +134,19 @@ class BackendCounters:
         text = f"prefix packed: {share:.0%}"
         if logical > logical_before:
             ratio = (read - read_before) / (logical - logical_before)
-            text += f", prefix packs: {self.packs}, prefix kv read: {ratio:.2f}"
+            text += f", prefix packs: {self.num_packs}, prefix kv read: {ratio:.2f}"
         return text
 
     def as_dict(self) -> dict[str, Any]:
         """All counters as plain values."""
-        logical = self.kv_tokens_logical
-        return {
-            "packed_steps": self.packed_steps,
+        public = [f.name for f in fields(self) if not f.name.startswith("_")]
+        logical, newest = self.kv_tokens_logical, self._newest_reused
+        return {name: getattr(self, name) for name in public} | {
             "stock_steps": self.stock_steps,
             "stock_reasons": dict(self.stock_reasons),
             "fallback_steps": self.fallback_steps,
             "fallback_reasons": dict(self.fallback_reasons),
-            "plans": self.plans,
-            "num_packs": self.packs,
-            "num_partials": self.partials,
-            "kv_tokens_read": self.kv_tokens_read,
-            "kv_tokens_logical": logical,
             "kv_read_ratio": self.kv_tokens_read / logical if logical else None,
-            "predicted_packed_us": self.packed_us,
-            "predicted_stock_us": self.stock_us,
-            "predicted_gain_us": self.predicted_gain_us,
-            "reused_plan_steps": self.reused_plan_steps,
-            "reused_plan_seconds": self.reused_plan_seconds,
-            "reused_step_us": 1e6 * median(self.newest_reused) if self.newest_reused else None,
-            "plan_seconds": self.plan_seconds,
-            "path_seconds": self.path_seconds,
+            "reused_step_us": 1e6 * median(newest) if newest else None,
             "delegated_layers": {str(k): v for k, v in self.delegated_layers.items()},
         }

@@ -31,9 +31,11 @@ from sglang_prefix.forest import PrefixForest
 from sglang_prefix.gate import Gate
 from sglang_prefix.packing.planner import PackPlanner
 
-__all__ = ["DecodePlanner", "LayerGroup", "OnPlan", "StepCost"]
+__all__ = ["DecodePlanner", "LayerGroup"]
 
 IntArray = NDArray[np.int64]
+
+_NOTHING = 0, 0, 0.0  # cost of a step that is not packed
 
 
 class LayerGroup(NamedTuple):
@@ -45,48 +47,16 @@ class LayerGroup(NamedTuple):
     workspace: Workspace | None = None  # of the executor; None where it takes what it needs
 
 
-class StepCost(NamedTuple):
-    """What a packed step reads.
-
-    Attributes:
-        kv_tokens_read, kv_tokens_logical: KV tokens read, and those of all requests, of one layer.
-        gain_us: what the gate expects it to save, all layers.
-    """
-
-    kv_tokens_read: int = 0
-    kv_tokens_logical: int = 0
-    gain_us: float = 0.0
-
-
-# Told of every batch that was planned, or that the gate left to stock: its forest, the groups, why
-# it is stock's (None if it is packed), the gate's newest predictions in microseconds (packed,
-# stock), tokens per page, and the padded batch size.
-OnPlan = Callable[
-    [
-        PrefixForest,
-        Sequence[LayerGroup],
-        str | None,
-        tuple[float | None, float | None],
-        int,
-        int,
-    ],
-    None,
-]
-
-
 @dataclass(slots=True)
 class _Planned:
     """The batch that was planned last, and the steps since then.
 
-    Each step of the same requests adds one token to each, so the lengths of a later step are those
-    planned for plus the steps.
-
     Attributes:
         reason: why the stock backend serves it; None if it is packed.
-        lens: [B] lengths that were planned for.
+        lens: [B] lengths that were planned for; each later step adds one token to each.
         sum_of_lengths: of those, padding included.
         padded_batch_size: rows, padding included.
-        cost: of the step that was planned.
+        cost: of the step that was planned, see :meth:`DecodePlanner.step_cost`.
         reqs: its requests; None if no later step may reuse the plan.
         epoch: of the schedule at that time.
         max_steps: later steps for which tails have room.
@@ -99,7 +69,7 @@ class _Planned:
     lens: IntArray
     sum_of_lengths: int
     padded_batch_size: int
-    cost: StepCost
+    cost: tuple[int, int, float]
     reqs: list[Any] | None = None
     epoch: int = -1
     max_steps: int = 0
@@ -130,7 +100,7 @@ class DecodePlanner:
         counters: where plans are counted.
         gate: decides whether a batch is packed; None to pack every one.
         verify: compare the forest with the slot rows at every plan; raise on a difference.
-        on_plan: told of every batch that was planned.
+        on_plan: told of every batch that was planned, with the arguments of `LastPlan.note`.
 
     Attributes:
         max_batch_size: rows of the largest batch that can be served, padding included; None for
@@ -147,7 +117,7 @@ class DecodePlanner:
         *,
         gate: Gate | None = None,
         verify: bool = False,
-        on_plan: OnPlan | None = None,
+        on_plan: Callable[..., None] | None = None,
     ) -> None:
         self.req_to_token = req_to_token
         self.page_size = page_size
@@ -163,23 +133,15 @@ class DecodePlanner:
         self._planned: _Planned | None = None
 
     @property
-    def is_reusable(self) -> bool:
-        """Whether the next step may reuse the plan: all requests are known, and where their KV is.
-
-        False after a plan for the first decode step of a request.
-        """
-        return self._planned is not None and self._planned.reqs is not None
-
-    @property
-    def step_cost(self) -> StepCost:
-        """What the step reads that was prepared last, if it is packed."""
+    def step_cost(self) -> tuple[int, int, float]:
+        """Of the step prepared last, if it is packed: what :meth:`count_packed_step` takes."""
         planned = self._planned
         if planned is None:
-            return StepCost()
+            return _NOTHING
         read, logical, gain_us = planned.cost
         # Tails are read by their own request alone: one token more, read and logical.
         grown = planned.steps * len(planned.lens)
-        return StepCost(read + grown, logical + grown, gain_us)
+        return read + grown, logical + grown, gain_us
 
     def prepare(self, batch: DecodeBatch) -> str | None:
         """Make the executors ready for a decode batch: by the plan in use, or by a new one.
@@ -278,7 +240,7 @@ class DecodePlanner:
         reason, cost = self._plan_forest(forest, batch, lens)
         size = batch.padded_batch_size
         if self.on_plan is not None:
-            predicted = self._counters.packed_us, self._counters.stock_us
+            predicted = self._counters.predicted_packed_us, self._counters.predicted_stock_us
             self.on_plan(forest, self.groups, reason, predicted, self.page_size, size)
         planned = _Planned(reason, lens, batch.sum_of_lengths, size, cost)
         if complete and not all_settled:
@@ -294,25 +256,26 @@ class DecodePlanner:
 
     def _plan_forest(
         self, forest: PrefixForest, batch: DecodeBatch, lens: IntArray
-    ) -> tuple[str | None, StepCost]:
+    ) -> tuple[str | None, tuple[int, int, float]]:
         """Plan, ask the gate, and take the plans into use."""
         if self._gate is not None and forest.num_nodes == 0:
             self._gate.leave()
-            return "gate-nothing-shared", StepCost()
+            return "gate-nothing-shared", _NOTHING
         if self.max_batch_size is not None and batch.padded_batch_size > self.max_batch_size:
-            return "workspace", StepCost()
+            return "workspace", _NOTHING
         plans = [group.planner.plan(forest) for group in self.groups]
         gain_us = 0.0
         if self._gate is not None:
             layers = [group.num_layers for group in self.groups]
             decision = self._gate.choose(list(zip(plans, layers, strict=True)), forest)
             gain_us = decision.stock_us - decision.packed_us
-            self._counters.packed_us, self._counters.stock_us = decision[2:]
+            self._counters.predicted_packed_us = decision.packed_us
+            self._counters.predicted_stock_us = decision.stock_us
             if not decision.packs:
-                return decision.reason, StepCost()
+                return decision.reason, _NOTHING
         for group, plan in zip(self.groups, plans, strict=True):
             if group.workspace and plan.num_slots > group.workspace.capacity.slots:
-                return "workspace", StepCost()
+                return "workspace", _NOTHING
         for group, plan in zip(self.groups, plans, strict=True):
             if self._verify:
                 verify_plan(plan)
@@ -320,7 +283,7 @@ class DecodePlanner:
             self._load(group, plan, batch)
         plan = plans[-1]
         self._counters.count_plan(plan.num_packs, plan.num_partials)
-        return None, StepCost(plan.kv_tokens_read, int(lens.sum()), gain_us)
+        return None, (plan.kv_tokens_read, int(lens.sum()), gain_us)
 
     def _load(self, group: LayerGroup, plan: PackPlan, batch: DecodeBatch) -> None:
         group.executor.load(

@@ -55,7 +55,7 @@ class Target(TypedDict):
     """A promise of the project, read off the cases."""
 
     value: float | None
-    status: Literal["met", "missed", "not measured"]
+    status: Literal["met", "missed", "not measured", "did not pack"]
     meaning: str
 
 
@@ -240,7 +240,39 @@ class Steps(TypedDict):
     fallback: Count
 
 
+class Counters(TypedDict):
+    """What a timed run added to the counters of the prefix server."""
+
+    steps: Steps
+    kv_tokens_read: Count
+    kv_tokens_logical: Count
+    reasons: dict[str, Count]
+
+
+class WholeSpread(TypedDict):
+    median: NotNegative
+    p99: NotNegative
+
+
+class ServingRun(TypedDict):
+    """A timed run of one side, from which a resumed run concludes everything again."""
+
+    ttft_ms: WholeSpread | None
+    tpot_ms: WholeSpread | None
+    itl_ms: WholeSpread | None
+    output_tokens_per_s: Positive
+    requests_per_s: Positive
+    duration_s: Positive
+    counters: Counters | None
+    load_per_cpu: NotRequired[NotNegative]
+
+
+class ServingRuns(TypedDict):
+    runs: list[ServingRun]
+
+
 class ServingSide(TypedDict):
+    raw: NotRequired[ServingRuns]
     ttft_ms: Spread | None
     tpot_ms: Spread | None
     itl_ms: Spread | None
@@ -278,6 +310,9 @@ class ServingCase(TypedDict):
 
 class ServingServer(TypedDict):
     server_args: NotRequired[list[str]]
+    model: NotRequired[str | None]
+    dtype: NotRequired[str | None]
+    max_total_num_tokens: NotRequired[Count | None]
 
 
 class ServingResult(Result):
@@ -286,7 +321,6 @@ class ServingResult(Result):
     stock: NotRequired[ServingServer | None]
     prefix: NotRequired[ServingServer | None]
     method: NotRequired[dict[str, Any]]
-    settings: NotRequired[dict[str, Any]]
     cases: list[ServingCase]
 
 

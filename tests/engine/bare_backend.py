@@ -61,7 +61,7 @@ def make_runner(
         ),
         "req_to_token_pool": ReqToTokenPool(8, context_len, "cpu", False),
         "model": torch.nn.ModuleList(layers),
-        "server_args": SimpleNamespace(attention_backend=None, **args or {}),
+        "server_args": SimpleNamespace(**{"attention_backend": None} | (args or {})),
         "model_config": SimpleNamespace(context_len=context_len, is_encoder_decoder=False),
         "is_draft_worker": False,
         "use_mla_backend": False,

@@ -43,7 +43,7 @@ class SglangTorchNative(Provider):
 
 @cache
 def _torch_native() -> Any:
-    from prefix_patches.torch_native_decode import torch_native_decode
+    from prefix_patches.stock_backend import torch_native_decode
 
     return torch_native_decode()
 

@@ -56,7 +56,7 @@ def serving_section(data: Data) -> Section:
             data,
             **{"model": data.get("model"), "model dtype": data.get("dtype")},
             servers=data.get("method", {}).get("servers"),
-            runs=data.get("settings", {}).get("repeats"),
+            runs=data["options"].get("repeats"),
             **servers,
         ),
         warnings=[

@@ -105,28 +105,28 @@ def watch_prepare(module: ModuleType) -> None:
     """Modes plan-error, stock and compare-plans; tells of batches with padding."""
     prepare = module.DecodePlanner.prepare
 
-    def watched(self: Any, forward_batch: Any, **kwargs: Any) -> Any:
+    def watched(self: Any, batch: Any) -> Any:
         now = mode()
         if now == "plan-error":
             raise RuntimeError("raised on purpose by a test")
         if now == "stock":
             return "gate-no-gain"
-        reqs = STEP.schedule.batch.reqs
-        if len(reqs) < forward_batch.batch_size:
+        if len(batch.reqs) < batch.padded_batch_size:
             say("padded batch")
         # Only the scheduler knows that what fresh requests share is not in their rows yet.
-        settled = len(reqs) == forward_batch.batch_size and all(STEP.schedule.settled(reqs))
-        STEP.newest_slots, STEP.plans = forward_batch.out_cache_loc, []
-        reason = prepare(self, forward_batch, **kwargs)
+        complete = len(batch.reqs) == batch.padded_batch_size
+        settled = complete and all(STEP.schedule.settled(batch.reqs))
+        STEP.newest_slots, STEP.plans = batch.new_slots, []
+        reason = prepare(self, batch)
         if now == "compare-plans" and settled and reason is None:
-            for planner, forest, plan in STEP.plans:
-                compare_plans(planner, forest, plan, forward_batch)
+            for planner, forest, plan in tuple(STEP.plans):
+                compare_plans(planner, forest, plan, batch)
         return reason
 
     module.DecodePlanner.prepare = watched
 
 
-def compare_plans(planner: Any, forest: Any, plan: Any, forward_batch: Any) -> None:
+def compare_plans(planner: Any, forest: Any, plan: Any, batch: Any) -> None:
     """Let the wrapper plan a batch: from the forest, and from the slot rows."""
     import torch
 
@@ -140,7 +140,7 @@ def compare_plans(planner: Any, forest: Any, plan: Any, forward_batch: Any) -> N
     )
     for given in (forest, None):
         lens = torch.from_numpy(forest.seq_lens.copy())
-        wrapper.plan(table, forward_batch.req_pool_indices, lens, forest=given)
+        wrapper.plan(table, batch.req_pool_indices, lens, forest=given)
         same = wrapper.current_plan is not None and wrapper.current_plan.same_as(plan)
         say("equal plans" if same else "plans differ")
 
