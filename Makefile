@@ -29,7 +29,7 @@ test: install  ## Run the tests; they see the sgl_kernel stand-in where there is
 		--no-loadscope-reorder $(PYTEST_ARGS)
 
 docs-check: install  ## Run every command of the documentation, and check what it says
-	$(BIN)/sglang-prefix exec -- $(BIN)/python -m tests.docs.check $(DOCS_ARGS)
+	$(BIN)/sglang-prefix exec -- $(BIN)/python -m pytest --extended tests/docs $(PYTEST_ARGS)
 
 test-all:  ## As `make test`, with those that repeat on another variant what others show
 	$(MAKE) test PYTEST_ARGS="--extended $(PYTEST_ARGS)"
@@ -42,13 +42,13 @@ compat: compat-version $(COMPAT)/.installed  ## Engine tests with another SGLang
 		tests/engine $(PYTEST_ARGS)
 
 compat-version:
-	@$(PYTHON) .ci/check_compat_version.py "$(VERSION)"
+	@$(PYTHON) .ci/compat.py check "$(VERSION)"
 
 .venv-compat-%/.installed: pyproject.toml | compat-version
 	$(PYTHON) -m venv .venv-compat-$*
 	.venv-compat-$*/bin/python -m pip install -q --upgrade pip
 	.venv-compat-$*/bin/python -m pip install -q --no-deps 'sglang==$*' -e .
-	.venv-compat-$*/bin/python .ci/compat_requirements.py > .venv-compat-$*/requirements.txt
+	.venv-compat-$*/bin/python .ci/compat.py requirements > .venv-compat-$*/requirements.txt
 	.venv-compat-$*/bin/python -m pip install -q -r .venv-compat-$*/requirements.txt
 	@touch $@
 
@@ -70,7 +70,7 @@ GPU_ENTRY := PYTHONPATH="$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/patches$${PYTHONP
 GPU_DRY := TRITON_INTERPRET=1 $(GPU_ENTRY)
 
 gpu-check:  ## Compare all kernel variants with the oracle on this host's GPU (GPU_ARGS="--resume FILE")
-	$(GPU_ENTRY) $(GPU_PYTHON) -m benchmarks.gpu.check $(GPU_ARGS)
+	$(GPU_ENTRY) $(GPU_PYTHON) -m pytest -m gpu tests/gpu $(GPU_ARGS)
 
 gpu-bench:  ## Measure on this host's GPU, against what can be imported (GPU_ARGS="--resume FILE")
 	$(GPU_ENTRY) $(GPU_PYTHON) -m benchmarks.gpu.bench $(GPU_ARGS)
@@ -83,7 +83,7 @@ gpu-serve:  ## Serve a model on this host's GPU, ours against SGLang's own (GPU_
 		--out build/gpu-serve $(GPU_ARGS)
 
 gpu-check-dry: install  ## The logic of gpu-check on tiny shapes, without a GPU
-	$(GPU_DRY) $(BIN)/python -m benchmarks.gpu.check --dry $(GPU_ARGS)
+	$(GPU_ENTRY) $(BIN)/python -m pytest -m gpu tests/gpu --dry $(GPU_ARGS)
 
 gpu-bench-dry: install  ## The logic of gpu-bench on tiny shapes, without a GPU; measures nothing
 	$(GPU_DRY) $(BIN)/python -m benchmarks.gpu.bench --dry $(GPU_ARGS)

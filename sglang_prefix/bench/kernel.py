@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from sglang_prefix.bench.cases import KernelCase, KernelOptions, kernel_cases
+from sglang_prefix.bench.cases import CPU_MAX_TOKENS, KernelCase, KernelOptions, kernel_cases
 from sglang_prefix.bench.providers.base import Provider
 from sglang_prefix.bench.providers.find import ProviderMaker, find_providers
 from sglang_prefix.bench.providers.ours import all_launches, chains, our_providers
@@ -143,9 +143,11 @@ class KernelRun(BenchRun):
         return {**self._others, **ours}
 
     def _check_size(self, case: KernelCase) -> None:
-        tokens = int(case.make_tree().length.sum())
-        if tokens > self.options.max_tokens:
-            raise NotRunError(f"{tokens} KV tokens, over --max-tokens {self.options.max_tokens}")
+        tokens, most = int(case.make_tree().length.sum()), self.options.max_tokens
+        if most is None and self._device.type == "cpu":
+            most = CPU_MAX_TOKENS
+        if most is not None and tokens > most:
+            raise NotRunError(f"{tokens} KV tokens, over --max-tokens {most}")
         itemsize = getattr(torch, case.dtype).itemsize
         needed = tokens * case.heads.kv * (case.heads.dim + case.heads.v_dim) * itemsize
         free = _free_bytes(self._device)

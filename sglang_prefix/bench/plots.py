@@ -7,15 +7,12 @@ are made without pyplot, so nothing global changes.
 from __future__ import annotations
 
 import importlib.util
-import inspect
-import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from xml.etree import ElementTree
 
-from sglang_prefix.bench.comparison import our_provider, provider_of
+from sglang_prefix.bench.comparison import fastest, of_kind, our_provider, over, provider_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +22,6 @@ if TYPE_CHECKING:
 __all__ = [
     "PLOTS",
     "byte_ratio_figure",
-    "embedded_plots",
     "has_matplotlib",
     "roofline_figure",
     "save_plots",
@@ -49,8 +45,6 @@ _TIMES = {
 }
 _WIDTH, _ROW, _FRAME = 9.5, 0.30, 1.9  # inches
 _BAR = 0.62
-_SVG = "http://www.w3.org/2000/svg"
-_XLINK = "http://www.w3.org/1999/xlink"
 
 
 def has_matplotlib() -> bool:
@@ -63,20 +57,20 @@ def speedup_figure(data: Data) -> Figure:
     from matplotlib.ticker import LogLocator, NullFormatter
 
     ours = our_provider(data)
-    cases = [case for case in data["cases"] if provider_of(case, ours).get("speedup")]
+    cases = [case for case in data["cases"] if over(case, ours, "stock")]
     figure, axes = _rows(data, "Speed-up over stock", cases)
-    values = [case["providers"][ours]["speedup"] for case in cases]
+    values = [over(case, ours, "stock") or 1.0 for case in cases]
     colours = [_LOSING if value < 1 else _OURS for value in values]
     axes.barh(range(len(cases)), [v - 1 for v in values], left=1, color=colours, height=_BAR)
     drawn, policies = {*values, 0.8, 1.25}, set()
     for row, (case, value) in enumerate(zip(cases, values, strict=True)):
         _beside(axes, row, f"{value:.2f}x", colours[row] if value < 1 else "black")
-        for name, other in case["providers"].items():
-            if other["kind"] == "ours" and name != ours and other.get("speedup"):
-                policies.add(other["policy"])
-                drawn.add(other["speedup"])
-                mark = _MARKS.get(other["policy"], "d")
-                axes.plot(other["speedup"], row, mark, color="black", ms=4, mfc="none")
+        for name in of_kind(case, "ours").keys() - {ours}:
+            policy, speedup = case["providers"][name]["policy"], over(case, name, "stock") or 1.0
+            policies.add(policy)
+            drawn.add(speedup)
+            mark = _MARKS.get(policy, "d")
+            axes.plot(speedup, row, mark, color="black", ms=4, mfc="none")
     axes.axvline(1, color=_STOCK, lw=1.2)
     axes.set_xscale("log")
     axes.set_xlim(min(drawn) / 1.2, max(drawn) * 1.2)
@@ -101,12 +95,12 @@ def roofline_figure(data: Data) -> Figure:
         points.append((intensity, rate))
 
     for case in data["cases"]:
-        for name, colour in ((case["best_stock"], _STOCK), (ours, _OURS)):
+        for name, colour in ((fastest(case, "stock"), _STOCK), (ours, _OURS)):
             found = provider_of(case, name)
             if not found:
                 continue
             rate = case["flop"] * case["layers"] / found["ms"] / 1e6
-            loses = name == ours and _loses(found)
+            loses = name == ours and _loses(case, ours)
             dot(case["flop"] / found["bytes_read"], rate, _LOSING if loses else colour, ms=5)
             if name == ours:
                 read, ideal = case["flop"] / found["bytes_read"], _ideal_intensity(case)
@@ -169,9 +163,10 @@ def time_split_figure(data: Data) -> Figure:
         shares = [100 * (mine.get(f"{part}_ms") or 0.0) / mine["ms"] for mine in found]
         axes.barh(range(len(cases)), shares, left=left, color=colour, height=_BAR)
         left = [a + b for a, b in zip(left, shares, strict=True)]
-    for row, mine in enumerate(found):
-        said = f"{mine['ms']:.2f} ms" + (", slower than stock" if _loses(mine) else "")
-        _beside(axes, row, said, _LOSING if _loses(mine) else "black")
+    for row, (case, mine) in enumerate(zip(cases, found, strict=True)):
+        loses = _loses(case, ours)
+        said = f"{mine['ms']:.2f} ms" + (", slower than stock" if loses else "")
+        _beside(axes, row, said, _LOSING if loses else "black")
     axes.set_xlim(0, max([100, *left]))
     layers = max((case["layers"] for case in cases), default=1)
     axes.set_xlabel(f"median of each part / median of the step of {ours}, %; layers: {layers}")
@@ -311,64 +306,6 @@ def save_plots(data: Data, folder: str | os.PathLike[str]) -> list[Path]:
     return paths
 
 
-def embedded_plots(data: Data, key: str) -> list[tuple[str, str]]:
-    """Every picture of a result file for a page: its caption, and an `<svg>` element.
-
-    Args:
-        data: a parsed result file; without cases it has no pictures.
-        key: letters and digits, unique in the page: what all ids in the elements begin with, for
-            matplotlib numbers its own from the start in every figure.
-    """
-    plots = PLOTS.get(data["kind"], {}) if data["cases"] else {}
-    found = []
-    for number, draw in enumerate(plots.values(), 1):
-        caption = (inspect.getdoc(draw) or "").partition("\n")[0].rstrip(".")
-        svg = _svg(draw(_without_mathematics(data)), f"{key}p{number}")
-        found.append((caption, _isolated(svg, caption, f"{key}p{number}")))
-    return found
-
-
-def _without_mathematics(value: Any) -> Any:
-    """The same with dollar signs escaped: between two of them matplotlib sees mathematics."""
-    if isinstance(value, str):
-        return value.replace("$", r"\$")
-    if isinstance(value, dict):
-        return {_without_mathematics(k): _without_mathematics(v) for k, v in value.items()}
-    return [_without_mathematics(item) for item in value] if isinstance(value, list) else value
-
-
-def _svg(figure: Figure, salt: str) -> str:
-    import matplotlib
-
-    # Outlines: a page from disk brings no fonts, and another's would not fit the boxes.
-    settings: dict[Any, Any] = {"svg.hashsalt": salt, "svg.fonttype": "path"}
-    file = io.StringIO()
-    with matplotlib.rc_context(settings):
-        figure.savefig(file, format="svg", metadata={"Date": None}, bbox_inches="tight")
-    return file.getvalue()
-
-
-def _isolated(svg: str, title: str, key: str) -> str:
-    """The root element alone, its ids made the page's own, its metadata and its size dropped."""
-    root = ElementTree.fromstring(svg)
-    for metadata in root.findall(f"{{{_SVG}}}metadata"):
-        root.remove(metadata)
-    for element in root.iter():
-        for attribute, value in element.attrib.items():
-            if attribute == "id":
-                element.set(attribute, f"{key}-{value}")
-            elif attribute in (f"{{{_XLINK}}}href", "href"):
-                element.set(attribute, value.replace("#", f"#{key}-", 1))
-            else:
-                element.set(attribute, value.replace("url(#", f"url(#{key}-"))
-    for attribute in ("width", "height"):
-        root.attrib.pop(attribute, None)
-    root.attrib |= {"role": "img", "aria-label": title}
-    ElementTree.register_namespace("", _SVG)
-    ElementTree.register_namespace("xlink", _XLINK)
-    return ElementTree.tostring(root, encoding="unicode")
-
-
 def _figure(height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
     from matplotlib.figure import Figure
 
@@ -396,9 +333,8 @@ def _cases_of_ours(data: Data) -> tuple[str | None, list[Data]]:
     return ours, [case for case in data["cases"] if ours in case["providers"]]
 
 
-def _loses(provider: Data) -> bool:
-    speedup = provider.get("speedup")
-    return speedup is not None and speedup < 1
+def _loses(case: Data, ours: str | None) -> bool:
+    return (over(case, ours, "stock") or 1.0) < 1
 
 
 def _kernel_title(data: Data, what: str) -> str:
@@ -414,7 +350,8 @@ def _serving_title(data: Data) -> str:
 
 
 def _stock_names(cases: Sequence[Data]) -> str:
-    return ", ".join(dict.fromkeys(c["best_stock"] for c in cases if c["best_stock"])) or "absent"
+    names = [name for case in cases if (name := fastest(case, "stock"))]
+    return ", ".join(dict.fromkeys(names)) or "absent"
 
 
 def _key(label: str, colour: str, marker: str = "s", *, hollow: bool = False) -> Line2D:

@@ -37,7 +37,16 @@ from sglang_prefix.bench.workloads.registry import Heads
 from sglang_prefix.bench.workloads.trees import Tree, pat_tree, shared_then_private
 from sglang_prefix.packing import GPU_PROFILE
 
-__all__ = ["FILE_NAME", "KIND", "PackShape", "TABLE", "TileWork", "TuneRun", "pack_shapes", "write_table"]
+__all__ = [
+    "FILE_NAME",
+    "KIND",
+    "TABLE",
+    "PackShape",
+    "TileWork",
+    "TuneRun",
+    "pack_shapes",
+    "write_table",
+]
 
 KIND, FILE_NAME = "bench-tune", "tune.json"
 _ROOT = Path(__file__).parents[2]

@@ -8,13 +8,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from prefix_kernels.plan import AttentionShape
+from prefix_kernels.tiles import PlanFacts, TileShape, choose_launches, row_classes
+from prefix_kernels.work_list import tile_classes
 from sglang_prefix.explain.reasons import leaves, notes_of, reasons_of
 from sglang_prefix.explain.record import PlanRecord, ShapePlan
-from sglang_prefix.explain.tiles import pack_tiles
 from sglang_prefix.forest import PrefixForest
 from sglang_prefix.packing.layout import CostedPlan, PlanStats
 
-__all__ = ["Explanation", "Segment", "explain"]
+__all__ = ["Explanation", "Segment", "explain", "tile_shape"]
 
 IntArray = NDArray[np.int64]
 
@@ -144,7 +146,7 @@ def explain(record: PlanRecord) -> Explanation:
     places = _places(forest)
     owners = _owners(forest, plan, places)
     reads = _tokens_read(plan, owners, places)
-    tiles = pack_tiles(record, plan)
+    tiles = _tiles(record, plan)
     why = reasons_of(forest, shape_plan)
     token_bytes = plan.costs.shape.kv_token_bytes
     packs_in: list[list[int]] = [[] for _ in places]
@@ -222,3 +224,31 @@ def _tokens_read(plan: CostedPlan, owners: list[int], places: list[_Place]) -> l
             reads[segment] += blocks * (min(end, place.stop) - max(start, place.start))
             segment = place.parent
     return reads
+
+
+def tile_shape(shape: AttentionShape, gpu: str | None) -> TileShape:
+    """What the choice of a tile depends on, on a device with Hopper's matrix units or later.
+
+    Raises:
+        ValueError: heads are too wide for any tile.
+    """
+    found = TileShape.of(shape, gpu)
+    if not row_classes(found):
+        raise ValueError(f"no tile of the Triton kernels is for v_head_dim {shape.v_head_dim:,}")
+    return found
+
+
+def _tiles(record: PlanRecord, plan: CostedPlan) -> list[tuple[int, int] | None]:
+    """[P] rows and KV tokens of each pack's tile; None for an executor that has no tiles."""
+    if plan.costs.device.name == "cpu":
+        return [None] * plan.num_packs
+    shape, group_size = tile_shape(plan.costs.shape, record.gpu), plan.costs.shape.group_size
+    if record.graph_rows is None:
+        facts = PlanFacts.of(plan, group_size)
+    else:
+        facts = PlanFacts.of_every_plan(record.graph_rows, group_size)
+    launches = choose_launches(facts, shape, record.launch_mode)
+    tiles = [tile for launch in launches for tile in launch.tiles]
+    qo_rows = np.diff(plan.query_indptr) * group_size
+    chosen = tile_classes(qo_rows, [tile.block_m for tile in tiles])
+    return [(tiles[i].block_m, tiles[i].block_n) for i in chosen.tolist()]

@@ -14,7 +14,7 @@ from urllib.request import urlopen
 import numpy as np
 
 from sglang_prefix.explain.record import Answer, PlanRecord, ShapePlan, find_plan
-from sglang_prefix.explain.tiles import tile_shape
+from sglang_prefix.explain.segments import tile_shape
 from sglang_prefix.forest import PrefixForest, RadixPath
 from sglang_prefix.packing import AttentionShape
 

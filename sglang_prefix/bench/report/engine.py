@@ -15,7 +15,17 @@ from sglang_prefix.bench.report.section import (
     target_tables,
     warnings,
 )
-from sglang_prefix.bench.tables import Column, Table, gain, number, share, tabulate, text
+from sglang_prefix.bench.tables import (
+    Cell,
+    Column,
+    Table,
+    as_is,
+    gain,
+    number,
+    share,
+    tabulate,
+    text,
+)
 
 __all__ = ["engine_section"]
 
@@ -98,9 +108,7 @@ def _load_table(data: Data, loads: list[Data]) -> Table:
         Column("median step us", number, "prefix.median_step_us", "of ours"),
         Column("packed", share, "prefix.packed_share", packed),
         Column("KV read", share, "prefix.counters.kv_read_ratio", "KV tokens read over all"),
-        Column(
-            "host us", number, "prefix.host_us_per_step", "per step, for plans"
-        ),
+        Column("host us", number, "prefix.host_us_per_step", "per step, for plans"),
         Column("over stock", shown, "over", "time of the fastest stock backend over ours"),
     ]
     return tabulate("Decoding at full batch", columns, loads, message=message)
@@ -113,8 +121,13 @@ def _turn_tables(data: Data) -> list[Table]:
     def over(case: Data) -> float | None:
         return 1 / case["ratio"] if "ratio" in case else None
 
+    def status(case: Data) -> Cell:
+        found = str(case.get("status", "done"))
+        return Cell(found, found, "losing" if found == "failed" else "")
+
     columns = [
         Column("case", text, "name"),
+        Column("status", as_is, status),
         Column("what was found", text, _found),
         Column("over stock", partial(gain, counts=not data["dry"]), over),
     ]

@@ -138,14 +138,17 @@ def _step_table(data: Data, cases: Sequence[Data], ours: str | None, peers: Sequ
         Column("read", share, "ours.kv_read_ratio", "share of the KV tokens that ours reads"),
         Column("ideal", share, "ideal", "share of them if every shared token is read once"),
         *(Column(f"{part} ms", number, f"ours.{part}_ms", h, True) for part, h in _PARTS.items()),
+        Column("target", as_is, _promise, "speed-up that the project set itself", folds=True),
         Column("batch", number, "batch", folds=True),
         Column("tokens", number, "tokens.logical", "KV tokens of all requests"),
         Column("fastest stock", text, "stock.name", folds=True),
         over_baseline("kernels", "stock's kernels", "speed-up without plans and copies"),
-        Column("floor us", number, "floor.us", "of a layer: bytes, operations, one launch"),
-        Column("over floor", number, "ours.over_floor", "kernel time of ours over the floor"),
+        Column("floor us", number, "floor.us", "of a layer: bytes, operations, one launch", True),
+        Column("over floor", number, "ours.over_floor", "kernel time of ours over it", True),
         Column("GB/s", number, "gb_s", "KV bytes that ours reads over its whole step"),
-        Column("of bandwidth", share, "bandwidth_share", "of a streaming read in the same run"),
+        Column(
+            "of bandwidth", share, "bandwidth_share", "of a streaming read in the same run", True
+        ),
         Column("group", text, "group", folds=True),
         Column("heads", text, "shape", "query heads / KV heads / head dim", folds=True),
         Column("dtype", text, "dtype", folds=True),
@@ -153,7 +156,6 @@ def _step_table(data: Data, cases: Sequence[Data], ours: str | None, peers: Sequ
         Column("slots", text, "slots", folds=True),
         Column("layers", number, "layers", "of one step", folds=True),
         Column("note", text, "note", folds=True),
-        Column("target", as_is, _promise, "speed-up that the project set itself", folds=True),
     ]
     title = f"{ours} against the fastest stock backend" if ours else "Cases"
     return tabulate(title, columns, cases, left=left_cases(data))

@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from sglang_prefix.bench.plots import embedded_plots
+from sglang_prefix.bench.report.drawings import embedded_plots
 from sglang_prefix.bench.report.engine import engine_section
 from sglang_prefix.bench.report.kernel import kernel_section
 from sglang_prefix.bench.report.section import Section, Verdict
@@ -22,8 +22,8 @@ from sglang_prefix.bench.tables import ratio_text, to_html
 __all__ = ["PAGE", "build_page", "section_of", "write_folder_page"]
 
 PAGE = "report.html"
-# Of one folder that both bench commands were given; whatever else is in it is not looked at.
-_FOLDER_FILES = ("kernel.json", "serving.json", "engine.json")
+# What the bench commands write into a folder; whatever else is in it is not looked at.
+_FOLDER_FILES = ("kernel.json", "serving.json", "engine.json", "tune.json", "host.json")
 _SECTIONS: dict[str, Callable[[Mapping[str, Any]], Section]] = {
     "bench-kernel": kernel_section,
     "bench-serving": serving_section,

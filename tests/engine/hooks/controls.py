@@ -119,7 +119,7 @@ def watch_prepare(module: ModuleType) -> None:
         STEP.newest_slots, STEP.plans = batch.new_slots, []
         reason = prepare(self, batch)
         if now == "compare-plans" and settled and reason is None:
-            for planner, forest, plan in STEP.plans:
+            for planner, forest, plan in tuple(STEP.plans):
                 compare_plans(planner, forest, plan, batch)
         return reason
 

@@ -1,96 +1,49 @@
-"""The documentation, read and typed in by a program; and the examples that nothing else runs."""
+"""The examples: what they print with real workers, what they start, what they refuse."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import re
 import stat
 import subprocess
 import sys
-from importlib.metadata import version
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
-from packaging.requirements import Requirement
 
 from sglang_prefix.bench.engine import kill_session
+from sglang_prefix.tiny_model import build_tiny_model
 from tests.docs.facts import problems
-from tests.docs.pages import ROOT, pages, read_page
-from tests.docs.run import Reader, reader
-
-(PINNED,) = [
-    Requirement(line)
-    for line in (ROOT / "constraints.txt").read_text().splitlines()
-    if line.startswith("sglang==")
-]
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.timeout(1200),
-    pytest.mark.skipif(
-        not PINNED.specifier.contains(version("sglang")),
-        reason=f"the documentation is about {PINNED}",
-    ),
-]
+from tests.docs.pages import ROOT, read_page
+from tests.docs.run import PATHS
 
 EXAMPLES = ROOT / "examples"
 ENVIRONMENT = os.environ | {
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    "PYTHONPATH": os.pathsep.join(
-        [str(ROOT), str(ROOT / "kernels"), str(ROOT / "patches"), os.environ.get("PYTHONPATH", "")]
-    ),
+    "PYTHONPATH": PATHS,
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
 }
+PREFIXES, QUESTIONS = ["Oak ", "Birch ", "Cedar "], 3
 
 
-def test_everything_that_the_pages_tell_to_run_runs(tmp_path: Path) -> None:
-    with reader(tmp_path) as one:
-        outcomes = list(one.read(pages()))
-        failed = [o for o in outcomes if o.status == "failed"]
-        assert not failed, "\n\n".join(f"{o.block.where}: {o.detail}" for o in failed)
-        counters = one.counters()
-    status = [o.status for o in outcomes]
-    assert status.count("ran") >= 8
-    assert status.count("server") >= 2
-    assert status.count("compared") >= 3
-    printed = "\n".join(o.detail for o in outcomes if o.status == "ran")
-    assert "agent 0, turn 0: price(oak) -> one oak costs 120 euros" in printed
-    ratios = re.findall(r"agent 3, turn 2: .*\n.*\nKV tokens read / KV tokens: ([\d.]+)", printed)
-    assert [ratio for ratio in ratios if float(ratio) < 0.7]
-    # The blocks did what the pages are about, and the table of counters has what a server shows.
-    assert counters["packed_steps"] > 0
-    assert counters["kv_read_ratio"] < 0.8
-    named = {code for _, code in read_page(ROOT / "docs/metrics.md").code}
-    assert set(counters) <= named
-
-
-@pytest.mark.parametrize(
-    ("planted", "complaint"),
-    [
-        ("```bash\nexit 3\n```", "status 3"),
-        ("```bash\nfalse | true\n```", "status 1"),
-        ("```python\nprint(1)\n```\n\n<!-- docs-check: prints -->\n```\n2\n```", "it prints:\n1"),
-        ("```python\n1 / 0\n```", "ZeroDivisionError"),
-    ],
-)
-def test_a_planted_command_that_fails_is_found(
-    planted: str, complaint: str, tmp_path: Path
-) -> None:
-    (tmp_path / "page.md").write_text(f"# Page\n\n{planted}\n")
-    (tmp_path / "scratch").mkdir()
-    outcomes = list(Reader(tmp_path / "scratch").read([read_page(tmp_path / "page.md", tmp_path)]))
-    assert outcomes[-1].status == "failed"
-    assert complaint in outcomes[-1].detail
-
-
-def test_requests_of_one_prefix_meet_on_one_worker(models: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.engine
+@pytest.mark.extended
+@pytest.mark.timeout(1200)
+def test_requests_of_one_prefix_meet_on_one_worker(tmp_path: Path) -> None:
+    build_tiny_model(tmp_path / "model")
     options = ["--dtype", "float32", "--mem-fraction-static", "0.3", "--max-total-tokens", "20000"]
     # Long answers: the first prefix must still be running when the router places the second,
     # however busy this machine is.
     options += ["--new-tokens", "96"]
-    printed = run_example(
-        "router_workers.py", "--model-path", models["llama"], *options, cwd=tmp_path
-    )
+    printed = run_example("router_workers.py", "--model-path", "model", *options, cwd=tmp_path)
     homes = []
     for line in (line for line in printed.splitlines() if "%" in line):
         shares = [float(share) for share in re.findall(r"([\d.]+)%", line)]
@@ -103,6 +56,67 @@ def test_requests_of_one_prefix_meet_on_one_worker(models: dict[str, str], tmp_p
     ratios = [float(r) for r in re.findall(r"KV tokens read / KV tokens: ([\d.]+)", printed)]
     assert len(ratios) == 2
     assert max(ratios) < 0.5
+
+
+class Router(ThreadingHTTPServer):
+    """Counts a request a while after it came, and answers all once the last has come."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.lock, self.whole = threading.Lock(), threading.Event()
+        self.counted = 0
+        self.seen: list[tuple[str, int]] = []
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Router
+
+    def do_GET(self) -> None:
+        half = self.server.counted // 2
+        self._say({"workers": [{"load": half}, {"load": self.server.counted - half}]})
+
+    def do_POST(self) -> None:
+        prompt = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["text"]
+        with self.server.lock:
+            self.server.seen.append((prompt, self.server.counted))
+            if len(self.server.seen) == len(PREFIXES) * QUESTIONS:
+                self.server.whole.set()
+        time.sleep(0.05)
+        with self.server.lock:
+            self.server.counted += 1
+        assert self.server.whole.wait(20)
+        self._say({"text": ""})
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def _say(self, data: dict[str, Any]) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(data).encode())
+
+
+@pytest.fixture
+def router() -> Iterator[Router]:
+    with Router() as one:
+        threading.Thread(target=one.serve_forever, daemon=True).start()
+        yield one
+        one.shutdown()
+
+
+def test_a_prefix_is_sent_once_the_router_counts_those_before_it(router: Router) -> None:
+    spec = importlib.util.spec_from_file_location("router_workers", EXAMPLES / "router_workers.py")
+    assert spec is not None
+    assert spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    example.ask_questions(f"http://127.0.0.1:{router.server_port}", PREFIXES, QUESTIONS, 4)
+    first = router.seen[: len(PREFIXES)]
+    assert first == [(f"{prefix}Question 0?", i) for i, prefix in enumerate(PREFIXES)]
+    others = {prompt for prompt, _ in router.seen[len(PREFIXES) :]}
+    assert others == {f"{prefix}Question {i}?" for prefix in PREFIXES for i in (1, 2)}
 
 
 def test_the_server_script_adds_one_flag(tmp_path: Path) -> None:
@@ -181,7 +195,7 @@ def run_example(program: str, *arguments: str, cwd: Path) -> str:
     try:
         printed, _ = process.communicate(timeout=900)
     finally:
-        kill_session(process)  # type: ignore[arg-type]
+        kill_session(process)
     assert process.returncode == 0, printed[-3000:]
     return printed
 
