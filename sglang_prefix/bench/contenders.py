@@ -14,7 +14,7 @@ import torch
 
 from prefix_kernels.executor import AttentionParams
 from prefix_kernels.torch_executor import TorchExecutor, merge_partials
-from prefix_patches.torch_native_decode import torch_native_decode
+from prefix_patches.stock_backend import torch_native_decode
 from sglang_prefix.bench.workloads.inputs import AttentionInputs
 from sglang_prefix.packing import CPU_PROFILE
 from sglang_prefix.packing.layout import CostedPlan

@@ -68,7 +68,7 @@ def assert_the_picture_shows_the_last_batch(
     assert forest.batch_size == report["num_requests"] == 16
     assert explanation.record.answer.reason is None
     # Branches begin, and some questions do, with words that they have in common.
-    root, *nodes = (part for part in explanation.parts if part.is_node)
+    root, *nodes = (part for part in explanation.segments if part.is_node)
     assert (root.num_readers, root.parent) == (16, -1)
     assert 1536 <= root.tokens < 1600
     branches = [node for node in nodes if node.num_readers == 4]

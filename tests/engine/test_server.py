@@ -149,7 +149,7 @@ def test_explain_shows_the_last_plan(server: Server, tmp_path: Path) -> None:
     counters = server.counters()
     assert explanation.stats.num_packs == counters["num_packs"]
     assert explanation.stats.num_partials == counters["num_partials"]
-    (node, *tails) = explanation.parts
+    (node, *tails) = explanation.segments
     assert node.num_readers == len(tails) == 5
     assert node.tokens > 100
     assert explanation.record.answer.reason is None
