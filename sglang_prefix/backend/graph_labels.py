@@ -66,14 +66,13 @@ class GraphLabels:
             ValueError: it can happen, and there is no other graph to go to.
         """
         self._captured_size = 0
-        if (
-            workspace is None
-            or workspace.sure_batch_size >= max_batch_size
-            or not self.without_stock
-        ):
+        if workspace is None or not self.without_stock:
+            return
+        held = workspace.sure_batch_size
+        if held >= max_batch_size:
             return
         ways_out = "SGLANG_PREFIX_WORKSPACE_MIB, --cuda-graph-max-bs-decode or --context-length"
-        sure = f"the workspace is sure to hold {workspace.sure_batch_size} requests of {max_batch_size}"
+        sure = f"the workspace is sure to hold {held} requests of {max_batch_size}"
         if self._has_one_label:
             raise ValueError(f"{sure}, and ranks must replay one graph; change {ways_out}")
         self._schedule.graph_labels = (PACKED, STOCK)

@@ -161,12 +161,11 @@ def _workspace_of(
 ) -> Workspace:
     from prefix_kernels.tiles import TileShape, widest_block
 
+    # Batches are padded to multiples of what parallelism asks for.
+    padded = -(-int(model_runner.req_to_token_pool.size) // 64) * 64
     return size_workspace(
         shape,
-        # Batches are padded to multiples of what parallelism asks for.
-        max_batch_size=min(
-            -(-int(model_runner.req_to_token_pool.size) // 64) * 64, _MAX_BATCH_SIZE
-        ),
+        max_batch_size=min(padded, _MAX_BATCH_SIZE),
         context_len=int(model_runner.model_config.context_len),
         reserved_tail_slots=RESERVED_TAIL_SLOTS,
         max_block_rows=widest_block(config.launch_mode, TileShape.of(shape)),

@@ -19,8 +19,9 @@ from sglang_prefix.bench.workloads.registry import (
 from sglang_prefix.bench.workloads.traces import read_trace, trace_batches
 from sglang_prefix.bench.workloads.trees import Tree, pat_tree
 
-__all__ = ["DEFAULT_HEADS", "KernelCase", "KernelOptions", "kernel_cases"]
+__all__ = ["CPU_MAX_TOKENS", "DEFAULT_HEADS", "KernelCase", "KernelOptions", "kernel_cases"]
 
+CPU_MAX_TOKENS = 1 << 18
 DEFAULT_HEADS = Heads(32, 8)
 _QUICK, _GPU = "quick", "gpu"
 # In the order of what they tell, each with its first head configuration before any has its second.
@@ -85,7 +86,8 @@ class KernelOptions:
         page_size: tokens per page.
         rounds: timed rounds per case; None for as many as fit.
         seed: of all inputs.
-        max_tokens: KV tokens that a batch may store.
+        max_tokens: KV tokens that a batch may store; None for the usual on a CPU, and for all that
+            the memory holds on a GPU.
         threads: of torch on the CPU; None for its own choice.
         dry: tiny shapes in Triton's interpreter; nothing is measured.
     """
@@ -101,7 +103,7 @@ class KernelOptions:
     page_size: int = 1
     rounds: int | None = None
     seed: int = 0
-    max_tokens: int = 1 << 18
+    max_tokens: int | None = None
     threads: int | None = None
     dry: bool = False
 
@@ -171,7 +173,8 @@ def _trace_cases(options: KernelOptions, heads: Sequence[Heads]) -> Iterator[Ker
         requests = read_trace(path)
         stem = Path(path).name.partition(".")[0]
         try:
-            batches = trace_batches(requests, options.trace_batches, options.max_tokens)
+            most = options.max_tokens or CPU_MAX_TOKENS
+            batches = trace_batches(requests, options.trace_batches, most)
         except ValueError as error:
             raise ValueError(f"trace {path}: {error}; legal: a larger --max-tokens") from None
         for batch in batches:

@@ -170,9 +170,7 @@ class HostRun(BenchRun):
 
     def cases(self) -> list[Case]:
         """Planning of every size, then the two engines."""
-        cases = [
-            Case(f"planning/{n}", "planning", partial(self._plan, n)) for n in self._requests
-        ]
+        cases = [Case(f"planning/{n}", "planning", partial(self._plan, n)) for n in self._requests]
         if self._engine:
             n = _ENGINE_REQUESTS
             cases.append(Case(f"engine/{n}", "engine", partial(measure_engine, n)))

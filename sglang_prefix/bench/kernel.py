@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from sglang_prefix.bench.cases import KernelCase, KernelOptions, kernel_cases
-from sglang_prefix.bench.providers.base import Provider
-from sglang_prefix.bench.providers.find import ProviderMaker, find_providers
+from sglang_prefix.bench.cases import CPU_MAX_TOKENS, KernelCase, KernelOptions, kernel_cases
+from sglang_prefix.bench.providers.base import Provider, ProviderMaker
+from sglang_prefix.bench.providers.find import find_providers
 from sglang_prefix.bench.providers.ours import all_launches, chains, our_providers
 from sglang_prefix.bench.run import BenchRun, Case, NotRunError
 from sglang_prefix.bench.targets import evaluate
@@ -112,7 +112,8 @@ class KernelRun(BenchRun):
 
     def _measure(self, case: KernelCase) -> dict[str, Any]:
         assert self._clock is not None
-        self._check_size(case)
+        if not self.options.dry:
+            self._check_size(case)
         began = time.monotonic()
         measured = measure_case(
             case,
@@ -143,9 +144,11 @@ class KernelRun(BenchRun):
         return {**self._others, **ours}
 
     def _check_size(self, case: KernelCase) -> None:
-        tokens = int(case.make_tree().length.sum())
-        if tokens > self.options.max_tokens:
-            raise NotRunError(f"{tokens} KV tokens, over --max-tokens {self.options.max_tokens}")
+        tokens, most = int(case.make_tree().length.sum()), self.options.max_tokens
+        if most is None and self._device.type == "cpu":
+            most = CPU_MAX_TOKENS
+        if most is not None and tokens > most:
+            raise NotRunError(f"{tokens} KV tokens, over --max-tokens {most}")
         itemsize = getattr(torch, case.dtype).itemsize
         needed = tokens * case.heads.kv * (case.heads.dim + case.heads.v_dim) * itemsize
         free = _free_bytes(self._device)
@@ -256,10 +259,9 @@ def measure_case(
     for name, make in makers.items():
         progress(f"checking {name}")
         try:
-            if reason := _inapplicable(make, inputs):
-                absent[name] = reason
-            else:
-                ready[name] = _checked(make, inputs, check, clock)
+            ready[name] = _checked(make, inputs, check, clock)
+        except NotRunError as error:
+            absent[name] = str(error)
         except Exception as error:  # of anyone's kernel: the others are still worth their time
             clock.synchronize()  # raises again where the device itself is lost
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
@@ -295,13 +297,6 @@ def measure_case(
         "failed": failed,
         "providers": providers,
     }
-
-
-def _inapplicable(make: ProviderMaker, inputs: AttentionInputs) -> str | None:
-    """Why a provider cannot run the batch; ours, which are made by functions, always can."""
-    if isinstance(make, type) and issubclass(make, Provider):
-        return make.inapplicable(inputs)
-    return None
 
 
 def _checked(

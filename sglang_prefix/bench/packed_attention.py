@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from prefix_kernels import plan_header
+from prefix_kernels import plan_buffers
 from prefix_kernels.executor import PlanExecutor, make_executor
 from prefix_kernels.plan import AttentionShape, PackPlan
 from sglang_prefix.forest import PrefixForest
@@ -107,8 +107,8 @@ class PackedAttention:
 
 def work_item_counts(executor: PlanExecutor) -> torch.Tensor:
     """Items of each work list of the plan in use, as the kernels read them; may be written."""
-    first = plan_header.HEADER_NUM_ITEMS
-    counts: torch.Tensor = _buffers(executor).plan[first : first + plan_header.MAX_LISTS]
+    first = plan_buffers.HEADER_NUM_ITEMS
+    counts: torch.Tensor = _buffers(executor).plan[first : first + plan_buffers.MAX_LISTS]
     return counts
 
 

@@ -19,7 +19,15 @@ import triton.language as tl
 
 from sglang_prefix.bench.graphs import capture
 
-__all__ = ["Clock", "CpuClock", "GpuClock", "clock_for", "host_seconds", "interleaved", "unpreempted_seconds"]
+__all__ = [
+    "Clock",
+    "CpuClock",
+    "GpuClock",
+    "clock_for",
+    "host_seconds",
+    "interleaved",
+    "unpreempted_seconds",
+]
 
 Work = Callable[[], object]
 

@@ -26,7 +26,14 @@ _INTERRUPTED = 130
 _DTYPES = ("bfloat16", "float16", "float32")
 _POLICIES = ("pat", "node", "chunk", "query")
 # What a resumed run may be told anew: none of it changes what its numbers mean.
-_WITH_RESUME = ("ctx", "out", "resume", "budget_s", "json_file", "plots", "report", "dry")
+_WITH_RESUME = ("ctx", "out", "resume", "budget_s", "json_file", "plots", "report")
+# Parameters that have another name in the file.
+_FILE_NAMES = {
+    "workload": "workloads",
+    "tree": "trees",
+    "trace": "traces",
+    "policy": "policies",
+}
 _BUDGET_S = {True: 240.0, False: 600.0}  # by --quick
 
 Out = Annotated[Path | None, typer.Option(help="Folder for the result file, plots and page.")]
@@ -93,9 +100,13 @@ def kernel(
     ] = None,
     seed: Seed = 0,
     max_tokens: Annotated[
-        int,
-        typer.Option(min=1, help="KV tokens that a batch may store; trace batches are cut to it."),
-    ] = 1 << 18,
+        int | None,
+        typer.Option(
+            min=1,
+            help="KV tokens that a batch may store; trace batches are cut to it. Default: 262144, "
+            "on a GPU what its memory holds.",
+        ),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Of torch on the CPU. Default: torch's own choice.")
     ] = None,
@@ -121,7 +132,7 @@ def kernel(
     end a page with all tables and plots lies beside it, report.html.
     """
     if resume:
-        _check_resume(ctx, out)
+        _check_resume(ctx, _folder(out) / "kernel.json")
     _check("dtype", [dtype], _DTYPES)
     _check("policy", policy or [], _POLICIES)
     _prepare_device(dry=dry)
@@ -186,7 +197,7 @@ def tune(
     faster into the table that the executor reads.
     """
     if resume:
-        _check_resume(ctx, out)
+        _check_resume(ctx, _folder(out) / "tune.json")
     _prepare_device(dry=dry, needs_gpu=not (list_cases or write_table))
     from sglang_prefix.bench import tune as module
 
@@ -225,7 +236,7 @@ def host(
     The file in --out is host.json.
     """
     if resume:
-        _check_resume(ctx, out)
+        _check_resume(ctx, _folder(out) / "host.json")
     from sglang_prefix.bench.host import HostRun
 
     options = {"requests": requests or [256, 1024], "rounds": rounds, "engine": engine}
@@ -270,13 +281,26 @@ def _check(option: str, values: list[str], legal: tuple[str, ...]) -> None:
             fail(f"--{option} is {value!r}; legal: {', '.join(legal)}", 2)
 
 
-def _check_resume(ctx: typer.Context, out: Path | None) -> None:
-    for name in ctx.params:
+def _check_resume(ctx: typer.Context, file: Path) -> None:
+    """Refuse options that are not those of the run that is resumed."""
+    from sglang_prefix.bench.results import ResultError, read_result
+
+    try:
+        data = read_result(file)
+    except ResultError as error:
+        fail(f"{error}", 2)
+    was = {**data["options"], "seed": data["seed"], "dry": data["dry"]}
+    for name, given in ctx.params.items():
         # By name: typer may bring a click of its own.
         source = ctx.get_parameter_source(name)
         if source and source.name == "COMMANDLINE" and name not in _WITH_RESUME:
-            flag = name.replace("_", "-")
-            fail(f"--{flag} with --resume: the run in {out} has its own; legal: without", 2)
+            given = list(given) if isinstance(given, list | tuple) else given
+            if was.get(_FILE_NAMES.get(name, name)) != given:
+                flag = name.replace("_", "-")
+                fail(
+                    f"--{flag} with --resume: the run in {file.parent} has its own; legal: without",
+                    2,
+                )
 
 
 def _list(names: list[str]) -> NoReturn:

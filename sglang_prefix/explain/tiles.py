@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from prefix_kernels.tiles import TileShape, choose_classes, choose_fused_tiles, choose_tile
+from prefix_kernels.tiles import PlanFacts, TileShape, choose_launches
+from prefix_kernels.work_list import tile_classes
 from sglang_prefix.explain.record import PlanRecord
 from sglang_prefix.packing import AttentionShape
 from sglang_prefix.packing.layout import CostedPlan
 
 __all__ = ["pack_tiles", "tile_shape"]
-
-# Where a tile must do for packs of all lengths, because a graph holds the launch.
-_ANY_LENGTH = 1 << 30
 
 
 def tile_shape(shape: AttentionShape, gpu: str | None) -> TileShape:
@@ -24,17 +22,13 @@ def pack_tiles(record: PlanRecord, plan: CostedPlan) -> list[tuple[int, int] | N
     """[P] rows and KV tokens of each pack's tile; None for an executor that has no tiles."""
     if plan.costs.device.name == "cpu":
         return [None] * plan.num_packs
-    shape, fixed = tile_shape(plan.costs.shape, record.gpu), record.graph_rows is not None
-    group_size = plan.costs.shape.group_size
-    rows = np.diff(plan.query_indptr) * group_size
-    widest = [record.graph_rows * group_size] if record.graph_rows else np.unique(rows).tolist()
-    classes = choose_classes(widest, shape, mode=record.launch_mode, fixed=fixed)
-    lengths = plan.pack_end - plan.pack_start
-    lengths[plan.num_shared_packs :] += plan.reserved_tail_slots
-    length = _ANY_LENGTH if fixed else int(lengths.max())
-    tiles = [choose_tile(number, length, shape) for number in classes]
-    if record.launch_mode == "fused" and len(classes) > 1:
-        tiles = [*choose_fused_tiles(length, shape)]
-    # A pack takes the smallest class that holds its rows, or the largest.
-    index = np.minimum(np.searchsorted(classes, rows), len(classes) - 1)
-    return [(tiles[i].block_m, tiles[i].block_n) for i in index.tolist()]
+    shape, group_size = tile_shape(plan.costs.shape, record.gpu), plan.costs.shape.group_size
+    if record.graph_rows is None:
+        facts = PlanFacts.of(plan, group_size)
+    else:
+        facts = PlanFacts.of_every_plan(record.graph_rows, group_size)
+    launches = choose_launches(facts, shape, record.launch_mode)
+    tiles = [tile for one in launches for tile in one.tiles]
+    num_queries = np.diff(plan.query_indptr)
+    chosen = tile_classes(num_queries * group_size, [tile.block_m for tile in tiles])
+    return [(tiles[i].block_m, tiles[i].block_n) for i in chosen.tolist()]

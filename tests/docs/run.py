@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sglang_prefix.bench.engine import free_port, kill_session
 from tests.docs.pages import ACTIVATE, ROOT, Block, Page
-from tests.engine.driver import free_port, kill_session
 
 __all__ = ["Outcome", "Reader", "reader"]
 

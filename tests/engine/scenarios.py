@@ -148,20 +148,20 @@ def _trainer_sections(llama: str, other: str) -> tuple[Section, ...]:
         replace(r, rid="r2 aborted") if r.rid == "r2" else r for r in ROLLOUTS.requests
     )
 
-    def stepping(name: str, *steps: Step, **changes: Any) -> Section:
-        return replace(ROLLOUTS, **{"name": name, "hold": HOLD, "steps": steps} | changes)
+    def stepping(name: str, *steps: Step) -> Section:
+        return replace(ROLLOUTS, name=name, hold=HOLD, steps=steps)
 
     found = [
         ROLLOUTS,
         replace(ROLLOUTS, name="all logprobs", input_logprobs=True),
         stepping("paused in place", IN_PLACE, CONTINUE),
         stepping("paused and retracted", RETRACT_ALL, CONTINUE),
-        stepping("sample aborted", ("abort", "r2 aborted"), requests=with_aborted),
+        replace(stepping("sample aborted", ("abort", "r2 aborted")), requests=with_aborted),
         # Only KV of the new weights, then KV of two models in one row, then new KV again.
         stepping("weights from disk", RETRACT_ALL, ("disk", other, flush), CONTINUE),
         stepping("weights as tensors", IN_PLACE, ("tensor", llama, "keep"), CONTINUE),
         stepping("weights broadcast", RETRACT_ALL, ("distributed", other, flush), CONTINUE),
-        stepping("memory released", ("release",), ("resume",), hold=0),
+        replace(stepping("memory released", ("release",), ("resume",)), hold=0),
     ]
     if has("flush-while-paused"):
         steps = (RETRACT_ALL, ("flush",), ("release",), ("resume",), CONTINUE)

@@ -17,15 +17,17 @@ from typing import Any
 
 import pytest
 
+from sglang_prefix.bench.hooks import hook_environment
 from sglang_prefix.bench.results import read_result
 from sglang_prefix.bench.serving.workloads import REGISTRY
-from tests.engine.driver import HOLD_FILE, HOOKS, MODE_FILE
+from tests.engine.driver import HOLD_FILE, MODE_FILE
 
 pytest.importorskip("matplotlib", reason="the plots need matplotlib")
 
 # Two servers start, one after the other: 20 s each on two free cores, minutes on busy ones.
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1200)]
 
+ROOT = Path(__file__).parents[2]
 RUN_S = 1000
 CONTROL = "control"
 # Four conversations of three turns below one system prompt; their second and third turns repeat the
@@ -53,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command += ["--out", str(root / "out"), "--trace", str(root / "trace")]
     command += ["--workload-file", str(root / "workloads.json")]
     environment = {
-        "PYTHONPATH": os.pathsep.join([str(HOOKS), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         MODE_FILE: str(root / "mode"),
         HOLD_FILE: str(root / "never"),
         "HF_HUB_OFFLINE": "1",
@@ -66,7 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=stderr,
-            env=os.environ | environment,
+            env=hook_environment(["tests.engine.hooks.controls"], os.environ | environment),
         )
         try:
             break_decode_for_the_control(process, root)

@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from sglang_prefix.cli import demo
+from sglang_prefix.cli.main import app
 from sglang_prefix.explain.record import PlanRecord
 from sglang_prefix.explain.segments import explain
 
@@ -28,6 +31,7 @@ KEYS = {
 
 
 @pytest.mark.engine
+@pytest.mark.extended  # two engines, and what it compares is compared in test_engines.py
 def test_the_demo_compares_and_tells(tmp_path: Path) -> None:
     target, picture = tmp_path / "demo.json", tmp_path / "demo.html"
     command = [sys.executable, "-m", "sglang_prefix.cli.main", "demo", "--rounds", "1"]
@@ -79,3 +83,35 @@ def assert_the_picture_shows_the_last_batch(
         assert "requests 0" in text
     assert "<svg" in page
     assert f"{stats.kv_tokens_read:,} KV tokens" in page
+
+
+def test_the_demo_names_all_that_keeps_its_numbers_from_being_evidence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = [[request] for request in range(16)]
+    counters = dict.fromkeys(("num_packs", "fallback_steps"), 0)
+    counters |= {"packed_steps": 10, "stock_steps": 10, "kv_read_ratio": 0.9}
+    counters |= {"fallback_reasons": {}, "last_plan": {}}
+    results = {
+        "stock": {"output_ids": tokens},
+        "prefix": {
+            "output_ids": [[-1], *tokens[1:]],
+            "control_output_ids": [*tokens[:-3], [-1], [-1], [-1]],
+            "counters": counters,
+        },
+    }
+    monkeypatch.setattr(
+        demo, "_run_engine", lambda folder, backend, *_: results[backend] | {"decode_seconds": [1]}
+    )
+    target = tmp_path / "demo.json"
+    shown = CliRunner().invoke(app, ["demo", "--json", str(target), "--dtype", "float32"])
+    assert shown.exit_code == 1
+    for problem in (
+        "tokens differ from stock in 1 of 16 requests",
+        "only 50% of the decode steps were packed",
+        "kv_read_ratio 0.900 is over",
+        "broken attention changed only 3 of 16 requests",
+        "the last plan cannot be shown",
+    ):
+        assert problem in shown.output
+    assert len(json.loads(target.read_text())["problems"]) == 5

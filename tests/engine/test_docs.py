@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from sglang_prefix.bench.engine import kill_session
 from tests.docs.facts import problems
 from tests.docs.pages import ROOT, pages, read_page
 from tests.docs.run import Reader, reader
-from tests.engine.driver import kill_session
 
 (PINNED,) = [
     Requirement(line)

@@ -20,10 +20,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from typer.testing import CliRunner
 
+from sglang_prefix.bench.engine import free_port, kill_session
 from sglang_prefix.cli.main import app
 from sglang_prefix.explain.record import read_record
 from sglang_prefix.explain.segments import explain
-from tests.engine.driver import free_port, kill_session
 from tests.engine.releases import BACKEND_FLAG, has
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
@@ -268,6 +268,7 @@ def test_sigterm_ends_the_server_and_all_its_processes(server: Server) -> None:
         time.sleep(0.2)
 
 
+@pytest.mark.extended  # an engine of its own, and nothing that the server has not
 def test_example_of_the_offline_engine(models: dict[str, str]) -> None:
     printed = run_program(str(EXAMPLES / "offline_rollouts.py"), "--model-path", models["llama"])
     assert printed.count("sample") >= 16

@@ -16,31 +16,18 @@ __all__ = ["FILE_VARIABLE"]
 FILE_VARIABLE = "SGLANG_PREFIX_ZEROS_FILE"
 
 
-def _patch(executor: Any) -> None:
-    run = executor.run
+def _break_run(module: ModuleType) -> None:
+    run = module.PlanExecutor.run
 
-    def run_and_break(
+    def broken(
         self: Any, q: Any, k_cache: Any, v_cache: Any, out: Any, *args: Any, **kwargs: Any
     ) -> None:
         run(self, q, k_cache, v_cache, out, *args, **kwargs)
         if os.path.exists(os.environ[FILE_VARIABLE]):
             out.zero_()
 
-    executor.run = run_and_break
-
-
-def _patch_torch(module: ModuleType) -> None:
-    _patch(module.TorchExecutor)
-
-
-def _patch_triton(module: ModuleType) -> None:
-    _patch(module.TritonExecutor)
+    module.PlanExecutor.run = broken
 
 
 if FILE_VARIABLE in os.environ:
-    patch_after_import(
-        {
-            "prefix_kernels.torch_executor": _patch_torch,
-            "prefix_kernels.triton_executor": _patch_triton,
-        }
-    )
+    patch_after_import({"prefix_kernels.executor": _break_run})

@@ -1,7 +1,7 @@
 """Modes: what a test breaks, or decides, in the processes of an engine that runs.
 
 ``SGLANG_PREFIX_TEST_MODE_FILE`` names a file that holds the mode of the moment, so that one engine
-serves all controls. Only public functions are replaced: the executors' ``run``,
+serves all controls. Only public functions are replaced: ``PlanExecutor.run``,
 ``DecodePlanner.prepare``, ``PackPlanner.plan``, ``ScheduleContext.push`` and ``launch``.
 
 ===================  =========================================================================
@@ -59,9 +59,9 @@ class Step:
 STEP = Step()
 
 
-def break_run(executor: Any) -> None:
-    """Modes zeros, newest, page, run-error: in an executor class."""
-    run = executor.run
+def break_run(module: ModuleType) -> None:
+    """Modes zeros, newest, page, run-error."""
+    run = module.PlanExecutor.run
 
     def broken(
         self: Any, q: Any, k_cache: Any, v_cache: Any, out: Any, *args: Any, **kwargs: Any
@@ -84,7 +84,7 @@ def break_run(executor: Any) -> None:
         run(self, q, k_cache, v_cache, out, *args, **kwargs)
         k_cache[target], v_cache[target] = saved
 
-    executor.run = broken
+    module.PlanExecutor.run = broken
 
 
 def widest_pages(executor: Any) -> tuple[Any, Any]:
@@ -238,8 +238,7 @@ def hold_decode(module: ModuleType) -> None:
 
 patch_after_import(
     {
-        "prefix_kernels.torch_executor": lambda module: break_run(module.TorchExecutor),
-        "prefix_kernels.triton_executor": lambda module: break_run(module.TritonExecutor),
+        "prefix_kernels.executor": break_run,
         "prefix_kernels.launch": watch_launch,
         "prefix_patches.kv_write": apply_scales,
         "prefix_patches.schedule_context": watch_push,

@@ -14,17 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu.fasttree import FastTree
-from benchmarks.gpu.workloads import Cell, Workload
-from prefix_kernels.oracle import decode_attention_oracle
-from sglang_prefix.bench import baselines
-from sglang_prefix.bench.baselines import (
-    Baseline,
-    FlashAttention3,
-    FlashInferCascade,
-    FlashInferDecode,
-)
-from sglang_prefix.bench.output_check import relative_error
+from sglang_prefix.bench.providers import flashinfer, ours
+from sglang_prefix.bench.providers.base import Provider, import_reason
+from sglang_prefix.bench.providers.fa3 import FlashAttention3
+from sglang_prefix.bench.providers.fasttree import FOLDER_VARIABLE, FastTree
+from sglang_prefix.bench.providers.find import find_providers
+from sglang_prefix.bench.providers.flashinfer import FlashInferCascade, FlashInferDecode
+from sglang_prefix.bench.providers.sglang import SglangTriton
+from sglang_prefix.bench.workloads.inputs import AttentionInputs, OutputCheck, relative_error
 from sglang_prefix.bench.workloads.registry import Heads
 from sglang_prefix.bench.workloads.trees import Tree, pat_tree, random_tree, shared_then_private
 
@@ -35,6 +32,26 @@ TREES: dict[str, Callable[[], Tree]] = {
     "nothing shared": lambda: pat_tree("5_33"),
     "uneven": lambda: random_tree(3, num_requests=8, max_tokens=60, page_size=16),
 }
+
+
+def inputs_of(tree: str, page_size: int = 1) -> AttentionInputs:
+    return AttentionInputs.lay_out(
+        TREES[tree](),
+        Heads(4, 1, 16, 16),
+        torch.device("cpu"),
+        0,
+        dtype=torch.float32,
+        page_size=page_size,
+        poison=True,
+    )
+
+
+def assert_right(provider: Provider) -> None:
+    """Its output is the oracle's, from NaN on, and whatever was not asked for is NaN."""
+    w = provider.inputs
+    provider.plan()  # type: ignore[attr-defined]
+    w.out.fill_(torch.nan)
+    assert relative_error(provider.run(w.k[0], w.v[0]), w.oracle()[0]) < 1e-6
 
 
 def attend(
@@ -56,20 +73,9 @@ class PagedDecode:
     def __init__(self, workspace: object, layout: str, use_tensor_cores: bool = False) -> None:
         assert layout == "NHD"
 
-    def plan(
-        self,
-        indptr: torch.Tensor,
-        indices: torch.Tensor,
-        last_page_len: torch.Tensor,
-        num_qo_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        page_size: int,
-        *,
-        sm_scale: float,
-        q_data_type: torch.dtype,
-        kv_data_type: torch.dtype,
-    ) -> None:
+    def plan(self, *given: Any, sm_scale: float, q_data_type: Any, kv_data_type: Any) -> None:
+        indptr, indices, last_page_len, *heads, page_size = given
+        assert heads == [4, 1, 16]
         assert {t.dtype for t in (indptr, indices, last_page_len)} == {torch.int32}
         assert indptr[-1] == len(indices)
         self.scale = sm_scale
@@ -100,20 +106,12 @@ class Cascade:
         assert layout == "NHD"
         self._batch_prefill_wrappers = [Level() for _ in range(num_levels)]
 
-    def plan(
-        self,
-        qo_indptr: list[torch.Tensor],
-        kv_indptr: list[torch.Tensor],
-        kv_indices: list[torch.Tensor],
-        last_page_len: list[torch.Tensor],
-        *shape: int,
-        **options: Any,
-    ) -> None:
+    def plan(self, *given: Any, **options: Any) -> None:
         assert {level._backend for level in self._batch_prefill_wrappers} == {"fa2"}
         self.levels = []
-        for queries, *lists in zip(qo_indptr, kv_indptr, kv_indices, last_page_len, strict=True):
+        for queries, *lists in zip(*given[:4], strict=True):
             level = PagedDecode(None, "NHD")
-            level.plan(lists[0], lists[1], lists[2], *shape, **options)
+            level.plan(*lists, *given[4:], **options)
             self.levels.append((queries.tolist(), level))
         assert len(self.levels) == len(self._batch_prefill_wrappers)
 
@@ -169,35 +167,21 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         importlib, "import_module", lambda name, *anchor: modules.get(name) or real(name, *anchor)
     )
-    monkeypatch.setattr(baselines, "_workspace", lambda device: None)
-
-
-def workload(tree: Tree, page_size: int, monkeypatch: pytest.MonkeyPatch) -> Workload:
-    monkeypatch.setattr(Tree, "shrunk", lambda self, page_size: self)
-    cell = Cell("cell", "group", Heads(8, 2), lambda: tree, page_size)
-    return Workload.build(cell, torch.device("cpu"), 0, dry=True)
+    monkeypatch.setattr(flashinfer, "_workspace", lambda device: None)
 
 
 @pytest.mark.usefixtures("stand_ins")
 @pytest.mark.parametrize("page_size", [1, 16])
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("kind", [FlashInferDecode, FlashInferCascade, FlashAttention3])
-def test_the_right_kv_is_asked_for(
-    kind: type[Baseline], tree: str, page_size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    w = workload(TREES[tree](), page_size, monkeypatch)
+def test_the_right_kv_is_asked_for(kind: type[Provider], tree: str, page_size: int) -> None:
+    w = inputs_of(tree, page_size)
     reason = kind.inapplicable(w)
     if kind is FlashInferCascade and tree in ("nothing shared", "uneven"):
         assert reason in ("nothing is shared", "the forest is no set of levels")
         return
     assert reason is None
-    baseline = kind(w)
-    baseline.plan()
-    w.out.fill_(torch.nan)
-    expected, _ = decode_attention_oracle(
-        w.q, w.k[0], w.v[0], w.req_to_token, w.rows, w.seq_lens, sm_scale=w.sm_scale
-    )
-    assert relative_error(baseline.run(w.k[0], w.v[0]), expected) < 1e-6
+    assert_right(kind(w))
 
 
 FAKE_FASTTREE = """
@@ -239,24 +223,43 @@ def test_fasttree_is_given_the_tree(
 ) -> None:
     folder = tmp_path_factory.mktemp("kernel_bench")
     (folder / "fasttree.py").write_text(FAKE_FASTTREE)
-    monkeypatch.setenv("FASTTREE_KERNEL_BENCH", str(folder))
-    w = workload(TREES[tree](), 1, monkeypatch)
+    monkeypatch.setenv(FOLDER_VARIABLE, str(folder))
+    assert FastTree.unavailable(torch.device("cuda")) is None
+    w = inputs_of(tree)
     assert FastTree.inapplicable(w) is None
-    baseline = FastTree(w)
-    baseline.plan()
-    expected, _ = decode_attention_oracle(
-        w.q, w.k[0], w.v[0], w.req_to_token, w.rows, w.seq_lens, sm_scale=w.sm_scale
-    )
-    assert relative_error(baseline.run(w.k[0], w.v[0]), expected) < 1e-6
+    assert_right(FastTree(w))
 
 
-def test_fasttree_refuses_what_its_planner_cannot_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    w = workload(TREES["uneven"](), 16, monkeypatch)
-    assert FastTree.inapplicable(w) == "requests end inside shared nodes"
-
-
-def test_what_is_missing_is_named() -> None:
-    reason = baselines.import_reason("a_module_that_is_nowhere")
+def test_what_cannot_be_used_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert FastTree.inapplicable(inputs_of("uneven", 16)) == "requests end inside shared nodes"
+    monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
+    assert FastTree.unavailable(torch.device("cuda")) == f"{FOLDER_VARIABLE} names no folder"
+    reason = import_reason("a_module_that_is_nowhere")
     assert reason is not None
     assert reason.startswith("a_module_that_is_nowhere: ModuleNotFoundError: ")
-    assert FastTree.unavailable(torch.device("cpu")) == "needs a GPU"
+
+
+@pytest.mark.parametrize("host", ["cpu", "interpreter"])
+def test_every_contender_is_here_or_says_why_not(host: str) -> None:
+    makers, absent = find_providers(torch.device("cpu"), host)
+    names = {*makers, *absent}
+    assert names == {
+        *("sglang-torch-native", "sglang-intel-amx", "sglang-triton"),
+        *("flashinfer", "flashinfer-cascade", "fa3", "fasttree"),
+    }
+    assert all(absent.values())
+    assert set(makers) == {"cpu": {"sglang-torch-native"}, "interpreter": {"sglang-triton"}}[host]
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_providers_that_run_here_agree_with_the_oracle(tree: str) -> None:
+    w = inputs_of(tree)
+    check = OutputCheck(w, 0)
+    makers = ours.our_providers(("pat", "node", "chunk", "query"), "cpu")
+    makers |= ours.our_providers(("pat",), "interpreter")
+    for make in (*makers.values(), SglangTriton):
+        provider = make(w)
+        for part in provider.step_parts:
+            getattr(provider, part)()
+        w.out.fill_(torch.nan)
+        assert check(provider.run(w.k[0], w.v[0])) < 1e-5, provider.name
