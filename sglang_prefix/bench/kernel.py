@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from sglang_prefix.bench.cases import CPU_MAX_TOKENS, KernelCase, KernelOptions, kernel_cases
+from sglang_prefix.bench.cases import CPU_MAX_TOKENS, KernelOptions, kernel_cases
 from sglang_prefix.bench.providers.base import Provider, ProviderMaker
 from sglang_prefix.bench.providers.find import find_providers
 from sglang_prefix.bench.providers.ours import all_launches, chains, our_providers
@@ -25,6 +25,7 @@ from sglang_prefix.bench.run import BenchRun, Case, NotRunError
 from sglang_prefix.bench.targets import evaluate
 from sglang_prefix.bench.timing import Clock, clock_for
 from sglang_prefix.bench.workloads.inputs import AttentionInputs, OutputCheck
+from sglang_prefix.bench.workloads.registry import KernelCase
 
 __all__ = ["FILE_NAME", "KIND", "KernelRun", "measure_case"]
 
