@@ -36,13 +36,8 @@ _OURS = {
 _BACKENDS = ("--attention-backend", "--decode-attention-backend", "--prefill-attention-backend")
 _INTERRUPTED = 130
 _ENGINES = "Engines, with --engine"
-# Options that one of the two modes has alone.
-_FOR_ENGINES = ("model", "long_output", "only", "list_cases", "budget_s", "dry")
-_FOR_SERVERS = (
-    *("server_args", "model_path", "tokenizer", "stock_url", "prefix_url", "quick", "workload"),
-    *("workload_file", "trace", "trace_requests", "trace_block_tokens", "trace_speed", "repeats"),
-    *("min_equal", "port", "start_timeout", "workload_timeout"),
-)
+# Of servers and engines alike; all others are for the one or, in their own panel, the other.
+_FOR_BOTH = ("out", "seed", "report", "resume", "json_file", "engine")
 
 
 def serving(
@@ -255,11 +250,13 @@ def serving(
 
 
 def _check_mode(ctx: typer.Context, engine: bool) -> None:
-    for name in _FOR_SERVERS if engine else _FOR_ENGINES:
+    for parameter in ctx.command.params:
+        name, is_for_engines = parameter.name, getattr(parameter, "rich_help_panel", "") == _ENGINES
+        if name is None or name in _FOR_BOTH or is_for_engines == engine:
+            continue
         source = ctx.get_parameter_source(name)
         if source is not None and source.name != "DEFAULT":
-            option = "--list" if name == "list_cases" else f"--{name.replace('_', '-')}"
-            option = "arguments of servers" if name == "server_args" else option
+            option = "arguments of servers" if name == "server_args" else parameter.opts[0]
             fail(f"{option}: only {'without' if engine else 'with'} --engine", 2)
 
 
