@@ -73,21 +73,9 @@ class PagedDecode:
     def __init__(self, workspace: object, layout: str, use_tensor_cores: bool = False) -> None:
         assert layout == "NHD"
 
-    def plan(
-        self,
-        indptr: torch.Tensor,
-        indices: torch.Tensor,
-        last_page_len: torch.Tensor,
-        num_qo_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        page_size: int,
-        *,
-        sm_scale: float,
-        q_data_type: torch.dtype,
-        kv_data_type: torch.dtype,
-    ) -> None:
-        assert (num_qo_heads, num_kv_heads, head_dim) == (4, 1, 16)
+    def plan(self, *given: Any, sm_scale: float, q_data_type: Any, kv_data_type: Any) -> None:
+        indptr, indices, last_page_len, *heads, page_size = given
+        assert heads == [4, 1, 16]
         assert {t.dtype for t in (indptr, indices, last_page_len)} == {torch.int32}
         assert indptr[-1] == len(indices)
         self.scale = sm_scale
@@ -118,20 +106,12 @@ class Cascade:
         assert layout == "NHD"
         self._batch_prefill_wrappers = [Level() for _ in range(num_levels)]
 
-    def plan(
-        self,
-        qo_indptr: list[torch.Tensor],
-        kv_indptr: list[torch.Tensor],
-        kv_indices: list[torch.Tensor],
-        last_page_len: list[torch.Tensor],
-        *shape: int,
-        **options: Any,
-    ) -> None:
+    def plan(self, *given: Any, **options: Any) -> None:
         assert {level._backend for level in self._batch_prefill_wrappers} == {"fa2"}
         self.levels = []
-        for queries, *lists in zip(qo_indptr, kv_indptr, kv_indices, last_page_len, strict=True):
+        for queries, *lists in zip(*given[:4], strict=True):
             level = PagedDecode(None, "NHD")
-            level.plan(lists[0], lists[1], lists[2], *shape, **options)
+            level.plan(*lists, *given[4:], **options)
             self.levels.append((queries.tolist(), level))
         assert len(self.levels) == len(self._batch_prefill_wrappers)
 

@@ -56,7 +56,12 @@ def test_one_case_that_fails_leaves_the_others_their_time(tmp_path: Path) -> Non
     ]
     told = []
     run_cases(
-        path, data, cases, 60, order=["good", "late", "wrong", "n/a", "memory"], finish=lambda c, p: told.append((c.name, p))
+        path,
+        data,
+        cases,
+        60,
+        order=["good", "late", "wrong", "n/a", "memory"],
+        finish=lambda c, p: told.append((c.name, p)),
     )
     assert read_result(path) == data
     assert data["failed"] == {"wrong": "ValueError: no"}

@@ -11,8 +11,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from prefix_kernels.tiles import TileConfig, TileShape, formula_tile, row_classes
-from prefix_kernels.tuned_tiles import TABLE, candidate_tiles, load_tuned_tiles
+from prefix_kernels.tiles import (
+    TABLE,
+    TileConfig,
+    TileShape,
+    candidate_tiles,
+    formula_tile,
+    load_tuned_tiles,
+    row_classes,
+)
 from sglang_prefix.bench.results import environment, new_result, read_result, write_result
 from sglang_prefix.bench.tune import TileWork, pack_shapes, write_table
 from sglang_prefix.bench.workloads.inputs import MismatchError

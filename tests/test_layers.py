@@ -140,16 +140,12 @@ def _lines(packages: Mapping[str, set[str]]) -> list[str]:
     return [f"{p:{width}} -> {', '.join(sorted(names))}".rstrip() for p, names in packages.items()]
 
 
-def test_every_package_imports_only_those_drawn_above_it() -> None:
-    above = {"sglang"}
-    for package, names in drawn().items():
-        assert names <= above, f"{package} imports {sorted(names - above)}, drawn below it"
-        above.add(package)
-
-
 def test_no_modules_import_each_other_in_a_circle() -> None:
-    """Imports in functions count, too."""
-    graph = {module: imports(module).keys() & modules().keys() for module in modules()}
+    """When they are imported; a function may import what was there before it."""
+    graph = {
+        module: {name for name, at_once in imports(module).items() if at_once} & modules().keys()
+        for module in modules()
+    }
     assert sum(map(len, graph.values())) > 100
     try:
         TopologicalSorter(graph).prepare()

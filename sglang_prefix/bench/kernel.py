@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from sglang_prefix.bench.cases import CPU_MAX_TOKENS, KernelCase, KernelOptions, kernel_cases
-from sglang_prefix.bench.providers.base import Provider
-from sglang_prefix.bench.providers.find import ProviderMaker, find_providers
+from sglang_prefix.bench.providers.base import Provider, ProviderMaker
+from sglang_prefix.bench.providers.find import find_providers
 from sglang_prefix.bench.providers.ours import all_launches, chains, our_providers
 from sglang_prefix.bench.run import BenchRun, Case, NotRunError
 from sglang_prefix.bench.targets import evaluate
@@ -259,10 +259,9 @@ def measure_case(
     for name, make in makers.items():
         progress(f"checking {name}")
         try:
-            if reason := _inapplicable(make, inputs):
-                absent[name] = reason
-            else:
-                ready[name] = _checked(make, inputs, check, clock)
+            ready[name] = _checked(make, inputs, check, clock)
+        except NotRunError as error:
+            absent[name] = str(error)
         except Exception as error:  # of anyone's kernel: the others are still worth their time
             clock.synchronize()  # raises again where the device itself is lost
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
@@ -298,13 +297,6 @@ def measure_case(
         "failed": failed,
         "providers": providers,
     }
-
-
-def _inapplicable(make: ProviderMaker, inputs: AttentionInputs) -> str | None:
-    """Why a provider cannot run the batch; ours, which are made by functions, always can."""
-    if isinstance(make, type) and issubclass(make, Provider):
-        return make.inapplicable(inputs)
-    return None
 
 
 def _checked(

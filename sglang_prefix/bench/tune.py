@@ -17,11 +17,17 @@ from typing import Any
 import torch
 
 from prefix_kernels.launch import launch
-from prefix_kernels.tile_config import ARCHS
-from prefix_kernels.tiles import TileConfig, TileShape, formula_tile
-from prefix_kernels.tolerances import RELATIVE_TOLERANCES
+from prefix_kernels.oracle import RELATIVE_TOLERANCES
+from prefix_kernels.tiles import (
+    ARCHS,
+    TABLE,
+    TileConfig,
+    TileShape,
+    candidate_tiles,
+    formula_tile,
+    load_tuned_tiles,
+)
 from prefix_kernels.triton_executor import why_not_triton
-from prefix_kernels.tuned_tiles import TABLE, candidate_tiles, load_tuned_tiles
 from sglang_prefix.bench.graphs import launches_of
 from sglang_prefix.bench.packed_attention import PackedAttention, work_item_counts
 from sglang_prefix.bench.results import read_result, write_whole

@@ -14,8 +14,12 @@ import numpy as np
 import torch
 
 from prefix_kernels.executor import AttentionParams, PlanExecutor
-from prefix_kernels.oracle import decode_attention_oracle
-from prefix_kernels.tolerances import KERNEL_TOLERANCES, RELATIVE_TOLERANCES, TOLERANCES
+from prefix_kernels.oracle import (
+    KERNEL_TOLERANCES,
+    RELATIVE_TOLERANCES,
+    TOLERANCES,
+    decode_attention_oracle,
+)
 from sglang_prefix.bench.workloads.registry import Heads
 from sglang_prefix.bench.workloads.trees import Tree, TreeBatch
 
