@@ -427,7 +427,7 @@ def test_a_gpu_host_needs_neither_pydantic_nor_sglang(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
     data = read_result(tmp_path / "kernel.json")
     names = [case["name"] for case in data["cases"]]
-    assert names == ["fixed/8x512+32/8:1", "fixed/8x512+32/8:1/page16"]
+    assert names == ["fixed/8x512+32/8:1:16", "fixed/8x512+32/8:1:16/page16"]
     assert data["absent"]["sglang-triton"].startswith("sglang.kernels")
     found = data["cases"][0]["providers"]["triton/pat"]
     assert min(found[f"{part}_ms"] for part in ("plan", "copy", "forward", "append")) > 0

@@ -12,7 +12,7 @@ from sglang_prefix.bench.results import read_result
 from sglang_prefix.bench.workloads.registry import load_registry
 
 ROOT = Path(__file__).parents[1]
-OURS, QUERY, HEADS = "torch/pat", "torch/query", "32:8"
+OURS, QUERY = "torch/pat", "torch/query"
 COLUMNS = (
     *("requests", "KV tokens", "ideal", "stock ms", "`query` ms", "ours ms"),
     *("over stock", "over `query`", "KV read", "H200"),
@@ -23,11 +23,11 @@ def test_the_tables_are_those_of_the_file() -> None:
     text = (ROOT / "docs" / "reproduction.md").read_text()
     (name,) = set(re.findall(r"docs/results/cpu/2026-11-21-c084a1b-kernel\.json", text))
     data = read_result(ROOT / name, "bench-kernel")
-    trees = [b for file in ("trees", "unrelated") for b in load_registry(file).batches]
-    rows = ((f"{b.group}/{b.name}/{HEADS}", f"{b.name[:2]} | {b.tree}") for b in trees)
+    trees = [c for file in ("trees", "unrelated") for c in load_registry(file).cases]
+    first = [case for case in trees if str(case.heads) == "32:8"]
+    rows = ((case.name, f"{case.batch_name[:2]} | {case.tree}") for case in first)
     assert table(data, ("#", "tree"), rows) in text
-    chunks = load_registry("chunk").batches
-    rows = ((f"{b.group}/{b.name}/{b.heads[0]}", b.name) for b in chunks)
+    rows = ((case.name, case.batch_name) for case in load_registry("chunk").cases)
     assert table(data, ("requests x shared + own tokens",), rows) in text
     assert f"commit {data['environment']['commit']}," in text
     assert data["environment"]["cpu"] in text
