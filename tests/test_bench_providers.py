@@ -240,7 +240,7 @@ def test_what_cannot_be_used_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("host", ["cpu", "interpreter"])
-def test_every_contender_is_here_or_says_why_not(host: str) -> None:
+def test_every_provider_is_here_or_says_why_not(host: str) -> None:
     makers, absent = find_providers(torch.device("cpu"), host)
     names = {*makers, *absent}
     assert names == {

@@ -1,4 +1,4 @@
-"""What every contender of `bench kernel` is: an attention kernel, prepared for one batch."""
+"""What every provider of `bench kernel` is: an attention kernel, prepared for one batch."""
 
 from __future__ import annotations
 

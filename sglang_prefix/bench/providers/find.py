@@ -1,4 +1,4 @@
-"""Which contenders there are, found at run time: the one place that imports all of them."""
+"""Which providers of others there are, found at run time: the one place that imports all of them."""
 
 from __future__ import annotations
 
