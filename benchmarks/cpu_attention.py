@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.timing import interleaved, medians
 from prefix_kernels.oracle import decode_attention_oracle
-from prefix_patches.torch_native_decode import torch_native_decode
+from prefix_patches.stock_backend import torch_native_decode
 from sglang_prefix import PrefixDecodeWrapper
 
 __all__ = ["CASES", "AttentionCase", "measure_attention"]

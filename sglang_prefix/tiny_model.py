@@ -62,41 +62,29 @@ class TinyModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "context_length"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "positive")
-        _require(self.arch in get_args(Arch), "arch", self.arch, f"one of {get_args(Arch)}")
-        _require(self.dtype in get_args(Dtype), "dtype", self.dtype, f"one of {get_args(Dtype)}")
-        _require(self.std > 0, "std", self.std, "positive")
-        _require(
-            self.num_heads % self.num_kv_heads == 0,
-            "num_heads",
-            self.num_heads,
-            f"a multiple of num_kv_heads ({self.num_kv_heads})",
-        )
+            _require(name, getattr(self, name), getattr(self, name) > 0, "positive")
+        _require("arch", self.arch, self.arch in get_args(Arch), f"one of {get_args(Arch)}")
+        _require("dtype", self.dtype, self.dtype in get_args(Dtype), f"one of {get_args(Dtype)}")
+        _require("std", self.std, self.std > 0, "positive")
+        legal = f"a multiple of num_kv_heads ({self.num_kv_heads})"
+        _require("num_heads", self.num_heads, self.num_heads % self.num_kv_heads == 0, legal)
         if self.head_dim is None:
-            _require(
-                self.hidden_size % self.num_heads == 0,
-                "hidden_size",
-                self.hidden_size,
-                f"a multiple of num_heads ({self.num_heads}) where head_dim is not given",
-            )
+            legal = f"a multiple of num_heads ({self.num_heads}) where head_dim is not given"
+            _require("hidden_size", self.hidden_size, self.hidden_size % self.num_heads == 0, legal)
         width = self.resolved_head_dim
         # Rotary embeddings turn pairs of channels.
-        _require(width > 0 and width % 2 == 0, "head_dim", width, "positive and even")
-        _require(
-            self.vocab_size >= _NUM_NAMED_TOKENS,
-            "vocab_size",
-            self.vocab_size,
-            f"at least {_NUM_NAMED_TOKENS}",
-        )
+        _require("head_dim", width, width > 0 and width % 2 == 0, "positive and even")
+        legal = f"at least {_NUM_NAMED_TOKENS}"
+        _require("vocab_size", self.vocab_size, self.vocab_size >= _NUM_NAMED_TOKENS, legal)
         if self.sliding_window is not None:
             fits = self.arch != "llama" and self.sliding_window > 0
-            _require(fits, "sliding_window", self.sliding_window, "positive, and not with llama")
+            _require("sliding_window", self.sliding_window, fits, "positive, and not with llama")
         if self.logit_cap is not None:
             fits = self.arch == "gemma2" and self.logit_cap > 0
-            _require(fits, "logit_cap", self.logit_cap, "positive, and only with gemma2")
+            _require("logit_cap", self.logit_cap, fits, "positive, and only with gemma2")
         if self.kv_scales is not None:
             fits = self.arch == "llama" and len(self.kv_scales) == self.num_layers
-            _require(fits, "kv_scales", self.kv_scales, "one pair per layer, and only with llama")
+            _require("kv_scales", self.kv_scales, fits, "one pair per layer, and only with llama")
 
     @property
     def resolved_head_dim(self) -> int:
@@ -127,8 +115,8 @@ def build_tiny_model(directory: Path | str, config: TinyModelConfig | None = Non
     return num_parameters
 
 
-def _require(condition: bool, name: str, value: object, legal: str) -> None:
-    if not condition:
+def _require(name: str, value: object, holds: bool, legal: str) -> None:
+    if not holds:
         raise ValueError(f"{name} is {value!r}, but must be {legal}")
 
 

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from prefix_kernels.oracle import decode_attention_oracle
-from prefix_kernels.tolerances import KERNEL_TOLERANCES, TOLERANCES
+from prefix_kernels.oracle import KERNEL_TOLERANCES, TOLERANCES, decode_attention_oracle
 from tests.forests import Batch
 
 __all__ = ["KERNEL_TOLERANCES", "TOLERANCES", "AttentionCase", "assert_close", "make_case"]

@@ -117,11 +117,11 @@ def test_times_are_summed_up_as_bench_serving_does() -> None:
 
 def test_flags_that_bench_serving_does_not_have_are_told() -> None:
     pytest.importorskip("sglang.benchmark.serving", reason="SGLang's bench_serving is needed")
-    from prefix_patches import bench_serving
+    from prefix_patches import load_generator
 
-    assert bench_serving.parse(["--num-prompts", "7"]).num_prompts == 7
+    assert load_generator.parse(["--num-prompts", "7"]).num_prompts == 7
     with pytest.raises(ValueError, match="unrecognized arguments: --num-prompt-groups"):
-        bench_serving.parse(["--num-prompt-groups", "7"])
+        load_generator.parse(["--num-prompt-groups", "7"])
 
 
 # -- the run, and going on with it ---------------------------------------------------------------

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -21,7 +22,10 @@ from sglang_prefix.tiny_model import TinyModelConfig, build_tiny_model
 
 CLI = [sys.executable, "-m", "sglang_prefix.cli.main"]
 # The stand-in on the path makes the search for the real sgl_kernel short.
-QUICK = os.environ | {"PYTHONPATH": str(stand_in_root())}
+STAND_IN = str(stand_in_root())
+QUICK = os.environ | {"PYTHONPATH": ":".join([STAND_IN, *filter(None, sys.path)])}
+CPU = {"SGLANG_USE_CPU_ENGINE": "1"}
+SIGNALS = [signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT]
 
 
 def run_cli(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
@@ -31,31 +35,23 @@ def run_cli(*arguments: str, **options: object) -> subprocess.CompletedProcess[s
 
 
 class TestExec:
-    @pytest.mark.parametrize("kind", ["real", "missing", "broken"])
-    def test_a_gpu_leaves_the_environment_alone(self, kind: str) -> None:
-        base = {"PYTHONPATH": "/mine", "HOME": "/home"}
-        kernel = SglKernel(kind)  # type: ignore[arg-type]
-        assert sglang_environment(kernel, base, has_gpu=True) == base
-
-    def test_real_kernel_without_a_gpu_needs_the_cpu_engine_only(self) -> None:
-        found = sglang_environment(SglKernel("real"), {"PYTHONPATH": "/mine"}, has_gpu=False)
-        assert found == {"PYTHONPATH": "/mine", "SGLANG_USE_CPU_ENGINE": "1"}
-
-    @pytest.mark.parametrize("kind", ["missing", "broken"])
-    def test_without_a_kernel_the_stand_in_comes_first(self, kind: str) -> None:
-        environment = sglang_environment(SglKernel(kind), {"PYTHONPATH": "/mine:/yours"})  # type: ignore[arg-type]
-        assert environment["PYTHONPATH"] == f"{stand_in_root()}:/mine:/yours"
-        assert environment["SGLANG_USE_CPU_ENGINE"] == "1"
-
-    def test_without_a_path_of_the_user_nothing_is_appended(self) -> None:
-        environment = sglang_environment(SglKernel("missing"), {})
-        assert environment["PYTHONPATH"] == str(stand_in_root())
-
-    def test_nested_exec_does_not_add_the_stand_in_again(self) -> None:
-        once = sglang_environment(SglKernel("missing"), {})
-        assert sglang_environment(SglKernel("stand-in"), once) == once
-
-    def test_the_stand_in_folder_holds_the_module(self) -> None:
+    @pytest.mark.parametrize(
+        ("kind", "has_gpu", "base", "expected"),
+        [
+            ("real", True, {"PYTHONPATH": "/mine", "HOME": "/"}, None),
+            ("missing", True, {"PYTHONPATH": "/mine", "HOME": "/"}, None),
+            ("broken", True, {"PYTHONPATH": "/mine", "HOME": "/"}, None),
+            ("real", False, {"PYTHONPATH": "/mine"}, {"PYTHONPATH": "/mine"} | CPU),
+            ("missing", False, {"PYTHONPATH": "/a:/b"}, {"PYTHONPATH": f"{STAND_IN}:/a:/b"} | CPU),
+            ("broken", False, {}, {"PYTHONPATH": STAND_IN} | CPU),
+            ("stand-in", False, {"PYTHONPATH": STAND_IN} | CPU, None),  # exec inside exec
+        ],
+    )
+    def test_the_environment_is_changed_where_it_must_be(
+        self, kind: Any, has_gpu: bool, base: dict[str, str], expected: dict[str, str] | None
+    ) -> None:
+        found = sglang_environment(SglKernel(kind), base, has_gpu=has_gpu)
+        assert found == (base if expected is None else expected)
         assert (stand_in_root() / "sgl_kernel" / "__init__.py").is_file()
 
     def test_a_failed_import_is_explained_by_the_missing_library(self) -> None:
@@ -73,75 +69,78 @@ class TestExec:
         assert done.returncode == 0, done.stderr
         assert done.stdout.split(maxsplit=1)[1].strip() == "['-c', '--help', '--json']"
 
-    @pytest.mark.parametrize("status", [0, 7, 255])
-    def test_status_is_the_commands(self, status: int) -> None:
-        assert run_cli("exec", "--", "sh", "-c", f"exit {status}").returncode == status
-
-    @pytest.mark.parametrize(
-        "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1]
-    )
-    def test_signals_reach_the_command(self, number: signal.Signals, tmp_path: Path) -> None:
-        # The command notes the signal and chooses its own status; a wrapper would spoil either.
-        ready = tmp_path / "ready"
+    def test_signals_reach_the_command_and_its_status_is_the_result(self, tmp_path: Path) -> None:
+        # It notes each signal and ends with a status of its own; a wrapper would spoil either.
+        ready, noted = tmp_path / "ready", tmp_path / "noted"
         code = (
             "import pathlib, signal, sys, time\n"
-            f"signal.signal({int(number)}, lambda n, _: sys.exit(40 + n))\n"
+            "def note(number, _):\n"
+            f"    with open({str(noted)!r}, 'a') as file: print(number, file=file)\n"
+            "    if number == signal.SIGINT: sys.exit(77)\n"
+            f"for number in {[int(number) for number in SIGNALS]}: signal.signal(number, note)\n"
             f"pathlib.Path({str(ready)!r}).touch()\n"
-            "time.sleep(30)\n"
+            "while True: time.sleep(1)\n"
         )
         process = subprocess.Popen([*CLI, "exec", "--", sys.executable, "-c", code], env=QUICK)
         try:
-            wait_for(ready)
-            process.send_signal(number)
-            assert process.wait(timeout=20) == 40 + number
+            wait_for(ready.exists)
+            for count, number in enumerate(SIGNALS):
+                process.send_signal(number)
+                wait_for(lambda count=count: len(lines_of(noted)) > count)
+            assert process.wait(timeout=20) == 77
         finally:
             process.kill()
             process.wait()
+        assert lines_of(noted) == [str(int(number)) for number in SIGNALS]
 
-    def test_signal_death_is_seen_as_such(self) -> None:
-        done = run_cli("exec", "--", "sh", "-c", "kill -KILL $$")
-        assert done.returncode == -signal.SIGKILL
+    @pytest.mark.parametrize(
+        ("script", "status"),
+        [
+            ("exit 0", 0),
+            ("exit 255", 255),
+            ("kill -KILL $$", -signal.SIGKILL),
+            # Python ignores it for itself; a command dies of it, and quietly.
+            ("trap - PIPE; kill -PIPE $$; echo survived", -signal.SIGPIPE),
+        ],
+    )
+    def test_the_end_of_the_command_is_ours(self, script: str, status: int) -> None:
+        done = run_cli("exec", "--", "sh", "-c", script)
+        assert done.returncode == status
+        assert not done.stdout
 
-    def test_broken_pipe_ends_the_command_quietly(self) -> None:
-        done = run_cli("exec", "--", "sh", "-c", "trap - PIPE; kill -PIPE $$; echo survived")
-        assert done.returncode == -signal.SIGPIPE
-        assert "survived" not in done.stdout
-
-    def test_unknown_command(self) -> None:
-        done = run_cli("exec", "--", "no-such-command")
-        assert done.returncode == 127
-        assert done.stderr == "sglang-prefix: no-such-command: command not found\n"
-
-    def test_a_file_in_the_working_directory_is_not_a_command(self, tmp_path: Path) -> None:
-        script = tmp_path / "local-script"
+    def test_commands_are_found_as_a_shell_finds_them(self, tmp_path: Path) -> None:
+        script, plain = tmp_path / "local-script", tmp_path / "plain"
         script.write_text("#!/bin/sh\n")
         script.chmod(0o755)
-        assert run_cli("exec", "--", "local-script", cwd=tmp_path).returncode == 127
-        assert run_cli("exec", "--", "./local-script", cwd=tmp_path).returncode == 0
-
-    def test_not_executable(self, tmp_path: Path) -> None:
-        plain = tmp_path / "plain"
         plain.write_text("")
-        done = run_cli("exec", "--", str(plain))
-        assert done.returncode == 126
-        assert done.stderr == f"sglang-prefix: {plain}: cannot be run: Permission denied\n"
-
-    def test_no_command_is_a_usage_error(self) -> None:
-        done = run_cli("exec")
-        assert done.returncode == 2
-        assert "CMD" in done.stderr
+        unknown = run_cli("exec", "--", "local-script", cwd=tmp_path)
+        assert unknown.returncode == 127
+        assert unknown.stderr == "sglang-prefix: local-script: command not found\n"
+        assert run_cli("exec", "--", "./local-script", cwd=tmp_path).returncode == 0
+        refused = run_cli("exec", "--", str(plain))
+        assert refused.returncode == 126
+        assert refused.stderr == f"sglang-prefix: {plain}: cannot be run: Permission denied\n"
 
     def test_commands_beside_our_interpreter_are_found(self) -> None:
         environment = QUICK | {"PATH": "/nowhere"}
         done = run_cli("exec", "--", Path(sys.executable).name, "-c", "print(1)", env=environment)
         assert done.stdout == "1\n", done.stderr
 
+    def test_no_command_is_a_usage_error(self) -> None:
+        done = CliRunner().invoke(app, ["exec"])
+        assert done.exit_code == 2
+        assert done.stderr == "sglang-prefix: Missing argument 'CMD...'.\n"
 
-def wait_for(path: Path, seconds: float = 20.0) -> None:
+
+def wait_for(condition: Any, seconds: float = 20.0) -> None:
     deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} did not appear"
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened"
         time.sleep(0.02)
+
+
+def lines_of(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -166,52 +165,57 @@ class TestDoctor:
         monkeypatch.setattr(doctor, "find_sgl_kernel", lambda: SglKernel("broken", "no libcuda"))
         return found
 
-    def test_usable_on_the_cpu_through_exec(self, report: dict[str, object]) -> None:
+    @pytest.mark.usefixtures("report")
+    def test_usable_on_the_cpu_through_exec(self) -> None:
         done = CliRunner().invoke(app, ["doctor"])
         assert done.exit_code == 0, done.output
         assert "usable: yes" in done.stdout.splitlines()[-1]
         assert "sglang-prefix exec" in done.stdout.splitlines()[-1]
         assert "no libcuda" in done.stdout
 
-    def test_not_usable_says_why_and_what_to_do(self, report: dict[str, object]) -> None:
-        report["checks"] = [
-            {"name": "patched symbols", "ok": False, "detail": "X is gone", "advice": "do Y"}
-        ]
+    @pytest.mark.parametrize(
+        ("change", "reason"),
+        [
+            (
+                {
+                    "checks": [
+                        {"name": "sums", "ok": False, "detail": "X is gone", "advice": "do Y"}
+                    ]
+                },
+                "sums: X is gone: Y",
+            ),
+            (
+                {"device": {"kind": "cuda", "name": "some GPU"}},
+                "sgl_kernel: the installed one does not load (no libcuda): install the "
+                "sglang-kernel that fits SGLang",
+            ),
+        ],
+    )
+    def test_not_usable_says_why_and_what_to_do(
+        self, report: dict[str, object], change: dict[str, object], reason: str
+    ) -> None:
+        report |= change
         done = CliRunner().invoke(app, ["doctor"])
         assert done.exit_code == 1
-        assert done.stdout.splitlines()[-1] == (
-            "usable: no, because patched symbols: X is gone: do Y"
-        )
+        assert done.stdout.splitlines()[-1] == f"usable: no, because {reason}"
 
-    def test_a_gpu_without_its_kernels_is_not_usable(self, report: dict[str, object]) -> None:
-        report["device"] = {"kind": "cuda", "name": "some GPU"}
-        done = CliRunner().invoke(app, ["doctor", "--json"])
+    @pytest.mark.usefixtures("report")
+    def test_json_is_alone_on_standard_output_or_in_a_file(self, tmp_path: Path) -> None:
+        for spelling in (["--json"], ["--json", "-"], ["--json=-"]):
+            done = CliRunner().invoke(app, ["doctor", *spelling])
+            result = json.loads(done.stdout)
+            assert (result["usable"], result["needs_exec"]) == (True, True)
+            assert result["versions"]["torch"] is None
+            assert "usable: yes" in done.stderr
+        file, nowhere = tmp_path / "a.json", tmp_path / "no" / "a.json"
+        for spelling in (["--json", str(file)], [f"--json={file}"]):
+            done = CliRunner().invoke(app, ["doctor", *spelling])
+            assert "usable: yes" in done.stdout
+            assert json.loads(file.read_text()) == result
+            file.unlink()
+        done = CliRunner().invoke(app, ["doctor", "--json", str(nowhere)])
         assert done.exit_code == 1
-        assert "sglang-kernel" in json.loads(done.stdout)["reason"]
-
-    @pytest.mark.parametrize("spelling", [["--json"], ["--json", "-"], ["--json=-"]])
-    def test_json_on_standard_output_is_alone_there(
-        self, report: dict[str, object], spelling: list[str]
-    ) -> None:
-        done = CliRunner().invoke(app, ["doctor", *spelling])
-        result = json.loads(done.stdout)
-        assert result["usable"] is True
-        assert result["needs_exec"] is True
-        assert result["versions"]["torch"] is None
-        assert "usable: yes" in done.stderr
-
-    @pytest.mark.parametrize("joined", [True, False])
-    def test_json_to_a_file(self, report: dict[str, object], joined: bool, tmp_path: Path) -> None:
-        target = tmp_path / "doctor.json"
-        spelling = [f"--json={target}"] if joined else ["--json", str(target)]
-        done = CliRunner().invoke(app, ["doctor", *spelling])
-        assert "usable: yes" in done.stdout
-        assert json.loads(target.read_text())["usable"] is True
-
-    def test_json_to_an_impossible_file(self, report: dict[str, object], tmp_path: Path) -> None:
-        done = CliRunner().invoke(app, ["doctor", "--json", str(tmp_path / "no" / "x.json")])
-        assert done.exit_code == 1
-        assert "cannot write" in done.stderr
+        assert f"cannot write {nowhere}" in done.stderr
 
     def test_a_crashing_examination_is_a_finding(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sys, "executable", "/bin/false")
@@ -225,6 +229,7 @@ class TestDoctor:
         assert done.returncode == 0
         assert {"python", "torch", "triton", "sglang", "sglang-prefix"} <= set(result["versions"])
 
+    @pytest.mark.extended
     def test_a_plugin_shut_out_is_found(self) -> None:
         done = run_cli("doctor", "--json", env=os.environ | {"SGLANG_PLUGINS": "another"})
         assert done.returncode == 1
@@ -274,13 +279,14 @@ class TestTinyModel:
         assert contents["a"] == contents["b"]
         assert contents["a"]["model.safetensors"] != contents["c"]["model.safetensors"]
 
-    def test_a_folder_in_use_is_left_alone(self, tmp_path: Path) -> None:
+    def test_what_is_in_the_way_is_left_alone(self, tmp_path: Path) -> None:
         mine = tmp_path / "mine.txt"
         mine.write_text("mine")
-        refused = CliRunner().invoke(app, ["tiny-model", str(tmp_path)])
-        assert refused.exit_code == 1
-        assert "--force" in refused.stderr
-        assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+        for target, message in ((tmp_path, "--force"), (mine, "cannot write to")):
+            refused = CliRunner().invoke(app, ["tiny-model", str(target)])
+            assert refused.exit_code == 1
+            assert message in refused.stderr
+            assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
         forced = CliRunner().invoke(app, ["tiny-model", str(tmp_path), "--force"])
         assert forced.exit_code == 0, forced.output
         assert mine.read_text() == "mine"
@@ -304,12 +310,6 @@ class TestTinyModel:
         assert done.exit_code == 2
         assert complaint in done.stderr
         assert not (tmp_path / "model").exists()
-
-    def test_a_file_in_the_way(self, tmp_path: Path) -> None:
-        (tmp_path / "file").write_text("")
-        done = CliRunner().invoke(app, ["tiny-model", str(tmp_path / "file")])
-        assert done.exit_code == 1
-        assert "cannot write to" in done.stderr
 
     @pytest.mark.parametrize(
         "config",

@@ -7,7 +7,7 @@ import logging
 import pytest
 from prometheus_client import REGISTRY
 
-from prefix_patches.decode_log_line import append_with
+from prefix_patches.observability import append_with
 from sglang_prefix.backend.counters import BackendCounters
 from sglang_prefix.backend.fallback import REASONS
 from sglang_prefix.backend.metrics import PrefixMetrics

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from prefix_patches import req_reset_for_retract
+from prefix_patches.install import install
 from prefix_patches.schedule_context import BATCH_ATTRIBUTE
 from sglang_prefix.backend import decode_batch, decode_planner
 from tests.scheduling import Request, Scheduler, make_request
@@ -226,8 +226,7 @@ def test_a_request_that_comes_back_under_its_old_id_and_row_gets_a_plan_of_its_o
 
 def test_a_plan_ends_with_any_retraction() -> None:
     """All may be retracted and come back without a pass, as the same batch on other slots."""
-    req_reset_for_retract.install()
-    assert req_reset_for_retract.installed()
+    install()
     scheduler = Scheduler()
     *reqs, other = scheduler.start(A, B, C)
     assert plans_of(scheduler, reqs) == [1, 0, 0]

@@ -21,8 +21,8 @@ from tests.docs.run import Reader
 DOCTOR = ("sglang_prefix/cli/doctor.py", "sglang_prefix/cli/doctor_checks.py")
 # Where the messages that end a start come from, and as what they are raised.
 STARTS = {
-    "patches/prefix_patches/__init__.py": "RuntimeError",
-    "patches/prefix_patches/attention_names.py": "ValueError",
+    "patches/prefix_patches/install.py": "RuntimeError",
+    "patches/prefix_patches/stock_backend.py": "ValueError",
     "patches/prefix_patches/versions.py": "RuntimeError",
     "sglang_prefix/backend/backend.py": "ValueError",
     "sglang_prefix/config.py": "ValueError",

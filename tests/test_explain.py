@@ -7,37 +7,45 @@ from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from sglang_prefix.explain.groups import MAX_DEPTH, MAX_GROUPS, group_parts
-from sglang_prefix.explain.page import html_page
-from sglang_prefix.explain.picture import draw, svg_picture, walk
+from sglang_prefix.explain.picture import draw, html_page, svg_picture
 from sglang_prefix.explain.reasons import pat_choices
 from sglang_prefix.explain.record import Answer, PlanRecord, ShapePlan
 from sglang_prefix.explain.segments import Explanation, explain
-from sglang_prefix.explain.sources import plan_of_tree
-from sglang_prefix.explain.text import group_lines
+from sglang_prefix.explain.sources import Setting, plan_of_tree
+from sglang_prefix.explain.text import MAX_DEPTH, MAX_GROUPS, group_segments
 from sglang_prefix.forest import PrefixForest
-from sglang_prefix.packing import CPU_PROFILE, GPU_PROFILE, POLICIES
+from sglang_prefix.packing import CPU_PROFILE, GPU_PROFILE, POLICIES, AttentionShape
 from sglang_prefix.packing.planner import PackPlanner
-from tests.explanations import LLAMA, QUERY_BYTES, SMALL, TOKEN_BYTES, setting
-from tests.forests import comb_batch, random_batch
+from tests.forests import Batch, batches, comb_batch, random_batch
 
 SVG = "{http://www.w3.org/2000/svg}"
+# 2 x (8 + 8) x 4 bytes of K and V and 4 of a slot index: 132 bytes for a token. A query and its
+# partial: 128 + 288 = 416.
+SMALL = AttentionShape(4, 2, 8, 8, 4, 4)
+TOKEN_BYTES, QUERY_BYTES = 132, 416
+LLAMA = AttentionShape(32, 8, 128, 128, 2, 2)
+DEVICES = (CPU_PROFILE, GPU_PROFILE)
 
 
-def explained(forest: PrefixForest, policy: str = "pat", **options: Any) -> Explanation:
+def of_tree(tree: str, shape: AttentionShape = LLAMA, device: str = "h200") -> Explanation:
+    return explain(plan_of_tree(tree, Setting(shape, device)))
+
+
+def of_forest(forest: PrefixForest, policy: str = "pat", **options: Any) -> Explanation:
     """An explanation of a forest that comes from nowhere in particular."""
     device, shape = options.pop("device", CPU_PROFILE), options.pop("shape", SMALL)
     plan = PackPlanner(shape, device, policy=policy, **options).plan(forest)
     shape_plan = ShapePlan(1, policy, options.get("max_partials"), plan)
-    record = PlanRecord("test", 1, forest, (shape_plan,), Answer("always", None), graph_rows=None)
-    return explain(record)
+    return explain(PlanRecord("test", 1, forest, (shape_plan,), Answer("always", None)))
 
 
-class TestParts:
+class TestSegments:
     def test_a_tree_on_the_cpu(self) -> None:
-        explanation = explain(plan_of_tree("1,2,4_5000,2000,3", setting()))
-        root, left, right, *tails = explanation.parts
+        explanation = of_tree("1,2,4_5000,2000,3", SMALL, "cpu")
+        root, left, right, *tails = explanation.segments
         assert (root.tokens, root.num_readers, root.parent, len(root.packs)) == (5000, 4, -1, 1)
         assert (root.tokens_read, root.bytes_saved) == (5000, 3 * 5000 * TOKEN_BYTES)
         # Two readers of 2,000 tokens are not worth the 480,000 bytes that a pack costs a CPU:
@@ -55,20 +63,18 @@ class TestParts:
         assert "too long to be worth reading again" in root.why
         for tail in tails:
             assert (tail.tokens, tail.start) == (3, 7000)
-            assert (tail.pack_start, tail.takes_over) == (5000, 2000)
-            assert tail.tokens_read == 3
+            assert (tail.pack_start, tail.takes_over, tail.tokens_read) == (5000, 2000, 3)
             assert tail.why == "reads the 2,000 tokens above itself: there is no pack"
         assert explanation.stats.kv_tokens_read == 5000 + 4 * 2000 + 4 * 3
 
     def test_a_tree_on_a_gpu(self) -> None:
         """PAT's case: a root that is folded into its children, whose packs have two row blocks."""
-        explanation = explain(plan_of_tree("1,8,512_512,512,256", setting(LLAMA, "h200")))
-        root, *nodes = (part for part in explanation.parts if part.is_node)
+        explanation = of_tree("1,8,512_512,512,256")
+        root, *nodes = (segment for segment in explanation.segments if segment.is_node)
         assert (root.packs, root.tokens_read) == ((), 8 * 2 * 512)
         assert root.why.startswith("no pack: 82.1 MB moved if each of the 8 below reads it, 84.3")
-        assert [(node.start, node.pack_start, node.tile) for node in nodes] == [
-            (512, 0, (128, 64))
-        ] * 8
+        places = [(node.start, node.pack_start, node.tile) for node in nodes]
+        assert places == [(512, 0, (128, 64))] * 8
         assert {node.tokens_read for node in nodes} == {2 * 512}
         answer = explanation.record.answer
         assert answer.reason is None
@@ -79,45 +85,43 @@ class TestParts:
         assert any("H200, by its data sheet" in note for note in explanation.notes)
 
     def test_the_gate_leaves_what_shares_nothing_to_stock(self) -> None:
-        explanation = explain(plan_of_tree("6_700", setting(LLAMA, "h200")))
+        explanation = of_tree("6_700")
         assert explanation.record.answer == Answer("auto", "gate-nothing-shared")
-        assert [part.why for part in explanation.parts] == ["shares nothing"] * 6
+        assert [segment.why for segment in explanation.segments] == ["shares nothing"] * 6
 
     def test_splits_are_those_of_the_plan(self) -> None:
-        explanation = explain(plan_of_tree("1,4_8192,64", setting(LLAMA, "h200")))
-        (root, *tails) = explanation.parts
+        explanation = of_tree("1,4_8192,64")
+        (root, *tails) = explanation.segments
         assert root.num_splits == explanation.plan.num_splits[0] > 1
         assert [tail.num_splits for tail in tails] == explanation.plan.num_splits[1:].tolist()
 
-    @pytest.mark.parametrize("device", [CPU_PROFILE, GPU_PROFILE], ids=lambda d: d.name)
-    @pytest.mark.parametrize("policy", POLICIES)
-    def test_what_parts_read_is_what_the_plan_reads(self, policy: str, device: Any) -> None:
-        for seed in range(8):
-            batch = random_batch(seed, num_requests=3 + 6 * seed, max_tokens=300)
-            explanation = explained(batch.forest(), policy, device=device)
-            stats = explanation.stats
-            parts = explanation.parts
-            assert sum(part.tokens_read for part in parts) == stats.kv_tokens_read
-            saved = sum(part.bytes_saved for part in parts)
-            assert saved == (stats.kv_tokens_logical - stats.kv_tokens_read) * TOKEN_BYTES
-            assert sum(part.tokens for part in parts) == stats.kv_tokens_unique
-            packs = sorted(pack for part in parts for pack in part.packs)
-            assert packs == list(range(stats.num_packs))
+    @given(batches(), st.sampled_from(list(POLICIES)), st.sampled_from(DEVICES))
+    def test_what_segments_read_is_what_the_plan_reads(
+        self, batch: Batch, policy: str, device: Any
+    ) -> None:
+        explanation = of_forest(batch.forest(), policy, device=device)
+        stats, segments = explanation.stats, explanation.segments
+        assert sum(segment.tokens_read for segment in segments) == stats.kv_tokens_read
+        saved = sum(segment.bytes_saved for segment in segments)
+        assert saved == (stats.kv_tokens_logical - stats.kv_tokens_read) * TOKEN_BYTES
+        assert sum(segment.tokens for segment in segments) == stats.kv_tokens_unique
+        packs = sorted(pack for segment in segments for pack in segment.packs)
+        assert packs == list(range(stats.num_packs))
 
-    @pytest.mark.parametrize("device", [CPU_PROFILE, GPU_PROFILE], ids=lambda d: d.name)
+    @pytest.mark.parametrize("device", DEVICES, ids=lambda d: d.name)
     def test_reasons_are_those_that_decided(self, device: Any) -> None:
         """A node has a pack exactly if the cheaper side says so, and it begins where it says."""
         kept = 0
         for seed in range(12):
             batch = random_batch(seed, num_requests=40, max_tokens=300)
-            explanation = explained(batch.forest(), device=device, shape=LLAMA)
+            explanation = of_forest(batch.forest(), device=device, shape=LLAMA)
             choices = pat_choices(explanation.forest, explanation.plan.costs)
-            for part, choice in zip(explanation.parts, choices, strict=False):
-                assert bool(part.packs) == choice.keeps
+            for segment, choice in zip(explanation.segments, choices, strict=False):
+                assert bool(segment.packs) == choice.keeps
                 assert choice.keeps == (
                     choice.fold_bytes is None or choice.pack_bytes < choice.fold_bytes
                 )
-                assert not choice.keeps or part.pack_start == choice.start
+                assert not choice.keeps or segment.pack_start == choice.start
                 if choice.own_bytes is not None and choice.join_bytes is not None:
                     assert choice.takes_over == (choice.own_bytes < choice.join_bytes)
                 kept += choice.keeps
@@ -127,7 +131,7 @@ class TestParts:
         """40 tokens: read again for 60 requests at once, sooner than 60 partial results more."""
         common = np.array([1040] * 59 + [40] * 50)
         forest = PrefixForest.from_neighbours(np.arange(110), common, np.full(110, 1100))
-        root, child, *tails = explained(forest, device=GPU_PROFILE, shape=LLAMA).parts
+        root, child, *tails = of_forest(forest, device=GPU_PROFILE, shape=LLAMA).segments
         assert (root.num_readers, root.pack_readers) == (110, 50)
         assert (child.num_readers, child.pack_start, child.takes_over) == (60, 0, 40)
         assert child.why.startswith("packed: ")
@@ -135,21 +139,17 @@ class TestParts:
         assert {tail.takes_over for tail in tails} == {0}
 
     def test_a_plan_without_room_says_so(self) -> None:
-        forest = plan_of_tree("1,8_900,40", setting()).forest
-        explanation = explained(forest, device=GPU_PROFILE, max_partials=8)
-        assert {part.why for part in explanation.parts} == {
+        forest = of_tree("1,8_900,40", SMALL, "cpu").forest
+        explanation = of_forest(forest, device=GPU_PROFILE, max_partials=8)
+        assert {segment.why for segment in explanation.segments} == {
             "nothing is shared, so that the plan fits into the workspace"
         }
 
 
 class TestGroups:
     def test_equal_siblings_are_one(self) -> None:
-        root = group_parts(explain(plan_of_tree("2,8,1024_600,300,20", setting(LLAMA, "h200"))))
-        (trunks,) = root.children
-        (branches,) = trunks.children
-        (tails,) = branches.children
-        lines = [group_lines(group)[0] for group in (trunks, branches, tails)]
-        assert lines == [
+        root = group_segments(of_tree("2,8,1024_600,300,20"))
+        assert [group.what for _, group in root.below()] == [
             "nodes 0, 5: 600 tokens each, 512 readers each",
             "nodes 1, 2, 3 and 5 more: 300 tokens each, 128 readers each",
             "requests 0-1023: 20 tokens each",
@@ -159,9 +159,9 @@ class TestGroups:
         forest = PrefixForest.from_neighbours(
             np.arange(4), np.full(3, 4000), np.array([4001, 4100, 4030, 4007])
         )
-        (node,) = group_parts(explained(forest)).children
+        (node,) = group_segments(of_forest(forest)).children
         (tails,) = node.children
-        assert group_lines(tails)[0] == "requests 0-3: 1 to 100 tokens each"
+        assert tails.what == "requests 0-3: 1 to 100 tokens each"
 
     @pytest.mark.parametrize(
         "batch",
@@ -169,42 +169,41 @@ class TestGroups:
         ids=["uneven", "chain"],
     )
     def test_no_forest_floods_the_terminal(self, batch: Any) -> None:
-        explanation = explained(batch.forest(), "node")
-        root = group_parts(explanation)
-        groups = [root, *(group for _, group in walk(root))]
+        explanation = of_forest(batch.forest(), "node")
+        root = group_segments(explanation)
+        groups = [root, *(group for _, group in root.below())]
         assert len(groups) <= 1 + MAX_GROUPS
-        assert max(depth for depth, _ in walk(root)) < MAX_DEPTH
+        assert max(depth for depth, _ in root.below()) < MAX_DEPTH
         shown = sum(len(group.members) for group in groups)
         hidden = sum(group.num_hidden_nodes + group.num_hidden_tails for group in groups)
         assert hidden > 0
-        assert shown + hidden == len(explanation.parts)
+        assert shown + hidden == len(explanation.segments)
 
 
 class TestPicture:
     @pytest.mark.parametrize("tree", ["1,8,1024_512,512,256", "1,2,4_5000,2000,3", "3_50"])
     def test_the_svg_names_every_group(self, tree: str) -> None:
-        explanation = explain(plan_of_tree(tree, setting(LLAMA, "h200")))
+        explanation = of_tree(tree)
         text = svg_picture(explanation)
         drawing = ET.fromstring(text)
         assert drawing.tag == f"{SVG}svg"
         said = [element.text or "" for element in drawing.iter(f"{SVG}text")]
-        groups = [group for _, group in walk(group_parts(explanation))]
+        groups = [group for _, group in group_segments(explanation).below()]
         assert groups
         for group in groups:
-            assert any(line.startswith(group_lines(group)[0]) for line in said), group.name
+            assert any(line.startswith(group.what) for line in said), group.name
         assert len(text) < 100_000
 
     def test_every_node_and_pack_is_drawn_in_its_place(self) -> None:
-        explanation = explain(plan_of_tree("1,2,8_8000,4000,1000", setting(LLAMA)))
         boxes: dict[str, list[float]] = {}
-        for box in draw(explanation, with_key=False).iter("rect"):
+        drawing = draw(of_tree("1,2,8_8000,4000,1000", device="cpu"), with_key=False)
+        for box in drawing.iter("rect"):
             title = box.find("title")
             if title is not None and title.text:
                 place = [float(box.get(name, "")) for name in ("x", "y", "width", "height")]
                 boxes[title.text.split("\n")[0]] = place
-        root, left, right = (boxes[f"node {n}: {t} tokens, {r} readers"] for n, t, r in (
-            (0, "8,000", 8), (1, "4,000", 4), (2, "4,000", 4)
-        ))  # fmt: skip
+        root = boxes["node 0: 8,000 tokens, 8 readers"]
+        left, right = (boxes[f"node {n}: 4,000 tokens, 4 readers"] for n in (1, 2))
         assert root[2] == pytest.approx(2 * left[2], rel=1e-3)
         assert root[3] == pytest.approx(left[3] + right[3])
         assert left[0] == right[0] == pytest.approx(root[0] + root[2], abs=0.02)
@@ -214,7 +213,7 @@ class TestPicture:
         assert boxes["request 7: 1,000 tokens"][2] == pytest.approx(left[2] / 4, rel=1e-2)
 
     def test_the_page_needs_nothing_else(self) -> None:
-        page = html_page(explain(plan_of_tree("1,4,64_512,256,32", setting(LLAMA))))
+        page = html_page(of_tree("1,4,64_512,256,32", device="cpu"))
         assert page.count("<svg") == 1
         for foreign in ("src=", "href=", "url(", "@import", "<script"):
             assert foreign not in page

@@ -15,8 +15,15 @@ import torch
 from benchmarks.gpu import tune
 from benchmarks.gpu.inputs import MismatchError
 from benchmarks.gpu.tune_cells import TuneWork, cells, dry_cells
-from prefix_kernels.tiles import TileConfig, TileShape, formula_tile, row_classes
-from prefix_kernels.tuned_tiles import TABLE, candidate_tiles, load_tuned_tiles
+from prefix_kernels.tiles import (
+    TABLE,
+    TileConfig,
+    TileShape,
+    candidate_tiles,
+    formula_tile,
+    load_tuned_tiles,
+    row_classes,
+)
 
 ROOT = Path(__file__).parents[1]
 

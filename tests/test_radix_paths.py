@@ -19,47 +19,41 @@ def linked_nodes() -> dict[int, Any]:
     return nodes
 
 
+class RustCore:
+    """As in 0.5.21: the names are there and raise."""
+
+    def node_by_id(self, node: int) -> Any:
+        raise NotImplementedError
+
+    @property
+    def root_node(self) -> Any:
+        raise NotImplementedError
+
+
+def collect(ids: list[int]) -> list[list[Any]]:
+    return [
+        [SimpleNamespace(node_id=n, path_end=e) for n, e in zip(*PATHS[node], strict=True)]
+        for node in ids
+    ]
+
+
 def read(cache: Any, last_nodes: list[Any]) -> list[Any]:
     reader = path_reader(cache)
     assert reader is not None
     return reader([SimpleNamespace(last_node=node) for node in last_nodes])
 
 
-def test_linked_tree_nodes_of_0_5_17() -> None:
-    nodes = linked_nodes()
-    found = read(SimpleNamespace(), [nodes[5], nodes[6], nodes[3], nodes[1], None])
-    assert found == [PATHS[5], PATHS[6], PATHS[3], ((), ()), ((), ())]
-
-
-def test_node_by_id_of_0_5_19() -> None:
-    nodes = linked_nodes()
-    core = SimpleNamespace(node_by_id=nodes.__getitem__, root_node=nodes[1])
-    found = read(SimpleNamespace(tree_core=core), [5, 6, 1, object()])
+def test_each_kind_of_tree_gives_the_same_paths() -> None:
+    nodes, virtual = linked_nodes(), object()  # a streaming session's last node
+    by_id = SimpleNamespace(node_by_id=nodes.__getitem__, root_node=nodes[1])
+    linked = read(SimpleNamespace(), [nodes[5], nodes[6], nodes[3], nodes[1], None])  # 0.5.17
+    assert linked == [PATHS[5], PATHS[6], PATHS[3], ((), ()), ((), ())]
+    found = read(SimpleNamespace(tree_core=by_id), [5, 6, 1, virtual])  # 0.5.19
     assert found == [PATHS[5], PATHS[6], ((), ()), ((), ())]
-
-
-def test_a_core_that_cannot_look_nodes_up_has_no_reader() -> None:
-    class RustCore:  # as in 0.5.21: the method is there and raises
-        def node_by_id(self, node: int) -> Any:
-            raise NotImplementedError
-
-        @property
-        def root_node(self) -> Any:
-            raise NotImplementedError
-
+    collecting = SimpleNamespace(collect_path_info=collect)  # 0.5.22
+    found = read(SimpleNamespace(tree_core=collecting), [5, 5, virtual, 6])
+    assert found == [PATHS[5], PATHS[5], ((), ()), PATHS[6]]
     assert path_reader(SimpleNamespace(tree_core=RustCore())) is None
-
-
-def test_collect_path_info_of_0_5_22() -> None:
-    def collect(ids: list[int]) -> list[list[Any]]:
-        return [
-            [SimpleNamespace(node_id=n, path_end=e) for n, e in zip(*PATHS[node], strict=True)]
-            for node in ids
-        ]
-
-    cache = SimpleNamespace(tree_core=SimpleNamespace(collect_path_info=collect))
-    virtual = object()  # a streaming session's last node
-    assert read(cache, [5, 5, virtual, 6]) == [PATHS[5], PATHS[5], ((), ()), PATHS[6]]
 
 
 def test_owned_length_is_where_each_release_keeps_it() -> None:

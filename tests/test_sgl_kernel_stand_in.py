@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import subprocess
 import sys
 from types import ModuleType
@@ -43,19 +42,15 @@ def test_a_needed_name_imports_and_refuses_to_be_called(sgl_kernel: ModuleType, 
 
 
 def test_any_other_name_is_an_import_error(sgl_kernel: ModuleType) -> None:
-    assert not hasattr(sgl_kernel, "rmsnorm")
+    assert sgl_kernel.__version__
+    for name in ("rmsnorm", "__wrapped__"):  # SGLang asks for the first, inspect for the second
+        assert not hasattr(sgl_kernel, name)
     with pytest.raises(AttributeError, match=r"'rmsnorm'.*stand-in"):
         _ = sgl_kernel.rmsnorm
     with pytest.raises(ImportError, match=r"'rmsnorm'.*stand-in"):
         exec("from sgl_kernel import rmsnorm")
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("sgl_kernel.allreduce")
-
-
-def test_python_may_look_at_the_module(sgl_kernel: ModuleType) -> None:
-    assert sgl_kernel.__version__
-    assert not hasattr(sgl_kernel, "__wrapped__")
-    assert importlib.util.find_spec("prefix_patches.sgl_kernel_cpu.sgl_kernel") is not None
 
 
 def test_its_folder_on_the_path_is_enough() -> None:

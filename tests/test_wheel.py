@@ -69,7 +69,7 @@ def test_the_wheel_holds_our_packages_and_no_other_name(wheel: Path) -> None:
     (metadata,) = [name for name in top if name.endswith(".dist-info")]
     assert top == {"sglang_prefix", "prefix_kernels", "prefix_patches", metadata}
     assert "prefix_patches/sgl_kernel_cpu/sgl_kernel/__init__.py" in names
-    assert "prefix_patches/radix_paths/__init__.py" in names
+    assert "prefix_patches/radix_paths.py" in names
     assert "sglang_prefix/packing/__init__.py" in names
     assert "sglang_prefix/py.typed" in names
     assert "sglang_prefix/bench/serving/workloads.json" in names

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.gpu.timing import Meter
 from benchmarks.gpu.workloads import Cell, Workload
-from prefix_kernels import plan_header
+from prefix_kernels import plan_buffers
 from prefix_kernels.triton_executor import LAUNCH_MODES, MERGE_MODES
 from sglang_prefix.bench.graphs import launches_of
 from sglang_prefix.bench.packed_attention import PackedAttention
@@ -75,8 +75,8 @@ def _attention(w: Workload, mode: str, merge: str, used: str) -> PackedAttention
         attention.fix_capacity([plan], w.req_to_token, w.rows, rows=w.batch.batch_size)
     attention.load(plan, w.req_to_token, w.rows)
     if used == "none":
-        first = plan_header.HEADER_NUM_ITEMS
-        attention.executor.buffers.plan[first : first + plan_header.MAX_LISTS] = 0
+        first = plan_buffers.HEADER_NUM_ITEMS
+        attention.executor.buffers.plan[first : first + plan_buffers.MAX_LISTS] = 0
     return attention
 
 

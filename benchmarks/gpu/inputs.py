@@ -12,8 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from prefix_kernels.oracle import decode_attention_oracle
-from prefix_kernels.tolerances import KERNEL_TOLERANCES, RELATIVE_TOLERANCES, TOLERANCES
+from prefix_kernels.oracle import (
+    KERNEL_TOLERANCES,
+    RELATIVE_TOLERANCES,
+    TOLERANCES,
+    decode_attention_oracle,
+)
 from sglang_prefix.bench.output_check import relative_error
 from sglang_prefix.bench.packed_attention import PackedAttention
 from sglang_prefix.bench.workloads.registry import Heads

@@ -22,10 +22,8 @@ from benchmarks.gpu.inputs import MismatchError
 from benchmarks.gpu.report import CellRun, arguments, device_of, print_table
 from benchmarks.gpu.timing import Meter, meter_for
 from benchmarks.gpu.tune_cells import TuneCell, TuneWork, cells, dry_cells
-from prefix_kernels.tile_config import ARCHS
-from prefix_kernels.tiles import TileConfig
+from prefix_kernels.tiles import ARCHS, TABLE, TileConfig, load_tuned_tiles
 from prefix_kernels.triton_executor import why_not_triton
-from prefix_kernels.tuned_tiles import TABLE, load_tuned_tiles
 
 __all__ = ["write_table"]
 

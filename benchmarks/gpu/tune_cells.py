@@ -9,11 +9,10 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.inputs import Inputs, MismatchError, Outputs
-from prefix_kernels import plan_header
+from prefix_kernels import plan_buffers
 from prefix_kernels.launch import launch
-from prefix_kernels.tiles import TileConfig, TileShape, formula_tile
-from prefix_kernels.tolerances import RELATIVE_TOLERANCES
-from prefix_kernels.tuned_tiles import candidate_tiles
+from prefix_kernels.oracle import RELATIVE_TOLERANCES
+from prefix_kernels.tiles import TileConfig, TileShape, candidate_tiles, formula_tile
 from sglang_prefix.bench.graphs import launches_of
 from sglang_prefix.bench.output_check import relative_error
 from sglang_prefix.bench.packed_attention import PackedAttention
@@ -115,7 +114,7 @@ class TuneWork:
             i for i, one in enumerate(self._launches) if one.arguments.get("BLOCK_M") == cell.rows
         )
         forward = self._launches[self._place].arguments
-        items = attention.executor.buffers.plan[plan_header.HEADER_NUM_ITEMS + forward["LIST"]]
+        items = attention.executor.buffers.plan[plan_buffers.HEADER_NUM_ITEMS + forward["LIST"]]
         self._num_units = int(items) * heads.kv
         self.formula = formula_tile(cell.rows, self.shape)
         self.candidates = list(candidate_tiles(cell.rows, self.shape))

@@ -14,18 +14,57 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from prefix_kernels.kernel_variants import ARCHS, KernelVariant
-from prefix_kernels.tile_config import (
+from prefix_kernels.tiles import (
+    ARCHS,
+    FUSED_ROWS,
+    MERGE_MODES,
+    TABLE,
+    PlanFacts,
+    TileConfig,
+    TileShape,
+    choose_launches,
+    load_tuned_tiles,
     next_power_of_two,
     programs_for_registers,
     programs_for_shared_memory,
+    row_classes,
 )
 
-__all__ = ["SPILL_FREE_HEAD_DIM", "KernelReport", "compile_variants", "find_problems"]
+__all__ = [
+    "ARCHS",
+    "DEFAULT_DTYPES",
+    "HEAD_DIMS",
+    "SPILL_FREE_HEAD_DIM",
+    "KernelReport",
+    "KernelVariant",
+    "compile_variants",
+    "find_problems",
+    "kernel_variants",
+    "legal_dtypes",
+]
+
+HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+
+_ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8_e4m3": 1, "fp8_e5m2": 1}
+# Dtypes of q, which is the output's, and of the caches.
+_DTYPES = (
+    ("bf16", "bf16"),
+    ("bf16", "fp8_e4m3"),
+    ("bf16", "fp8_e5m2"),
+    ("fp16", "fp16"),
+    ("fp16", "fp8_e4m3"),
+    ("fp16", "fp8_e5m2"),
+    ("fp32", "fp32"),
+)
+DEFAULT_DTYPES = _DTYPES[:2]
+# Between two of these lengths, the choice of a tile is the same.
+_KV_LENGTHS = tuple(1 << bit for bit in range(12))
+_SIDE_WARPS = 4
+_DEFAULT_STAGES = 3  # Triton's own, where a launch names none
 
 # Head dims up to this one must not spill: they are what most models have.
 SPILL_FREE_HEAD_DIM = 128
@@ -39,6 +78,31 @@ _NUM_KV_HEADS = 8
 # Names of matrix instructions in SASS: Ampere's, Hopper's and Blackwell's.
 _MATRIX_INSTRUCTION = re.compile(r"\b([HQ]MMA|[HQ]GMMA|UTC[HQ]MMA)\b")
 _ASYNC_COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global[^,]*?, \[[^]]*\], (?:0x)?(\w+)")
+
+
+@dataclass(frozen=True, slots=True)
+class KernelVariant:
+    """What the compiler is asked for.
+
+    Attributes:
+        kernel: "pack_forward", "pack_forward_fused", "merge", "copy_slots" or "append_slots".
+        head_dim: elements per head of q, k and v; 0 where the kernel has none.
+        dtype, kv_dtype: of q and the output, and of the caches; of a slot kernel, both "int32".
+        tile: the tile, of a fused kernel its wide one; else rows and elements taken at once.
+        narrow_tile: the other tile of a fused kernel.
+        merge: of the forward stage, one of :data:`MERGE_MODES`: with "in_kernel", the program that
+            completes a request merges it.
+        group_size: query heads per KV head.
+    """
+
+    kernel: str
+    head_dim: int
+    dtype: str
+    kv_dtype: str
+    tile: TileConfig
+    narrow_tile: TileConfig | None = None
+    merge: str = "launch"
+    group_size: int = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +171,74 @@ class KernelReport:
         }
 
 
+def legal_dtypes(arch: str) -> tuple[tuple[str, str], ...]:
+    """Dtypes of q and the caches that an architecture has: sm_80 cannot convert fp8 e4m3."""
+    return tuple(pair for pair in _DTYPES if arch != "sm_80" or pair[1] != "fp8_e4m3")
+
+
+def kernel_variants(
+    arch: str,
+    *,
+    head_dims: Iterable[int] = HEAD_DIMS,
+    dtypes: Iterable[tuple[str, str]] | None = None,
+    merges: Iterable[str] = MERGE_MODES,
+    group_size: int = 4,
+) -> Iterator[KernelVariant]:
+    """List what `TritonExecutor` launches in all of its modes, on all devices of an architecture.
+
+    Args:
+        arch: a key of :data:`ARCHS`.
+        head_dims: elements per head.
+        dtypes: of q and the caches; None for those of :data:`DEFAULT_DTYPES` that the arch has.
+        merges: of :data:`MERGE_MODES`.
+        group_size: query heads per KV head.
+    """
+    if dtypes is None:
+        dtypes = [pair for pair in legal_dtypes(arch) if pair in DEFAULT_DTYPES]
+    pairs, merges = tuple(dtypes), tuple(merges)
+    tuned = load_tuned_tiles(TABLE)
+    devices = (None, *(name for name, device in tuned.items() if device.arch == arch))
+    for head_dim in head_dims:
+        for dtype, kv_dtype in pairs:
+            shape = TileShape(
+                head_dim, head_dim, _ITEMSIZES[dtype], _ITEMSIZES[kv_dtype], arch != "sm_80"
+            )
+            for merge in merges:
+                for kernel, tile, narrow in _forward_tiles(shape, devices):
+                    yield KernelVariant(
+                        kernel, head_dim, dtype, kv_dtype, tile, narrow, merge, group_size
+                    )
+        if "launch" in merges:
+            tile = TileConfig(group_size, 1, _SIDE_WARPS, _DEFAULT_STAGES, 0)
+            for dtype in dict.fromkeys(dtype for dtype, _ in pairs):
+                yield KernelVariant("merge", head_dim, dtype, "fp32", tile, group_size=group_size)
+    for name, block in (("copy_slots", 1024), ("append_slots", 128)):
+        tile = TileConfig(1, block, _SIDE_WARPS, _DEFAULT_STAGES, 0)
+        yield KernelVariant(name, 0, "int32", "int32", tile)
+
+
+def _forward_tiles(
+    shape: TileShape, devices: Iterable[str | None]
+) -> Iterator[tuple[str, TileConfig, TileConfig | None]]:
+    """Each row class at each KV length on each device, then the pairs of a fused launch."""
+    launches = [
+        one
+        for device in devices
+        for rows in row_classes(shape)
+        for length in _KV_LENGTHS
+        for one in choose_launches(
+            PlanFacts((rows,), length), replace(shape, device=device), "streams"
+        )
+    ]
+    for length in _KV_LENGTHS:
+        launches += choose_launches(PlanFacts((FUSED_ROWS[-1],), length), shape, "fused")
+    for narrow, wide in dict.fromkeys((one.tile, one.wide_tile) for one in launches):
+        if wide is None:
+            yield "pack_forward", narrow, None
+        else:
+            yield "pack_forward_fused", wide, narrow
+
+
 def find_problems(reports: Iterable[KernelReport]) -> list[str]:
     """One line for each variant that spills, up to head dim 128, or does not fit."""
     problems = []
@@ -129,7 +261,7 @@ def compile_variants(
 
     Args:
         variants: what to compile.
-        arch: a key of :data:`kernel_variants.ARCHS`.
+        arch: a key of :data:`ARCHS`.
         jobs: processes at work; None for one per CPU.
     """
     variants = list(variants)
@@ -198,8 +330,8 @@ def _compile(variant: KernelVariant, arch: str) -> KernelReport:
 def _arguments(variant: KernelVariant) -> tuple[Any, dict[str, str], dict[str, Any]]:
     """The kernel, the types of its pointers other than int32, and its constants."""
     from prefix_kernels.forward import pack_forward_kernel
-    from prefix_kernels.merge_kernel import merge_kernel
-    from prefix_kernels.slots import append_slots_kernel, copy_slots_kernel
+    from prefix_kernels.merge import merge_kernel
+    from prefix_kernels.plan_buffers import append_slots_kernel, copy_slots_kernel
 
     heads = {"NUM_KV_HEADS": _NUM_KV_HEADS}
     block = {"BLOCK": variant.tile.block_n}

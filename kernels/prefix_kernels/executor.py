@@ -50,8 +50,6 @@ class PlanExecutor(ABC):
 
     Attributes:
         name: "torch" or "triton".
-        max_block_rows: query rows (requests times group size) that read KV in one pass; None for
-            any number.
         plan: the plan in use; None before the first.
         padded_batch_size: batch rows of q and the outputs under the plan in use.
         slot_range: the smallest and the largest slot in use, where slots are checked.
@@ -64,11 +62,15 @@ class PlanExecutor(ABC):
     ) -> None:
         self.shape = shape
         self.device = device
-        self.max_block_rows: int | None = None
         self.plan: PackPlan | None = None
         self.padded_batch_size = 0
         self.slot_range = (0, 0)
         self._checks_slots = check_slots or device.type == "cpu"
+
+    @property
+    def max_block_rows(self) -> int | None:
+        """Query rows (requests times group size) that read KV in one pass; None for any number."""
+        return None
 
     @property
     @abstractmethod

@@ -17,20 +17,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from prefix_kernels import plan_header, work_list
-from prefix_kernels.merge_kernel import merge_heads
+from prefix_kernels import plan_buffers, work_list
+from prefix_kernels.merge import merge_heads
 
 __all__ = ["pack_forward_kernel"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 ITEM_FIELDS = tl.constexpr(work_list.ITEM_FIELDS)
-HEADER_NUM_ITEMS = tl.constexpr(plan_header.HEADER_NUM_ITEMS)
-HEADER_ITEMS = tl.constexpr(plan_header.HEADER_ITEMS)
-HEADER_QUERIES = tl.constexpr(plan_header.HEADER_QUERIES)
-HEADER_PARTIALS = tl.constexpr(plan_header.HEADER_PARTIALS)
-HEADER_REQUEST_INDPTR = tl.constexpr(plan_header.HEADER_REQUEST_INDPTR)
-HEADER_NUM_REQUESTS = tl.constexpr(plan_header.HEADER_NUM_REQUESTS)
+HEADER_NUM_ITEMS = tl.constexpr(plan_buffers.HEADER_NUM_ITEMS)
+HEADER_ITEMS = tl.constexpr(plan_buffers.HEADER_ITEMS)
+HEADER_QUERIES = tl.constexpr(plan_buffers.HEADER_QUERIES)
+HEADER_PARTIALS = tl.constexpr(plan_buffers.HEADER_PARTIALS)
+HEADER_REQUEST_INDPTR = tl.constexpr(plan_buffers.HEADER_REQUEST_INDPTR)
+HEADER_NUM_REQUESTS = tl.constexpr(plan_buffers.HEADER_NUM_REQUESTS)
 
 
 @triton.jit(

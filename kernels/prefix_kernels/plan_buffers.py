@@ -1,4 +1,10 @@
-"""What a plan is on the device: buffers with fixed addresses, filled by one copy per plan."""
+"""What a plan is on the device: buffers with fixed addresses, filled by one copy per plan.
+
+The plan itself is one int32 array. It starts with a header that says where the parts stand, and the
+parts follow without gaps. So a plan crosses to the device in one copy of the bytes that it needs,
+while kernels captured in a graph know one address only. The slots are copied from ``req_to_token``
+by a kernel, once per plan, and appended to by another, once per step.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +13,47 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
+import triton
+import triton.language as tl
 from numpy.typing import NDArray
 
-from prefix_kernels import plan_header as header
 from prefix_kernels.launch import launch
 from prefix_kernels.plan import AttentionShape, PackPlan
-from prefix_kernels.slots import append_slots_kernel, copy_slots_kernel
-from prefix_kernels.staging import Staging
 
-__all__ = ["PlanBuffers", "PlanCapacity", "serialize_plan"]
+__all__ = [
+    "HEADER_ITEMS",
+    "HEADER_NUM_ITEMS",
+    "HEADER_NUM_REQUESTS",
+    "HEADER_PARTIALS",
+    "HEADER_QUERIES",
+    "HEADER_REQUEST_INDPTR",
+    "HEADER_SIZE",
+    "MAX_LISTS",
+    "PlanBuffers",
+    "PlanCapacity",
+    "append_slots_kernel",
+    "copy_slots_kernel",
+    "serialize_plan",
+]
 
 Int32Array = NDArray[np.int32]
 
+MAX_LISTS = 4  # work lists, one per launch of the forward stage
+
+HEADER_NUM_REQUESTS = 0
+HEADER_NUM_ITEMS = 1  # one per list
+HEADER_ITEMS = HEADER_NUM_ITEMS + MAX_LISTS  # one per list: where its items begin
+HEADER_QUERIES = HEADER_ITEMS + MAX_LISTS
+HEADER_PARTIALS = HEADER_QUERIES + 1
+HEADER_REQUEST_INDPTR = HEADER_PARTIALS + 1  # [rows + 1], rows past the batch included
+HEADER_TAIL_START = HEADER_REQUEST_INDPTR + 1  # [B]
+HEADER_TAIL_OFFSET = HEADER_TAIL_START + 1  # [B] index in kv_slots
+HEADER_SOURCES = HEADER_TAIL_OFFSET + 1  # [packs, 4], see `copy_slots_kernel`
+HEADER_SIZE = 16
+
 _INT32_MAX = (1 << 31) - 1
+# Under overlap scheduling a plan may be copied while the one before is still on its way.
+_NUM_BUFFERS = 3
 _COPY_BLOCK = 1024
 _APPEND_BLOCK = 128
 
@@ -53,7 +87,7 @@ class PlanCapacity:
 def serialize_plan(
     plan: PackPlan, lists: Sequence[Int32Array], partials: Int32Array, padded_batch_size: int
 ) -> Int32Array:
-    """Lay a plan out as one int32 array, as `plan_header.py` says.
+    """Lay a plan out as one int32 array, the header first.
 
     Args:
         plan: the plan.
@@ -74,7 +108,7 @@ def serialize_plan(
     lengths = plan.pack_end - plan.pack_start
     first_query = plan.queries[plan.query_indptr[:-1]]
     sources = np.stack((first_query, plan.pack_start, lengths, plan.slot_offset[:-1]), axis=1)
-    head = np.zeros(header.HEADER_SIZE, dtype=np.int32)
+    head = np.zeros(HEADER_SIZE, dtype=np.int32)
     parts = [head]
     size = len(head)
 
@@ -84,16 +118,16 @@ def serialize_plan(
         parts.append(np.ascontiguousarray(part, dtype=np.int32).reshape(-1))
         size += parts[-1].size
 
-    add(header.HEADER_QUERIES, plan.queries)
-    add(header.HEADER_PARTIALS, partials)
-    add(header.HEADER_REQUEST_INDPTR, request_indptr)
-    add(header.HEADER_TAIL_START, plan.tail_start)
-    add(header.HEADER_TAIL_OFFSET, plan.tail_offset)
-    add(header.HEADER_SOURCES, sources)
+    add(HEADER_QUERIES, plan.queries)
+    add(HEADER_PARTIALS, partials)
+    add(HEADER_REQUEST_INDPTR, request_indptr)
+    add(HEADER_TAIL_START, plan.tail_start)
+    add(HEADER_TAIL_OFFSET, plan.tail_offset)
+    add(HEADER_SOURCES, sources)
     for i, items in enumerate(lists):
-        add(header.HEADER_ITEMS + i, items)
-        head[header.HEADER_NUM_ITEMS + i] = len(items)
-    head[header.HEADER_NUM_REQUESTS] = plan.batch_size
+        add(HEADER_ITEMS + i, items)
+        head[HEADER_NUM_ITEMS + i] = len(items)
+    head[HEADER_NUM_REQUESTS] = plan.batch_size
     return np.concatenate(parts)
 
 
@@ -124,7 +158,7 @@ class PlanBuffers:
 
     def _allocate(self) -> None:
         size, device = self.capacity, self._device
-        self._staging = Staging(size.plan_size, device)
+        self._staging = _Staging(size.plan_size, device)
         with torch.inference_mode(False):  # may be written from outside inference mode later
             self.plan = torch.zeros(size.plan_size, dtype=torch.int32, device=device)
             self.kv_slots = torch.zeros(size.slots, dtype=torch.int32, device=device)
@@ -200,3 +234,114 @@ class PlanBuffers:
             NUM_KV_HEADS=self._num_kv_heads,
             BLOCK=_APPEND_BLOCK,
         )
+
+
+class _Staging:
+    """Pinned buffers used in turn, each free again once its copy has been made.
+
+    A copy from pageable memory would make the CPU wait for the stream; one pinned buffer alone
+    could be written while its last copy is still under way. On the CPU there is nothing to stage.
+
+    Args:
+        size: int32 values per buffer.
+        device: where copies go.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self._next = 0
+        self._buffers: list[torch.Tensor] = []
+        if device.type == "cuda":
+            with torch.inference_mode(False):
+                self._buffers = [
+                    torch.empty(size, dtype=torch.int32, pin_memory=True)
+                    for _ in range(_NUM_BUFFERS)
+                ]
+            self._copied = [torch.cuda.Event() for _ in self._buffers]
+
+    def copy(self, values: NDArray[np.int32], target: torch.Tensor) -> None:
+        """Copy ``values`` [n] to the start of ``target`` [>= n], in order on the current stream."""
+        source = torch.from_numpy(values)
+        if not self._buffers:
+            target[: len(values)].copy_(source)
+            return
+        staged, copied = self._buffers[self._next], self._copied[self._next]
+        self._next = (self._next + 1) % _NUM_BUFFERS
+        copied.synchronize()  # three plans ago: done, but for a device that is far behind
+        staged[: len(values)].copy_(source)
+        target[: len(values)].copy_(staged[: len(values)], non_blocking=True)
+        copied.record()
+
+
+_NUM_REQUESTS = tl.constexpr(HEADER_NUM_REQUESTS)
+_TAIL_START = tl.constexpr(HEADER_TAIL_START)
+_TAIL_OFFSET = tl.constexpr(HEADER_TAIL_OFFSET)
+_SOURCES = tl.constexpr(HEADER_SOURCES)
+
+
+# Neither numbers that change from plan to plan, nor the alignment of what SGLang slices out of its
+# buffers, are specialised: else one of them could ask for a compilation while serving.
+@triton.jit(
+    do_not_specialize=["num_shared_packs"],
+    do_not_specialize_on_alignment=["req_pool_indices_ptr"],
+)
+def copy_slots_kernel(
+    plan_ptr,
+    req_to_token_ptr,  # [rows, context] int32 or int64
+    req_pool_indices_ptr,  # [B] int32 or int64
+    kv_slots_ptr,  # [kv slots] int32, written
+    tail_lengths_ptr,  # [B] int32, written
+    row_stride,  # elements from row to row of req_to_token
+    num_shared_packs,
+    BLOCK: tl.constexpr,
+):
+    """Copy ``BLOCK`` slots of one pack; grid (packs, blocks of the longest pack).
+
+    A source is four int32: batch row, first position, tokens, index in ``kv_slots``.
+    """
+    pack = tl.program_id(0)
+    source_ptr = plan_ptr + tl.load(plan_ptr + _SOURCES) + pack * 4
+    tokens = tl.load(source_ptr + 2)
+    within = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(req_pool_indices_ptr + tl.load(source_ptr)).to(tl.int64)
+    slots_ptr = req_to_token_ptr + row * row_stride + tl.load(source_ptr + 1)
+    slots = tl.load(slots_ptr + within, mask=within < tokens)
+    target_ptr = kv_slots_ptr + tl.load(source_ptr + 3)
+    tl.store(target_ptr + within, slots.to(tl.int32), mask=within < tokens)
+    is_tail = (pack >= num_shared_packs) & (tl.program_id(1) == 0)
+    tl.store(tail_lengths_ptr + pack - num_shared_packs, tokens, mask=is_tail)
+
+
+@triton.jit(
+    do_not_specialize=["padded_batch_size"],
+    do_not_specialize_on_alignment=["seq_lens_ptr", "new_slots_ptr"],
+)
+def append_slots_kernel(
+    plan_ptr,
+    seq_lens_ptr,  # [rows] int32 or int64, lengths with the new token
+    new_slots_ptr,  # [rows] int32 or int64, slot of the new token
+    kv_slots_ptr,  # [kv slots] int32, written
+    tail_lengths_ptr,  # [rows] int32, written
+    arrivals_ptr,  # [rows, Hkv] int32, zeroed
+    padded_batch_size,
+    NUM_KV_HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write this step's slots into the tails' growth room, and the lengths of the tails.
+
+    Nothing is counted up, so a step that is repeated or given up leaves no trace; the arrivals that
+    a step which was given up has left behind go, too. Rows at or past the number of requests are
+    padding and have no tail.
+    """
+    request = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    exists = (request < padded_batch_size) & (request < tl.load(plan_ptr + _NUM_REQUESTS))
+    start_ptr = plan_ptr + tl.load(plan_ptr + _TAIL_START) + request
+    offset_ptr = plan_ptr + tl.load(plan_ptr + _TAIL_OFFSET) + request
+    length = tl.load(seq_lens_ptr + request, mask=exists, other=0).to(tl.int32)
+    tail_length = length - tl.load(start_ptr, mask=exists, other=0)
+    target = tl.load(offset_ptr, mask=exists, other=0) + tail_length - 1
+    slot = tl.load(new_slots_ptr + request, mask=exists, other=0).to(tl.int32)
+    tl.store(kv_slots_ptr + target, slot, mask=exists & (tail_length > 0))
+    tl.store(tail_lengths_ptr + request, tail_length, mask=exists)
+    for kv_head in range(NUM_KV_HEADS):
+        arrival_ptr = arrivals_ptr + request * NUM_KV_HEADS + kv_head
+        tl.store(arrival_ptr, 0, mask=request < padded_batch_size)

@@ -8,62 +8,17 @@ everything is computed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import NamedTuple
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from prefix_kernels.executor import AttentionParams, PlanExecutor
-from prefix_kernels.merge import merge_partials
-from prefix_kernels.plan import AttentionShape, PackPlan, split_bounds
-from prefix_kernels.slot_table import SlotTable
+from prefix_kernels.plan import AttentionShape, PackPlan
+from prefix_kernels.torch_packs import Block, TorchPack, copy_slots, prepare_packs
 
-__all__ = ["TorchExecutor"]
+__all__ = ["TorchExecutor", "merge_partials"]
 
 IntArray = NDArray[np.int64]
-
-# Scores computed at a time (2 MiB of float32): small enough to stay in the cache between the two
-# products, large enough to amortise a torch call.
-SCORE_BLOCK_ELEMENTS = 1 << 19
-MIN_BLOCK_TOKENS = 256
-# Consecutive slots are read in place from this length on. A shorter run costs more in calls than
-# gathering it together with its neighbours does.
-MIN_RUN_TOKENS = 256
-
-
-@dataclass(slots=True)
-class _Run:
-    """Tokens ``[begin, end)`` of a pack; ``first_slot`` is -1 where slots are scattered."""
-
-    begin: int
-    end: int
-    first_slot: int
-
-
-class _Block(NamedTuple):
-    """Tokens ``[low, high)`` of a pack, taken in one go; ``first_slot`` as in :class:`_Run`."""
-
-    low: int
-    high: int
-    first_slot: int
-
-
-@dataclass(slots=True)
-class _Pack:
-    """One pack, ready to run."""
-
-    queries: torch.Tensor | int  # [n] int64 on the device; the batch row itself for one query
-    num_queries: int
-    slot_offset: int
-    num_splits: int
-    planned_length: int
-    partials: Sequence[torch.Tensor | int]  # per split, like ``queries``
-    runs: list[_Run] = field(default_factory=list)
-    blocks: list[list[_Block]] = field(default_factory=list)  # per split, of the current length
 
 
 class TorchExecutor(PlanExecutor):
@@ -79,9 +34,10 @@ class TorchExecutor(PlanExecutor):
         self, shape: AttentionShape, device: torch.device, *, check_slots: bool = False
     ) -> None:
         super().__init__(shape, device, check_slots=check_slots)
-        self._packs: list[_Pack] = []
+        self._packs: list[TorchPack] = []
         self._num_shared = 0
-        self._slots = SlotTable(device)
+        self._slot_storage = torch.empty(0, dtype=torch.int64, device=device)
+        self._kv_slots = self._slot_storage
         self._tail_offset = np.zeros(0, dtype=np.int64)
         self._tail_lengths = np.zeros(0, dtype=np.int64)
         self._tails_are_cut = True
@@ -94,7 +50,7 @@ class TorchExecutor(PlanExecutor):
     @property
     def kv_slots(self) -> torch.Tensor:
         """Slots of the plan in use, int64, laid out by it."""
-        return self._slots.kv_slots
+        return self._kv_slots
 
     def set_tail_lengths(self, tail_lengths: IntArray) -> None:
         """Set the tokens [B] in each request's tail; the first layer to run cuts them anew."""
@@ -109,20 +65,28 @@ class TorchExecutor(PlanExecutor):
         padded_batch_size: int,
     ) -> None:
         del padded_batch_size  # `run` sees how many rows there are
-        self._slots.load(plan, req_to_token, req_pool_indices)
+        self._reserve(plan)
+        self._kv_slots = self._slot_storage[: plan.num_slots]
+        copy_slots(plan, req_to_token, req_pool_indices, self._kv_slots)
         self._num_shared = plan.num_shared_packs
         self._num_partials = plan.num_partials
-        self._packs = self._prepare(plan)
-        self._find_runs(plan)
+        self._packs = prepare_packs(plan, self._kv_slots)
         for pack in self._packs[: self._num_shared]:
-            self._cut(pack, pack.planned_length)
+            pack.cut(pack.planned_length, self.shape.num_qo_heads)
         self._tail_offset = plan.tail_offset
         self.set_tail_lengths(plan.seq_lens - plan.tail_start)
         self._request_indptr = torch.from_numpy(plan.request_indptr).to(self.device)
         self._max_partials_per_request = int(np.diff(plan.request_indptr).max())
-        if self._partial_out.shape[0] < plan.num_partials:
-            shape = (plan.num_partials, self.shape.num_qo_heads)
-            with torch.inference_mode(False):  # may be written from outside inference mode later
+
+    def _reserve(self, plan: PackPlan) -> None:
+        """Enlarge the buffers for a plan that needs more than those before."""
+        with torch.inference_mode(False):  # may be written from outside inference mode later
+            if len(self._slot_storage) < plan.num_slots:
+                self._slot_storage = torch.empty(
+                    plan.num_slots, dtype=torch.int64, device=self.device
+                )
+            if len(self._partial_out) < plan.num_partials:
+                shape = (plan.num_partials, self.shape.num_qo_heads)
                 self._partial_out = torch.empty(*shape, self.shape.v_head_dim, device=self.device)
                 self._partial_lse = torch.empty(shape, device=self.device)
 
@@ -185,76 +149,19 @@ class TorchExecutor(PlanExecutor):
             lse,
         )
 
-    def _prepare(self, plan: PackPlan) -> list[_Pack]:
-        counts = np.diff(plan.query_indptr).tolist()
-        num_splits = plan.num_splits.tolist()
-        first_query = plan.queries[plan.query_indptr[:-1]].tolist()
-        queries = torch.from_numpy(plan.queries).to(self.device).split(counts)
-        sizes = [n for n, splits in zip(counts, num_splits, strict=True) for _ in range(splits)]
-        partials = torch.from_numpy(plan.partial_index).to(self.device).split(sizes)
-        single_partials = plan.partial_index[np.cumsum([0, *sizes[:-1]])].tolist()
-        offsets, lengths = plan.slot_offset.tolist(), (plan.pack_end - plan.pack_start).tolist()
-        packs = []
-        at = 0
-        for p, (count, splits) in enumerate(zip(counts, num_splits, strict=True)):
-            own = slice(at, at + splits)
-            at += splits
-            packs.append(
-                _Pack(
-                    queries[p] if count > 1 else first_query[p],
-                    count,
-                    offsets[p],
-                    splits,
-                    lengths[p],
-                    partials[own] if count > 1 else single_partials[own],
-                )
-            )
-        return packs
-
-    def _find_runs(self, plan: PackPlan) -> None:
-        """Find the stretches of consecutive slots, where looking costs no device sync."""
-        if self.device.type != "cpu":
-            for pack in self._packs:
-                pack.runs = [_Run(0, pack.planned_length, -1)]
-            return
-        slots = self.kv_slots.numpy()
-        breaks = np.flatnonzero(slots[1:] != slots[:-1] + 1) + 1
-        lengths = plan.pack_end - plan.pack_start
-        offsets = plan.slot_offset[:-1]
-        first_break = np.searchsorted(breaks, offsets, side="right").tolist()
-        last_break = np.searchsorted(breaks, offsets + lengths, side="left").tolist()
-        first_slot = slots[np.minimum(offsets, len(slots) - 1)].tolist()
-        for p, pack in enumerate(self._packs):
-            if first_break[p] >= last_break[p]:  # one stretch, or no token yet
-                slot = first_slot[p] if pack.planned_length else -1
-                pack.runs = [_Run(0, pack.planned_length, slot)]
-                continue
-            cuts = (breaks[first_break[p] : last_break[p]] - pack.slot_offset).tolist()
-            pack.runs = _long_runs([0, *cuts, pack.planned_length], slots, pack.slot_offset)
-
     def _cut_tails(self) -> None:
         """Cut the tails whose lengths have been set since the last run: once for all layers."""
         if self._tails_are_cut:
             return
         tails = self._packs[self._num_shared :]
         for pack, length in zip(tails, self._tail_lengths.tolist(), strict=True):
-            self._cut(pack, length)
+            pack.cut(length, self.shape.num_qo_heads)
         self._tails_are_cut = True
-
-    def _cut(self, pack: _Pack, length: int) -> None:
-        """Cut a pack that holds ``length`` tokens now into its splits, and those into blocks."""
-        num_rows = pack.num_queries * self.shape.num_qo_heads
-        size = max(MIN_BLOCK_TOKENS, SCORE_BLOCK_ELEMENTS // num_rows)
-        runs = _grown_runs(pack, length)
-        pack.blocks = [
-            _blocks(runs, *split_bounds(length, pack.num_splits, split), size)
-            for split in range(pack.num_splits)
-        ]
 
     def _attend(
         self,
-        pack: _Pack,
-        blocks: list[_Block],
+        pack: TorchPack,
+        blocks: list[Block],
         rows: torch.Tensor,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
@@ -289,8 +196,8 @@ class TorchExecutor(PlanExecutor):
 
     def _read_block(
         self,
-        pack: _Pack,
-        block: _Block,
+        pack: TorchPack,
+        block: Block,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -317,38 +224,49 @@ def _per_head(scale: float | torch.Tensor) -> float | torch.Tensor:
     return scale
 
 
-def _long_runs(edges: list[int], slots: IntArray, offset: int) -> list[_Run]:
-    """Turn the edges between consecutive stretches into runs, short ones gathered together."""
-    runs: list[_Run] = []
-    for begin, end in pairwise(edges):
-        if end - begin >= MIN_RUN_TOKENS:
-            runs.append(_Run(begin, end, int(slots[offset + begin])))
-        elif runs and runs[-1].first_slot < 0:
-            runs[-1].end = end
-        else:
-            runs.append(_Run(begin, end, -1))
-    return runs
+def merge_partials(
+    partial_out: torch.Tensor,
+    partial_lse: torch.Tensor,
+    request_indptr: torch.Tensor,
+    max_partials_per_request: int,
+    out: torch.Tensor,
+    lse: torch.Tensor | None = None,
+) -> None:
+    """Combine each request's partials into its attention output.
 
+    The weight of partial ``i`` is ``exp(lse_i - lse)`` with ``lse = logsumexp(lse_i)``
+    (PAT, arXiv 2511.22333, section 4; the online softmax of arXiv 1805.02867). A partial over no
+    tokens has lse = -inf, weighs nothing, and its output is not looked at.
 
-def _grown_runs(pack: _Pack, length: int) -> list[_Run]:
-    """The runs of a pack that holds ``length`` tokens now; what a tail has gained is scattered."""
-    if length <= pack.planned_length:
-        return pack.runs
-    if pack.planned_length < MIN_RUN_TOKENS:
-        return [_Run(0, length, -1)]
-    if pack.runs[-1].first_slot < 0:
-        return [*pack.runs[:-1], _Run(pack.runs[-1].begin, length, -1)]
-    return [*pack.runs, _Run(pack.planned_length, length, -1)]
-
-
-def _blocks(runs: list[_Run], begin: int, end: int, size: int) -> list[_Block]:
-    """Blocks of at most ``size`` tokens that cover tokens [begin, end) of a pack."""
-    found = []
-    for run in runs:
-        low, stop = max(run.begin, begin), min(run.end, end)
-        while low < stop:
-            high = min(low + size, stop)
-            first_slot = run.first_slot + low - run.begin if run.first_slot >= 0 else -1
-            found.append(_Block(low, high, first_slot))
-            low = high
-    return found
+    Args:
+        partial_out: [num_partials, Hq, Dv] float32, each normalised by its own softmax sum.
+        partial_lse: [num_partials, Hq] float32, natural log.
+        request_indptr: [B + 1] int64; request ``b`` owns partials ``indptr[b]`` to
+            ``indptr[b + 1]``, at least one with lse > -inf.
+        max_partials_per_request: largest number of partials of one request (host integer).
+        out: [B, Hq, Dv], any float dtype; written.
+        lse: [B, Hq] float32; written where given.
+    """
+    batch = out.shape[0]
+    width = max_partials_per_request
+    if width == 1:
+        out.copy_(partial_out)
+        if lse is not None:
+            lse.copy_(partial_lse)
+        return
+    if partial_out.shape[0] == batch * width:  # every request has as many: nothing to gather
+        values = partial_out.view(batch, width, *out.shape[1:])
+        logs = partial_lse.view(batch, width, out.shape[1])
+    else:
+        index = request_indptr[:-1, None] + torch.arange(width, device=request_indptr.device)
+        missing = index >= request_indptr[1:, None]
+        index = index.masked_fill_(missing, 0)
+        values = partial_out[index]
+        logs = partial_lse[index].masked_fill_(missing[..., None], -torch.inf)
+    total = torch.logsumexp(logs, dim=1)
+    weights = torch.exp(logs - total[:, None])
+    # Not a plain product: an unused partial may hold anything, and 0 * nan is nan.
+    values = torch.where(weights[..., None] > 0, values, 0)
+    out.copy_((weights[..., None] * values).sum(dim=1))
+    if lse is not None:
+        lse.copy_(total)

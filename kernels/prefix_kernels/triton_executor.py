@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,18 +13,17 @@ from triton.runtime.interpreter import InterpretedFunction
 from prefix_kernels.executor import AttentionParams, PlanExecutor
 from prefix_kernels.forward import pack_forward_kernel
 from prefix_kernels.launch import launch
-from prefix_kernels.merge_kernel import merge_kernel
+from prefix_kernels.merge import merge_kernel
 from prefix_kernels.plan import AttentionShape, PackPlan
 from prefix_kernels.plan_buffers import PlanBuffers, PlanCapacity, serialize_plan
 from prefix_kernels.tiles import (
     LAUNCH_MODES,
     MERGE_MODES,
     ROW_CLASSES,
-    TileConfig,
+    LaunchConfig,
+    PlanFacts,
     TileShape,
-    choose_classes,
-    choose_fused_tiles,
-    choose_tile,
+    choose_launches,
     next_power_of_two,
     widest_block,
 )
@@ -36,10 +35,6 @@ IntArray = NDArray[np.int64]
 
 # Compute capabilities with wgmma or tcgen05.
 _WGMMA_MAJORS = (9, 10)
-# The interpreter runs programs one after another; a few show that the loop over items works.
-_INTERPRETED_PROGRAMS = 8
-# Where a tile must do for packs of all lengths.
-_ANY_LENGTH = 1 << 30
 
 
 def why_not_triton(device: torch.device, q_dtype: torch.dtype, kv_dtype: torch.dtype) -> str | None:
@@ -53,16 +48,6 @@ def why_not_triton(device: torch.device, q_dtype: torch.dtype, kv_dtype: torch.d
     if torch.bfloat16 in (q_dtype, kv_dtype):
         return "Triton's interpreter computes bfloat16 products wrongly; use float16 or float32"
     return None
-
-
-@dataclass(frozen=True, slots=True)
-class _Launch:
-    """One launch of the forward stage: a work list and the tiles that take it."""
-
-    work_list: int
-    num_programs: int
-    tile: TileConfig
-    wide_tile: TileConfig | None = None
 
 
 class TritonExecutor(PlanExecutor):
@@ -103,12 +88,11 @@ class TritonExecutor(PlanExecutor):
             gpu = torch.cuda.get_device_name(device)
             tile_shape = replace(tile_shape, has_wgmma=major in _WGMMA_MAJORS, device=gpu)
         self._tile_shape = tile_shape
-        self.max_block_rows = widest_block(mode, tile_shape)
         self._mode = mode
         self._merges_in_kernel = merge == "in_kernel"
         self._launches_are_fixed = capacity is not None
         self._buffers = PlanBuffers(shape, device, capacity)
-        self._launches: list[_Launch] = []
+        self._launches: list[tuple[LaunchConfig, int]] = []  # each with its number of programs
         self._num_slots = 0
         self._needs_merge = False
         with torch.inference_mode(False):
@@ -122,6 +106,11 @@ class TritonExecutor(PlanExecutor):
             self._streams = [torch.cuda.Stream(device) for _ in ROW_CLASSES]
             self._fork = torch.cuda.Event()
             self._joins = [torch.cuda.Event() for _ in ROW_CLASSES[1:]]
+
+    @property
+    def max_block_rows(self) -> int:
+        """Query rows (requests times group size) that read KV in one pass."""
+        return widest_block(self._mode, self._tile_shape)
 
     @property
     def buffers(self) -> PlanBuffers:
@@ -145,15 +134,25 @@ class TritonExecutor(PlanExecutor):
         req_pool_indices: torch.Tensor,
         padded_batch_size: int,
     ) -> None:
-        classes = self._row_classes(plan, padded_batch_size)
-        work = build_work_list(plan, self.shape.group_size, classes)
-        if self._mode == "fused":
+        group_size, is_fixed = self.shape.group_size, self._launches_are_fixed
+        if is_fixed:
+            facts = PlanFacts.of_every_plan(padded_batch_size, group_size)
+        else:
+            facts = PlanFacts.of(plan, group_size)
+        launches = choose_launches(facts, self._tile_shape, self._mode)
+        block_rows = [tile.block_m for one in launches for tile in one.tiles]
+        work = build_work_list(plan, group_size, block_rows)
+        if len(launches) == 1:
             lists = [work.items]
         else:
-            lists = [work.items[work.tile_class == i] for i in range(len(classes))]
-        self._plan_launches(plan, classes, [len(items) for items in lists])
-        packed = serialize_plan(plan, lists, work.partials, padded_batch_size)
-        self._buffers.load(plan, packed, req_to_token, req_pool_indices, padded_batch_size)
+            lists = [work.items[work.tile_class == one.work_list] for one in launches]
+        self._launches = []
+        for one, items in zip(launches, lists, strict=True):
+            num_tiles = None if is_fixed else len(items) * self.shape.num_kv_heads
+            num_programs = one.num_programs(self._tile_shape, self._num_sms, num_tiles)
+            self._launches.append((one, num_programs))
+        serialized = serialize_plan(plan, lists, work.partials, padded_batch_size)
+        self._buffers.load(plan, serialized, req_to_token, req_pool_indices, padded_batch_size)
         self._num_slots = plan.num_slots
         self._needs_merge = (
             self._launches_are_fixed
@@ -235,17 +234,17 @@ class TritonExecutor(PlanExecutor):
             current = torch.cuda.current_stream(self.device)
             side = self._side_streams(current)
             self._fork.record(current)
-            for stream, join, work in zip(side, self._joins, self._launches[1:], strict=False):
+            for stream, join, one in zip(side, self._joins, self._launches[1:], strict=False):
                 stream.wait_event(self._fork)
                 with torch.cuda.stream(stream):
-                    self._launch(work, arguments)
+                    self._launch(*one, arguments)
                 join.record(stream)
-            self._launch(self._launches[0], arguments)
+            self._launch(*self._launches[0], arguments)
             for join, _ in zip(self._joins, side, strict=False):
                 current.wait_event(join)
             return
-        for work in self._launches:
-            self._launch(work, arguments)
+        for one in self._launches:
+            self._launch(*one, arguments)
 
     def _side_streams(self, current: torch.cuda.Stream) -> list[torch.cuda.Stream]:
         """Streams for the launches after the first, none of them ``current``.
@@ -255,51 +254,21 @@ class TritonExecutor(PlanExecutor):
         others = [s for s in self._streams if s.cuda_stream != current.cuda_stream]
         return others[: len(self._launches) - 1]
 
-    def _launch(self, work: _Launch, arguments: dict[str, Any]) -> None:
-        wide = work.wide_tile
+    def _launch(self, config: LaunchConfig, num_programs: int, arguments: dict[str, Any]) -> None:
+        tile, wide = config.tile, config.wide_tile
         launch(
             pack_forward_kernel,
-            (work.num_programs,),
+            (num_programs,),
             **arguments,
-            LIST=work.work_list,
-            BLOCK_M=work.tile.block_m,
-            BLOCK_N=work.tile.block_n,
+            LIST=config.work_list,
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
             WIDE_BLOCK_M=wide.block_m if wide else 0,
             WIDE_BLOCK_N=wide.block_n if wide else 0,
-            num_warps=work.tile.num_warps,
-            num_stages=work.tile.num_stages,
-            maxnreg=work.tile.max_registers,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            maxnreg=tile.max_registers,
         )
-
-    def _row_classes(self, plan: PackPlan, padded_batch_size: int) -> list[int]:
-        """Rows of the tile classes in use, ascending."""
-        fixed = self._launches_are_fixed
-        queries = [padded_batch_size] if fixed else np.unique(np.diff(plan.query_indptr)).tolist()
-        rows = [count * self.shape.group_size for count in queries]
-        return choose_classes(rows, self._tile_shape, mode=self._mode, fixed=fixed)
-
-    def _plan_launches(self, plan: PackPlan, classes: list[int], num_items: list[int]) -> None:
-        """Decide tiles and grids; without regard to the plan where launches are fixed."""
-        lengths = plan.pack_end - plan.pack_start
-        lengths[plan.num_shared_packs :] += plan.reserved_tail_slots
-        longest = _ANY_LENGTH if self._launches_are_fixed else int(lengths.max())
-        tiles = [choose_tile(rows, longest, self._tile_shape) for rows in classes]
-        if self._mode == "fused":
-            if len(tiles) > 1:
-                tiles = list(choose_fused_tiles(longest, self._tile_shape))
-            self._launches = [_Launch(0, self._num_programs(tiles[-1], num_items[0]), *tiles)]
-            return
-        self._launches = [
-            _Launch(i, self._num_programs(tile, num_items[i]), tile)
-            for i, tile in enumerate(tiles)
-            if num_items[i] or self._launches_are_fixed
-        ]
-
-    def _num_programs(self, tile: TileConfig, num_items: int) -> int:
-        resident = self._num_sms * tile.resident_programs(self._tile_shape) or _INTERPRETED_PROGRAMS
-        if self._launches_are_fixed:
-            return resident
-        return max(1, min(num_items * self.shape.num_kv_heads, resident))
 
     def _split_scale(self, scale: float | torch.Tensor) -> tuple[float, torch.Tensor, int]:
         """A scale as a number, times a tensor and its stride from KV head to KV head."""

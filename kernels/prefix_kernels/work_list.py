@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from prefix_kernels.plan import PackPlan
 
-__all__ = ["ITEM_FIELDS", "WorkList", "build_work_list"]
+__all__ = ["ITEM_FIELDS", "WorkList", "build_work_list", "tile_classes"]
 
 IntArray = NDArray[np.int64]
 
@@ -42,18 +42,27 @@ class WorkList:
     partials: NDArray[np.int32]
 
 
+def tile_classes(qo_rows: IntArray, block_rows: list[int]) -> IntArray:
+    """[P] tile class of each pack: the first that holds its rows, or the last.
+
+    Args:
+        qo_rows: [P] query rows of each pack.
+        block_rows: rows of each tile class, ascending.
+    """
+    return np.minimum(np.searchsorted(block_rows, qo_rows), len(block_rows) - 1)
+
+
 def build_work_list(plan: PackPlan, group_size: int, block_rows: list[int]) -> WorkList:
     """List the row blocks of all splits of all packs.
 
     Args:
         plan: the plan.
         group_size: query heads per KV head.
-        block_rows: rows of each tile class, ascending; a pack takes the smallest that holds its
-            rows, or the largest.
+        block_rows: rows of each tile class, ascending.
     """
     num_queries = plan.query_indptr[1:] - plan.query_indptr[:-1]
     rows = num_queries * group_size
-    pack_class = np.minimum(np.searchsorted(block_rows, rows), len(block_rows) - 1)
+    pack_class = tile_classes(rows, block_rows)
     block_m = np.asarray(block_rows, dtype=np.int64)[pack_class]
     row_blocks = -(-rows // block_m)
     lengths = plan.pack_end - plan.pack_start

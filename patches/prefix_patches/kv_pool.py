@@ -1,19 +1,36 @@
-"""What a KV pool holds, behind the pools that wrap others.
-
-Symbols: ``is_quantized_kv_cache``, ``kv_cache_layout``, ``k_scale_buffer`` of a pool, and
-``full_kv_pool``, ``swa_kv_pool`` of a pool of pools. Releases: 0.5.17 to 0.5.23; not every pool has
-every one. When one is gone: the pool counts as plain, which the KV dtype check still guards.
-"""
+"""SGLang's KV pools: what one holds, behind the pools that wrap others, and writing to it."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
-__all__ = ["is_block_quantized", "is_slot_major"]
+import torch
+
+from prefix_patches.patch import RELEASES, Touch
+
+__all__ = ["TOUCHED", "applies_kv_scales", "is_block_quantized", "is_slot_major", "write_kv"]
+
+_POOLS = "sglang.srt.mem_cache.memory_pool"
+
+TOUCHED = (
+    Touch(
+        f"{_POOLS}:KVWriteLoc",
+        why="an attention backend owns the KV write, and `set_kv_buffer` takes the place as this",
+        releases=f"{RELEASES}; `for_layer(forward_batch, layer)` from 0.5.22 on, "
+        "`KVWriteLoc(out_cache_loc)` before",
+    ),
+)
 
 
 def is_block_quantized(pool: Any) -> bool:
-    """Whether values are stored with a scale per block (FP4, MXFP8), beside the layer's scales."""
+    """Whether values are stored with a scale per block (FP4, MXFP8), beside the layer's scales.
+
+    Reads ``is_quantized_kv_cache`` and ``k_scale_buffer``; of 0.5.17 to 0.5.23 not every pool has
+    both. Where they are gone the pool counts as plain, which the KV dtype check still guards.
+    """
     return any(
         _value(inner, "is_quantized_kv_cache") or _value(inner, "k_scale_buffer") is not None
         for inner in _inner_pools(pool)
@@ -21,7 +38,7 @@ def is_block_quantized(pool: Any) -> bool:
 
 
 def is_slot_major(pool: Any) -> bool:
-    """Whether K and V are laid out as [slot, head, dim]."""
+    """Whether K and V are laid out as [slot, head, dim]; a pool without ``kv_cache_layout`` is."""
     return all(getattr(inner, "kv_cache_layout", "nhd") == "nhd" for inner in _inner_pools(pool))
 
 
@@ -33,3 +50,33 @@ def _inner_pools(pool: Any) -> list[Any]:
 def _value(pool: Any, name: str) -> Any:
     found = getattr(pool, name, None)
     return found() if callable(found) else found
+
+
+def applies_kv_scales(pool: Any) -> bool:
+    """Whether the pool holds k and v divided by the layer's scales."""
+    return pool.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def write_kv(pool: Any, layer: Any, forward_batch: Any, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Write the new tokens' K and V of one layer.
+
+    The scales are handed over only where the pool stores 8-bit floats, as stock backends do: the
+    pool then divides k and v by them, in place, so a second write of the same tensors would be
+    wrong.
+    """
+    location = _write_location()(forward_batch, layer)
+    k = k.view(-1, layer.tp_k_head_num, layer.qk_head_dim)
+    v = v.view(-1, layer.tp_v_head_num, layer.v_head_dim)
+    if applies_kv_scales(pool):
+        pool.set_kv_buffer(layer, location, k, v, layer.k_scale, layer.v_scale)
+    else:
+        pool.set_kv_buffer(layer, location, k, v)
+
+
+@functools.cache
+def _write_location() -> Callable[[Any, Any], Any]:
+    """What makes a ``KVWriteLoc`` of a forward batch and a layer."""
+    location_class: Any = import_module(_POOLS).KVWriteLoc
+    if hasattr(location_class, "for_layer"):
+        return location_class.for_layer  # type: ignore[no-any-return]
+    return lambda forward_batch, layer: location_class(forward_batch.out_cache_loc)

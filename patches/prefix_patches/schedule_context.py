@@ -1,8 +1,8 @@
 """How a batch's CPU-side facts reach the attention backend.
 
-SGLang hands the backend a rebuilt batch object that lacks the requests and the tree. So
-``forward_batch_init_new`` notes the schedule batch on the object that ``init_new`` returns, and
-``model_runner_forward``, which sees that very object, publishes it here for as long as the forward
+SGLang hands the backend a rebuilt batch object that lacks the requests and the tree. So the
+schedule batch is noted on the object that ``ForwardBatch.init_new`` returns, and
+``ModelRunner.forward``, which sees that very object, publishes it here for as long as the forward
 pass runs. One :class:`ScheduleContext` hangs on each model runner that uses our backend.
 """
 
@@ -14,20 +14,22 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 from weakref import WeakSet
 
+from prefix_patches.patch import RELEASES, Touch
+
 __all__ = [
     "BATCH_ATTRIBUTE",
+    "TOUCHED",
     "ScheduleContext",
     "ensure_schedule_context",
-    "note_retraction",
     "schedule_context_of",
 ]
 
-# Name under which a schedule batch hangs on a forward batch, and a schedule on a model runner.
+# Of a forward batch: its schedule batch.
 BATCH_ATTRIBUTE = "_sglang_prefix_schedule_batch"
-# Name under which a request has its number of retractions when it last decoded.
+# Of a request: its number of retractions when it last decoded.
 _SETTLED_ATTRIBUTE = "_sglang_prefix_settled"
+# Of a model runner: its schedule context.
 _CONTEXT_ATTRIBUTE = "_sglang_prefix_schedule_context"
-
 
 _CONTEXTS: WeakSet[ScheduleContext] = WeakSet()
 
@@ -41,7 +43,7 @@ class ScheduleContext:
         epoch: grows with every pass that is not plain decode, and whenever a request is retracted.
             Rows and tree may have changed then.
         graph_labels: the labels under which each decode graph is captured, see
-            `decode_graph_runner`; none where graphs hold nothing of ours.
+            `graph_labels.py`; none where graphs hold nothing of ours.
         graph_label: the label being captured, or chosen for the step under way.
         seconds: host time that publishing a batch took, for each of the newest passes.
 
@@ -90,12 +92,6 @@ class ScheduleContext:
         self.batch = previous
 
 
-def note_retraction() -> None:
-    """Note, for all model runners of this process, that a request gives up its slots."""
-    for schedule in _CONTEXTS:
-        schedule.epoch += 1
-
-
 def schedule_context_of(model_runner: Any) -> ScheduleContext | None:
     """The schedule of a model runner; None for one that does not use our backend."""
     found: ScheduleContext | None = vars(model_runner).get(_CONTEXT_ATTRIBUTE)
@@ -107,3 +103,56 @@ def ensure_schedule_context(model_runner: Any) -> ScheduleContext:
     found = schedule_context_of(model_runner) or ScheduleContext()
     setattr(model_runner, _CONTEXT_ATTRIBUTE, found)
     return found
+
+
+def _init_new(original: Any, cls: type, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    forward_batch = original(cls, batch, *args, **kwargs)
+    setattr(forward_batch, BATCH_ATTRIBUTE, batch)
+    return forward_batch
+
+
+def _forward(original: Any, self: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
+    # Draft runners call this too, nested in the target's pass; they have no schedule.
+    schedule = schedule_context_of(self)
+    if schedule is None:
+        return original(self, forward_batch, *args, **kwargs)
+    previous = schedule.push(forward_batch)
+    try:
+        return original(self, forward_batch, *args, **kwargs)
+    finally:
+        schedule.pop(previous)
+
+
+def _reset_for_retract(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    for schedule in _CONTEXTS:
+        schedule.epoch += 1
+    return original(self, *args, **kwargs)
+
+
+TOUCHED = (
+    Touch(
+        "sglang.srt.model_executor.forward_batch_info:ForwardBatch.init_new",
+        why="the forward batch carries no requests and no tree, and the radix paths hang on those",
+        releases=f"{RELEASES}, called as `(cls, batch, model_runner, **options)`",
+        kind=classmethod,
+        parameters=("batch", "model_runner"),
+        replacement=_init_new,
+    ),
+    Touch(
+        "sglang.srt.model_executor.model_runner:ModelRunner.forward",
+        why="the backend sees a copy of the forward batch without anything attached to it; this is "
+        "the last place that sees the original, and it encloses eager passes and graph replays",
+        releases=f"{RELEASES}, called as `(self, forward_batch, ...)`",
+        parameters=("self", "forward_batch"),
+        replacement=_forward,
+    ),
+    Touch(
+        "sglang.srt.managers.schedule_batch:Req.reset_for_retract",
+        why="a retracted request gives up its slots. Most come back through a prefill, which ends "
+        "every plan. On the decode side of PD disaggregation they come back without a forward pass "
+        "(`PREBUILT`), and after a pause that retracts everybody the same requests may decode "
+        "again, in the same order, on other slots",
+        releases=f"{RELEASES}, called for every retraction, as `(self)`",
+        replacement=_reset_for_retract,
+    ),
+)

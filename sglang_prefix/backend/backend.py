@@ -11,13 +11,12 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import RadixAttention
 
-import prefix_patches
 from prefix_kernels.executor import AttentionParams
-from prefix_patches.attention_names import build_stock, default_stock_name, prefill_name
-from prefix_patches.decode_log_line import append_with
-from prefix_patches.kv_write import applies_kv_scales, write_kv
+from prefix_patches.install import install
+from prefix_patches.kv_pool import applies_kv_scales, write_kv
+from prefix_patches.observability import append_with, report_with
 from prefix_patches.schedule_context import ensure_schedule_context
-from prefix_patches.scheduler_internal_state import report_with
+from prefix_patches.stock_backend import build_stock, default_stock_name, prefill_name
 from sglang_prefix.backend.counters import BackendCounters
 from sglang_prefix.backend.decode_batch import DecodeBatch
 from sglang_prefix.backend.decode_planner import DecodePlanner, LayerGroup
@@ -49,7 +48,7 @@ def create_backend(model_runner: Any) -> PrefixAttnBackend:
     """
     config = PrefixConfig.from_env()
     logger.info("prefix attention: settings %s", config)
-    prefix_patches.install()
+    install()
     check_cpu_prefill(model_runner, BACKEND_NAME)
     stock_name = config.stock_backend or default_stock_name(model_runner, BACKEND_NAME)
     check_stock_rules(stock_name, model_runner)

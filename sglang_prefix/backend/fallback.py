@@ -10,7 +10,7 @@ from collections.abc import Collection
 from typing import Any
 
 from prefix_patches.kv_pool import is_block_quantized, is_slot_major
-from prefix_patches.resolved_args import resolved_args
+from prefix_patches.stock_backend import resolved_args
 from sglang_prefix.checks import KV_DTYPES, Q_DTYPES
 
 __all__ = [

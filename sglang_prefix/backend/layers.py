@@ -13,7 +13,7 @@ from sglang.srt.layers.radix_attention import RadixAttention
 
 from prefix_kernels.executor import choose_executor, make_executor
 from prefix_kernels.plan import AttentionShape
-from prefix_patches.kv_write import applies_kv_scales
+from prefix_patches.kv_pool import applies_kv_scales
 from sglang_prefix.backend.decode_planner import LayerGroup
 from sglang_prefix.backend.fallback import REASONS, layer_reason
 from sglang_prefix.backend.workspace import Workspace, size_workspace

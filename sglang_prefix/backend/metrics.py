@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from prefix_patches.metric_labels import metric_labels
+from prefix_patches.observability import metric_labels
 from sglang_prefix.backend.counters import BackendCounters
 
 __all__ = ["PrefixMetrics", "metrics_of"]

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from packaging.version import Version
 
-from prefix_patches.attention_names import prefill_name
-from prefix_patches.resolved_args import resolved_args
+from prefix_patches.stock_backend import prefill_name, resolved_args
 
 __all__ = ["check_cpu_prefill", "check_stock_rules"]
 

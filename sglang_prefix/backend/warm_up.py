@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from prefix_kernels.tile_config import ROW_CLASSES
+from prefix_kernels.tiles import ROW_CLASSES
 from sglang_prefix.backend.decode_batch import DecodeBatch
 from sglang_prefix.backend.decode_planner import DecodePlanner, LayerGroup
 

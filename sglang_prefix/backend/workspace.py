@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from prefix_kernels.plan import AttentionShape
-from prefix_kernels.plan_buffers import PlanCapacity
-from prefix_kernels.plan_header import HEADER_SIZE
+from prefix_kernels.plan_buffers import HEADER_SIZE, PlanCapacity
 from prefix_kernels.work_list import ITEM_FIELDS
 
 __all__ = ["Workspace", "size_workspace"]

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import torch
 
-from prefix_kernels.merge import merge_partials
-from prefix_patches.torch_native_decode import torch_native_decode
+from prefix_kernels.executor import AttentionParams
+from prefix_kernels.torch_executor import TorchExecutor, merge_partials
+from prefix_patches.stock_backend import torch_native_decode
 from sglang_prefix.bench.workloads.inputs import AttentionInputs
 from sglang_prefix.packing import CPU_PROFILE
 from sglang_prefix.packing.layout import CostedPlan
 from sglang_prefix.packing.planner import PackPlanner
-from sglang_prefix.runner import PlanRunner
 
 __all__ = ["STOCK_ON_CPU", "Contender", "StepSeconds", "TorchNative", "TorchPacked", "find_stock"]
 
@@ -117,7 +117,7 @@ class TorchPacked(Contender):
         self.policy = policy
         shape = inputs.heads.shape(inputs.q.dtype, inputs.k.dtype)
         self._planner = PackPlanner(shape, CPU_PROFILE, policy=policy)
-        self._runner = PlanRunner(shape, inputs.q.device, "torch")
+        self._executor = TorchExecutor(shape, inputs.q.device)
         plan = self._plan()
         self._load(plan)
         self.kv_tokens_read, self.num_packs = plan.kv_tokens_read, plan.num_packs
@@ -147,11 +147,12 @@ class TorchPacked(Contender):
         return self._planner.plan(self.inputs.batch.forest())
 
     def _load(self, plan: CostedPlan) -> None:
-        self._runner.load(plan, self.inputs.req_to_token, self.inputs.rows)
+        self._executor.load(plan, self.inputs.req_to_token, self.inputs.rows)
 
     def _run(self, layer: int) -> None:
         w = self.inputs
-        self._runner.run(w.q, w.k[layer], w.v[layer], w.out, sm_scale=w.sm_scale)
+        params = AttentionParams(w.sm_scale)
+        self._executor.run(w.q, w.k[layer], w.v[layer], w.out, None, params)
 
 
 class _MergeAlone:

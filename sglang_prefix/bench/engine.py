@@ -22,7 +22,6 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from sglang_prefix.bench.hooks import hook_environment
@@ -61,8 +60,8 @@ class EngineProcess:
     below it, is killed by `stop`, at the end of a ``with`` block, and when this process ends.
 
     Args:
-        arguments: keyword arguments of ``sglang.Engine``, plain values. ``port`` and ``nccl_port``
-            are chosen here where they are missing.
+        arguments: keyword arguments of ``sglang.Engine``; ``port`` and ``nccl_port`` are chosen
+            here where they are missing.
         environment: of the engine's processes, see `engine_environment`; None for this process's.
         log: file for what they print; written anew.
 
@@ -104,12 +103,7 @@ class EngineProcess:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        where: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.stop()
 
     def wait_until_ready(self, deadline: float | None = None) -> None:
@@ -124,7 +118,7 @@ class EngineProcess:
             function: "package.module:function", called as ``function(engine, **arguments)``. If it
                 raises, the engine ends.
             deadline: of ``time.monotonic``; None to wait for as long as it takes.
-            arguments: of the function; they and the result are plain values.
+            arguments: of the function; they and the result are pickled.
 
         Raises:
             TimeoutError: no answer until the deadline; the engine is of no more use.

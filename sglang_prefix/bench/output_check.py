@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from prefix_kernels.oracle import decode_attention_oracle
-from prefix_kernels.tolerances import RELATIVE_TOLERANCES
+from prefix_kernels.oracle import RELATIVE_TOLERANCES, decode_attention_oracle
 from sglang_prefix.bench.workloads.inputs import AttentionInputs
 
 __all__ = ["OutputCheck", "WrongOutputError", "relative_error"]

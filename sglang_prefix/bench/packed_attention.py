@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from prefix_kernels import plan_header
+from prefix_kernels import plan_buffers
 from prefix_kernels.executor import AttentionParams
 from prefix_kernels.plan_buffers import PlanCapacity
 from prefix_kernels.triton_executor import TritonExecutor
@@ -112,6 +112,6 @@ class PackedAttention:
 def drop_one_work_item(executor: TritonExecutor) -> None:
     """Break the plan in use: its longest work list with an item loses the last one."""
     counts = executor.buffers.plan[
-        plan_header.HEADER_NUM_ITEMS : plan_header.HEADER_NUM_ITEMS + plan_header.MAX_LISTS
+        plan_buffers.HEADER_NUM_ITEMS : plan_buffers.HEADER_NUM_ITEMS + plan_buffers.MAX_LISTS
     ]
     counts[int(counts.argmax())] -= 1

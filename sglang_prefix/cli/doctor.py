@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from typing import Any
 
 import typer
 
+from sglang_prefix.cli.doctor_checks import Check
 from sglang_prefix.cli.exec import SglKernel, find_sgl_kernel, sglang_environment
 from sglang_prefix.cli.output import JsonOption, console, write_json
 
@@ -23,12 +25,17 @@ def doctor(json_file: JsonOption = None) -> None:
     """Say whether SGLang can use the backend here. Ends with 0 if so, else with 1."""
     kernel = find_sgl_kernel()
     report = _examine(kernel)
-    checks = [_kernel_check(kernel, report["device"]["kind"]), *report["checks"]]
-    failed = [check for check in checks if not check["ok"]]
+    found = [Check(**check) for check in report["checks"]]
+    checks = [_kernel_check(kernel, report["device"]["kind"]), *found]
+    failed = [
+        ": ".join(filter(None, [check.name, check.detail, check.advice]))
+        for check in checks
+        if not check.ok
+    ]
     usable = not failed
     needs_exec = kernel.kind != "real"
     if failed:
-        reason = "; ".join(_why(check) for check in failed)
+        reason = "; ".join(failed)
     elif needs_exec:
         reason = f"on the CPU, in processes started with `{_EXEC}`"
     else:
@@ -40,15 +47,11 @@ def doctor(json_file: JsonOption = None) -> None:
         "sgl_kernel": kernel.kind,
         "device": report["device"],
         "versions": report["versions"],
-        "checks": checks,
+        "checks": [asdict(check) for check in checks],
     }
     _print_report(result, json_file)
     write_json(result, json_file)
     raise typer.Exit(0 if usable else 1)
-
-
-def _why(check: dict[str, Any]) -> str:
-    return ": ".join(filter(None, [check["name"], check["detail"], check["advice"]]))
 
 
 def _examine(kernel: SglKernel) -> dict[str, Any]:
@@ -76,28 +79,24 @@ def _examine(kernel: SglKernel) -> dict[str, Any]:
 
 
 def _no_report(detail: str) -> dict[str, Any]:
-    check = _check("SGLang process", False, detail, "try `python -c 'import sglang'` for the cause")
-    return {"versions": {}, "device": {"kind": "unknown", "name": ""}, "checks": [check]}
+    check = Check("SGLang process", False, detail, "try `python -c 'import sglang'` for the cause")
+    return {"versions": {}, "device": {"kind": "unknown", "name": ""}, "checks": [asdict(check)]}
 
 
-def _kernel_check(kernel: SglKernel, device_kind: str) -> dict[str, Any]:
+def _kernel_check(kernel: SglKernel, device_kind: str) -> Check:
     match kernel.kind:
         case "real":
-            return _check("sgl_kernel", True, "the real one loads")
+            return Check("sgl_kernel", True, "the real one loads")
         case "stand-in":
-            return _check("sgl_kernel", True, "our stand-in for the CPU is on the path")
+            return Check("sgl_kernel", True, "our stand-in for the CPU is on the path")
         case "broken":
             problem = f"the installed one does not load ({kernel.detail})"
         case "missing":
             problem = "not installed"
     if device_kind == "cuda":
         # The stand-in would hide the GPU from a user who surely wants it.
-        return _check("sgl_kernel", False, problem, "install the sglang-kernel that fits SGLang")
-    return _check("sgl_kernel", True, f"{problem}; `{_EXEC}` puts our CPU stand-in in its place")
-
-
-def _check(name: str, ok: bool, detail: str, advice: str = "") -> dict[str, Any]:
-    return {"name": name, "ok": ok, "detail": detail, "advice": advice}
+        return Check("sgl_kernel", False, problem, "install the sglang-kernel that fits SGLang")
+    return Check("sgl_kernel", True, f"{problem}; `{_EXEC}` puts our CPU stand-in in its place")
 
 
 def _print_report(result: dict[str, Any], json_file: str | None) -> None:

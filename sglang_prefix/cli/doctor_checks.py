@@ -136,7 +136,7 @@ def _check_registration() -> Check:
 
 
 def _check_patched_symbols() -> Check:
-    from prefix_patches import missing_symbols
+    from prefix_patches.install import missing_symbols
 
     missing = missing_symbols()
     if missing:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -58,17 +57,19 @@ def explain(
         ),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help=f"One of {', '.join(_ITEMSIZES)}. Default: bfloat16.")
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Of q and of the KV cache. Default: bfloat16."),
     ] = None,
     page_size: Annotated[
         int | None, typer.Option(min=1, help="Tokens per KV page. Default: 1.")
     ] = None,
     policy: Annotated[
-        str | None, typer.Option(help="pat, node, chunk or query. Default: pat.")
+        Literal["pat", "node", "chunk", "query"] | None,
+        typer.Option(help="How requests are packed. Default: pat."),
     ] = None,
     device: Annotated[
-        str | None,
-        typer.Option(help="cpu, h200 or cuda, this machine's GPU. Default: what is here."),
+        Literal["cpu", "h200", "cuda"] | None,
+        typer.Option(help="cuda is this machine's GPU. Default: what is here."),
     ] = None,
     stock_backend: Annotated[
         str | None,
@@ -85,10 +86,9 @@ def explain(
 ) -> None:
     """Show which KV a batch shares, how it is packed, and why."""
     sources = {"tree": tree, "prompts": prompts, "base-url": base_url, "plan": plan}
-    named = [name for name, value in sources.items() if value is not None]
+    named = [f"--{name}" for name, value in sources.items() if value is not None]
     if len(named) != 1:
-        given = " and ".join(f"--{name}" for name in named) or "nothing"
-        fail(f"given: {given}; legal: one of {_SOURCES}", 2)
+        fail(f"given: {' and '.join(named) or 'nothing'}; legal: one of {_SOURCES}", 2)
     if prompts is not None and tokenizer is None:
         fail("--prompts needs --tokenizer PATH", 2)
     if tokenizer is not None and prompts is None:
@@ -96,89 +96,69 @@ def explain(
     options = {
         "heads": heads,
         "dtype": dtype,
-        "page-size": page_size,
+        "page_size": page_size,
         "policy": policy,
         "device": device,
-        "stock-backend": stock_backend,
+        "stock_backend": stock_backend,
     }
-    extra = [f"--{name}" for name, value in options.items() if value is not None]
-    if (base_url or plan) and extra:
-        fail(
-            f"{', '.join(extra)}: a plan that was made has its own; legal with --tree, --prompts", 2
-        )
-    record = _record(
-        lambda: _setting(heads, dtype, page_size, policy, device, stock_backend),
-        tree,
-        (prompts, tokenizer),
-        base_url,
-        plan,
-    )
-    _show(record, svg, html, json_file)
-
-
-def _record(
-    setting: Callable[[], Setting],
-    tree: str | None,
-    prompts: tuple[Path | None, str | None],
-    base_url: str | None,
-    plan: Path | None,
-) -> PlanRecord:
-    from sglang_prefix.explain.record import read_record
-    from sglang_prefix.explain.sources import plan_of_prompts, plan_of_server, plan_of_tree
-
+    given = {name: value for name, value in options.items() if value is not None}
+    if given and (base_url or plan):
+        extra = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        fail(f"{extra}: a plan that was made has its own; legal with --tree, --prompts", 2)
     try:
-        if tree is not None:
-            return plan_of_tree(tree, setting())
-        if prompts[0] is not None and prompts[1] is not None:
-            return plan_of_prompts(prompts[0], prompts[1], setting())
-        if base_url is not None:
-            return plan_of_server(base_url)
-        assert plan is not None
-        return read_record(plan)
+        record = _record(tree, prompts, tokenizer, base_url, plan, given)
     except ValueError as error:
         fail(str(error), 2)
     except OSError as error:
         fail(f"cannot read {error.filename}: {error.strerror}")
+    _show(record, svg, html, json_file)
+
+
+def _record(
+    tree: str | None,
+    prompts: Path | None,
+    tokenizer: str | None,
+    base_url: str | None,
+    plan: Path | None,
+    options: dict[str, Any],
+) -> PlanRecord:
+    from sglang_prefix.explain.record import read_record
+    from sglang_prefix.explain.sources import plan_of_prompts, plan_of_server, plan_of_tree
+
+    if tree is not None:
+        return plan_of_tree(tree, _setting(**options))
+    if prompts is not None and tokenizer is not None:
+        return plan_of_prompts(prompts, tokenizer, _setting(**options))
+    if base_url is not None:
+        return plan_of_server(base_url)
+    assert plan is not None
+    return read_record(plan)
 
 
 def _setting(
-    heads: str | None,
-    dtype: str | None,
-    page_size: int | None,
-    policy: str | None,
-    device: str | None,
-    stock_backend: str | None,
+    *,
+    heads: str = "32,8,128",
+    dtype: str = "bfloat16",
+    device: str | None = None,
+    **options: Any,
 ) -> Setting:
-    """Check the options and fill in what was left open."""
-    from sglang_prefix.explain.sources import DEVICES, Setting
-    from sglang_prefix.packing import POLICIES, AttentionShape
+    """Check the heads, and look for a device where none is named."""
+    from sglang_prefix.explain.sources import Setting
+    from sglang_prefix.packing import AttentionShape
 
-    dtype = dtype or "bfloat16"
-    for name, value, legal in (
-        ("dtype", dtype, tuple(_ITEMSIZES)),
-        ("policy", policy or "pat", tuple(POLICIES)),
-        ("device", device or "cpu", DEVICES),
-    ):
-        if value not in legal:
-            raise ValueError(f"--{name} is {value}; legal: {', '.join(legal)}")
-    words = (heads or "32,8,128").split(",")
-    numbers = [int(word) if word.isascii() and word.isdigit() else 0 for word in words]
+    numbers = [int(n) if n.isascii() and n.isdigit() else 0 for n in heads.split(",")]
     if len(numbers) not in (3, 4) or 0 in numbers or numbers[0] % numbers[1]:
         raise ValueError(
             f"--heads is {heads}; legal: QO,KV,DIM or QO,KV,DIM,V, where QO is a multiple of KV"
         )
-    itemsize = _ITEMSIZES[dtype]
-    num_qo_heads, num_kv_heads, head_dim, *_ = numbers
+    itemsize, (num_qo_heads, num_kv_heads, head_dim, *_) = _ITEMSIZES[dtype], numbers
     shape = AttentionShape(num_qo_heads, num_kv_heads, head_dim, numbers[-1], itemsize, itemsize)
-    if device is None:
-        import torch
+    if device is not None:
+        return Setting(shape, device, **options)
+    import torch
 
-        found = "cuda" if torch.cuda.is_available() else "cpu"
-    else:
-        found = device
-    return Setting(
-        shape, found, device is None, policy or "pat", page_size or 1, stock_backend or "fa3"
-    )
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    return Setting(shape, found, is_assumed=True, **options)
 
 
 def _show(record: PlanRecord, svg: Path | None, html: Path | None, json_file: str | None) -> None:
@@ -200,8 +180,7 @@ def _show(record: PlanRecord, svg: Path | None, html: Path | None, json_file: st
 
 def write_picture(explanation: Explanation, path: Path, kind: str) -> None:
     """Write "svg" or "html" whole or not at all; ends the command where that fails."""
-    from sglang_prefix.explain.page import html_page
-    from sglang_prefix.explain.picture import svg_picture
+    from sglang_prefix.explain.picture import html_page, svg_picture
 
     text = html_page(explanation) if kind == "html" else svg_picture(explanation)
     beside = path.with_name(f".{path.name}.{os.getpid()}")

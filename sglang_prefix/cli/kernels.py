@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prefix_kernels.kernel_variants import (
+from prefix_kernels.compile_report import (
     ARCHS,
     DEFAULT_DTYPES,
     HEAD_DIMS,
+    KernelReport,
     KernelVariant,
     kernel_variants,
     legal_dtypes,
@@ -20,7 +21,6 @@ from sglang_prefix.cli.output import JsonOption, console, fail, write_json
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from prefix_kernels.compile_report import KernelReport
 
 __all__ = ["kernels"]
 

@@ -11,7 +11,7 @@ from sglang_prefix.cli.doctor import doctor
 from sglang_prefix.cli.exec import exec_command
 from sglang_prefix.cli.explain import explain
 from sglang_prefix.cli.kernels import kernels
-from sglang_prefix.cli.output import JsonCommand
+from sglang_prefix.cli.output import Command, JsonCommand
 from sglang_prefix.cli.report import report
 from sglang_prefix.cli.tiny_model import tiny_model
 
@@ -26,13 +26,13 @@ app = typer.Typer(
 )
 
 # Options behind CMD are CMD's own, with or without `--` before it.
-app.command("exec", context_settings={"allow_interspersed_args": False})(exec_command)
+app.command("exec", cls=Command, context_settings={"allow_interspersed_args": False})(exec_command)
 app.command("doctor", cls=JsonCommand)(doctor)
 app.command("tiny-model", cls=JsonCommand)(tiny_model)
 app.command("demo", cls=JsonCommand)(demo)
 app.command("explain", cls=JsonCommand)(explain)
 app.command("kernels", cls=JsonCommand)(kernels)
-app.command("report")(report)
+app.command("report", cls=Command)(report)
 
 bench_app = typer.Typer(
     help="Compare with stock SGLang on this machine; results are JSON files and plots.",

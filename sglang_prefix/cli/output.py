@@ -14,7 +14,7 @@ from typer.core import TyperCommand
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["JsonCommand", "JsonOption", "console", "fail", "write_json"]
+__all__ = ["Command", "JsonCommand", "JsonOption", "console", "fail", "write_json"]
 
 _FLAG = "--json"
 _STDOUT = "-"
@@ -29,7 +29,21 @@ JsonOption = Annotated[
 ]
 
 
-class JsonCommand(TyperCommand):
+class Command(TyperCommand):
+    """A command that says in one line which of its options is wrong, and what is legal."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As typer does, but without its frame around what is wrong."""
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            say = getattr(error, "format_message", None)  # of usage errors alone
+            if say is None:
+                raise
+            fail(say().replace("Value error, ", ""), 2)
+
+
+class JsonCommand(Command):
     """A command whose `--json` may stand without a value; pass it as `cls` with `JsonOption`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

@@ -37,23 +37,23 @@ class LastPlan:
     def note(
         self,
         forest: PrefixForest,
-        shapes: Sequence[LayerGroup],
+        groups: Sequence[LayerGroup],
         reason: str | None,
         predicted_us: tuple[float | None, float | None],
         page_size: int,
-        num_rows: int,
+        padded_batch_size: int,
     ) -> None:
         """Keep a batch; copies nothing.
 
         Args:
             forest: what its requests share; not changed afterwards.
-            shapes: the planners that planned it.
+            groups: the planners that planned it.
             reason: why the stock backend serves it; None if it is packed.
             predicted_us: the gate's newest predictions, packed and stock.
             page_size: tokens per KV page.
-            num_rows: rows of the batch, padding included.
+            padded_batch_size: requests of the batch, padding included.
         """
-        self._kept = (forest, shapes, reason, predicted_us, page_size, num_rows)
+        self._kept = (forest, groups, reason, predicted_us, page_size, padded_batch_size)
 
     def as_dict(self) -> dict[str, Any] | None:
         """The record of what was kept; None if nothing was, and a reason if it is too large.
@@ -62,9 +62,9 @@ class LastPlan:
         """
         if self._kept is None:
             return None
-        forest, shapes, reason, predicted_us, page_size, num_rows = self._kept
+        forest, groups, reason, predicted_us, page_size, padded_batch_size = self._kept
         try:
-            plans = tuple(_plan_of(shape, forest) for shape in shapes)
+            plans = tuple(_plan_of(group, forest) for group in groups)
         except ValueError as error:  # a batch with which the workspace cannot cope
             return {"left_out": f"the last batch was not planned: {error}"}
         numbers = 3 * forest.batch_size + 5 * forest.num_nodes
@@ -75,7 +75,7 @@ class LastPlan:
             return {"left_out": f"the last plan has {numbers} numbers; shown: up to {MAX_NUMBERS}"}
         # In other cases the newest prediction may be an earlier batch's.
         predicted = predicted_us if reason in (None, "gate-no-gain") else (None, None)
-        on_gpu = any(shape.workspace is not None for shape in shapes)
+        on_gpu = any(group.workspace is not None for group in groups)
         return PlanRecord(
             source="last plan of a running server",
             page_size=page_size,
@@ -83,15 +83,15 @@ class LastPlan:
             plans=plans,
             answer=Answer(self._config.gate, reason, *predicted),
             launch_mode=self._config.launch_mode,
-            graph_rows=num_rows if on_gpu else None,
+            graph_rows=padded_batch_size if on_gpu else None,
             gpu=_gpu_name() if on_gpu else None,
         ).as_dict()
 
 
-def _plan_of(shape: LayerGroup, forest: PrefixForest) -> ShapePlan:
-    planner = shape.planner
+def _plan_of(group: LayerGroup, forest: PrefixForest) -> ShapePlan:
+    planner = group.planner
     plan = planner.plan(forest)
-    return ShapePlan(shape.num_layers, planner.policy_name, planner.max_partials, plan)
+    return ShapePlan(group.num_layers, planner.policy_name, planner.max_partials, plan)
 
 
 def _gpu_name() -> str | None:

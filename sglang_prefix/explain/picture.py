@@ -1,25 +1,32 @@
 """A batch as a picture: one row per request, KV positions from left to right.
 
 The whole area is what stock kernels read. What has one colour is one pack, read once for all rows
-that it spans.
+that it spans. :func:`svg_picture` draws it with a key, :func:`html_page` with tables beside it.
 """
 
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Iterator
+from collections.abc import Iterable
 from itertools import groupby
+from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import numpy as np
 
 from prefix_kernels.plan import split_bounds
-from sglang_prefix.explain.format import amount, batch_line, gate_line, plural, size, total_rows
-from sglang_prefix.explain.groups import Group, group_parts
-from sglang_prefix.explain.segments import Explanation, Part
-from sglang_prefix.explain.text import group_lines, hidden_line
+from sglang_prefix.explain.format import amount, plural, size
+from sglang_prefix.explain.segments import Explanation, Segment
+from sglang_prefix.explain.text import (
+    Group,
+    batch_line,
+    counts_line,
+    gate_line,
+    group_segments,
+    totals,
+)
 
-__all__ = ["draw", "pack_colour", "svg_picture", "walk"]
+__all__ = ["draw", "html_page", "svg_picture"]
 
 _WIDTH = 1000
 _MARGIN = 64
@@ -29,13 +36,15 @@ _LETTER = 6.1  # width of a letter at 11 px, on average
 _LINE_HEIGHT = 17
 # Height of all rows together, and of one.
 _ROWS_HEIGHT, _MAX_ROW = 460, 22.0
-# A stretch between two positions where something begins or ends.
-_MIN_STRETCH = 24.0
+# Width between two positions where something begins or ends.
+_MIN_WIDTH = 24.0
 # Thinner boxes are nothing but colour; thinner tails are drawn as one; nodes and packs past this
 # number are not drawn.
 _MIN_OUTLINED = 3.0
 _MIN_TAIL = 3.0
 _MAX_DRAWN = 3000
+
+_TEMPLATE = Path(__file__).with_name("page.html.j2")
 
 
 def svg_picture(explanation: Explanation) -> str:
@@ -45,19 +54,40 @@ def svg_picture(explanation: Explanation) -> str:
     return ET.tostring(drawing, encoding="unicode", xml_declaration=False) + "\n"
 
 
-def pack_colour(pack: int) -> str:
+def html_page(explanation: Explanation) -> str:
+    """One HTML page that needs nothing else: the picture, and tables beside it."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["size"] = size
+    drawing = ET.tostring(draw(explanation, with_key=False), encoding="unicode", method="html")
+    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+        explanation=explanation,
+        drawing=drawing,
+        root=group_segments(explanation),
+        colour=_group_colour,
+        totals=totals(explanation),
+        counts=counts_line(explanation),
+    )
+
+
+def _pack_colour(pack: int) -> str:
     """A colour for a shared pack; neighbours differ by the golden angle."""
     red, green, blue = colorsys.hls_to_rgb((0.58 + pack * 0.381966) % 1, 0.74, 0.62)
-    return "#" + "".join(f"{round(255 * part):02x}" for part in (red, green, blue))
+    return "#" + "".join(f"{round(255 * share):02x}" for share in (red, green, blue))
 
 
-def walk(root: Group) -> Iterator[tuple[int, Group]]:
-    """Every group with its depth, parents before children."""
-    waiting = [(0, group) for group in reversed(root.children)]
-    while waiting:
-        depth, group = waiting.pop()
-        yield depth, group
-        waiting += [(depth + 1, child) for child in reversed(group.children)]
+def _group_colour(group: Group) -> str:
+    """The colour of a group's first pack; white where others read its tokens."""
+    if not group.first.is_node:
+        return _PALE
+    return _pack_colour(group.first.packs[0]) if group.first.packs else "#ffffff"
 
 
 def draw(explanation: Explanation, *, with_key: bool) -> ET.Element:
@@ -65,7 +95,7 @@ def draw(explanation: Explanation, *, with_key: bool) -> ET.Element:
 
     Args:
         explanation: what to draw.
-        with_key: say below the picture what every group of parts is.
+        with_key: say below the picture what every group of segments is.
     """
     canvas = _Canvas(explanation)
     canvas.header()
@@ -93,21 +123,20 @@ class _Canvas:
         self._svg.set("font-size", "11")
         self._y = 0.0
         self._row = min(_MAX_ROW, _ROWS_HEIGHT / self._forest.batch_size)
-        nodes, tails = self._forest.num_nodes, self._forest.batch_size
-        self._nodes, self._tails = explanation.parts[:nodes], explanation.parts[nodes:]
-        assert len(self._tails) == tails
-        self._places = np.empty(tails, dtype=np.int64)
-        self._places[self._forest.order] = np.arange(tails)
+        self._nodes = explanation.segments[: self._forest.num_nodes]
+        self._tails = explanation.segments[self._forest.num_nodes :]
+        self._places = np.empty(self._forest.batch_size, dtype=np.int64)
+        self._places[self._forest.order] = np.arange(self._forest.batch_size)
         self._breaks, self._at, self._is_stretched = self._scale()
         self._num_left_out = 0
 
     def _scale(self) -> tuple[list[int], list[float], bool]:
-        """Positions and where they are drawn: in proportion, but no stretch too thin to see."""
+        """Positions and where they are drawn: in proportion, but nothing too thin to see."""
         ends = [int(self._forest.seq_lens.max()), *self._forest.node_stop.tolist()]
         breaks = sorted({0, *self._forest.node_start.tolist(), *ends})
         lengths = np.diff(breaks)
         width = _WIDTH - _MARGIN - 8
-        least = min(_MIN_STRETCH, width / 2 / len(lengths))
+        least = min(_MIN_WIDTH, width / 2 / len(lengths))
         wide = lengths * (width / lengths.sum())
         is_stretched = bool((wide < least).any())
         if is_stretched:
@@ -120,10 +149,13 @@ class _Canvas:
     def _add(self, tag: str, **style: str) -> ET.Element:
         return ET.SubElement(self._svg, tag, {k.replace("_", "-"): v for k, v in style.items()})
 
-    def _text(self, x: float, y: float, text: str, **style: str) -> ET.Element:
-        found = self._add("text", x=f"{x:.1f}", y=f"{y:.1f}", fill=_INK, **style)
-        found.text = text
-        return found
+    def _text(self, x: float, y: float, text: str, **style: str) -> None:
+        self._add("text", x=f"{x:.1f}", y=f"{y:.1f}", fill=_INK, **style).text = text
+
+    def _line(self, x: float, text: str, **style: str) -> None:
+        """Text in a line of its own, below what has been drawn."""
+        self._y += _LINE_HEIGHT
+        self._text(x, self._y, text, **style)
 
     def _box(self, start: int, stop: int, begin: int, end: int, **style: str) -> ET.Element:
         """Positions ``[start, stop)`` of the rows ``[begin, end)``."""
@@ -134,32 +166,37 @@ class _Canvas:
             style.pop("stroke", None)
         return self._add("rect", x=f"{x:.2f}", y=f"{y:.2f}", **sizes, **style)
 
+    def _largest(self, sizes: Iterable[int]) -> list[int]:
+        """Which ones to draw, largest first; the rest is counted."""
+        numbers = list(sizes)
+        drawn = sorted(range(len(numbers)), key=lambda i: -numbers[i])[:_MAX_DRAWN]
+        self._num_left_out += len(numbers) - len(drawn)
+        return drawn
+
     def header(self) -> None:
         """What batch this is, and three bars: what stock reads, what we read, the least."""
         explanation = self._explanation
         self._text(8, 20, explanation.record.source, font_size="15", font_weight="600")
         self._text(8, 38, batch_line(explanation))
         self._text(8, 55, gate_line(explanation))
-        token_bytes = self._plan.costs.shape.kv_token_bytes
         self._y = 68
-        for name, tokens, share in total_rows(explanation):
-            width = max(share * 420, 1)
-            fill = pack_colour(0) if name == "this plan" else _LINE
+        for total in totals(explanation):
+            width = max(total.share * 420, 1)
+            fill = _pack_colour(0) if total.name == "this plan" else _LINE
             place = {"x": "8", "y": f"{self._y:.0f}", "width": f"{width:.1f}", "height": "13"}
             self._add("rect", fill=fill, **place)
-            label = f"{amount(tokens)} KV tokens, {size(tokens * token_bytes)}: {name}"
+            label = f"{total.tokens} KV tokens, {total.bytes}: {total.name}"
             self._text(width + 14, self._y + 10.5, label)
             self._y += _LINE_HEIGHT
         self._y += 16
-        ET.SubElement(self._svg, "title").text = f"{explanation.record.source}: packs of a batch"
+        _title(self._svg, f"{explanation.record.source}: packs of a batch")
 
     def tails(self) -> None:
         """What requests hold alone, and what they read for themselves: pale."""
         if self._row >= _MIN_TAIL:
             for tail in self._tails:
                 place = (tail.pack_start, tail.stop, tail.begin, tail.end)
-                box = self._box(*place, fill=_PALE, stroke=_LINE)
-                _title(box, _said([tail]))
+                _title(self._box(*place, fill=_PALE, stroke=_LINE), _said([tail]))
             return
         for _, found in groupby(self._tails, key=lambda tail: tail.parent):
             tails = list(found)
@@ -168,22 +205,18 @@ class _Canvas:
                 path += f"H{self._x(tail.stop):.1f}V{self._y + tail.end * self._row:.2f}"
             for tail in reversed(tails):
                 path += f"H{self._x(tail.pack_start):.1f}V{self._y + tail.begin * self._row:.2f}"
-            shape = self._add("path", d=path + "Z", fill=_PALE, stroke=_LINE)
-            _title(shape, _said(tails))
+            _title(self._add("path", d=path + "Z", fill=_PALE, stroke=_LINE), _said(tails))
 
     def packs(self) -> None:
-        """Shared packs, a colour for each; broken lines where one is cut into pieces."""
+        """Shared packs, a colour for each; broken lines where one is cut into splits."""
         plan = self._plan
-        shared = range(plan.num_shared_packs)
-        sizes = (plan.pack_end - plan.pack_start) * np.diff(plan.query_indptr)
-        drawn = sorted(shared, key=lambda pack: -sizes[pack])[:_MAX_DRAWN]
-        self._num_left_out += len(shared) - len(drawn)
-        for pack in sorted(drawn):
+        areas = (plan.pack_end - plan.pack_start) * np.diff(plan.query_indptr)
+        for pack in sorted(self._largest(areas[: plan.num_shared_packs].tolist())):
             start, stop = int(plan.pack_start[pack]), int(plan.pack_end[pack])
             rows = np.sort(self._places[plan.pack_queries(pack)])
             for run in np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1):
                 begin, end = int(run[0]), int(run[-1]) + 1
-                box = self._box(start, stop, begin, end, fill=pack_colour(pack), stroke="white")
+                box = self._box(start, stop, begin, end, fill=_pack_colour(pack), stroke="white")
                 _title(box, f"pack {pack}: {plural(stop - start, 'token')}, {len(rows)} readers")
                 for split in range(1, int(plan.num_splits[pack])):
                     cut = start + split_bounds(stop - start, int(plan.num_splits[pack]), split)[0]
@@ -191,9 +224,8 @@ class _Canvas:
 
     def nodes(self) -> None:
         """Outlines and names of nodes; broken where others read their tokens."""
-        drawn = sorted(self._nodes, key=lambda node: -node.tokens * node.num_readers)[:_MAX_DRAWN]
-        self._num_left_out += len(self._nodes) - len(drawn)
-        for node in drawn:
+        for number in self._largest(node.tokens * node.num_readers for node in self._nodes):
+            node = self._nodes[number]
             place = (node.start, node.stop, node.begin, node.end)
             box = self._box(*place, fill="white", fill_opacity="0", stroke=_INK)
             if not node.packs:
@@ -201,7 +233,7 @@ class _Canvas:
             _title(box, _said([node]))
             self._label(node)
 
-    def _label(self, node: Part) -> None:
+    def _label(self, node: Segment) -> None:
         width = self._x(node.stop) - self._x(node.start)
         height = node.num_readers * self._row
         long = f"{plural(node.tokens, 'token')}, {plural(node.num_readers, 'reader')}"
@@ -229,37 +261,30 @@ class _Canvas:
                 anchor = "end" if x > _WIDTH - 40 else "middle"
                 self._text(x, self._y, amount(position), text_anchor=anchor)
                 last = x
-        self._y += _LINE_HEIGHT
-        text = (
+        self._line(
+            _MARGIN,
             "KV position; a row is a request, a colour is a pack that is read once for its rows, "
+            "grey is read by one request alone",
         )
-        text += "grey is read by one request alone"
-        self._text(_MARGIN, self._y, text)
         if self._is_stretched:
-            self._y += _LINE_HEIGHT
-            self._text(_MARGIN, self._y, "not to scale: short stretches are widened to be seen")
+            self._line(_MARGIN, "not to scale: short segments are widened to be seen")
         if self._num_left_out:
-            self._y += _LINE_HEIGHT
-            self._text(_MARGIN, self._y, f"not drawn: {self._num_left_out:,} small parts")
+            self._line(_MARGIN, f"not drawn: {self._num_left_out:,} small parts")
 
     def key(self) -> None:
-        """Every group of parts in words."""
+        """Every group of segments in words."""
         self._y += 10
-        for depth, group in walk(group_parts(self._explanation)):
-            what, how, much, why = group_lines(group)
+        for depth, group in group_segments(self._explanation).below():
             indent = 8 + 18 * min(depth, 12)
-            for text, weight in ((f"{what}; {how}; {much}", "600"), (why, "400")):
-                self._y += _LINE_HEIGHT
-                self._text(indent + 18, self._y, text, font_weight=weight)
-            hidden = hidden_line(group)
-            if hidden:
-                self._y += _LINE_HEIGHT
-                self._text(indent + 36, self._y, hidden)
+            first = f"{group.what}; {group.how}; {group.how_much}"
+            self._line(indent + 18, first, font_weight="600")
+            self._line(indent + 18, group.first.why, font_weight="400")
+            if group.hidden:
+                self._line(indent + 36, group.hidden)
             swatch = {"x": f"{indent}", "y": f"{self._y - 25:.0f}", "width": "11", "height": "11"}
-            self._add("rect", fill=group_colour(group), stroke=_LINE, **swatch)
+            self._add("rect", fill=_group_colour(group), stroke=_LINE, **swatch)
         for note in self._explanation.notes:
-            self._y += _LINE_HEIGHT
-            self._text(8, self._y, note)
+            self._line(8, note)
 
     def finished(self) -> ET.Element:
         """The drawing in its size."""
@@ -268,16 +293,10 @@ class _Canvas:
         return self._svg
 
 
-def group_colour(group: Group) -> str:
-    """The colour of a group's first pack; white where others read its tokens."""
-    if not group.first.is_node:
-        return _PALE
-    return pack_colour(group.first.packs[0]) if group.first.packs else "#ffffff"
-
-
-def _said(parts: list[Part]) -> str:
-    """What the mouse shows of parts that are drawn as one."""
-    return "\n".join(group_lines(Group(parts)))
+def _said(segments: list[Segment]) -> str:
+    """What the mouse shows of segments that are drawn as one."""
+    group = Group(segments)
+    return "\n".join((group.what, group.how, group.how_much, group.first.why))
 
 
 def _title(element: ET.Element, text: str) -> None:

@@ -7,13 +7,22 @@ can be found again: the forest, the packs with their splits, the cost model, and
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+)
 
 from prefix_kernels.tiles import LAUNCH_MODES
 from sglang_prefix.forest import PrefixForest
@@ -24,9 +33,48 @@ __all__ = ["SCHEMA", "Answer", "PlanRecord", "ShapePlan", "find_plan", "packs_of
 
 SCHEMA = 1
 _KIND = "plan"
+# Above any real count or position, and small enough that products of two fit into 64 bits.
+_LIMIT = 1 << 31
+# More than 16,384 requests have in 1,024 splits each.
+_MAX_PARTIALS = 1 << 24
+_DAMAGED = "it is damaged: "
 
 IntArray = NDArray[np.int64]
-_Value = TypeVar("_Value")
+
+
+def _one_of(legal: Collection[str], value: str) -> str:
+    if value not in legal:
+        raise ValueError(f"{value!r}; legal: {', '.join(legal)}")
+    return value
+
+
+def _integers(values: Any) -> IntArray:
+    found = np.array(values)
+    if found.ndim != 1 or (len(found) and found.dtype.kind != "i"):
+        raise ValueError("a list of whole numbers is something else")
+    if (np.abs(found) >= _LIMIT).any():
+        raise ValueError(f"it has numbers of {_LIMIT} and more")
+    return found.astype(np.int64)
+
+
+def _amounts(found: Any) -> Any:
+    """Check a dataclass of numbers: counts begin at 1, other amounts at 0."""
+    for name, value in asdict(found).items():
+        least = 1 if isinstance(value, int) else 0
+        if not isinstance(value, str) and not least <= value < _LIMIT:
+            raise ValueError(f"{name} is {value}")
+    return found
+
+
+def _shape(shape: AttentionShape) -> AttentionShape:
+    if shape.num_qo_heads % shape.num_kv_heads:
+        raise ValueError("its query heads are no multiple of its KV heads")
+    return shape
+
+
+Count = Annotated[int, Field(ge=1, lt=_LIMIT)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Integers = Annotated[IntArray, PlainValidator(_integers)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,6 +93,19 @@ class ShapePlan:
     max_partials: int | None
     plan: CostedPlan
 
+    def as_dict(self) -> dict[str, Any]:
+        """As values that JSON has."""
+        return {
+            "num_layers": self.num_layers,
+            "policy": self.policy,
+            "max_partials": self.max_partials,
+            "reserved_tail_slots": self.plan.reserved_tail_slots,
+            "shape": asdict(self.plan.costs.shape),
+            "device": asdict(self.plan.costs.device),
+            **_lists(packs_of(self.plan)),
+            "num_splits": self.plan.num_splits.tolist(),
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -61,8 +122,8 @@ class Answer:
 
     gate: str
     reason: str | None
-    packed_us: float | None = None
-    stock_us: float | None = None
+    packed_us: Amount | None = None
+    stock_us: Amount | None = None
     stock_backend: str | None = None
 
 
@@ -94,7 +155,6 @@ class PlanRecord:
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as values that JSON has."""
-        forest = {f.name: getattr(self.forest, f.name).tolist() for f in fields(self.forest)}
         return {
             "schema": SCHEMA,
             "kind": _KIND,
@@ -105,8 +165,8 @@ class PlanRecord:
             "gpu": self.gpu,
             "notes": list(self.notes),
             "answer": asdict(self.answer),
-            "forest": forest,
-            "plans": [_plan_as_dict(plan) for plan in self.plans],
+            "forest": _lists(self.forest),
+            "plans": [plan.as_dict() for plan in self.plans],
         }
 
     @classmethod
@@ -120,27 +180,141 @@ class PlanRecord:
             raise ValueError("there is no plan in it")
         if data.get("schema") != SCHEMA:
             raise ValueError(f"schema {data.get('schema')!r}; legal: {SCHEMA}")
+        known = {name: data[name] for name in _RecordFile.model_fields if name in data}
         try:
-            forest = PrefixForest(**{k: _integers(v) for k, v in data["forest"].items()})
-            _check_forest(forest)
-            record = cls(
-                source=str(data["source"]),
-                page_size=_number(data["page_size"]),
-                forest=forest,
-                plans=tuple(_plan_from_dict(plan, forest) for plan in data["plans"]),
-                answer=_answer(data["answer"]),
-                launch_mode=_one_of(data["launch_mode"], LAUNCH_MODES),
-                graph_rows=_optional(_number, data["graph_rows"]),
-                gpu=_optional(str, data["gpu"]),
-                notes=tuple(map(str, data["notes"])),
-            )
-        except KeyError as error:
-            raise ValueError(f"{error.args[0]!r} is missing") from None
-        except (TypeError, IndexError, AttributeError, OverflowError) as error:
-            raise ValueError(f"it is damaged: {error}") from None
-        if not record.plans:
+            # Of JSON text, strict validation makes dataclasses and tuples.
+            found = _RecordFile.model_validate_json(json.dumps(known))
+        except ValidationError as error:
+            raise ValueError(_line(error)) from None
+        except RecursionError:
+            raise ValueError(f"{_DAMAGED}it is nested too deep") from None
+        if not found.plans:
             raise ValueError("it has no plans")
-        return record
+        forest = found.forest.checked()
+        plans = tuple(plan.checked(forest) for plan in found.plans)
+        return cls(**dict(found) | {"forest": forest, "plans": plans})
+
+
+class _ForestFile(BaseModel):
+    """The fields of :class:`PrefixForest`."""
+
+    seq_lens: Integers
+    shared_lens: Integers
+    order: Integers
+    node_begin: Integers
+    node_end: Integers
+    node_start: Integers
+    node_stop: Integers
+    node_parent: Integers
+
+    def checked(self) -> PrefixForest:
+        """Arrays have one entry per request or node, and point at what exists."""
+        forest = PrefixForest(**dict(self))
+        batch, nodes = forest.batch_size, forest.num_nodes
+        begin, end = forest.node_begin, forest.node_end
+        whole = (
+            batch > 0
+            and len(forest.shared_lens) == batch
+            and sorted(forest.order.tolist()) == list(range(batch))
+            and {len(begin), len(end), len(forest.node_stop), len(forest.node_parent)} == {nodes}
+            and bool(((begin >= 0) & (begin < end) & (end <= batch)).all())
+            and bool((forest.node_start < forest.node_stop).all())
+            and bool((forest.node_parent < np.arange(nodes)).all())
+            and bool((forest.node_parent >= -1).all())
+            and bool((forest.shared_lens <= forest.seq_lens).all())
+        )
+        if not whole:
+            raise ValueError(f"{_DAMAGED}its forest does not fit together")
+        return forest
+
+
+class _PlanFile(BaseModel):
+    """What :meth:`ShapePlan.as_dict` gives."""
+
+    model_config = ConfigDict(strict=True)
+
+    num_layers: Count
+    policy: Annotated[str, AfterValidator(partial(_one_of, POLICIES))]
+    max_partials: Count | None
+    reserved_tail_slots: Count
+    shape: Annotated[AttentionShape, AfterValidator(_amounts), AfterValidator(_shape)]
+    device: Annotated[DeviceProfile, AfterValidator(_amounts)]
+    start: Integers
+    end: Integers
+    query_indptr: Integers
+    queries: Integers
+    tail_start: Integers
+    num_splits: Integers
+
+    def checked(self, forest: PrefixForest) -> ShapePlan:
+        """The plan, if every position of every request is in exactly one pack of it."""
+        packs = Packs(self.start, self.end, self.query_indptr, self.queries, self.tail_start)
+        if not _covers(packs, self.num_splits, forest.seq_lens):
+            raise ValueError(f"{_DAMAGED}its packs do not cover its requests")
+        plan = CostedPlan.build(
+            packs,
+            forest.seq_lens,
+            self.num_splits,
+            reserved_tail_slots=self.reserved_tail_slots,
+            kv_tokens_unique=forest.unique_tokens,
+            costs=CostModel(self.shape, self.device),
+        )
+        return ShapePlan(self.num_layers, self.policy, self.max_partials, plan)
+
+
+class _RecordFile(BaseModel):
+    """What :meth:`PlanRecord.as_dict` gives, without schema and kind."""
+
+    model_config = ConfigDict(strict=True)
+
+    source: str
+    page_size: Count
+    forest: _ForestFile
+    plans: tuple[_PlanFile, ...]
+    answer: Answer
+    launch_mode: Annotated[str, AfterValidator(partial(_one_of, LAUNCH_MODES))]
+    graph_rows: Count | None
+    gpu: str | None
+    notes: tuple[str, ...]
+
+
+def _covers(packs: Packs, num_splits: IntArray, seq_lens: IntArray) -> bool:
+    shared, batch = len(packs.start), len(seq_lens)
+    sizes = np.diff(packs.query_indptr)
+    fits = (
+        len(packs.end) == shared
+        and len(packs.query_indptr) == shared + 1
+        and len(packs.tail_start) == batch
+        and len(num_splits) == shared + batch
+        and bool((num_splits > 0).all())
+        and bool((sizes > 0).all())
+        and num_splits @ np.append(sizes, np.ones(batch, np.int64)) <= _MAX_PARTIALS
+        and packs.query_indptr[0] == 0
+        and packs.query_indptr[-1] == len(packs.queries)
+        and bool(((packs.queries >= 0) & (packs.queries < batch)).all())
+    )
+    if not fits:
+        return False
+    pack = np.repeat(np.arange(shared), sizes)
+    request = np.concatenate((packs.queries, np.arange(batch)))
+    start = np.concatenate((packs.start[pack], packs.tail_start))
+    end = np.concatenate((packs.end[pack], seq_lens))
+    # Of each request, in order of position, every pack must begin where the one before ended.
+    order = np.lexsort((end, start, request))
+    request, start, end = request[order], start[order], end[order]
+    expected = np.where(request[1:] == request[:-1], end[:-1], 0)
+    last = np.flatnonzero(np.append(request[1:] != request[:-1], True))
+    return bool(start[0] == 0 and (start[1:] == expected).all() and (end[last] == seq_lens).all())
+
+
+def _line(error: ValidationError) -> str:
+    """The first thing that is wrong, in one line with its place."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(map(str, first["loc"]))
+    if first["type"] == "missing":
+        return f"{place!r} is missing"
+    message = " ".join(first["msg"].removeprefix("Value error, ").split())
+    return f"{_DAMAGED}{place}{': ' if place else ''}{message}"
 
 
 def read_record(path: Path) -> PlanRecord:
@@ -180,7 +354,7 @@ def find_plan(data: Any) -> Mapping[str, Any]:
     if not kept:
         raise ValueError("the server has not planned a decode batch yet; send requests first")
     if not all(isinstance(plan, Mapping) for plan in kept):
-        raise ValueError("it is damaged: last_plan is no plan")
+        raise ValueError(f"{_DAMAGED}last_plan is no plan")
     found = next((plan for plan in kept if "left_out" not in plan), None)
     if found is None:
         raise ValueError(str(kept[0]["left_out"]))
@@ -191,7 +365,7 @@ def _backends_of(state: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """What the prefix backends of one scheduler say of themselves."""
     listed = state.get("sglang_prefix", [])
     if not isinstance(listed, list) or not all(isinstance(entry, Mapping) for entry in listed):
-        raise ValueError("it is damaged: sglang_prefix is no list of counters")
+        raise ValueError(f"{_DAMAGED}sglang_prefix is no list of counters")
     return listed
 
 
@@ -203,132 +377,5 @@ def packs_of(plan: CostedPlan) -> Packs:
     return Packs(start[:shared], end, indptr, plan.queries[: int(indptr[-1])], start[shared:])
 
 
-def _plan_as_dict(shape: ShapePlan) -> dict[str, Any]:
-    plan, packs = shape.plan, packs_of(shape.plan)
-    return {
-        "num_layers": shape.num_layers,
-        "policy": shape.policy,
-        "max_partials": shape.max_partials,
-        "reserved_tail_slots": plan.reserved_tail_slots,
-        "shape": asdict(plan.costs.shape),
-        "device": asdict(plan.costs.device),
-        **{field.name: getattr(packs, field.name).tolist() for field in fields(packs)},
-        "num_splits": plan.num_splits.tolist(),
-    }
-
-
-def _plan_from_dict(data: Mapping[str, Any], forest: PrefixForest) -> ShapePlan:
-    packs = Packs(**{field.name: _integers(data[field.name]) for field in fields(Packs)})
-    num_splits = _integers(data["num_splits"])
-    _check_packs(packs, num_splits, forest.seq_lens)
-    shape = AttentionShape(**{name: _number(value) for name, value in data["shape"].items()})
-    if shape.num_qo_heads % shape.num_kv_heads:
-        raise ValueError("it is damaged: its query heads are no multiple of its KV heads")
-    plan = CostedPlan.build(
-        packs,
-        forest.seq_lens,
-        num_splits,
-        reserved_tail_slots=_number(data["reserved_tail_slots"]),
-        kv_tokens_unique=forest.unique_tokens,
-        costs=CostModel(shape, _device(data["device"])),
-    )
-    policy, most = _one_of(data["policy"], POLICIES), _optional(_number, data["max_partials"])
-    return ShapePlan(_number(data["num_layers"]), policy, most, plan)
-
-
-def _device(data: Mapping[str, Any]) -> DeviceProfile:
-    numbers = ("max_block_rows", "pack_bytes", "num_workers", "min_split_tokens")
-    return DeviceProfile(
-        name=str(data["name"]),
-        reread_cost=_amount(data["reread_cost"]),
-        **{name: _number(data[name]) for name in numbers},
-    )
-
-
-def _answer(data: Mapping[str, Any]) -> Answer:
-    return Answer(
-        gate=str(data["gate"]),
-        reason=_optional(str, data["reason"]),
-        packed_us=_optional(_amount, data["packed_us"]),
-        stock_us=_optional(_amount, data["stock_us"]),
-        stock_backend=_optional(str, data["stock_backend"]),
-    )
-
-
-def _number(value: Any) -> int:
-    if type(value) is not int or value < 1:
-        raise ValueError(f"it is damaged: {value!r} is no positive whole number")
-    return value
-
-
-def _amount(value: Any) -> float:
-    if type(value) not in (int, float) or not 0 <= value < float("inf"):
-        raise ValueError(f"it is damaged: {value!r} is no number of 0 or more")
-    return float(value)
-
-
-def _optional(convert: Callable[[Any], _Value], value: Any) -> _Value | None:
-    return None if value is None else convert(value)
-
-
-def _one_of(value: Any, legal: Collection[str]) -> str:
-    if not isinstance(value, str) or value not in legal:
-        raise ValueError(f"it is damaged: {value!r}; legal: {', '.join(legal)}")
-    return value
-
-
-def _integers(values: Any) -> IntArray:
-    found = np.array(values)
-    if found.ndim != 1 or (len(found) and found.dtype.kind != "i"):
-        raise ValueError("it is damaged: a list of whole numbers is something else")
-    return found.astype(np.int64)
-
-
-def _check_forest(forest: PrefixForest) -> None:
-    """Arrays have one entry per request or node, and point at what exists."""
-    batch, nodes = forest.batch_size, forest.num_nodes
-    begin, end = forest.node_begin, forest.node_end
-    whole = (
-        batch > 0
-        and len(forest.shared_lens) == batch
-        and sorted(forest.order.tolist()) == list(range(batch))
-        and {len(begin), len(end), len(forest.node_stop), len(forest.node_parent)} == {nodes}
-        and bool(((begin >= 0) & (begin < end) & (end <= batch)).all())
-        and bool((forest.node_start < forest.node_stop).all())
-        and bool((forest.node_parent < np.arange(nodes)).all())
-        and bool((forest.node_parent >= -1).all())
-        and bool((forest.shared_lens <= forest.seq_lens).all())
-    )
-    if not whole:
-        raise ValueError("it is damaged: its forest does not fit together")
-
-
-def _check_packs(packs: Packs, num_splits: IntArray, seq_lens: IntArray) -> None:
-    """Every position of every request is in exactly one pack of it."""
-    shared, batch = len(packs.start), len(seq_lens)
-    sizes = np.diff(packs.query_indptr)
-    fits = (
-        len(packs.end) == shared
-        and len(packs.query_indptr) == shared + 1
-        and len(packs.tail_start) == batch
-        and len(num_splits) == shared + batch
-        and bool((num_splits > 0).all())
-        and bool((sizes > 0).all())
-        and packs.query_indptr[0] == 0
-        and packs.query_indptr[-1] == len(packs.queries)
-        and bool(((packs.queries >= 0) & (packs.queries < batch)).all())
-    )
-    if fits:
-        pack = np.repeat(np.arange(shared), sizes)
-        row = np.concatenate((packs.queries, np.arange(batch)))
-        start = np.concatenate((packs.start[pack], packs.tail_start))
-        end = np.concatenate((packs.end[pack], seq_lens))
-        # Row by row in order of position, each stretch must begin where the one before ended.
-        order = np.lexsort((end, start, row))
-        row, start, end = row[order], start[order], end[order]
-        expected = np.where(row[1:] == row[:-1], end[:-1], 0)
-        fits = bool((start[1:] == expected).all()) and start[0] == 0
-        last = np.flatnonzero(np.append(row[1:] != row[:-1], True))
-        fits = fits and bool((end[last] == seq_lens).all())
-    if not fits:
-        raise ValueError("it is damaged: its packs do not cover its requests")
+def _lists(arrays: PrefixForest | Packs) -> dict[str, list[int]]:
+    return {field.name: getattr(arrays, field.name).tolist() for field in fields(arrays)}

@@ -14,7 +14,7 @@ from urllib.request import urlopen
 import numpy as np
 
 from sglang_prefix.explain.record import Answer, PlanRecord, ShapePlan, find_plan
-from sglang_prefix.explain.tiles import tile_shape
+from sglang_prefix.explain.segments import tile_shape
 from sglang_prefix.forest import PrefixForest, RadixPath
 from sglang_prefix.packing import AttentionShape
 
@@ -41,10 +41,10 @@ class Setting:
 
     shape: AttentionShape
     device: str
-    is_assumed: bool
-    policy: str
-    page_size: int
-    stock_backend: str
+    is_assumed: bool = False
+    policy: str = "pat"
+    page_size: int = 1
+    stock_backend: str = "fa3"
 
 
 def plan_of_tree(text: str, setting: Setting) -> PlanRecord:

@@ -116,11 +116,6 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, str], tuple[Section, ...]]] 
         VERIFY | {"SGLANG_PREFIX_POLICY": "chunk"},
         (FOREST, *SEARCH, MIXED),
     ),
-    "chunk-128 page-16 policy-node": (
-        _ours(chunked_prefill_size=128, page_size=16),
-        VERIFY | {"SGLANG_PREFIX_POLICY": "node"} | PAGES_ENV,
-        (FOREST,),
-    ),
     "no-radix-cache": (_ours(disable_radix_cache=True), VERIFY, (FOREST,)),
     "named-stock no-overlap policy-query": (
         _ours(disable_overlap_schedule=True),
@@ -134,7 +129,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, str], tuple[Section, ...]]] 
             VERIFY | RETRACT | {"SGLANG_PREFIX_POLICY": "node"},
             (CROWD,),
         )
-        for page_size in (1, 4, 16)
+        for page_size in (1, 4)
     },
 }
 

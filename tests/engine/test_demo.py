@@ -68,7 +68,7 @@ def assert_the_picture_shows_the_last_batch(
     assert forest.batch_size == report["num_requests"] == 16
     assert explanation.record.answer.reason is None
     # Branches begin, and some questions do, with words that they have in common.
-    root, *nodes = (part for part in explanation.parts if part.is_node)
+    root, *nodes = (part for part in explanation.segments if part.is_node)
     assert (root.num_readers, root.parent) == (16, -1)
     assert 1536 <= root.tokens < 1600
     branches = [node for node in nodes if node.num_readers == 4]
@@ -89,10 +89,10 @@ def test_the_demo_names_all_that_keeps_its_numbers_from_being_evidence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens = [[request] for request in range(16)]
-    counters = dict.fromkeys(("num_packs", "fallback_steps"), 0)
+    counters: dict[str, Any] = dict.fromkeys(("num_packs", "fallback_steps"), 0)
     counters |= {"packed_steps": 10, "stock_steps": 10, "kv_read_ratio": 0.9}
     counters |= {"fallback_reasons": {}, "last_plan": {}}
-    results = {
+    results: dict[str, dict[str, Any]] = {
         "stock": {"output_ids": tokens},
         "prefix": {
             "output_ids": [[-1], *tokens[1:]],

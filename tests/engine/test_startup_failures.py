@@ -180,32 +180,31 @@ def test_a_symbol_that_is_gone_is_named(
     import sglang.srt.managers.scheduler
     import sglang.srt.model_executor.model_runner  # noqa: F401
 
-    import prefix_patches
+    from prefix_patches.install import install
 
     change(monkeypatch)
     with pytest.raises(RuntimeError, match="cannot attach to SGLang") as failure:
-        prefix_patches.install()
+        install()
     message = str(failure.value)
     assert symbol in message
     assert message.count("sglang.") == 1  # and nothing else
 
 
 def test_a_patch_that_does_not_take_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    import prefix_patches
-    from prefix_patches import model_runner_forward
+    from prefix_patches.install import install
+    from prefix_patches.patch import Touch
 
-    monkeypatch.setattr(model_runner_forward, "installed", lambda: False)
-    monkeypatch.setattr(model_runner_forward, "install", lambda: None)
-    with pytest.raises(RuntimeError, match=r"model_runner_forward did not take effect"):
-        prefix_patches.install()
+    monkeypatch.setattr(Touch, "installed", lambda touch: not touch.name.endswith(".forward"))
+    with pytest.raises(RuntimeError, match=r"ModelRunner\.forward did not take effect"):
+        install()
 
 
 def test_installing_twice_patches_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-    import prefix_patches
+    from prefix_patches.install import install
 
-    prefix_patches.install()
+    install()
     once = inspect.getattr_static(ForwardBatch, "init_new")
-    prefix_patches.install()
+    install()
     assert inspect.getattr_static(ForwardBatch, "init_new") is once

@@ -28,24 +28,13 @@ class Client:
     """
 
     def __init__(self, model: str, tokenizer: str, trace: str | None, seed: int) -> None:
-        from prefix_patches import (
-            bench_serving,
-            bench_serving_endpoint,
-            bench_serving_rows,
-            bench_serving_tokenizer,
-        )
+        from prefix_patches import load_generator
 
-        touched = (
-            bench_serving,
-            bench_serving_endpoint,
-            bench_serving_rows,
-            bench_serving_tokenizer,
-        )
-        if missing := [problem for module in touched for problem in module.missing()]:
+        if missing := load_generator.missing():
             raise RuntimeError(f"this SGLang lacks {', '.join(missing)}")
         self._names = (model, tokenizer)
         try:
-            self._tokenizer = bench_serving_tokenizer.load_tokenizer(tokenizer)
+            self._tokenizer = load_generator.load_tokenizer(tokenizer)
         except (OSError, ValueError) as error:
             cause = str(error).splitlines()[0]
             raise ValueError(f"cannot load a tokenizer from {tokenizer}: {cause}") from None

@@ -19,7 +19,7 @@ import aiohttp
 import numpy as np
 import requests
 
-from prefix_patches import bench_serving, bench_serving_rows
+from prefix_patches import load_generator
 from sglang_prefix.bench.serving.trace import scale_trace
 from sglang_prefix.bench.serving.workloads import Rollouts, Trace, Workload
 from sglang_prefix.bench.workloads.traces import read_trace
@@ -176,15 +176,15 @@ class BenchServing:
             )
             self.replay_s = (rows[-1].timestamp - rows[0].timestamp) / 1000 / shape.speed
             self._rows: list[Any] = [
-                bench_serving_rows.dataset_row(row.prompt, row.output_len, row.timestamp)
+                load_generator.dataset_row(row.prompt, row.output_len, row.timestamp)
                 for row in rows
             ]
         else:
             self.replay_s = 0.0
-            self._rows = bench_serving.load_requests(arguments, tokenizer)
+            self._rows = load_generator.load_requests(arguments, tokenizer)
 
-    def _arguments(self, url: str, output: str = "/dev/null") -> bench_serving.Namespace:
-        return bench_serving.parse([*self.flags, "--base-url", url, "--output-file", output])
+    def _arguments(self, url: str, output: str = "/dev/null") -> load_generator.Namespace:
+        return load_generator.parse([*self.flags, "--base-url", url, "--output-file", output])
 
     def fingerprint(self) -> str:
         """See :class:`Driver`."""
@@ -198,7 +198,7 @@ class BenchServing:
 
     def measure(self, url: str) -> dict[str, Any]:
         """See :class:`Driver`."""
-        found = bench_serving.run(self._arguments(url), self._rows)
+        found = load_generator.run(self._arguments(url), self._rows)
         errors = [error for error in found["errors"] if error]
         if errors or found["completed"] < len(self._rows):
             why = errors[0].strip().splitlines()[-1] if errors else "no reason given"

@@ -13,7 +13,7 @@ from typing import Any
 
 import sglang as sgl
 
-from prefix_patches import bench_serving_endpoint
+from prefix_patches import load_generator
 from sglang_prefix.bench.serving.drivers import Answer, fingerprint, summarize
 from sglang_prefix.bench.serving.workloads import Forks
 
@@ -91,13 +91,13 @@ class ForkDriver:
 
     def check(self, url: str) -> list[list[int]]:
         """See :class:`~sglang_prefix.bench.serving.drivers.Driver`."""
-        answers = self._run(bench_serving_endpoint.endpoint(url), ids=True)
+        answers = self._run(load_generator.endpoint(url), ids=True)
         # Of each token its log probability, its id and, perhaps, its text.
         return [[token[1] for token in meta["output_token_logprobs"]] for meta in answers]
 
     def measure(self, url: str) -> dict[str, Any]:
         """See :class:`~sglang_prefix.bench.serving.drivers.Driver`."""
-        endpoint = bench_serving_endpoint.streaming_endpoint(url, _timed)
+        endpoint = load_generator.streaming_endpoint(url, _timed)
         began = time.perf_counter()
         answers = self._run(endpoint, ids=False)
         return summarize([meta[_TIMES] for meta in answers], time.perf_counter() - began)

@@ -1,15 +1,10 @@
-"""``ModelRunner._decode_cuda_graph_runner_cls``: capture decode graphs under several labels.
+"""Decode graphs that are captured under several labels.
 
-Why: a graph freezes which attention it holds, and whether packing pays differs from batch to batch,
-so each batch size is captured once with our kernels and once with the stock backend's, and the
-graph is chosen at replay. SGLang has a hook for such variants from 0.5.20 on
+A graph freezes which attention it holds, and whether packing pays differs from batch to batch. So
+each batch size is captured once with our kernels and once with the stock backend's, and the graph
+is chosen at replay. SGLang has a hook for such variants from 0.5.20 on
 (``attention_graph_variants``), but it decides before the batch is loaded and does not know the
-model runner. Two methods of the graph runner do on every release what the hook does on some.
-
-Releases: 0.5.17 to 0.5.23. Used of the runner class: ``capture_one_shape``, called once per batch
-size; ``_make_graph_key``, called at capture and at the end of ``load_batch``, whose ``ShapeKey`` is
-a frozen dataclass with ``variant_label``; ``capture``.
-When it is gone: the backend factory refuses to start.
+model runner. A subclass of the graph runner does on every release what the hook does on some.
 """
 
 from __future__ import annotations
@@ -21,43 +16,14 @@ from typing import Any
 
 import torch
 
-from prefix_patches.method_patch import is_patched, patch_method
+from prefix_patches.patch import RELEASES, Touch
 from prefix_patches.schedule_context import schedule_context_of
 
-_SYMBOL = "sglang.srt.model_executor.model_runner.ModelRunner._decode_cuda_graph_runner_cls"
+__all__ = ["TOUCHED", "labelled"]
+
+_RUNNER = "sglang.srt.model_executor.runner.decode_cuda_graph_runner:DecodeCudaGraphRunner"
 
 logger = logging.getLogger(__name__)
-
-
-def missing() -> list[str]:
-    """What is not as we need it."""
-    try:
-        from sglang.srt.model_executor.model_runner import ModelRunner
-        from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
-        from sglang.srt.model_executor.runner.shape_key import ShapeKey
-    except ImportError as error:
-        return [f"{_SYMBOL} ({error})"]
-    if "_decode_cuda_graph_runner_cls" not in vars(ModelRunner):
-        return [f"{_SYMBOL} (no such method)"]
-    names = ("capture", "capture_one_shape", "_make_graph_key")
-    gone = [f"DecodeCudaGraphRunner.{n}" for n in names if n not in vars(DecodeCudaGraphRunner)]
-    if "variant_label" not in {field.name for field in dataclasses.fields(ShapeKey)}:
-        gone.append("ShapeKey.variant_label")
-    return gone
-
-
-def install() -> None:
-    """Apply the patch."""
-    from sglang.srt.model_executor.model_runner import ModelRunner
-
-    patch_method(ModelRunner, "_decode_cuda_graph_runner_cls", _runner_class)
-
-
-def installed() -> bool:
-    """Whether the patch is in place."""
-    from sglang.srt.model_executor.model_runner import ModelRunner
-
-    return is_patched(ModelRunner, "_decode_cuda_graph_runner_cls")
 
 
 def _runner_class(original: Any, self: Any) -> Any:
@@ -114,3 +80,29 @@ def labelled(runner_class: type) -> type:
 
 def _free_bytes() -> int:
     return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
+
+
+TOUCHED = (
+    Touch(
+        "sglang.srt.model_executor.model_runner:ModelRunner._decode_cuda_graph_runner_cls",
+        why="chooses the class of the graph runner",
+        replacement=_runner_class,
+    ),
+    Touch(f"{_RUNNER}.capture", why="the cost of each label is told when it returns"),
+    Touch(
+        f"{_RUNNER}.capture_one_shape",
+        why="captures one batch size",
+        releases=f"{RELEASES}, called once per batch size",
+    ),
+    Touch(
+        f"{_RUNNER}._make_graph_key",
+        why="names the graph that is captured or replayed",
+        releases=f"{RELEASES}, called at capture and at the end of `load_batch`",
+    ),
+    Touch(
+        "sglang.srt.model_executor.runner.shape_key:ShapeKey",
+        why="our label becomes part of it",
+        releases=f"{RELEASES}, a frozen dataclass",
+        keywords=("variant_label",),
+    ),
+)

@@ -1,0 +1,109 @@
+"""Radix paths of requests, read on the CPU: one reader per kind of tree.
+
+A path is ``(node_ids, ends)``: the ids of the nodes from below the root down to the request's last
+node, and the position at which each of them ends. The reader is found by the methods that a cache
+has, not by its class, since caches are wrapped and renamed between releases.
+
+====================================  =================================================
+read by                               releases
+====================================  =================================================
+``tree_core.collect_path_info``       0.5.22 and later, Rust and Python tree core
+``tree_core.node_by_id``              0.5.19 and later with the Python tree core
+``TreeNode.parent``                   0.5.17, 0.5.18
+none: rows are compared, or stock     0.5.21 with its Rust core
+====================================  =================================================
+
+When one is gone, the next is tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any
+
+__all__ = ["NO_PATH", "Path", "owned_lengths", "path_reader", "tree_with_stable_ids"]
+
+Path = tuple[tuple[int, ...], tuple[int, ...]]
+PathReader = Callable[[Sequence[Any]], list[Path]]
+
+# Of a request that holds no node of a tree.
+NO_PATH: Path = ((), ())
+
+
+def path_reader(tree_cache: Any) -> PathReader | None:
+    """A function from requests to their paths, or None where the tree cannot tell."""
+    if not hasattr(tree_cache, "tree_core"):
+        return _read_linked_nodes
+    core = tree_cache.tree_core
+    collect = getattr(core, "collect_path_info", None)
+    if collect is not None:
+        return lambda reqs: _collect_paths(collect, reqs)
+    look_up = getattr(core, "node_by_id", None)
+    if look_up is None:
+        return None
+    try:
+        core.root_node  # noqa: B018 - the Rust core of 0.5.21 has both names, and both raise
+    except (AttributeError, NotImplementedError):
+        return None
+    return lambda reqs: [_path_of(look_up(n)) if type(n) is int else NO_PATH for n in _nodes(reqs)]
+
+
+def _nodes(reqs: Sequence[Any]) -> list[Any]:
+    """Of each request its last node: an id where there is a tree core, else the node itself.
+
+    A streaming session may hold a virtual node, which is no id and has no path. A cache without a
+    tree (radix cache off) leaves None, or a root without a parent: an empty path.
+    """
+    return [req.last_node for req in reqs]
+
+
+def _collect_paths(collect: Callable[[list[int]], Any], reqs: Sequence[Any]) -> list[Path]:
+    """Per id, ``collect`` returns records of ``node_id`` and ``path_end``, without the root.
+
+    An unknown id raises KeyError.
+    """
+    nodes = _nodes(reqs)
+    ids = list({node for node in nodes if type(node) is int})
+    found: dict[Any, Path] = {}
+    for node, path in zip(ids, collect(ids), strict=True):
+        found[node] = (
+            tuple([part.node_id for part in path]),
+            tuple([part.path_end for part in path]),
+        )
+    return [found.get(node, NO_PATH) if type(node) is int else NO_PATH for node in nodes]
+
+
+def _read_linked_nodes(reqs: Sequence[Any]) -> list[Path]:
+    return [_path_of(node) for node in _nodes(reqs)]
+
+
+def _path_of(node: Any) -> Path:
+    """Path of a node with ``parent``, ``key`` and ``id``, from below the root down."""
+    ids: list[int] = []
+    lengths: list[int] = []
+    while getattr(node, "parent", None) is not None:
+        ids.append(node.id)
+        lengths.append(len(node.key))
+        node = node.parent
+    return tuple(reversed(ids)), tuple(accumulate(reversed(lengths)))
+
+
+def tree_with_stable_ids(tree_cache: Any) -> Any:
+    """The tree core whose integer node ids are handed out once and outlive splits, else None.
+
+    Of the releases whose cores were read for this: both cores of 0.5.22 and 0.5.23.
+    """
+    core = getattr(tree_cache, "tree_core", None)
+    return core if hasattr(core, "collect_path_info") else None
+
+
+def owned_lengths(reqs: Sequence[Any]) -> list[int]:
+    """Tokens at the start of each request's row that the tree owns.
+
+    ``req.kv.cache_protected_len`` from 0.5.19 on; ``req.cache_protected_len`` before, where
+    ``req.kv`` holds other things. All requests of a process are of one release.
+    """
+    if reqs and hasattr(getattr(reqs[0], "kv", None), "cache_protected_len"):
+        return [req.kv.cache_protected_len for req in reqs]
+    return [req.cache_protected_len for req in reqs]

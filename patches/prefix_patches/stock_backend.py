@@ -1,0 +1,137 @@
+"""SGLang's own attention backends: which one to delegate to, with which settings, and one alone."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from prefix_patches.patch import RELEASES, Touch
+
+__all__ = [
+    "TOUCHED",
+    "build_stock",
+    "default_stock_name",
+    "prefill_name",
+    "resolved_args",
+    "torch_native_decode",
+]
+
+_REGISTRY = "sglang.srt.layers.attention.attention_registry"
+_OVERRIDES = "sglang.srt.arg_groups.model_override_base"
+_RESOLVERS = ("sglang.srt.arg_groups.overrides", _OVERRIDES)
+
+TOUCHED = (
+    Touch(
+        f"{_REGISTRY}:ATTENTION_BACKENDS",
+        why="with `--attention-backend prefix` SGLang builds no stock backend itself",
+        releases=f"{RELEASES}, a dict from names to factories",
+        kind=dict,
+    ),
+)
+
+
+def resolved_args(model_runner: Any) -> Any:
+    """The runner's settings, with everything that SGLang resolved on top of them.
+
+    ``model_runner.server_args`` holds what the operator typed; what SGLang decided on top of it
+    (deterministic inference implied by another flag, graphs switched off, a model's own attention
+    backend) comes from ``resolved_view(server_args)``: in ``arg_groups/overrides.py`` from 0.5.17
+    on, defined in ``arg_groups/model_override_base.py`` from 0.5.19 on. When it is gone, the typed
+    settings are used.
+    """
+    for home in _RESOLVERS:
+        resolve = getattr(_optional(home), "resolved_view", None)
+        if resolve is not None:
+            return resolve(model_runner.server_args)
+    return model_runner.server_args
+
+
+def default_stock_name(model_runner: Any, own_name: str) -> str:
+    """The stock backend that SGLang would have used for this runner's decode.
+
+    That is what the user named with ``--attention-backend``, if it is not us, else the default of
+    the architecture; on the CPU ``intel_amx`` where there is AMX and ``torch_native`` elsewhere.
+    The default comes from ``get_default_attn_backend(server_args, use_mla, model_config)`` in
+    ``arg_groups/model_override_base.py`` from 0.5.19 on, from the method
+    ``ServerArgs._get_default_attn_backend(use_mla, model_config)`` in 0.5.17 and 0.5.18. When both
+    are gone, the backend factory fails.
+    """
+    server_args = resolved_args(model_runner)
+    if server_args.attention_backend not in (None, own_name):
+        return str(server_args.attention_backend)
+    if model_runner.device == "cpu":
+        from sglang.srt.utils import cpu_has_amx_support
+
+        return "intel_amx" if cpu_has_amx_support() else "torch_native"
+    args, model = model_runner.server_args, model_runner.model_config
+    choose = getattr(_optional(_OVERRIDES), "get_default_attn_backend", None)
+    if choose is not None:
+        return str(choose(args, model_runner.use_mla_backend, model))
+    return str(args._get_default_attn_backend(model_runner.use_mla_backend, model))
+
+
+def prefill_name(model_runner: Any, own_name: str) -> str | None:
+    """The backend that serves prefill where the user named one, else None for our delegate."""
+    args = resolved_args(model_runner)
+    named = getattr(args, "prefill_attention_backend", None)
+    return None if named in (None, own_name) else str(named)
+
+
+def build_stock(model_runner: Any, name: str, own_name: str) -> Any:
+    """Build the stock backend ``name`` for a runner.
+
+    Raises:
+        ValueError: SGLang has no such backend, or it is ours.
+    """
+    backends = import_module(_REGISTRY).ATTENTION_BACKENDS
+    legal = sorted(set(backends) - {own_name})
+    if name not in legal:
+        raise ValueError(
+            f"SGLANG_PREFIX_STOCK_BACKEND={name!r} is not a stock attention backend of this "
+            f"SGLang; legal: {', '.join(legal)}"
+        )
+    return backends[name](model_runner)
+
+
+def torch_native_decode() -> Callable[..., None]:
+    """SGLang's decode attention on a CPU, alone, which benchmarks compare with layer by layer.
+
+    It is ``TorchNativeAttnBackend._run_sdpa_forward_decode`` of 0.5.17 to 0.5.23, a method that
+    uses nothing of its instance, which needs a model to build. When it is gone, the import or the
+    first call fails, and benchmarks name the stock side as absent. Imports SGLang, which takes
+    seconds.
+
+    Returns:
+        ``(q, out, k, v, req_to_token, req_pool_indices, seq_lens, scaling)``: q and out are
+        [B, Hq, D], k and v [slots, Hkv, D], the rest as SGLang has them.
+    """
+    with warnings.catch_warnings():  # of quantisation kernels that a CPU does not have
+        warnings.simplefilter("ignore")
+        from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+    run = object.__new__(TorchNativeAttnBackend)._run_sdpa_forward_decode
+
+    def decode(
+        q: torch.Tensor,
+        out: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        req_to_token: torch.Tensor,
+        req_pool_indices: torch.Tensor,
+        seq_lens: torch.Tensor,
+        scaling: float,
+    ) -> None:
+        table = (req_to_token, req_pool_indices, seq_lens, None)
+        run(q, out, k, v, *table, scaling=scaling, enable_gqa=q.shape[1] != k.shape[1])
+
+    return decode
+
+
+def _optional(module: str) -> Any:
+    try:
+        return import_module(module)
+    except ImportError:
+        return None
