@@ -24,31 +24,46 @@ BATCH = build_batch([Fork(0, 0, 900), Fork(0, 850, 9), Fork(0, 850, 0), Fork(9, 
 POOL, LENS = BATCH.req_pool_indices.tolist(), BATCH.seq_lens.tolist()
 GROWN = [n + 1 for n in LENS]
 FULL = LENS[3] + RESERVED_TAIL_SLOTS
-NAN, INF = float("nan"), float("inf")
-F16, BF16, F64, E5M2 = torch.float16, torch.bfloat16, torch.float64, torch.float8_e5m2
 
-# By argument: a value, and what is said after the argument's name.
-Table = Mapping[str, Sequence[tuple[Any, str]]]
+Rows = list[tuple[str, Any, str]]
 
 
-def table(rows: Table) -> pytest.MarkDecorator:
-    """One test per row."""
-    cases = [
-        pytest.param(argument, value, rf"{argument}\b.*{says}", id=f"{argument} {says}")
-        for argument, values in rows.items()
-        for value, says in values
+def numbers(name: str, *values: Any, legal: str = "") -> Rows:
+    """Values of an argument, each refused as ``name=value; legal: ...``."""
+    return [(name, value, rf"{name}={value!r}; legal: {legal}") for value in values]
+
+
+def tensors(name: str, right: torch.Tensor, *shapes: Sequence[int], device: bool = True) -> Rows:
+    """Everything that can be wrong with a tensor: no tensor, its dtype, its device, its shape."""
+    wrong = torch.bool if right.dtype != torch.bool else torch.int8
+    rows: Rows = [
+        (name, right.tolist(), f"{name} is a list; legal: a torch.Tensor"),
+        (name, right.numpy(), f"{name} is a ndarray; legal"),
+        (name, right.to(wrong), f"{name} has dtype {wrong}; legal: torch"),
     ]
-    return pytest.mark.parametrize(("argument", "value", "says"), cases)
+    if device:
+        rows.append((name, right.to("meta"), f"{name} is on meta; legal: cpu"))
+    for shape in shapes:
+        says = rf"{name} has shape \({', '.join(map(str, shape))},?\); legal"
+        rows.append((name, torch.zeros(tuple(shape), dtype=right.dtype), says))
+    return rows
 
 
-def tensor(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> torch.Tensor:
-    return torch.zeros(shape, dtype=dtype, device=device)
+def entries(name: str, values: list[int], *bad: tuple[int, int, str]) -> Rows:
+    """One entry of an index tensor is bad: where, the value, and what is legal."""
+    rows: Rows = []
+    for at, value, says in bad:
+        copy = torch.tensor(values)
+        copy[at] = value
+        rows.append((name, copy, rf"{name}\[{at}\]={value}\b.*{says}"))
+    return rows
 
 
-def changed(values: list[int], at: int, value: int) -> torch.Tensor:
-    copy = torch.tensor(values)
-    copy[at] = value
-    return copy
+def cases(*rows: Rows) -> pytest.MarkDecorator:
+    """One test per row: argument, bad value, and what is said."""
+    every = [row for some in rows for row in some]
+    params = [pytest.param(*row, id=row[2]) for row in every]
+    return pytest.mark.parametrize(("argument", "value", "says"), params)
 
 
 def make_wrapper(**options: Any) -> PrefixDecodeWrapper:
@@ -84,39 +99,30 @@ def refused(
 ) -> None:
     """``bad`` is refused with this message, and the plan in use still gives the right answer."""
     stats = wrapper.stats
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=f"(?i){says}"):
         bad()
     assert_runs(wrapper, case)
     assert wrapper.stats == stats
 
 
-@table(
-    {
-        "num_qo_heads": [
-            (7, "=7; legal: a multiple of num_kv_heads=2"),
-            (1, "=1; legal: a multiple of num_kv_heads=2"),
-            (0, "=0; legal: an integer of at least 1"),
-        ],
-        "num_kv_heads": [(-1, "=-1; legal"), (2.0, "=2.0; legal")],
-        "head_dim": [(0, "=0; legal"), ("64", "='64'; legal")],
-        "v_head_dim": [(0, "=0; legal")],
-        "page_size": [(0, "=0; legal"), (True, "=True; legal")],
-        "sm_scale": [
-            (0.0, "=0.0; legal: a finite number above 0"),
-            (NAN, "=nan; legal"),
-            (INF, "=inf; legal"),
-            ("1", "='1'; legal"),
-        ],
-        "logit_cap": [(-1.0, "=-1.0; legal"), (NAN, "=nan; legal")],
-        "policy": [("best", "='best' is unknown; legal: 'pat', 'node', 'chunk', 'query'")],
-        "executor": [("gpu", "='gpu' is unknown; legal: 'auto', 'torch', 'triton'")],
-        "dtype": [(F64, "=torch.float64; legal: torch.float32"), (E5M2, "=torch.float8_e5m2; ")],
-        "max_batch_size": [(0, "=0; legal")],
-        "max_kv_tokens": [(-5, "=-5; legal")],
-        "max_partials": [(0, "=0; legal")],
-        "device": [("abacus", "='abacus'; legal"), (3.5, "=3.5; legal")],
-        "kv_dtype": [(E5M2, "")],  # and dtype
-    }
+COUNTS = ("num_qo_heads", "num_kv_heads", "head_dim", "v_head_dim", "page_size")
+BOUNDS = ("max_batch_size", "max_kv_tokens", "max_partials")
+NAN, INF = float("nan"), float("inf")
+
+
+@cases(
+    *(numbers(n, 0, -1, 2.0, "8", True, legal="an integer of at") for n in (*COUNTS, *BOUNDS)),
+    numbers("num_qo_heads", 7, 1, legal="a multiple of num_kv_heads=2"),
+    numbers("sm_scale", 0.0, NAN, INF, "1", legal="a finite number above 0"),
+    numbers("logit_cap", -1.0, NAN, "1", legal="a finite number"),
+    numbers("device", "abacus", 3.5, legal="a device of this host"),
+    [
+        ("policy", "best", "policy='best' is unknown; legal: 'pat', 'node', 'chunk', 'query'"),
+        ("executor", "gpu", "executor='gpu' is unknown; legal: 'auto', 'torch', 'triton'"),
+        ("dtype", torch.float64, "q_dtype=torch.float64; legal: torch.float32"),
+        ("dtype", torch.float8_e5m2, "q_dtype=torch.float8_e5m2; legal"),
+        ("kv_dtype", torch.float8_e5m2, "kv_dtype"),  # and dtype
+    ],
 )
 def test_options(argument: str, value: Any, says: str) -> None:
     with pytest.raises(ValueError, match=says):
@@ -130,12 +136,12 @@ def test_options(argument: str, value: Any, says: str) -> None:
         ({"dtype": None, "kv_dtype": torch.int8}, "kv_dtype=torch.int8; legal"),
         ({"max_partials": 3, "max_batch_size": 4}, "max_partials=3 .* max_batch_size=4; legal"),
         (
-            {"executor": "triton", "dtype": BF16},
+            {"executor": "triton", "dtype": torch.bfloat16},
             "executor='triton' cannot be used here: .*use float16 or float32; legal: 'torch'",
         ),
     ],
 )
-def test_options_together(options: dict[str, Any], says: str) -> None:
+def test_options_together(options: Mapping[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         make_wrapper(**options)
 
@@ -146,41 +152,27 @@ def test_a_device_that_this_machine_lacks() -> None:
         make_wrapper(device="cuda")
 
 
-@table(
-    {
-        "req_to_token": [
-            (tensor(5).int(), r"has shape \(5,\); legal"),
-            (tensor(2, 2), "has dtype torch.float32; legal"),
-            ([[1]], "is a list; legal: a torch.Tensor"),
-            (BATCH.req_to_token, "is a ndarray; legal"),
-            (tensor(9, 2000, dtype=torch.int32, device="meta"), "is on meta; legal: cpu"),
-        ],
-        "req_pool_indices": [
-            (POOL, "is a list; legal"),
-            (tensor(4), "has dtype torch.float32; legal"),
-            (tensor(2, 2).int(), r"has shape \(2, 2\); legal"),
-            (tensor(0).int(), r"has shape \(0,\); legal"),
-            (changed(POOL, 2, -1), r"\[2\]=-1; legal: 0 to 6"),
-            (changed(POOL, 1, NUM_ROWS), r"\[1\]=7; legal: 0 to 6"),
-        ],
-        "seq_lens": [
-            (LENS, "is a list; legal"),
-            (torch.tensor(LENS).float(), "has dtype torch.float32; legal"),
-            (torch.tensor(LENS[:3]), r"has shape \(3,\); legal: \[4\]"),
-            (changed(LENS, 0, 0), rf"\[0\]=0; legal: 1 to {CONTEXT}"),
-            (changed(LENS, 3, -7), r"\[3\]=-7; legal"),
-            (changed(LENS, 1, CONTEXT + 1), rf"\[1\]={CONTEXT + 1}; legal"),
-            (changed(LENS, 3, CONTEXT), "KV tokens; legal: up to max_kv_tokens=3000"),
-        ],
-        "forest": [
-            ("pat", "is a str; legal: a PrefixForest"),
-            (PrefixForest.from_rows(BATCH.rows[:3], LENS[:3]), "has 3 requests; legal: 4"),
-            (
-                PrefixForest.from_rows(BATCH.rows, [n - 1 for n in LENS]),
-                r"was made for seq_lens=\[899, .*\]; legal: \[900, ",
-            ),
-        ],
-    }
+@cases(
+    tensors("req_to_token", torch.from_numpy(BATCH.req_to_token), [5], [1, 2, 3]),
+    tensors("req_pool_indices", torch.tensor(POOL), [2, 2], [0], device=False),
+    entries("req_pool_indices", POOL, (2, -1, "legal: 0 to 6"), (1, NUM_ROWS, "legal: 0 to 6")),
+    tensors("seq_lens", torch.tensor(LENS), [3], [2, 2], device=False),
+    entries("seq_lens", LENS, (0, 0, f"legal: 1 to {CONTEXT}"), (3, -7, "legal: 1 to")),
+    entries("seq_lens", LENS, (1, CONTEXT + 1, f"legal: 1 to {CONTEXT}")),
+    [
+        ("seq_lens", torch.tensor([900] * 4), "3600 KV tokens; legal: up to max_kv_tokens=3000"),
+        ("forest", "pat", "forest is a str; legal: a PrefixForest"),
+        (
+            "forest",
+            PrefixForest.from_rows(BATCH.rows[:3], LENS[:3]),
+            "forest has 3 requests; legal: 4",
+        ),
+        (
+            "forest",
+            PrefixForest.from_rows(BATCH.rows, [n - 1 for n in LENS]),
+            r"forest was made for seq_lens=\[899, .*\]; legal: \[900, ",
+        ),
+    ],
 )
 @pytest.mark.parametrize("verify", [False, True], ids=["", "verify"])
 def test_plan(
@@ -235,7 +227,7 @@ def test_before_plan(case: AttentionCase) -> None:
     fresh = make_wrapper()
     for early in (
         lambda: fresh.run(case.q, case.k_cache, case.v_cache),
-        lambda: fresh.advance(case.seq_lens, tensor(4).int()),
+        lambda: fresh.advance(case.seq_lens, torch.zeros(4).int()),
         lambda: fresh.stats,
         lambda: fresh.current_plan,
     ):
@@ -245,60 +237,28 @@ def test_before_plan(case: AttentionCase) -> None:
     assert_runs(fresh, case)
 
 
-@table(
-    {
-        "q": [
-            (tensor(3, HQ, D), r"has shape \(3, 8, 64\); legal: \(4, 8, 64\)"),
-            (tensor(B, HKV, D), r"has shape \(4, 2, 64\); legal"),
-            (tensor(B, HQ * D), r"has shape \(4, 512\); legal"),
-            (tensor(B, HQ, D, dtype=F16), "has dtype torch.float16; legal: torch.float32"),
-            (tensor(B, HQ, D, device="meta"), "is on meta; legal: cpu"),
-            ([1.0], "is a list; legal: a torch.Tensor"),
-        ],
-        "k_cache": [
-            (tensor(SLOTS, 3, D), r"has shape .*; legal: \(\d+, 2, 64\)"),
-            (tensor(SLOTS, HKV, D + 1), r"has shape .*65\); legal"),
-            (tensor(), r"has shape \(\); legal"),
-            (tensor(SLOTS, HKV, D, dtype=BF16), "has dtype torch.bfloat16"),
-            (None, "is a NoneType; legal"),
-        ],
-        "v_cache": [
-            (tensor(SLOTS, HKV, D), r"has shape .*64\); legal: .*96\)"),
-            (tensor(SLOTS - 1, HKV, DV), "has shape .*; legal"),
-            (tensor(SLOTS, HKV, DV, device="meta"), "is on meta; legal: cpu"),
-        ],
-        "out": [
-            (tensor(B, HQ, D), r"has shape \(4, 8, 64\); legal: \(4, 8, 96\)"),
-            (tensor(B, HQ, DV, dtype=BF16), "has dtype torch.bfloat16; legal"),
-        ],
-        "lse": [
-            (tensor(HQ, B), r"has shape \(8, 4\); legal: \(4, 8\)"),
-            (tensor(B, HQ, dtype=F64), "has dtype torch.float64; legal"),
-        ],
-        "seq_lens": [
-            (LENS, "is a list; legal"),
-            (torch.tensor(LENS[:3]), r"has shape \(3,\); legal: \[4\]"),
-            (torch.tensor(LENS).float(), "has dtype torch.float32; legal"),
-            (changed(LENS, 1, LENS[1] - 1), r"\[1\]=858 .*legal: 859 to .*[Pp]lan again"),
-            (changed(LENS, 3, FULL + 1), r"\[3\]=264 .*legal: 7 to 263.*[Pp]lan again"),
-            (changed(LENS, 0, CONTEXT + 1), rf"\[0\]={CONTEXT + 1}; legal: 1 to"),
-        ],
-        "sm_scale": [(0.0, "=0.0; legal"), (INF, "=inf; legal")],
-        "logit_cap": [(-2.0, "=-2.0; legal")],
-        "k_scale": [
-            (0.0, "=0.0; legal"),
-            (torch.ones(3), r"has shape \(3,\) .*legal: .*\[2\]"),
-            (torch.ones(1, HKV), r"has shape \(1, 2\)"),
-        ],
-        "v_scale": [
-            (torch.ones(HKV).int(), "has .*torch.int32; legal"),
-            (torch.ones(HKV, device="meta"), "is on meta; legal: cpu"),
-            ("1", "='1'; legal"),
-            (-1.0, "=-1.0; legal"),
-        ],
-        "sinks": [(tensor(HQ), "is not supported yet; legal: None")],
-        "window_left": [(128, r"=128 is not supported yet; legal: -1")],
-    }
+@cases(
+    tensors("q", torch.zeros(B, HQ, D), [3, HQ, D], [B, HKV, D], [B, HQ * D]),
+    tensors("k_cache", torch.zeros(SLOTS, HKV, D), [SLOTS, 3, D], [SLOTS, HKV, D + 1], []),
+    tensors("v_cache", torch.zeros(SLOTS, HKV, DV), [SLOTS, HKV, D], [SLOTS - 1, HKV, DV]),
+    tensors("out", torch.zeros(B, HQ, DV), [B, HQ, D]),
+    tensors("lse", torch.zeros(B, HQ), [HQ, B]),
+    tensors("seq_lens", torch.tensor(GROWN), [3], device=False),
+    entries("seq_lens", LENS, (1, LENS[1] - 1, "legal: 859 to .*plan again")),
+    entries("seq_lens", LENS, (3, FULL + 1, "legal: 7 to 263.*plan again")),
+    entries("seq_lens", LENS, (0, CONTEXT + 1, "legal: 1 to")),
+    numbers("sm_scale", 0.0, INF, legal="a finite number above 0"),
+    numbers("logit_cap", -2.0, legal="a finite number"),
+    *(numbers(name, 0.0, -1.0, "1", legal="a finite") for name in ("k_scale", "v_scale")),
+    [
+        ("k_scale", torch.ones(3), r"k_scale has shape \(3,\) .*legal: .*\[2\]"),
+        ("k_scale", torch.ones(1, HKV), r"k_scale has shape \(1, 2\)"),
+        ("k_cache", None, "k_cache is a NoneType; legal"),
+        ("v_scale", torch.ones(HKV).int(), "v_scale has .*torch.int32; legal"),
+        ("v_scale", torch.ones(HKV, device="meta"), "v_scale is on meta; legal: cpu"),
+        ("sinks", torch.zeros(HQ), "sinks is not supported yet; legal: None"),
+        ("window_left", 128, "window_left=128 is not supported yet; legal: -1"),
+    ],
 )
 def test_run(
     wrapper: PrefixDecodeWrapper, case: AttentionCase, argument: str, value: Any, says: str
@@ -307,26 +267,19 @@ def test_run(
     refused(wrapper, case, says, lambda: wrapper.run(**{**arguments, argument: value}))
 
 
-@table(
-    {
-        "seq_lens": [
-            (torch.tensor(LENS), r"=\[900, .* shrinks below .*[Pp]lan again"),
-            (changed(GROWN, 0, 899), r"\[0\]=899 .*[Pp]lan again"),
-            (changed(GROWN, 3, FULL + 1), r"\[3\]=264 .*[Pp]lan again"),
-            (torch.tensor(GROWN[:3]), r"has shape \(3,\); legal: \[4\]"),
-        ],
-        "new_slots": [
-            (tensor(3).int(), r"has shape \(3,\); legal: \[4\]"),
-            (tensor(4), "has dtype torch.float32; legal"),
-            ([1] * 4, "is a list; legal"),
-            (tensor(4).int() - 3, "holds -3; legal: 0 and above"),
-        ],
-    }
+@cases(
+    tensors("seq_lens", torch.tensor(GROWN), [3], device=False),
+    entries("seq_lens", GROWN, (0, 899, "plan again"), (3, FULL + 1, "plan again")),
+    tensors("new_slots", torch.zeros(B).int(), [3], device=False),
+    [
+        ("seq_lens", torch.tensor(LENS), r"seq_lens=\[900, .* shrinks below .*plan again"),
+        ("new_slots", torch.zeros(B).int() - 3, "new_slots holds -3; legal: 0 and above"),
+    ],
 )
 def test_advance(
     wrapper: PrefixDecodeWrapper, case: AttentionCase, argument: str, value: Any, says: str
 ) -> None:
-    arguments = {"seq_lens": torch.tensor(GROWN) + 1, "new_slots": tensor(4).int()}
+    arguments = {"seq_lens": torch.tensor(GROWN) + 1, "new_slots": torch.zeros(B).int()}
     refused(wrapper, case, says, lambda: wrapper.advance(**{**arguments, argument: value}))
 
 

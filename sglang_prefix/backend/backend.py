@@ -25,7 +25,13 @@ from sglang_prefix.backend.fallback import REASONS, batch_reason, captures_decod
 from sglang_prefix.backend.graph_labels import GraphLabels
 from sglang_prefix.backend.layers import find_layers
 from sglang_prefix.backend.metrics import metrics_of
-from sglang_prefix.backend.step_state import NO_STEP, StepState
+from sglang_prefix.backend.step_state import (
+    NO_STEP,
+    OTHER_GRAPH,
+    PACKED,
+    PACKED_REPLAY,
+    StepState,
+)
 from sglang_prefix.backend.stock_rules import check_cpu_prefill, check_stock_rules
 from sglang_prefix.backend.warm_up import warm_up
 from sglang_prefix.config import BACKEND_NAME, PrefixConfig
@@ -144,12 +150,7 @@ class PrefixAttnBackend(DelegatingBackend):
         if forward_batch.forward_mode.is_decode():
             batch = DecodeBatch(forward_batch, self._schedule.batch)
             reason = self._plan(batch)
-            self._step = StepState(
-                packed=reason is None,
-                reason=reason,
-                counts=True,
-                padded_batch_size=batch.padded_batch_size,
-            )
+            self._step = StepState(reason=reason, counts=True) if reason else PACKED
         if self._needs_stock():
             self._prepare_stock(forward_batch)
 
@@ -170,7 +171,7 @@ class PrefixAttnBackend(DelegatingBackend):
             batch = DecodeBatch(forward_batch, self._schedule.batch, in_graph=True)
             self._step = self._begin_capture(batch) if in_capture else self._begin_replay(batch)
         else:
-            self._step = StepState(in_graph=True)
+            self._step = OTHER_GRAPH
         if self._needs_stock():
             self._prepare_stock(forward_batch, in_capture=in_capture)
 
@@ -243,26 +244,27 @@ class PrefixAttnBackend(DelegatingBackend):
 
     def _begin_capture(self, batch: DecodeBatch) -> StepState:
         """Capture our kernels under their label, unless no plan of this size would ever fit."""
-        size = batch.padded_batch_size
         planner = self._planner
         if planner is None or self._server_reason or not self._labels.captures_packed:
-            return StepState(in_graph=True)
-        if planner.max_batch_size is not None and size > planner.max_batch_size:
-            return StepState(in_graph=True)
+            return OTHER_GRAPH
+        if not planner.fits(batch):
+            return OTHER_GRAPH
         planner.prepare_private(batch)
-        return StepState(packed=True, in_graph=True, padded_batch_size=size)
+        return StepState(packed=True, in_graph=True)
 
     def _begin_replay(self, batch: DecodeBatch) -> StepState:
         """Plan the batch, and choose the graph that serves it."""
         counts = not batch.is_idle
         reason = self._plan(batch) if counts else None
-        packed = counts and reason is None
-        if not packed and self._labels.without_stock:
+        if counts and reason is None:
+            self._labels.choose(packed=True)
+            return PACKED_REPLAY
+        packed = self._labels.without_stock
+        if packed:
             assert self._planner is not None
             self._planner.prepare_private(batch)
-            packed = True
         self._labels.choose(packed=packed)
-        return StepState(packed, reason, True, counts, batch.padded_batch_size)
+        return StepState(packed, reason, in_graph=True, counts=counts)
 
     def _end_step(self) -> None:
         """Count the step under way, once: packed, or under the reason why it was not."""
@@ -273,7 +275,7 @@ class PrefixAttnBackend(DelegatingBackend):
         if step.reason is not None:
             self.counters.count_stock_step(step.reason)
         elif self._planner is not None:
-            self.counters.count_packed_step(*self._planner.step_cost)
+            self._planner.count_step()
         if self._metrics is not None:
             self._metrics.update(self.counters)
 
@@ -293,14 +295,12 @@ class PrefixAttnBackend(DelegatingBackend):
         unknown = [name for name, value in kwargs.items() if value is not None]
         if group is not None and unknown:
             self._delegate(layer, unknown)
-        step = self._step
-        if group is None or unknown or not step.packed:
+        if group is None or unknown or not self._step.packed:
             return None
-        if q.numel() != step.padded_batch_size * layer.tp_q_head_num * layer.qk_head_dim:
-            if step.in_graph:
-                raise RuntimeError(
-                    f"a graph of {step.padded_batch_size} requests got {len(q)} queries"
-                )
+        size = group.executor.padded_batch_size
+        if q.numel() != size * layer.tp_q_head_num * layer.qk_head_dim:
+            if self._step.in_graph:
+                raise RuntimeError(f"a graph of {size} requests got {len(q)} queries")
             self._give_up_step("other-batch")
             return None
         return group

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["NO_STEP", "StepState"]
+__all__ = ["NO_STEP", "OTHER_GRAPH", "PACKED", "PACKED_REPLAY", "StepState"]
 
 
 class StepState(NamedTuple):
@@ -17,14 +17,15 @@ class StepState(NamedTuple):
             taken to be shared.
         in_graph: its kernels are a graph's.
         counts: it is a decode step, and not a prefill, a capture or another rank's.
-        padded_batch_size: rows of q.
     """
 
     packed: bool = False
     reason: str | None = None
     in_graph: bool = False
     counts: bool = False
-    padded_batch_size: int = 0
 
 
 NO_STEP = StepState()
+OTHER_GRAPH = StepState(in_graph=True)  # that counts no step and holds no kernel of ours
+PACKED = StepState(packed=True, counts=True)
+PACKED_REPLAY = StepState(packed=True, in_graph=True, counts=True)

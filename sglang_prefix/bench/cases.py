@@ -3,70 +3,28 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sglang_prefix.bench.workloads.registry import (
     Heads,
-    RegistryFile,
-    WorkloadSpec,
+    KernelCase,
     load_registry,
     registry_names,
 )
 from sglang_prefix.bench.workloads.traces import read_trace, trace_batches
 from sglang_prefix.bench.workloads.trees import Tree, pat_tree
 
-__all__ = ["CPU_MAX_TOKENS", "DEFAULT_HEADS", "KernelCase", "KernelOptions", "kernel_cases"]
+__all__ = ["CPU_MAX_TOKENS", "DEFAULT_HEADS", "KernelOptions", "kernel_cases"]
 
 CPU_MAX_TOKENS = 1 << 18
 DEFAULT_HEADS = Heads(32, 8)
 _QUICK, _GPU = "quick", "gpu"
 # In the order of what they tell, each with its first head configuration before any has its second.
 _DEFAULT_FILES = ("trees", "unrelated", "rollouts", "chunk", "uneven", "fixed", "long")
-
-
-@dataclass(frozen=True)
-class KernelCase:
-    """One row of the table.
-
-    Attributes:
-        name: unique; "group/what/heads".
-        group: cases that answer one question.
-        heads: of the layer.
-        make_tree: the batch.
-        tree: PAT's notation; None for a forest that it cannot say.
-        page_size: tokens per page of the KV pool.
-        dtype: of q and of the caches.
-        scattered: whether slots are in random order.
-        note: what else a reader should know; empty for nothing.
-        rank: cases of a lower one are run before; of the same rank, the smaller ones.
-        target: least speed-up over stock that the project promises; None for none.
-        is_chain: layers of launches are measured on it, not attention.
-        has_all_launches: ours is measured in all its launch modes.
-    """
-
-    name: str
-    group: str
-    heads: Heads
-    make_tree: Callable[[], Tree]
-    tree: str | None
-    page_size: int
-    dtype: str
-    scattered: bool = True
-    note: str = ""
-    rank: int = 0
-    target: float | None = None
-    is_chain: bool = False
-    has_all_launches: bool = False
-
-    @cached_property
-    def logical_elements(self) -> int:
-        """Elements of KV of all requests, each with its own: what stock kernels read."""
-        tokens = int(self.make_tree().seq_lens.sum())
-        return tokens * self.heads.kv * (self.heads.dim + self.heads.v_dim)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,14 +88,33 @@ def kernel_cases(options: KernelOptions) -> list[KernelCase]:
     Raises:
         ValueError: a tree, a trace, heads or a workload are not legal; one line.
     """
-    heads = tuple(Heads.parse(text) for text in options.heads)
-    cases = [*_tree_cases(options, heads), *_trace_cases(options, heads)]
+    cases = _under(options, [*_tree_cases(options), *_trace_cases(options)])
     if options.workloads or not cases:
-        cases += _registry_cases(options, heads)
+        cases += _registry_cases(options)
     if options.page_size > 1:
         _check_pages(cases, options.page_size)
     cases = list({case.name: case for case in cases}.values())
     return _dry(cases) if options.dry else cases
+
+
+def _under(options: KernelOptions, cases: Sequence[KernelCase]) -> list[KernelCase]:
+    """Cases with the heads, the dtype and the page size that the user asks for."""
+    found = list(cases)
+    if options.heads:
+        found = [
+            replace(case, heads=Heads.parse(text), rank=max(number, case.rank))
+            for number, text in enumerate(options.heads)
+            for case in cases
+            if case.rank == 0 or case.has_all_launches
+        ]
+    return [
+        replace(
+            case,
+            dtype=case.dtype or options.dtype,
+            page_size=case.page_size if options.page_size == 1 else options.page_size,
+        )
+        for case in found
+    ]
 
 
 def _dry(cases: Sequence[KernelCase]) -> list[KernelCase]:
@@ -161,14 +138,13 @@ def _shrunk(case: KernelCase) -> Tree:
     return case.make_tree().shrunk(case.page_size)
 
 
-def _tree_cases(options: KernelOptions, heads: Sequence[Heads]) -> Iterator[KernelCase]:
+def _tree_cases(options: KernelOptions) -> Iterator[KernelCase]:
     for text in options.trees:
         pat_tree(text)
-        for one in heads or (DEFAULT_HEADS,):
-            yield _case(options, "tree", text, one, partial(pat_tree, text), text)
+        yield KernelCase("tree", text, DEFAULT_HEADS, partial(pat_tree, text), text)
 
 
-def _trace_cases(options: KernelOptions, heads: Sequence[Heads]) -> Iterator[KernelCase]:
+def _trace_cases(options: KernelOptions) -> Iterator[KernelCase]:
     for path in options.traces:
         requests = read_trace(path)
         stem = Path(path).name.partition(".")[0]
@@ -178,23 +154,22 @@ def _trace_cases(options: KernelOptions, heads: Sequence[Heads]) -> Iterator[Ker
         except ValueError as error:
             raise ValueError(f"trace {path}: {error}; legal: a larger --max-tokens") from None
         for batch in batches:
-            what = f"{stem}@{batch.moment_ms / 1e3:.0f}s"
+            name = f"{stem}@{batch.moment_ms / 1e3:.0f}s"
             note = f"{batch.left_out} more ran at that moment but did not fit into --max-tokens"
-            for one in heads or (DEFAULT_HEADS,):
-                yield _case(options, "trace", what, one, partial(_same, batch.tree), None, note)
+            yield KernelCase("trace", name, DEFAULT_HEADS, partial(_same, batch.tree), note=note)
 
 
 def _same(tree: Tree) -> Tree:
     return tree
 
 
-def _registry_cases(options: KernelOptions, heads: Sequence[Heads]) -> list[KernelCase]:
+def _registry_cases(options: KernelOptions) -> list[KernelCase]:
     names, patterns = _files_and_patterns(options)
-    cases: list[KernelCase] = []
     files = [load_registry(name) for name in names]
-    # A suite has an order of its own.
-    for some in ([f for f in files if not f.is_suite], *([f] for f in files if f.is_suite)):
-        cases += _cases_of(some, options, heads)
+    suites = [case for file in files if file.is_suite for case in file.cases]
+    # Each batch with its first heads before any has its second.
+    others = [case for file in files if not file.is_suite for case in file.cases]
+    cases = _under(options, [*sorted(others, key=lambda case: case.rank), *suites])
     cases = [c for c in cases if not patterns or any(p.search(c.name) for p in patterns)]
     if not cases:
         asked = ", ".join(pattern.pattern for pattern in patterns)
@@ -203,38 +178,6 @@ def _registry_cases(options: KernelOptions, heads: Sequence[Heads]) -> list[Kern
             "or a regular expression that the name of a case contains"
         )
     return cases
-
-
-def _cases_of(
-    files: Sequence[RegistryFile], options: KernelOptions, heads: Sequence[Heads]
-) -> Iterator[KernelCase]:
-    """Cases of files: each batch with its first heads before any has its second."""
-    specs = [(file, spec) for file in files for spec in file.batches]
-    for number in range(max((len(heads or spec.heads) for _, spec in specs), default=0)):
-        for place, (file, spec) in enumerate(specs):
-            own = heads or spec.heads
-            if number < len(own):
-                case = _case(options, spec.group, spec.name, own[number], spec.make_tree, spec.tree)
-                yield _of_spec(case, spec, file, place if file.is_suite else number)
-
-
-def _of_spec(case: KernelCase, spec: WorkloadSpec, file: RegistryFile, rank: int) -> KernelCase:
-    """A case with what its batch decides itself."""
-    name = case.name
-    if spec.page_size and case.page_size == 1:
-        case = replace(case, page_size=spec.page_size)
-        name += f"/page{spec.page_size}" if spec.page_size > 1 else ""
-    name += "".join(f"/{part}" for part in (spec.dtype, spec.slots) if part)
-    return replace(
-        case,
-        name=name,
-        dtype=spec.dtype or case.dtype,
-        scattered=spec.slots != "consecutive",
-        rank=rank,
-        target=spec.target,
-        is_chain=spec.is_chain,
-        has_all_launches=file.is_suite,
-    )
 
 
 def _files_and_patterns(options: KernelOptions) -> tuple[list[str], list[re.Pattern[str]]]:
@@ -249,22 +192,6 @@ def _files_and_patterns(options: KernelOptions) -> tuple[list[str], list[re.Patt
         ) from None
     default = [_GPU] if options.dry else [_QUICK] if options.quick else list(_DEFAULT_FILES)
     return names or default, patterns
-
-
-def _case(
-    options: KernelOptions,
-    group: str,
-    what: str,
-    heads: Heads,
-    make_tree: Callable[[], Tree],
-    tree: str | None,
-    note: str = "",
-) -> KernelCase:
-    page = f"/page{options.page_size}" if options.page_size > 1 else ""
-    name = f"{group}/{what}/{heads}{page}"
-    return KernelCase(
-        name, group, heads, make_tree, tree, options.page_size, options.dtype, note=note
-    )
 
 
 def _check_pages(cases: Sequence[KernelCase], page_size: int) -> None:

@@ -17,14 +17,15 @@ from typing import Any
 
 import torch
 
-from sglang_prefix.bench.cases import CPU_MAX_TOKENS, KernelCase, KernelOptions, kernel_cases
-from sglang_prefix.bench.providers.base import Provider
-from sglang_prefix.bench.providers.find import ProviderMaker, find_providers
+from sglang_prefix.bench.cases import CPU_MAX_TOKENS, KernelOptions, kernel_cases
+from sglang_prefix.bench.providers.base import Provider, ProviderMaker
+from sglang_prefix.bench.providers.find import find_providers
 from sglang_prefix.bench.providers.ours import all_launches, chains, our_providers
 from sglang_prefix.bench.run import BenchRun, Case, NotRunError
 from sglang_prefix.bench.targets import evaluate
 from sglang_prefix.bench.timing import Clock, clock_for
 from sglang_prefix.bench.workloads.inputs import AttentionInputs, OutputCheck
+from sglang_prefix.bench.workloads.registry import KernelCase
 
 __all__ = ["FILE_NAME", "KIND", "KernelRun", "measure_case"]
 
@@ -91,16 +92,18 @@ class KernelRun(BenchRun):
         self.data["limits"] = clock.limits(getattr(torch, self.options.dtype))
 
     def cases(self) -> list[Case]:
-        """Small batches first, so that a budget leaves out the largest, except in a suite.
+        """Small batches first, so that a budget leaves out the largest, except in a suite."""
+        in_order = sorted(self._cases, key=lambda case: (case.rank, case.logical_elements))
+        # On a GPU the time goes into compiling, whatever the size.
+        expected = self._expected_s if self._host == "cpu" else None
+        return [
+            Case(c.name, c.group, partial(self._measure, c), expected and partial(expected, c))
+            for c in in_order
+        ]
 
-        How long one will take is judged by the time per element of KV of the one before.
-        """
-
-        def job(case: KernelCase) -> Case:
-            expected_s = lambda: self._pace * case.logical_elements  # noqa: E731
-            return Case(case.name, case.group, partial(self._measure, case), expected_s)
-
-        return [job(c) for c in sorted(self._cases, key=lambda c: (c.rank, c.logical_elements))]
+    def _expected_s(self, case: KernelCase) -> float:
+        """By the time per element of KV of the case before."""
+        return self._pace * case.logical_elements
 
     def conclude(self) -> None:
         """See what the project has promised."""
@@ -112,7 +115,8 @@ class KernelRun(BenchRun):
 
     def _measure(self, case: KernelCase) -> dict[str, Any]:
         assert self._clock is not None
-        self._check_size(case)
+        if not self.options.dry:
+            self._check_size(case)
         began = time.monotonic()
         measured = measure_case(
             case,
@@ -258,10 +262,9 @@ def measure_case(
     for name, make in makers.items():
         progress(f"checking {name}")
         try:
-            if reason := _inapplicable(make, inputs):
-                absent[name] = reason
-            else:
-                ready[name] = _checked(make, inputs, check, clock)
+            ready[name] = _checked(make, inputs, check, clock)
+        except NotRunError as error:
+            absent[name] = str(error)
         except Exception as error:  # of anyone's kernel: the others are still worth their time
             clock.synchronize()  # raises again where the device itself is lost
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
@@ -297,13 +300,6 @@ def measure_case(
         "failed": failed,
         "providers": providers,
     }
-
-
-def _inapplicable(make: ProviderMaker, inputs: AttentionInputs) -> str | None:
-    """Why a provider cannot run the batch; ours, which are made by functions, always can."""
-    if isinstance(make, type) and issubclass(make, Provider):
-        return make.inapplicable(inputs)
-    return None
 
 
 def _checked(

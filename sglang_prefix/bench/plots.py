@@ -7,12 +7,14 @@ are made without pyplot, so nothing global changes.
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglang_prefix.bench.comparison import fastest, of_kind, our_provider, over, provider_of
+from sglang_prefix.bench.results import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,6 +30,7 @@ __all__ = [
     "serving_reads_figure",
     "serving_times_figure",
     "speedup_figure",
+    "svg_text",
     "time_split_figure",
 ]
 
@@ -296,14 +299,28 @@ def save_plots(data: Data, folder: str | os.PathLike[str]) -> list[Path]:
     paths = []
     for name, draw in PLOTS.get(data["kind"], {}).items():
         path = Path(folder) / f"{name}.svg"
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            draw(data).savefig(beside, format="svg", facecolor="white")
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+        write_whole(path, svg_text(draw, data, name))
         paths.append(path)
     return paths
+
+
+def svg_text(draw: Callable[[Data], Figure], data: Data, salt: str) -> str:
+    """A picture as the text of an SVG file, the same for the same data and salt."""
+    import matplotlib
+
+    settings: dict[Any, Any] = {
+        "svg.hashsalt": salt,
+        # Outlines: a page from disk brings no fonts, and another's would not fit the boxes.
+        "svg.fonttype": "path",
+        # Names may have dollar signs, which do not enclose mathematics.
+        "text.parse_math": False,
+    }
+    file = io.StringIO()
+    with matplotlib.rc_context(settings):
+        draw(data).savefig(
+            file, format="svg", metadata={"Date": None}, bbox_inches="tight", facecolor="white"
+        )
+    return file.getvalue()
 
 
 def _figure(height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from math import exp, log
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from sglang_prefix.bench.comparison import of_kind, our_provider, over
+from sglang_prefix.bench.comparison import of_kind, our_provider, over, provider_of
+from sglang_prefix.bench.tables import geomean
 
 __all__ = ["evaluate", "us_per_layer"]
 
 Case = Mapping[str, Any]
-# (case, ours, theirs): both in us per layer.
-Pairs = list[tuple[str, float, float]]
+Provider = Mapping[str, Any]
+Time = Callable[[Provider], float]  # of a layer, in us
+Values = Mapping[str, float]  # by case
 
 # Layers that share one plan, or one step's metadata: a usual depth.
 _LAYERS = 32
@@ -52,66 +53,83 @@ def _own_targets(data: Mapping[str, Any], ours: str | None) -> dict[str, dict[st
     for case in data["cases"]:
         speedup = over(case, ours, "stock")
         if case["target"] is not None and speedup is not None:
-            targets[case["name"]] = {
-                "value": speedup,
-                "status": "met" if speedup >= case["target"] else "missed",
-                "meaning": f"fastest stock over ours, at least {case['target']:g}",
-            }
+            meaning = f"fastest stock over ours, at least {case['target']:g}"
+            targets[case["name"]] = _target(meaning, speedup, speedup >= case["target"])
     return targets
 
 
-def _gpu_targets(cases: list[Case], ours: str | None) -> dict[str, dict[str, Any]]:
-    def pairs(wanted: Callable[[Case], bool], kind: str, *, plans: bool | None = None) -> Pairs:
-        """Ours and the fastest of a kind, on the cases that have both; kernels alone for None."""
+def _gpu_targets(cases: Sequence[Case], ours: str | None) -> dict[str, dict[str, Any]]:
+    def ratios(kind: str, time: Time, wanted: Callable[[Case], bool] = lambda case: True) -> Values:
+        """Time of the fastest of a kind over ours, on the cases that have both."""
+        both = _pairs(cases, ours, kind, time, wanted)
+        return {name: theirs / mine for name, (mine, theirs) in both.items()}
 
-        def time(found: Mapping[str, Any]) -> float:
-            kernel: float = found["kernel_us"]
-            return kernel if plans is None else us_per_layer(found, plans=plans)
-
-        both = [(c["name"], of_kind(c, ours or ""), of_kind(c, kind)) for c in cases if wanted(c)]
-        return [
-            (name, time(mine[ours or ""]), min(map(time, theirs.values())))
-            for name, mine, theirs in both
-            if mine and theirs
-        ]
-
-    targets = {
-        "read bandwidth": _bandwidth(cases, ours),
-        "sharing trees": _geomean(3.0, pairs(_is_tree, "stock", plans=True), expected=72),
-        "cascade": _every(1.0, pairs(_any, "flashinfer-cascade")),
-        "fasttree": _every(1.0, pairs(_any, "fasttree")),
-        "nothing shared": _every(0.97, pairs(_is_alone, "stock", plans=True)),
-        "fixed cost": _fixed_cost(
-            {
-                name: pairs(_is_fixed, "stock", plans=plans)
-                for name, plans in (("plan", True), ("kept", False), ("kernel", None))
-            }
+    cost = {
+        what: {
+            name: mine - theirs
+            for name, (mine, theirs) in _pairs(cases, ours, "stock", time, _is_small).items()
+        }
+        for what, time in (("plan", us_per_layer), ("kept", _kept), ("kernel", _kernel))
+    }
+    return {
+        "read bandwidth": _every(
+            "unique KV bytes over kernel time, at least 0.80 of the bandwidth read in the same "
+            "run, on every case with 256 MiB of unique KV or more",
+            _bandwidth_shares(cases, ours),
+            0.8,
+        ),
+        "sharing trees": _geomean(
+            "geometric mean of fastest stock over ours, a plan per step included, at least 3 over "
+            "the 18 sharing trees in 4 head configurations, page size 1",
+            ratios("stock", us_per_layer, _is_tree),
+            3,
+            expected_cases=18 * 4,
+            with_the_plan_kept=_geomean("", ratios("stock", _kept, _is_tree), 3),
+        ),
+        "cascade": _every(
+            "FlashInfer's cascade over ours, kernels alone, at least 1 in every case",
+            ratios("flashinfer-cascade", _kernel),
+            1,
+        ),
+        "fasttree": _every(
+            "FastTree over ours, kernels alone, at least 1 in every case",
+            ratios("fasttree", _kernel),
+            1,
+        ),
+        "nothing shared": _every(
+            "fastest stock over ours, a plan per step included, at least 0.97",
+            ratios("stock", us_per_layer, _is_alone),
+            0.97,
+            with_the_plan_kept=_every("", ratios("stock", _kept, _is_alone), 0.97),
+        ),
+        "fixed cost": _target(
+            "ours with a plan per step, at most the fastest stock call with its metadata spread "
+            "over 32 layers + 2 us, at batch 8, 512 shared, 1 KV head",
+            max(cost["plan"].values(), default=None),
+            all(us <= 2 for us in cost["plan"].values()),
+            us_over_fastest_stock=cost,
         ),
     }
-    kept = {
-        "sharing trees": _geomean(3.0, pairs(_is_tree, "stock", plans=False), expected=72),
-        "nothing shared": _every(0.97, pairs(_is_alone, "stock", plans=False)),
-    }
-    meaning = {
-        "read bandwidth": "unique KV bytes over kernel time, at least 0.80 of the bandwidth read "
-        "in the same run, on every case with 256 MiB of unique KV or more",
-        "sharing trees": "geometric mean of fastest stock over ours, a plan per step included, at "
-        "least 3 over the 18 sharing trees in 4 head configurations, page size 1",
-        "cascade": "FlashInfer's cascade over ours, kernels alone, at least 1 in every case",
-        "fasttree": "FastTree over ours, kernels alone, at least 1 in every case",
-        "nothing shared": "fastest stock over ours, a plan per step included, at least 0.97",
-        "fixed cost": "ours with a plan per step, at most the fastest stock call with its metadata "
-        "spread over 32 layers + 2 us, at batch 8, 512 shared, 1 KV head",
-    }
-    for name, target in targets.items():
-        target |= {"meaning": meaning[name], "ours": ours}
-        if name in kept:
-            target["with_the_plan_kept"] = kept[name]
-    return targets
 
 
-def _any(case: Case) -> bool:
-    return True
+def _pairs(
+    cases: Sequence[Case], ours: str | None, kind: str, time: Time, wanted: Callable[[Case], bool]
+) -> dict[str, tuple[float, float]]:
+    """Ours and the fastest of a kind by a time, on the cases that have both."""
+    pairs = {}
+    for case in filter(wanted, cases):
+        mine, theirs = provider_of(case, ours), of_kind(case, kind)
+        if mine and theirs:
+            pairs[case["name"]] = (time(mine), min(map(time, theirs.values())))
+    return pairs
+
+
+def _kernel(provider: Provider) -> float:
+    return float(provider["kernel_us"])
+
+
+def _kept(provider: Provider) -> float:
+    return us_per_layer(provider, plans=False)
 
 
 def _is_tree(case: Case) -> bool:
@@ -122,61 +140,36 @@ def _is_alone(case: Case) -> bool:
     return case["group"] in _ALONE
 
 
-def _is_fixed(case: Case) -> bool:
+def _is_small(case: Case) -> bool:
     small = case["heads"]["kv"] == 1 and case["batch"] == 8
     return bool(case["group"] == "fixed" and case["page_size"] == 1 and small)
 
 
-def _every(least: float, pairs: Pairs) -> dict[str, Any]:
-    """Theirs over ours is at least ``least`` in every case."""
-    return _all_at_least(least, {name: theirs / ours for name, ours, theirs in pairs})
-
-
-def _all_at_least(least: float, values: Mapping[str, float]) -> dict[str, Any]:
-    missed = {name: value for name, value in values.items() if value < least}
-    return {
-        "value": min(values.values(), default=None),
-        "status": _status(values, not missed),
-        "cases": len(values),
-        "missed": missed,
-    }
-
-
-def _geomean(least: float, pairs: Pairs, expected: int) -> dict[str, Any]:
-    ratios = {name: theirs / ours for name, ours, theirs in pairs}
-    value = exp(sum(map(log, ratios.values())) / len(ratios)) if ratios else None
-    return {
-        "value": value,
-        "status": _status(ratios, value is not None and value >= least),
-        "cases": len(ratios),
-        "expected_cases": expected,
-        "missed": {name: ratio for name, ratio in ratios.items() if ratio < 1},
-    }
-
-
-def _bandwidth(cases: list[Case], ours: str | None) -> dict[str, Any]:
+def _bandwidth_shares(cases: Sequence[Case], ours: str | None) -> Values:
+    """Of the bandwidth of the same run, what ours reaches on the bytes that must be read."""
     shares = {}
     for case in cases:
-        kv_bytes = case["bytes"]["ideal"]
-        if (mine := of_kind(case, ours or "")) and kv_bytes >= _WIDE_BYTES:
-            at_bandwidth = kv_bytes / case["bandwidth_gb_s"] / 1e3
-            shares[case["name"]] = at_bandwidth / mine[ours or ""]["kernel_us"]
-    return _all_at_least(0.8, shares)
+        mine, kv_bytes = provider_of(case, ours), case["bytes"]["ideal"]
+        if mine and kv_bytes >= _WIDE_BYTES:
+            shares[case["name"]] = kv_bytes / case["bandwidth_gb_s"] / 1e3 / mine["kernel_us"]
+    return shares
 
 
-def _fixed_cost(pairs: Mapping[str, Pairs]) -> dict[str, Any]:
-    over = {
-        what: {name: ours - theirs for name, ours, theirs in found} for what, found in pairs.items()
-    }
-    every_step = over["plan"]
-    return {
-        "value": max(every_step.values(), default=None),
-        "status": _status(every_step, all(us <= 2 for us in every_step.values())),
-        "us_over_fastest_stock": over,
-    }
+def _every(meaning: str, values: Values, least: float, **more: Any) -> dict[str, Any]:
+    """Met if all are at least so large; the worst counts."""
+    missed = {name: value for name, value in values.items() if value < least}
+    worst = min(values.values(), default=None)
+    return _target(meaning, worst, not missed, cases=len(values), missed=missed, **more)
 
 
-def _status(measured: Mapping[str, float], good: bool) -> str:
-    if not measured:
-        return "not measured"
-    return "met" if good else "missed"
+def _geomean(meaning: str, ratios: Values, least: float, **more: Any) -> dict[str, Any]:
+    """Met if the geometric mean is at least so large."""
+    value = geomean(ratios.values())
+    missed = {name: ratio for name, ratio in ratios.items() if ratio < 1}
+    good = value is not None and value >= least
+    return _target(meaning, value, good, cases=len(ratios), missed=missed, **more)
+
+
+def _target(meaning: str, value: float | None, good: bool, **more: Any) -> dict[str, Any]:
+    status = "not measured" if value is None else "met" if good else "missed"
+    return {"value": value, "status": status, "meaning": meaning, **more}

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from sglang_prefix.bench.run import BenchRun
 
-__all__ = ["host", "kernel", "tune"]
+__all__ = ["finish", "host", "kernel", "make_run", "tune"]
 
 T = TypeVar("T")
 
@@ -164,10 +164,10 @@ def kernel(
         from sglang_prefix.bench.kernel import KernelRun
 
     folder = _folder(out)
-    run = _made(lambda: KernelRun(folder, options, _command(), resume=resume), folder)
+    run = make_run(lambda: KernelRun(folder, options, _command(), resume=resume), folder)
     if budget_s is None:
         budget_s = _BUDGET_S[run.data["options"]["quick"]]
-    _finish(run, budget_s, screen, json_file, plots=plots, report=report)
+    finish(run, budget_s, screen, json_file, plots=plots, report=report)
 
 
 def tune(
@@ -208,10 +208,10 @@ def tune(
         typer.echo(_legal(lambda: module.write_table(file, target)))
         return
     folder = _folder(out)
-    run = _made(
+    run = make_run(
         lambda: module.TuneRun(folder, _command(), seed=seed, dry=dry, resume=resume), folder
     )
-    _finish(run, _BUDGET_S[False] if budget_s is None else budget_s, console(json_file), json_file)
+    finish(run, _BUDGET_S[False] if budget_s is None else budget_s, console(json_file), json_file)
 
 
 def host(
@@ -241,12 +241,12 @@ def host(
 
     options = {"requests": requests or [256, 1024], "rounds": rounds, "engine": engine}
     folder = _folder(out or Path() if list_cases else out)
-    run = _made(
+    run = make_run(
         lambda: HostRun(folder, _command(), options=options, seed=seed, resume=resume), folder
     )
     if list_cases:
         _list(run.order)
-    _finish(run, _BUDGET_S[False] if budget_s is None else budget_s, console(json_file), json_file)
+    finish(run, _BUDGET_S[False] if budget_s is None else budget_s, console(json_file), json_file)
 
 
 def _command() -> list[str]:
@@ -316,14 +316,15 @@ def _legal(make: Callable[[], T]) -> T:
         fail(f"{error}", 2)
 
 
-def _made(make: Callable[[], T], out: Path) -> T:
+def make_run(make: Callable[[], T], out: Path) -> T:
+    """A run; one that cannot be made ends the command with one line."""
     try:
         return _legal(make)
     except OSError as error:
         fail(f"--out {out} cannot be written: {error.strerror}; legal: a folder of yours", 2)
 
 
-def _finish(
+def finish(
     run: BenchRun,
     budget_s: float,
     screen: Console,

@@ -8,19 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import pairwise
+from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sglang_prefix.cli.output import JsonOption, console, fail, write_json
+from sglang_prefix.cli.bench_kernel import finish, make_run
+from sglang_prefix.cli.output import JsonOption, console, fail
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from sglang_prefix.bench.serving.engine_run import EnginePlan
-    from sglang_prefix.bench.serving.plan import Plan
-    from sglang_prefix.bench.serving.run import Run
+    from sglang_prefix.bench.run import BenchRun
 
 __all__ = ["serving"]
 
@@ -34,15 +32,9 @@ _OURS = {
 }
 # A backend in these, one that packs would be on both sides.
 _BACKENDS = ("--attention-backend", "--decode-attention-backend", "--prefill-attention-backend")
-_INTERRUPTED = 130
 _ENGINES = "Engines, with --engine"
-# Options that one of the two modes has alone.
-_FOR_ENGINES = ("model", "long_output", "only", "list_cases", "budget_s", "dry")
-_FOR_SERVERS = (
-    *("server_args", "model_path", "tokenizer", "stock_url", "prefix_url", "quick", "workload"),
-    *("workload_file", "trace", "trace_requests", "trace_block_tokens", "trace_speed", "repeats"),
-    *("min_equal", "port", "start_timeout", "workload_timeout"),
-)
+# Of servers and engines alike; all others are for the one or, in their own panel, the other.
+_FOR_BOTH = ("out", "seed", "report", "resume", "json_file", "engine")
 
 
 def serving(
@@ -179,28 +171,32 @@ def serving(
     """
     _check_mode(ctx, engine)
     command = ["sglang-prefix", *sys.argv[1:]]
-    if engine:
-        from sglang_prefix.bench.serving.engine_run import EnginePlan
+    if list_cases:
+        from sglang_prefix.bench.serving.engines import DRY_STOCK
+        from sglang_prefix.bench.serving.loads import STOCK, dry_measurements, measurements
 
-        engine_plan = EnginePlan(
-            out=out or Path(),
-            model=model,
-            long_output=long_output,
-            only=only,
-            budget_s=budget_s,
-            seed=seed,
-            dry=dry,
-            command=command,
-        )
-        if list_cases:
-            typer.echo("\n".join(one.name for one in engine_plan.measurements()))
-            return
-    if out is None:
-        fail("--out is missing: the folder for the result", 2)
-    if engine:
-        _run_engines(engine_plan, resume, report, json_file)
+        found = dry_measurements(DRY_STOCK) if dry else measurements(tuple(STOCK), long_output)
+        typer.echo("\n".join(one.name for one in found))
         return
-    from sglang_prefix.bench.serving.client import ClientError
+    if out is None:
+        fail("--out is missing; legal: a folder for the result", 2)
+    if engine:
+        from sglang_prefix.bench.serving.engine_run import EngineRun
+
+        def make() -> BenchRun:
+            return EngineRun(
+                out,
+                command=command,
+                long_output=long_output,
+                model=model,
+                only=only,
+                seed=seed,
+                dry=dry,
+                resume=resume,
+            )
+
+        _finish(make_run(make, out), budget_s, json_file, report)
+        return
     from sglang_prefix.bench.serving.plan import (
         Plan,
         choose_model,
@@ -208,6 +204,7 @@ def serving(
         make_folder,
         server_arguments,
     )
+    from sglang_prefix.bench.serving.run import Run
     from sglang_prefix.bench.serving.servers import ServerError
 
     if find_spec("matplotlib") is None:
@@ -244,47 +241,36 @@ def serving(
             min_equal=min_equal,
             command=command,
         )
-        terminal = console(json_file)
-        run = _follow(plan, resume, terminal)
-    except (ValueError, ServerError, ClientError) as error:
+        run = Run(plan, resume=resume)
+    except (ValueError, ServerError) as error:
         fail(str(error))
     except OSError as error:
         fail(f"cannot write to {out}: {error.strerror or error}")
-    _show(run.data, run.path, terminal, json_file, report)
-    _fail_on_problems(run.data)
+    _finish(run, inf, json_file, report)
+
+
+def _finish(run: BenchRun, budget_s: float, json_file: str | None, report: bool) -> None:
+    """Run, show and write all; servers, client and engines end with us, however we end."""
+    from sglang_prefix.bench.serving.client import ClientError
+    from sglang_prefix.bench.serving.servers import ServerError
+
+    plots = find_spec("matplotlib") is not None
+    try:
+        with _ended_by_signals():
+            finish(run, budget_s, console(json_file), json_file, plots=plots, report=report)
+    except (ValueError, ServerError, ClientError) as error:
+        fail(str(error))
 
 
 def _check_mode(ctx: typer.Context, engine: bool) -> None:
-    for name in _FOR_SERVERS if engine else _FOR_ENGINES:
+    for parameter in ctx.command.params:
+        name, is_for_engines = parameter.name, getattr(parameter, "rich_help_panel", "") == _ENGINES
+        if name is None or name in _FOR_BOTH or is_for_engines == engine:
+            continue
         source = ctx.get_parameter_source(name)
         if source is not None and source.name != "DEFAULT":
-            option = "--list" if name == "list_cases" else f"--{name.replace('_', '-')}"
-            option = "arguments of servers" if name == "server_args" else option
+            option = "arguments of servers" if name == "server_args" else parameter.opts[0]
             fail(f"{option}: only {'without' if engine else 'with'} --engine", 2)
-
-
-def _run_engines(plan: EnginePlan, resume: bool, report: bool, json_file: str | None) -> None:
-    from sglang_prefix.bench.run import Case
-    from sglang_prefix.bench.serving.engine_run import RESULT, problems, run_engines
-
-    terminal, path = console(json_file), plan.out / RESULT
-
-    def finish(case: Case, problem: str | None) -> None:
-        line = f"{case.name}: {problem or 'done'}"
-        terminal.print(line, highlight=False, markup=False, soft_wrap=True)
-
-    try:
-        with _ended_by_signals():
-            data = run_engines(plan, resume=resume, finish=finish)
-    except KeyboardInterrupt:
-        fail(f"interrupted; --resume goes on with {path}", _INTERRUPTED)
-    except ValueError as error:
-        fail(str(error))
-    except OSError as error:
-        fail(f"cannot write to {plan.out}: {error.strerror or error}")
-    _show(data, path, terminal, json_file, report)
-    if wrong := problems(data):
-        fail("; ".join(wrong))
 
 
 def _check_server_arguments(given: list[str], urls: dict[str, str | None]) -> list[str]:
@@ -302,43 +288,6 @@ def _check_server_arguments(given: list[str], urls: dict[str, str | None]) -> li
     return given
 
 
-def _follow(plan: Plan, resume: bool, terminal: Console) -> Run:
-    """Run and show how far it is; servers and client end with us, however we end."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        SpinnerColumn,
-        TextColumn,
-        TimeElapsedColumn,
-    )
-
-    from sglang_prefix.bench.serving.run import Run
-
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    bar = Progress(*columns, TimeElapsedColumn(), console=terminal, transient=True)
-
-    def show(text: str, is_done: bool) -> None:
-        bar.update(task, description=text, advance=1 if is_done else 0)
-        if is_done:
-            bar.console.print(text, highlight=False)
-
-    run = Run(plan, resume=resume, progress=show)
-    task = bar.add_task("starting", total=len(run.pending()))
-    with _ended_by_signals(), bar:
-        try:
-            run.run()
-        except KeyboardInterrupt:
-            bar.stop()
-            # A file of an earlier run is not this one's to go on with.
-            goes_on = f"--resume goes on with {run.path}"
-            fail(
-                f"interrupted; {goes_on if run.is_written else 'nothing was measured'}",
-                _INTERRUPTED,
-            )
-    return run
-
-
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
     """Within it, SIGTERM and SIGHUP end this process as an interrupt does: cleaning up."""
@@ -349,36 +298,3 @@ def _ended_by_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _show(
-    data: dict[str, Any], path: Path, terminal: Console, json_file: str | None, report: bool
-) -> None:
-    """Print the result, and write the plots and the page of its folder."""
-    from sglang_prefix.bench.plots import save_plots
-    from sglang_prefix.bench.report import ResultError, print_section, section_of, write_folder_page
-
-    print_section(section_of(data), terminal)
-    write_json(data, json_file)
-    files, has_plots = [path], find_spec("matplotlib") is not None
-    try:
-        files += save_plots(data, path.parent) if has_plots else []
-        files += [write_folder_page(path.parent, plots=has_plots)] if report else []
-    except ResultError as error:
-        fail(f"no page: {' '.join(str(error).split())}")
-    except OSError as error:
-        fail(f"cannot write {error.filename2 or error.filename}: {error.strerror or error}")
-    names = ", ".join(map(str, files))
-    terminal.print(f"written: {names}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _fail_on_problems(data: dict[str, Any]) -> None:
-    """End with 1 where tokens differ, or where nothing that shares was compared."""
-    cases = data["cases"]
-    wrong = [c for c in cases if not c["is_comparison"] and not c["unpacked_ratios"]]
-    if wrong:
-        why = "; ".join(f"{case['name']}: {case['why_not']}" for case in wrong)
-        fail(f"no comparison: {why}")
-    sharing = [case for case in cases if case["group"] != "random"]
-    if sharing and not any(case["is_comparison"] for case in sharing):
-        fail("no workload that shares prefixes was packed: this run compares nothing")

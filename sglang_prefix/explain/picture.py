@@ -9,6 +9,7 @@ from __future__ import annotations
 import colorsys
 from collections.abc import Iterable
 from itertools import groupby
+from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import numpy as np
@@ -43,25 +44,7 @@ _MIN_OUTLINED = 3.0
 _MIN_TAIL = 3.0
 _MAX_DRAWN = 3000
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1d2330; background: #fff;
-       max-width: 1040px; margin: 2em auto; padding: 0 1em; }
-svg { max-width: 100%; height: auto; }
-table { border-collapse: collapse; margin: 1em 0; width: 100%; }
-th, td { text-align: left; vertical-align: top; padding: 4px 10px;
-         border-bottom: 1px solid #d8dce3; }
-td.number, th.number { text-align: right; white-space: nowrap; }
-.swatch { display: inline-block; width: 12px; height: 12px; border: 1px solid #a9b0bd;
-          margin-right: 6px; }
-.why { color: #566074; }
-"""
-_HOW_TO_READ = (
-    "Each row is a request of the batch, its KV cache from the first position to the newest token. "
-    "Stock decode kernels read all of it, row by row, at every step and in every layer. A colour "
-    "is one pack: KV that several requests share, read once for all of them. Grey is what one "
-    "request reads alone. A box is a node of the forest; where its outline is broken, the packs "
-    "below read its tokens. The mouse shows the numbers of each part."
-)
+_TEMPLATE = Path(__file__).with_name("page.html.j2")
 
 
 def svg_picture(explanation: Explanation) -> str:
@@ -73,60 +56,25 @@ def svg_picture(explanation: Explanation) -> str:
 
 def html_page(explanation: Explanation) -> str:
     """One HTML page that needs nothing else: the picture, and tables beside it."""
-    html = ET.Element("html", lang="en")
-    head, body = ET.SubElement(html, "head"), ET.SubElement(html, "body")
-    ET.SubElement(head, "meta", charset="utf-8")
-    ET.SubElement(head, "meta", name="viewport", content="width=device-width")
-    _tag(head, "title", f"sglang-prefix explain: {explanation.record.source}")
-    _tag(head, "style", _STYLE)
-    _tag(body, "h1", "What this batch shares, and how it is packed")
-    body.append(draw(explanation, with_key=False))
-    _tag(body, "p", _HOW_TO_READ)
-    _tag(body, "h2", "Nodes and packs")
-    _add_groups(body, group_segments(explanation))
-    _tag(body, "h2", "KV read in one layer")
-    table = _table(body, ("", "text"), *((name, "number") for name in ("tokens", "bytes", "share")))
-    for total in totals(explanation):
-        row = ET.SubElement(table, "tr")
-        _tag(row, "td", total.name)
-        for text in (total.tokens, total.bytes, f"{total.share:.3f}"):
-            _tag(row, "td", text, "number")
-    _tag(body, "p", f"{counts_line(explanation)}.")
-    notes = ET.SubElement(body, "ul")
-    for note in explanation.notes:
-        _tag(notes, "li", note)
-    return "<!DOCTYPE html>\n" + ET.tostring(html, encoding="unicode", method="html") + "\n"
+    from jinja2 import Environment, StrictUndefined
 
-
-def _add_groups(body: ET.Element, root: Group) -> None:
-    texts = [(name, "text") for name in ("what", "how it is read", "why")]
-    table = _table(body, *texts, ("reads", "number"), ("saves", "number"))
-    for depth, group in root.below():
-        row = ET.SubElement(table, "tr")
-        cell = ET.SubElement(row, "td", style=f"padding-left: {10 + 18 * min(depth, 12)}px")
-        colour = f"background: {_group_colour(group)}"
-        ET.SubElement(cell, "span", {"class": "swatch", "style": colour}).tail = group.what
-        if group.hidden:
-            ET.SubElement(cell, "br").tail = group.hidden
-        _tag(row, "td", group.how)
-        _tag(row, "td", group.first.why, "why")
-        for number in (group.bytes_read, group.bytes_saved):
-            _tag(row, "td", size(number), "number")
-    if root.hidden:
-        ET.SubElement(ET.SubElement(table, "tr"), "td", colspan="5").text = root.hidden
-
-
-def _table(body: ET.Element, *columns: tuple[str, str]) -> ET.Element:
-    """A table of columns with these names, "text" or "number"."""
-    table = ET.SubElement(body, "table")
-    row = ET.SubElement(table, "tr")
-    for name, kind in columns:
-        _tag(row, "th", name, kind)
-    return table
-
-
-def _tag(parent: ET.Element, tag: str, text: str, kind: str | None = None) -> None:
-    ET.SubElement(parent, tag, {"class": kind} if kind else {}).text = text
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["size"] = size
+    drawing = ET.tostring(draw(explanation, with_key=False), encoding="unicode", method="html")
+    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+        explanation=explanation,
+        drawing=drawing,
+        root=group_segments(explanation),
+        colour=_group_colour,
+        totals=totals(explanation),
+        counts=counts_line(explanation),
+    )
 
 
 def _pack_colour(pack: int) -> str:

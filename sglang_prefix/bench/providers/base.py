@@ -1,18 +1,18 @@
-"""What every contender of `bench kernel` is: an attention kernel, prepared for one batch."""
+"""What every provider of `bench kernel` is: an attention kernel, prepared for one batch."""
 
 from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
 from sglang_prefix.bench.workloads.inputs import AttentionInputs
 
-__all__ = ["HOSTS", "PagedProvider", "Provider", "import_reason"]
+__all__ = ["HOSTS", "PagedProvider", "Provider", "ProviderMaker", "import_reason", "load_module"]
 
 # Where a provider can run: the CPU, Triton's interpreter on it (dry runs), a GPU.
 HOSTS = ("cpu", "interpreter", "cuda")
@@ -95,6 +95,10 @@ class Provider(ABC):
             self.run(w.k[layer % w.num_layers], w.v[layer % w.num_layers])
 
 
+# Makes a provider for a batch; raises NotRunError where it cannot run such a batch.
+ProviderMaker = Callable[[AttentionInputs], Provider]
+
+
 class PagedProvider(Provider):
     """A kernel that reads pages through indices: [pages, page size, Hkv, D] caches."""
 
@@ -138,13 +142,12 @@ class PagedProvider(Provider):
         return slots if self._page_size == 1 else slots // self._page_size
 
 
-class PageLists:
+class PageLists(NamedTuple):
     """Page counts as ``indptr``, flat positions in the slot table, tokens of the last pages."""
 
-    def __init__(
-        self, indptr: torch.Tensor, positions: torch.Tensor, last_page_len: torch.Tensor
-    ) -> None:
-        self.indptr, self.positions, self.last_page_len = indptr, positions, last_page_len
+    indptr: torch.Tensor
+    positions: torch.Tensor
+    last_page_len: torch.Tensor
 
 
 def load_module(name: str) -> Any:

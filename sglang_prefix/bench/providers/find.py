@@ -1,18 +1,17 @@
-"""Which contenders there are, found at run time: the one place that imports all of them."""
+"""Which providers of others there are, found at run time: the one place that imports all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from sglang_prefix.bench.providers import fa3, fasttree, flashinfer, sglang
-from sglang_prefix.bench.providers.base import Provider
+from sglang_prefix.bench.providers.base import Provider, ProviderMaker
+from sglang_prefix.bench.run import NotRunError
 from sglang_prefix.bench.workloads.inputs import AttentionInputs
 
-__all__ = ["ProviderMaker", "find_providers"]
-
-ProviderMaker = Callable[[AttentionInputs], Provider]
+__all__ = ["find_providers", "made"]
 
 _OTHERS: tuple[type[Provider], ...] = (
     *sglang.PROVIDERS,
@@ -37,7 +36,7 @@ def find_providers(
         Providers by name; reasons by name.
     """
     makers: dict[str, ProviderMaker] = {}
-    absent: dict[str, str] = {}
+    absent = dict(sglang.ABSENT)
     for provider in _OTHERS:
         if host in provider.hosts:
             reason = provider.unavailable(device)
@@ -45,7 +44,18 @@ def find_providers(
             is_on_gpu = "cuda" in provider.hosts
             reason = "needs a GPU" if is_on_gpu else "SGLang's CPU backend; needs a run on a CPU"
         if reason is None:
-            makers[provider.name] = provider
+            makers[provider.name] = partial(made, provider)
         else:
             absent[provider.name] = reason
     return makers, absent
+
+
+def made(provider: type[Provider], inputs: AttentionInputs) -> Provider:
+    """A provider, prepared for a batch.
+
+    Raises:
+        NotRunError: it cannot run such a batch; why.
+    """
+    if reason := provider.inapplicable(inputs):
+        raise NotRunError(reason)
+    return provider(inputs)

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from prefix_kernels.tiles import LAUNCH_MODES, MERGE_MODES
 from prefix_kernels.torch_executor import merge_partials
 from sglang_prefix.bench.graphs import launches_of
 from sglang_prefix.bench.packed_attention import PackedAttention, work_item_counts
-from sglang_prefix.bench.providers.base import Provider
-from sglang_prefix.bench.providers.find import ProviderMaker
+from sglang_prefix.bench.providers.base import Provider, ProviderMaker
 from sglang_prefix.bench.workloads.inputs import AttentionInputs
 from sglang_prefix.packing.layout import CostedPlan
 
@@ -213,8 +213,6 @@ def all_launches(
         fitted: the first one with launches fitted to the plan, too, which are compiled for every
             length of pack.
     """
-    from prefix_kernels.triton_executor import LAUNCH_MODES, MERGE_MODES
-
     first, *others = policies
     usual = (LAUNCH_MODES[0], MERGE_MODES[0])
     for mode in LAUNCH_MODES:
@@ -230,8 +228,6 @@ def all_launches(
 
 def chains(*, dry: bool) -> dict[str, ProviderMaker]:
     """All of :class:`Chain`, by name."""
-    from prefix_kernels.triton_executor import LAUNCH_MODES, MERGE_MODES
-
     return {
         f"chain/{mode}/{merge}/{used}": partial(
             Chain, mode=mode, merge=merge, used=used, layers=1 if dry else _CHAIN_LAYERS

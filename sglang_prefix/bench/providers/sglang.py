@@ -11,7 +11,7 @@ import torch
 from sglang_prefix.bench.providers.base import Provider, import_reason, load_module
 from sglang_prefix.bench.workloads.inputs import AttentionInputs
 
-__all__ = ["PROVIDERS", "SglangTorchNative", "SglangTriton"]
+__all__ = ["ABSENT", "PROVIDERS", "SglangTorchNative", "SglangTriton"]
 
 # SGLang's default for --triton-attention-num-kv-splits.
 _MAX_KV_SPLITS = 8
@@ -46,21 +46,6 @@ def _torch_native() -> Any:
     from prefix_patches.stock_backend import torch_native_decode
 
     return torch_native_decode()
-
-
-class SglangAmx(Provider):
-    """SGLang's ``intel_amx`` backend, named so that its absence is seen."""
-
-    name = "sglang-intel-amx"
-    kind = "stock"
-    hosts = ("cpu",)
-
-    @classmethod
-    def unavailable(cls, device: torch.device) -> str | None:
-        return "needs sgl_kernel's AMX kernels; this command does not call them"
-
-    def run(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
 
 
 class SglangTriton(Provider):
@@ -157,4 +142,6 @@ def _indices_module() -> str:
     return next((name for name in names if import_reason(name) is None), names[0])
 
 
-PROVIDERS = (SglangTorchNative, SglangAmx, SglangTriton)
+PROVIDERS = (SglangTorchNative, SglangTriton)
+# Named so that its absence is seen.
+ABSENT = {"sglang-intel-amx": "needs sgl_kernel's AMX kernels; this command does not call them"}

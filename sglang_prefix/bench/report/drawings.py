@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import io
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from xml.etree import ElementTree
 
-from sglang_prefix.bench.plots import PLOTS
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from sglang_prefix.bench.plots import PLOTS, svg_text
 
 __all__ = ["embedded_plots"]
 
@@ -31,29 +27,9 @@ def embedded_plots(data: Mapping[str, Any], key: str) -> list[tuple[str, str]]:
     found = []
     for number, draw in enumerate(plots.values(), 1):
         caption = (inspect.getdoc(draw) or "").partition("\n")[0].rstrip(".")
-        svg = _svg(draw(_without_mathematics(data)), f"{key}p{number}")
+        svg = svg_text(draw, data, f"{key}p{number}")
         found.append((caption, _isolated(svg, caption, f"{key}p{number}")))
     return found
-
-
-def _without_mathematics(value: Any) -> Any:
-    """The same with dollar signs escaped: between two of them matplotlib sees mathematics."""
-    if isinstance(value, str):
-        return value.replace("$", r"\$")
-    if isinstance(value, dict):
-        return {_without_mathematics(k): _without_mathematics(v) for k, v in value.items()}
-    return [_without_mathematics(item) for item in value] if isinstance(value, list) else value
-
-
-def _svg(figure: Figure, salt: str) -> str:
-    import matplotlib
-
-    # Outlines: a page from disk brings no fonts, and another's would not fit the boxes.
-    settings: dict[Any, Any] = {"svg.hashsalt": salt, "svg.fonttype": "path"}
-    file = io.StringIO()
-    with matplotlib.rc_context(settings):
-        figure.savefig(file, format="svg", metadata={"Date": None}, bbox_inches="tight")
-    return file.getvalue()
 
 
 def _isolated(svg: str, title: str, key: str) -> str:

@@ -69,7 +69,8 @@ def _compared(name: str, backends: dict[str, Any]) -> Data:
     if not ours or not stock:
         why_not = f"{'no stock backend' if ours else 'ours'} was measured"
     elif not ours.get("packed"):
-        why_not = f"ours did not pack: {ours.get('not_packed_because')}"
+        reasons = (ours.get("not_packed_because") or {}).items()
+        why_not = f"ours did not pack ({', '.join(f'{why}: {count}' for why, count in reasons)})"
     over = None if why_not else min(stock) / ours["tpot_us"]
     return {"name": name, "backends": backends, _OURS: ours, "why_not": why_not, "over": over}
 

@@ -11,24 +11,19 @@ import json
 import os
 import re
 import tempfile
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from sglang_prefix.bench.results import (
-    environment,
-    load_resumable,
-    new_result,
-    same_environment,
-)
-from sglang_prefix.bench.run import Case, run_cases
+from sglang_prefix.bench.run import BenchRun, Case
 from sglang_prefix.bench.serving.compare import compare_logprobs, decode_times, median_interval
 from sglang_prefix.bench.serving.engines import DRY_STOCK, Engines
 from sglang_prefix.bench.serving.loads import (
     OURS,
+    STOCK,
     Measurement,
     dry_measurements,
     measurements,
@@ -36,16 +31,8 @@ from sglang_prefix.bench.serving.loads import (
 from sglang_prefix.bench.serving.model import LLAMA_8B, TINY, write_model, write_plugin
 from sglang_prefix.bench.serving.targets import evaluate
 
-__all__ = ["RESULT", "EnginePlan", "measure_case", "problems", "run_engines"]
+__all__ = ["EngineRun", "measure_case"]
 
-KIND = "bench-engine"
-RESULT = "engine.json"
-# Stock backends with what must be imported for them; the one expected to be the fastest first.
-_STOCK = {
-    "fa3": ("sgl_kernel.flash_attn", "sgl_kernel.flash_ops"),
-    "flashinfer": ("flashinfer",),
-    "triton": ("sglang.srt.layers.attention.triton_backend",),
-}
 # Of one engine or of two side by side, until one has started: imports, weights, graphs.
 _START_SECONDS = 100
 _MODEL_SECONDS = 60
@@ -61,139 +48,129 @@ _OWN_NOISE_FACTOR = 2
 _LEAST_GUARDED_STEPS = 200
 
 
-@dataclass(frozen=True, slots=True)
-class EnginePlan:
-    """What is to be run.
-
-    Attributes:
-        out: folder for the result and the engines' logs.
-        model: folder for the model, 15 GB; None for one in the temporary folder.
-        long_output: tokens of the long rollouts.
-        only: regular expression that the name of a case contains.
-        budget_s: seconds after which no case begins.
-        seed: of all prompts; None to draw one.
-        dry: a tiny model on the CPU, which proves no speed.
-        command: what the user typed.
-    """
-
-    out: Path
-    model: Path | None
-    long_output: int
-    only: str
-    budget_s: float
-    seed: int | None
-    dry: bool
-    command: list[str]
-
-    def measurements(self, stock: Sequence[str] = tuple(_STOCK)) -> list[Measurement]:
-        """What is measured against some stock backends, in order."""
-        return dry_measurements(DRY_STOCK) if self.dry else measurements(stock, self.long_output)
-
-
-def run_engines(
-    plan: EnginePlan,
-    *,
-    resume: bool,
-    finish: Callable[[Case, str | None], None] = lambda case, problem: None,
-) -> dict[str, Any]:
-    """Run what is left, in order, until the budget is used up; the file is whole after each case.
+class EngineRun(BenchRun):
+    """The run of `bench serving --engine`, best cases first.
 
     Args:
-        plan: what to run.
-        resume: complete the result in the folder.
-        finish: see :func:`~sglang_prefix.bench.run.run_cases`.
-
-    Returns:
-        The result; :func:`problems` says what is wrong in it.
-
-    Raises:
-        ValueError: no GPU, no stock backend, or a result that cannot be resumed.
+        folder, command, dry, resume: of :class:`BenchRun`; a dry run has a tiny model on the CPU.
+        long_output: tokens of the long rollouts.
+        model: folder for the model, 15 GB; None for one in the temporary folder.
+        only: regular expression that the name of a case contains.
+        seed: of all prompts; None to draw one.
     """
-    import torch
 
-    began = time.monotonic()
-    if not plan.dry and not torch.cuda.is_available():
-        raise ValueError("no GPU here; legal without one: --dry")
-    absent = {} if plan.dry else {name: why for name in _STOCK if (why := _unavailable(name))}
-    if len(absent) == len(_STOCK):
-        raise ValueError(f"no backend of SGLang can be imported here: {absent}")
-    chosen = plan.measurements([name for name in _STOCK if name not in absent])
-    path = plan.out / RESULT
-    data = _result(plan, chosen, path if resume else None) | {"absent": absent}
-    plan.out.mkdir(parents=True, exist_ok=True)
-    write_plugin(plan.out / "plugin")
-    shape = TINY if plan.dry else LLAMA_8B
-    default = plan.out if plan.dry else Path(tempfile.gettempdir(), f"sglang-prefix-{os.getuid()}")
-    engines = Engines(
-        plan.model or default / "model",
-        shape["vocab_size"],
-        chosen[0].backends[1],
-        plan.out,
-        data["seed"],
-        dry=plan.dry,
-        deadline=began + plan.budget_s + _GRACE_SECONDS,
-    )
+    kind, file_name = "bench-engine", "engine.json"
 
-    def as_case(one: Measurement) -> Case:
-        def measure() -> dict[str, Any]:
-            device = torch.device("cpu" if plan.dry else "cuda")
-            written = write_model(engines.model, shape, device)
-            if not plan.dry:
-                torch.cuda.empty_cache()
-            return measure_case(one, engines) | {"model_written": written}
-
-        def expected_s() -> float:
-            if plan.dry:
-                return 0
-            start = 0 if engines.running(one.group) else _start_seconds(data)
-            return one.seconds + start + (0 if engines.model.exists() else _MODEL_SECONDS)
-
-        return Case(one.name, one.group, measure, expected_s)
-
-    def conclude() -> None:
-        data["targets"] = evaluate(data["cases"])
-        for name in data["not_run"]:
-            if not re.search(plan.only, name):
-                data["not_run"][name] = f"not chosen by --only {plan.only}"
-
-    try:
-        run_cases(
-            path,
-            data,
-            [as_case(one) for one in chosen if re.search(plan.only, one.name)],
-            plan.budget_s,
-            order=[one.name for one in chosen],
-            began=began,
-            finish=finish,
-            conclude=conclude,
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        command: Sequence[str],
+        long_output: int,
+        model: Path | None = None,
+        only: str = "",
+        seed: int | None = None,
+        dry: bool = False,
+        resume: bool = False,
+    ) -> None:
+        self._model, self._only, self._dry = model, only, dry
+        super().__init__(
+            folder,
+            command=command,
+            options={"long_output": long_output},
+            seed=int.from_bytes(os.urandom(4)) >> 1 if seed is None else seed,
+            dry=dry,
+            resume=resume,
         )
-    finally:
-        engines.stop()
-    return data
 
+    def use(self, options: Mapping[str, Any]) -> None:
+        """Read the length of the long rollouts."""
+        self._long_output = options["long_output"]
+        self._measurements = self._measured_against(tuple(STOCK))
 
-def problems(data: dict[str, Any]) -> list[str]:
-    """Cases that failed, or found what must not be, each with the reason."""
-    found = [f"{case['name']}: {case['reason']}" for case in data["cases"] if "reason" in case]
-    return [*found, *(f"{name}: {why}" for name, why in data["failed"].items())]
+    def _measured_against(self, stock: Sequence[str]) -> list[Measurement]:
+        return dry_measurements(DRY_STOCK) if self._dry else measurements(stock, self._long_output)
 
+    @property
+    def order(self) -> list[str]:
+        """All of them, chosen or not."""
+        return [one.name for one in self._measurements]
 
-def _result(plan: EnginePlan, chosen: Sequence[Measurement], old: Path | None) -> dict[str, Any]:
-    here = environment("cpu" if plan.dry else None)
-    options = {"long_output": plan.long_output, "order": [one.name for one in chosen]}
-    if old is not None:
-        same = {f"options.{name}": value for name, value in options.items()}
-        return load_resumable(old, KIND, {"dry": plan.dry, **same, **same_environment(here)})
-    seed = int.from_bytes(os.urandom(4)) >> 1 if plan.seed is None else plan.seed
-    return new_result(
-        KIND, command=plan.command, options=options, seed=seed, environment=here, dry=plan.dry
-    )
+    def prepare(self) -> None:
+        """Look for stock backends, and write the plugin.
 
+        Raises:
+            ValueError: no GPU, or no stock backend.
+        """
+        import torch
 
-def _start_seconds(data: dict[str, Any]) -> float:
-    """As long as the slowest start so far took."""
-    engines = [engine for case in data["cases"] for engine in case["engines"].values()]
-    return max((engine["started_s"] for engine in engines), default=_START_SECONDS)
+        if not self._dry and not torch.cuda.is_available():
+            raise ValueError("no GPU here; legal without one: --dry")
+        absent = {} if self._dry else {name: why for name in STOCK if (why := _unavailable(name))}
+        if len(absent) == len(STOCK):
+            raise ValueError(f"no backend of SGLang can be imported here: {absent}")
+        self.data["absent"] = absent
+        self._measurements = self._measured_against([n for n in STOCK if n not in absent])
+        folder = self.path.parent
+        write_plugin(folder / "plugin")
+        self._shape = TINY if self._dry else LLAMA_8B
+        shared = Path(tempfile.gettempdir(), f"sglang-prefix-{os.getuid()}")
+        self._engines = Engines(
+            self._model or (folder if self._dry else shared) / "model",
+            self._shape["vocab_size"],
+            self._measurements[0].backends[1],
+            folder,
+            self.data["seed"],
+            self._dry,
+        )
+
+    def cases(self) -> list[Case]:
+        """Those that ``only`` chooses."""
+        return [
+            Case(one.name, one.group, partial(self._measure, one), partial(self._expected_s, one))
+            for one in self._measurements
+            if re.search(self._only, one.name)
+        ]
+
+    def run(
+        self, budget_s: float, begin: Callable[[str], None], progress: Callable[[str], None]
+    ) -> None:
+        """See :class:`BenchRun`; the engines end with it."""
+        self._engines.deadline = self._began + budget_s + _GRACE_SECONDS
+        try:
+            super().run(budget_s, begin, progress)
+        finally:
+            self._engines.stop()
+
+    def conclude(self) -> None:
+        """Evaluate the targets."""
+        self.data["targets"] = evaluate(self.data["cases"])
+        for name in self.data["not_run"]:
+            if not re.search(self._only, name):
+                self.data["not_run"][name] = f"not chosen by --only {self._only}"
+
+    def own_failures(self, case: Mapping[str, Any]) -> Mapping[str, str]:
+        """What a check found."""
+        return {"check": case["reason"]} if "reason" in case else {}
+
+    def _measure(self, one: Measurement) -> dict[str, Any]:
+        import torch
+
+        self.progress("model")
+        device = torch.device("cpu" if self._dry else "cuda")
+        written = write_model(self._engines.model, self._shape, device)
+        if not self._dry:
+            torch.cuda.empty_cache()
+        self.progress(one.kind)
+        return measure_case(one, self._engines) | {"model_written": written}
+
+    def _expected_s(self, one: Measurement) -> float:
+        if self._dry:
+            return 0
+        # Starts take as long as the slowest so far.
+        starts = [e["started_s"] for case in self.data["cases"] for e in case["engines"].values()]
+        start = 0 if self._engines.running(one.group) else max(starts, default=_START_SECONDS)
+        return one.seconds + start + (0 if self._engines.model.exists() else _MODEL_SECONDS)
 
 
 def _unavailable(name: str) -> str | None:
@@ -204,7 +181,7 @@ def _unavailable(name: str) -> str | None:
 
     if name == "fa3" and torch.cuda.get_device_capability()[0] not in (8, 9):
         return "needs compute capability 8.x or 9.x"
-    return import_reason(*_STOCK[name])
+    return import_reason(*STOCK[name])
 
 
 def measure_case(one: Measurement, engines: Engines) -> dict[str, Any]:

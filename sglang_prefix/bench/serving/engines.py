@@ -40,7 +40,7 @@ class Engines:
         folder: for logs and the plugin, see `model.write_plugin`.
         seed: of prompts.
         dry: on the CPU.
-        deadline: of `time.monotonic`, after which nothing is waited for.
+        deadline: of `time.monotonic`, after which nothing is waited for; none at first.
     """
 
     model: Path
@@ -49,7 +49,7 @@ class Engines:
     folder: Path
     seed: int
     dry: bool
-    deadline: float
+    deadline: float | None = None
 
     def __post_init__(self) -> None:
         self._group = ""

@@ -10,6 +10,7 @@ from typing import Any
 __all__ = [
     "OURS",
     "PAIR",
+    "STOCK",
     "SYNC",
     "Load",
     "Measurement",
@@ -19,6 +20,12 @@ __all__ = [
 ]
 
 OURS = "prefix"
+# Stock backends with what must be imported for them; the one expected to be the fastest first.
+STOCK = {
+    "fa3": ("sgl_kernel.flash_attn", "sgl_kernel.flash_ops"),
+    "flashinfer": ("flashinfer",),
+    "triton": ("sglang.srt.layers.attention.triton_backend",),
+}
 # Groups of engines that are alive together; PAIR is ours and the best stock backend.
 PAIR, SYNC = "pair", "sync"
 

@@ -6,22 +6,15 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
 from typing_extensions import TypedDict
 
-from sglang_prefix.bench.results import (
-    ResultError,
-    check_type,
-    environment,
-    load_resumable,
-    new_result,
-    same_environment,
-    write_result,
-)
+from sglang_prefix.bench.results import ResultError, check_same, check_type, write_result
+from sglang_prefix.bench.run import BenchRun, Case
 from sglang_prefix.bench.serving.client import ClientError, ClientProcess, ClientTimeoutError
 from sglang_prefix.bench.serving.compare import SIDES, aggregate, compare, new_case, step_delta
 from sglang_prefix.bench.serving.plan import Plan, steps
@@ -36,14 +29,10 @@ from sglang_prefix.bench.serving.servers import (
 )
 from sglang_prefix.bench.serving.workloads import Workload
 
-__all__ = ["OUTPUTS", "RESULT", "Run"]
+__all__ = ["OUTPUTS", "Run"]
 
-KIND = "bench-serving"
-RESULT = "serving.json"
 # The answers of both sides, so that a side measured later can be compared with the other.
 OUTPUTS = "serving-tokens.json"
-# What a resumed run takes from its file, beside the runs of its cases.
-_KEPT = ("created", "command", "environment", "dtype", "stock", "prefix", "wall_s")
 # Where rounding may differ, so many tokens must come before an answer does. Broken attention leaves
 # the first token of each, which prefill makes, and a few by chance.
 _MIN_EQUAL_ROUNDED = 0.25
@@ -66,69 +55,81 @@ class Output(TypedDict):
 Outputs = dict[str, dict[Literal["stock", "prefix"], Output]]
 
 
-class Run:
-    """One run, new or resumed.
+class Run(BenchRun):
+    """The run of `bench serving`: one step per workload, side and repeat, in turn.
 
     Args:
         plan: what to run.
         resume: go on with the result in the folder; else it is replaced before a server starts.
-        progress: called with what is being done, and whether that is a step that has ended.
 
     Raises:
         ValueError: ``resume`` without a result, or with one of other options, of another machine
             or software, or that is not whole.
-
-    Attributes:
-        data: the result so far.
-        path: the result file.
-        is_written: whether the file in the folder is of this run.
     """
 
-    def __init__(self, plan: Plan, *, resume: bool, progress: Callable[[str, bool], None]) -> None:
-        self._plan, self._progress = plan, progress
-        self.path, self._outputs_file = plan.out / RESULT, plan.out / OUTPUTS
-        self._began = time.monotonic()
-        self.data = self._new_result()
+    kind, file_name = "bench-serving", "serving.json"
+
+    def __init__(self, plan: Plan, *, resume: bool = False) -> None:
+        self._plan = plan
+        super().__init__(
+            plan.out, command=plan.command, options=plan.options(), seed=plan.seed, resume=resume
+        )
+        self._outputs_file = plan.out / OUTPUTS
         self._outputs: dict[str, Any] = {}
         self._cases = {workload.name: new_case(workload) for workload in plan.workloads}
         if resume:
             self._resume()
-        self.is_written = resume
-        self._wall_s = self.data["wall_s"]
+        self._is_written = resume  # the file in the folder is of this run
+        self._wall_s = self.data["wall_s"] or 0.0
         self._prepared: dict[str, Any] = {}
         self._warm: set[tuple[str, str]] = set()
-        self._conclude()
-
-    def _new_result(self) -> dict[str, Any]:
-        plan, machine = self._plan, environment()
-        return new_result(
-            KIND,
-            command=plan.command,
-            options=plan.options(),
-            seed=plan.seed,
-            environment=machine,
-            model=plan.model,
-            dtype=None,
-            stock={"server_args": plan.server_args["stock"]},
-            prefix={"server_args": plan.server_args["prefix"]},
-            method={
+        for side in SIDES:
+            known = self.data.get(side) or {}
+            self.data[side] = known | {"server_args": plan.server_args[side]}
+        self.data |= {
+            "absent": plan.absent,
+            "model": plan.model,
+            "dtype": self.data.get("dtype"),
+            "method": {
                 "one_process": False,
                 "servers": "taking turns" if all(plan.urls.values()) else "one after the other",
                 "before_each_workload": "cache emptied; all its requests once, whose tokens are "
                 "compared; cache emptied again before each timed run",
                 "sampling": "greedy, end token ignored",
-                "server_environment": {} if machine["gpu"] else cpu_environment(),
+                "server_environment": {} if self.data["environment"]["gpu"] else cpu_environment(),
             },
-        ) | {"absent": plan.absent}
+        }
+        self.conclude()
+
+    def use(self, options: Mapping[str, Any]) -> None:
+        """The plan has them."""
+
+    def cases(self) -> list[Case]:
+        """None: a case is measured in several steps, see :meth:`run`."""
+        return []
+
+    @property
+    def order(self) -> list[str]:
+        """The steps that are left."""
+        return [f"{side}, {workload.name}" for side, workload, _ in self.pending()]
+
+    def problems(self) -> list[str]:
+        """Cases whose tokens differ, or that nothing that shares was compared in any."""
+        cases = self.data["cases"]
+        wrong = [c for c in cases if not c["is_comparison"] and not c["unpacked_ratios"]]
+        if wrong:
+            return [f"no comparison: {case['name']}: {case['why_not']}" for case in wrong]
+        sharing = [case for case in cases if case["group"] != "random"]
+        if sharing and not any(case["is_comparison"] for case in sharing):
+            return ["no workload that shares prefixes was packed: this run compares nothing"]
+        return []
 
     def _resume(self) -> None:
         """Take up the runs in the file; what they come to is concluded again."""
-        options = {f"options.{name}": value for name, value in self._plan.options().items()}
-        same = options | same_environment(self.data["environment"])
-        old = load_resumable(self.path, KIND, same)
+        options = self._plan.options().items()
+        check_same(self.path, self.data, {f"options.{name}": value for name, value in options})
         self._outputs = _read_outputs(self._outputs_file)
-        self.data |= {name: old[name] for name in _KEPT if old.get(name) is not None}
-        for found in old["cases"]:
+        for found in self.data["cases"]:
             name = found["name"]
             if name not in self._cases:
                 continue
@@ -152,41 +153,60 @@ class Run:
         runs: list[dict[str, Any]] = case["sides"].get(side, {}).get("raw", {}).get("runs", [])
         return runs
 
-    def run(self) -> None:
-        """Do what is left.
+    def run(
+        self, budget_s: float, begin: Callable[[str], None], progress: Callable[[str], None]
+    ) -> None:
+        """Do what is left, without a budget; see :class:`BenchRun`.
 
         Raises:
             ServerError: a server cannot be used; ClientError: the load generator failed. What was
             measured before is in the file.
         """
+        self.progress = progress
         pending = self.pending()
         if not pending:
             return
         servers: dict[str, RunningServer] = {}
-        with ExitStack() as stack:
-            stack.callback(lambda: _stop(servers))
-            for side, url in self._plan.urls.items():
-                if url is not None:
-                    servers[side] = RunningServer(side, url)
-                    self._describe(servers[side])
-            # Before the first step: what was in the folder is not to be taken up as this run.
-            self._write()
-            first = pending[0][0]
-            if first not in servers:
-                servers[first] = self._launch(first)  # and import SGLang here at the same time
-            client = self._client()
-            stack.callback(client.stop)
-            for name in dict.fromkeys(step[1].name for step in pending):
-                self._progress(f"{name}: making requests", False)
-                self._prepare(client, name, servers[first])
-            self._await(servers[first])
-            for side, workload, number in pending:
-                if side not in servers:
-                    _stop(servers)
-                    servers[side] = self._launch(side)
-                    self._await(servers[side])
-                self._step(client, servers[side], workload, number)
+        try:
+            with ExitStack() as stack:
+                stack.callback(lambda: _stop(servers))
+                self._run(pending, servers, stack, begin)
+        except KeyboardInterrupt:
+            if self._is_written:
+                raise
+            # A file of an earlier run is not this one's to go on with.
+            raise ServerError("interrupted; nothing was measured") from None
         self._write()
+
+    def _run(
+        self,
+        pending: list[tuple[str, Workload, int]],
+        servers: dict[str, RunningServer],
+        stack: ExitStack,
+        begin: Callable[[str], None],
+    ) -> None:
+        for side, url in self._plan.urls.items():
+            if url is not None:
+                servers[side] = RunningServer(side, url)
+                self._describe(servers[side])
+        # Before the first step: what was in the folder is not to be taken up as this run.
+        self._write()
+        first = pending[0][0]
+        if first not in servers:
+            servers[first] = self._launch(first)  # and import SGLang here at the same time
+        client = self._client()
+        stack.callback(client.stop)
+        for name in dict.fromkeys(step[1].name for step in pending):
+            self.progress(f"{name}: making requests")
+            self._prepare(client, name, servers[first])
+        self._await(servers[first])
+        for side, workload, number in pending:
+            begin(f"{side}, {workload.name}")
+            if side not in servers:
+                _stop(servers)
+                servers[side] = self._launch(side)
+                self._await(servers[side])
+            self._step(client, servers[side], workload, number)
 
     def _client(self) -> ClientProcess:
         plan = self._plan
@@ -222,7 +242,7 @@ class Run:
 
     def _await(self, server: RunningServer) -> None:
         if server.process is not None:
-            self._progress(f"{server.side} server: starting", False)
+            self.progress("server: starting")
             wait_until_ready(server, self._plan.start_timeout_s)
             self._describe(server)
 
@@ -246,12 +266,11 @@ class Run:
         self, client: ClientProcess, server: RunningServer, workload: Workload, number: int
     ) -> None:
         name, side = workload.name, server.side
-        began = time.monotonic()
         try:
             if (side, name) not in self._warm:
-                self._progress(f"{side}, {name}: tokens", False)
+                self.progress("tokens")
                 self._keep_tokens(name, side, self._order(client, "check", name, server))
-            self._progress(f"{side}, {name}: run {number + 1} of {self._plan.repeats}", False)
+            self.progress(f"run {number + 1} of {self._plan.repeats}")
             before = read_counters(server)
             found = self._order(client, "measure", name, server)
             found["counters"] = step_delta(before, read_counters(server))
@@ -269,7 +288,6 @@ class Run:
         side_now = aggregate([*self._runs(side, workload)[:number], found])
         self._cases[name]["sides"][side] = side_now | {"flags": self._prepared[name]["flags"]}
         self._write()
-        self._progress(f"{side}, {name}: done in {time.monotonic() - began:.0f} s", True)
 
     def _order(self, client: ClientProcess, order: str, name: str, server: RunningServer) -> Any:
         replay_s = self._prepared[name].get("replay_s", 0.0) if order == "measure" else 0.0
@@ -298,7 +316,8 @@ class Run:
             return self._plan.min_equal
         return 1.0 if self.data["dtype"] in ("float32", "float") else _MIN_EQUAL_ROUNDED
 
-    def _conclude(self) -> None:
+    def conclude(self) -> None:
+        """Compare the sides of all cases."""
         for name, case in self._cases.items():
             compare(
                 case,
@@ -314,13 +333,13 @@ class Run:
         }
 
     def _write(self) -> None:
-        self._conclude()
+        self.conclude()
         self.data["wall_s"] = self._wall_s + time.monotonic() - self._began
         # In this order: tokens without their run are measured again, a run without its tokens
         # could not be compared.
         write_result(self._outputs_file, self._outputs)
         write_result(self.path, self.data)
-        self.is_written = True
+        self._is_written = True
 
 
 def _read_outputs(path: Path) -> dict[str, Any]:

@@ -202,7 +202,7 @@ def watch_launch(module: ModuleType) -> None:
 
 
 def apply_scales(module: ModuleType) -> None:
-    """Mode scales."""
+    """Mode scales: where our backend reads the cache, not where it writes it."""
     applies = vars(module)["applies_kv_scales"]
     vars(module)["applies_kv_scales"] = lambda pool: mode() == "scales" or applies(pool)
 
@@ -240,9 +240,9 @@ patch_after_import(
     {
         "prefix_kernels.executor": break_run,
         "prefix_kernels.launch": watch_launch,
-        "prefix_patches.kv_write": apply_scales,
         "prefix_patches.schedule_context": watch_push,
         "sglang.srt.model_executor.model_runner": hold_decode,
+        "sglang_prefix.backend.backend": apply_scales,
         "sglang_prefix.backend.decode_planner": watch_prepare,
         "sglang_prefix.packing.planner": watch_plan,
     }
