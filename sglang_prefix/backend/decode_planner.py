@@ -194,6 +194,10 @@ class DecodePlanner:
         for group in self.groups:
             self._load(group, group.planner.plan(forest), batch)
 
+    def fits(self, batch: DecodeBatch) -> bool:
+        """Whether some plan of the batch's size can be served."""
+        return self.max_batch_size is None or batch.padded_batch_size <= self.max_batch_size
+
     def invalidate(self) -> None:
         """Let no later step reuse the plan: the next batch is planned anew."""
         if self._planned is not None:
@@ -260,7 +264,7 @@ class DecodePlanner:
         if self._gate is not None and forest.num_nodes == 0:
             self._gate.leave()
             return "gate-nothing-shared"
-        if self.max_batch_size is not None and batch.padded_batch_size > self.max_batch_size:
+        if not self.fits(batch):
             return "workspace"
         plans = [group.planner.plan(forest) for group in self.groups]
         if self._gate is not None:
