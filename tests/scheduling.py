@@ -190,7 +190,7 @@ class Scheduler:
         finally:
             self.schedule.pop(previous)
         if reason is None:
-            self.counters.count_packed_step(*self.planner.step_cost)
+            self.planner.count_step()
         return reason
 
     def run_pass(self, mode: str, reqs: Sequence[Request]) -> None:

@@ -16,16 +16,14 @@ LOG = "sglang.srt.managers.scheduler_components.metrics_reporter"
 
 
 def test_gate_and_fallback_are_counted_apart() -> None:
-    counters = BackendCounters()
-    for _ in range(5):
-        counters.count_packed_step(10, 40, 1.5)
+    counters = BackendCounters(packed_steps=5, kv_tokens_read=50, kv_tokens_logical=200)
     for reason in ("gate-no-gain", "gate-never", "error", "gate-no-gain"):
         counters.count_stock_step(reason)
     assert (counters.stock_steps, counters.fallback_steps, counters.decode_steps) == (3, 1, 9)
     shown = counters.as_dict()
     assert shown["stock_reasons"] == {"gate-no-gain": 2, "gate-never": 1}
     assert shown["fallback_reasons"] == {"error": 1}
-    assert (shown["kv_read_ratio"], shown["predicted_gain_us"]) == (0.25, 7.5)
+    assert (shown["kv_read_ratio"], shown["reused_step_us"]) == (0.25, None)
 
 
 def test_a_reason_is_said_once_and_the_gate_at_work_not_at_all(

@@ -144,12 +144,7 @@ class PrefixAttnBackend(DelegatingBackend):
         if forward_batch.forward_mode.is_decode():
             batch = DecodeBatch(forward_batch, self._schedule.batch)
             reason = self._plan(batch)
-            self._step = StepState(
-                packed=reason is None,
-                reason=reason,
-                counts=True,
-                padded_batch_size=batch.padded_batch_size,
-            )
+            self._step = StepState(reason is None, reason, in_graph=False, counts=True)
         if self._needs_stock():
             self._prepare_stock(forward_batch)
 
@@ -243,14 +238,15 @@ class PrefixAttnBackend(DelegatingBackend):
 
     def _begin_capture(self, batch: DecodeBatch) -> StepState:
         """Capture our kernels under their label, unless no plan of this size would ever fit."""
-        size = batch.padded_batch_size
         planner = self._planner
-        if planner is None or self._server_reason or not self._labels.captures_packed:
-            return StepState(in_graph=True)
-        if planner.max_batch_size is not None and size > planner.max_batch_size:
-            return StepState(in_graph=True)
-        planner.prepare_private(batch)
-        return StepState(packed=True, in_graph=True, padded_batch_size=size)
+        packed = planner is not None and not self._server_reason and self._labels.captures_packed
+        if planner is not None and packed:
+            packed = planner.max_batch_size is None or (
+                batch.padded_batch_size <= planner.max_batch_size
+            )
+            if packed:
+                planner.prepare_private(batch)
+        return StepState(packed, in_graph=True)
 
     def _begin_replay(self, batch: DecodeBatch) -> StepState:
         """Plan the batch, and choose the graph that serves it."""
@@ -262,7 +258,7 @@ class PrefixAttnBackend(DelegatingBackend):
             self._planner.prepare_private(batch)
             packed = True
         self._labels.choose(packed=packed)
-        return StepState(packed, reason, True, counts, batch.padded_batch_size)
+        return StepState(packed, reason, in_graph=True, counts=counts)
 
     def _end_step(self) -> None:
         """Count the step under way, once: packed, or under the reason why it was not."""
@@ -273,7 +269,7 @@ class PrefixAttnBackend(DelegatingBackend):
         if step.reason is not None:
             self.counters.count_stock_step(step.reason)
         elif self._planner is not None:
-            self.counters.count_packed_step(*self._planner.step_cost)
+            self._planner.count_step()
         if self._metrics is not None:
             self._metrics.update(self.counters)
 
@@ -293,14 +289,12 @@ class PrefixAttnBackend(DelegatingBackend):
         unknown = [name for name, value in kwargs.items() if value is not None]
         if group is not None and unknown:
             self._delegate(layer, unknown)
-        step = self._step
-        if group is None or unknown or not step.packed:
+        if group is None or unknown or not self._step.packed:
             return None
-        if q.numel() != step.padded_batch_size * layer.tp_q_head_num * layer.qk_head_dim:
-            if step.in_graph:
-                raise RuntimeError(
-                    f"a graph of {step.padded_batch_size} requests got {len(q)} queries"
-                )
+        size = group.executor.padded_batch_size
+        if q.numel() != size * layer.tp_q_head_num * layer.qk_head_dim:
+            if self._step.in_graph:
+                raise RuntimeError(f"a graph of {size} requests got {len(q)} queries")
             self._give_up_step("other-batch")
             return None
         return group

@@ -90,15 +90,6 @@ class BackendCounters:
                 "prefix attention: decode goes to the stock backend (%s)", REASONS[reason]
             )
 
-    def count_packed_step(
-        self, kv_tokens_read: int, kv_tokens_logical: int, gain_us: float
-    ) -> None:
-        """Count a step that ran under a plan, and what it read."""
-        self.packed_steps += 1
-        self.kv_tokens_read += kv_tokens_read
-        self.kv_tokens_logical += kv_tokens_logical
-        self.predicted_gain_us += gain_us
-
     def count_stock_step(self, reason: str) -> None:
         """Count a step that the stock backend served; warn once if no step is ever packed."""
         reasons = self.stock_reasons if reason in GATE_REASONS else self.fallback_reasons

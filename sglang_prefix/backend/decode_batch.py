@@ -92,6 +92,15 @@ class DecodeBatch(NamedTuple):
         lens = self.host_lengths(self.padded_batch_size)
         return -1 if lens is None else int(lens.sum())
 
+    def is_of(self, reqs: list[Any], padded_batch_size: int, sum_of_lengths: int) -> bool:
+        """Whether it is a batch of these requests, in this order, with lengths of this sum."""
+        return (
+            self.schedule_batch is not None
+            and self.forward_batch.batch_size == padded_batch_size
+            and self.schedule_batch.reqs == reqs
+            and self.sum_of_lengths == sum_of_lengths
+        )
+
     def host_lengths(self, num_requests: int) -> IntArray | None:
         """Lengths [num_requests] where the CPU knows them, else None."""
         lens = getattr(self.forward_batch, "seq_lens_cpu", None)

@@ -35,8 +35,6 @@ __all__ = ["DecodePlanner", "LayerGroup"]
 
 IntArray = NDArray[np.int64]
 
-_NOTHING = 0, 0, 0.0  # cost of a step that is not packed
-
 
 class LayerGroup(NamedTuple):
     """Planner and executor for the layers of one attention shape, and how many layers that is."""
@@ -52,11 +50,11 @@ class _Planned:
     """The batch that was planned last, and the steps since then.
 
     Attributes:
-        reason: why the stock backend serves it; None if it is packed.
         lens: [B] lengths that were planned for; each later step adds one token to each.
         sum_of_lengths: of those, padding included.
         padded_batch_size: rows, padding included.
-        cost: of the step that was planned, see :meth:`DecodePlanner.step_cost`.
+        reason: why the stock backend serves it; None if it is packed.
+        kv_tokens_read, kv_tokens_logical, gain_us: what its step adds to the counters of that name.
         reqs: its requests; None if no later step may reuse the plan.
         epoch: of the schedule at that time.
         max_steps: later steps for which tails have room.
@@ -65,11 +63,13 @@ class _Planned:
         steps: later steps taken.
     """
 
-    reason: str | None
     lens: IntArray
     sum_of_lengths: int
     padded_batch_size: int
-    cost: tuple[int, int, float]
+    reason: str | None = None
+    kv_tokens_read: int = 0
+    kv_tokens_logical: int = 0
+    gain_us: float = 0.0
     reqs: list[Any] | None = None
     epoch: int = -1
     max_steps: int = 0
@@ -132,17 +132,6 @@ class DecodePlanner:
         self._paths = PathCache()
         self._planned: _Planned | None = None
 
-    @property
-    def step_cost(self) -> tuple[int, int, float]:
-        """Of the step prepared last, if it is packed: what :meth:`count_packed_step` takes."""
-        planned = self._planned
-        if planned is None:
-            return _NOTHING
-        read, logical, gain_us = planned.cost
-        # Tails are read by their own request alone: one token more, read and logical.
-        grown = planned.steps * len(planned.lens)
-        return read + grown, logical + grown, gain_us
-
     def prepare(self, batch: DecodeBatch) -> str | None:
         """Make the executors ready for a decode batch: by the plan in use, or by a new one.
 
@@ -170,6 +159,18 @@ class DecodePlanner:
         reason = self.replan(batch, lens)
         self._counters.plan_seconds += time.perf_counter() - began
         return reason
+
+    def count_step(self) -> None:
+        """Count the step prepared last as packed, with what it read. Called when it has ended."""
+        planned, counters = self._planned, self._counters
+        counters.packed_steps += 1
+        if planned is None:
+            return
+        # Tails are read by their own request alone: one token more, read and logical.
+        grown = planned.steps * len(planned.lens)
+        counters.kv_tokens_read += planned.kv_tokens_read + grown
+        counters.kv_tokens_logical += planned.kv_tokens_logical + grown
+        counters.predicted_gain_us += planned.gain_us
 
     def append(self, batch: DecodeBatch) -> None:
         """Let every tail grow by this step's slot. A graph holds the call, other steps make it."""
@@ -207,16 +208,14 @@ class DecodePlanner:
         the rest.
         """
         planned = self._planned
+        if planned is None or planned.reqs is None:
+            return False
+        steps = planned.steps + 1
+        total = planned.sum_of_lengths + steps * len(planned.lens)
         if (
-            planned is None
-            or planned.reqs is None
-            or batch.schedule_batch is None
-            or planned.steps == planned.max_steps
+            steps > planned.max_steps
             or planned.epoch != self._schedule.epoch
-            or planned.padded_batch_size != batch.padded_batch_size
-            or batch.reqs != planned.reqs
-            or batch.sum_of_lengths
-            != planned.sum_of_lengths + (planned.steps + 1) * len(planned.lens)
+            or not batch.is_of(planned.reqs, planned.padded_batch_size, total)
             or not _has_same_pool_indices(planned, batch)
         ):
             return False
@@ -237,12 +236,12 @@ class DecodePlanner:
             forest = PrefixForest.from_rows(
                 self._slot_rows(batch, lens), lens, page_size=self.page_size, prefix_closed=True
             )
-        reason, cost = self._plan_forest(forest, batch, lens)
-        size = batch.padded_batch_size
+        planned = _Planned(lens, batch.sum_of_lengths, batch.padded_batch_size)
+        planned.reason = self._plan_forest(planned, forest, batch)
         if self.on_plan is not None:
             predicted = self._counters.predicted_packed_us, self._counters.predicted_stock_us
-            self.on_plan(forest, self.groups, reason, predicted, self.page_size, size)
-        planned = _Planned(reason, lens, batch.sum_of_lengths, size, cost)
+            arguments = self.groups, planned.reason, predicted, self.page_size
+            self.on_plan(forest, *arguments, planned.padded_batch_size)
         if complete and not all_settled:
             # Their rows hold the tree's slots from the next step on, so that step plans again.
             self._schedule.settle(list(compress(reqs, map(not_, settled))))
@@ -252,38 +251,39 @@ class DecodePlanner:
             planned.states = batch.kv_states() if self._verify else ()
             planned.max_steps = min(group.planner.reserved_tail_slots for group in self.groups)
         self._planned = planned
-        return reason
+        return planned.reason
 
     def _plan_forest(
-        self, forest: PrefixForest, batch: DecodeBatch, lens: IntArray
-    ) -> tuple[str | None, tuple[int, int, float]]:
-        """Plan, ask the gate, and take the plans into use."""
+        self, planned: _Planned, forest: PrefixForest, batch: DecodeBatch
+    ) -> str | None:
+        """Plan, ask the gate, and take the plans into use; the reason not to, or None."""
         if self._gate is not None and forest.num_nodes == 0:
             self._gate.leave()
-            return "gate-nothing-shared", _NOTHING
+            return "gate-nothing-shared"
         if self.max_batch_size is not None and batch.padded_batch_size > self.max_batch_size:
-            return "workspace", _NOTHING
+            return "workspace"
         plans = [group.planner.plan(forest) for group in self.groups]
-        gain_us = 0.0
         if self._gate is not None:
             layers = [group.num_layers for group in self.groups]
             decision = self._gate.choose(list(zip(plans, layers, strict=True)), forest)
-            gain_us = decision.stock_us - decision.packed_us
+            planned.gain_us = decision.stock_us - decision.packed_us
             self._counters.predicted_packed_us = decision.packed_us
             self._counters.predicted_stock_us = decision.stock_us
             if not decision.packs:
-                return decision.reason, _NOTHING
+                return decision.reason
         for group, plan in zip(self.groups, plans, strict=True):
             if group.workspace and plan.num_slots > group.workspace.capacity.slots:
-                return "workspace", _NOTHING
+                return "workspace"
         for group, plan in zip(self.groups, plans, strict=True):
             if self._verify:
                 verify_plan(plan)
-                verify_slots(plan, self._slot_rows(batch, lens))
+                verify_slots(plan, self._slot_rows(batch, planned.lens))
             self._load(group, plan, batch)
         plan = plans[-1]
         self._counters.count_plan(plan.num_packs, plan.num_partials)
-        return None, (plan.kv_tokens_read, int(lens.sum()), gain_us)
+        planned.kv_tokens_read = plan.kv_tokens_read
+        planned.kv_tokens_logical = int(planned.lens.sum())
+        return None
 
     def _load(self, group: LayerGroup, plan: PackPlan, batch: DecodeBatch) -> None:
         group.executor.load(
@@ -334,14 +334,12 @@ def _private_forest(lens: IntArray) -> PrefixForest:
 
 def _has_same_pool_indices(planned: _Planned, batch: DecodeBatch) -> bool:
     """Whether requests have kept their rows of ``req_to_token``, as far as the CPU knows."""
-    indices = batch.pool_indices
-    if indices is planned.pool_indices:
+    found, known = batch.pool_indices, planned.pool_indices
+    if found is known:
         return True
-    if indices is None or planned.pool_indices is None:
+    if found is None or known is None or not torch.equal(found, known):
         return False
-    if not torch.equal(indices, planned.pool_indices):
-        return False
-    planned.pool_indices = indices
+    planned.pool_indices = found
     return True
 
 

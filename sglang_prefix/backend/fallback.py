@@ -101,9 +101,9 @@ def batch_reason(forward_batch: Any) -> str | None:
     """Why a decode batch is left to the stock backend unseen; None to plan it."""
     if getattr(forward_batch, "spec_info", None) is not None:
         return "speculative"
-    # The halves come to backends of their own, with the schedule batch of the whole.
-    names = ("tbo_children", "tbo_parent_token_range")  # of the whole and of a half, up to 0.5.23
-    if any(getattr(forward_batch, name, None) for name in names):
+    # The halves come to backends of their own, with the schedule batch of the whole (to 0.5.23).
+    is_half = getattr(forward_batch, "tbo_parent_token_range", None)
+    if is_half or getattr(forward_batch, "tbo_children", None):
         return "two-batch-overlap"
     return None
 

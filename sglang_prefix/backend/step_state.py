@@ -17,14 +17,12 @@ class StepState(NamedTuple):
             taken to be shared.
         in_graph: its kernels are a graph's.
         counts: it is a decode step, and not a prefill, a capture or another rank's.
-        padded_batch_size: rows of q.
     """
 
     packed: bool = False
     reason: str | None = None
     in_graph: bool = False
     counts: bool = False
-    padded_batch_size: int = 0
 
 
 NO_STEP = StepState()
