@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from prefix_kernels.plan import PackPlan
 from sglang_prefix.bench.graphs import capture
 from sglang_prefix.bench.packed_attention import PackedAttention
 from sglang_prefix.bench.workloads.inputs import AttentionInputs, MismatchError, Outputs
@@ -52,22 +53,21 @@ def test_variants(variant: Variant, setting: Setting, record_property: Note) -> 
 @pytest.mark.parametrize("modes", ALL_MODES, ids=[f"graph/{a}/{b}" for a, b in ALL_MODES])
 def test_graph(modes: Modes, setting: Setting, record_property: Note) -> None:
     """A step is captured under single tokens, and serves other forests by replays."""
-    batches = _Batches(setting)
-    attention = PackedAttention(
-        batches.heads.shape(batches.dtype, batches.dtype),
-        setting.device,
-        mode=modes[0],
-        merge=modes[1],
-        reserved_tail_slots=GROWTH,
-    )
-    first = batches.lay_out(shared_then_private(batches.size, 0, 1))
-    served = batches.served()
+    size = 3 if setting.dry else 24
+    first = lay_out(shared_then_private(size, 0, 1), setting, size)
+    options: dict[str, Any] = {"mode": modes[0], "merge": modes[1], "reserved_tail_slots": GROWTH}
+    shape = first.heads.shape(first.q.dtype, first.k.dtype)
+    attention = PackedAttention(shape, setting.device, **options)
+    served: list[tuple[str, AttentionInputs, PackPlan]] = []
+    for name, tree, policy, profile in forests_to_serve(setting, size):
+        inputs = lay_out(tree, setting, size, number=len(served))
+        planner = PackedAttention(shape, setting.device, policy=policy, profile=profile, **options)
+        served.append((name, inputs, planner.plan(inputs.batch.forest())))
     # Fixed for all of them; the slots that this reads mean nothing yet.
     context = max(inputs.req_to_token.shape[1] for _, inputs, _ in served)
-    table = torch.zeros(batches.size, context, dtype=torch.int32, device=setting.device)
-    rows = torch.arange(batches.size, device=setting.device)
-    plans = [plan for _, _, plan in served]
-    attention.fix_capacity(plans, table, rows, padded_batch_size=batches.size)
+    table = torch.zeros(size, context, dtype=torch.int32, device=setting.device)
+    rows = torch.arange(size, device=setting.device)
+    attention.fix_capacity([plan for *_, plan in served], table, rows, padded_batch_size=size)
     server = _Server(attention, first, max(inputs.batch.num_slots for _, inputs, _ in served))
     server.load(attention.plan(first.batch.forest()), first)
     server.fill(first)
@@ -81,10 +81,7 @@ def test_graph(modes: Modes, setting: Setting, record_property: Note) -> None:
             for step in range(3):
                 server.fill(inputs)
                 replay()
-                try:
-                    errors[name] = max(errors[name], inputs.compare(server.outputs))
-                except MismatchError as error:
-                    raise MismatchError(f"{name}, step {step}: {error}") from None
+                note_error(errors, name, step, inputs, server.outputs)
                 if step == 0:
                     assert_same_bits(replay, server.outputs, 2 if setting.dry else 100)
                 if step < 2:
@@ -170,13 +167,20 @@ def check(variant: Variant, setting: Setting, record_property: Note) -> None:
                     inputs.grow(step - 1)
                     attention.executor.append(inputs.seq_lens, inputs.newest_slots())
                 run(attention, inputs, outputs)
-                try:
-                    errors[name] = max(errors[name], inputs.compare(outputs))
-                except MismatchError as error:
-                    raise MismatchError(f"{name}, step {step}: {error}") from None
+                note_error(errors, name, step, inputs, outputs)
             again = partial(run, attention, inputs, outputs)
             assert_same_bits(again, outputs, variant.repeats)
     record_property("errors", errors)
+
+
+def note_error(
+    errors: Errors, name: str, step: int, inputs: AttentionInputs, outputs: Outputs
+) -> None:
+    """Compare with the oracle; the largest error of all steps is kept."""
+    try:
+        errors[name] = max(errors[name], inputs.compare(outputs))
+    except MismatchError as error:
+        raise MismatchError(f"{name}, step {step}: {error}") from None
 
 
 def run(attention: PackedAttention, inputs: AttentionInputs, outputs: Outputs) -> None:
@@ -223,55 +227,36 @@ def assert_same_bits(again: Callable[[], object], outputs: Outputs, repeats: int
         assert before.same_bits(outputs), f"run {number} differs from the first in some bit"
 
 
-class _Batches:
-    """What is served under one capture."""
+def lay_out(tree: Tree, setting: Setting, size: int, number: int = 0) -> AttentionInputs:
+    """Inputs of a batch that is served under the capture."""
+    return AttentionInputs.lay_out(
+        tree,
+        Heads(3, 1, 16, 16) if setting.dry else Heads(32, 8),
+        setting.device,
+        setting.seed + number,
+        dtype=torch.float16 if setting.dry else torch.bfloat16,
+        growth=GROWTH,
+        padded_batch_size=size,
+        poison=True,
+    )
 
-    def __init__(self, setting: Setting) -> None:
-        self._setting = setting
-        self.size, self._tokens = (3, 12) if setting.dry else (24, 900)
-        self.heads = Heads(3, 1, 16, 16) if setting.dry else Heads(32, 8)
-        self.dtype = torch.float16 if setting.dry else torch.bfloat16
 
-    def lay_out(self, tree: Tree, number: int = 0) -> AttentionInputs:
-        return AttentionInputs.lay_out(
-            tree,
-            self.heads,
-            self._setting.device,
-            self._setting.seed + number,
-            dtype=self.dtype,
-            growth=GROWTH,
-            padded_batch_size=self.size,
-            poison=True,
-        )
+def forests_to_serve(setting: Setting, size: int) -> list[tuple[str, Tree, str, DeviceProfile]]:
+    """Name, tree, policy and profile of each."""
+    tokens = 12 if setting.dry else 900
 
-    def served(self) -> list[tuple[str, AttentionInputs, Any]]:
-        """Name, inputs and plan of each."""
-        size, tokens, seed = self.size, self._tokens, self._setting.seed
+    def uneven(number: int, requests: int) -> Tree:
+        return random_tree(setting.seed + number, num_requests=requests, max_tokens=tokens)
 
-        def uneven(number: int, requests: int) -> Tree:
-            return random_tree(seed + number, num_requests=requests, max_tokens=tokens)
-
-        trees: list[tuple[str, Tree, str, DeviceProfile]] = [
-            ("one prefix", shared_then_private(size, tokens, 3), "node", EAGER),
-            ("uneven", uneven(1, size), "node", EAGER),
-            ("fewer requests", uneven(2, size // 2), "pat", GPU_PROFILE),
-            ("nothing shared", shared_then_private(size - 1, 0, tokens), "query", GPU_PROFILE),
-            ("one request", shared_then_private(1, 0, 2 * tokens), "pat", GPU_PROFILE),
-            ("chunks", uneven(3, size), "chunk", GPU_PROFILE),
-        ]
-        found = []
-        for number, (name, tree, policy, profile) in enumerate(trees):
-            inputs = self.lay_out(tree, number)
-            shape = self.heads.shape(self.dtype, self.dtype)
-            planner = PackedAttention(
-                shape,
-                self._setting.device,
-                policy=policy,
-                profile=profile,
-                reserved_tail_slots=GROWTH,
-            )
-            found.append((name, inputs, planner.plan(inputs.batch.forest())))
-        return found[::2] if self._setting.dry else found
+    found = [
+        ("one prefix", shared_then_private(size, tokens, 3), "node", EAGER),
+        ("uneven", uneven(1, size), "node", EAGER),
+        ("fewer requests", uneven(2, size // 2), "pat", GPU_PROFILE),
+        ("nothing shared", shared_then_private(size - 1, 0, tokens), "query", GPU_PROFILE),
+        ("one request", shared_then_private(1, 0, 2 * tokens), "pat", GPU_PROFILE),
+        ("chunks", uneven(3, size), "chunk", GPU_PROFILE),
+    ]
+    return found[::2] if setting.dry else found
 
 
 class _Server:
@@ -289,7 +274,7 @@ class _Server:
         )
         self.outputs = like.outputs()
 
-    def load(self, plan: Any, inputs: AttentionInputs) -> None:
+    def load(self, plan: PackPlan, inputs: AttentionInputs) -> None:
         """Take a plan into use; the rows change hands at once."""
         rows = inputs.req_to_token.clone()
         size = len(self._q)
