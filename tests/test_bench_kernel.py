@@ -369,11 +369,11 @@ def test_ours_being_wrong_ends_the_command_with_its_name(
 
 
 def test_a_missing_sglang_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "prefix_patches.torch_native_decode", None)
+    monkeypatch.setitem(sys.modules, "prefix_patches.stock_backend", None)
     sglang._torch_native.cache_clear()
     makers, absent = find_providers(CPU, "cpu")
     assert makers == {}
-    assert "torch_native_decode" in absent["sglang-torch-native"]
+    assert "stock_backend" in absent["sglang-torch-native"]
 
 
 @pytest.mark.parametrize(
