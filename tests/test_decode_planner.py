@@ -1,4 +1,4 @@
-"""When a batch planner plans, from what, and when a plan goes on."""
+"""From what a decode planner plans, and when it reuses a plan."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def plans_of(scheduler: Scheduler, reqs: list[Request], steps: int = 3) -> list[
 
 
 @pytest.mark.parametrize("page_size", [1, 16])
-def test_a_plan_goes_on_while_the_same_requests_grow_by_one(page_size: int) -> None:
+def test_a_plan_is_reused_while_the_same_requests_grow_by_one(page_size: int) -> None:
     scheduler = Scheduler(page_size=page_size)
     reqs = scheduler.start(A, B, C)
     stats = scheduler.counters.num_packs, scheduler.counters.num_partials
@@ -152,7 +152,7 @@ def test_a_plan_ends_with_what_it_was_made_for(change: Change, plans: list[int])
 
 @pytest.mark.parametrize("what", ["retraction_count", "last_node"])
 def test_verify_refuses_that_kv_moves_without_a_prefill(what: str) -> None:
-    """SGLang never does that, and a plan that goes on does not ask every request for it."""
+    """SGLang never does that, and a reused plan does not ask every request for it."""
     scheduler = Scheduler()
     reqs = scheduler.start(A, B)
     setattr(reqs[1], what, getattr(reqs[1], what) + 1)
@@ -168,7 +168,7 @@ def test_verify_refuses_lengths_that_only_sum_up_to_one_token_more_each() -> Non
         scheduler.prepare(batch)
 
 
-def test_a_step_that_goes_on_asks_torch_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reused_step_asks_torch_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """With cold caches each call into torch takes longer than all the rest of such a step."""
     scheduler = Scheduler(verify=False)
     reqs = scheduler.start(A, B)
@@ -186,7 +186,7 @@ def test_a_step_that_goes_on_asks_torch_for_nothing(monkeypatch: pytest.MonkeyPa
     assert scheduler.counters.plans == plans
 
 
-def test_a_plan_ends_when_a_tail_has_used_up_its_growth_room() -> None:
+def test_a_plan_ends_when_a_tail_has_used_up_its_reserved_slots() -> None:
     scheduler = Scheduler(reserved_tail_slots=3)
     reqs = scheduler.start(A, B)
     assert plans_of(scheduler, reqs, 9) == [0, 0, 0, 1, 0, 0, 0, 1, 0]
@@ -194,7 +194,7 @@ def test_a_plan_ends_when_a_tail_has_used_up_its_growth_room() -> None:
 
 @pytest.mark.parametrize("options", [{"published": False}, {"pads": 1}, {"pads": 3}], ids=str)
 @pytest.mark.parametrize("page_size", [1, 16])
-def test_without_a_request_per_row_rows_are_compared_and_no_plan_goes_on(
+def test_without_a_request_per_row_rows_are_compared_and_no_plan_is_reused(
     page_size: int, options: dict[str, Any]
 ) -> None:
     scheduler = Scheduler(page_size=page_size)
@@ -220,7 +220,7 @@ def test_padded_requests_stay_unsettled() -> None:
     assert scheduler.decode(reqs).plans == 0
 
 
-def test_beam_members_change_rows_at_every_step_and_no_plan_goes_on() -> None:
+def test_beam_members_change_rows_at_every_step_and_no_plan_is_reused() -> None:
     scheduler = Scheduler()
     leader, other = scheduler.start(A, B)
     prompt = len(leader.tokens)
@@ -241,7 +241,7 @@ def test_a_tree_that_cannot_be_asked_has_its_rows_compared() -> None:
     reqs = scheduler.prefill(A, B)
     scheduler.publish(*reqs)
     scheduler.cache = CANNOT_BE_ASKED
-    # Rows are what they are, so that the first step shares as well; it still does not go on.
+    # Rows are what they are, so that the first step shares as well; its plan is still not reused.
     for plans in (1, 1, 0, 0):
         assert scheduler.decode(reqs)[:2] == (plans, scheduler.distinct_slots(reqs))
 
@@ -294,13 +294,13 @@ def test_lengths_that_only_a_device_knows_are_no_request_info() -> None:
     scheduler.check_attention(batch)
 
 
-def test_a_row_that_contradicts_the_tree_raises_and_the_next_batch_plans_anew() -> None:
+def test_a_row_that_contradicts_the_tree_raises_and_the_next_batch_is_planned_again() -> None:
     scheduler = Scheduler()
     reqs = scheduler.start(A, B)
     slot = scheduler.table[reqs[1].kv.req_pool_idx, len(SYSTEM) // 2]
     true_slot = slot.clone()
     slot += 1
-    # A plan that goes on has its slots already, and reads no row.
+    # A reused plan has its slots already, and reads no row.
     assert scheduler.prepare(scheduler.decode_batch(reqs)) is None
     scheduler.run_pass("EXTEND", [])
     counted = scheduler.counted()
@@ -311,7 +311,7 @@ def test_a_row_that_contradicts_the_tree_raises_and_the_next_batch_plans_anew() 
     assert plans_of(scheduler, reqs) == [1, 0, 0]
 
 
-def test_no_plan_goes_on_after_only_one_shape_got_its_plan(
+def test_no_plan_is_reused_after_only_one_group_got_its_plan(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     scheduler = Scheduler()
@@ -327,5 +327,5 @@ def test_no_plan_goes_on_after_only_one_shape_got_its_plan(
         with pytest.raises(RuntimeError, match="on purpose"):
             scheduler.prepare(scheduler.decode_batch(reqs[::-1]))
     assert scheduler.counted() == counted
-    # Of the lengths that the new plan of the first shape expects, in the order of the old ones.
+    # Of the lengths that the new plan of the first group expects, in the order of the old ones.
     assert plans_of(scheduler, reqs) == [1, 0, 0]
