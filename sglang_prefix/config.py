@@ -27,7 +27,7 @@ class PrefixConfig:
             None for the one that SGLang would have chosen.
         verify: ``SGLANG_PREFIX_VERIFY``: check every plan against the slot rows and raise on a
             difference; for debugging, costs a device sync per plan.
-        keep_plan: ``SGLANG_PREFIX_KEEP_PLAN``: keep the newest plan, and show it to who asks
+        keep_plan: ``SGLANG_PREFIX_KEEP_PLAN``: keep the newest plan, and show it in
             ``GET /server_info``; for ``sglang-prefix explain --base-url``.
         executor: ``SGLANG_PREFIX_EXECUTOR``: what runs the plans.
         launch_mode, merge_mode: ``SGLANG_PREFIX_LAUNCH_MODE``, ``SGLANG_PREFIX_MERGE_MODE``: how

@@ -135,7 +135,7 @@ class Scheduler:
             req.kv.cache_protected_len = len(slots)
 
     def start(self, *prompts: Sequence[int]) -> list[Request]:
-        """Requests that decode under a plan which may go on."""
+        """Requests that decode under a plan which may be reused."""
         reqs = self.prefill(*prompts)
         self.decode(reqs)
         self.publish(*reqs)

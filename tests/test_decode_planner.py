@@ -1,4 +1,4 @@
-"""When a batch planner plans, from what, and when a plan goes on."""
+"""From what a decode planner plans, and when it reuses a plan."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from prefix_patches.schedule_context import BATCH_ATTRIBUTE
 from sglang_prefix.backend import decode_batch, decode_planner
 from tests.scheduling import Request, Scheduler, make_request
 
-# From the requests that decode, and one that could, to the next batch.
-Change = Callable[[Scheduler, list[Request], Request], list[Request]]
+# From the requests that decode, and one that could, to the next batch if it is another one.
+Change = Callable[[Scheduler, list[Request], Request], list[Request] | None]
 
 _rng = random.Random(0)
 SYSTEM = [_rng.randrange(256) for _ in range(50)]
@@ -32,7 +32,7 @@ def plans_of(scheduler: Scheduler, reqs: list[Request], steps: int = 3) -> list[
 
 
 @pytest.mark.parametrize("page_size", [1, 16])
-def test_a_plan_goes_on_while_the_same_requests_grow_by_one(page_size: int) -> None:
+def test_a_plan_is_reused_while_the_same_requests_grow_by_one(page_size: int) -> None:
     scheduler = Scheduler(page_size=page_size)
     reqs = scheduler.start(A, B, C)
     stats = scheduler.counters.num_packs, scheduler.counters.num_partials
@@ -69,32 +69,6 @@ def test_a_newcomer_is_private_beside_requests_that_share() -> None:
     assert scheduler.decode([*reqs, late]).plans == 0
 
 
-def joins(scheduler: Scheduler, reqs: list[Request], other: Request) -> list[Request]:
-    """From another running batch: no prefill has run in between."""
-    return [*reqs, other]
-
-
-def is_replaced(scheduler: Scheduler, reqs: list[Request], other: Request) -> list[Request]:
-    """By one of the same length."""
-    scheduler.grow(other, reqs[1].tokens[len(other.tokens) :])
-    return [reqs[0], other, reqs[2]]
-
-
-def row_moves(scheduler: Scheduler, reqs: list[Request], other: Request) -> list[Request]:
-    row, reqs[1].kv.req_pool_idx = reqs[1].kv.req_pool_idx, scheduler.free_rows.pop()
-    scheduler.table[reqs[1].kv.req_pool_idx] = scheduler.table[row]
-    # Its newest slots go to whoever has the old row now.
-    scheduler.table[row] = 1
-    return reqs
-
-
-def is_retracted(scheduler: Scheduler, reqs: list[Request], other: Request) -> list[Request]:
-    """And comes back, as retracted requests do, through a prefill."""
-    retract(reqs[1])
-    scheduler.run_pass("EXTEND", [reqs[1]])
-    return reqs
-
-
 def retract(req: Request) -> None:
     """SGLang's method, on a request that stays where it is."""
     row, node, owned = req.kv.req_pool_idx, req.last_node, req.kv.cache_protected_len
@@ -103,80 +77,82 @@ def retract(req: Request) -> None:
     req.kv.req_pool_idx, req.last_node, req.kv.cache_protected_len = row, node, owned
 
 
-def moves_in_the_tree(scheduler: Scheduler, reqs: list[Request], other: Request) -> list[Request]:
+def comes_back(scheduler: Scheduler, reqs: list[Request], other: Request) -> None:
+    """As retracted requests do, through a prefill."""
+    retract(reqs[1])
+    scheduler.run_pass("EXTEND", [reqs[1]])
+
+
+def is_replaced(scheduler: Scheduler, reqs: list[Request], other: Request) -> list[Request]:
+    """By one of the same length."""
+    scheduler.grow(other, reqs[1].tokens[len(other.tokens) :])
+    return [reqs[0], other, reqs[2]]
+
+
+def row_moves(scheduler: Scheduler, reqs: list[Request], other: Request) -> None:
+    row, reqs[1].kv.req_pool_idx = reqs[1].kv.req_pool_idx, scheduler.free_rows.pop()
+    scheduler.table[reqs[1].kv.req_pool_idx] = scheduler.table[row]
+    # Its newest slots go to whoever has the old row now.
+    scheduler.table[row] = 1
+
+
+def moves_in_the_tree(scheduler: Scheduler, reqs: list[Request], other: Request) -> None:
     before = reqs[1].last_node
     scheduler.publish(reqs[1])
     assert reqs[1].last_node != before
     scheduler.run_pass("EXTEND", [])
-    return reqs
 
 
 def is_another_object(scheduler: Scheduler, reqs: list[Request], other: Request) -> list[Request]:
+    """Under the old id, in the old row, as when it was aborted and sent again."""
     old = reqs[1]
     new = make_request(old.kv.req_pool_idx, old.tokens, old.last_node, old.kv.cache_protected_len)
     assert new.rid == old.rid
     return [reqs[0], new, reqs[2]]
 
 
-def extends(scheduler: Scheduler, reqs: list[Request], other: Request) -> list[Request]:
-    scheduler.run_pass("EXTEND", [])
-    return reqs
-
-
-def idles(scheduler: Scheduler, reqs: list[Request], other: Request) -> list[Request]:
-    scheduler.run_pass("IDLE", [])
-    return reqs
-
-
-def grows_by_two(scheduler: Scheduler, reqs: list[Request], other: Request) -> list[Request]:
+def all_grow(scheduler: Scheduler, reqs: list[Request], other: Request) -> None:
     """As when a step was run as a prefill of one token, or left to the stock backend."""
     for req in reqs:
         scheduler.grow(req, [7])
-    return reqs
-
-
-def one_grows_by_two(scheduler: Scheduler, reqs: list[Request], other: Request) -> list[Request]:
-    scheduler.grow(reqs[1], [7])
-    return reqs
-
-
-def is_invalidated(scheduler: Scheduler, reqs: list[Request], other: Request) -> list[Request]:
-    scheduler.planner.invalidate()
-    return reqs
 
 
 @pytest.mark.parametrize(
     ("change", "plans"),
     [
-        (lambda scheduler, reqs, other: reqs, [0, 0, 0]),
-        (joins, [1, 0, 0]),
+        (lambda scheduler, reqs, other: None, [0, 0, 0]),
+        # From another running batch: no prefill has run in between.
+        (lambda scheduler, reqs, other: [*reqs, other], [1, 0, 0]),
         (is_replaced, [1, 0, 0]),
         (lambda scheduler, reqs, other: reqs[:-1], [1, 0, 0]),
         (lambda scheduler, reqs, other: reqs[1:], [1, 0, 0]),
         (lambda scheduler, reqs, other: reqs[::-1], [1, 0, 0]),
         (row_moves, [1, 0, 0]),
         (moves_in_the_tree, [1, 0, 0]),
-        (extends, [1, 0, 0]),
-        (idles, [1, 0, 0]),
-        (grows_by_two, [1, 0, 0]),
-        (one_grows_by_two, [1, 0, 0]),
-        (is_invalidated, [1, 0, 0]),
+        (lambda scheduler, reqs, other: scheduler.run_pass("EXTEND", []), [1, 0, 0]),
+        (lambda scheduler, reqs, other: scheduler.run_pass("IDLE", []), [1, 0, 0]),
+        (all_grow, [1, 0, 0]),
+        (lambda scheduler, reqs, other: scheduler.grow(reqs[1], [7]), [1, 0, 0]),
+        (lambda scheduler, reqs, other: scheduler.planner.invalidate(), [1, 0, 0]),
+        # All may be retracted and come back without a pass, as the same batch on other slots.
+        (lambda scheduler, reqs, other: retract(other), [1, 0, 0]),
         # Not known to be settled, so the second step plans again.
-        (is_retracted, [1, 1, 0]),
+        (comes_back, [1, 1, 0]),
         (is_another_object, [1, 1, 0]),
     ],
 )
 def test_a_plan_ends_with_what_it_was_made_for(change: Change, plans: list[int]) -> None:
+    install()
     scheduler = Scheduler()
     *reqs, other = scheduler.start(A, B, C, D)
     scheduler.decode(reqs)
     assert scheduler.decode(reqs).plans == 0
-    assert plans_of(scheduler, change(scheduler, reqs, other)) == plans
+    assert plans_of(scheduler, change(scheduler, reqs, other) or reqs) == plans
 
 
 @pytest.mark.parametrize("what", ["retraction_count", "last_node"])
 def test_verify_refuses_that_kv_moves_without_a_prefill(what: str) -> None:
-    """SGLang never does that, and a plan that goes on does not ask every request for it."""
+    """SGLang never does that, and a reused plan does not ask every request for it."""
     scheduler = Scheduler()
     reqs = scheduler.start(A, B)
     setattr(reqs[1], what, getattr(reqs[1], what) + 1)
@@ -192,7 +168,7 @@ def test_verify_refuses_lengths_that_only_sum_up_to_one_token_more_each() -> Non
         scheduler.prepare(batch)
 
 
-def test_a_step_that_goes_on_asks_torch_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reused_step_asks_torch_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """With cold caches each call into torch takes longer than all the rest of such a step."""
     scheduler = Scheduler(verify=False)
     reqs = scheduler.start(A, B)
@@ -210,55 +186,24 @@ def test_a_step_that_goes_on_asks_torch_for_nothing(monkeypatch: pytest.MonkeyPa
     assert scheduler.counters.plans == plans
 
 
-def test_a_request_that_comes_back_under_its_old_id_and_row_gets_a_plan_of_its_own() -> None:
-    scheduler = Scheduler()
-    first, aborted = scheduler.start(A, B)
-    scheduler.decode([first, aborted])
-    epoch = scheduler.schedule.epoch
-    scheduler.free_rows.append(aborted.kv.req_pool_idx)
-    scheduler.table[aborted.kv.req_pool_idx] = 1
-    (again,) = scheduler.prefill([*B, *aborted.tokens[len(B) :]])
-    assert again.kv.req_pool_idx == aborted.kv.req_pool_idx
-    assert len(again.tokens) == len(aborted.tokens)
-    scheduler.schedule.epoch = epoch  # the least that could tell them apart is the object
-    assert scheduler.decode([first, again]).plans == 1
-
-
-def test_a_plan_ends_with_any_retraction() -> None:
-    """All may be retracted and come back without a pass, as the same batch on other slots."""
-    install()
-    scheduler = Scheduler()
-    *reqs, other = scheduler.start(A, B, C)
-    assert plans_of(scheduler, reqs) == [1, 0, 0]
-    retract(other)
-    assert plans_of(scheduler, reqs) == [1, 0, 0]
-
-
-def test_a_plan_ends_when_a_tail_has_used_up_its_growth_room() -> None:
+def test_a_plan_ends_when_a_tail_has_used_up_its_reserved_slots() -> None:
     scheduler = Scheduler(reserved_tail_slots=3)
     reqs = scheduler.start(A, B)
     assert plans_of(scheduler, reqs, 9) == [0, 0, 0, 1, 0, 0, 0, 1, 0]
 
 
+@pytest.mark.parametrize("options", [{"published": False}, {"pads": 1}, {"pads": 3}], ids=str)
 @pytest.mark.parametrize("page_size", [1, 16])
-def test_without_a_schedule_batch_rows_are_compared_and_no_plan_goes_on(page_size: int) -> None:
-    scheduler = Scheduler(page_size=page_size)
-    reqs = scheduler.start(A, B, C)
-    for _ in range(3):
-        step = scheduler.decode(reqs, published=False)
-        assert step[:2] == (1, scheduler.distinct_slots(reqs))
-    assert plans_of(scheduler, reqs) == [1, 0, 0]
-
-
-@pytest.mark.parametrize("pads", [1, 3])
-@pytest.mark.parametrize("page_size", [1, 16])
-def test_padding_rows_are_served_and_no_plan_goes_on(page_size: int, pads: int) -> None:
+def test_without_a_request_per_row_rows_are_compared_and_no_plan_is_reused(
+    page_size: int, options: dict[str, Any]
+) -> None:
     scheduler = Scheduler(page_size=page_size)
     reqs = scheduler.start(A, B)
+    pads = options.get("pads", 0)
     # Slot 0 is read by every row of padding; only a whole page of it could be shared.
-    padding = 1 if page_size == 1 else pads
+    padding = min(pads, 1) if page_size == 1 else pads
     for _ in range(3):
-        step = scheduler.decode(reqs, pads=pads)
+        step = scheduler.decode(reqs, **options)
         logical = sum(len(req.tokens) for req in reqs) + pads
         assert step == (1, scheduler.distinct_slots(reqs) + padding, logical)
     assert plans_of(scheduler, reqs) == [1, 0, 0]
@@ -275,7 +220,7 @@ def test_padded_requests_stay_unsettled() -> None:
     assert scheduler.decode(reqs).plans == 0
 
 
-def test_beam_members_change_rows_at_every_step_and_no_plan_goes_on() -> None:
+def test_beam_members_change_rows_at_every_step_and_no_plan_is_reused() -> None:
     scheduler = Scheduler()
     leader, other = scheduler.start(A, B)
     prompt = len(leader.tokens)
@@ -296,7 +241,7 @@ def test_a_tree_that_cannot_be_asked_has_its_rows_compared() -> None:
     reqs = scheduler.prefill(A, B)
     scheduler.publish(*reqs)
     scheduler.cache = CANNOT_BE_ASKED
-    # Rows are what they are, so that the first step shares as well; it still does not go on.
+    # Rows are what they are, so that the first step shares as well; its plan is still not reused.
     for plans in (1, 1, 0, 0):
         assert scheduler.decode(reqs)[:2] == (plans, scheduler.distinct_slots(reqs))
 
@@ -349,13 +294,13 @@ def test_lengths_that_only_a_device_knows_are_no_request_info() -> None:
     scheduler.check_attention(batch)
 
 
-def test_a_row_that_contradicts_the_tree_raises_and_the_next_batch_plans_anew() -> None:
+def test_a_row_that_contradicts_the_tree_raises_and_the_next_batch_is_planned_again() -> None:
     scheduler = Scheduler()
     reqs = scheduler.start(A, B)
     slot = scheduler.table[reqs[1].kv.req_pool_idx, len(SYSTEM) // 2]
     true_slot = slot.clone()
     slot += 1
-    # A plan that goes on has its slots already, and reads no row.
+    # A reused plan has its slots already, and reads no row.
     assert scheduler.prepare(scheduler.decode_batch(reqs)) is None
     scheduler.run_pass("EXTEND", [])
     counted = scheduler.counted()
@@ -366,7 +311,7 @@ def test_a_row_that_contradicts_the_tree_raises_and_the_next_batch_plans_anew() 
     assert plans_of(scheduler, reqs) == [1, 0, 0]
 
 
-def test_no_plan_goes_on_after_only_one_shape_got_its_plan(
+def test_no_plan_is_reused_after_only_one_group_got_its_plan(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     scheduler = Scheduler()
@@ -382,5 +327,5 @@ def test_no_plan_goes_on_after_only_one_shape_got_its_plan(
         with pytest.raises(RuntimeError, match="on purpose"):
             scheduler.prepare(scheduler.decode_batch(reqs[::-1]))
     assert scheduler.counted() == counted
-    # Of the lengths that the new plan of the first shape expects, in the order of the old ones.
+    # Of the lengths that the new plan of the first group expects, in the order of the old ones.
     assert plans_of(scheduler, reqs) == [1, 0, 0]

@@ -25,7 +25,13 @@ from sglang_prefix.backend.fallback import REASONS, batch_reason, captures_decod
 from sglang_prefix.backend.graph_labels import GraphLabels
 from sglang_prefix.backend.layers import find_layers
 from sglang_prefix.backend.metrics import metrics_of
-from sglang_prefix.backend.step_state import NO_STEP, StepState
+from sglang_prefix.backend.step_state import (
+    NO_STEP,
+    OTHER_GRAPH,
+    PACKED,
+    PACKED_REPLAY,
+    StepState,
+)
 from sglang_prefix.backend.stock_rules import check_cpu_prefill, check_stock_rules
 from sglang_prefix.backend.warm_up import warm_up
 from sglang_prefix.config import BACKEND_NAME, PrefixConfig
@@ -144,7 +150,7 @@ class PrefixAttnBackend(DelegatingBackend):
         if forward_batch.forward_mode.is_decode():
             batch = DecodeBatch(forward_batch, self._schedule.batch)
             reason = self._plan(batch)
-            self._step = StepState(reason is None, reason, in_graph=False, counts=True)
+            self._step = StepState(reason=reason, counts=True) if reason else PACKED
         if self._needs_stock():
             self._prepare_stock(forward_batch)
 
@@ -165,7 +171,7 @@ class PrefixAttnBackend(DelegatingBackend):
             batch = DecodeBatch(forward_batch, self._schedule.batch, in_graph=True)
             self._step = self._begin_capture(batch) if in_capture else self._begin_replay(batch)
         else:
-            self._step = StepState(in_graph=True)
+            self._step = OTHER_GRAPH
         if self._needs_stock():
             self._prepare_stock(forward_batch, in_capture=in_capture)
 
@@ -239,24 +245,24 @@ class PrefixAttnBackend(DelegatingBackend):
     def _begin_capture(self, batch: DecodeBatch) -> StepState:
         """Capture our kernels under their label, unless no plan of this size would ever fit."""
         planner = self._planner
-        packed = planner is not None and not self._server_reason and self._labels.captures_packed
-        if planner is not None and packed:
-            packed = planner.max_batch_size is None or (
-                batch.padded_batch_size <= planner.max_batch_size
-            )
-            if packed:
-                planner.prepare_private(batch)
-        return StepState(packed, in_graph=True)
+        if planner is None or self._server_reason or not self._labels.captures_packed:
+            return OTHER_GRAPH
+        if not planner.fits(batch):
+            return OTHER_GRAPH
+        planner.prepare_private(batch)
+        return StepState(packed=True, in_graph=True)
 
     def _begin_replay(self, batch: DecodeBatch) -> StepState:
         """Plan the batch, and choose the graph that serves it."""
         counts = not batch.is_idle
         reason = self._plan(batch) if counts else None
-        packed = counts and reason is None
-        if not packed and self._labels.without_stock:
+        if counts and reason is None:
+            self._labels.choose(packed=True)
+            return PACKED_REPLAY
+        packed = self._labels.without_stock
+        if packed:
             assert self._planner is not None
             self._planner.prepare_private(batch)
-            packed = True
         self._labels.choose(packed=packed)
         return StepState(packed, reason, in_graph=True, counts=counts)
 

@@ -1,4 +1,4 @@
-"""From SGLang's decode batch to plans in use: when to plan, from what, and when a plan goes on.
+"""From SGLang's decode batch to plans in use: from what to plan, and when to reuse a plan.
 
 No device is read here: lengths, requests and radix paths are on the CPU. Only
 ``SGLANG_PREFIX_VERIFY=1`` looks at slot rows, and so do batches on the CPU engine whose tree
@@ -52,13 +52,13 @@ class _Planned:
     Attributes:
         lens: [B] lengths that were planned for; each later step adds one token to each.
         sum_of_lengths: of those, padding included.
-        padded_batch_size: rows, padding included.
+        padded_batch_size: its requests and the padding behind them.
         reason: why the stock backend serves it; None if it is packed.
         kv_tokens_read, kv_tokens_logical, gain_us: what its step adds to the counters of that name.
         reqs: its requests; None if no later step may reuse the plan.
         epoch: of the schedule at that time.
         max_steps: later steps for which tails have room.
-        pool_indices: rows of the requests.
+        pool_indices: of the requests, on the CPU; None where the CPU does not know them.
         states: of the requests, with ``verify`` alone.
         steps: later steps taken.
     """
@@ -82,7 +82,7 @@ class DecodePlanner:
     """Keeps the plans of a model runner's decode batches.
 
     A plan is reused from step to step while the same requests decode, each in the row that it had,
-    and nothing but decode has run in between. It is made anew when a request joins or leaves,
+    and nothing but decode has run in between. A new one is made when a request joins or leaves,
     after any prefill or retraction, when a tail has used up its reserved slots, and after the first
     step of a freshly prefilled request. That covers every event after which KV stands elsewhere: a
     request that is aborted and sent again comes back through a prefill; a flush or a release of
@@ -103,8 +103,7 @@ class DecodePlanner:
         on_plan: told of every batch that was planned, with the arguments of `LastPlan.note`.
 
     Attributes:
-        max_batch_size: rows of the largest batch that can be served, padding included; None for
-            any.
+        max_batch_size: of the largest batch that can be served, padding included; None for any.
     """
 
     def __init__(
@@ -123,8 +122,8 @@ class DecodePlanner:
         self.page_size = page_size
         self.groups = groups
         self.on_plan = on_plan
-        rows = [group.workspace.capacity.batch_rows for group in groups if group.workspace]
-        self.max_batch_size = min(rows, default=None)
+        sizes = [group.workspace.capacity.batch_rows for group in groups if group.workspace]
+        self.max_batch_size = min(sizes, default=None)
         self._schedule = schedule
         self._counters = counters
         self._gate = gate
@@ -194,8 +193,12 @@ class DecodePlanner:
         for group in self.groups:
             self._load(group, group.planner.plan(forest), batch)
 
+    def fits(self, batch: DecodeBatch) -> bool:
+        """Whether some plan of the batch's size can be served."""
+        return self.max_batch_size is None or batch.padded_batch_size <= self.max_batch_size
+
     def invalidate(self) -> None:
-        """Let no later step reuse the plan: the next batch is planned anew."""
+        """Let no later step reuse the plan."""
         if self._planned is not None:
             self._planned.reqs = None
 
@@ -260,7 +263,7 @@ class DecodePlanner:
         if self._gate is not None and forest.num_nodes == 0:
             self._gate.leave()
             return "gate-nothing-shared"
-        if self.max_batch_size is not None and batch.padded_batch_size > self.max_batch_size:
+        if not self.fits(batch):
             return "workspace"
         plans = [group.planner.plan(forest) for group in self.groups]
         if self._gate is not None:

@@ -50,7 +50,7 @@ class GraphLabels:
         return self._schedule.graph_label == PACKED
 
     def use(self, model_runner: Any, gate: str) -> None:
-        """Let decode graphs be captured with our kernels, and without if the gate may say so."""
+        """Capture decode graphs with our kernels, and also without if the gate may choose stock."""
         self._schedule.graph_labels = (PACKED, STOCK) if gate == "auto" else (PACKED,)
         # Ranks with batches of their own cannot agree on a label.
         self._has_one_label = has_dp_attention(model_runner)

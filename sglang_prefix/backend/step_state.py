@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["NO_STEP", "StepState"]
+__all__ = ["NO_STEP", "OTHER_GRAPH", "PACKED", "PACKED_REPLAY", "StepState"]
 
 
 class StepState(NamedTuple):
@@ -26,3 +26,6 @@ class StepState(NamedTuple):
 
 
 NO_STEP = StepState()
+OTHER_GRAPH = StepState(in_graph=True)  # that counts no step and holds no kernel of ours
+PACKED = StepState(packed=True, counts=True)
+PACKED_REPLAY = StepState(packed=True, in_graph=True, counts=True)
