@@ -23,7 +23,8 @@ PACKAGES = {
     "prefix_patches": ROOT / "patches",
     "sglang_prefix": ROOT,
 }
-MAX_LINES = 400
+# About 400; a test file may hold one table more.
+MAX_LINES = {"tests": 550, "others": 450}
 # What the kernels may import, and what there is on a GPU host without SGLang.
 OF_KERNELS = {"numpy", "torch", "triton"}
 OF_GPU_HOSTS = OF_KERNELS | {"hypothesis", "jinja2", "numba", "pytest", "rich", "typer"}
@@ -177,8 +178,8 @@ def test_what_runs_on_gpu_hosts_imports_only_what_they_have() -> None:
 @pytest.mark.parametrize("module", [m for m in modules() if m.startswith("prefix_patches")])
 def test_every_patch_says_for_which_releases_and_what_else(module: str) -> None:
     text = modules()[module].read_text()
-    # A declared touch has both.
-    if ("sglang" in imports(module) or '"sglang.' in text) and not re.search(r"[Tt]ouch\(", text):
+    declares = re.search(r"\b[Tt]ouch\(|\bif_gone=", text)  # which asks for both
+    if not declares and ("sglang" in imports(module) or '"sglang.' in text):
         assert re.search(r"\b0\.5\.\d+", text), "name the releases"
         assert re.search(r"\bgone\b", text), "say what happens when the symbol is gone"
 
@@ -191,7 +192,11 @@ def test_source_roots_are_not_packages() -> None:
 
 def test_no_file_is_too_long() -> None:
     folders = ("sglang_prefix", "kernels", "patches", "tests", "examples", ".ci")
-    files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
+    files = [(folder, file) for folder in folders for file in (ROOT / folder).rglob("*.py")]
     assert len(files) > 100
-    lengths = {str(f.relative_to(ROOT)): len(f.read_text().splitlines()) for f in files}
-    assert {name: n for name, n in lengths.items() if n > MAX_LINES} == {}
+    too_long = {}
+    for folder, file in files:
+        length = len(file.read_text().splitlines())
+        if length > MAX_LINES.get(folder, MAX_LINES["others"]):
+            too_long[str(file.relative_to(ROOT))] = length
+    assert too_long == {}

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_prefix import PrefixDecodeWrapper, PrefixForest
-from sglang_prefix.packing import CPU_PROFILE, POLICIES, AttentionShape
+from sglang_prefix.packing import CPU_PROFILE, POLICIES
 from sglang_prefix.packing.planner import RESERVED_TAIL_SLOTS, PackPlanner
 from tests.attention import AttentionCase, assert_close, make_case
 from tests.forests import Batch, Fork, batches, build_batch, random_batch
@@ -77,14 +77,6 @@ def wrapper(case: AttentionCase) -> PrefixDecodeWrapper:
     return planned(case)
 
 
-def write_growth(batch: Batch, case: AttentionCase, tokens: int) -> torch.Tensor:
-    """Add tokens to every row of the table, in place; their slots, request by request."""
-    for b, row in enumerate(batch.req_pool_indices.tolist()):
-        n = int(batch.seq_lens[b])
-        case.req_to_token[row, n : n + tokens] = torch.from_numpy(batch.growth_slots[b, :tokens])
-    return torch.from_numpy(batch.growth_slots[:, :tokens].ravel().copy())
-
-
 def test_the_signature_is_the_contract() -> None:
     def signature(function: Callable[..., Any]) -> str:
         parameters = inspect.signature(function).parameters.values()
@@ -137,8 +129,8 @@ def test_generated_batches(
     forest = batch.forest()
     wrapper.plan(*indices, forest=forest if with_forest else None)
     assert_close(run(wrapper, case), case.oracle())
-    shape = AttentionShape(2 * group, 2, 64, 96, 4, 4)
-    assert wrapper.current_plan.same_as(PackPlanner(shape, CPU_PROFILE, policy=policy).plan(forest))
+    planner = PackPlanner(case.shape, CPU_PROFILE, policy=policy)
+    assert wrapper.current_plan.same_as(planner.plan(forest))
 
 
 def test_what_run_returns(wrapper: PrefixDecodeWrapper, case: AttentionCase) -> None:
@@ -179,65 +171,49 @@ def test_the_same_row_twice(case: AttentionCase) -> None:
     assert_close(run(planned(case), case), case.oracle())
 
 
-def test_longer_lengths_see_the_table_that_the_caller_updated(
+@given(
+    data=st.data(),
+    batch=batches(max_requests=6, max_tokens=300, growth=12),
+    dtype=st.sampled_from(INDEX_DTYPES),
+)
+def test_any_sequence_of_calls(data: st.DataObject, batch: Batch, dtype: torch.dtype) -> None:
+    """Tails grow; lengths of one call see the table that plan was given; rows change hands."""
+    case = make_case(batch)
+    start, most = case.seq_lens, batch.growth_slots.shape[1]
+    case.grow([most] * len(start))  # all slots to come are in the table that the oracle reads
+    table, pool = case.req_to_token.clone(), case.req_pool_indices.to(dtype).clone()
+    lens, rows_are_ours = start.to(dtype).clone(), True
+    wrapper = wrapper_for(case)
+    wrapper.plan(table, pool, lens)
+    pool.zero_()  # the caller prepares its next batch
+    steps = st.lists(st.integers(0, 3), min_size=len(start), max_size=len(start))
+    for action in data.draw(st.lists(st.sampled_from(("advance", "call", "rows")), max_size=5)):
+        by = torch.tensor(data.draw(steps))
+        if action == "advance":
+            by = torch.minimum(by, start + most - lens)
+            owned = zip(case.req_pool_indices, lens.tolist(), by.tolist(), strict=True)
+            slots = torch.cat([case.req_to_token[row, n : n + more] for row, n, more in owned])
+            lens += by  # in place, as callers may
+            wrapper.advance(lens, slots.to(dtype))
+        elif action == "call":
+            longest = start + most if rows_are_ours else lens
+            called = torch.minimum(start + by * 4, longest)
+            assert_close(run(wrapper, case, called.to(dtype)), case.oracle(called))
+        else:
+            rows_are_ours = not rows_are_ours
+            table.copy_(case.req_to_token if rows_are_ours else torch.zeros_like(table))
+        assert_close(run(wrapper, case), case.oracle(lens))  # those of a call do not stick
+        assert wrapper.stats.kv_tokens_logical == int(lens.sum())
+
+
+def test_slots_of_a_longer_call_do_not_stick(
     wrapper: PrefixDecodeWrapper, batch: Batch, case: AttentionCase
 ) -> None:
-    write_growth(batch, case, 5)  # after plan
-    start = case.seq_lens
-    grown = start + torch.arange(len(start)) % 6
-    for dtype in INDEX_DTYPES:
-        assert_close(run(wrapper, case, grown.to(dtype)), case.oracle(grown))
-    assert_close(run(wrapper, case), case.oracle(start))  # lengths of a call do not stick
-    stats = wrapper.stats
-    assert stats.kv_tokens_logical == int(start.sum())
-    case.req_to_token[case.req_pool_indices[1], int(start[1])] = int(batch.growth_slots[1, 40])
-    assert_close(run(wrapper, case, start + 1), case.oracle(start + 1))  # nor do their slots
-
-
-def test_rows_may_change_hands_after_plan(
-    wrapper: PrefixDecodeWrapper, case: AttentionCase
-) -> None:
-    expected = case.oracle()
-    case.req_to_token.zero_()
-    assert_close(run(wrapper, case), expected)
-
-
-@pytest.mark.parametrize("dtype", INDEX_DTYPES, ids=str)
-def test_advance_appends_without_the_table(
-    wrapper: PrefixDecodeWrapper, batch: Batch, case: AttentionCase, dtype: torch.dtype
-) -> None:
-    start, table = case.seq_lens, case.req_to_token
-    lens = start.to(dtype).clone()
-    wrapper.plan(table, case.req_pool_indices, lens)
-    for step in range(4):
-        lens += 1  # callers may update theirs in place
-        grown = start + step + 1
-        slots = torch.from_numpy(batch.growth_slots[:, step].copy())
-        wrapper.advance(lens, slots.to(dtype))
-        case.req_to_token = table.clone()
-        write_growth(batch, case, step + 1)
-        assert_close(run(wrapper, case), case.oracle(grown))  # and this sticks
-        assert wrapper.stats.kv_tokens_logical == int(grown.sum())
-    # Unevenly, and then a longer call on top, from the table that plan was given.
-    by = torch.arange(len(start)) % 3
-    uneven = np.concatenate([batch.growth_slots[b, 4 : 4 + n] for b, n in enumerate(by.tolist())])
-    wrapper.advance((grown + by).to(dtype), torch.from_numpy(uneven).to(dtype))
-    write_growth(batch, case, 8)
-    assert_close(run(wrapper, case), case.oracle(grown + by))
-    table.copy_(case.req_to_token)
-    assert_close(run(wrapper, case, grown + 4), case.oracle(grown + 4))
-    assert_close(run(wrapper, case, start + 1), case.oracle(start + 1))  # shorter, for a call
-    assert_close(run(wrapper, case), case.oracle(grown + by))
-
-
-def test_the_caller_may_use_the_index_tensor_again(
-    wrapper: PrefixDecodeWrapper, batch: Batch, case: AttentionCase
-) -> None:
-    write_growth(batch, case, 1)
-    expected = case.oracle(case.seq_lens + 1)
-    lens = case.seq_lens + 1
-    case.req_pool_indices.fill_(0)  # the caller prepares its next batch
-    assert_close(run(wrapper, case, lens), expected)
+    longer, _ = case.grow()
+    assert_close(run(wrapper, case, longer), case.oracle(longer))
+    last = case.req_pool_indices[1], int(longer[1]) - 1
+    case.req_to_token[last] = int(batch.growth_slots[1, 40])
+    assert_close(run(wrapper, case, longer), case.oracle(longer))
 
 
 def test_no_gradients_are_recorded(wrapper: PrefixDecodeWrapper, case: AttentionCase) -> None:
@@ -247,12 +223,12 @@ def test_no_gradients_are_recorded(wrapper: PrefixDecodeWrapper, case: Attention
         assert not out.requires_grad  # type: ignore[union-attr]
 
 
-def test_plan_in_inference_mode_run_outside(batch: Batch, case: AttentionCase) -> None:
+def test_plan_in_inference_mode_run_outside(case: AttentionCase) -> None:
     with torch.inference_mode():
         wrapper = planned(case)
     assert_close(run(wrapper, case), case.oracle())
-    wrapper.advance(case.seq_lens + 1, write_growth(batch, case, 1))
-    assert_close(run(wrapper, case), case.oracle(case.seq_lens + 1))
+    wrapper.advance(*case.grow())
+    assert_close(run(wrapper, case), case.oracle())
 
 
 def test_growth_goes_up_to_the_room(wrapper: PrefixDecodeWrapper, case: AttentionCase) -> None:

@@ -60,10 +60,10 @@ class TritonExecutor(PlanExecutor):
             for the two classes that have the same number of warps.
         merge: "launch", a launch of its own; or "in_kernel", by the forward program that ends last
             for a request.
-        capacity: fixed sizes of the buffers. Launches are fixed then, too: whatever plan of the
-            same padded batch size is loaded, ``append`` and ``run`` launch the same kernels on the
-            same addresses, so that a captured graph replays under any of them. None to let the
-            buffers grow and to fit the launches to each plan.
+        capacity: fixed sizes of the buffers. Launches are fixed then, too: under every plan of the
+            same padded batch size, ``append`` and ``run`` launch the same kernels on the same
+            addresses, so that a captured graph replays under all of them. None to let the buffers
+            grow and to fit the launches to each plan.
     """
 
     name = "triton"
