@@ -27,7 +27,7 @@ from prefix_kernels.tiles import (
     formula_tile,
     load_tuned_tiles,
 )
-from prefix_kernels.triton_executor import why_not_triton
+from prefix_kernels.triton_executor import TritonExecutor
 from sglang_prefix.bench.graphs import launches_of
 from sglang_prefix.bench.packed_attention import PackedAttention, work_item_counts
 from sglang_prefix.bench.results import read_result, write_whole
@@ -325,7 +325,7 @@ class TuneRun(BenchRun):
 
     def _measure(self, pack: PackShape) -> dict[str, Any]:
         is_fp8 = pack.kv_dtype != "bf16" and self._device.type == "cuda"
-        reason = why_not_triton(self._device, torch.bfloat16, torch.float8_e4m3fn)
+        reason = TritonExecutor.why_not(self._device, torch.bfloat16, torch.float8_e4m3fn)
         if is_fp8 and reason:
             raise NotRunError(reason)
         assert self._clock is not None
