@@ -182,7 +182,7 @@ class TestDoctor:
                         {"name": "sums", "ok": False, "detail": "X is gone", "advice": "do Y"}
                     ]
                 },
-                "sums: X is gone: Y",
+                "sums: X is gone: do Y",
             ),
             (
                 {"device": {"kind": "cuda", "name": "some GPU"}},

@@ -96,7 +96,9 @@ class Run(BenchRun):
                 "before_each_workload": "cache emptied; all its requests once, whose tokens are "
                 "compared; cache emptied again before each timed run",
                 "sampling": "greedy, end token ignored",
-                "server_environment": {} if self.data["environment"]["gpu"] else cpu_environment(),
+                "server_environment": {}
+                if self.data["environment"].get("gpu")
+                else cpu_environment(),
             },
         }
         self.conclude()
