@@ -29,7 +29,7 @@ test: install  ## Run the tests; they see the sgl_kernel stand-in where there is
 		--no-loadscope-reorder $(PYTEST_ARGS)
 
 docs-check: install  ## Run every command of the documentation, and check what it says
-	$(BIN)/sglang-prefix exec -- $(BIN)/python -m tests.docs.check $(DOCS_ARGS)
+	$(BIN)/sglang-prefix exec -- $(BIN)/python -m pytest --extended tests/docs $(PYTEST_ARGS)
 
 test-all:  ## As `make test`, with those that repeat on another variant what others show
 	$(MAKE) test PYTEST_ARGS="--extended $(PYTEST_ARGS)"
@@ -42,13 +42,13 @@ compat: compat-version $(COMPAT)/.installed  ## Engine tests with another SGLang
 		tests/engine $(PYTEST_ARGS)
 
 compat-version:
-	@$(PYTHON) .ci/check_compat_version.py "$(VERSION)"
+	@$(PYTHON) .ci/compat.py check "$(VERSION)"
 
 .venv-compat-%/.installed: pyproject.toml | compat-version
 	$(PYTHON) -m venv .venv-compat-$*
 	.venv-compat-$*/bin/python -m pip install -q --upgrade pip
 	.venv-compat-$*/bin/python -m pip install -q --no-deps 'sglang==$*' -e .
-	.venv-compat-$*/bin/python .ci/compat_requirements.py > .venv-compat-$*/requirements.txt
+	.venv-compat-$*/bin/python .ci/compat.py requirements > .venv-compat-$*/requirements.txt
 	.venv-compat-$*/bin/python -m pip install -q -r .venv-compat-$*/requirements.txt
 	@touch $@
 
@@ -61,37 +61,42 @@ format: install  ## Rewrite the sources in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench-cpu: install  ## Measure the CPU executor against SGLang's own decode
-	$(BIN)/sglang-prefix exec -- $(BIN)/python -m benchmarks.cpu
+bench-cpu: install  ## Measure the CPU executor against SGLang's own decode, and the host's time
+	$(BIN)/sglang-prefix exec -- $(BIN)/sglang-prefix bench kernel --workload cpu --out build/cpu
+	$(BIN)/sglang-prefix exec -- $(BIN)/sglang-prefix bench host --out build/cpu
 
 # On a GPU host: its own python3 with torch, triton and numpy; nothing is installed.
 GPU_PYTHON ?= python3
 GPU_ENTRY := PYTHONPATH="$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/patches$${PYTHONPATH:+:$$PYTHONPATH}"
+GPU_OUT ?= build/gpu
 GPU_DRY := TRITON_INTERPRET=1 $(GPU_ENTRY)
 
 gpu-check:  ## Compare all kernel variants with the oracle on this host's GPU (GPU_ARGS="--resume FILE")
-	$(GPU_ENTRY) $(GPU_PYTHON) -m benchmarks.gpu.check $(GPU_ARGS)
+	$(GPU_ENTRY) $(GPU_PYTHON) -m pytest -m gpu tests/gpu $(GPU_ARGS)
 
-gpu-bench:  ## Measure on this host's GPU, against what can be imported (GPU_ARGS="--resume FILE")
-	$(GPU_ENTRY) $(GPU_PYTHON) -m benchmarks.gpu.bench $(GPU_ARGS)
+gpu-bench:  ## Measure on this host's GPU, against what can be imported (GPU_ARGS="--resume")
+	$(GPU_ENTRY) $(GPU_PYTHON) -m sglang_prefix.cli.main bench kernel --workload gpu \
+		--out $(GPU_OUT) --no-plots --no-report $(GPU_ARGS)
 
 gpu-tune:  ## Compare tiles of the forward kernel on this host's GPU (GPU_ARGS="--write-table FILE")
-	$(GPU_ENTRY) $(GPU_PYTHON) -m benchmarks.gpu.tune $(GPU_ARGS)
+	$(GPU_ENTRY) $(GPU_PYTHON) -m sglang_prefix.cli.main bench tune --out $(GPU_OUT) $(GPU_ARGS)
 
-gpu-serve:  ## Serve a model on this host's GPU, ours against SGLang's own (GPU_ARGS="--resume FILE")
-	$(GPU_ENTRY) $(GPU_PYTHON) -m benchmarks.gpu.serve $(GPU_ARGS)
+gpu-serve:  ## Serve a model on this host's GPU, ours against SGLang's own (GPU_ARGS=--resume)
+	$(GPU_ENTRY) $(GPU_PYTHON) -m sglang_prefix.cli.main bench serving --engine \
+		--out build/gpu-serve $(GPU_ARGS)
 
 gpu-check-dry: install  ## The logic of gpu-check on tiny shapes, without a GPU
-	$(GPU_DRY) $(BIN)/python -m benchmarks.gpu.check --dry $(GPU_ARGS)
+	$(GPU_ENTRY) $(BIN)/python -m pytest -m gpu tests/gpu --dry $(GPU_ARGS)
 
 gpu-bench-dry: install  ## The logic of gpu-bench on tiny shapes, without a GPU; measures nothing
-	$(GPU_DRY) $(BIN)/python -m benchmarks.gpu.bench --dry $(GPU_ARGS)
+	$(GPU_DRY) $(BIN)/python -m sglang_prefix.cli.main bench kernel --dry --out build/dry \
+		--no-plots $(GPU_ARGS)
 
 gpu-tune-dry: install  ## The logic of gpu-tune on tiny shapes, without a GPU; measures nothing
-	$(GPU_DRY) $(BIN)/python -m benchmarks.gpu.tune --dry $(GPU_ARGS)
+	$(GPU_DRY) $(BIN)/python -m sglang_prefix.cli.main bench tune --dry --out build/dry $(GPU_ARGS)
 
 gpu-serve-dry: install  ## The logic of gpu-serve with a tiny model, without a GPU; measures nothing
-	$(GPU_ENTRY) $(BIN)/sglang-prefix exec -- $(BIN)/python -m benchmarks.gpu.serve --dry $(GPU_ARGS)
+	$(BIN)/sglang-prefix bench serving --engine --dry --out build/gpu-serve-dry $(GPU_ARGS)
 
 clean:  ## Remove the environment and everything that was built
 	rm -rf $(VENV) .venv-compat-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,14 +1,13 @@
-"""Which requests of a decode batch share which stretch of KV: the prefix forest.
+"""The prefix forest: which requests of a decode batch share which segments of KV.
 
 A forest comes from one of two sources and looks the same afterwards:
 
-* radix paths, handed over by the scheduler on the CPU (:meth:`PrefixForest.from_paths`);
+* radix paths, which the scheduler has on the CPU (:meth:`PrefixForest.from_paths`);
 * slot rows of ``req_to_token`` (:meth:`PrefixForest.from_rows`), for any engine, and as a check.
 
-Both reduce to one question, "in which order do equal prefixes stand side by side, and how many
-tokens do neighbours have in common?". The nodes are then the intervals of that array of common
-lengths, as in the tree that a suffix array and its LCP array stand for. Chains of nodes that the
-same requests pass through are one node by construction.
+Both put requests into an order in which equal prefixes are neighbours, and count the tokens that
+neighbours have in common. The nodes are the intervals of these common lengths, as in the tree of a
+suffix array and its LCP array. Nodes that the same requests pass through are one by construction.
 """
 
 from __future__ import annotations

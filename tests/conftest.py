@@ -1,8 +1,13 @@
-"""Shared fixtures: the hypothesis profile, and memory that shows when it is read unwritten."""
+"""Options, hypothesis profiles and fixtures that all tests share.
+
+Imports pytest, hypothesis, torch and Triton, and nothing else: the GPU tests run on hosts that have
+no more.
+"""
 
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -10,42 +15,73 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-# Triton decides when a kernel is defined whether it is compiled or interpreted. Ours, and Triton's
-# own library that they call, are interpreted in this process; programs that tests start are not.
-os.environ["TRITON_INTERPRET"] = "1"
-import triton
-
-del os.environ["TRITON_INTERPRET"]
-triton.knobs.propagate_env = False
-triton.knobs.runtime.interpret = True
-
 # Workers share the cores with engines; threads that wait for a core spin meanwhile.
 torch.set_num_threads(1)
 
-# A failing example is printed with the blob that reproduces it; nothing is derandomised, so every
-# run looks elsewhere. Deadlines would time the machine, not the code.
-settings.register_profile(
-    "sglang-prefix",
-    max_examples=100,
-    deadline=None,
-    print_blob=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-settings.load_profile("sglang-prefix")
+# Nothing is derandomised: every run looks elsewhere, says its seed, and prints a blob that
+# reproduces a failing example. Deadlines would time the machine, not the code.
+for _name, _examples in (("default", 25), ("extended", 100)):
+    settings.register_profile(
+        _name,
+        max_examples=_examples,
+        deadline=None,
+        print_blob=True,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let `make test-all` ask for what repeats, on another variant, what other tests show."""
-    parser.addoption("--extended", action="store_true", help="also run tests marked extended")
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """Let `make test-all` ask for the tests that `make test` leaves out."""
+    parser.addoption(
+        "--extended", action="store_true", help="also tests marked extended; 100 examples, not 25"
+    )
+    if not pluginmanager.hasplugin("timeout"):
+        # pyproject.toml sets it, and unknown settings are errors.
+        parser.addini("timeout", "of pytest-timeout, which is not installed here")
+
+
+@pytest.hookimpl(tryfirst=True)  # before hypothesis reads its seed
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose the profile and the seed, and whether Triton compiles or interprets."""
+    settings.load_profile("extended" if config.getoption("--extended") else "default")
+    if getattr(config.option, "hypothesis_seed", None) is None:
+        config.option.hypothesis_seed = random.getrandbits(32)
+    if not _wants_gpu(config) or config.getoption("--dry", False):
+        _interpret_triton()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave extended tests out, and say how many, unless they are asked for."""
-    if config.getoption("--extended"):
-        return
-    left_out = [item for item in items if item.get_closest_marker("extended")]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in set(left_out)]
+    """Leave out extended tests and GPU tests unless they are asked for, and say how many."""
+    unwanted = set() if config.getoption("--extended") else {"extended"}
+    unwanted |= set() if _wants_gpu(config) else {"gpu"}
+    left_out = {item for item in items if unwanted & {mark.name for mark in item.iter_markers()}}
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Say how to repeat this run."""
+    terminalreporter.write_line(f"seed: --hypothesis-seed={config.option.hypothesis_seed}")
+
+
+def _wants_gpu(config: pytest.Config) -> bool:
+    """Whether this is a run of the GPU tests: ``-m gpu``."""
+    return bool(config.getoption("-m") == "gpu")
+
+
+def _interpret_triton() -> None:
+    """Interpret our kernels, and Triton's own library that they call, in this process.
+
+    Triton decides when a kernel is defined. Programs that tests start are not interpreted.
+    """
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton
+
+    del os.environ["TRITON_INTERPRET"]
+    triton.knobs.propagate_env = False
+    triton.knobs.runtime.interpret = True
 
 
 @pytest.fixture

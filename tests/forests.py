@@ -1,8 +1,9 @@
-"""Batches to test with: uneven prefix forests as slot rows, as radix paths, in PAT's notation.
+"""Batches to test with, beyond those of `sglang_prefix.bench.workloads.trees`.
 
 A batch is grown request by request: each forks from an earlier one at some position and adds
 tokens of its own. That reaches many roots, mixed depths, ragged tails, requests that end inside a
-node that others continue, identical rows, lone requests and one-token tails, and it shrinks well.
+node that others continue, identical rows, lone requests, one-token tails, pages shared in part and
+stale rows, and it shrinks well. `trees` draws radix trees instead, which know their paths.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from sglang_prefix.forest import PrefixForest, RadixPath
+from sglang_prefix.bench.workloads.trees import Tree, TreeBatch
+from sglang_prefix.forest import PrefixForest
 
 __all__ = [
-    "PAGE_ORDERS",
     "PAT_TREES",
     "Batch",
     "Fork",
@@ -27,14 +28,13 @@ __all__ = [
     "build_batch",
     "comb_batch",
     "common_lengths",
-    "pat_tree",
-    "radix_paths",
     "random_batch",
+    "trees",
 ]
 
 IntArray = NDArray[np.int64]
 
-PAGE_ORDERS = ("contiguous", "scattered", "mixed")
+_PAGE_ORDERS = ("contiguous", "scattered", "mixed")
 
 # PAT's benchmark trees (flashserve/PAT, benchmark/run_kernel_bench.sh) and the ratio
 # of KV tokens read once per request to KV tokens stored.
@@ -183,10 +183,26 @@ def batches(
     return build_batch(
         forks,
         page_size=draw(st.sampled_from(page_sizes)),
-        order=draw(st.sampled_from(PAGE_ORDERS)),
+        order=draw(st.sampled_from(_PAGE_ORDERS)),
         growth=growth,
         seed=draw(st.integers(0, 1 << 16)),
     )
+
+
+@st.composite
+def trees(draw: st.DrawFn) -> TreeBatch:
+    """Hypothesis strategy for radix trees: chains, lone nodes, requests that end inside a node."""
+    page_size = draw(st.sampled_from((1, 4, 16)))
+    parent, length = [], []
+    for node in range(draw(st.integers(1, 12))):
+        parent.append(draw(st.integers(-1, node - 1)))
+        length.append(draw(st.integers(1, 5)) * page_size)
+    ends = st.tuples(st.integers(0, len(parent) - 1), st.integers(0, 3 * page_size))
+    requests = draw(st.lists(ends, min_size=1, max_size=12))
+    leaf = [node for node, _ in requests]
+    cut = [min(cut, length[node] - 1) for node, cut in requests]
+    tree = Tree(*(np.asarray(part, dtype=np.int64) for part in (parent, length, leaf, cut)))
+    return TreeBatch.lay_out(tree, page_size=page_size, seed=draw(st.integers(0, 1 << 16)))
 
 
 def random_batch(
@@ -215,59 +231,6 @@ def comb_batch(num_nodes: int, *, step: int = 1) -> Batch:
     forks = [Fork(0, 0, (num_nodes + 1) * step)]
     forks += [Fork(0, (i + 1) * step, step) for i in range(num_nodes)]
     return build_batch(forks)
-
-
-def pat_tree(tree: str) -> Batch:
-    """A tree in PAT's notation ``n1,n2,.._l1,l2,..``: level k has ``n_k`` nodes of ``l_k`` tokens.
-
-    The last level is the batch; children are dealt out to parents evenly.
-    """
-    counts, lengths = ([int(n) for n in part.split(",")] for part in tree.split("_"))
-    num_requests = counts[-1]
-    rows = np.empty((num_requests, sum(lengths)), dtype=np.int32)
-    at, slot = 0, 1
-    for count, length in zip(counts, lengths, strict=True):
-        node = np.arange(num_requests) * count // num_requests
-        rows[:, at : at + length] = slot + node[:, None] * length + np.arange(length)
-        at, slot = at + length, slot + count * length
-    everyone = np.arange(num_requests)
-    no_growth = np.empty((num_requests, 0), dtype=np.int64)
-    return Batch(rows, everyone, np.full(num_requests, at), no_growth, 1, slot)
-
-
-def radix_paths(batch: Batch, seed: int, *, cut_share: float = 0.3) -> list[RadixPath]:
-    """Radix paths over the whole pages of a batch, with random node ids.
-
-    Nodes are cut wherever rows part, and at a random share of all other pages, so that chains of
-    nodes with the same occupants, and with a single one, occur. Where a request ends inside a
-    node, the node goes on past its end.
-    """
-    rng = np.random.default_rng(seed)
-    size = batch.page_size
-    pages = [
-        (row[: length // size * size : size] // size).tolist()
-        for row, length in zip(batch.rows, batch.seq_lens.tolist(), strict=True)
-    ]
-    followers: dict[int, set[int]] = {}
-    for own in pages:
-        for page, following in pairwise(own):
-            followers.setdefault(page, set()).add(following)
-    cuts = {p for after in followers.values() if len(after) > 1 for p in after}
-    cuts |= {p for p in followers if rng.random() < cut_share}
-    ids = iter((rng.permutation(1 + sum(map(len, pages))) * 7).tolist())
-    node_of: dict[int, int] = {}
-    ends: dict[int, int] = {}
-    for own in pages:
-        for k, page in enumerate(own):
-            if page not in node_of:
-                new = k == 0 or page in cuts
-                node_of[page] = next(ids) if new else node_of[own[k - 1]]
-            ends[node_of[page]] = max(ends.get(node_of[page], 0), (k + 1) * size)
-    paths = []
-    for own in pages:
-        nodes = tuple(dict.fromkeys(node_of[page] for page in own))
-        paths.append(RadixPath(nodes, tuple(ends[node] for node in nodes)))
-    return paths
 
 
 def common_lengths(

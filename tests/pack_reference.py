@@ -5,37 +5,66 @@ Written from the documentation, not from ``sglang_prefix.packing``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import product
 
 import numpy as np
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from sglang_prefix.forest import PrefixForest
-from sglang_prefix.packing import CostModel, Packs
+from sglang_prefix.packing import AttentionShape, CostModel, DeviceProfile, Packs
 from sglang_prefix.packing.packs import PacksBuilder
 
-__all__ = ["cheapest_fold", "pack_cost", "pack_set", "pat_published_rule", "tail_requests"]
+__all__ = [
+    "GROUPS",
+    "cheapest_fold",
+    "cost_models",
+    "pack_cost",
+    "pack_set",
+    "pat_published_rule",
+    "tail_requests",
+]
+
+GROUPS = (1, 2, 3, 4, 5, 7, 8, 16)
+
+
+@st.composite
+def cost_models(draw: st.DrawFn, profiles: Sequence[DeviceProfile]) -> CostModel:
+    """Hypothesis strategy for head shapes and item sizes on one of the profiles."""
+    heads = draw(st.sampled_from([1, 2, 8]))
+    dim, v_dim = draw(st.sampled_from([(64, 64), (128, 128), (192, 128), (256, 256)]))
+    group, kv_itemsize = draw(st.sampled_from(GROUPS)), draw(st.sampled_from([1, 2, 4]))
+    return CostModel(
+        AttentionShape(heads * group, heads, dim, v_dim, max(2, kv_itemsize), kv_itemsize),
+        draw(st.sampled_from(profiles)),
+    )
+
+
+def token_bytes(costs: CostModel) -> int:
+    """Bytes of K and V of one token, with its slot index."""
+    s = costs.shape
+    return s.num_kv_heads * (s.head_dim + s.v_head_dim) * s.kv_itemsize + 4
+
+
+def pack_bytes(length: int, readers: int, costs: CostModel) -> float:
+    """Bytes of one shared pack: its fixed cost, its KV once, its queries and partials.
+
+    A query's share of the further row blocks that read the KV is charged evenly.
+    """
+    s, device = costs.shape, costs.device
+    query = s.num_qo_heads * (s.head_dim * s.q_itemsize + 2 * 4 * (s.v_head_dim + 1))
+    blocks = 1 + device.reread_cost * readers * s.group_size / device.max_block_rows
+    return device.pack_bytes + length * token_bytes(costs) * blocks + readers * query
 
 
 def pack_cost(packs: Packs, seq_lens: NDArray[np.integer], costs: CostModel) -> float:
-    """Bytes of one layer: a pack's KV once, its queries and partials, its fixed cost; tails' KV.
-
-    A query's share of the further row blocks that read a pack's KV is charged evenly.
-    """
-    s, device = costs.shape, costs.device
-    token = s.num_kv_heads * (s.head_dim + s.v_head_dim) * s.kv_itemsize + 4
-    partial = 2 * 4 * s.num_qo_heads * (s.v_head_dim + 1)
-    query = s.num_qo_heads * s.head_dim * s.q_itemsize + partial
-    group = s.num_qo_heads // s.num_kv_heads
+    """Bytes of one layer: every shared pack, and the KV of the tails."""
     lengths = (packs.end - packs.start).tolist()
     readers = np.diff(packs.query_indptr).tolist()
-    total = float((seq_lens - packs.tail_start).sum()) * token
-    for length, n in zip(lengths, readers, strict=True):
-        blocks = 1 + device.reread_cost * n * group / device.max_block_rows
-        total += device.pack_bytes + length * token * blocks + n * query
-    return total
+    shared = sum(pack_bytes(n, q, costs) for n, q in zip(lengths, readers, strict=True))
+    return shared + float((seq_lens - packs.tail_start).sum()) * token_bytes(costs)
 
 
 def pack_set(packs: Packs) -> set[tuple[int, int, frozenset[int]]]:
@@ -68,37 +97,23 @@ def cheapest_fold(forest: PrefixForest, costs: CostModel) -> float:
     out.
     """
 
-    def bare(start: int, end: int, readers: list[int], tails: list[int]) -> float:
-        """Cost of one pack, or of folding it (no readers), and of tails that fold it."""
-        starts = np.zeros(forest.batch_size, dtype=np.int64)
-        lens = np.zeros(forest.batch_size, dtype=np.int64)
-        lens[tails] = end - start
-        builder = PacksBuilder(forest.batch_size)
-        if readers:
-            builder.add(start, end, np.asarray(readers))
-        packs = builder.build()
-        packs.tail_start[:] = starts
-        return pack_cost(packs, lens, costs)
-
     @cache
     def best(node: int, start: int) -> float:
         stop = int(forest.node_stop[node])
         children, tails = children_of(forest, node), tail_requests(forest, node)
+        sizes = [len(forest.node_requests(child)) for child in children] + [1] * len(tails)
         options = []
-        for folds in product([False, True], repeat=len(children) + len(tails)):
-            child_folds = dict(zip(children, folds, strict=False))
-            tail_folds = dict(zip(tails, folds[len(children) :], strict=True))
-            readers = [b for b, fold in tail_folds.items() if not fold]
-            for child, fold in child_folds.items():
-                readers += [] if fold else forest.node_requests(child).tolist()
-            cost = bare(start, stop, readers, [b for b, fold in tail_folds.items() if fold])
-            cost += sum(best(child, start if f else stop) for child, f in child_folds.items())
+        for folds in product([False, True], repeat=len(sizes)):
+            readers = sum(n for n, fold in zip(sizes, folds, strict=True) if not fold)
+            cost = pack_bytes(stop - start, readers, costs) if readers else 0.0
+            cost += sum(folds[len(children) :]) * (stop - start) * token_bytes(costs)
+            for child, fold in zip(children, folds, strict=False):
+                cost += best(child, start if fold else stop)
             options.append(cost)
         return min(options)
 
     private = int((forest.seq_lens - forest.shared_lens).sum())
-    token = pack_cost(PacksBuilder(1).build(), np.ones(1, dtype=np.int64), costs)
-    return sum(best(root, 0) for root in children_of(forest, -1)) + private * token
+    return sum(best(root, 0) for root in children_of(forest, -1)) + private * token_bytes(costs)
 
 
 def pat_published_rule(forest: PrefixForest, costs: CostModel, *, max_rows: int = 64) -> Packs:

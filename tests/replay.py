@@ -1,4 +1,4 @@
-"""What a CUDA graph keeps of a step, without a GPU: kernels, grids, raw addresses and numbers.
+"""Launches without a GPU: what a CUDA graph keeps of a step, and what Triton compiles a kernel for.
 
 A recording holds no tensor and no plan, so a replay sees exactly what a replayed graph would see:
 whatever stands at the recorded addresses.
@@ -15,7 +15,7 @@ import torch
 
 from prefix_kernels.launch import recorded
 
-__all__ = ["Address", "Recording", "record"]
+__all__ = ["Address", "Recording", "launch_key", "record"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,3 +78,26 @@ def record(step: Callable[[], object]) -> Recording:
     with recorded(recording.add):
         step()
     return recording
+
+
+def launch_key(kernel: Any, arguments: dict[str, Any]) -> tuple[Any, ...]:
+    """The key of a launch by the rules of Triton's specialisation: equal keys share a binary.
+
+    Types of everything; of pointers and integers also whether 16 divides them, and whether an
+    integer is 1, unless the kernel says not to; constants and compile options by value.
+    """
+    options = kernel.kwargs
+    plain = options["do_not_specialize"] or ()
+    unaligned = options["do_not_specialize_on_alignment"] or ()
+    key: list[Any] = [kernel.__name__]
+    for name, value in sorted(arguments.items()):
+        if name.isupper() or name not in kernel.arg_names:
+            key.append((name, value))
+        elif isinstance(value, torch.Tensor):
+            aligned = name not in unaligned and value.data_ptr() % 16 == 0
+            key.append((name, value.dtype, aligned))
+        elif isinstance(value, int) and name not in plain:
+            key.append((name, "int", value == 1, value % 16 == 0, value.bit_length() > 31))
+        else:
+            key.append((name, type(value)))
+    return tuple(key)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import inf
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 from sglang_prefix.bench.results import read_result
 from sglang_prefix.bench.serving import run as serving_run
-from sglang_prefix.bench.serving.cells import step_delta
-from sglang_prefix.bench.serving.process import ClientError
-from sglang_prefix.bench.serving.run import Plan, Run
+from sglang_prefix.bench.serving.client import ClientError
+from sglang_prefix.bench.serving.compare import step_delta
+from sglang_prefix.bench.serving.plan import Plan
+from sglang_prefix.bench.serving.run import Run
 from sglang_prefix.bench.serving.servers import RunningServer
 from sglang_prefix.bench.serving.workloads import Workload
 
@@ -31,6 +36,7 @@ WORKLOAD = Workload("rollouts", "rollouts", "rollouts", "", ROLLOUTS)
 
 
 def a_run(scale: float = 1.0, packed: int | None = None, stock: int = 0) -> dict[str, Any]:
+    """A timed run; ``packed`` and ``stock`` are its steps, None on a stock server."""
     times = {f"{m}_ms": {"median": 10 * scale, "p99": 20 * scale} for m in ("ttft", "tpot", "itl")}
     rates = {"output_tokens_per_s": 100 / scale, "requests_per_s": 1 / scale, "duration_s": scale}
     counters = None
@@ -75,23 +81,37 @@ class FakeClient:
         pass
 
 
-@pytest.fixture
-def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No processes: servers answer at once, and pack everything."""
-    packed = iter(range(0, 1000, 10))
+@contextmanager
+def fake_servers(**described: dict[str, Any]) -> Iterator[None]:
+    """No processes: servers answer at once, and pack everything.
+
+    Args:
+        described: by side, what the server is, beside a model "m" in float32.
+    """
+    packed = iter(range(0, 100_000, 10))
 
     def counters(server: RunningServer) -> dict[str, Any] | None:
         return COUNTERS | {"packed_steps": next(packed)} if server.side == "prefix" else None
 
-    def described(server: RunningServer) -> dict[str, Any]:
-        return {"model": "m", "dtype": "float32"}
+    def describe(server: RunningServer) -> dict[str, Any]:
+        return {"model": "m", "dtype": "float32"} | described.get(server.side, {})
 
     FakeClient.begin()
-    monkeypatch.setattr(serving_run, "ClientProcess", FakeClient)
-    monkeypatch.setattr(serving_run, "launch", lambda side, *_: RunningServer(side, side))
-    monkeypatch.setattr(serving_run, "describe", described)
-    monkeypatch.setattr(serving_run, "read_counters", counters)
-    monkeypatch.setattr(RunningServer, "raise_if_dead", lambda self: None)
+    with (
+        patch.object(serving_run, "ClientProcess", FakeClient),
+        patch.object(serving_run, "launch", lambda side, *_: RunningServer(side, side)),
+        patch.object(serving_run, "describe", describe),
+        patch.object(serving_run, "read_counters", counters),
+        patch.object(RunningServer, "raise_if_dead", lambda self: None),
+    ):
+        yield
+
+
+@pytest.fixture
+def fakes() -> Iterator[None]:
+    """See :func:`fake_servers`."""
+    with fake_servers():
+        yield
 
 
 def plan(out: Path, **changes: Any) -> Plan:
@@ -117,7 +137,10 @@ def plan(out: Path, **changes: Any) -> Plan:
     return Plan(**(given | changes))
 
 
+def measure(run: Run) -> None:
+    run.run(inf, lambda name: None, lambda what: None)
+
+
 def go(given: Plan, *, resume: bool = False) -> dict[str, Any]:
-    run = Run(given, resume=resume, tell=lambda text, is_done: None)
-    run.run()
+    measure(Run(given, resume=resume))
     return read_result(given.out / "serving.json", "bench-serving")

@@ -1,48 +1,79 @@
-"""`bench kernel`: a real run on small batches, what it refuses, and how it is taken up again."""
+"""`bench kernel`: a real run on small batches, what it refuses, and how it is resumed."""
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
+from collections.abc import Iterator
+from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from prefix_kernels.oracle import decode_attention_oracle
-from sglang_prefix.bench import contenders, kernel_run, measure, plots
-from sglang_prefix.bench.baselines import Baseline
-from sglang_prefix.bench.cells import KernelOptions, kernel_cells
-from sglang_prefix.bench.contenders import Contender, StepSeconds, TorchPacked
-from sglang_prefix.bench.gpu_contenders import GpuBaseline, TritonPacked
-from sglang_prefix.bench.results import read_result
+from sglang_prefix.bench import kernel, plots, timing
+from sglang_prefix.bench.cases import KernelOptions, kernel_cases
+from sglang_prefix.bench.providers import ours, sglang
+from sglang_prefix.bench.providers.base import Provider
+from sglang_prefix.bench.providers.find import find_providers, made
+from sglang_prefix.bench.providers.ours import TorchOurs
+from sglang_prefix.bench.results import ResultError, check_result, read_result
 from sglang_prefix.bench.workloads.inputs import AttentionInputs
-from sglang_prefix.cli import bench_kernel
 from sglang_prefix.cli.main import app
 
-SMALL = ("--heads", "4:2:16", "--rounds", "2", "--threads", "1")
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
 TREES = ("--tree", "1,4_64,16", "--tree", "3_32")
+SMALL = ("--heads", "4:2:16", "--rounds", "2", "--threads", "1")
+FEW = (*TREES, *SMALL, "--policy", "pat", "--no-plots")
+LARGER, SMALLER = "tree/1,4_64,16/4:2:16", "tree/3_32/4:2:16"
 
 
 def bench(out: Path, *options: str) -> Any:
     return CliRunner().invoke(app, ["bench", "kernel", "--out", str(out), *options])
 
 
-@pytest.fixture
-def no_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def quick_limits() -> Iterator[None]:
+    """What the machine reaches is not the question here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(timing._STREAM_BYTES, "cpu", 1 << 20)
+        patch.setitem(timing._MATRIX_SIZE, "cpu", 64)
+        yield
+
+
+class Stock(TorchOurs):
     """A stock kernel that is here at once: SGLang takes seconds to import."""
 
-    class Stock(TorchPacked):
-        kind = "stock"
+    kind = "stock"
 
-    def find(device: torch.device) -> tuple[dict[str, Callable[..., Contender]], dict[str, str]]:
-        return {"stock": lambda inputs: Stock(inputs, "query")}, {"other": "not here"}
 
-    monkeypatch.setattr(kernel_run, "find_stock", find)
+@pytest.fixture
+def no_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = partial(Stock, policy="query")
+    monkeypatch.setattr(
+        kernel, "find_providers", lambda device, host: ({"stock": stock}, {"other": "not here"})
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The file of a finished run."""
+    out = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel, "find_providers", lambda device, host: ({}, {}))
+        done = bench(out, *FEW, "--no-report")
+    assert done.exit_code == 0, done.output
+    return read_result(out / "kernel.json")
 
 
 @pytest.mark.slow
@@ -52,103 +83,159 @@ def test_a_quick_run_against_sglang(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     data = read_result(tmp_path / "new" / "kernel.json", "bench-kernel")
     assert json.loads(result.stdout) == data
-    assert data["quick"] is True
-    assert data["not_run"] == []
+    assert data["options"]["quick"] is True
+    assert data["not_run"] == data["failed"] == {}
     assert data["environment"]["threads"] == 1
-    gpu = {"sglang-triton", "flashinfer", "fa3", "flashinfer-cascade"}
-    assert gpu <= set(data["absent"])
-    for name in gpu:
-        assert f"absent: {name}: needs a GPU" in result.stderr
-    names = [cell["name"] for cell in data["cells"]]
+    for name in ("sglang-triton", "flashinfer", "fa3", "flashinfer-cascade", "fasttree"):
+        assert data["absent"][name] == "needs a GPU"
+        assert f"{name}: needs a GPU" in result.stderr
+    names = [case["name"] for case in data["cases"]]
     assert names == ["uneven/24-requests/4:2:16", "fixed/8x512+32/4:2:16"]
-    for cell in data["cells"]:
-        assert_cell(cell)
-        assert cell["best_stock"] == "sglang-torch-native"
-        assert set(cell["contenders"]) == {
-            "sglang-torch-native",
-            *(f"torch/{policy}" for policy in ("pat", "node", "chunk", "query")),
-        }
-    assert data["cells"][1]["tokens"] == {"ideal": 512 + 8 * 32, "logical": 8 * 544}
-    assert data["cells"][1]["contenders"]["torch/node"]["packs"] == 9
+    for case in data["cases"]:
+        assert_case(case)
+        assert case["best_stock"] == "sglang-torch-native"
+        policies = (f"torch/{policy}" for policy in ("pat", "node", "chunk", "query"))
+        assert set(case["providers"]) == {"sglang-torch-native", *policies}
+    assert data["cases"][1]["tokens"] == {"ideal": 512 + 8 * 32, "logical": 8 * 544}
+    assert data["cases"][1]["providers"]["torch/node"]["packs"] == 9
     pictures = sorted(tmp_path.glob("new/*.svg"))
-    assert [path.stem for path in pictures] == sorted(plots.FIGURES)
+    assert len(pictures) == len(plots.PLOTS["bench-kernel"])
     for path in pictures:
         assert ElementTree.parse(path).getroot().tag.endswith("svg")
+    page = (tmp_path / "new" / "report.html").read_text()
+    assert names[0] in page
+    assert page.count("<svg") == len(pictures)
 
 
-def assert_cell(cell: dict[str, Any]) -> None:
-    assert cell["failed"] == {}
-    assert cell["bandwidth_gb_s"] > 0
-    token_bytes = cell["heads"]["kv"] * (cell["heads"]["dim"] + cell["heads"]["v_dim"]) * 4
-    assert cell["bytes"] == {name: n * token_bytes for name, n in cell["tokens"].items()}
-    stock = cell["contenders"][cell["best_stock"]]["ms"]
-    for contender in cell["contenders"].values():
-        assert len(contender["raw_ms"]) == 2
-        assert contender["speedup"] == pytest.approx(stock / contender["ms"])
-        assert contender["bytes_read"] == pytest.approx(
-            contender["kv_read_ratio"] * cell["bytes"]["logical"]
-        )
-        assert contender["max_abs_error"] < 1e-4
-        if contender["kind"] == "ours":
-            parts = [contender[f"{part}_ms"] for part in ("plan", "copy", "forward", "merge")]
+def assert_case(case: dict[str, Any]) -> None:
+    assert case["failed"] == {}
+    assert case["floor"]["us"] == max(case["floor"].values())
+    token_bytes = case["heads"]["kv"] * (case["heads"]["dim"] + case["heads"]["v_dim"]) * 4
+    assert case["bytes"] == {name: n * token_bytes for name, n in case["tokens"].items()}
+    stock = case["providers"][case["best_stock"]]["ms"]
+    for found in case["providers"].values():
+        assert len(found["raw_ms"]) == 2
+        assert found["speedup"] == pytest.approx(stock / found["ms"])
+        assert found["over_floor"] == pytest.approx(found["kernel_us"] / case["floor"]["us"])
+        ratio = found["bytes_read"] / case["bytes"]["logical"]
+        assert found["kv_read_ratio"] == pytest.approx(ratio)
+        assert found["max_abs_error"] < 1e-4
+        if found["kind"] == "ours":
+            parts = [found[f"{part}_ms"] for part in ("plan", "copy", "forward", "merge")]
             assert all(part is None or part > 0 for part in parts)
         else:
-            assert contender["kv_read_ratio"] == 1
+            assert found["kv_read_ratio"] == 1
 
 
 @pytest.mark.usefixtures("no_sglang")
 def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measure_cell = measure.measure_cell
+    measure_case = kernel.measure_case
     calls = []
 
     def stopped_at_the_second(*args: Any, **kwargs: Any) -> dict[str, Any]:
         calls.append(args[0].name)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return measure_cell(*args, **kwargs)
+        return measure_case(*args, **kwargs)
 
-    monkeypatch.setattr(kernel_run, "measure_cell", stopped_at_the_second)
+    monkeypatch.setattr(kernel, "measure_case", stopped_at_the_second)
     trees = ("--tree", "2_8", *TREES)
     stopped = bench(tmp_path, *trees, *SMALL, "--no-plots", "--policy", "node", "--seed", "7")
     assert stopped.exit_code == 130
     assert f"interrupted; --resume --out {tmp_path} goes on" in stopped.stderr
     first = read_result(tmp_path / "kernel.json")
     assert first["wall_s"] > 0
-    assert first["not_run"] == ["tree/1,4_64,16/4:2:16", "tree/3_32/4:2:16"]
-    assert "not run: tree/1,4_64,16/4:2:16, tree/3_32/4:2:16: interrupted" in stopped.stdout
+    assert first["not_run"] == dict.fromkeys((LARGER, SMALLER), "interrupted")
 
     refused = bench(tmp_path, "--resume", "--seed", "8")
     assert refused.exit_code == 2
     assert "--seed with --resume: the run in" in refused.stderr
-    resumed = bench(tmp_path, "--resume", "--no-plots")
+    resumed = bench(tmp_path, "--resume", "--no-plots", "--seed", "7", *trees)
     assert resumed.exit_code == 0, resumed.output
     data = read_result(tmp_path / "kernel.json")
-    assert data["cells"][0] == first["cells"][0]
+    assert data["cases"][0] == first["cases"][0]
     assert data["seed"] == 7
-    assert data["not_run"] == []
-    assert [list(cell["contenders"]) for cell in data["cells"]] == [["stock", "torch/node"]] * 3
+    assert data["not_run"] == {}
+    assert data["wall_s"] > first["wall_s"]
+    assert [list(case["providers"]) for case in data["cases"]] == [["stock", "torch/node"]] * 3
+    assert [case["name"] for case in data["cases"]][1:] == [LARGER, SMALLER]
     assert len(calls) == 4
 
-    data["environment"]["cpu"] = "another"
-    (tmp_path / "kernel.json").write_text(json.dumps(data))
-    refused = bench(tmp_path, "--resume")
-    assert refused.exit_code == 2
-    assert "cannot be resumed: its cpu is 'another', here it is " in refused.stderr
+    for name, value in (("cpu", "another"), ("commit", "1234567"), ("versions", {})):
+        other = data | {"environment": data["environment"] | {name: value}}
+        (tmp_path / "kernel.json").write_text(json.dumps(other))
+        refused = bench(tmp_path, "--resume")
+        assert refused.exit_code == 2
+        assert f"cannot be resumed: its {name} is {value!r}, here it is " in refused.stderr
+        assert refused.stderr.count("\n") == 1
+
+
+def places(data: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Paths of all values of a file."""
+    items = (
+        data.items()
+        if isinstance(data, dict)
+        else enumerate(data[:1])
+        if isinstance(data, list)
+        else ()
+    )
+    return [path, *(place for key, value in items for place in places(value, (*path, key)))][:400]
+
+
+GONE = object()
+VALUES = st.one_of(
+    st.just(GONE),
+    st.none(),
+    st.booleans(),
+    st.integers(-2, 2),
+    st.floats(),
+    st.text(max_size=3),
+    st.just([]),
+    st.just({}),
+)
+
+
+@given(draw=st.data(), value=VALUES)
+def test_a_file_with_any_other_value_is_whole_or_refused_in_one_line(
+    draw: st.DataObject, value: Any, whole: dict[str, Any], tmp_path: Path
+) -> None:
+    *above, last = draw.draw(st.sampled_from(places(whole)[1:]))
+    data = deepcopy(whole)
+    inner: Any = data
+    for key in above:
+        inner = inner[key]
+    inner[last] = value
+    if value is GONE:
+        del inner[last]
+    path = tmp_path / "kernel.json"
+    path.write_text(json.dumps(data))
+    before = path.read_text()
+    try:
+        read_result(path)
+        KernelOptions.from_json(data["options"])
+    except (ResultError, TypeError):
+        done = bench(tmp_path, "--resume", "--no-plots")
+        assert done.exit_code == 2, done.output
+        assert done.stderr.startswith(f"sglang-prefix: {path}")
+        assert done.stderr.count("\n") == 1
+        assert path.read_text() == before
 
 
 @pytest.mark.usefixtures("no_sglang")
 def test_what_is_too_large_or_too_late_is_listed(tmp_path: Path) -> None:
-    result = bench(tmp_path, *TREES, *SMALL, "--max-tokens", "100", "--no-plots")
+    result = bench(tmp_path, *FEW, "--max-tokens", "100")
     assert result.exit_code == 0, result.output
     data = read_result(tmp_path / "kernel.json")
-    assert [cell["name"] for cell in data["cells"]] == ["tree/3_32/4:2:16"]
-    assert data["why_not_run"] == {"tree/1,4_64,16/4:2:16": "128 KV tokens, over --max-tokens 100"}
-    result = bench(tmp_path, *TREES, *SMALL, "--budget-s", "0")
+    assert [case["name"] for case in data["cases"]] == [SMALLER]
+    assert data["not_run"] == {LARGER: "128 KV tokens, over --max-tokens 100"}
+    result = bench(tmp_path, *FEW, "--budget-s", "0")
     assert result.exit_code == 0, result.output
     data = read_result(tmp_path / "kernel.json")
-    assert data["cells"] == []
-    assert data["not_run"] == ["tree/1,4_64,16/4:2:16", "tree/3_32/4:2:16"]
-    assert "not run: tree/1,4_64,16/4:2:16, tree/3_32/4:2:16: not enough was" in result.stdout
+    assert data["cases"] == []
+    assert data["not_run"] == dict.fromkeys(
+        (LARGER, SMALLER), "not enough was left of the budget of 0 s"
+    )
+    assert "not enough was left of the budget of 0 s" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -159,7 +246,7 @@ def test_what_is_too_large_or_too_late_is_listed(tmp_path: Path) -> None:
         (["--policy", "best"], "--policy is 'best'; legal: pat, node, chunk, query"),
         (["--dtype", "int8"], "--dtype is 'int8'; legal: bfloat16, float16, float32"),
         (["--heads", "8:3"], "heads '8:3'; legal: QO:KV"),
-        (["--workload", "nothing-like-it"], "matches no cell; legal: a file (chunk, "),
+        (["--workload", "nothing-like-it"], "matches no case; legal: a file (chain, chunk, "),
         (["--workload", "("], "workload '(' is no regular expression"),
         (["--tree", "1,2_3,4", "--page-size", "16"], "page size 16 does not divide the 3 tokens"),
         (["--resume"], "kernel.json cannot be read: No such file"),
@@ -175,15 +262,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_broken_trace_names_the_line(tmp_path: Path) -> None:
-    trace = tmp_path / "t.jsonl"
-    trace.write_text('{"timestamp": 0}\n')
-    result = bench(tmp_path / "out", "--trace", str(trace))
-    assert result.exit_code == 2
-    assert f"trace {trace}, line 1: input_length is None; legal: a whole" in result.stderr
-
-
-def test_an_unwritable_folder_is_refused_before_anything_runs(tmp_path: Path) -> None:
+def test_places_that_cannot_be_written_are_refused_before_anything_runs(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
     result = bench(file / "below", *TREES)
@@ -194,144 +273,193 @@ def test_an_unwritable_folder_is_refused_before_anything_runs(tmp_path: Path) ->
         assert bench(tmp_path / "locked", *TREES).exit_code == 2
 
 
+@pytest.mark.usefixtures("no_sglang")
+def test_what_cannot_be_written_beside_the_result_is_one_line_each(tmp_path: Path) -> None:
+    # Whoever runs the tests may not replace a folder by a file; root may write anywhere else.
+    for name in (*(f"{each}.svg" for each in plots.PLOTS["bench-kernel"]), "report.html"):
+        (tmp_path / name).mkdir()
+    done = bench(tmp_path, *TREES, *SMALL, "--policy", "pat")
+    assert done.exit_code == 1
+    assert done.stderr.splitlines() == [
+        f"sglang-prefix: plots cannot be written to {tmp_path}: Is a directory",
+        f"sglang-prefix: {tmp_path}/report.html cannot be written: Is a directory",
+    ]
+    assert len(read_result(tmp_path / "kernel.json")["cases"]) == 2
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
 def test_plots_without_matplotlib_are_refused_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench_kernel, "find_spec", lambda name: None)
+    monkeypatch.setattr(plots, "has_matplotlib", lambda: False)
     result = bench(tmp_path / "out", *TREES)
     assert result.exit_code == 2
     assert "plots need matplotlib: pip install 'sglang-prefix[bench]'" in result.stderr
     assert not (tmp_path / "out").exists()
 
 
-class Wrong(TorchPacked):
+class Wrong(TorchOurs):
     """Right in every head but one."""
 
-    def first_layer(self) -> torch.Tensor:
-        out = super().first_layer()
+    def run(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out = super().run(k, v)
         out[0, 0] *= 1.1
         return out
 
-    def step(self) -> StepSeconds:
-        raise AssertionError("a contender with a wrong output was timed")
+    def run_layers(self) -> None:
+        raise AssertionError("a provider with a wrong output was timed")
 
 
-def refuse(inputs: AttentionInputs) -> Contender:
-    raise NotImplementedError("the forest is no set of levels")
-
-
-def measured(makers: dict[str, Callable[..., Contender]]) -> dict[str, Any]:
-    (cell,) = kernel_cells(KernelOptions(trees=("1,4_64,16",), heads=("4:2:16",)))
-    return measure.measure_cell(
-        cell, makers, torch.device("cpu"), dtype=torch.float32, seed=0, rounds=1, seconds=1
-    )
-
-
-def test_a_wrong_output_is_caught_and_not_timed() -> None:
-    cell = measured(
-        {
-            "right": lambda inputs: TorchPacked(inputs, "pat"),
-            "wrong": lambda inputs: Wrong(inputs, "pat"),
-            "inapplicable": refuse,
-        }
-    )
-    assert list(cell["contenders"]) == ["right"]
-    assert cell["failed"]["wrong"].startswith("WrongOutputError: off by 0.")
-    assert cell["absent"] == {"inapplicable": "the forest is no set of levels"}
-    assert cell["best_stock"] is None
-    assert cell["contenders"]["right"]["speedup"] is None
-
-
-class Levels(Baseline):
+class Levels(Provider):
     """A kernel of another project that reads every level once, as the cascade does."""
 
-    name, stock = "levels", False
-
-    @classmethod
-    def unavailable(cls, device: torch.device) -> str | None:
-        return None
+    name, kind = "levels", "peer"
 
     @classmethod
     def inapplicable(cls, inputs: AttentionInputs) -> str | None:
-        return None if inputs.batch.levels() else "no levels"
+        return None if len(inputs.batch.levels() or ()) > 1 else "nothing is shared"
+
+    @property
+    def kv_tokens_read(self) -> int:
+        return self.inputs.unique_tokens
 
     def plan(self) -> None:
-        self.workload.out.fill_(torch.nan)
+        self.inputs.out.fill_(torch.nan)
 
     def run(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        w = self.workload
-        caches = (w.req_to_token, w.rows, w.seq_lens)
+        w = self.inputs
+        caches = (w.req_to_token, w.req_pool_indices, w.seq_lens)
         return decode_attention_oracle(w.q, k, v, *caches, sm_scale=w.sm_scale)[0].to(w.q.dtype)
 
 
-def test_the_contenders_of_a_gpu_run_in_the_interpreter() -> None:
-    cell = measured(
-        {
-            "triton/pat": lambda inputs: TritonPacked(inputs, "pat"),
-            "levels": lambda inputs: GpuBaseline(inputs, Levels),
-        }
-    )
-    assert cell["failed"] == {}
-    ours, peer = cell["contenders"]["triton/pat"], cell["contenders"]["levels"]
-    assert (ours["kind"], peer["kind"]) == ("ours", "peer")
-    assert min(ours[f"{part}_ms"] for part in ("plan", "copy", "forward")) > 0
-    assert ours["merge_ms"] is None  # it is in the graph, with the forward pass
-    assert peer["bytes_read"] == cell["bytes"]["ideal"] < ours["bytes_read"] * 1.01
+def measured(tree: str, makers: dict[str, Any]) -> dict[str, Any]:
+    options = KernelOptions(trees=(tree,), heads=("4:2:16",), dtype="float32")
+    (case,) = kernel_cases(options)
+    limits = {"flop_per_s": 1e12, "empty_launch_us": 0.0}
+    return kernel.measure_case(case, makers, timing.clock_for(CPU), limits, seed=0, rounds=1)
 
 
+def test_a_wrong_output_is_caught_and_not_timed() -> None:
+    makers = {
+        "right": partial(TorchOurs, policy="pat"),
+        "wrong": partial(Wrong, policy="pat"),
+        "levels": Levels,
+    }
+    case = measured("1,4_64,16", makers)
+    assert list(case["providers"]) == ["right", "levels"]
+    assert case["failed"]["wrong"].startswith("MismatchError: off by 0.")
+    assert case["best_stock"] is None
+    assert case["providers"]["right"]["speedup"] is None
+    peer = case["providers"]["levels"]
+    assert peer["bytes_read"] == case["bytes"]["ideal"]
+    peer = partial(made, Levels)
+    case = measured("8_16", {"right": partial(TorchOurs, policy="pat"), "levels": peer})
+    assert case["absent"] == {"levels": "nothing is shared"}
+
+
+@pytest.mark.usefixtures("no_sglang")
 def test_ours_being_wrong_ends_the_command_with_its_name(
-    no_sglang: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measure, "TorchPacked", Wrong)
-    result = bench(tmp_path, "--tree", "2_8", *SMALL, "--policy", "node")
+    monkeypatch.setattr(ours, "TorchOurs", Wrong)
+    result = bench(tmp_path, "--tree", "2_8", *SMALL, "--policy", "node", "--no-plots")
     assert result.exit_code == 1
-    assert "tree/2_8/4:2:16: cpu/node: WrongOutputError: off by" in result.stderr
-    assert "FAILED" in result.stdout
+    assert "tree/2_8/4:2:16: torch/node: MismatchError: off by" in result.stderr
+    assert "failed" in result.stdout
 
 
 def test_a_missing_sglang_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail() -> None:
-        raise ImportError("No module named 'sglang'")
-
-    monkeypatch.setattr(contenders, "torch_native_decode", fail)
-    makers, absent = contenders.find_stock(torch.device("cpu"))
+    monkeypatch.setitem(sys.modules, "prefix_patches.stock_backend", None)
+    sglang._torch_native.cache_clear()
+    makers, absent = find_providers(CPU, "cpu")
     assert makers == {}
-    assert absent["sglang-torch-native"] == "ImportError: No module named 'sglang'"
+    assert "stock_backend" in absent["sglang-torch-native"]
 
 
-def test_losing_rows_are_marked(tmp_path: Path) -> None:
-    cell = measured({"torch/pat": lambda inputs: TorchPacked(inputs, "pat")})
-    mine = cell["contenders"]["torch/pat"]
-    stock = mine | {"kind": "stock", "policy": None, "ms": mine["ms"] / 2, "speedup": 1.0}
-    losing = cell | {
-        "name": "loses",
-        "best_stock": "s",
-        "contenders": {"s": stock, "torch/pat": mine | {"speedup": 0.5}},
-    }
-    winning = cell | {
-        "name": "wins",
-        "best_stock": "s",
-        "contenders": {"s": stock, "torch/pat": mine | {"speedup": 2.0}},
-    }
-    where = {"gpu": None, "cpu": "a CPU", "threads": 1}
-    options = KernelOptions().as_json()
-    data: dict[str, Any] = {
-        "environment": where,
-        "options": options,
-        "cells": [losing, cell, winning],
-    }
-    assert plots.our_contender(data) == "torch/pat"
-    bars = plots.speedup_figure(data).axes[0].patches
-    assert [bar.get_facecolor() == bars[0].get_facecolor() for bar in bars] == [True, False]
-    rows = [bench_kernel._row(c, "torch/pat", with_stock=False) for c in data["cells"]]
-    assert [style for _, style in rows] == ["red", None, None]
-    assert rows[0][0][5] == "0.50x slower"
-    assert rows[1][0][3] == "absent"
-    assert len(plots.save_plots(data, tmp_path)) == len(plots.FIGURES)
-    remarks = bench_kernel._remarks(
-        data | {"absent": {}, "why_not_run": {}, "cells": [cell | {"failed": {"s": "no [memory]"}}]}
+@pytest.mark.parametrize(
+    ("run", "merge", "forward_ms"),
+    [(0.003, 0.001, 2.0), (0.001, 0.003, None), (0.001, 0.001, None), (0.001, None, 1.0)],
+)
+def test_forward_is_what_is_left_of_the_run(
+    run: float, merge: float | None, forward_ms: float | None
+) -> None:
+    timed = kernel._Timed(None, None, print, {}, {})  # type: ignore[arg-type]
+    timed.seconds = {"run": [run] * 3} | ({"merge": [merge] * 3} if merge else {})
+    assert kernel._forward_ms(timed) == (forward_ms and pytest.approx(forward_ms))
+
+
+BARE = """
+import os, sys
+os.environ["TRITON_INTERPRET"] = "1"
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        absent = {"pydantic", "pydantic_core", "sglang", "matplotlib", "psutil", "transformers"}
+        if name.split(".")[0] in absent:
+            raise ImportError(f"{name} is not on a GPU host")
+sys.meta_path.insert(0, Absent())
+from pathlib import Path
+import sglang_prefix.bench.engine
+import sglang_prefix.cli.main
+from sglang_prefix.bench.cases import KernelOptions
+from sglang_prefix.bench.kernel import KernelRun
+from sglang_prefix.bench.report import print_section, section_of
+from sglang_prefix.bench.tune import TuneRun
+options = KernelOptions(workloads=("gpu", "^fixed"), policies=("pat",), dry=True)
+for resume in (False, True):
+    run = KernelRun(Path(sys.argv[1]), options, [], resume=resume)
+    run.prepare()
+    run.run(1e9, print, print)
+print_section(section_of(run.data))
+TuneRun(Path(sys.argv[1]), [], seed=0, dry=True, resume=False).run(0, print, print)
+"""
+
+
+@pytest.mark.slow
+def test_a_gpu_host_needs_neither_pydantic_nor_sglang(tmp_path: Path) -> None:
+    path = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels", "patches"))
+    run = subprocess.run(
+        [sys.executable, "-c", BARE, tmp_path],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
     )
-    assert remarks == [f"failed in {cell['name']}: s: no [memory]"]
-    nothing = data | {"cells": []}
-    for draw in plots.FIGURES.values():
-        draw(nothing)
+    assert run.returncode == 0, run.stdout + run.stderr
+    data = read_result(tmp_path / "kernel.json")
+    names = [case["name"] for case in data["cases"]]
+    assert names == ["fixed/8x512+32/8:1:16", "fixed/8x512+32/8:1:16/page16"]
+    assert data["absent"]["sglang-triton"].startswith("sglang.kernels")
+    found = data["cases"][0]["providers"]["triton/pat"]
+    assert min(found[f"{part}_ms"] for part in ("plan", "copy", "forward", "append")) > 0
+    assert found["merge_ms"] is None  # it is launched with the forward pass
+    assert (found["mode"], found["merge"], found["fixed"]) == ("streams", "launch", True)
+    assert len(read_result(tmp_path / "tune.json")["not_run"]) == 3
+
+
+@pytest.mark.extended
+@pytest.mark.slow
+def test_a_dry_run_has_every_field(tmp_path: Path) -> None:
+    done = bench(tmp_path, "--dry", "--no-plots")
+    assert done.exit_code == 0, done.output
+    data = read_result(tmp_path / "kernel.json")
+    assert data["dry"] is True
+    assert data["failed"] == data["not_run"] == {}
+    assert {case["group"] for case in data["cases"]} > {"rollouts", "unrelated", "chain", "trees"}
+    for case in data["cases"]:
+        assert case["failed"] == {}
+        found = case["providers"].values()
+        if case["group"] == "chain":
+            assert len(found) == 16
+            assert all(one["launches"] and one["kind"] == "chain" for one in found)
+            continue
+        assert sum(one["kind"] == "ours" for one in found) >= 7
+        assert case["best_stock"] == "sglang-triton"
+    assert "the times mean nothing" in (tmp_path / "report.html").read_text()
+    assert {target["status"] for target in data["targets"].values()} > {"not measured"}
+
+
+def test_every_committed_result_is_whole() -> None:
+    files = list((ROOT / "docs" / "results").rglob("*.json"))
+    assert files
+    for file in files:
+        check_result(file, json.loads(file.read_text()))

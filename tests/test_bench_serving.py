@@ -1,41 +1,50 @@
-"""`bench serving` without SGLang: traces, workloads, arguments, servers that fail."""
+"""`bench serving` without SGLang: traces, workloads, conclusions, its files, what it writes."""
 
 from __future__ import annotations
 
 import gzip
-import http.server
 import json
-import os
-import socket
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from sglang_prefix.bench.serving import servers as serving_servers
-from sglang_prefix.bench.serving.servers import (
-    RunningServer,
-    ServerError,
-    describe,
-    launch,
-    read_counters,
-    wait_until_ready,
-)
-from sglang_prefix.bench.serving.trace import scale_trace
-from sglang_prefix.bench.serving.workloads import load_workloads
+from sglang_prefix import tiny_model
+from sglang_prefix.bench import run as bench_run
+from sglang_prefix.bench.results import read_result
+from sglang_prefix.bench.serving import run as serving_run
+from sglang_prefix.bench.serving.client import ClientError
+from sglang_prefix.bench.serving.compare import aggregate, compare, new_case
+from sglang_prefix.bench.serving.drivers import Answer, summarize
+from sglang_prefix.bench.serving.plan import choose_model, steps
+from sglang_prefix.bench.serving.run import Run
+from sglang_prefix.bench.serving.servers import ServerError
+from sglang_prefix.bench.serving.workloads import load_workloads, scale_trace
 from sglang_prefix.bench.workloads.traces import read_trace
 from sglang_prefix.cli.main import app
-from tests.serving_runs import COUNTERS
+from tests.serving_runs import (
+    ROLLOUTS,
+    WORKLOAD,
+    FakeClient,
+    a_run,
+    fake_servers,
+    fakes,  # noqa: F401
+    go,
+    measure,
+    plan,
+)
 
 pytest.importorskip("matplotlib", reason="the command needs matplotlib for its plots")
 
-# -- traces -------------------------------------------------------------------------------------
+# -- traces and workloads -------------------------------------------------------------------------
 
 LINE: dict[str, Any] = {
     "timestamp": 3000,
@@ -46,62 +55,29 @@ LINE: dict[str, Any] = {
 TOKENS = list(range(1000, 2000))
 
 
-def write_trace(path: Path, *changes: dict[str, Any]) -> Path:
+def rows_of(path: Path, *changes: dict[str, Any], **options: int) -> Any:
     path.write_text("\n".join(json.dumps(LINE | change) for change in changes) + "\n")
-    return path
-
-
-def rows_of(path: Path, **options: int) -> Any:
     chosen = {"block_tokens": 16, "max_prompt_tokens": 99, "max_output_tokens": 99, "seed": 3}
     return scale_trace(read_trace(path), TOKENS, **(chosen | options))
 
 
 def test_requests_that_begin_with_the_same_ids_begin_with_the_same_tokens(tmp_path: Path) -> None:
+    path = tmp_path / "trace"
     changes: list[dict[str, Any]] = [{}, {"timestamp": 0, "hash_ids": [0, 7, 8]}]
-    changes.append({"hash_ids": [1, 7, 9]})
-    a, b, c = rows_of(write_trace(tmp_path / "trace", *changes))
+    a, b, c = rows_of(path, *changes, {"hash_ids": [1, 7, 9], "output_length": 512 * 20})
     assert [row.timestamp for row in (a, b, c)] == [0, 3000, 3000]  # in the order of their times
     assert len(a.prompt) == round(1100 * 16 / 512)
-    assert a.output_len == 2
+    assert [row.output_len for row in (a, b, c)] == [2, 2, 99]
     assert a.prompt[:32] == b.prompt[:32]
     assert a.prompt[32:] != b.prompt[32:]
     assert c.prompt[:16] != b.prompt[:16]
     assert c.prompt[16:] == b.prompt[16:]
     assert set(a.prompt) <= set(TOKENS)
-
-
-def test_long_prompts_lose_their_end_and_seeds_their_tokens(tmp_path: Path) -> None:
-    path = write_trace(tmp_path / "trace", {"output_length": 512 * 20})
-    (whole,), (cut,) = rows_of(path), rows_of(path, max_prompt_tokens=20, max_output_tokens=5)
+    # Long prompts lose their end, and another seed draws other tokens.
+    (whole,), (other,) = rows_of(path, {}), rows_of(path, {}, seed=4)
+    (cut,) = rows_of(path, {}, max_prompt_tokens=20)
     assert cut.prompt == whole.prompt[:20]
-    assert (whole.output_len, cut.output_len) == (99, 5)
-    (other,) = rows_of(path, seed=4)
     assert other.prompt != whole.prompt
-
-
-@pytest.mark.parametrize(
-    ("content", "told"),
-    [
-        (b"", "holds no request"),
-        (b"timestamp,input_length\n", "line 1"),
-        (json.dumps(LINE | {"hash_ids": [0, 1]}).encode(), "hash_ids"),
-        (gzip.compress(json.dumps(LINE).encode())[:-9], "is not text"),
-    ],
-    ids=range(4),
-)
-def test_a_malformed_trace_is_named_in_one_line(tmp_path: Path, content: bytes, told: str) -> None:
-    path = tmp_path / "trace.jsonl"
-    path.write_bytes(content)
-    arguments = ["bench", "serving", "--out", str(tmp_path / "out"), "--trace", str(path)]
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 1
-    (line,) = result.output.strip().splitlines()
-    assert str(path) in line
-    assert told in line
-    assert not (tmp_path / "out").exists()
-
-
-# -- workloads ----------------------------------------------------------------------------------
 
 
 def test_the_registry_has_every_group_in_both_sizes() -> None:
@@ -112,7 +88,6 @@ def test_the_registry_has_every_group_in_both_sizes() -> None:
     assert one.parameters["requests"] == 3
 
 
-ROLLOUTS = {"prompts": 2, "samples": 2, "prompt_tokens": 8, "output_tokens": 4}
 ENTRY = {"name": "r", "group": "rollouts", "driver": "rollouts", "about": "", "full": ROLLOUTS}
 
 
@@ -138,6 +113,13 @@ def test_a_malformed_workload_file_is_named(
     assert str(path) in str(error.value)
 
 
+# -- the command's arguments -----------------------------------------------------------------------
+
+
+def bench(*arguments: str | Path) -> Any:
+    return CliRunner().invoke(app, ["bench", "serving", *map(str, arguments)])
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -151,180 +133,343 @@ def test_a_malformed_workload_file_is_named(
             ["--stock-url", "http://h:1", "--prefix-url", "http://h:2", "--", "-x"],
             "both run already",
         ),
+        (["--dry"], "--dry: only with --engine"),
+        (["--engine", "--quick"], "--quick: only without --engine"),
+        (["--engine", "--", "-x"], "arguments of servers: only without --engine"),
     ],
 )
 def test_bad_arguments_are_told_in_one_line(
     tmp_path: Path, arguments: list[str], told: str
 ) -> None:
-    result = CliRunner().invoke(app, ["bench", "serving", "--out", str(tmp_path / "o"), *arguments])
+    result = bench("--out", tmp_path / "o", *arguments)
     assert result.exit_code in (1, 2)
     (line,) = result.output.strip().splitlines()
     assert told in line
 
 
-# -- servers ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[..., str]]:
-    """Start a server that answers with JSON by path; returns its URL."""
-    servers: list[http.server.ThreadingHTTPServer] = []
-
-    def start(**answers: Any) -> str:
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                found = answers.get(self.path[1:])
-                self.send_response(404 if found is None else 200)
-                self.end_headers()
-                self.wfile.write(json.dumps(found).encode())
-
-            def log_message(self, *args: Any) -> None:
-                pass
-
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
-def info(*replicas: dict[str, Any], **fields: Any) -> dict[str, Any]:
-    states = [{"sglang_prefix": [r]} if r else {} for r in replicas]
-    return {"dtype": "float32", "load_format": "auto", "internal_states": states} | fields
-
-
-def test_counters_of_replicas_are_added(serve: Callable[..., str]) -> None:
-    url = serve(server_info=info(COUNTERS, COUNTERS), model_info={"model_path": "m"})
-    total = read_counters(RunningServer("prefix", url))
-    assert total is not None
-    assert total["packed_steps"] == 20
-    assert total["stock_reasons"] == {"gate-no-gain": 4}
-    assert describe(RunningServer("prefix", url))["model"] == "m"
-    assert describe(RunningServer("prefix", url))["dtype"] == "float32"
-    assert read_counters(RunningServer("stock", serve(server_info=info({})))) is None
-
-
-def test_what_auto_stands_for_is_told(serve: Callable[..., str], tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"torch_dtype": "bfloat16"}')
-    url = serve(server_info=info({}, dtype="auto"), model_info={"model_path": str(tmp_path)})
-    assert describe(RunningServer("stock", url))["dtype"] == "auto (model: bfloat16)"
-
-
-def test_a_server_of_the_wrong_side_is_refused(serve: Callable[..., str]) -> None:
-    stock = serve(server_info=info({}), model_info={})
-    prefix = serve(server_info=info(COUNTERS), model_info={})
-    dummy = serve(server_info=info({}, load_format="dummy"), model_info={})
-    for side, url, told in (
-        ("prefix", stock, "is no prefix server"),
-        ("stock", prefix, "is no stock server"),
-        ("stock", dummy, "dummy weights"),
-        ("stock", serve(), "does not answer"),
-        ("stock", serve(server_info=[], model_info=[]), "is not SGLang's"),
-    ):
-        with pytest.raises(ServerError, match=told):
-            describe(RunningServer(side, url))
-
-
-def closed_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def test_a_dead_server_is_named_and_nothing_is_written(tmp_path: Path) -> None:
-    url = f"http://127.0.0.1:{closed_port()}"
-    arguments = ["--stock-url", url, "--base-url", url, "--model-path", "m"]
-    result = CliRunner().invoke(app, ["bench", "serving", "--out", str(tmp_path), *arguments])
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "holds no request"),
+        (b"timestamp,input_length\n", "line 1"),
+        (json.dumps(LINE | {"hash_ids": [0, 1]}).encode(), "hash_ids"),
+        (gzip.compress(json.dumps(LINE).encode())[:-9], "is not text"),
+    ],
+    ids=range(4),
+)
+def test_a_malformed_trace_is_named_in_one_line(tmp_path: Path, content: bytes, told: str) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_bytes(content)
+    result = bench("--out", tmp_path / "out", "--trace", path)
     assert result.exit_code == 1
     (line,) = result.output.strip().splitlines()
-    assert f"{url}/server_info does not answer: Connection refused" in line
-    assert not (tmp_path / "serving.json").exists()
+    assert str(path) in line
+    assert told in line
+    assert not (tmp_path / "out").exists()
 
 
-def test_a_port_in_use_is_named(tmp_path: Path) -> None:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        port = listener.getsockname()[1]
-        with pytest.raises(ServerError, match=f"port {port} is in use; --port takes another"):
-            launch("stock", [], port, tmp_path / "log")
+# -- conclusions -----------------------------------------------------------------------------------
 
 
-TOO_BIG = """
-print("loading"); print("Traceback (most recent call last):"); print("  File x, line 1")
-print("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 64.00 GiB"); print("Killed")
-raise SystemExit(9)
-"""
+def said(*tokens: list[int], fingerprint: str = "f", texts: int = 1) -> dict[str, Any]:
+    hashes = [str(one) for one in tokens]
+    return {"fingerprint": fingerprint, "tokens": list(tokens), "texts": [hashes] * texts}
 
 
-def test_a_server_that_does_not_start_is_told_with_its_cause(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def compared(
+    prefix: dict[str, Any], answers: dict[str, Any] | None = None, min_equal: float = 1.0
+) -> dict[str, Any]:
+    case = new_case(WORKLOAD)
+    case["sides"] = {"stock": aggregate([a_run(2.0)]), "prefix": aggregate([prefix])}
+    stock = said([1, 2, 3], [4, 5, 6])
+    outputs = {"stock": stock, "prefix": answers or stock}
+    compare(case, outputs, repeats=1, min_equal=min_equal)
+    return case
+
+
+def test_a_comparison_has_ratios_of_prefix_over_stock() -> None:
+    case = compared(a_run(packed=19, stock=1))
+    assert case["is_comparison"]
+    assert case["why_not"] is None
+    assert case["ratios"] == {"ttft": 0.5, "tpot": 0.5, "itl": 0.5, "throughput": 2.0}
+    assert case["requests_equal"] == case["requests"] == 2
+    assert case["tokens_compared"] == case["tokens_equal"] == 6
+    side = case["sides"]["prefix"]
+    assert side["steps"] == {"packed": 19, "stock": 1, "fallback": 0}
+    assert side["packed_share"] == 0.95
+    assert side["kv_read_ratio"] == 0.25
+    assert side["reasons"] == {"gate-no-gain": 1}
+
+
+def test_a_run_that_was_not_packed_is_no_comparison() -> None:
+    case = compared(a_run(packed=8, stock=2))
+    assert not case["is_comparison"]
+    assert case["why_not"] == "only 80% of the decode steps were packed (gate-no-gain)"
+    assert set(case["ratios"].values()) == {None}
+    assert case["unpacked_ratios"]["tpot"] == 0.5
+    assert not compared(a_run(packed=0))["is_comparison"]  # nothing decoded is not all packed
+
+
+@pytest.mark.parametrize(
+    ("answers", "told"),
+    [
+        (said([1, 2, 3], [4, 5, 7]), "tokens differ in 1 of 2 answers (83% of tokens agree)"),
+        (said([1, 9, 3], [4, 5, 6]), "tokens differ in 1 of 2 answers (67% of tokens agree)"),
+        (said([1, 2, 3]), "1 answers for 2 requests"),
+        (said([1, 2, 3], [4, 5, 6], fingerprint="g"), "did not get the same requests"),
+        (said([1, 2, 3], [4, 5, 6, 7]), "tokens differ in 1 of 2 answers (100% of tokens agree)"),
+        (
+            said([1, 2, 3], [4, 5, 6]) | {"texts": [["[1, 2, 3]", "other"]]},
+            "answers of the timed runs differ in 1 of 2 requests",
+        ),
+    ],
+)
+def test_sides_with_other_answers_are_no_comparison(answers: dict[str, Any], told: str) -> None:
+    case = compared(a_run(packed=20), answers)
+    assert not case["is_comparison"]
+    assert case["why_not"].endswith(told)
+    assert set(case["ratios"].values()) == {None}
+    assert case["unpacked_ratios"] is None
+
+
+def test_where_rounding_differs_a_share_of_the_tokens_is_enough() -> None:
+    answers = said([1, 2, 9], [4, 9, 9])
+    assert compared(a_run(packed=20), answers, min_equal=0.5)["is_comparison"]
+    assert compared(a_run(packed=20), answers, min_equal=0.5)["requests_equal"] == 0
+    assert not compared(a_run(packed=20), answers, min_equal=0.6)["is_comparison"]
+
+
+def test_the_median_run_counts() -> None:
+    side = aggregate([a_run(scale, packed=10) for scale in (1.0, 9.0, 2.0)])
+    assert side["ttft_ms"] == {"median": 20.0, "p99": 40.0}
+    assert side["output_tokens_per_s"] == 50
+    assert side["steps"]["packed"] == 30
+    assert len(side["raw"]["runs"]) == 3
+
+
+def test_times_are_summed_up_as_bench_serving_does() -> None:
+    # Two tokens at once share their time; a first chunk of two tokens has no time between them.
+    one = Answer(began=1.0, chunks=[(1.5, 1), (1.7, 3), (1.8, 4)], text="one")
+    other = Answer(began=1.0, chunks=[(2.0, 2), (2.4, 3)], text="other")
+    found = summarize([one, other], 2.0)
+    assert found["ttft_ms"]["median"] == pytest.approx(750)
+    assert found["tpot_ms"] == pytest.approx({"median": 250, "p99": 100 + 0.99 * 300})
+    assert found["itl_ms"]["median"] == pytest.approx(100)  # of 100, 100, 100 and 400
+    assert found["output_tokens_per_s"] == 7 / 2
+    assert found["texts"] == ["one", "other"]
+    assert summarize([Answer(1.0, [(2.0, 1)])], 1.0)["tpot_ms"] is None
+
+
+# -- the run and its files -------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("fakes")
+def test_an_interrupted_run_keeps_what_it_has_and_goes_on(tmp_path: Path) -> None:
+    whole = go(plan(tmp_path / "whole", repeats=2))
+    assert [case["is_comparison"] for case in whole["cases"]] == [True, True]
+    assert whole["not_run"] == {}
+    FakeClient.begin(fails_at=5)
+    with pytest.raises(ClientError, match="prefix, a: gone"):
+        go(plan(tmp_path / "part", repeats=2))
+    part = read_result(tmp_path / "part" / "serving.json")
+    assert list(part["not_run"]) == ["a", "b"]
+    assert [case["is_comparison"] for case in part["cases"]] == [False, False]
+    assert part["cases"][0]["why_not"] == "not run to its end: prefix"
+    assert len(part["cases"][0]["sides"]["prefix"]["raw"]["runs"]) == 1
+    FakeClient.begin()
+    resumed = go(plan(tmp_path / "part", repeats=2), resume=True)
+    assert FakeClient.measured == ("prefix a", "prefix b", "prefix b")
+    assert [case["ratios"] for case in resumed["cases"]] == [c["ratios"] for c in whole["cases"]]
+    assert go(plan(tmp_path / "part", repeats=2), resume=True) == resumed  # nothing is left
+
+
+def test_servers_in_turn_or_taking_turns(tmp_path: Path) -> None:
+    def order(**changes: Any) -> list[str]:
+        found = steps(plan(tmp_path, repeats=2, **changes))
+        return [f"{side[0]}{workload.name}{number}" for side, workload, number in found]
+
+    assert order() == ["sa0", "sa1", "sb0", "sb1", "pa0", "pa1", "pb0", "pb1"]
+    both = {"stock": "http://a", "prefix": "http://b"}
+    assert order(urls=both) == ["sa0", "pa0", "pa1", "sa1", "sb0", "pb0", "pb1", "sb1"]
+
+
+@pytest.mark.usefixtures("fakes")
+def test_a_new_run_replaces_the_file_once_its_servers_answer(tmp_path: Path) -> None:
+    old = go(plan(tmp_path))
+    run = Run(plan(tmp_path, seed=1, urls={"stock": "u", "prefix": None}))
+    with (
+        patch.object(serving_run, "describe", side_effect=ServerError("dead")),
+        pytest.raises(ServerError, match="dead"),
+    ):
+        measure(run)
+    with (
+        patch.object(serving_run, "describe", side_effect=KeyboardInterrupt),
+        pytest.raises(ServerError, match="interrupted; nothing was measured"),
+    ):
+        measure(run)
+    assert read_result(tmp_path / "serving.json") == old
+    with (
+        patch.object(Run, "_client", side_effect=KeyboardInterrupt),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        measure(run)
+    new = read_result(tmp_path / "serving.json", "bench-serving")
+    assert (new["seed"], list(new["not_run"])) == (1, ["a", "b"])
+    assert json.loads((tmp_path / "serving-tokens.json").read_text()) == {}
+
+
+OTHER: dict[str, dict[str, Any]] = {
+    "options": {
+        "seed": 1,
+        "repeats": 2,
+        "model": "n",
+        "tokenizer": "t",
+        "urls": {"stock": "u", "prefix": None},
+        "workloads": [WORKLOAD],
+        "server_args": {"stock": ["-x"], "prefix": []},
+    },
+    "environment": {
+        **dict.fromkeys(("device", "cpu", "gpu", "threads", "commit"), "other"),
+        "versions": {"sglang": "0"},
+    },
+}
+
+
+@pytest.mark.usefixtures("fakes")
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, name) for kind, values in OTHER.items() for name in values]
+)
+def test_a_run_is_not_resumed_as_another(tmp_path: Path, kind: str, name: str) -> None:
+    here = go(plan(tmp_path))["environment"]
+    change = {name: OTHER[kind][name]}
+    there = here | change if kind == "environment" else here
+    again = plan(tmp_path, **(change if kind == "options" else {}))
+    with (
+        patch.object(bench_run, "environment", lambda device: there),
+        pytest.raises(ValueError, match=rf"serving\.json cannot be resumed: its {name} is "),
+    ):
+        go(again, resume=True)
+    assert go(again)["not_run"] == {}  # a new run replaces the old one
+
+
+@pytest.fixture(scope="module")
+def finished() -> Iterator[dict[str, str]]:
+    """The files of a whole run, by name."""
+    with TemporaryDirectory() as folder, fake_servers():
+        go(plan(Path(folder)))
+        yield {name: Path(folder, name).read_text() for name in FILES}
+
+
+FILES = ("serving.json", "serving-tokens.json")
+ANYTHING = st.one_of(
+    st.none(), st.booleans(), st.integers(-2, 2), st.floats(allow_nan=True), st.text(max_size=2)
+) | st.sampled_from([[], {}, [[1]], {"median": "fast"}])
+
+
+def replace_somewhere(data: st.DataObject, value: Any) -> None:
+    """Replace one value, at any depth, or take it away."""
+    while True:
+        keys = range(len(value)) if isinstance(value, list) else sorted(value)
+        key = data.draw(st.sampled_from(list(keys)))
+        inner = value[key]
+        if not isinstance(inner, list | dict) or not inner or data.draw(st.booleans()):
+            break
+        value = inner
+    if data.draw(st.booleans()):
+        value[key] = data.draw(ANYTHING)
+    else:
+        del value[key]
+
+
+@given(data=st.data(), file=st.sampled_from(FILES))
+def test_a_changed_file_is_named_or_measured_again(
+    finished: dict[str, str], data: st.DataObject, file: str
 ) -> None:
-    monkeypatch.setattr(serving_servers, "_SERVE", (sys.executable, "-c", TOO_BIG))
-    server = launch("prefix", [], None, tmp_path / "prefix-server.log")
-    with pytest.raises(ServerError) as error:
-        wait_until_ready(server, 30)
-    told = str(error.value)
-    assert told.startswith("the prefix server did not start: it ended with status 9: torch.OutOf")
-    assert told.endswith(f"its log: {tmp_path / 'prefix-server.log'}")
-    with pytest.raises(ServerError, match="died with status 9"):
-        server.raise_if_dead()
-    server.stop()
+    changed = json.loads(finished[file])
+    replace_somewhere(data, changed)
+    with TemporaryDirectory() as folder, fake_servers():
+        for name, text in finished.items():
+            Path(folder, name).write_text(text if name != file else json.dumps(changed))
+        try:
+            found = go(plan(Path(folder)), resume=True)
+        except ValueError as error:
+            assert str(Path(folder, file)) in str(error)  # noqa: PT017
+            assert "\n" not in str(error)  # noqa: PT017
+        else:
+            assert [case["name"] for case in found["cases"]] == ["a", "b"]
+            assert found["not_run"] == {}
 
 
-def test_a_server_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
-    code = """
-import sys, time
-from pathlib import Path
-from sglang_prefix.bench.serving import servers as serving_servers
-sleeping = "import os, time; print(os.getpid(), flush=True); time.sleep(99)"
-serving_servers._SERVE = (sys.executable, "-c", sleeping)
-log = Path(sys.argv[1])
-serving_servers.launch("stock", [], None, log)
-while not log.read_text().endswith("\\n"):
-    time.sleep(0.05)
-"""
-    log = tmp_path / "log"
-    subprocess.run([sys.executable, "-c", code, str(log)], check=True, timeout=60)
-    deadline = time.monotonic() + 20
-    while is_running(int(log.read_text())):
-        assert time.monotonic() < deadline, "the server outlived who started it"
-        time.sleep(0.1)
+@pytest.mark.usefixtures("fakes")
+def test_answers_that_are_lacking_are_named(tmp_path: Path) -> None:
+    go(plan(tmp_path))
+    path = tmp_path / "serving-tokens.json"
+    tokens = json.loads(path.read_text())
+    del tokens["a"]["prefix"]
+    path.write_text(json.dumps(tokens))
+    with pytest.raises(ValueError, match=r"tokens\.json lacks the answers of prefix to a"):
+        go(plan(tmp_path), resume=True)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"tokens\.json cannot be read"):
+        go(plan(tmp_path), resume=True)
 
 
-def is_running(process: int) -> bool:
-    """Whether a process has not ended; zombies have, whoever is to reap them."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+# -- what the command writes -----------------------------------------------------------------------
 
 
-def test_a_server_that_never_answers_is_stopped_waiting_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sleeping = (sys.executable, "-c", "import time; time.sleep(99)")
-    monkeypatch.setattr(serving_servers, "_SERVE", sleeping)
-    server = launch("stock", [], None, tmp_path / "log")
-    try:
-        with pytest.raises(ServerError, match="does not answer after 0 s"):
-            wait_until_ready(server, 0.1)
-    finally:
-        server.stop()
-    assert server.process is not None
-    assert server.process.returncode is not None
+@pytest.mark.usefixtures("fakes")
+def test_the_command_writes_plots_and_a_page_or_says_why_not(tmp_path: Path) -> None:
+    given = ("--out", tmp_path, "--model-path", "m", "--quick", "--workload", "rollouts")
+    result = bench(*given, "--no-report")
+    assert result.exit_code == 0, result.output
+    assert "0.50x" in result.output or "2.00x" in result.output
+    assert (tmp_path / "serving_times.svg").exists()
+    assert not (tmp_path / "report.html").exists()
+    assert read_result(tmp_path / "serving.json")["wall_s"] > 0
+    assert bench(*given, "--resume").exit_code == 0
+    assert "rollouts" in (tmp_path / "report.html").read_text()
+
+    (tmp_path / "kernel.json").write_text("{")
+    result = bench(*given, "--resume")
+    assert result.exit_code == 1
+    assert str(tmp_path / "kernel.json") in result.output.strip().splitlines()[-1]
+
+    (tmp_path / "serving_times.svg").unlink()
+    (tmp_path / "serving_times.svg").mkdir()
+    result = bench(*given, "--resume")
+    assert result.exit_code == 1
+    assert f"plots cannot be written to {tmp_path}: Is a directory" in result.output
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_a_cpu_server_leaves_a_core_unless_the_user_says_otherwise(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    for cores, threads in ((1, "1"), (2, "1"), (16, "15")):
-        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
-        assert serving_servers.cpu_environment() == {"OMP_NUM_THREADS": threads}
-    monkeypatch.setenv("OMP_NUM_THREADS", "4")
-    assert serving_servers.cpu_environment() == {}
+def test_a_model_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_servers: dict[str, str | None] = {"stock": None, "prefix": None}
+
+    def build(folder: Path, config: Any) -> None:
+        folder.mkdir()
+        for name in names:
+            (folder / name).touch()
+        if len(names) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tiny_model, "build_tiny_model", build)
+    names = ["config.json"]
+    with pytest.raises(KeyboardInterrupt):
+        choose_model(tmp_path, no_servers)
+    assert list(tmp_path.iterdir()) == []
+    names = ["config.json", "model.safetensors", "tokenizer.json"]
+    assert choose_model(tmp_path, no_servers) == str(tmp_path / "tiny-model")
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny-model"]
+    (tmp_path / "tiny-model" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"not a whole model, it lacks model\.safetensors"):
+        choose_model(tmp_path, no_servers)
+
+
+def test_bench_modules_import_without_sglang() -> None:
+    names = ("client", "compare", "engine_run", "plan", "run", "servers", "workloads")
+    imports = "; ".join(f"import sglang_prefix.bench.serving.{name}" for name in names)
+    code = (
+        f"{imports}; import sys; print([n for n in ('sglang', 'matplotlib') if n in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

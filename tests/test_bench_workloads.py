@@ -1,21 +1,25 @@
-"""Workloads of the bench commands: the registry, PAT's notation, traces; and result files."""
+"""Workloads of the bench commands: the registry, PAT's notation, traces, tensors."""
 
 from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from sglang_prefix.bench.cells import KernelOptions, kernel_cells
-from sglang_prefix.bench.results import environment, read_result, write_result
+from prefix_kernels.plan import verify_plan, verify_slots
+from sglang_prefix.bench.cases import KernelOptions, kernel_cases
+from sglang_prefix.bench.workloads.inputs import AttentionInputs, MismatchError, OutputCheck
 from sglang_prefix.bench.workloads.registry import Heads, load_registry, registry_names
 from sglang_prefix.bench.workloads.traces import TraceRequest, read_trace, trace_batches
-from sglang_prefix.bench.workloads.trees import TreeBatch, pat_tree
+from sglang_prefix.bench.workloads.trees import TreeBatch, pat_tree, random_tree
+from sglang_prefix.forest import PrefixForest
+from sglang_prefix.packing import GPU_PROFILE
+from sglang_prefix.packing.planner import PackPlanner
 from tests import forests
 
 TRACE = Path(__file__).parents[2] / "shared" / "data" / "mooncake_conversation_trace.jsonl.gz"
@@ -26,31 +30,62 @@ def test_the_registry_holds_what_its_files_say() -> None:
     assert set(registry_names()) >= {"trees", "unrelated", "chunk", "uneven", "rollouts", "quick"}
     for name in registry_names():
         file = load_registry(name)
-        names = [batch.name for batch in file.batches]
-        assert len(set(names)) == len(names) > 0
+        assert len({case.name for case in file.cases}) == len(file.cases) > 0
         assert file.about
         assert file.source
-        for batch in file.batches:
-            assert (batch.tree is None) != (batch.uneven is None)
-            assert batch.make_tree().length.min() > 0
-    pat = [b.tree for name in ("trees", "unrelated") for b in load_registry(name).batches]
-    assert pat == list(forests.PAT_TREES)
-    with pytest.raises(ValueError, match="'nowhere' is unknown; legal: 'chunk', "):
+        for case in file.cases:
+            assert case.make_tree().length.min() > 0
+    pat = [c.tree for name in ("trees", "unrelated") for c in load_registry(name).cases]
+    assert list(dict.fromkeys(pat)) == list(forests.PAT_TREES)
+    with pytest.raises(ValueError, match="'nowhere' is unknown; legal: 'chain', "):
         load_registry("nowhere")
 
 
 def test_the_first_heads_of_every_batch_come_first() -> None:
-    cells = kernel_cells(KernelOptions(workloads=("trees", "chunk")))
-    assert [cell.name for cell in cells[17:20]] == [
+    cases = kernel_cases(KernelOptions(workloads=("trees", "chunk")))
+    assert [case.name for case in cases[17:20]] == [
         "trees/18_8,16,32,256_512,512,256,32/32:8",
         "chunk/16x1024+64/32:32",
         "chunk/32x1024+64/32:32",
     ]
-    assert len(cells) == 18 * 4 + 9
-    quick = kernel_cells(KernelOptions(quick=True))
+    assert len(cases) == 18 * 4 + 9
+    quick = kernel_cases(KernelOptions(quick=True))
     assert {c.group for c in quick} >= {"trees", "rollouts", "chunk", "uneven", "unrelated"}
-    only = kernel_cells(KernelOptions(workloads=("^unrelated/.*/16:8",)))
-    assert [cell.heads for cell in only] == [Heads(16, 8)] * 2
+    only = kernel_cases(KernelOptions(workloads=("^unrelated/.*/16:8",)))
+    assert [case.heads for case in only] == [Heads(16, 8)] * 2
+
+
+def test_a_suite_has_an_order_of_its_own() -> None:
+    cases = kernel_cases(KernelOptions(workloads=("gpu",)))
+    assert [case.rank for case in cases] == list(range(len(cases)))
+    groups = [case.group for case in cases][:23]
+    assert groups == ["rollouts", *["unrelated"] * 2, "fixed", "chain", *["trees"] * 18]
+    assert all("/32:8" in case.name for case in cases[:23] if case.group != "fixed")
+    pages = [case.page_size for case in cases]
+    assert pages == sorted(pages)
+    assert pages.count(1) == pages.count(16) + 1  # a chain has no pages
+    trees = [case for case in cases if case.group == "trees" and case.page_size == 1]
+    assert len({case.heads for case in trees}) == 4
+    assert len(trees) == 18 * 4
+    assert all(case.has_all_launches for case in cases)
+    small = kernel_cases(KernelOptions(dry=True))
+    assert {case.group for case in small} == {case.group for case in cases}
+    assert all(case.make_tree().seq_lens.max() < 200 for case in small)
+    both = kernel_cases(KernelOptions(workloads=("gpu", "/page16")))
+    assert {case.page_size for case in both} == {16}
+
+
+def test_the_cases_of_the_documented_cpu_table() -> None:
+    cases = kernel_cases(KernelOptions(workloads=("cpu",), dtype="float16"))
+    assert len(cases) == 12
+    first, *_, last = cases
+    assert first.name == "cpu/32x2048+128/32:8/bfloat16/consecutive"
+    assert (first.dtype, first.scattered, first.target) == ("bfloat16", False, 15)
+    assert (last.dtype, last.scattered, last.target) == ("float32", True, None)
+    tree = first.make_tree()
+    slots = TreeBatch.lay_out(tree, scattered=False)
+    assert (np.diff(slots.table[0]) == 1).all()
+    assert (np.diff(TreeBatch.lay_out(tree).table[0]) != 1).any()
 
 
 def test_heads_are_read_and_refused() -> None:
@@ -83,9 +118,9 @@ def test_malformed_trees_are_refused_with_the_place(text: str, what: str) -> Non
 
 def test_page_sizes_must_divide_what_is_shared() -> None:
     options = KernelOptions(trees=("1,2_48,5",), page_size=16)
-    assert kernel_cells(options)[0].name == "tree/1,2_48,5/32:8/page16"
+    assert kernel_cases(options)[0].name == "tree/1,2_48,5/32:8/page16"
     with pytest.raises(ValueError, match="page size 32 does not divide the 48 tokens"):
-        kernel_cells(KernelOptions(trees=("1,2_48,5",), page_size=32))
+        kernel_cases(KernelOptions(trees=("1,2_48,5",), page_size=32))
 
 
 # Traces.
@@ -162,51 +197,74 @@ def test_batches_of_the_mooncake_trace_fit() -> None:
         assert np.array_equal(laid_out.tree.leaf, np.unique(laid_out.tree.leaf))
 
 
-# Result files.
-
-RESULT: dict[str, Any] = {"schema": 1, "kind": "bench-kernel", "cells": [{"name": "a"}]}
+# Tensors.
 
 
-def test_a_result_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "kernel.json"
-    write_result(path, RESULT)
-    assert read_result(path) == RESULT
-    for bad in (RESULT | {"x": float("nan")}, RESULT | {"x": object()}):
-        with pytest.raises((TypeError, ValueError)):
-            write_result(path, bad)
-    assert read_result(path, "bench-kernel") == RESULT
-    assert list(path.parent.iterdir()) == [path]
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.float8_e4m3fn])
+def test_inputs_grow_and_are_poisoned_where_nobody_may_read(kv_dtype: torch.dtype) -> None:
+    w = AttentionInputs.lay_out(
+        pat_tree("1,3_32,7"),
+        Heads(4, 2, 16, 16),
+        torch.device("cpu"),
+        5,
+        dtype=torch.float32,
+        kv_dtype=kv_dtype,
+        page_size=16,
+        growth=2,
+        first_slot=64,
+        padded_batch_size=5,
+        poison=True,
+        options={"v_scale": 2.0},
+    )
+    for step in range(2):
+        before = w.newest_slots()
+        w.grow(step)
+        assert (w.newest_slots() != before).all()
+        expected, lse = w.oracle()
+        assert expected.isfinite().all()
+    used = w.batch.used_slots()
+    assert used.min() > 64
+    rest = np.setdiff1d(np.arange(len(w.k[0])), used)
+    assert w.k[0].float()[rest].isnan().all()
+    assert w.q[3:].isnan().all()
+    outputs = w.outputs()
+    with pytest.raises(MismatchError, match="output"):
+        w.compare(outputs)
+    outputs.out[:3], outputs.lse[:3] = expected.float(), lse.float()
+    with pytest.raises(MismatchError, match="a padding row is not zero"):
+        w.compare(outputs)
+    outputs.out[3:], outputs.lse[3:] = 0, -torch.inf
+    assert w.compare(outputs) < 1e-6
+    check = OutputCheck(w, 0)
+    assert check(outputs.out[:3]) < 1e-5
+    outputs.out[1, 2] *= 1.01
+    with pytest.raises(MismatchError):
+        w.compare(outputs)
+    with pytest.raises(MismatchError):
+        check(outputs.out[:3])
 
 
-@pytest.mark.parametrize(
-    ("content", "what"),
-    [
-        (b"{", "is not a result file: Expecting property name.* at line 1, column 2"),
-        (b"\xff\xff", "is not a result file: it is not text"),
-        (b"[]", "it holds no JSON object"),
-        (b"{}", "schema is None; legal: 1"),
-        (b'{"schema": 1, "kind": "x"}', "kind is 'x'; legal: 'bench-serving'"),
-        (b'{"schema": 1, "kind": "bench-kernel"}', "kind is 'bench-kernel'; legal: 'bench-serv"),
-        (b'{"schema": 1, "kind": "bench-serving"}', '"cells" is not a list'),
-        (b'{"schema": 1, "kind": "bench-serving", "cells": [{}]}', '"cells" is not a list'),
-    ],
-)
-def test_other_files_are_refused(content: bytes, what: str, tmp_path: Path) -> None:
-    path = tmp_path / "x.json"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"x.json.*{what}"):
-        read_result(path, "bench-serving")
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_paths_and_rows_of_a_tree_say_the_same(page_size: int) -> None:
+    for seed in range(20):
+        tree = random_tree(seed, num_requests=20, max_tokens=120, page_size=page_size)
+        batch = TreeBatch.lay_out(tree, page_size=page_size, growth=3, seed=seed)
+        forest = batch.forest()
+        found = PrefixForest.from_rows(batch.table, batch.seq_lens, page_size=page_size)
+        assert forest.sharing() == found.sharing()
+        shape = Heads(32, 8).shape(torch.bfloat16, torch.bfloat16)
+        plan = PackPlanner(shape, GPU_PROFILE, policy="node").plan(forest)
+        verify_plan(plan)
+        verify_slots(plan, batch.table)
+        used = np.concatenate([batch.table[b, :n] for b, n in enumerate(batch.seq_lens)])
+        assert not np.intersect1d(used, batch.growth_slots).size
+        assert used.min() >= page_size
+        assert used.max() < batch.num_slots
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"x\.json cannot be read: No such file"):
-        read_result(tmp_path / "x.json")
-
-
-def test_the_environment_is_complete(monkeypatch: pytest.MonkeyPatch) -> None:
-    found: dict[str, Callable[..., Any]] = environment()
-    assert set(found) == {"device", "cpu", "threads", "gpu", "python", "versions", "commit"}
-    assert json.loads(json.dumps(found)) == found
-    # An installed package lies in no checkout; whose commit would it be?
-    monkeypatch.setattr("sglang_prefix.bench.results._ROOT", Path("/nowhere"))
-    assert environment()["commit"] is None
+def test_the_published_trees_share_what_they_should() -> None:
+    for name in ("trees", "unrelated"):
+        for case in load_registry(name).cases[::4]:
+            batch = TreeBatch.lay_out(case.make_tree(), page_size=16)
+            ratio = batch.seq_lens.sum() / batch.forest().unique_tokens
+            assert ratio == pytest.approx(forests.PAT_TREES[str(case.tree)], abs=0.006)

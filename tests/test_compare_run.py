@@ -13,8 +13,8 @@ from sglang_prefix.bench.results import read_result
 
 ROOT = Path(__file__).parents[1]
 TREE = "1,4_64,16"
-CELL = f"tree/{TREE}/4:2:16"
-# `bench kernel` measures one cell, whose plots the report draws; tests/engine/test_bench_serving.py
+CASE = f"tree/{TREE}/4:2:16"
+# `bench kernel` measures one case, whose plots the report draws; tests/engine/test_bench_serving.py
 # runs the servers.
 STAND_IN = f"""#!/usr/bin/env bash
 echo "$@" >> calls
@@ -52,13 +52,13 @@ def test_the_comparison_ends_with_a_page_of_what_was_measured(tmp_path: Path) ->
         "report results --out results/report.html",
     ]
     data = read_result(tmp_path / "results" / "kernel.json", "bench-kernel")
-    assert [cell["name"] for cell in data["cells"]] == [CELL]
-    (cell,) = data["cells"]
-    assert {"torch/pat", "torch/query"} <= set(cell["contenders"])
-    assert any(other["kind"] == "stock" for other in cell["contenders"].values())
+    assert [case["name"] for case in data["cases"]] == [CASE]
+    (case,) = data["cases"]
+    assert {"torch/pat", "torch/query"} <= set(case["providers"])
+    assert any(other["kind"] == "stock" for other in case["providers"].values())
     page = (tmp_path / "results" / "report.html").read_text()
-    assert CELL in page
+    assert CASE in page
     assert "<svg" in page
-    for contender in cell["contenders"]:
-        assert contender in page
+    for provider in case["providers"]:
+        assert provider in page
     assert done.stdout.splitlines()[-1] == "open results/report.html"

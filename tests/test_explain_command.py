@@ -133,6 +133,7 @@ class TestRecord:
             (("plans", 0, "tail_start"), [5000, 5000, 5000, 4999], "do not cover"),
             (("plans", 0, "num_splits"), [1, 1, 1, 1, 0], "do not cover"),
             (("plans", 0, "num_splits"), [1 << 25, 1, 1, 1, 1], "do not cover"),
+            (("plans", 0, "queries"), [-(1 << 63)] * 4, "queries: it has numbers of 2147483648"),
             (("plans", 0, "shape"), {}, "'plans.0.shape.num_qo_heads' is missing"),
             (("plans", 0, "shape", "num_kv_heads"), 3, "no multiple of its KV heads"),
             (("page_size",), "one", "page_size: Input should be a valid integer"),

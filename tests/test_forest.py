@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from sglang_prefix.bench.workloads.trees import TreeBatch, random_tree
 from sglang_prefix.forest import PathTable, PrefixForest, RadixPath
 from tests.forests import (
     Batch,
@@ -17,11 +18,12 @@ from tests.forests import (
     build_batch,
     comb_batch,
     common_lengths,
-    radix_paths,
     random_batch,
+    trees,
 )
 
-NOBODY_SHARES: set[tuple[int, int, frozenset[int]]] = set()
+Node = tuple[int, int, set[int]]
+IntArray = NDArray[np.int64]
 
 
 def check_invariants(forest: PrefixForest, page_size: int = 1) -> None:
@@ -51,7 +53,7 @@ def check_invariants(forest: PrefixForest, page_size: int = 1) -> None:
 
 
 def check_exact(
-    forest: PrefixForest, rows: NDArray[np.integer], caps: NDArray[np.integer], page_size: int
+    forest: PrefixForest, rows: NDArray[np.integer], caps: IntArray, page_size: int
 ) -> None:
     """The forest is the one that comparing every pair of rows gives."""
     common = common_lengths(rows, caps, page_size)
@@ -63,209 +65,60 @@ def check_exact(
     check_invariants(forest, page_size)
 
 
-@given(batches())
-def test_from_rows_is_exact(batch: Batch) -> None:
-    check_exact(batch.forest(), batch.rows, batch.seq_lens, batch.page_size)
+def assert_shares(forest: PrefixForest, *nodes: Node) -> None:
+    assert forest.sharing() == {(start, stop, frozenset(who)) for start, stop, who in nodes}
+    check_invariants(forest)
 
 
-@given(batches())
-def test_from_rows_by_binary_search_finds_the_same(batch: Batch) -> None:
-    searched = PrefixForest.from_rows(
-        batch.rows, batch.seq_lens, page_size=batch.page_size, prefix_closed=True
-    )
-    check_exact(searched, batch.rows, batch.seq_lens, batch.page_size)
+@given(batches(), st.data())
+def test_from_rows_is_exact(batch: Batch, data: st.DataObject) -> None:
+    """By scan and by search, whole rows and positions below a limit."""
+    limits = [data.draw(st.integers(0, n + 2)) for n in batch.seq_lens.tolist()]
+    for caps in (None, np.asarray(limits)):
+        for closed in (False, True):
+            forest = PrefixForest.from_rows(
+                batch.rows,
+                batch.seq_lens,
+                limits=caps,
+                page_size=batch.page_size,
+                prefix_closed=closed,
+            )
+            bounds = batch.seq_lens if caps is None else np.minimum(caps, batch.seq_lens)
+            check_exact(forest, batch.rows, bounds, batch.page_size)
 
 
 @given(st.data())
 def test_from_rows_is_exact_for_rows_that_are_not_prefix_closed(data: st.DataObject) -> None:
     """Equal slots at one position after unequal ones share nothing."""
     num_requests, width = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 12))
-    dtype = data.draw(st.sampled_from([np.int32, np.int64]))
     values = st.integers(0, data.draw(st.integers(0, 3)))
-    rows = data.draw(
-        st.lists(st.lists(values, min_size=width, max_size=width), min_size=num_requests,
-                 max_size=num_requests)
-    )  # fmt: skip
+    row = st.lists(values, min_size=width, max_size=width)
+    rows = data.draw(st.lists(row, min_size=num_requests, max_size=num_requests))
     lens = data.draw(st.lists(st.integers(0, width), min_size=num_requests, max_size=num_requests))
     page_size = data.draw(st.sampled_from([1, 2, 4]))
-    table = np.asarray(rows, dtype=dtype)
+    table = np.asarray(rows, dtype=data.draw(st.sampled_from([np.int32, np.int64])))
     forest = PrefixForest.from_rows(table, lens, page_size=page_size)
     check_exact(forest, table, np.asarray(lens), page_size)
 
 
-@given(batches(), st.data())
-def test_positions_past_a_limit_are_private(batch: Batch, data: st.DataObject) -> None:
-    limits = np.asarray(
-        [data.draw(st.integers(0, n + 2)) for n in batch.seq_lens.tolist()], dtype=np.int64
-    )
-    caps = np.minimum(limits, batch.seq_lens)
-    for prefix_closed in (False, True):
-        forest = PrefixForest.from_rows(
-            batch.rows,
-            batch.seq_lens,
-            limits=limits,
-            page_size=batch.page_size,
-            prefix_closed=prefix_closed,
-        )
-        check_exact(forest, batch.rows, caps, batch.page_size)
-
-
-@given(batches(), st.integers(0, 1 << 16), st.sampled_from([0.0, 0.3, 1.0]))
-def test_from_paths_finds_what_the_rows_show(batch: Batch, seed: int, cut_share: float) -> None:
-    forest = PrefixForest.from_paths(
-        radix_paths(batch, seed, cut_share=cut_share),
-        batch.seq_lens.tolist(),
-        batch.seq_lens,
-        page_size=batch.page_size,
-    )
-    assert forest.sharing() == batch.forest().sharing()
-    check_exact(forest, batch.rows, batch.seq_lens, batch.page_size)
-
-
-@given(batches(), st.integers(0, 1 << 16), st.data())
-def test_from_paths_under_limits(batch: Batch, seed: int, data: st.DataObject) -> None:
+@given(trees(), st.data())
+def test_from_paths_finds_what_the_rows_show(batch: TreeBatch, data: st.DataObject) -> None:
     """Limit 0 (unsettled), inside a node, at the end, past it; and paths that end early."""
+    assert (
+        batch.forest().sharing()
+        == PrefixForest.from_rows(batch.table, batch.seq_lens, page_size=batch.page_size).sharing()
+    )
+    check_exact(batch.forest(), batch.table, batch.seq_lens, batch.page_size)
     paths, limits = [], []
-    for path, length in zip(radix_paths(batch, seed), batch.seq_lens.tolist(), strict=True):
-        known = data.draw(st.one_of(st.just(len(path.ends)), st.integers(0, len(path.ends))))
+    for path, length in zip(batch.paths, batch.seq_lens.tolist(), strict=True):
+        known = data.draw(st.just(len(path.ends)) | st.integers(0, len(path.ends)))
         paths.append(RadixPath(path.node_ids[:known], path.ends[:known]))
         somewhere = st.integers(0, length + 2 * batch.page_size)
-        limits.append(data.draw(st.one_of(st.sampled_from([0, length]), somewhere)))
+        limits.append(data.draw(st.sampled_from([0, length]) | somewhere))
     forest = PrefixForest.from_paths(paths, limits, batch.seq_lens, page_size=batch.page_size)
     ends = [path.ends[-1] if path.ends else 0 for path in paths]
     caps = np.minimum(np.minimum(limits, ends), batch.seq_lens)
-    check_exact(forest, batch.rows, caps, batch.page_size)
-    from_rows = PrefixForest.from_rows(
-        batch.rows, batch.seq_lens, limits=caps, page_size=batch.page_size
-    )
-    assert forest.sharing() == from_rows.sharing()
-
-
-@pytest.mark.parametrize("page_size", [1, 16])
-@pytest.mark.parametrize("seed", range(4))
-def test_large_uneven_batches(seed: int, page_size: int) -> None:
-    batch = random_batch(seed, num_requests=70, max_tokens=300, page_size=page_size)
-    forest = batch.forest()
-    check_exact(forest, batch.rows, batch.seq_lens, page_size)
-    assert forest.num_nodes > 5, "the generator shares too little to test anything"
-    paths = radix_paths(batch, seed)
-    limits = batch.seq_lens.tolist()
-    by_path = PrefixForest.from_paths(paths, limits, batch.seq_lens, page_size=page_size)
-    assert by_path.sharing() == forest.sharing()
-
-
-def test_a_request_that_ends_inside_a_node_that_others_continue() -> None:
-    batch = build_batch([Fork(0, 0, 10), Fork(0, 6, 0), Fork(0, 10, 2)])
-    assert batch.forest().sharing() == {(0, 6, frozenset({0, 1, 2})), (6, 10, frozenset({0, 2}))}
-    assert batch.forest().shared_lens.tolist() == [10, 6, 10]
-    assert batch.forest().unique_tokens == 12
-
-
-def test_identical_rows_share_everything() -> None:
-    batch = build_batch([Fork(0, 0, 7), Fork(0, 7, 0), Fork(0, 7, 0)])
-    assert batch.forest().sharing() == {(0, 7, frozenset({0, 1, 2}))}
-    assert batch.forest().shared_lens.tolist() == [7, 7, 7]
-    assert batch.forest().unique_tokens == 7
-
-
-def test_the_last_partial_page_is_private() -> None:
-    batch = build_batch([Fork(0, 0, 7), Fork(0, 7, 0, same_page=True)], page_size=4)
-    assert (batch.rows[0, :7] == batch.rows[1, :7]).all()
-    assert batch.forest().sharing() == {(0, 4, frozenset({0, 1}))}
-    assert batch.forest().shared_lens.tolist() == [4, 4]
-
-
-def test_a_request_alone_shares_nothing() -> None:
-    batch = build_batch([Fork(0, 0, 5)])
-    assert batch.forest().sharing() == NOBODY_SHARES
-    assert batch.forest().shared_lens.tolist() == [0]
-    check_invariants(batch.forest())
-
-
-def test_an_empty_batch_has_an_empty_forest() -> None:
-    for forest in (
-        PrefixForest.from_rows(np.zeros((0, 4), dtype=np.int32), []),
-        PrefixForest.from_paths([], [], []),
-    ):
-        assert (forest.batch_size, forest.num_nodes, forest.unique_tokens) == (0, 0, 0)
-
-
-def test_many_roots() -> None:
-    forks = [Fork(r * 3, 0, 8) if i == 0 else Fork(r * 3, 8, i) for r in range(5) for i in range(3)]
-    forest = build_batch(forks, order="scattered").forest()
-    roots = {(0, 8, frozenset({r * 3, r * 3 + 1, r * 3 + 2})) for r in range(5)}
-    assert forest.sharing() == roots
-    assert (forest.node_parent == -1).all()
-
-
-def test_a_comb_has_a_node_for_every_request_that_leaves() -> None:
-    forest = comb_batch(255).forest()
-    assert forest.num_nodes == 255
-    assert forest.node_parent.tolist() == list(range(-1, 254))
-    assert (forest.node_stop - forest.node_start == 1).all()
-
-
-def test_unsettled_requests_share_nothing() -> None:
-    path = RadixPath((3, 9), (4, 8))
-    forest = PrefixForest.from_paths([path] * 3, [0, 8, 8], [8, 9, 9])
-    assert forest.sharing() == {(0, 8, frozenset({1, 2}))}
-    assert PrefixForest.from_paths([path] * 2, [0, 0], [8, 8]).sharing() == NOBODY_SHARES
-
-
-def test_chains_that_the_same_requests_pass_are_one_node() -> None:
-    chain = RadixPath((5, 0, 7), (2, 3, 9))
-    forest = PrefixForest.from_paths([chain, chain], [9, 9], [9, 9])
-    assert forest.sharing() == {(0, 9, frozenset({0, 1}))}
-
-
-def test_the_inputs_are_left_alone() -> None:
-    batch = random_batch(3, num_requests=20, max_tokens=50)
-    rows, lens = batch.rows, batch.seq_lens.copy()
-    kept = rows.copy()
-    PrefixForest.from_rows(rows, lens, limits=lens // 2)
-    assert np.array_equal(rows, kept)
-    assert np.array_equal(lens, batch.seq_lens)
-
-
-def test_the_order_of_the_batch_does_not_matter() -> None:
-    batch = random_batch(5, num_requests=30, max_tokens=80)
-    moved = np.random.default_rng(0).permutation(30)
-    there = PrefixForest.from_rows(batch.rows[moved], batch.seq_lens[moved]).sharing()
-    back = {(start, stop, frozenset(int(moved[b]) for b in who)) for start, stop, who in there}
-    assert back == batch.forest().sharing()
-
-
-@pytest.mark.parametrize(
-    ("rows", "seq_lens"),
-    [
-        (np.zeros((2, 3), dtype=np.int32), [4, 2]),  # shorter than a length
-        (np.zeros((2, 3), dtype=np.int32), [3]),  # another number of rows
-        (np.zeros(3, dtype=np.int32), [3]),  # not a table
-    ],
-)
-def test_rows_of_another_shape_are_refused(rows: NDArray[np.integer], seq_lens: list[int]) -> None:
-    with pytest.raises(ValueError, match=r"rows has shape .*; legal is \["):
-        PrefixForest.from_rows(rows, seq_lens)
-
-
-def test_one_path_per_request() -> None:
-    with pytest.raises(ValueError, match="paths and limits have"):
-        PrefixForest.from_paths([RadixPath((1,), (4,))], [4, 4], [4, 4])
-
-
-def test_a_table_of_paths_serves_many_requests_and_those_without_a_path() -> None:
-    table = PathTable.of([RadixPath((1, 2), (4, 9)), RadixPath((), ()), RadixPath((1,), (4,))])
-    assert table.lengths.tolist() == [9, 0, 4]
-    path_of = np.asarray([0, -1, 2, 0, 1])
-    forest = PrefixForest.from_path_table(table, path_of, [9, 9, 4, 7, 9], [10] * 5)
-    assert forest.sharing() == {(0, 4, frozenset({0, 2, 3})), (4, 7, frozenset({0, 3}))}
-    check_invariants(forest)
-
-
-def test_one_node_id_below_two_parents_is_two_nodes() -> None:
-    paths = [RadixPath(ids, (4, 9)) for ids in ((1, 3), (2, 3), (1, 3))]
-    forest = PrefixForest.from_paths(paths, [9] * 3, [9] * 3)
-    assert forest.sharing() == {(0, 9, frozenset({0, 2}))}
+    check_exact(forest, batch.table, caps, batch.page_size)
 
 
 @given(st.lists(st.lists(st.integers(-(1 << 62), 1 << 62), max_size=3), min_size=1, max_size=40))
@@ -278,3 +131,109 @@ def test_node_ids_may_be_any_numbers(ids: list[list[int]]) -> None:
     lens = [len(path) for path in ids]
     forest = PrefixForest.from_paths(paths, lens, [n + 1 for n in lens])
     assert forest.sharing() == brute_force_sharing(common_lengths(rows, np.asarray(lens), 1))
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("seed", range(4))
+def test_large_uneven_batches(seed: int, page_size: int) -> None:
+    batch = random_batch(seed, num_requests=70, max_tokens=300, page_size=page_size)
+    check_exact(batch.forest(), batch.rows, batch.seq_lens, page_size)
+    tree = random_tree(seed, num_requests=70, max_tokens=300, page_size=page_size, num_nodes=20)
+    by_path = TreeBatch.lay_out(tree, page_size=page_size, seed=seed)
+    check_exact(by_path.forest(), by_path.table, by_path.seq_lens, page_size)
+    for forest in (batch.forest(), by_path.forest()):
+        assert forest.num_nodes > 5, "the generator shares too little to test anything"
+
+
+@pytest.mark.parametrize(
+    ("forks", "page_size", "nodes", "unique"),
+    [
+        pytest.param([Fork(0, 0, 5)], 1, [], 5, id="alone"),
+        pytest.param(
+            [Fork(0, 0, 10), Fork(0, 6, 0), Fork(0, 10, 2)],
+            1,
+            [(0, 6, {0, 1, 2}), (6, 10, {0, 2})],
+            12,
+            id="one ends inside a node that others continue",
+        ),
+        pytest.param([Fork(0, 0, 7)] + [Fork(0, 7, 0)] * 2, 1, [(0, 7, {0, 1, 2})], 7, id="equal"),
+        pytest.param(
+            [Fork(0, 0, 7), Fork(0, 7, 0, same_page=True)],
+            4,
+            [(0, 4, {0, 1})],
+            10,
+            id="the last partial page is private",
+        ),
+        pytest.param(
+            [Fork(r * 3, 8 if i else 0, i or 8) for r in range(5) for i in range(3)],
+            1,
+            [(0, 8, {3 * r, 3 * r + 1, 3 * r + 2}) for r in range(5)],
+            55,
+            id="many roots",
+        ),
+    ],
+)
+def test_batches_worked_out_by_hand(
+    forks: list[Fork], page_size: int, nodes: list[Node], unique: int
+) -> None:
+    batch = build_batch(forks, page_size=page_size, order="scattered")
+    assert_shares(batch.forest(), *nodes)
+    assert batch.forest().unique_tokens == unique
+
+
+def test_an_empty_batch_has_an_empty_forest() -> None:
+    for forest in (
+        PrefixForest.from_rows(np.zeros((0, 4), dtype=np.int32), []),
+        PrefixForest.from_paths([], [], []),
+    ):
+        assert (forest.batch_size, forest.num_nodes, forest.unique_tokens) == (0, 0, 0)
+
+
+def test_a_comb_has_a_node_for_every_request_that_leaves() -> None:
+    forest = comb_batch(255).forest()
+    assert forest.num_nodes == 255
+    assert forest.node_parent.tolist() == list(range(-1, 254))
+    assert (forest.node_stop - forest.node_start == 1).all()
+
+
+def test_paths_worked_out_by_hand() -> None:
+    path = RadixPath((3, 9), (4, 8))
+    unsettled = PrefixForest.from_paths([path] * 3, [0, 8, 8], [8, 9, 9])
+    assert_shares(unsettled, (0, 8, {1, 2}))
+    assert_shares(PrefixForest.from_paths([path] * 2, [0, 0], [8, 8]))
+    chain = RadixPath((5, 0, 7), (2, 3, 9))  # passed by the same requests: one node
+    assert_shares(PrefixForest.from_paths([chain] * 2, [9, 9], [9, 9]), (0, 9, {0, 1}))
+    # One id below two parents is two nodes.
+    paths = [RadixPath(ids, (4, 9)) for ids in ((1, 3), (2, 3), (1, 3))]
+    assert_shares(PrefixForest.from_paths(paths, [9] * 3, [9] * 3), (0, 9, {0, 2}))
+
+
+def test_a_table_of_paths_serves_many_requests_and_those_without_a_path() -> None:
+    table = PathTable.of([RadixPath((1, 2), (4, 9)), RadixPath((), ()), RadixPath((1,), (4,))])
+    assert table.lengths.tolist() == [9, 0, 4]
+    path_of = np.asarray([0, -1, 2, 0, 1])
+    forest = PrefixForest.from_path_table(table, path_of, [9, 9, 4, 7, 9], [10] * 5)
+    assert_shares(forest, (0, 4, {0, 2, 3}), (4, 7, {0, 3}))
+
+
+def test_the_inputs_are_left_alone_and_their_order_does_not_matter() -> None:
+    batch = random_batch(5, num_requests=30, max_tokens=80)
+    rows, lens = batch.rows, batch.seq_lens.copy()
+    moved = np.random.default_rng(0).permutation(30)
+    there = PrefixForest.from_rows(rows[moved], lens[moved], limits=lens[moved]).sharing()
+    back = {(start, stop, frozenset(moved[list(who)].tolist())) for start, stop, who in there}
+    assert back == batch.forest().sharing()
+    PrefixForest.from_rows(rows, lens, limits=lens // 2)
+    assert np.array_equal(rows, batch.rows)
+    assert np.array_equal(lens, batch.seq_lens)
+
+
+def test_inputs_that_do_not_belong_together_are_refused() -> None:
+    table = np.zeros((2, 3), dtype=np.int32)
+    for rows, lens in ((table, [4, 2]), (table, [3]), (table[0], [3])):
+        with pytest.raises(ValueError, match=r"rows has shape .*; legal is \["):
+            PrefixForest.from_rows(rows, lens)
+    with pytest.raises(ValueError, match="limits has 1 entries; legal: 2"):
+        PrefixForest.from_rows(table, [3, 3], limits=[3])
+    with pytest.raises(ValueError, match="paths and limits have"):
+        PrefixForest.from_paths([RadixPath((1,), (4,))], [4, 4], [4, 4])

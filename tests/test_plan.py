@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
-from prefix_kernels.plan import split_bounds, verify_plan, verify_slots
+from prefix_kernels.plan import PackPlan, split_bounds, verify_plan, verify_slots
 from prefix_kernels.torch_executor import TorchExecutor
 from sglang_prefix.packing import (
     CPU_PROFILE,
@@ -24,35 +24,27 @@ from sglang_prefix.packing import (
     policy_named,
 )
 from sglang_prefix.packing.layout import CostedPlan
-from sglang_prefix.packing.packs import Packs, PacksBuilder
+from sglang_prefix.packing.packs import Packs
 from sglang_prefix.packing.planner import RESERVED_TAIL_SLOTS, PackPlanner
 from sglang_prefix.packing.splits import choose_num_splits
-from tests.forests import Batch, Fork, batches, build_batch, random_batch
+from tests.forests import Batch, Fork, batches, build_batch, comb_batch, random_batch
+from tests.pack_reference import cost_models
 
 SHAPE = AttentionShape(8, 2, 64, 64, 2, 2)
 # Cuts even the short packs of generated batches.
 MANY_SPLITS = DeviceProfile("many splits", 16, 0.4, 1_000, 48, 8)
-PROFILES = (CPU_PROFILE, GPU_PROFILE, MANY_SPLITS)
-
-IntArray = NDArray[np.int64]
+# Three levels, uneven tails, one request that ends inside a node, one alone.
+FORKS = [Fork(0, 0, 400), Fork(0, 300, 90), Fork(1, 360, 11), Fork(0, 200, 0), Fork(9, 0, 70)]
+FORKS += [Fork(0, 300, 30), Fork(1, 360, 50)]
 
 
 def plan_of(batch: Batch, profile: DeviceProfile = MANY_SPLITS, policy: str = "pat") -> CostedPlan:
     return PackPlanner(SHAPE, profile, policy=policy, reserved_tail_slots=3).plan(batch.forest())
 
 
-def changed(array: IntArray, index: int, by: int) -> IntArray:
-    """A copy with one entry moved."""
-    copy = array.copy()
-    copy[index] += by
-    return copy
-
-
 @pytest.fixture
 def batch() -> Batch:
-    """Three levels, uneven tails, one request that ends inside a node, one alone."""
-    forks = [Fork(0, 0, 400), Fork(0, 300, 90), Fork(1, 360, 11), Fork(0, 200, 0), Fork(9, 0, 70)]
-    return build_batch([*forks, Fork(0, 300, 30), Fork(1, 360, 50)])
+    return build_batch(FORKS)
 
 
 @pytest.fixture
@@ -65,11 +57,12 @@ def plan(batch: Batch) -> CostedPlan:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@given(batch=batches(max_tokens=300), profile=st.sampled_from(PROFILES))
+@given(batch=batches(max_tokens=300), costs=cost_models((CPU_PROFILE, GPU_PROFILE, MANY_SPLITS)))
 def test_plans_of_generated_forests_are_partitions(
-    policy: str, batch: Batch, profile: DeviceProfile
+    policy: str, batch: Batch, costs: CostModel
 ) -> None:
-    plan = plan_of(batch, profile, policy)
+    planner = PackPlanner(costs.shape, costs.device, policy=policy, reserved_tail_slots=3)
+    plan = planner.plan(batch.forest())
     verify_plan(plan)
     verify_slots(plan, batch.rows)
     # The same, counted over again: the slots that each request's packs read are its row's.
@@ -87,7 +80,15 @@ def test_plans_of_generated_forests_are_partitions(
         assert sorted(read[b]) == list(enumerate(batch.rows[b, :length].tolist()))
 
 
-def test_tails_come_last_in_batch_order_with_their_growth_room(plan: CostedPlan) -> None:
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_plan_of_a_long_chain_is_a_partition(policy: str) -> None:
+    batch = comb_batch(255, step=40)
+    plan = plan_of(batch, policy=policy)
+    verify_plan(plan)
+    verify_slots(plan, batch.rows)
+
+
+def test_tails_come_last_in_batch_order_with_their_reserved_slots(plan: PackPlan) -> None:
     first = plan.num_shared_packs
     assert plan.queries[plan.query_indptr[first] :].tolist() == list(range(plan.batch_size))
     assert (plan.pack_end[first:] == plan.seq_lens).all()
@@ -97,89 +98,68 @@ def test_tails_come_last_in_batch_order_with_their_growth_room(plan: CostedPlan)
     assert PackPlanner(SHAPE, CPU_PROFILE).reserved_tail_slots == RESERVED_TAIL_SLOTS
 
 
-# Each defect is a plan that differs from a right one in one place, and what the verifier says.
+def moved(plan: PackPlan, field: str, index: int, by: int) -> PackPlan:
+    """The plan with one entry of one array moved."""
+    array = getattr(plan, field).copy()
+    array[index] += by
+    return replace(plan, **{field: array})
 
 
-def test_verifier_finds_a_position_covered_twice(plan: CostedPlan) -> None:
-    tail = plan.num_shared_packs
-    assert plan.pack_start[tail] > 0
-    wrong = replace(plan, pack_start=changed(plan.pack_start, tail, -1))
-    with pytest.raises(RuntimeError, match=r"request 0: position .* is not covered once"):
-        verify_plan(wrong)
+def renumbered(plan: PackPlan, numbers: Mapping[int, int]) -> PackPlan:
+    """The plan with some partials numbered otherwise."""
+    index = [numbers.get(number, number) for number in plan.partial_index.tolist()]
+    return replace(plan, partial_index=np.asarray(index))
 
 
-def test_verifier_finds_a_position_left_out(plan: CostedPlan) -> None:
-    for pack in (0, plan.num_shared_packs):
-        wrong = replace(plan, pack_start=changed(plan.pack_start, pack, 1))
-        with pytest.raises(RuntimeError, match="is not covered once"):
-            verify_plan(wrong)
+# The last pack is a tail; that of request 0 is as far from the end as the batch is large.
+LAST, FIRST_TAIL = -1, -len(FORKS)
+MUTATIONS = (
+    ("pack_start", FIRST_TAIL, -1, r"request 0: position .* is not covered once"),
+    ("pack_start", FIRST_TAIL, 1, "request 0: position .* is not covered once"),
+    ("pack_start", 0, 1, "is not covered once"),
+    ("pack_end", LAST, 1, "outruns its query"),
+    ("queries", 1, -1, "repeats a query"),
+    ("queries", LAST, 1, "a query is not in the batch"),
+    ("slot_offset", 1, -1, "kv_slots does not belong to exactly one pack"),
+    ("slot_offset", -2, -1, "kv_slots does not belong to exactly one pack"),
+    ("slot_offset", LAST, -1, "leaves kv_slots"),
+    ("partial_index", 0, 1 << 20, "is not read by request"),
+    ("request_indptr", LAST, -1, "request_indptr does not span the partials"),
+)
 
 
-def test_verifier_finds_a_pack_that_outruns_its_query(plan: CostedPlan) -> None:
-    wrong = replace(plan, pack_end=changed(plan.pack_end, plan.num_packs - 1, 1))
-    with pytest.raises(RuntimeError, match="outruns its query"):
-        verify_plan(wrong)
+@pytest.mark.parametrize(("field", "index", "by", "says"), MUTATIONS)
+def test_the_verifier_says_what_is_wrong(
+    plan: PackPlan, field: str, index: int, by: int, says: str
+) -> None:
+    with pytest.raises(RuntimeError, match=says):
+        verify_plan(moved(plan, field, index, by))
 
 
-def test_verifier_finds_a_request_twice_in_a_pack(plan: CostedPlan) -> None:
-    wrong = replace(plan, queries=changed(plan.queries, 1, int(plan.queries[0] - plan.queries[1])))
-    with pytest.raises(RuntimeError, match="repeats a query"):
-        verify_plan(wrong)
-
-
-def test_verifier_finds_two_writers_of_one_partial(plan: CostedPlan) -> None:
-    begin = int(plan.request_indptr[0])
-    wrong = plan.partial_index.copy()
-    wrong[wrong == begin + 1] = begin  # both belong to request 0
+def test_the_verifier_sees_who_writes_and_who_reads_a_partial(plan: PackPlan) -> None:
+    mine, other = plan.request_indptr[:2].tolist()
     with pytest.raises(RuntimeError, match="not written exactly once"):
-        verify_plan(replace(plan, partial_index=wrong))
-
-
-def test_verifier_finds_a_partial_read_by_another_request(plan: CostedPlan) -> None:
-    mine, other = int(plan.request_indptr[0]), int(plan.request_indptr[1])
-    wrong = plan.partial_index.copy()
-    a, b = np.flatnonzero(wrong == mine)[0], np.flatnonzero(wrong == other)[0]
-    wrong[[a, b]] = wrong[[b, a]]
+        verify_plan(renumbered(plan, {mine + 1: mine}))
     with pytest.raises(RuntimeError, match="is not read by request"):
-        verify_plan(replace(plan, partial_index=wrong))
+        verify_plan(renumbered(plan, {mine: other, other: mine}))
 
 
-def test_verifier_finds_a_partial_left_unread(plan: CostedPlan) -> None:
-    wrong = replace(plan, request_indptr=changed(plan.request_indptr, plan.batch_size, -1))
-    with pytest.raises(RuntimeError, match="is not read by request"):
-        verify_plan(wrong)
+@pytest.mark.parametrize("field", [f.name for f in fields(PackPlan) if f.type == "IntArray"])
+def test_the_verifier_finds_every_entry_that_is_off_by_one(plan: PackPlan, field: str) -> None:
+    for index in range(len(getattr(plan, field))):
+        for by in (-1, 1):
+            with pytest.raises(RuntimeError, match="the pack plan is wrong"):
+                verify_plan(moved(plan, field, index, by))
 
 
-@pytest.mark.parametrize("pack", [1, -2])
-def test_verifier_finds_packs_that_share_slots(plan: CostedPlan, pack: int) -> None:
-    wrong = replace(plan, slot_offset=changed(plan.slot_offset, pack, -1))
-    with pytest.raises(RuntimeError, match="kv_slots does not belong to exactly one pack"):
-        verify_plan(wrong)
-
-
-def test_verifier_finds_slots_past_the_end_of_kv_slots(plan: CostedPlan) -> None:
-    wrong = replace(plan, slot_offset=changed(plan.slot_offset, -1, -1))
-    with pytest.raises(RuntimeError, match="kv_slots"):
-        verify_plan(wrong)
-
-
-def test_verifier_finds_a_partial_that_does_not_exist(plan: CostedPlan) -> None:
-    wrong = replace(plan, partial_index=changed(plan.partial_index, 0, plan.num_partials))
-    with pytest.raises(RuntimeError, match="partial"):
-        verify_plan(wrong)
-
-
-def test_verify_slots_finds_sharing_that_is_not_there(plan: CostedPlan, batch: Batch) -> None:
-    verify_slots(plan, batch.rows)
-    reader = int(plan.pack_queries(0)[-1])
-    with pytest.raises(RuntimeError, match="pack 0 claims sharing that is not there"):
-        verify_slots(plan, _with_other_slot(batch, reader, int(plan.pack_end[0]) - 1))
-
-
-def _with_other_slot(batch: Batch, request: int, position: int) -> NDArray[np.int32]:
-    rows = batch.rows.copy()
-    rows[request, position] = 0  # page 0 belongs to nobody
-    return rows
+def test_verify_slots_finds_sharing_that_is_not_there(plan: PackPlan, batch: Batch) -> None:
+    for pack in range(plan.num_shared_packs):
+        for reader in plan.pack_queries(pack).tolist():
+            for position in (int(plan.pack_start[pack]), int(plan.pack_end[pack]) - 1):
+                rows = batch.rows.copy()
+                rows[reader, position] = 0  # page 0 belongs to nobody
+                with pytest.raises(RuntimeError, match=f"pack {pack} claims sharing that is not"):
+                    verify_slots(plan, rows)
 
 
 # Where PAT's partials collide: page 32, g 4, Hkv 8, 8 requests that share 4,096 tokens.
@@ -330,18 +310,4 @@ def test_plans_compare_by_content(batch: Batch) -> None:
     assert plan.same_as(plan_of(batch))
     assert not plan.same_as(plan_of(batch, policy="query"))
     assert not plan.same_as(replace(plan, reserved_tail_slots=plan.reserved_tail_slots + 1))
-    assert not plan.same_as(replace(plan, num_splits=changed(plan.num_splits, 0, 1)))
-
-
-def test_a_plan_without_shared_packs_can_be_built() -> None:
-    lens = np.asarray([3, 1])
-    plan = CostedPlan.build(
-        PacksBuilder(2).build(),
-        lens,
-        np.ones(2, dtype=np.int64),
-        reserved_tail_slots=0,
-        kv_tokens_unique=4,
-        costs=CostModel(SHAPE, CPU_PROFILE),
-    )
-    verify_plan(plan)
-    assert (plan.num_packs, plan.num_partials, plan.num_slots) == (2, 2, 4)
+    assert not plan.same_as(moved(plan, "num_splits", 0, 1))

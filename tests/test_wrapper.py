@@ -5,19 +5,20 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_prefix import PrefixDecodeWrapper, PrefixForest
-from sglang_prefix.packing import CPU_PROFILE, POLICIES, AttentionShape
+from sglang_prefix.packing import CPU_PROFILE, POLICIES
 from sglang_prefix.packing.planner import RESERVED_TAIL_SLOTS, PackPlanner
 from tests.attention import AttentionCase, assert_close, make_case
-from tests.forests import Batch, Fork, batches, build_batch, radix_paths, random_batch
+from tests.forests import Batch, Fork, batches, build_batch, random_batch
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
@@ -34,6 +35,16 @@ def wrapper_for(case: AttentionCase, **options: object) -> PrefixDecodeWrapper:
         kv_dtype=case.k_cache.dtype,
         **options,  # type: ignore[arg-type]
     )
+
+
+def planned(case: AttentionCase, **options: object) -> PrefixDecodeWrapper:
+    wrapper = wrapper_for(case, **options)
+    wrapper.plan(*indices_of(case))
+    return wrapper
+
+
+def indices_of(case: AttentionCase) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return case.req_to_token, case.req_pool_indices, case.seq_lens
 
 
 def run(
@@ -63,54 +74,28 @@ def case(batch: Batch) -> AttentionCase:
 @pytest.fixture
 def wrapper(case: AttentionCase) -> PrefixDecodeWrapper:
     """Planned for ``case``, with shared packs."""
-    wrapper = wrapper_for(case)
-    wrapper.plan(case.req_to_token, case.req_pool_indices, case.seq_lens)
-    return wrapper
-
-
-def write_growth(batch: Batch, case: AttentionCase, tokens: int) -> torch.Tensor:
-    """Add tokens to every row of the table, in place; their slots, request by request."""
-    for b, row in enumerate(batch.req_pool_indices.tolist()):
-        n = int(batch.seq_lens[b])
-        case.req_to_token[row, n : n + tokens] = torch.from_numpy(batch.growth_slots[b, :tokens])
-    return torch.from_numpy(batch.growth_slots[:, :tokens].ravel().copy())
+    return planned(case)
 
 
 def test_the_signature_is_the_contract() -> None:
-    def signature(function: object) -> list[tuple[str, str, object]]:
-        parameters = inspect.signature(function).parameters.values()  # type: ignore[arg-type]
-        kinds: dict[Any, str] = {
-            inspect.Parameter.POSITIONAL_OR_KEYWORD: "",
-            inspect.Parameter.KEYWORD_ONLY: "*",
-        }
-        return [
-            (p.name, kinds[p.kind], "" if p.default is p.empty else p.default)
-            for p in parameters
-            if p.name != "self"
-        ]
+    def signature(function: Callable[..., Any]) -> str:
+        parameters = inspect.signature(function).parameters.values()
+        plain = [p.replace(annotation=p.empty) for p in parameters if p.name != "self"]
+        return str(inspect.Signature(plain))
 
-    def keywords(**defaults: object) -> list[tuple[str, str, object]]:
-        return [(name, "*", default) for name, default in defaults.items()]
-
-    def positional(*names: str) -> list[tuple[str, str, object]]:
-        return [(name, "", "") for name in names]
-
-    none = None
-    assert signature(PrefixDecodeWrapper) == positional(
-        "num_qo_heads", "num_kv_heads", "head_dim"
-    ) + keywords(
-        v_head_dim=none, page_size=1, sm_scale=none, logit_cap=0.0, policy="pat",
-        q_dtype=torch.bfloat16, kv_dtype=none, dtype=none, max_batch_size=none, max_kv_tokens=none,
-        max_partials=none, device="cpu", executor="auto",
-    )  # fmt: skip
-    assert signature(PrefixDecodeWrapper.plan) == positional(
-        "req_to_token", "req_pool_indices", "seq_lens"
-    ) + keywords(forest=none)
-    assert signature(PrefixDecodeWrapper.run) == positional("q", "k_cache", "v_cache") + keywords(
-        out=none, lse=none, return_lse=False, seq_lens=none, sm_scale=none, logit_cap=none,
-        k_scale=none, v_scale=none, sinks=none, window_left=-1,
-    )  # fmt: skip
-    assert signature(PrefixDecodeWrapper.advance) == positional("seq_lens", "new_slots")
+    assert signature(PrefixDecodeWrapper) == (
+        "(num_qo_heads, num_kv_heads, head_dim, *, v_head_dim=None, page_size=1, sm_scale=None, "
+        "logit_cap=0.0, policy='pat', q_dtype=torch.bfloat16, kv_dtype=None, dtype=None, "
+        "max_batch_size=None, max_kv_tokens=None, max_partials=None, device='cpu', "
+        "executor='auto')"
+    )
+    plan = "(req_to_token, req_pool_indices, seq_lens, *, forest=None)"
+    assert signature(PrefixDecodeWrapper.plan) == plan
+    assert signature(PrefixDecodeWrapper.run) == (
+        "(q, k_cache, v_cache, *, out=None, lse=None, return_lse=False, seq_lens=None, "
+        "sm_scale=None, logit_cap=None, k_scale=None, v_scale=None, sinks=None, window_left=-1)"
+    )
+    assert signature(PrefixDecodeWrapper.advance) == "(seq_lens, new_slots)"
 
 
 def test_the_wrapper_imports_no_sglang() -> None:
@@ -123,7 +108,6 @@ def test_the_wrapper_imports_no_sglang() -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@settings(max_examples=40)
 @given(
     batch=batches(max_tokens=600),
     dtypes=st.tuples(*[st.sampled_from(INDEX_DTYPES)] * 3),
@@ -141,16 +125,12 @@ def test_generated_batches(
 ) -> None:
     case = make_case(batch, group=group, v_head_dim=96, seed=seed)
     wrapper = wrapper_for(case, policy=policy, page_size=batch.page_size)
-    indices = (case.req_to_token, case.req_pool_indices, case.seq_lens)
-    forest = None
-    if with_forest:
-        paths, lens = radix_paths(batch, seed), batch.seq_lens
-        forest = PrefixForest.from_paths(paths, lens.tolist(), lens, page_size=batch.page_size)
-    wrapper.plan(*(t.to(d) for t, d in zip(indices, dtypes, strict=True)), forest=forest)
+    indices = (t.to(d) for t, d in zip(indices_of(case), dtypes, strict=True))
+    forest = batch.forest()
+    wrapper.plan(*indices, forest=forest if with_forest else None)
     assert_close(run(wrapper, case), case.oracle())
-    shape = AttentionShape(2 * group, 2, 64, 96, 4, 4)
-    planned = PackPlanner(shape, CPU_PROFILE, policy=policy).plan(forest or batch.forest())
-    assert wrapper.current_plan.same_as(planned)
+    planner = PackPlanner(case.shape, CPU_PROFILE, policy=policy)
+    assert wrapper.current_plan.same_as(planner.plan(forest))
 
 
 def test_what_run_returns(wrapper: PrefixDecodeWrapper, case: AttentionCase) -> None:
@@ -188,82 +168,52 @@ def test_dtype_sets_both() -> None:
 def test_the_same_row_twice(case: AttentionCase) -> None:
     case.req_pool_indices[3] = case.req_pool_indices[0]
     case.seq_lens[3] = case.seq_lens[0]
+    assert_close(run(planned(case), case), case.oracle())
+
+
+@given(
+    data=st.data(),
+    batch=batches(max_requests=6, max_tokens=300, growth=12),
+    dtype=st.sampled_from(INDEX_DTYPES),
+)
+def test_any_sequence_of_calls(data: st.DataObject, batch: Batch, dtype: torch.dtype) -> None:
+    """Tails grow; lengths of one call see the table that plan was given; rows change hands."""
+    case = make_case(batch)
+    start, most = case.seq_lens, batch.growth_slots.shape[1]
+    case.grow([most] * len(start))  # all slots to come are in the table that the oracle reads
+    table, pool = case.req_to_token.clone(), case.req_pool_indices.to(dtype).clone()
+    lens, rows_are_ours = start.to(dtype).clone(), True
     wrapper = wrapper_for(case)
-    wrapper.plan(case.req_to_token, case.req_pool_indices, case.seq_lens)
-    assert_close(run(wrapper, case), case.oracle())
+    wrapper.plan(table, pool, lens)
+    pool.zero_()  # the caller prepares its next batch
+    steps = st.lists(st.integers(0, 3), min_size=len(start), max_size=len(start))
+    for action in data.draw(st.lists(st.sampled_from(("advance", "call", "rows")), max_size=5)):
+        by = torch.tensor(data.draw(steps))
+        if action == "advance":
+            by = torch.minimum(by, start + most - lens)
+            owned = zip(case.req_pool_indices, lens.tolist(), by.tolist(), strict=True)
+            slots = torch.cat([case.req_to_token[row, n : n + more] for row, n, more in owned])
+            lens += by  # in place, as callers may
+            wrapper.advance(lens, slots.to(dtype))
+        elif action == "call":
+            longest = start + most if rows_are_ours else lens
+            called = torch.minimum(start + by * 4, longest)
+            assert_close(run(wrapper, case, called.to(dtype)), case.oracle(called))
+        else:
+            rows_are_ours = not rows_are_ours
+            table.copy_(case.req_to_token if rows_are_ours else torch.zeros_like(table))
+        assert_close(run(wrapper, case), case.oracle(lens))  # those of a call do not stick
+        assert wrapper.stats.kv_tokens_logical == int(lens.sum())
 
 
-def test_longer_lengths_see_the_table_that_the_caller_updated(
+def test_slots_of_a_longer_call_do_not_stick(
     wrapper: PrefixDecodeWrapper, batch: Batch, case: AttentionCase
 ) -> None:
-    write_growth(batch, case, 5)  # after plan
-    planned = case.seq_lens
-    grown = planned + torch.arange(len(planned)) % 6
-    for dtype in INDEX_DTYPES:
-        assert_close(run(wrapper, case, grown.to(dtype)), case.oracle(grown))
-    assert_close(run(wrapper, case), case.oracle(planned))  # lengths of a call do not stick
-    stats = wrapper.stats
-    assert stats.kv_tokens_logical == int(planned.sum())
-    case.req_to_token[case.req_pool_indices[1], int(planned[1])] = int(batch.growth_slots[1, 40])
-    assert_close(run(wrapper, case, planned + 1), case.oracle(planned + 1))  # nor do their slots
-
-
-def test_rows_may_change_hands_after_plan(
-    wrapper: PrefixDecodeWrapper, case: AttentionCase
-) -> None:
-    expected = case.oracle()
-    case.req_to_token.zero_()
-    assert_close(run(wrapper, case), expected)
-
-
-@pytest.mark.parametrize("dtype", INDEX_DTYPES, ids=str)
-def test_advance_appends_without_the_table(
-    wrapper: PrefixDecodeWrapper, batch: Batch, case: AttentionCase, dtype: torch.dtype
-) -> None:
-    planned, table = case.seq_lens, case.req_to_token
-    for step in range(4):
-        grown = planned + step + 1
-        slots = torch.from_numpy(batch.growth_slots[:, step].copy())
-        wrapper.advance(grown.to(dtype), slots.to(dtype))
-        case.req_to_token = table.clone()
-        write_growth(batch, case, step + 1)
-        assert_close(run(wrapper, case), case.oracle(grown))  # and this sticks
-        assert wrapper.stats.kv_tokens_logical == int(grown.sum())
-    # Unevenly, and then a longer call on top, from the table that plan was given.
-    by = torch.arange(len(planned)) % 3
-    uneven = np.concatenate([batch.growth_slots[b, 4 : 4 + n] for b, n in enumerate(by.tolist())])
-    wrapper.advance((grown + by).to(dtype), torch.from_numpy(uneven).to(dtype))
-    write_growth(batch, case, 8)
-    assert_close(run(wrapper, case), case.oracle(grown + by))
-    table.copy_(case.req_to_token)
-    assert_close(run(wrapper, case, grown + 4), case.oracle(grown + 4))
-    assert_close(run(wrapper, case, planned + 1), case.oracle(planned + 1))  # shorter, for a call
-    assert_close(run(wrapper, case), case.oracle(grown + by))
-
-
-@pytest.mark.parametrize("dtype", INDEX_DTYPES, ids=str)
-def test_the_caller_may_update_lengths_in_place(
-    batch: Batch, case: AttentionCase, dtype: torch.dtype
-) -> None:
-    lens = case.seq_lens.to(dtype).clone()
-    wrapper = wrapper_for(case)
-    wrapper.plan(case.req_to_token, case.req_pool_indices, lens)
-    for step in range(3):
-        lens += 1
-        slots = torch.from_numpy(batch.growth_slots[:, step].copy())
-        wrapper.advance(lens, slots)
-        write_growth(batch, case, step + 1)
-        assert_close(run(wrapper, case), case.oracle(lens))
-
-
-def test_the_caller_may_use_the_index_tensor_again(
-    wrapper: PrefixDecodeWrapper, batch: Batch, case: AttentionCase
-) -> None:
-    write_growth(batch, case, 1)
-    expected = case.oracle(case.seq_lens + 1)
-    lens = case.seq_lens + 1
-    case.req_pool_indices.fill_(0)  # the caller prepares its next batch
-    assert_close(run(wrapper, case, lens), expected)
+    longer, _ = case.grow()
+    assert_close(run(wrapper, case, longer), case.oracle(longer))
+    last = case.req_pool_indices[1], int(longer[1]) - 1
+    case.req_to_token[last] = int(batch.growth_slots[1, 40])
+    assert_close(run(wrapper, case, longer), case.oracle(longer))
 
 
 def test_no_gradients_are_recorded(wrapper: PrefixDecodeWrapper, case: AttentionCase) -> None:
@@ -273,13 +223,12 @@ def test_no_gradients_are_recorded(wrapper: PrefixDecodeWrapper, case: Attention
         assert not out.requires_grad  # type: ignore[union-attr]
 
 
-def test_plan_in_inference_mode_run_outside(batch: Batch, case: AttentionCase) -> None:
-    wrapper = wrapper_for(case)
+def test_plan_in_inference_mode_run_outside(case: AttentionCase) -> None:
     with torch.inference_mode():
-        wrapper.plan(case.req_to_token, case.req_pool_indices, case.seq_lens)
+        wrapper = planned(case)
     assert_close(run(wrapper, case), case.oracle())
-    wrapper.advance(case.seq_lens + 1, write_growth(batch, case, 1))
-    assert_close(run(wrapper, case), case.oracle(case.seq_lens + 1))
+    wrapper.advance(*case.grow())
+    assert_close(run(wrapper, case), case.oracle())
 
 
 def test_growth_goes_up_to_the_room(wrapper: PrefixDecodeWrapper, case: AttentionCase) -> None:
@@ -306,8 +255,7 @@ def test_scales(wrapper: PrefixDecodeWrapper, case: AttentionCase, scale: torch.
 
 
 def test_scale_and_cap_of_the_wrapper_and_of_a_call(batch: Batch, case: AttentionCase) -> None:
-    wrapper = wrapper_for(case, sm_scale=0.3, logit_cap=2.0)
-    wrapper.plan(case.req_to_token, case.req_pool_indices, case.seq_lens)
+    wrapper = planned(case, sm_scale=0.3, logit_cap=2.0)
     case.sm_scale, case.options = 0.3, {"logit_cap": 2.0}
     expected = case.oracle()
     found = wrapper.run(case.q, case.k_cache, case.v_cache, return_lse=True)
@@ -347,8 +295,7 @@ def test_statistics(wrapper: PrefixDecodeWrapper, batch: Batch, case: AttentionC
     assert stats.bytes_ratio > 0
     assert stats.num_packs == plan.num_packs > len(batch.seq_lens)
     assert stats.num_partials == plan.num_partials
-    query = wrapper_for(case, policy="query")
-    query.plan(case.req_to_token, case.req_pool_indices, case.seq_lens)
+    query = planned(case, policy="query")
     assert query.stats.kv_read_ratio == query.stats.bytes_ratio == 1.0
 
 
@@ -359,8 +306,7 @@ def test_verify_passes_what_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
         case = make_case(batch)
         wrapper = wrapper_for(case, page_size=page_size)
         for forest in (None, batch.forest()):
-            indices = (case.req_to_token, case.req_pool_indices, case.seq_lens)
-            wrapper.plan(*indices, forest=forest)
+            wrapper.plan(*indices_of(case), forest=forest)
             assert_close(run(wrapper, case), case.oracle())
 
 
@@ -370,15 +316,13 @@ def test_verify_finds_a_forest_that_is_wrong(monkeypatch: pytest.MonkeyPatch, at
     case = make_case(build_batch([Fork(0, 0, 9), Fork(0, 6, 3), Fork(9, 0, 4)]))
     said = build_batch([Fork(0, 0, 9), Fork(0, at, 9 - at), Fork(9, 0, 4)]).forest()
     none = PrefixForest.from_neighbours(np.arange(3), np.zeros(2, dtype=np.int64), said.seq_lens)
-    wrapper = wrapper_for(case)
-    indices = (case.req_to_token, case.req_pool_indices, case.seq_lens)
-    wrapper.plan(*indices)
+    wrapper = planned(case)
     monkeypatch.setenv("SGLANG_PREFIX_VERIFY", "1")
     says = rf"VERIFY: the forest claims a node of positions 0 to {at} .* requests \[0, 1\]"
     with pytest.raises(RuntimeError, match=says):
-        wrapper.plan(*indices, forest=said)
+        wrapper.plan(*indices_of(case), forest=said)
     with pytest.raises(
         RuntimeError, match=r"misses a node of positions 0 to 6 shared by requests \[0, 1\]"
     ):
-        wrapper.plan(*indices, forest=none)
+        wrapper.plan(*indices_of(case), forest=none)
     assert_close(run(wrapper, case), case.oracle())  # the plan before is still in use

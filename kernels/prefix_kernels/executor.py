@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,7 +17,13 @@ __all__ = ["EXECUTORS", "AttentionParams", "PlanExecutor", "choose_executor", "m
 
 IntArray = NDArray[np.int64]
 
-EXECUTORS = ("auto", "torch", "triton")
+# Where the class of each executor is. It is imported on first use: importing Triton takes a second,
+# and the torch executor needs none of it.
+_CLASSES = {
+    "torch": ("prefix_kernels.torch_executor", "TorchExecutor"),
+    "triton": ("prefix_kernels.triton_executor", "TritonExecutor"),
+}
+EXECUTORS = ("auto", *_CLASSES)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,6 +73,13 @@ class PlanExecutor(ABC):
         self.padded_batch_size = 0
         self.slot_range = (0, 0)
         self._checks_slots = check_slots or device.type == "cpu"
+
+    @classmethod
+    def why_not(
+        cls, device: torch.device, q_dtype: torch.dtype, kv_dtype: torch.dtype
+    ) -> str | None:
+        """Why this executor cannot run on such tensors; None if it can."""
+        return None
 
     @property
     def max_block_rows(self) -> int | None:
@@ -211,10 +225,7 @@ def choose_executor(
         raise ValueError(f"executor={name!r} is unknown; legal: {legal}")
     if name == "torch" or (name == "auto" and device.type != "cuda"):
         return "torch"
-    # Not at the top: importing Triton takes a second, and the torch executor needs none of it.
-    from prefix_kernels.triton_executor import why_not_triton
-
-    why_not = why_not_triton(device, q_dtype, kv_dtype)
+    why_not = _class_of("triton").why_not(device, q_dtype, kv_dtype)
     if why_not and name == "triton":
         raise ValueError(f"executor='triton' cannot be used here: {why_not}; legal: 'torch'")
     return "torch" if why_not else "triton"
@@ -231,13 +242,13 @@ def make_executor(
         device: where they run.
         options: further arguments of :class:`TorchExecutor` or :class:`TritonExecutor`.
     """
-    if name == "torch":
-        from prefix_kernels.torch_executor import TorchExecutor
+    return _class_of(name)(shape, device, **options)
 
-        return TorchExecutor(shape, device, **options)
-    from prefix_kernels.triton_executor import TritonExecutor
 
-    return TritonExecutor(shape, device, **options)
+def _class_of(name: str) -> type[PlanExecutor]:
+    module, cls = _CLASSES[name]
+    found: type[PlanExecutor] = getattr(import_module(module), cls)
+    return found
 
 
 def _bounds(slots: torch.Tensor) -> tuple[int, int]:

@@ -1,15 +1,15 @@
-"""The pack-forward kernel: attention of a pack's queries over one piece of its KV.
+"""The pack-forward kernel: attention of a pack's queries over one split of its KV.
 
-A program takes work items off a list until none is left. An item is one row block of one split of
-one pack; with a KV head it is what one tile computes. All query heads that read that KV head, of
-all requests of the pack, are rows of the tile, so shared KV is read once for all of them (PAT,
-arXiv 2511.22333, section 3). Softmax is online, in base 2, with one rescale per KV tile
-(FlashAttention-2, arXiv 2307.08691, section 3.1).
+Grid: programs that run at the same time. Each takes work items from a list in turn. An item is one
+row block of one split of one pack; an item and a KV head are what one tile computes. All query
+heads that read that KV head, of all requests of the pack, are rows of the tile, so shared KV is
+read once for all of them (PAT, arXiv 2511.22333, section 3). Softmax is online, in base 2, with one
+rescale per KV tile (FlashAttention-2, arXiv 2307.08691, section 3.1).
 
-Slots come from the plan's own ``kv_slots``, never from ``req_to_token``, and are loaded one KV tile
-ahead of the rows that they address: only then does the compiler keep several tiles in flight. Slot
-positions past the end repeat the last one, so that K and V need no mask and a score of -inf never
-meets foreign values.
+Slots come from the plan's own ``kv_slots``, never from ``req_to_token``. They are loaded one KV
+tile ahead of the rows that they address, because only then does the compiler keep several tiles in
+flight. Slot positions past the end repeat the last one, so that K and V need no mask and a score of
+-inf never meets the values of another request.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def pack_forward_kernel(
     HAS_CAP: tl.constexpr,
     HAS_SCALES: tl.constexpr,
     WRITES_LSE: tl.constexpr,
-    MERGES: tl.constexpr,  # whether the last program to arrive merges a request's partials
+    MERGES: tl.constexpr,  # whether the program that completes a request merges its partials
 ):
     num_tiles = tl.load(plan_ptr + HEADER_NUM_ITEMS + LIST) * NUM_KV_HEADS
     items_ptr = plan_ptr + tl.load(plan_ptr + HEADER_ITEMS + LIST)
@@ -97,7 +97,7 @@ def pack_forward_kernel(
         if WIDE_BLOCK_M > 0:
             is_wide = tl.load(item_ptr + 8) > 0
         if is_wide:
-            if WIDE_BLOCK_M > 0:  # not compiled without a second class
+            if WIDE_BLOCK_M > 0:  # a constant: not compiled without a second class
                 _attend_item(
                     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr,
                     k_scale_ptr, v_scale_ptr, item_ptr, kv_slots_ptr, queries_ptr, partials_ptr,
@@ -122,7 +122,7 @@ def pack_forward_kernel(
                 BLOCK_M, BLOCK_N, HAS_CAP, HAS_SCALES, WRITES_LSE, MERGES,
             )  # fmt: skip
     if MERGES and LIST == 0:
-        # No program arrives for padding rows; these have no partials, so merging gives zeros.
+        # Padding rows have no partials, so no program completes them. Merging none gives zeros.
         for row in range(
             tl.load(plan_ptr + HEADER_NUM_REQUESTS) + tl.program_id(0),
             padded_batch_size,
@@ -156,7 +156,7 @@ def _attend_item(
     length = tl.load(item_ptr + 5)
     if length < 0:  # a tail: its length changes under the plan
         length = tl.load(tail_lengths_ptr - 1 - length)
-    # The rule of `layout.split_bounds`.
+    # The rule of `plan.split_bounds`.
     chunk = tl.cdiv(length, tl.load(item_ptr + 7))
     begin = tl.minimum(tl.load(item_ptr + 6) * chunk, length)
     end = tl.minimum(begin + chunk, length)
@@ -215,8 +215,8 @@ def _attend_item(
         )
         peak = new_peak
 
-    # Read again, volatile so that the compiler does: who the rows are need not wait in registers,
-    # where they would stand once per layout, while the loop runs.
+    # The rows' queries are read again instead of kept, since they would take registers during the
+    # loop, once for every layout that uses them. Volatile, else the compiler keeps them.
     rows = tl.load(item_ptr + 2, volatile=True) + tl.arange(0, BLOCK_M)
     row_exists = rows < tl.load(item_ptr + 3, volatile=True)
     first_query = tl.load(item_ptr, volatile=True)
@@ -226,7 +226,7 @@ def _attend_item(
     head = kv_head * GROUP_SIZE + rows % GROUP_SIZE
     goes_to_out = row_exists & (partial < 0)
 
-    # An empty piece, which has no peak, becomes zeros and a lse of -inf.
+    # An empty split has no peak; its result is zeros with an lse of -inf.
     divisor = tl.where(total > 0, total, 1.0)
     lse = tl.where(total > 0, (peak + tl.log2(divisor)) * LN2, float("-inf"))
     factor = v_factor
@@ -234,8 +234,8 @@ def _attend_item(
         factor *= tl.load(v_scale_ptr + kv_head * v_scale_stride)
     values *= (factor / divisor)[:, None]
     is_dim = (v_dims < V_HEAD_DIM)[None, :]
-    # One store after the other, the narrower type first, and `partial` once for each: fewest values
-    # then wait in the layout of a store at any time.
+    # One store after the other, the narrower type first, and `partial` loaded for each: this order
+    # keeps the fewest values in the layout of a store at any time.
     out_row = query.to(tl.int64)
     tl.store(
         out_ptr + (out_row * out_stride + head * out_head_stride)[:, None] + v_dims[None, :],
@@ -270,10 +270,10 @@ def last_block_merge(
     NUM_KV_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr,
     V_HEAD_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, WRITES_LSE: tl.constexpr,
 ):  # fmt: skip
-    """Count this tile's rows in, and merge the requests that have all of theirs.
+    """Count this tile's rows, and merge the requests whose partials are all there.
 
-    A request is complete for a KV head when every grouped head of every partial has arrived. Which
-    program sees that is chance; what it computes is not, since it merges in partial order.
+    A request is complete for a KV head when every grouped head of every partial has been counted.
+    Which program completes it is chance. The result is not, since partials are merged in order.
     """
     tl.debug_barrier()  # the partials of all threads come before the count
     counter_ptr = arrivals_ptr + query * NUM_KV_HEADS + kv_head

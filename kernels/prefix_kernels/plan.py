@@ -165,6 +165,14 @@ def verify_plan(plan: PackPlan) -> None:
     Raises:
         RuntimeError: the plan is wrong; the message says where.
     """
+    inside = (plan.queries >= 0) & (plan.queries < plan.batch_size)
+    _require(bool(inside.all()), "a query is not in the batch")
+    _require_span("query_indptr", plan.query_indptr, "queries", len(plan.queries))
+    _require_span("partial_indptr", plan.partial_indptr, "partials", plan.num_partials)
+    _require_span("request_indptr", plan.request_indptr, "partials", plan.num_partials)
+    partials = plan.num_splits * np.diff(plan.query_indptr)
+    equal = bool((np.diff(plan.partial_indptr) == partials).all())
+    _require(equal, "a pack does not have one partial per split and query")
     covered = [np.zeros(int(length), dtype=np.int64) for length in plan.seq_lens]
     writer = np.zeros(plan.num_partials, dtype=np.int64)
     used = np.zeros(plan.num_slots, dtype=np.int64)
@@ -186,14 +194,12 @@ def verify_plan(plan: PackPlan) -> None:
                 partial = int(plan.partial_index[base + j])
                 mine = plan.request_indptr[query] <= partial < plan.request_indptr[query + 1]
                 _require(bool(mine), f"partial {partial} is not read by request {query}")
-                _require(0 <= partial < len(writer), f"there is no partial {partial}")
                 writer[partial] += 1
     for query, count in enumerate(covered):
         wrong = np.flatnonzero(count != 1)
         _require(not len(wrong), f"request {query}: position {wrong[:1]} is not covered once")
     _require(bool((writer == 1).all()), "a partial is not written exactly once")
     _require(bool((used == 1).all()), "an entry of kv_slots does not belong to exactly one pack")
-    _require(int(plan.request_indptr[-1]) == plan.num_partials, "partials are left unread")
 
 
 def verify_slots(plan: PackPlan, rows: NDArray[np.integer]) -> None:
@@ -210,6 +216,11 @@ def verify_slots(plan: PackPlan, rows: NDArray[np.integer]) -> None:
         queries = plan.pack_queries(pack)
         part = rows[queries, int(plan.pack_start[pack]) : int(plan.pack_end[pack])]
         _require(bool((part == part[:1]).all()), f"pack {pack} claims sharing that is not there")
+
+
+def _require_span(name: str, indptr: IntArray, what: str, count: int) -> None:
+    spans = int(indptr[0]) == 0 and int(indptr[-1]) == count and bool((np.diff(indptr) >= 0).all())
+    _require(spans, f"{name} does not span the {what}")
 
 
 def _require(condition: bool, what: str) -> None:

@@ -239,8 +239,8 @@ class PlanBuffers:
 class _Staging:
     """Pinned buffers used in turn, each free again once its copy has been made.
 
-    A copy from pageable memory would make the CPU wait for the stream; one pinned buffer alone
-    could be written while its last copy is still under way. On the CPU there is nothing to stage.
+    A copy from pageable memory would make the CPU wait for the stream. A single pinned buffer could
+    be overwritten while its last copy is still under way. On the CPU there is nothing to stage.
 
     Args:
         size: int32 values per buffer.
@@ -266,7 +266,7 @@ class _Staging:
             return
         staged, copied = self._buffers[self._next], self._copied[self._next]
         self._next = (self._next + 1) % _NUM_BUFFERS
-        copied.synchronize()  # three plans ago: done, but for a device that is far behind
+        copied.synchronize()  # of three plans ago: done, unless the device is far behind
         staged[: len(values)].copy_(source)
         target[: len(values)].copy_(staged[: len(values)], non_blocking=True)
         copied.record()
@@ -278,8 +278,8 @@ _TAIL_OFFSET = tl.constexpr(HEADER_TAIL_OFFSET)
 _SOURCES = tl.constexpr(HEADER_SOURCES)
 
 
-# Neither numbers that change from plan to plan, nor the alignment of what SGLang slices out of its
-# buffers, are specialised: else one of them could ask for a compilation while serving.
+# Triton would compile anew for other values of what it specialises, also while serving. So numbers
+# that change from plan to plan are not specialised, nor is the alignment of SGLang's slices.
 @triton.jit(
     do_not_specialize=["num_shared_packs"],
     do_not_specialize_on_alignment=["req_pool_indices_ptr"],
@@ -326,10 +326,10 @@ def append_slots_kernel(
     NUM_KV_HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write this step's slots into the tails' growth room, and the lengths of the tails.
+    """Write this step's slots behind the tails, and the lengths of the tails.
 
-    Nothing is counted up, so a step that is repeated or given up leaves no trace; the arrivals that
-    a step which was given up has left behind go, too. Rows at or past the number of requests are
+    Lengths are written, not counted up, so a step that is repeated or given up does no harm. The
+    arrivals that such a step may have left are reset. Rows at or past the number of requests are
     padding and have no tail.
     """
     request = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -106,18 +106,18 @@ class TorchExecutor(PlanExecutor):
         params: AttentionParams,
     ) -> None:
         self._cut_tails()
-        batch, heads = self._request_indptr.shape[0] - 1, self.shape.num_kv_heads
+        batch, caches = self._request_indptr.shape[0] - 1, (k_cache, v_cache)
+        heads, v_head_dim = self.shape.num_kv_heads, self.shape.v_head_dim
         out[batch:].zero_()
         q, out = q[:batch], out[:batch]
         if lse is not None:
             lse[batch:].fill_(-torch.inf)
             lse = lse[:batch]
-        rows = q.float().view(batch, heads, -1, q.shape[2]) * (
-            params.sm_scale * _per_head(params.k_scale)
-        )
+        factor = params.sm_scale * _per_head(params.k_scale)
+        rows = q.float().view(batch, heads, -1, q.shape[2]) * factor
         partial_out = self._partial_out[: self._num_partials]
         partial_lse = self._partial_lse[: self._num_partials]
-        out_by_head = partial_out.view(self._num_partials, heads, -1, self.shape.v_head_dim)
+        out_by_head = partial_out.view(self._num_partials, heads, -1, v_head_dim)
         lse_by_head = partial_lse.view(self._num_partials, heads, -1)
         for pack in self._packs:
             pack_rows = rows[pack.queries]
@@ -125,14 +125,10 @@ class TorchExecutor(PlanExecutor):
                 # [n, Hkv, g, D] -> [Hkv, n * g, D]: the rows that read one head's KV together
                 pack_rows = pack_rows.transpose(0, 1).reshape(heads, -1, q.shape[2])
             for blocks, partials in zip(pack.blocks, pack.partials, strict=True):
-                values, logs = self._attend(
-                    pack, blocks, pack_rows, k_cache, v_cache, params.logit_cap
-                )
+                values, logs = self._attend(pack, blocks, pack_rows, *caches, params.logit_cap)
                 if pack.num_queries > 1:
                     shape = (heads, pack.num_queries, -1)
-                    out_by_head[partials] = values.view(*shape, self.shape.v_head_dim).transpose(
-                        0, 1
-                    )
+                    out_by_head[partials] = values.view(*shape, v_head_dim).transpose(0, 1)
                     lse_by_head[partials] = logs.view(shape).transpose(0, 1)
                 else:
                     out_by_head[partials] = values
@@ -140,14 +136,8 @@ class TorchExecutor(PlanExecutor):
         v_scale = params.v_scale
         if isinstance(v_scale, torch.Tensor) or v_scale != 1.0:
             out_by_head.mul_(_per_head(v_scale))
-        merge_partials(
-            partial_out,
-            partial_lse,
-            self._request_indptr,
-            self._max_partials_per_request,
-            out,
-            lse,
-        )
+        most = self._max_partials_per_request
+        merge_partials(partial_out, partial_lse, self._request_indptr, most, out, lse)
 
     def _cut_tails(self) -> None:
         """Cut the tails whose lengths have been set since the last run: once for all layers."""

@@ -29,25 +29,12 @@ from prefix_kernels.tiles import (
 )
 from prefix_kernels.work_list import build_work_list
 
-__all__ = ["LAUNCH_MODES", "MERGE_MODES", "TritonExecutor", "why_not_triton"]
+__all__ = ["LAUNCH_MODES", "MERGE_MODES", "TritonExecutor"]
 
 IntArray = NDArray[np.int64]
 
 # Compute capabilities with wgmma or tcgen05.
 _WGMMA_MAJORS = (9, 10)
-
-
-def why_not_triton(device: torch.device, q_dtype: torch.dtype, kv_dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot run on these tensors; None if they can."""
-    if device.type == "cuda":
-        if kv_dtype == torch.float8_e4m3fn and torch.cuda.get_device_capability(device) < (8, 9):
-            return "float8_e4m3fn needs a GPU of compute capability 8.9 or later"
-        return None
-    if not isinstance(pack_forward_kernel, InterpretedFunction):
-        return f"the kernels need a GPU, not {device}, or Triton's interpreter (TRITON_INTERPRET=1)"
-    if torch.bfloat16 in (q_dtype, kv_dtype):
-        return "Triton's interpreter computes bfloat16 products wrongly; use float16 or float32"
-    return None
 
 
 class TritonExecutor(PlanExecutor):
@@ -60,10 +47,10 @@ class TritonExecutor(PlanExecutor):
             for the two classes that have the same number of warps.
         merge: "launch", a launch of its own; or "in_kernel", by the forward program that ends last
             for a request.
-        capacity: fixed sizes of the buffers. Launches are fixed then, too: whatever plan of the
-            same padded batch size is loaded, ``append`` and ``run`` launch the same kernels on the
-            same addresses, so that a captured graph replays under any of them. None to let the
-            buffers grow and to fit the launches to each plan.
+        capacity: fixed sizes of the buffers. Launches are fixed then, too: under every plan of the
+            same padded batch size, ``append`` and ``run`` launch the same kernels on the same
+            addresses, so that a captured graph replays under all of them. None to let the buffers
+            grow and to fit the launches to each plan.
     """
 
     name = "triton"
@@ -106,6 +93,25 @@ class TritonExecutor(PlanExecutor):
             self._streams = [torch.cuda.Stream(device) for _ in ROW_CLASSES]
             self._fork = torch.cuda.Event()
             self._joins = [torch.cuda.Event() for _ in ROW_CLASSES[1:]]
+
+    @classmethod
+    def why_not(
+        cls, device: torch.device, q_dtype: torch.dtype, kv_dtype: torch.dtype
+    ) -> str | None:
+        """Why the kernels cannot run on such tensors; None if they can."""
+        if device.type == "cuda":
+            if kv_dtype == torch.float8_e4m3fn and torch.cuda.get_device_capability(device) < (
+                8,
+                9,
+            ):
+                return "float8_e4m3fn needs a GPU of compute capability 8.9 or later"
+            return None
+        if not isinstance(pack_forward_kernel, InterpretedFunction):
+            interpreter = "Triton's interpreter (TRITON_INTERPRET=1)"
+            return f"the kernels need a GPU, not {device}, or {interpreter}"
+        if torch.bfloat16 in (q_dtype, kv_dtype):
+            return "Triton's interpreter computes bfloat16 products wrongly; use float16 or float32"
+        return None
 
     @property
     def max_block_rows(self) -> int:

@@ -31,7 +31,7 @@ class WorkList:
     """Work items and what they refer to, ready for the device.
 
     Attributes:
-        items: [n, ITEM_FIELDS] int32, the longest work first, whatever its tile class.
+        items: [n, ITEM_FIELDS] int32, of all tile classes together, the longest work first.
         tile_class: [n] class of each item.
         partials: int32, the plan's ``partial_index``; -1 where the request has no other partial,
             so that its result goes straight to the output.

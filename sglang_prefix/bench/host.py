@@ -12,17 +12,20 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from sglang_prefix.bench.engine import EngineProcess, counters, engine_environment
 from sglang_prefix.bench.hooks import step_clock
+from sglang_prefix.bench.run import BenchRun, Case
 from sglang_prefix.tiny_model import build_tiny_model
 
-__all__ = ["measure_engine", "measure_host"]
+__all__ = ["HostRun", "measure_engine", "measure_host"]
 
 MIN_REUSED_STEPS = 100
+_ENGINE_REQUESTS = 256
 
 NEW_TOKENS = 240
 # Of the first requests, one after another ends early, so that the batch is planned anew.
@@ -131,3 +134,50 @@ def decode_rollouts(engine: Any, num_requests: int) -> dict[str, Any]:
     sampling = [{"temperature": 0, "max_new_tokens": n, "ignore_eos": True} for n in ends]
     engine.generate(input_ids=prompts, sampling_params=sampling)
     return counters(engine)
+
+
+class HostRun(BenchRun):
+    """The run of `bench host`: planning alone, then a decode step in the real engine.
+
+    Args:
+        folder, command, seed, resume: of :class:`BenchRun`.
+        options: "requests" of the batches that are planned, "rounds", and whether to start an
+            "engine", which takes most of the time.
+    """
+
+    kind, file_name = "bench-host", "host.json"
+
+    def __init__(
+        self,
+        folder: Path,
+        command: Sequence[str],
+        *,
+        options: Mapping[str, Any],
+        seed: int,
+        resume: bool,
+    ) -> None:
+        super().__init__(
+            folder, command=command, options=options, seed=seed, device="cpu", resume=resume
+        )
+
+    def use(self, options: Mapping[str, Any]) -> None:
+        """Keep them."""
+        try:
+            self._requests = [int(count) for count in options["requests"]]
+            self._rounds, self._engine = int(options["rounds"]), bool(options["engine"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.path} cannot be resumed: options: {error!r}") from None
+
+    def cases(self) -> list[Case]:
+        """Planning of every size, then the two engines."""
+        cases = [Case(f"planning/{n}", "planning", partial(self._plan, n)) for n in self._requests]
+        if self._engine:
+            n = _ENGINE_REQUESTS
+            cases.append(Case(f"engine/{n}", "engine", partial(measure_engine, n)))
+            cases.append(Case(f"host/{n}", "host", partial(measure_host, n)))
+        return cases
+
+    def _plan(self, num_requests: int) -> dict[str, Any]:
+        from sglang_prefix.bench.planning import measure_planning
+
+        return measure_planning(num_requests, self._rounds, self.data["seed"])

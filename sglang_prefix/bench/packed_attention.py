@@ -1,36 +1,37 @@
-"""Our kernels on a GPU: a policy and a launch mode, planned and run as the backend does."""
+"""Our attention outside an engine: planned and run as the backend does it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from prefix_kernels import plan_buffers
-from prefix_kernels.executor import AttentionParams
-from prefix_kernels.plan_buffers import PlanCapacity
-from prefix_kernels.triton_executor import TritonExecutor
+from prefix_kernels.executor import PlanExecutor, make_executor
+from prefix_kernels.plan import AttentionShape, PackPlan
 from sglang_prefix.forest import PrefixForest
-from sglang_prefix.packing import GPU_PROFILE, AttentionShape, DeviceProfile
+from sglang_prefix.packing import CPU_PROFILE, GPU_PROFILE, DeviceProfile
 from sglang_prefix.packing.layout import CostedPlan
 from sglang_prefix.packing.planner import PackPlanner
 
-__all__ = ["PackedAttention", "drop_one_work_item"]
+__all__ = ["PackedAttention", "drop_one_work_item", "work_item_counts"]
 
 
 class PackedAttention:
-    """Planner and executor of one attention shape, policy, launch mode and merge mode.
+    """Planner and executor of one attention shape and policy.
 
     Buffers grow and launches fit each plan until :meth:`fix_capacity` is called.
 
     Args:
         shape: heads and item sizes.
         device: where.
-        policy, mode, merge: names.
-        profile: what the planner believes of the device.
+        executor: "torch" or "triton".
+        policy: of packing.
+        profile: what the planner believes of the device; None for the executor's usual one.
         reserved_tail_slots: tokens that tails may grow by.
+        options: of the executor: mode and merge of the Triton executor.
     """
 
     def __init__(
@@ -38,17 +39,19 @@ class PackedAttention:
         shape: AttentionShape,
         device: torch.device,
         *,
+        executor: str = "triton",
         policy: str = "pat",
-        mode: str = "streams",
-        merge: str = "launch",
-        profile: DeviceProfile = GPU_PROFILE,
+        profile: DeviceProfile | None = None,
         reserved_tail_slots: int = 256,
+        **options: Any,
     ) -> None:
         self.shape, self.device = shape, device
-        self._how = {"mode": mode, "merge": merge}
-        self.executor = self._executor(None)
-        rows = min(profile.max_block_rows, self.executor.max_block_rows)
-        profile = replace(profile, max_block_rows=rows)
+        self._name, self._options = executor, options
+        self.executor: PlanExecutor = make_executor(executor, shape, device, **options)
+        profile = profile or (GPU_PROFILE if executor == "triton" else CPU_PROFILE)
+        if self.executor.max_block_rows is not None:
+            rows = min(profile.max_block_rows, self.executor.max_block_rows)
+            profile = replace(profile, max_block_rows=rows)
         self.planner = PackPlanner(
             shape, profile, policy=policy, reserved_tail_slots=reserved_tail_slots
         )
@@ -58,60 +61,63 @@ class PackedAttention:
         """Pack a forest."""
         return self.planner.plan(forest)
 
-    def fix_capacity(self, plans: list[CostedPlan], *load_arguments: Any, rows: int) -> None:
-        """Fix buffers and launches for batches of ``rows``, as graphs need; must hold ``plans``."""
+    def fix_capacity(
+        self, plans: Sequence[PackPlan], *load_arguments: torch.Tensor, padded_batch_size: int
+    ) -> None:
+        """Fix the Triton executor's buffers and launches, as graphs need.
+
+        Args:
+            plans: what must fit; are loaded with ``load_arguments``, see :meth:`load`.
+            load_arguments: ``req_to_token`` and ``req_pool_indices``.
+            padded_batch_size: of the batches to come.
+        """
+        from prefix_kernels.plan_buffers import PlanCapacity
+
         for plan in plans:
             self.executor.load(plan, *load_arguments)
-        need = self.executor.buffers.capacity
+        need = _buffers(self.executor).capacity
         # Other tile classes make other row blocks, so a packed plan may be larger.
-        capacity = PlanCapacity(
-            max(need.batch_rows, rows), 4 * need.plan_size, need.slots, need.partials
+        size = max(need.batch_rows, padded_batch_size)
+        capacity = PlanCapacity(size, 4 * need.plan_size, need.slots, need.partials)
+        self.executor = make_executor(
+            self._name, self.shape, self.device, capacity=capacity, **self._options
         )
-        self.executor = self._executor(capacity)
 
     def load(
         self,
-        plan: CostedPlan,
+        plan: PackPlan,
         req_to_token: torch.Tensor,
         req_pool_indices: torch.Tensor,
         *,
-        num_rows: int | None = None,
+        padded_batch_size: int | None = None,
     ) -> None:
-        """Take a plan into use; a control loses one work item of it."""
-        self.executor.load(plan, req_to_token, req_pool_indices, padded_batch_size=num_rows)
+        """Take a plan into use; a control, ``breaks``, loses one work item of it."""
+        self.executor.load(
+            plan, req_to_token, req_pool_indices, padded_batch_size=padded_batch_size
+        )
         if self.breaks:
             drop_one_work_item(self.executor)
 
-    def run(
-        self,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor | None = None,
-        **params: Any,
-    ) -> None:
-        """Launch one layer: :meth:`TritonExecutor.run`."""
-        self.executor.run(q, k_cache, v_cache, out, lse, AttentionParams(**params))
-
     def poison_partials(self) -> None:
-        """Fill the partial results with NaN."""
-        self.executor.buffers.partial_out.fill_(torch.nan)
-        self.executor.buffers.partial_lse.fill_(torch.nan)
-
-    def runner(
-        self, q: torch.Tensor, out: torch.Tensor, sm_scale: float
-    ) -> Callable[[torch.Tensor, torch.Tensor], object]:
-        """``run`` on fixed tensors, as a function of the caches."""
-        return lambda k, v: self.run(q, k, v, out, sm_scale=sm_scale)
-
-    def _executor(self, capacity: PlanCapacity | None) -> TritonExecutor:
-        return TritonExecutor(self.shape, self.device, capacity=capacity, **self._how)
+        """Fill the Triton executor's partial results with NaN."""
+        buffers = _buffers(self.executor)
+        buffers.partial_out.fill_(torch.nan)
+        buffers.partial_lse.fill_(torch.nan)
 
 
-def drop_one_work_item(executor: TritonExecutor) -> None:
+def work_item_counts(executor: PlanExecutor) -> torch.Tensor:
+    """Items of each work list of the plan in use, as the kernels read them; may be written."""
+    first = plan_buffers.HEADER_NUM_ITEMS
+    counts: torch.Tensor = _buffers(executor).plan[first : first + plan_buffers.MAX_LISTS]
+    return counts
+
+
+def drop_one_work_item(executor: PlanExecutor) -> None:
     """Break the plan in use: its longest work list with an item loses the last one."""
-    counts = executor.buffers.plan[
-        plan_buffers.HEADER_NUM_ITEMS : plan_buffers.HEADER_NUM_ITEMS + plan_buffers.MAX_LISTS
-    ]
+    counts = work_item_counts(executor)
     counts[int(counts.argmax())] -= 1
+
+
+def _buffers(executor: PlanExecutor) -> Any:
+    """Of the Triton executor, the only one that has any."""
+    return executor.buffers  # type: ignore[attr-defined]

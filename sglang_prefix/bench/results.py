@@ -1,30 +1,122 @@
-"""Result files of the bench commands: one JSON file per run, and what it was measured on."""
+"""Result files of all bench commands: one envelope, written whole, read with a check.
+
+`schema` says what each kind holds. It needs pydantic; on a host without it, as GPU hosts are, only
+the envelope is checked.
+"""
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["KINDS", "SCHEMA", "environment", "read_result", "write_result", "write_whole"]
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter, ValidationError
 
-SCHEMA = 1
-KINDS = ("bench-kernel", "bench-serving")
-_PACKAGES = ("sglang", "torch", "triton", "sglang-prefix")
+__all__ = [
+    "KINDS",
+    "SCHEMA",
+    "ResultError",
+    "check_result",
+    "check_same",
+    "check_type",
+    "check_writable",
+    "environment",
+    "load_resumable",
+    "new_result",
+    "read_result",
+    "same_environment",
+    "write_result",
+    "write_whole",
+]
+
+SCHEMA = 2
+# In the order in which a page shows them.
+KINDS = (
+    "bench-kernel",
+    "bench-serving",
+    "bench-engine",
+    "bench-tune",
+    "bench-host",
+    "gpu-check",
+)
+# Numbers of one file must come from one machine, and one state of the software.
+_SAME = ("device", "cpu", "gpu", "threads", "versions", "commit")
+_ENVELOPE: dict[str, type | tuple[type, ...]] = {
+    "created": str,
+    "command": list,
+    "options": dict,
+    "seed": (int, type(None)),
+    "dry": bool,
+    "environment": dict,
+    "absent": dict,
+    "not_run": dict,
+    "failed": dict,
+    "wall_s": (int, float, type(None)),
+    "cases": list,
+}
+_PACKAGES = (
+    *("sglang", "torch", "triton", "numpy", "sglang-prefix"),
+    *("sglang-kernel", "sgl-kernel", "flashinfer-python"),
+)
+_CLOCKS = (
+    "name,driver_version,pstate,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,"
+    "power.draw,power.limit,temperature.gpu,ecc.mode.current"
+)
 _ROOT = Path(__file__).parents[2]
 
 
-def write_result(path: str | os.PathLike[str], data: Mapping[str, Any]) -> None:
-    """Write a result file whole or not at all: to a file beside it, which then takes its place.
+class ResultError(ValueError):
+    """A file is not a result that can be used; one line that names it and says why."""
+
+
+def new_result(
+    kind: str,
+    *,
+    command: Sequence[str],
+    options: Mapping[str, Any],
+    seed: int | None,
+    environment: Mapping[str, Any],
+    dry: bool = False,
+    **more: Any,
+) -> dict[str, Any]:
+    """A result of a run that begins now.
 
     Args:
-        path: where; its folder is made if it is not there.
-        data: with "schema", "kind" and "cells", as :func:`read_result` asks for.
+        kind: one of :data:`KINDS`.
+        command: arguments of the command.
+        options: what a resumed run takes up again.
+        seed: of all inputs.
+        environment: from :func:`environment`.
+        dry: whether nothing is measured.
+        more: keys of this kind.
+    """
+    return {
+        "schema": SCHEMA,
+        "kind": kind,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": list(command),
+        "options": dict(options),
+        "seed": seed,
+        "dry": dry,
+        "environment": dict(environment),
+        "absent": {},
+        "not_run": {},
+        "failed": {},
+        "wall_s": 0.0,
+        **more,
+        "cases": [],
+    }
+
+
+def write_result(path: str | os.PathLike[str], data: Mapping[str, Any]) -> None:
+    """Write a result file whole or not at all; its folder is made if it is not there.
 
     Raises:
         OSError: the folder or the file cannot be written.
@@ -50,59 +142,201 @@ def write_whole(target: Path, text: str) -> None:
         beside.unlink(missing_ok=True)
 
 
+def check_writable(path: Path) -> None:
+    """Find out before a run, not after it, whether its file can be written.
+
+    Raises:
+        OSError: it cannot.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    probe = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        probe.touch()
+    finally:
+        probe.unlink(missing_ok=True)
+
+
 def read_result(path: str | os.PathLike[str], kind: str | None = None) -> dict[str, Any]:
-    """Read a result file.
+    """Read and check a result file.
 
     Args:
         path: the file.
         kind: the kind that it must have; None for any of :data:`KINDS`.
 
     Raises:
-        ValueError: it cannot be read or is not a result file; one line with its name and why.
+        ResultError: it cannot be read or is not a whole result file.
     """
-    legal = KINDS if kind is None else (kind,)
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        data = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_no_constant)
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        raise ResultError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise ValueError(f"{path} is not a result file: it is not text") from None
+        raise ResultError(f"{path} is not a result file: it is not text") from None
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
-        raise ValueError(f"{path} is not a result file: {error.msg} at {where}") from None
+        raise ResultError(f"{path} is not a result file: {error.msg} at {where}") from None
+    except (ValueError, RecursionError) as error:
+        raise ResultError(f"{path} is not a result file: {error}") from None
+    check_result(path, data, kind)
+    found: dict[str, Any] = data
+    return found
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def check_result(path: str | os.PathLike[str], data: Any, kind: str | None = None) -> None:
+    """Check that parsed data is a whole result.
+
+    Raises:
+        ResultError: it is not; the first thing that is wrong.
+    """
+    legal = KINDS if kind is None else (kind,)
     if not isinstance(data, dict):
-        raise ValueError(f"{path} is not a result file: it holds no JSON object")
-    if data.get("schema") != SCHEMA:
-        raise ValueError(f"{path}: schema is {data.get('schema')!r}; legal: {SCHEMA}")
+        raise ResultError(f"{path} is not a result file: it holds no JSON object")
+    if data.get("schema") != SCHEMA or isinstance(data["schema"], bool):
+        raise ResultError(f"{path}: schema is {data.get('schema')!r}; legal: {SCHEMA}")
     if data.get("kind") not in legal:
-        names = ", ".join(map(repr, legal))
-        raise ValueError(f"{path}: kind is {data.get('kind')!r}; legal: {names}")
-    cells = data.get("cells")
-    if not isinstance(cells, list) or not all(isinstance(c, dict) and "name" in c for c in cells):
-        raise ValueError(f'{path}: "cells" is not a list of objects with a "name"')
+        said = ", ".join(map(repr, legal))
+        raise ResultError(f"{path}: kind is {data.get('kind')!r}; legal: {said}")
+    whole = f"is not a whole {data['kind']} file"
+    for key, types in _ENVELOPE.items():
+        if not isinstance(data.get(key), types):
+            raise ResultError(f"{path} {whole}: {key} is {str(data.get(key))[:40]}")
+    if not all(
+        isinstance(case, dict) and isinstance(case.get("name"), str) for case in data["cases"]
+    ):
+        raise ResultError(f'{path} {whole}: "cases" is not a list of objects with a "name"')
+    names = [case["name"] for case in data["cases"]]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ResultError(f"{path} {whole}: two cases are named {twice!r}")
+    try:
+        from pydantic import TypeAdapter
+
+        from sglang_prefix.bench.schema import RESULTS
+    except ImportError:
+        return
+    check_type(path, data, TypeAdapter(RESULTS[data["kind"]]), whole)
+
+
+def check_type(
+    path: str | os.PathLike[str], data: Any, adapter: TypeAdapter[Any], complaint: str
+) -> None:
+    """Check parsed data against a type of pydantic's.
+
+    Raises:
+        ResultError: it is not of it: the file, the complaint, the first thing that is wrong.
+    """
+    from pydantic import ValidationError
+
+    try:
+        adapter.validate_python(data, strict=True)
+    except ValidationError as error:
+        raise ResultError(f"{path} {complaint}: {_first(error)}") from None
+
+
+def _first(error: ValidationError) -> str:
+    """The first thing that is wrong, and how many more there are."""
+    first, *others = error.errors(include_url=False, include_context=False, include_input=False)
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
+    more = f" (and {len(others)} more)" if others else ""
+    return f"{where.lstrip('.')}: {first['msg']}{more}"
+
+
+def load_resumable(
+    path: str | os.PathLike[str], kind: str, same: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Read the result of a run that is to go on.
+
+    Args:
+        path, kind: the file, and the kind that it must have.
+        same: what must be as it was, by key; keys below others are joined by dots. See
+            :func:`same_environment`.
+
+    Raises:
+        ResultError: it cannot be read, is not whole, or something is not as it was.
+    """
+    data = read_result(path, kind)
+    check_same(path, data, same)
     return data
 
 
-def environment() -> dict[str, Any]:
+def check_same(
+    path: str | os.PathLike[str], data: Mapping[str, Any], same: Mapping[str, Any]
+) -> None:
+    """Check that what must be as it was is so; see :func:`load_resumable`.
+
+    Raises:
+        ResultError: something is not.
+    """
+    for key, here in same.items():
+        there: Any = data
+        for name in key.split("."):
+            there = there.get(name) if isinstance(there, dict) else None
+        # Through JSON, as the file has been.
+        if json.loads(json.dumps(here)) != there:
+            raise ResultError(
+                f"{path} cannot be resumed: its {key.rpartition('.')[2]} is {there!r}, here it is "
+                f"{here!r}"
+            )
+
+
+def same_environment(here: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`load_resumable` must find as it is ``here``, in this process's environment."""
+    return {f"environment.{name}": here[name] for name in _SAME}
+
+
+def environment(device: str | None = None) -> dict[str, Any]:
     """What numbers of this process are measured on and with; imports torch.
 
+    Args:
+        device: "cuda" or "cpu"; None for the GPU if there is one.
+
     Returns:
-        "device" ("cuda" or "cpu"), "cpu" and "gpu" names, "threads" of torch, "python",
-        "versions" of packages (None for one that is not installed) and the "commit" of a checkout
-        (None for an installed wheel).
+        "device", "cpu" and "gpu" names, "threads" of torch, "python", "versions" of packages (None
+        for one that is not installed) and the "commit" of a checkout (None for an installed wheel);
+        of a GPU its size and "clocks" as well.
     """
     import torch
 
-    has_gpu = torch.cuda.is_available()
+    has_gpu = device != "cpu" and torch.cuda.is_available()
     return {
         "device": "cuda" if has_gpu else "cpu",
         "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if has_gpu else None,
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in _PACKAGES},
         "commit": _commit(),
+        **(_gpu_facts() if has_gpu else {}),
     }
+
+
+def _gpu_facts() -> dict[str, Any]:
+    import torch
+
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "cuda": torch.version.cuda,
+        "num_sms": properties.multi_processor_count,
+        "l2_bytes": properties.L2_cache_size,
+        "memory_bytes": properties.total_memory,
+        "compute_capability": [properties.major, properties.minor],
+        "clocks": _clocks(),
+    }
+
+
+def _clocks() -> dict[str, str] | None:
+    """What nvidia-smi says, read only; None where it is not."""
+    command = ["nvidia-smi", f"--query-gpu={_CLOCKS}", "--format=csv,noheader", "--id=0"]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return dict(zip(_CLOCKS.split(","), map(str.strip, run.stdout.split(",")), strict=False))
 
 
 def _cpu_name() -> str:

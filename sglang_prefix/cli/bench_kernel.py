@@ -1,35 +1,60 @@
-"""`sglang-prefix bench kernel`: decode attention on batches that share, ours against stock."""
+"""`sglang-prefix bench kernel`, `bench tune` and `bench host`: attention, tiles, host time."""
 
 from __future__ import annotations
 
+import os
 import sys
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 
 import typer
 
 from sglang_prefix.cli.output import JsonOption, console, fail, write_json
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.console import Console
 
-    from sglang_prefix.bench.cells import KernelCell, KernelOptions
-    from sglang_prefix.bench.kernel_run import KernelRun
+    from sglang_prefix.bench.run import BenchRun
 
-__all__ = ["kernel", "kernel_table"]
+__all__ = ["finish", "host", "kernel", "make_run", "tune"]
+
+T = TypeVar("T")
 
 _INTERRUPTED = 130
-_FILE_WIDTH = 130
 _DTYPES = ("bfloat16", "float16", "float32")
+_POLICIES = ("pat", "node", "chunk", "query")
 # What a resumed run may be told anew: none of it changes what its numbers mean.
 _WITH_RESUME = ("ctx", "out", "resume", "budget_s", "json_file", "plots", "report")
+# Parameters that have another name in the file.
+_FILE_NAMES = {
+    "workload": "workloads",
+    "tree": "trees",
+    "trace": "traces",
+    "policy": "policies",
+}
 _BUDGET_S = {True: 240.0, False: 600.0}  # by --quick
+
+Out = Annotated[Path | None, typer.Option(help="Folder for the result file, plots and page.")]
+Budget = Annotated[
+    float | None,
+    typer.Option(min=0, help="Time for the run. Default: 600.", show_default=False),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with the run in --out, under its options.")
+]
+Seed = Annotated[int, typer.Option(min=0, help="Of all inputs.")]
+Dry = Annotated[
+    bool,
+    typer.Option("--dry", help="Tiny shapes in Triton's interpreter: shows the logic, no speed."),
+]
+ListCases = Annotated[bool, typer.Option("--list", help="Print the names of the cases, run none.")]
 
 
 def kernel(
     ctx: typer.Context,
-    out: Annotated[Path, typer.Option(help="Folder for kernel.json, plots and page.")],
+    out: Out = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Small batches; a few minutes on two CPU cores.")
     ] = False,
@@ -37,8 +62,9 @@ def kernel(
         list[str] | None,
         typer.Option(
             metavar="FILE|REGEX",
-            help="Registry file (trees, unrelated, chunk, ...), or a regular expression that the "
-            "names of cells contain; may be repeated. Default: all files.",
+            help="Registry file (trees, unrelated, cpu, gpu, ...), or a regular expression that "
+            "the names of cases contain; may be repeated, both choose together. Default: all "
+            "files that are no suite.",
         ),
     ] = None,
     tree: Annotated[
@@ -58,7 +84,7 @@ def kernel(
     trace_batches: Annotated[int, typer.Option(min=1, help="Moments of a trace.")] = 3,
     policy: Annotated[
         list[str] | None,
-        typer.Option(help="pat, node, chunk or query; may be repeated. Default: all."),
+        typer.Option(help=f"One of {', '.join(_POLICIES)}; may be repeated. Default: all."),
     ] = None,
     heads: Annotated[
         list[str] | None,
@@ -70,13 +96,17 @@ def kernel(
     page_size: Annotated[int, typer.Option(min=1, help="Tokens per page of the KV pool.")] = 1,
     rounds: Annotated[
         int | None,
-        typer.Option(min=1, help="Timed rounds per cell. Default: as many as fit, 3 to 15."),
+        typer.Option(min=1, help="Timed rounds per case. Default: as many as fit."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of all inputs.")] = 0,
+    seed: Seed = 0,
     max_tokens: Annotated[
-        int,
-        typer.Option(min=1, help="KV tokens that a batch may store; trace batches are cut to it."),
-    ] = 1 << 18,
+        int | None,
+        typer.Option(
+            min=1,
+            help="KV tokens that a batch may store; trace batches are cut to it. Default: 262144, "
+            "on a GPU what its memory holds.",
+        ),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Of torch on the CPU. Default: torch's own choice.")
     ] = None,
@@ -84,30 +114,30 @@ def kernel(
         float | None,
         typer.Option(
             min=0,
-            help="Time for the cells; small batches come first. Default: 600, with --quick 240.",
+            help="Time for the run; small batches come first. Default: 600, with --quick 240.",
             show_default=False,
         ),
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in --out, under its options.")
-    ] = False,
+    resume: Resume = False,
+    dry: Dry = False,
+    list_cases: ListCases = False,
     plots: Annotated[bool, typer.Option(help="Draw the plots (needs matplotlib).")] = True,
     report: Annotated[bool, typer.Option(help="Write the page report.html into --out.")] = True,
     json_file: JsonOption = None,
 ) -> None:
     """Compare decode attention kernels on batches that share prefixes.
 
-    Every output is compared with a float64 oracle before it is timed. The file in --out is whole
-    after every cell: Ctrl-C keeps what is there, and --resume goes on. At the end a page
-    with all tables and plots lies beside it, report.html.
+    Every output is compared with a float64 oracle before it is timed. The file in --out,
+    kernel.json, is whole after every case: Ctrl-C keeps what is there, and --resume goes on. At the
+    end a page with all tables and plots lies beside it, report.html.
     """
-    if plots and find_spec("matplotlib") is None:
-        fail("plots need matplotlib: pip install 'sglang-prefix[bench]', or give --no-plots", 2)
     if resume:
-        _check_resume(ctx, out)
+        _check_resume(ctx, _folder(out) / "kernel.json")
     _check("dtype", [dtype], _DTYPES)
-    _check("policy", policy or [], ("pat", "node", "chunk", "query"))
-    from sglang_prefix.bench.cells import KernelOptions
+    _check("policy", policy or [], _POLICIES)
+    _prepare_device(dry=dry)
+    from sglang_prefix.bench.cases import KernelOptions, kernel_cases
+    from sglang_prefix.bench.plots import has_matplotlib
 
     options = KernelOptions(
         quick=quick,
@@ -122,26 +152,231 @@ def kernel(
         seed=seed,
         max_tokens=max_tokens,
         threads=threads,
+        dry=dry,
         **({"policies": tuple(dict.fromkeys(policy))} if policy else {}),
     )
+    if list_cases:
+        _list([case.name for case in _legal(lambda: kernel_cases(options))])
+    if plots and not has_matplotlib():
+        fail("plots need matplotlib: pip install 'sglang-prefix[bench]', or give --no-plots", 2)
     screen = console(json_file)
-    run = _prepared(out, options, resume, screen)
-    budget_s = _BUDGET_S[run.options.quick] if budget_s is None else budget_s
+    with screen.status("importing torch"):
+        from sglang_prefix.bench.kernel import KernelRun
+
+    folder = _folder(out)
+    run = make_run(lambda: KernelRun(folder, options, _command(), resume=resume), folder)
+    if budget_s is None:
+        budget_s = _BUDGET_S[run.data["options"]["quick"]]
+    finish(run, budget_s, screen, json_file, plots=plots, report=report)
+
+
+def tune(
+    ctx: typer.Context,
+    out: Out = None,
+    budget_s: Budget = None,
+    seed: Seed = 0,
+    resume: Resume = False,
+    dry: Dry = False,
+    list_cases: ListCases = False,
+    write_table: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Measure nothing: take this result file into --table instead."
+        ),
+    ] = None,
+    table: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Table of tiles. Default: the installed one."),
+    ] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Time the forward kernel with every tile that is worth trying, on this GPU.
+
+    One pack shape per row class; each tile is checked before it is timed. The file in --out,
+    tune.json, is whole after every shape, and --resume goes on. --write-table then takes what was
+    faster into the table that the executor reads.
+    """
+    if resume:
+        _check_resume(ctx, _folder(out) / "tune.json")
+    _prepare_device(dry=dry, needs_gpu=not (list_cases or write_table))
+    from sglang_prefix.bench import tune as module
+
+    if list_cases:
+        _list([pack.name for pack in module.pack_shapes(dry=dry)])
+    if write_table is not None:
+        file, target = write_table, table or module.TABLE
+        typer.echo(_legal(lambda: module.write_table(file, target)))
+        return
+    folder = _folder(out)
+    run = make_run(
+        lambda: module.TuneRun(folder, _command(), seed=seed, dry=dry, resume=resume), folder
+    )
+    finish(run, _BUDGET_S[False] if budget_s is None else budget_s, console(json_file), json_file)
+
+
+def host(
+    ctx: typer.Context,
+    out: Out = None,
+    requests: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Of a batch that is planned; may be repeated. Default: 256, 1024"),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds of planning.")] = 50,
+    engine: Annotated[
+        bool, typer.Option(help="Run real engines, too: two starts, about a minute.")
+    ] = True,
+    budget_s: Budget = None,
+    seed: Seed = 0,
+    resume: Resume = False,
+    list_cases: ListCases = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Time what planning and decode steps cost the host, on SGLang's own radix tree and engine.
+
+    The file in --out is host.json.
+    """
+    if resume:
+        _check_resume(ctx, _folder(out) / "host.json")
+    from sglang_prefix.bench.host import HostRun
+
+    options = {"requests": requests or [256, 1024], "rounds": rounds, "engine": engine}
+    folder = _folder(out or Path() if list_cases else out)
+    run = make_run(
+        lambda: HostRun(folder, _command(), options=options, seed=seed, resume=resume), folder
+    )
+    if list_cases:
+        _list(run.order)
+    finish(run, _BUDGET_S[False] if budget_s is None else budget_s, console(json_file), json_file)
+
+
+def _command() -> list[str]:
+    return ["sglang-prefix", *sys.argv[1:]]
+
+
+def _folder(out: Path | None) -> Path:
+    if out is None:
+        fail("--out is missing; legal: a folder for the result file", 2)
+    return out
+
+
+def _prepare_device(*, dry: bool, needs_gpu: bool = False) -> None:
+    """Turn Triton's interpreter on for a dry run; without one, see that there is a GPU."""
+    if dry:
+        # Triton reads it when a kernel is defined.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+        import triton
+
+        if not triton.knobs.runtime.interpret:
+            fail("--dry needs Triton's interpreter: set TRITON_INTERPRET=1", 2)
+    elif needs_gpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            fail("no GPU here; legal without one: --dry", 2)
+
+
+def _check(option: str, values: list[str], legal: tuple[str, ...]) -> None:
+    for value in values:
+        if value not in legal:
+            fail(f"--{option} is {value!r}; legal: {', '.join(legal)}", 2)
+
+
+def _check_resume(ctx: typer.Context, file: Path) -> None:
+    """Refuse options that are not those of the run that is resumed."""
+    from sglang_prefix.bench.results import ResultError, read_result
+
+    try:
+        data = read_result(file)
+    except ResultError as error:
+        fail(f"{error}", 2)
+    was = {**data["options"], "seed": data["seed"], "dry": data["dry"]}
+    for name, given in ctx.params.items():
+        # By name: typer may bring a click of its own.
+        source = ctx.get_parameter_source(name)
+        if source and source.name == "COMMANDLINE" and name not in _WITH_RESUME:
+            given = list(given) if isinstance(given, list | tuple) else given
+            if was.get(_FILE_NAMES.get(name, name)) != given:
+                flag = name.replace("_", "-")
+                fail(
+                    f"--{flag} with --resume: the run in {file.parent} has its own; legal: without",
+                    2,
+                )
+
+
+def _list(names: list[str]) -> NoReturn:
+    typer.echo("\n".join(names))
+    raise typer.Exit
+
+
+def _legal(make: Callable[[], T]) -> T:
+    """What ``make`` returns; bad input ends the command with one line."""
+    try:
+        return make()
+    except ValueError as error:
+        fail(f"{error}", 2)
+
+
+def make_run(make: Callable[[], T], out: Path) -> T:
+    """A run; one that cannot be made ends the command with one line."""
+    try:
+        return _legal(make)
+    except OSError as error:
+        fail(f"--out {out} cannot be written: {error.strerror}; legal: a folder of yours", 2)
+
+
+def finish(
+    run: BenchRun,
+    budget_s: float,
+    screen: Console,
+    json_file: str | None,
+    *,
+    plots: bool = False,
+    report: bool = False,
+) -> None:
+    """Measure, print the tables, write plots, page and JSON; end with what went wrong."""
+    from sglang_prefix.bench.report import print_section, section_of
+
+    with screen.status("looking at what is here"):
+        run.prepare()
     interrupted = _measure(run, budget_s, screen)
-    _print(run.data, run.ours, screen)
+    print_section(section_of(run.data), screen)
     if run.path.exists():
         screen.print(f"written to {run.path}", soft_wrap=True)
     problems = [*run.problems(), *_draw(run, screen, plots=plots, report=report)]
     write_json(run.data, json_file)
     if interrupted:
-        problems.append(f"interrupted; --resume --out {out} goes on")
-    _end(problems, _INTERRUPTED if interrupted else 1)
+        problems.append(f"interrupted; --resume --out {run.path.parent} goes on")
+    for problem in problems[:-1]:
+        typer.echo(f"sglang-prefix: {problem}", err=True)
+    if problems:
+        fail(problems[-1], _INTERRUPTED if interrupted else 1)
 
 
-def _draw(run: KernelRun, screen: Console, *, plots: bool, report: bool) -> list[str]:
+def _measure(run: BenchRun, budget_s: float, screen: Console) -> bool:
+    """Measure with progress shown; whether the user stopped it."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    text = TextColumn("{task.description} [dim]{task.fields[doing]}")
+    with Progress(*columns, text, console=screen, transient=True) as progress:
+        bar = progress.add_task("", total=len(run.order), doing="", completed=-1)
+        try:
+            run.run(
+                budget_s,
+                lambda name: progress.update(bar, advance=1, description=name, doing=""),
+                lambda what: progress.update(bar, doing=what),
+            )
+        except KeyboardInterrupt:
+            return True
+        except OSError as error:
+            fail(f"{run.path} cannot be written: {error.strerror}")
+    return False
+
+
+def _draw(run: BenchRun, screen: Console, *, plots: bool, report: bool) -> list[str]:
     """Write the plots and the page beside the result file; what could not be written, and why."""
     folder, problems = run.path.parent, []
-    if plots and run.data["cells"]:
+    if plots and run.data["cases"]:
         from sglang_prefix.bench.plots import save_plots
 
         try:
@@ -158,152 +393,6 @@ def _draw(run: KernelRun, screen: Console, *, plots: bool, report: bool) -> list
         except ResultError as error:
             problems.append(f"no page: {' '.join(str(error).split())}")
         except OSError as error:
-            problems.append(
-                f"{folder / 'report.html'} cannot be written: {error.strerror or error}"
-            )
+            page = folder / "report.html"
+            problems.append(f"{page} cannot be written: {error.strerror or error}")
     return problems
-
-
-def _end(problems: list[str], status: int) -> None:
-    """End with one line for each problem; without any, end well."""
-    for problem in problems[:-1]:
-        typer.echo(f"sglang-prefix: {problem}", err=True)
-    if problems:
-        fail(problems[-1], status)
-
-
-def _check(option: str, values: list[str], legal: tuple[str, ...]) -> None:
-    for value in values:
-        if value not in legal:
-            fail(f"--{option} is {value!r}; legal: {', '.join(legal)}", 2)
-
-
-def _check_resume(ctx: typer.Context, out: Path) -> None:
-    for name in ctx.params:
-        # By name: typer may bring a click of its own.
-        source = ctx.get_parameter_source(name)
-        if source and source.name == "COMMANDLINE" and name not in _WITH_RESUME:
-            flag = name.replace("_", "-")
-            fail(f"--{flag} with --resume: the run in {out} has its own; legal: without", 2)
-
-
-def _prepared(out: Path, options: KernelOptions, resume: bool, screen: Console) -> KernelRun:
-    with screen.status("importing torch"):
-        from sglang_prefix.bench.kernel_run import KernelRun
-    try:
-        run = KernelRun(out, options, ["sglang-prefix", *sys.argv[1:]], resume=resume)
-    except ValueError as error:
-        fail(f"{error}", 2)
-    except OSError as error:
-        fail(f"--out {out} cannot be written: {error.strerror}; legal: a folder of yours", 2)
-    with screen.status("importing SGLang for its own kernels"):
-        run.prepare()
-    return run
-
-
-def _measure(run: KernelRun, budget_s: float, screen: Console) -> bool:
-    """Measure with progress shown; whether the user stopped it."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    text = TextColumn("{task.description} [dim]{task.fields[doing]}")
-    with Progress(*columns, text, console=screen, transient=True) as progress:
-        bar = progress.add_task("", total=len(run.cells), doing="", completed=-1)
-
-        def begin(cell: KernelCell) -> None:
-            progress.update(bar, advance=1, description=cell.name, doing="")
-
-        try:
-            run.run(budget_s, begin, lambda what: progress.update(bar, doing=what))
-        except KeyboardInterrupt:
-            return True
-        except OSError as error:
-            fail(f"{run.path} cannot be written: {error.strerror}")
-    return False
-
-
-def _print(data: dict[str, Any], ours: str, screen: Console) -> None:
-    if not screen.is_terminal:
-        screen.width = max(screen.width, _FILE_WIDTH)
-    screen.print(kernel_table(data, ours, screen.width))
-    for line in _remarks(data):
-        screen.print(line, soft_wrap=True, highlight=False, markup=False)
-
-
-def _remarks(data: dict[str, Any]) -> list[str]:
-    """What the table does not show: what is absent, failed or was not run, and why."""
-    lines = [f"absent: {name}: {reason}" for name, reason in data["absent"].items()]
-    for kind in ("absent", "failed"):
-        where: dict[str, list[str]] = {}
-        for cell in data["cells"]:
-            for name, reason in cell[kind].items():
-                where.setdefault(f"{name}: {reason}", []).append(cell["name"])
-        lines += [f"{kind} in {_some(cells)}: {what}" for what, cells in where.items()]
-    reasons: dict[str, list[str]] = {}
-    for name, reason in data["why_not_run"].items():
-        reasons.setdefault(reason, []).append(name)
-    return lines + [f"not run: {_some(names)}: {reason}" for reason, names in reasons.items()]
-
-
-def _some(names: list[str], most: int = 4) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
-
-
-def kernel_table(data: dict[str, Any], ours: str, width: int = _FILE_WIDTH) -> Any:
-    """The table of a result file, as a rich table; rows in which ours loses are marked.
-
-    Args:
-        data: of the file.
-        ours: the contender to set against the fastest stock kernel.
-        width: columns of the screen; narrow ones go without the split.
-    """
-    from rich.table import Table
-
-    where = data["environment"]["gpu"] or data["environment"]["cpu"]
-    stocks = dict.fromkeys(cell["best_stock"] or "absent" for cell in data["cells"])
-    title = f"decode attention, {data['options']['dtype']}, {where}"
-    caption = (
-        f"ours: {ours}; stock: the fastest of {', '.join(stocks) or 'none'}; ms: median of a "
-        "step's plan, copy and layers; over query: the same executor without sharing / ours; "
-        "read: KV tokens read / KV tokens of all requests"
-    )
-    split = width >= _FILE_WIDTH
-    if split:
-        caption += (
-            "; split of ours: plan + copy + forward + merge; on the CPU merge is timed alone, "
-            "after the step, and forward is the rest of the layers' time (- where none is left)"
-        )
-    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
-    table.add_column("cell", overflow="fold")
-    columns = ("batch", "tokens", "stock ms", "ours ms", "speed-up", "over query", "read", "ideal")
-    for column in (*columns, *(["split, ms"] if split else [])):
-        table.add_column(column, justify="right", no_wrap=True)
-    for cell in data["cells"]:
-        row, style = _row(cell, ours, with_stock=len(stocks) > 1)
-        table.add_row(*row[: len(table.columns)], style=style)
-    return table
-
-
-def _row(cell: dict[str, Any], ours: str, *, with_stock: bool) -> tuple[list[str], str | None]:
-    """The texts of a row, and its style."""
-    best, mine = cell["best_stock"], cell["contenders"].get(ours)
-    tokens = cell["tokens"]
-    stock = f"{cell['contenders'][best]['ms']:.2f}" if best else "absent"
-    row = [cell["name"], str(cell["batch"]), str(tokens["logical"])]
-    row.append(f"{best} {stock}" if best and with_stock else stock)
-    ideal = f"{tokens['ideal'] / tokens['logical']:.3f}"
-    if mine is None:
-        return [*row, "FAILED", "-", "-", "-", ideal, "-"], "red"
-    query = cell["contenders"].get(f"{mine['executor']}/query")
-    parts = [mine[f"{part}_ms"] for part in ("plan", "copy", "forward", "merge")]
-    speedup = mine["speedup"]
-    slower = speedup is not None and speedup < 1
-    row += [
-        f"{mine['ms']:.2f}",
-        "-" if speedup is None else f"{speedup:.2f}x" + " slower" * slower,
-        f"{query['ms'] / mine['ms']:.2f}x" if query else "-",
-        f"{mine['kv_read_ratio']:.3f}",
-        ideal,
-        " + ".join("-" if part is None else f"{part:.1f}" for part in parts),
-    ]
-    return row, "red" if slower else None

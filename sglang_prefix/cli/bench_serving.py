@@ -1,28 +1,24 @@
-"""`sglang-prefix bench serving`: stock and prefix servers under the same loads."""
+"""`sglang-prefix bench serving`: stock and prefix servers, or engines, under the same loads."""
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
+from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sglang_prefix.cli.output import JsonOption, console, fail, write_json
+from sglang_prefix.cli.bench_kernel import finish, make_run
+from sglang_prefix.cli.output import JsonOption, console, fail
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from sglang_prefix.bench.serving.run import Plan, Run
-    from sglang_prefix.bench.serving.workloads import Workload
+    from sglang_prefix.bench.run import BenchRun
 
 __all__ = ["serving"]
 
@@ -36,19 +32,16 @@ _OURS = {
 }
 # A backend in these, one that packs would be on both sides.
 _BACKENDS = ("--attention-backend", "--decode-attention-backend", "--prefill-attention-backend")
-_INTERRUPTED = 130
-_FILE_WIDTH = 132
-_REPORT = "report.html"
-# What a report of a folder shows, by `bench kernel` and this command.
-_RESULTS = ("kernel.json", "serving.json")
-# Of a model folder: without one of these it is not whole.
-_MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+_ENGINES = "Engines, with --engine"
+# Of servers and engines alike; all others are for the one or, in their own panel, the other.
+_FOR_BOTH = ("out", "seed", "report", "resume", "json_file", "engine")
 
 
 def serving(
+    ctx: typer.Context,
     out: Annotated[
-        Path, typer.Option(help="Folder for serving.json, the plots and the servers' logs.")
-    ],
+        Path | None, typer.Option(help="Folder for the result, the plots and the logs.")
+    ] = None,
     server_args: Annotated[
         list[str] | None,
         typer.Argument(metavar="-- SERVER_ARGS...", help="Of `sglang serve`, for both servers."),
@@ -73,7 +66,7 @@ def serving(
         list[str] | None, typer.Option(help="May be repeated. Default: all in the file.")
     ] = None,
     workload_file: Annotated[
-        Path | None, typer.Option(help="Workloads in the format of serving_workloads.json.")
+        Path | None, typer.Option(help="Workloads in the format of ours.")
     ] = None,
     trace: Annotated[
         Path | None, typer.Option(help="Requests to replay, JSON lines in Mooncake's format.")
@@ -92,7 +85,10 @@ def serving(
     repeats: Annotated[
         int, typer.Option(min=1, help="Timed runs of each workload; the medians count.")
     ] = 1,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, help="Of all requests. Default: 0; with --engine a fresh one."),
+    ] = None,
     min_equal: Annotated[
         float | None,
         typer.Option(
@@ -123,14 +119,92 @@ def serving(
         bool, typer.Option("--resume", help="Go on with the run in OUT that was interrupted.")
     ] = False,
     json_file: JsonOption = None,
+    engine: Annotated[
+        bool,
+        typer.Option(
+            "--engine",
+            rich_help_panel=_ENGINES,
+            help="Measure offline engines with a model of Llama-3.1-8B's shape on this GPU.",
+        ),
+    ] = False,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            rich_help_panel=_ENGINES,
+            help="Folder for the model, 15 GB. Default: one in the temporary folder.",
+        ),
+    ] = None,
+    long_output: Annotated[
+        int, typer.Option(min=1, rich_help_panel=_ENGINES, help="Tokens of the long rollouts.")
+    ] = 8192,
+    only: Annotated[
+        str,
+        typer.Option(
+            rich_help_panel=_ENGINES, help="Regular expression that the names of cases contain."
+        ),
+    ] = "",
+    list_cases: Annotated[
+        bool,
+        typer.Option(
+            "--list", rich_help_panel=_ENGINES, help="Print the cases in order, run none."
+        ),
+    ] = False,
+    budget_s: Annotated[
+        float,
+        typer.Option(min=0, rich_help_panel=_ENGINES, help="Begin no case after these seconds."),
+    ] = 540,
+    dry: Annotated[
+        bool,
+        typer.Option(
+            "--dry", rich_help_panel=_ENGINES, help="A tiny model on the CPU: proves no speed."
+        ),
+    ] = False,
 ) -> None:
     """Compare a stock server with a prefix server: TTFT, TPOT, ITL, throughput, KV read.
 
     Both get the same requests from SGLang's bench_serving, and their tokens are compared. Workloads
     in which tokens differ, or fewer than 90% of the decode steps were packed, get no ratios.
+
+    With --engine: engines instead of servers, ours against every backend of SGLang that this host
+    has. Time per output token at full batch, log probabilities, the size of the KV pool, and a
+    guard against waiting for the device.
     """
-    from sglang_prefix.bench.serving.process import ClientError
-    from sglang_prefix.bench.serving.run import Plan
+    _check_mode(ctx, engine)
+    command = ["sglang-prefix", *sys.argv[1:]]
+    if list_cases:
+        from sglang_prefix.bench.serving.engines import DRY_STOCK
+        from sglang_prefix.bench.serving.loads import STOCK, dry_measurements, measurements
+
+        found = dry_measurements(DRY_STOCK) if dry else measurements(tuple(STOCK), long_output)
+        typer.echo("\n".join(one.name for one in found))
+        return
+    if out is None:
+        fail("--out is missing; legal: a folder for the result", 2)
+    if engine:
+        from sglang_prefix.bench.serving.engine_run import EngineRun
+
+        def make() -> BenchRun:
+            return EngineRun(
+                out,
+                command=command,
+                long_output=long_output,
+                model=model,
+                only=only,
+                seed=seed,
+                dry=dry,
+                resume=resume,
+            )
+
+        _finish(make_run(make, out), budget_s, json_file, report)
+        return
+    from sglang_prefix.bench.serving.plan import (
+        Plan,
+        choose_model,
+        choose_workloads,
+        make_folder,
+        server_arguments,
+    )
+    from sglang_prefix.bench.serving.run import Run
     from sglang_prefix.bench.serving.servers import ServerError
 
     if find_spec("matplotlib") is None:
@@ -140,42 +214,63 @@ def serving(
         "block_tokens": trace_block_tokens,
         "speed": trace_speed,
     }
-    urls = {"stock": stock_url, "prefix": prefix_url}
+    urls = {
+        side: url.rstrip("/") if url else None
+        for side, url in (("stock", stock_url), ("prefix", prefix_url))
+    }
     given = _check_server_arguments(server_args or [], urls)
     try:
-        workloads, absent = _workloads(workload_file, quick, workload or [], trace, overrides)
-        _make_folder(out)
-        model = model_path or _model(out, urls)
+        workloads, absent = choose_workloads(workload_file, quick, workload or [], trace, overrides)
+        make_folder(out)
+        served = model_path or choose_model(out, urls)
         plan = Plan(
             out=out,
-            model=model,
+            model=served,
             tokenizer=tokenizer,
             workloads=workloads,
             absent=absent,
             trace=str(trace) if trace else None,
             repeats=repeats,
-            seed=seed,
+            seed=seed or 0,
             quick=quick,
-            urls={side: url.rstrip("/") if url else None for side, url in urls.items()},
-            server_args=_server_arguments(model, tokenizer, seed, given, urls),
+            urls=urls,
+            server_args=server_arguments(served, tokenizer, seed or 0, given, urls),
             port=port,
             start_timeout_s=start_timeout,
             workload_timeout_s=workload_timeout,
             min_equal=min_equal,
-            command=["sglang-prefix", *sys.argv[1:]],
+            command=command,
         )
-        terminal = console(json_file)
-        run = _follow(plan, resume, terminal)
-    except (ValueError, ServerError, ClientError) as error:
+        run = Run(plan, resume=resume)
+    except (ValueError, ServerError) as error:
         fail(str(error))
     except OSError as error:
         fail(f"cannot write to {out}: {error.strerror or error}")
-    _show(run.data, terminal)
-    write_json(run.data, json_file)
-    files = [run.path, *_write_plots(run.data, out), *([_write_report(out)] if report else [])]
-    names = ", ".join(map(str, files))
-    terminal.print(f"written: {names}", highlight=False, markup=False, soft_wrap=True)
-    _fail_on_problems(run.data, run.min_equal())
+    _finish(run, inf, json_file, report)
+
+
+def _finish(run: BenchRun, budget_s: float, json_file: str | None, report: bool) -> None:
+    """Run, show and write all; servers, client and engines end with us, however we end."""
+    from sglang_prefix.bench.serving.client import ClientError
+    from sglang_prefix.bench.serving.servers import ServerError
+
+    plots = find_spec("matplotlib") is not None
+    try:
+        with _ended_by_signals():
+            finish(run, budget_s, console(json_file), json_file, plots=plots, report=report)
+    except (ValueError, ServerError, ClientError) as error:
+        fail(str(error))
+
+
+def _check_mode(ctx: typer.Context, engine: bool) -> None:
+    for parameter in ctx.command.params:
+        name, is_for_engines = parameter.name, getattr(parameter, "rich_help_panel", "") == _ENGINES
+        if name is None or name in _FOR_BOTH or is_for_engines == engine:
+            continue
+        source = ctx.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            option = "arguments of servers" if name == "server_args" else parameter.opts[0]
+            fail(f"{option}: only {'without' if engine else 'with'} --engine", 2)
 
 
 def _check_server_arguments(given: list[str], urls: dict[str, str | None]) -> list[str]:
@@ -193,121 +288,6 @@ def _check_server_arguments(given: list[str], urls: dict[str, str | None]) -> li
     return given
 
 
-def _workloads(
-    file: Path | None,
-    quick: bool,
-    names: list[str],
-    trace: Path | None,
-    overrides: dict[str, Any],
-) -> tuple[list[Workload], dict[str, str]]:
-    from sglang_prefix.bench.serving.workloads import REGISTRY, load_workloads
-    from sglang_prefix.bench.workloads.traces import read_trace
-
-    changed = {name: value for name, value in overrides.items() if value is not None}
-    found = load_workloads(file or REGISTRY, quick=quick, names=names, overrides={"trace": changed})
-    if trace is not None:
-        read_trace(trace)  # for its errors, before anything is started
-        return found, {}
-    without = [one for one in found if one.driver != "trace"]
-    absent = {one.name: "no --trace FILE was given" for one in found if one not in without}
-    if not without:
-        raise ValueError(f"--workload {', '.join(absent)} needs --trace FILE")
-    return without, absent
-
-
-def _make_folder(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out is {out}, which is a file; legal: a folder, or a new one's name")
-    out.mkdir(parents=True, exist_ok=True)
-
-
-def _model(out: Path, urls: dict[str, str | None]) -> str:
-    """The model of a server that runs, or a tiny one with real random weights."""
-    from sglang_prefix.bench.serving.servers import RunningServer, describe
-    from sglang_prefix.tiny_model import TinyModelConfig, build_tiny_model
-
-    for side, url in urls.items():
-        if url is not None:
-            return str(describe(RunningServer(side, url.rstrip("/")))["model"])
-    folder = out / "tiny-model"
-    if folder.exists():
-        if lacking := [name for name in _MODEL_FILES if not (folder / name).is_file()]:
-            raise ValueError(
-                f"{folder} is not a whole model, it lacks {', '.join(lacking)}: remove it"
-            )
-        return str(folder)
-    # As the demo's. Of more tokens, few are halves of characters: SGLang's tool takes the first
-    # text for the first token.
-    config = TinyModelConfig(
-        num_layers=2, num_heads=8, num_kv_heads=2, head_dim=64, vocab_size=4096
-    )
-    with tempfile.TemporaryDirectory(prefix=".tiny-model-", dir=out) as beside:
-        whole = Path(beside, "model")
-        build_tiny_model(whole, config)
-        whole.rename(folder)
-    return str(folder)
-
-
-def _server_arguments(
-    model: str,
-    tokenizer: str | None,
-    seed: int,
-    given: list[str],
-    urls: dict[str, str | None],
-) -> dict[str, list[str]]:
-    """Arguments of both servers, the user's last so that they count."""
-    import torch
-
-    common = ["--model-path", model, "--random-seed", str(seed)]
-    if tokenizer:
-        common += ["--tokenizer-path", tokenizer]
-    if not torch.cuda.is_available():
-        # Tokens can only be required to be equal where rounding hardly matters; the pool is bounded
-        # by tokens, the fraction only has to be enough.
-        common += ["--device", "cpu", "--dtype", "float32"]
-        common += ["--mem-fraction-static", "0.7", "--max-total-tokens", "65536"]
-    both = [*common, *given]
-    found = {"stock": both, "prefix": [*both, "--decode-attention-backend", "prefix"]}
-    return {side: [] if urls[side] else arguments for side, arguments in found.items()}
-
-
-def _follow(plan: Plan, resume: bool, terminal: Console) -> Run:
-    """Run and show how far it is; servers and client end with us, however we end."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        SpinnerColumn,
-        TextColumn,
-        TimeElapsedColumn,
-    )
-
-    from sglang_prefix.bench.serving.run import Run
-
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    progress = Progress(*columns, TimeElapsedColumn(), console=terminal, transient=True)
-
-    def tell(text: str, is_done: bool) -> None:
-        progress.update(task, description=text, advance=1 if is_done else 0)
-        if is_done:
-            progress.console.print(text, highlight=False)
-
-    run = Run(plan, resume=resume, tell=tell)
-    task = progress.add_task("starting", total=len(run.pending()))
-    with _ended_by_signals(), progress:
-        try:
-            run.run()
-        except KeyboardInterrupt:
-            progress.stop()
-            # A file of an earlier run is not this one's to go on with.
-            goes_on = f"--resume goes on with {run.path}"
-            fail(
-                f"interrupted; {goes_on if run.is_written else 'nothing was measured'}",
-                _INTERRUPTED,
-            )
-    return run
-
-
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
     """Within it, SIGTERM and SIGHUP end this process as an interrupt does: cleaning up."""
@@ -318,68 +298,3 @@ def _ended_by_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _write_plots(data: dict[str, Any], out: Path) -> list[Path]:
-    from sglang_prefix.bench.serving.plots import PLOTS
-
-    paths = []
-    for name, plot in PLOTS.items():
-        path = out / f"{name}.svg"
-        _write_whole(path, partial(plot(data).savefig, format="svg"))
-        paths.append(path)
-    return paths
-
-
-def _write_report(out: Path) -> Path:
-    """A page of the result, and of that of `bench kernel` if it is in the same folder."""
-    from sglang_prefix.bench.report import ResultError, build_page, find_sources
-
-    path = out / _REPORT
-    results = [file for name in _RESULTS if (file := out / name).exists()]
-    try:
-        sources, _ = find_sources(results)
-        page = build_page(sources, title="sglang-prefix results")
-    except ResultError as error:
-        fail(f"no {path}: {' '.join(str(error).split())}")
-    _write_whole(path, lambda beside: beside.write_text(page, encoding="utf-8"))
-    return path
-
-
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """All of a file or nothing: `write` is given the name of one beside it."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(beside)
-        beside.replace(path)
-    except OSError as error:
-        fail(f"cannot write {path}: {error.strerror or error}")
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def _show(data: dict[str, Any], terminal: Console) -> None:
-    from sglang_prefix.bench.serving.table import comparison_table, notes
-
-    if not terminal.is_terminal:
-        terminal.width = max(terminal.width, _FILE_WIDTH)
-    terminal.print(comparison_table(data))
-    terminal.print(
-        "TTFT, TPOT, ITL: median / 99th percentile. KV read: KV tokens read / KV tokens of all "
-        "requests, in packed steps.",
-        highlight=False,
-    )
-    for note in notes(data):
-        terminal.print(note, highlight=False, markup=False, soft_wrap=True)
-
-
-def _fail_on_problems(data: dict[str, Any], min_equal: float) -> None:
-    """End with 1 where tokens differ, or where nothing that shares was compared."""
-    cells = data["cells"]
-    wrong = [c["name"] for c in cells if not c["is_comparison"] and not c["unpacked_ratios"]]
-    if wrong:
-        why = "; ".join(f"{c['name']}: {c['why_not']}" for c in cells if c["name"] in wrong)
-        fail(f"no comparison: {why}")
-    sharing = [cell for cell in cells if cell["group"] != "random"]
-    if sharing and not any(cell["is_comparison"] for cell in sharing):
-        fail("no workload that shares prefixes was packed: this run compares nothing")

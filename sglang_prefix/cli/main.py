@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from sglang_prefix.cli.bench_kernel import kernel
+from sglang_prefix.cli.bench_kernel import host, kernel, tune
 from sglang_prefix.cli.bench_serving import serving
 from sglang_prefix.cli.demo import demo
 from sglang_prefix.cli.doctor import doctor
@@ -39,6 +39,8 @@ bench_app = typer.Typer(
     no_args_is_help=True,
 )
 bench_app.command("kernel", cls=JsonCommand)(kernel)
+bench_app.command("tune", cls=JsonCommand)(tune)
+bench_app.command("host", cls=JsonCommand)(host)
 bench_app.command("serving", cls=JsonCommand)(serving)
 app.add_typer(bench_app, name="bench")
 

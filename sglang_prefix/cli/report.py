@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
 __all__ = ["report"]
 
-_PLOTTED = ("bench-kernel", "bench-serving")
-
 
 def report(
     results: Annotated[
@@ -65,7 +63,7 @@ def _check_target(out: Path, sources: list[Source]) -> None:
 
 
 def _check_plots(sources: list[Source], plots: bool) -> None:
-    from sglang_prefix.bench.report.drawings import has_matplotlib
+    from sglang_prefix.bench.plots import PLOTS, has_matplotlib
 
-    if plots and any(s.kind in _PLOTTED for s in sources) and not has_matplotlib():
+    if plots and any(s.kind in PLOTS for s in sources) and not has_matplotlib():
         fail("plots need matplotlib: pip install 'sglang-prefix[bench]', or --no-plots")

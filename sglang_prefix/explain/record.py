@@ -52,7 +52,7 @@ def _integers(values: Any) -> IntArray:
     found = np.array(values)
     if found.ndim != 1 or (len(found) and found.dtype.kind != "i"):
         raise ValueError("a list of whole numbers is something else")
-    if (np.abs(found) >= _LIMIT).any():
+    if ((found <= -_LIMIT) | (found >= _LIMIT)).any():
         raise ValueError(f"it has numbers of {_LIMIT} and more")
     return found.astype(np.int64)
 

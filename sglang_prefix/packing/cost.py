@@ -24,7 +24,7 @@ class DeviceProfile:
             from main memory; below 1 because the KV then comes from a cache.
         pack_bytes: fixed cost of one pack, in bytes the device could have read instead.
         num_workers: programs that run at the same time; packs are split until they fill it.
-        min_split_tokens: no pack is cut into pieces shorter than this.
+        min_split_tokens: no pack is cut into splits shorter than this.
     """
 
     name: str
@@ -36,9 +36,8 @@ class DeviceProfile:
 
 
 # The torch executor takes all rows of a pack in one matrix product and parallelises inside it:
-# nothing is read twice and nothing is gained by splitting. A pack costs about eight torch calls;
-# taking 5 us for a call and 12 GB/s for memory, that is the time of some 480 kB. Both are round
-# figures for one server core, not measurements of yours.
+# nothing is read twice and nothing is gained by splitting. A pack costs about eight torch calls. At
+# 5 us a call and 12 GB/s, round figures for one server core, that is the time of some 480 kB.
 CPU_PROFILE = DeviceProfile(
     name="cpu",
     max_block_rows=1 << 20,
@@ -48,10 +47,9 @@ CPU_PROFILE = DeviceProfile(
     min_split_tokens=1 << 20,
 )
 
-# 128 rows is the widest tile of the kernels. The other figures are the starting
-# point for tuning, from the data sheet, and not measured: 132 SMs at two programs each; a program
-# costs about 2 us to start and drain at 4.8 TB/s / 132 SMs; L2 delivers some 2.5 times what main
-# memory does.
+# 128 rows is the widest tile of the kernels. The other figures come from the data sheet and are not
+# measured: 132 SMs at two programs each; a program costs about 2 us to start and drain at
+# 4.8 TB/s / 132 SMs; L2 delivers some 2.5 times what main memory does.
 GPU_PROFILE = DeviceProfile(
     name="cuda",
     max_block_rows=128,

@@ -1,4 +1,4 @@
-"""The result of packing: which queries read which stretch of KV together."""
+"""The result of packing: which queries read which segment of KV together."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Packs:
     """``S`` packs of shared positions, and one tail per request that starts where they stop.
 
     The tail of request ``b`` covers ``[tail_start[b], seq_len)``, grows with the request, and is
-    read by it alone; folding a shared stretch into it means starting it earlier.
+    read by it alone; folding a shared segment into it means starting it earlier.
 
     Attributes:
         start, end: [S] positions of each shared pack.

@@ -5,7 +5,7 @@ parent's KV in a pack of its own, or folds it into the child's packs, so that th
 read that KV a second time but write one partial less. Its rule compares ``4 * queries`` with the
 passes over the parent's KV that a fold adds.
 
-That rule is improved on in five ways :
+Five things are different here:
 
 * *Units.* One partial costs ``num_qo_heads * (v_head_dim + 1)`` float32 values, written and read,
   and its query is read once more; one KV token costs ``num_kv_heads * (head_dim + v_head_dim)``
@@ -14,8 +14,8 @@ That rule is improved on in five ways :
 * *Whole tree.* PAT decides greedily, child by child, in hash order, one level deep. Here the
   cheapest choice for every subtree is computed bottom-up for every place at which the KV folded
   into it may begin, so the result depends neither on the order of children nor on their number.
-* *Tails take part.* Whether a request's tail swallows a short shared stretch is the same question
-  at a leaf, and PAT does not ask it.
+* *Tails.* A short shared segment may also be folded into the tails of its requests. PAT does not
+  consider that.
 * *Caches.* A further row block of one pack reads KV that was just read; it is charged the
   device's ``reread_cost``, not a full pass. Packs may hold any number of rows.
 * *Fixed cost.* A pack has one, so a few shared tokens are not worth a pack.

@@ -37,11 +37,11 @@ def candidate_starts(
 ) -> tuple[IntArray, IntArray, IntArray]:
     """Where the KV that a node's requests read together may begin: its own start, or earlier.
 
-    A stretch that is too long to be worth reading again need not be tried. Folding it into one
-    child saves that child's queries; folding it into all ``k`` children and tails saves the pack
-    and every query, for ``k - 1`` more readers. Of ancestors far above only a few are tried, so
-    that a long chain of tiny nodes costs no more than n log n: one that is ``d`` levels up counts
-    if its depth is a multiple of the largest power of two up to ``d / 2``.
+    Segments that are too long to be worth reading again are left out. Folding one into one child
+    saves that child's queries; folding it into all ``k`` children and tails saves the pack and
+    every query, for ``k - 1`` more readers. Of ancestors far above only a few are tried, so that a
+    long chain of tiny nodes costs no more than n log n: one that is ``d`` levels up is tried if its
+    depth is a multiple of the largest power of two up to ``d / 2``.
 
     Returns:
         [N + 1] bounds of each node's candidates, and of each candidate its position and the
@@ -103,7 +103,7 @@ def _units(begin: IntArray, end: IntArray, parent: IntArray) -> IntArray:
 
 @jit
 def _break_even(gain: float, loss_per_token: float) -> float:
-    """Longest stretch for which a fixed gain outweighs a loss that grows with its length."""
+    """Longest segment for which a fixed gain outweighs a loss that grows with its length."""
     return gain / loss_per_token if loss_per_token > 0 else np.inf
 
 

@@ -36,6 +36,7 @@ class Block:
 
     Attributes:
         where: page and line.
+        line: of its fence.
         language: "bash", "python", or "" for text.
         text: its content.
         kind: one of `KINDS`, "run", or "text".
@@ -43,6 +44,7 @@ class Block:
     """
 
     where: str
+    line: int
     language: str
     text: str
     kind: str
@@ -89,7 +91,7 @@ def read_page(file: Path, root: Path = ROOT) -> Page:
         line = token.map[0] + 1 if token.map else 0
         if token.type == "fence":
             note = _NOTE.fullmatch(tokens[index - 1].content.strip()) if index else None
-            blocks.append(_block(f"{path}:{line}", token, note[1] if note else ""))
+            blocks.append(_block(path, line, token, note[1] if note else ""))
         for child in token.children or ():
             if child.type in ("link_open", "image"):
                 links.append((line, str(child.attrs.get("href", child.attrs.get("src")))))
@@ -100,15 +102,16 @@ def read_page(file: Path, root: Path = ROOT) -> Page:
     return Page(path, tuple(blocks), tuple(links), frozenset(anchors), tuple(code), text)
 
 
-def _block(where: str, token: Token, note: str) -> Block:
-    language, text = token.info.strip(), token.content
+def _block(path: Path, line: int, token: Token, note: str) -> Block:
+    where, language = f"{path}:{line}", token.info.strip()
     kind = next((k for k in KINDS if note == k or note.startswith(f"{k} ")), "")
     if note and not kind:
         raise ValueError(f"{where}: docs-check: {note!r} is unknown; legal: {', '.join(KINDS)}")
     detail = " ".join(note.removeprefix(kind).split())
     if kind in ("skip", "tested by") and not detail:
         raise ValueError(f"{where}: docs-check: {kind} says nothing more; legal: {kind} …")
-    return Block(where, language, text, kind or ("run" if language in RUNNABLE else "text"), detail)
+    kind = kind or ("run" if language in RUNNABLE else "text")
+    return Block(where, line, language, token.content, kind, detail)
 
 
 def _slug(heading: Token) -> str:
@@ -127,7 +130,7 @@ def _read_example(file: Path, root: Path) -> Page:
     text = file.read_text(encoding="utf-8")
     path = file.relative_to(root)
     docstring = ast.get_docstring(ast.parse(text)) or ""
-    blocks = (Block(f"{path}:1", "bash", part, "run") for part in _indented(docstring))
+    blocks = (Block(f"{path}:1", 1, "bash", part, "run") for part in _indented(docstring))
     return Page(path, tuple(blocks), text=docstring)
 
 

@@ -17,15 +17,14 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
 from sglang_prefix.bench.engine import free_port, kill_session
 from tests.docs.pages import ACTIVATE, ROOT, Block, Page
 
-__all__ = ["Outcome", "Reader", "reader"]
+__all__ = ["PATHS", "Outcome", "Reader", "chains"]
 
 PORT = "30000"
 START_S, BLOCK_S = 400, 300
@@ -33,93 +32,84 @@ SERVER_OPTIONS = "--enable-metrics --max-total-tokens 20000 --mem-fraction-stati
 SERVER_OPTIONS += " --sleep-on-idle --random-seed 0"
 # Commands of examples' docstrings that this module does not run, and what does.
 ELSEWHERE = {
-    "pip install": "skip installs packages",
+    "pip install": "skip: installs packages",
     "examples/serve.sh": "the server that runs already",
-    "examples/offline_rollouts.py": "tests/engine/test_server.py",
-    "examples/router_workers.py": "tests/engine/test_docs.py",
+    "examples/offline_rollouts.py": "tested by tests/engine/test_server.py",
+    "examples/router_workers.py": "tested by tests/docs/test_examples.py",
 }
+# Where programs that run outside our environment find us.
+PATHS = os.pathsep.join(
+    [str(ROOT), str(ROOT / "kernels"), str(ROOT / "patches"), os.environ.get("PYTHONPATH", "")]
+)
 
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a block: "ran", "failed", "server", "skipped", "tested" or "repeated"."""
-
-    block: Block
-    status: str
-    detail: str = ""
-    seconds: float = 0.0
+Outcome = tuple[Literal["ran", "failed", "not run"], str]
 
 
 class Reader:
-    """Somebody who types in what the pages say.
+    """Somebody who types in what the pages say; the server ends with the context.
 
     Args:
         folder: an empty one; the parts of the repository are linked into it.
+
+    Attributes:
+        printed: what all blocks printed, in order.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.port = str(free_port())
-        self._log = folder / "server.log"
-        self.server: subprocess.Popen[bytes] | None = None
+        self._folder, self._log = folder, folder / "server.log"
+        self._port = str(free_port())
+        self._server: subprocess.Popen[bytes] | None = None
         self._serves: set[str] = set()
         self._done: set[str] = set()
-        for part in ("benchmarks", "docs", "examples", "tests", "Makefile"):
+        self._activate = ""
+        self.printed: list[str] = []
+        for part in ("docs", "examples", "tests", "Makefile"):
             (folder / part).symlink_to(ROOT / part)
         (folder / ".venv").symlink_to(sys.prefix)
-        self._activate = ""
         ours = Path(sys.executable).parent
         others = [p for p in os.environ["PATH"].split(os.pathsep) if p and Path(p) != ours]
-        paths = [ROOT, ROOT / "kernels", ROOT / "patches", os.environ.get("PYTHONPATH", "")]
-        self.env = os.environ | {
+        self._env = os.environ | {
             "PATH": os.pathsep.join(others),
-            "PYTHONPATH": os.pathsep.join(map(str, paths)),
+            "PYTHONPATH": PATHS,
             "SGLANG_PREFIX_KEEP_PLAN": "1",  # for `explain`, which asks the server for its plan
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
         }
 
-    def read(self, pages: Iterable[Page]) -> Iterator[Outcome]:
-        """Run all blocks: in order up to the server, then those first that do not need it."""
-        chains = list(_chains(block for page in pages for block in page.blocks))
-        first = 1 + next((i for i, c in enumerate(chains) if c[0].kind == "server"), -1)
-        others = sorted(chains[first:], key=lambda chain: PORT in chain[0].text)
-        for chain in (*chains[:first], *others):
-            printed = ""
-            for block in chain:
-                began = time.monotonic()
-                status, detail = self._take(block, printed)
-                printed = detail if status == "ran" else printed
-                yield Outcome(block, status, detail, time.monotonic() - began)
+    def __enter__(self) -> Self:
+        return self
 
-    def counters(self) -> dict[str, Any]:
-        """What the server's backend has counted."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/server_info") as answer:
-            (found,) = json.load(answer)["internal_states"][0]["sglang_prefix"]
-        return dict(found)
+    def __exit__(self, *_: object) -> None:
+        if self._server is not None:
+            kill_session(self._server)
 
-    def _take(self, block: Block, printed: str) -> tuple[str, str]:
-        if block.kind == "skip":
-            return "skipped", block.detail
-        if block.kind == "tested by":
-            return "tested", block.detail
+    def take(self, block: Block) -> Outcome:
+        """Do what a block says; what came of it, and the reason or what was printed."""
+        if block.kind in ("skip", "tested by"):
+            return "not run", f"{block.kind}: {block.detail}"
         if block.kind == "prints":
-            same = printed.split() == block.text.split()
-            return ("compared", "") if same else ("failed", f"it prints:\n{printed}")
+            same = self.printed[-1].split() == block.text.split()
+            return ("ran", "") if same else ("failed", f"it prints:\n{self.printed[-1]}")
         if block.kind == "server":
-            return self._serve(block)
+            return self._serve(block.text)
         text = block.text
         if block.where.startswith("examples/"):
             text, elsewhere = _without_elsewhere(text)
             if not text:
-                return "tested", elsewhere
+                return "not run", elsewhere
         if self._done.issuperset(text.splitlines()):
-            return "repeated", ""
+            return "not run", "repeats another page"
         self._done.update(text.splitlines())
-        problem = self._wait_for_server() if PORT in text and self.server else ""
+        problem = self._wait_for_server() if PORT in text and self._server else ""
         return ("failed", problem) if problem else self._run(block.language, text)
 
-    def _run(self, language: str, text: str) -> tuple[str, str]:
+    def counters(self) -> dict[str, Any]:
+        """What the server's backend has counted."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self._port}/server_info") as answer:
+            (found,) = json.load(answer)["internal_states"][0]["sglang_prefix"]
+        return dict(found)
+
+    def _run(self, language: str, text: str) -> Outcome:
         if language == "bash":
             # Every block has a shell of its own; the one who reads stays in one.
             self._activate = f"{ACTIVATE}\n" if ACTIVATE in text else self._activate
@@ -127,9 +117,9 @@ class Reader:
         program = {"bash": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
         try:
             done = subprocess.run(
-                [*program[language], text.replace(PORT, self.port)],
-                cwd=self.folder,
-                env=self.env,
+                [*program[language], text.replace(PORT, self._port)],
+                cwd=self._folder,
+                env=self._env,
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
@@ -140,69 +130,56 @@ class Reader:
             return "failed", f"no end within {BLOCK_S} s"
         if done.returncode:
             return "failed", f"status {done.returncode}: {(done.stdout + done.stderr)[-3000:]}"
+        self.printed.append(done.stdout)
         return "ran", done.stdout
 
-    def _serve(self, block: Block) -> tuple[str, str]:
+    def _serve(self, text: str) -> Outcome:
         """Start the server, or see that the one that runs is as this block wants it."""
-        wanted = set(shlex.split(block.text, comments=True))
-        if self.server is not None:
+        wanted = set(shlex.split(text, comments=True))
+        if self._server is not None:
             extra = wanted - self._serves
-            return ("failed", f"the server runs without {extra}") if extra else ("server", "")
-        command = block.text.strip() + f" {SERVER_OPTIONS} --port {self.port}"
-        command += f" --nccl-port {int(self.port) + 1}"
+            return ("failed", f"the server runs without {extra}") if extra else ("ran", "")
+        command = text.strip() + f" {SERVER_OPTIONS} --port {self._port}"
+        command += f" --nccl-port {int(self._port) + 1}"
         self._serves = set(shlex.split(command, comments=True))
         with self._log.open("wb") as output:
-            self.server = subprocess.Popen(
+            self._server = subprocess.Popen(
                 ["bash", "-c", f"{self._activate}exec {command}"],
-                cwd=self.folder,
-                env=self.env,
+                cwd=self._folder,
+                env=self._env,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        return "server", ""
+        return "ran", ""
 
     def _wait_for_server(self) -> str:
         """Wait until it is up; what is wrong with it, or nothing."""
-        assert self.server is not None
+        assert self._server is not None
         deadline = time.monotonic() + START_S
-        while not self._is_healthy():
-            if self.server.poll() is not None or time.monotonic() > deadline:
+        while True:
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{self._port}/health").close()
+                return ""
+            if self._server.poll() is not None or time.monotonic() > deadline:
                 return f"no server: {self._log.read_text(errors='replace')[-3000:]}"
             time.sleep(0.5)
-        return ""
-
-    def _is_healthy(self) -> bool:
-        with contextlib.suppress(OSError):
-            urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health").close()
-            return True
-        return False
 
 
-@contextlib.contextmanager
-def reader(folder: Path) -> Iterator[Reader]:
-    """A reader whose server ends with the context."""
-    one = Reader(folder)
-    try:
-        yield one
-    finally:
-        if one.server is not None:
-            kill_session(one.server)
+def chains(pages: Iterable[Page]) -> list[Sequence[Block]]:
+    """Each block with those that say what it prints, in the order in which they are to be taken.
 
-
-def _chains(blocks: Iterable[Block]) -> Iterator[list[Block]]:
-    """Each block with those that say what it prints; texts are left out."""
-    chain: list[Block] = []
-    for block in blocks:
-        if block.kind == "text":
-            continue
-        if block.kind != "prints" and chain:
-            yield chain
-            chain = []
-        chain.append(block)
-    if chain:
-        yield chain
+    Up to the server as they stand; then first those that do not need it, while it starts.
+    """
+    found: list[list[Block]] = []
+    for block in (block for page in pages for block in page.blocks if block.kind != "text"):
+        if block.kind == "prints":
+            found[-1].append(block)
+        else:
+            found.append([block])
+    first = 1 + next((i for i, c in enumerate(found) if c[0].kind == "server"), -1)
+    return [*found[:first], *sorted(found[first:], key=lambda chain: PORT in chain[0].text)]
 
 
 def _without_elsewhere(text: str) -> tuple[str, str]:

@@ -92,7 +92,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, str], tuple[Section, ...]]] 
     "pages": (
         {BACKEND_FLAG: "prefix", "chunked_prefill_size": 64, "enable_mixed_chunk": True}
         | CROWDED_PAGES,
-        VERIFY | RETRACT | PAGES_ENV,
+        # Policy "node" packs every node, however few tokens and requests it has.
+        VERIFY | RETRACT | PAGES_ENV | {"SGLANG_PREFIX_POLICY": "node"},
         (FOREST, MIXED, ABORTED, CROWD),
     ),
     "attention-backend small-pool": (
@@ -125,7 +126,6 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, str], tuple[Section, ...]]] 
     **{
         f"crowd page-{page_size} small-pool": (
             _ours(**CROWDED | {"max_total_tokens": 560}, page_size=page_size),
-            # Policy "node" packs every node, however few tokens and requests it has.
             VERIFY | RETRACT | {"SGLANG_PREFIX_POLICY": "node"},
             (CROWD,),
         )

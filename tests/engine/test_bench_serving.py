@@ -1,7 +1,7 @@
-"""`bench serving --quick` as a user runs it, with a control: broken decode must be refused.
+"""`bench serving` as a user runs it, with servers and with engines.
 
-The control is one more workload, measured last on the same servers: when all others are in the
-result file, the prefix server begins to decode zeros.
+The servers have a control: one more workload, measured last. When all others are in the result
+file, the prefix server begins to decode zeros, which must be refused.
 """
 
 from __future__ import annotations
@@ -19,16 +19,25 @@ import pytest
 
 from sglang_prefix.bench.hooks import hook_environment
 from sglang_prefix.bench.results import read_result
+from sglang_prefix.bench.serving.loads import dry_measurements
+from sglang_prefix.bench.serving.targets import evaluate
 from sglang_prefix.bench.serving.workloads import REGISTRY
 from tests.engine.driver import HOLD_FILE, MODE_FILE
 
 pytest.importorskip("matplotlib", reason="the plots need matplotlib")
 
-# Two servers start, one after the other: 20 s each on two free cores, minutes on busy ones.
-pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1200)]
+# Two servers start, one after the other, then two engines: 20 s each on two free cores, minutes on
+# busy ones.
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.slow,
+    pytest.mark.extended,
+    pytest.mark.timeout(1200),
+]
 
 ROOT = Path(__file__).parents[2]
 RUN_S = 1000
+BENCH = (sys.executable, "-m", "sglang_prefix.cli.main", "bench", "serving")
 CONTROL = "control"
 # Four conversations of three turns below one system prompt; their second and third turns repeat the
 # ones before.
@@ -51,9 +60,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (rollouts,) = (entry for entry in registry["workloads"] if entry["name"] == "rollouts")
     registry["workloads"].append(rollouts | {"name": CONTROL})
     (root / "workloads.json").write_text(json.dumps(registry))
-    command = [sys.executable, "-m", "sglang_prefix.cli.main", "bench", "serving", "--quick"]
-    command += ["--out", str(root / "out"), "--trace", str(root / "trace")]
-    command += ["--workload-file", str(root / "workloads.json")]
+    command = [*BENCH, "--quick", "--out", str(root / "out")]
+    command += ["--trace", str(root / "trace"), "--workload-file", str(root / "workloads.json")]
     environment = {
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         MODE_FILE: str(root / "mode"),
@@ -86,7 +94,7 @@ def break_decode_for_the_control(process: subprocess.Popen[bytes], root: Path) -
     result = root / "out" / "serving.json"
     while process.poll() is None:
         assert time.monotonic() < deadline, (root / "stdout").read_text()[-3000:]
-        if result.exists() and read_result(result)["not_run"] == [CONTROL]:
+        if result.exists() and list(read_result(result)["not_run"]) == [CONTROL]:
             (root / "mode").write_text("zeros")
         time.sleep(0.02)
 
@@ -98,40 +106,40 @@ def result(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def cells(result: dict[str, Any]) -> dict[str, Any]:
-    """All cells but the control."""
-    return {cell["name"]: cell for cell in result["cells"] if cell["name"] != CONTROL}
+def cases(result: dict[str, Any]) -> dict[str, Any]:
+    """All cases but the control."""
+    return {case["name"]: case for case in result["cases"] if case["name"] != CONTROL}
 
 
 def test_every_workload_is_a_comparison_with_equal_tokens(
-    result: dict[str, Any], cells: dict[str, Any]
+    result: dict[str, Any], cases: dict[str, Any]
 ) -> None:
-    assert set(cells) == {"shared-prefix", "random", "trace", "rollouts", "forks"}
+    assert set(cases) == {"shared-prefix", "random", "trace", "rollouts", "forks"}
     assert result["dtype"] == "float32"
-    assert result["not_run"] == []
+    assert result["not_run"] == {}
     assert result["absent"] == {}
-    for name, cell in cells.items():
-        assert cell["is_comparison"], (name, cell["why_not"])
-        assert cell["requests_equal"] == cell["requests"] >= 8
-        assert cell["tokens_compared"] >= 2 * cell["requests"]
-        assert all(ratio > 0 for ratio in cell["ratios"].values())
-    answers = {name: cell["requests"] for name, cell in cells.items()}
+    for name, case in cases.items():
+        assert case["is_comparison"], (name, case["why_not"])
+        assert case["requests_equal"] == case["requests"] >= 8
+        assert case["tokens_compared"] >= 2 * case["requests"]
+        assert all(ratio > 0 for ratio in case["ratios"].values())
+    answers = {name: case["requests"] for name, case in cases.items()}
     assert answers["shared-prefix"] == answers["rollouts"] == answers["forks"] == 16
     assert answers["trace"] == len(TURNS)
 
 
 def test_broken_decode_is_no_comparison(folder: Path, result: dict[str, Any]) -> None:
-    (cell,) = (cell for cell in result["cells"] if cell["name"] == CONTROL)
-    assert not cell["is_comparison"]
-    assert cell["sides"]["prefix"]["packed_share"] >= 0.9
-    assert cell["requests_equal"] == 0
-    assert cell["ratios"]["tpot"] is None
+    (case,) = (case for case in result["cases"] if case["name"] == CONTROL)
+    assert not case["is_comparison"]
+    assert case["sides"]["prefix"]["packed_share"] >= 0.9
+    assert case["requests_equal"] == 0
+    assert case["ratios"]["tpot"] is None
     (line,) = (folder / "stderr").read_text().strip().splitlines()
     assert "no comparison: control: tokens differ in 16 of 16 answers" in line
 
 
-def test_what_was_read_follows_what_was_shared(cells: dict[str, Any]) -> None:
-    sides = {name: cell["sides"]["prefix"] for name, cell in cells.items()}
+def test_what_was_read_follows_what_was_shared(cases: dict[str, Any]) -> None:
+    sides = {name: case["sides"]["prefix"] for name, case in cases.items()}
     read = {name: side["kv_read_ratio"] for name, side in sides.items()}
     assert read["random"] == 1
     assert max(read["shared-prefix"], read["rollouts"]) < 0.3
@@ -142,26 +150,119 @@ def test_what_was_read_follows_what_was_shared(cells: dict[str, Any]) -> None:
         assert sum(side["steps"].values()) >= 15
 
 
-def test_times_hang_together(cells: dict[str, Any]) -> None:
-    for cell in cells.values():
-        assert cell["sides"]["stock"]["steps"] is None
-        for side in cell["sides"].values():
+def test_times_hang_together(cases: dict[str, Any]) -> None:
+    for case in cases.values():
+        assert case["sides"]["stock"]["steps"] is None
+        for side in case["sides"].values():
             for name in ("ttft_ms", "tpot_ms", "itl_ms"):
                 assert 0 < side[name]["median"] <= side[name]["p99"] < 1000 * side["duration_s"]
             (run,) = side["raw"]["runs"]
-            assert run["output_tokens"] == cell["tokens_compared"]
+            assert run["output_tokens"] == case["tokens_compared"]
             rate = run["output_tokens"] / side["duration_s"]
             assert side["output_tokens_per_s"] == pytest.approx(rate, rel=0.01)
 
 
-def test_table_and_plots_are_there_and_the_servers_are_not(
-    folder: Path, result: dict[str, Any], cells: dict[str, Any]
+def test_tables_and_plots_are_there_and_the_servers_are_not(
+    folder: Path, result: dict[str, Any], cases: dict[str, Any]
 ) -> None:
     printed = (folder / "stdout").read_text()
-    assert printed.count("prefix / stock") == len(cells)
-    assert "control is no comparison: tokens differ" in printed
+    assert all(name in printed for name in cases)
+    assert "control is not a comparison: tokens differ" in " ".join(printed.split())
     for name in ("serving_times.svg", "serving_reads.svg"):
         assert "<svg" in (folder / "out" / name).read_text()[:2000]
+    assert "control" in (folder / "out" / "report.html").read_text()
     for side in ("stock", "prefix"):
         with pytest.raises(OSError):  # noqa: PT011
             urllib.request.urlopen(result[side]["url"] + "/health", timeout=10)
+
+
+# -- engines ---------------------------------------------------------------------------------------
+
+
+def run_engines(folder: Path, *options: str) -> tuple[dict[str, Any], str]:
+    """A dry run: the result, and what was printed."""
+    base = {k: v for k, v in os.environ.items() if not k.startswith("SGLANG_PREFIX_")}
+    run = subprocess.run(
+        [*BENCH, "--engine", "--dry", "--out", str(folder), *options],
+        env=base,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=RUN_S,
+    )
+    assert run.returncode == 0, run.stdout
+    return read_result(folder / "engine.json", "bench-engine"), run.stdout
+
+
+@pytest.fixture(scope="module")
+def dry(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A dry run with no time for anything, resumed."""
+    folder = tmp_path_factory.mktemp("engines")
+    stopped, _ = run_engines(folder, "--budget-s", "0")
+    result, printed = run_engines(folder, "--resume")
+    names = [one.name for one in dry_measurements("torch_native")]
+    assert stopped["cases"] == []
+    assert list(stopped["not_run"]) == names
+    assert [case["name"] for case in result["cases"]] == names
+    assert result["seed"] == stopped["seed"]
+    assert (result["not_run"], result["failed"]) == ({}, {})
+    assert result["targets"].keys() == evaluate([]).keys()
+    assert "Dry run" in printed
+    assert all(name in printed for name in result["targets"])
+    return {case["name"].removeprefix("pair/"): case for case in result["cases"]}
+
+
+def test_engines_find_the_plugin_of_the_source_tree(dry: dict[str, Any]) -> None:
+    for case in dry.values():
+        for engine in case["engines"].values():
+            (plugin,) = engine["plugin"]
+            # An editable install has left the same beside the sources, which come first.
+            assert "/plugin/sglang_prefix-" in plugin or Path(plugin).parent == ROOT
+            assert engine["max_total_num_tokens"] == engine["arguments"]["max_total_tokens"]
+        settings = case["engines"]["prefix"]["settings"]
+        assert settings["SGLANG_PREFIX_STOCK_BACKEND"] == "torch_native"
+
+
+@pytest.mark.parametrize("load", ["rollouts-64x8k", "agents"])
+def test_shared_prompts_are_packed_and_timed(load: str, dry: dict[str, Any]) -> None:
+    case = dry[load]
+    assert case["shares"]
+    ours, stock = case["measured"]["prefix"], case["measured"]["torch_native"]
+    assert ours["packed"]
+    assert ours["counters"]["kv_read_ratio"] < 0.8
+    assert stock["counters"] == {}
+    for found in (ours, stock):
+        assert 0 < found["num_steps"] == len(found["step_us"]) < case["load"]["output_tokens"]
+        assert found["tpot_us"] > 0
+        # All prompts were in the cache but for what decodes the first token.
+        assert found["cached_tokens"] == sum(n for _, n in case["load"]["levels"]) - 1
+
+
+def test_log_probabilities_agree_and_wide_limits_are_not_why(dry: dict[str, Any]) -> None:
+    case = dry["logprobs"]
+    assert case["status"] == "passed"
+    assert case["difference"]["requests_equal"] == case["load"]["num_requests"]
+    assert case["difference"]["max"] < 1e-4
+    assert case["difference"]["values"] > 50
+    assert case["counters"]["packed_steps"] >= case["load"]["output_tokens"] - 1
+
+
+def test_both_sides_alternate(dry: dict[str, Any]) -> None:
+    case = dry["unrelated"]
+    assert not case["shares"]
+    assert [list(one) for one in case["rounds"]] == [
+        ["torch_native", "prefix"],
+        ["prefix", "torch_native"],
+    ]
+    assert len(case["ratios"]) == 2
+
+
+def test_steps_are_counted_under_the_guard(dry: dict[str, Any]) -> None:
+    case = dry["no-device-sync"]
+    assert case["status"] == "n/a"
+    counters = case["counters"]
+    steps = counters["packed_steps"] + counters["stock_steps"] + counters["fallback_steps"]
+    assert case["guarded_steps"] == steps > 20
+    assert counters["plans"] > 10
+    seen: dict[str, Any] = {"on_gpu": False, "control": None, "raised": []}
+    assert case["guard"] == seen | {"steps": case["guard"]["steps"]}

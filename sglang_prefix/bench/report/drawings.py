@@ -1,59 +1,53 @@
-"""The plots of each kind of result file, drawn by the modules that the bench commands use."""
+"""Plots as SVG elements that may stand in one page together."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
+from xml.etree import ElementTree
 
-from sglang_prefix.bench.report.figures import embedded
-from sglang_prefix.bench.report.model import Figure
-from sglang_prefix.bench.report.sources import Source
+from sglang_prefix.bench.plots import PLOTS, svg_text
 
-__all__ = ["MODULES", "draw", "has_matplotlib"]
+__all__ = ["embedded_plots"]
 
-# By kind: a module, and its mapping from names to functions from a parsed file to a matplotlib
-# figure. The first line of a function's docstring says what its plot shows. Imported when they are
-# needed: they may need matplotlib to be imported.
-MODULES = {
-    "bench-kernel": ("sglang_prefix.bench.plots", "FIGURES"),
-    "bench-serving": ("sglang_prefix.bench.serving.plots", "PLOTS"),
-}
+_SVG = "http://www.w3.org/2000/svg"
+_XLINK = "http://www.w3.org/1999/xlink"
 
 
-def has_matplotlib() -> bool:
-    """Whether plots can be drawn here."""
-    return importlib.util.find_spec("matplotlib") is not None
-
-
-def draw(source: Source, key: str) -> list[Figure]:
-    """All plots of a file; none of a kind that has no plots, or of a file without cells.
+def embedded_plots(data: Mapping[str, Any], key: str) -> list[tuple[str, str]]:
+    """Every picture of a result file for a page: its caption, and an `<svg>` element.
 
     Args:
-        source: the file.
-        key: letters and digits, unique in the page.
+        data: a parsed result file; without cases it has no pictures.
+        key: letters and digits, unique in the page: what all ids in the elements begin with, for
+            matplotlib numbers its own from the start in every figure.
     """
-    if source.kind not in MODULES or not source.data["cells"]:
-        return []
-    module, mapping = MODULES[source.kind]
-    plots = getattr(importlib.import_module(module), mapping)
-    data = _literal(source.data)
-    return [
-        embedded(partial(plot, data), _caption(plot), f"{key}p{number}")
-        for number, plot in enumerate(plots.values(), 1)
-    ]
+    plots = PLOTS.get(data["kind"], {}) if data["cases"] else {}
+    found = []
+    for number, draw in enumerate(plots.values(), 1):
+        caption = (inspect.getdoc(draw) or "").partition("\n")[0].rstrip(".")
+        svg = svg_text(draw, data, f"{key}p{number}")
+        found.append((caption, _isolated(svg, caption, f"{key}p{number}")))
+    return found
 
 
-def _literal(value: Any) -> Any:
-    """The same with dollar signs escaped: between two of them matplotlib sees mathematics."""
-    if isinstance(value, str):
-        return value.replace("$", r"\$")
-    if isinstance(value, dict):
-        return {_literal(key): _literal(item) for key, item in value.items()}
-    return [_literal(item) for item in value] if isinstance(value, list) else value
-
-
-def _caption(plot: object) -> str:
-    return (inspect.getdoc(plot) or "").partition("\n")[0].rstrip(".")
+def _isolated(svg: str, title: str, key: str) -> str:
+    """The root element alone, its ids made the page's own, its metadata and its size dropped."""
+    root = ElementTree.fromstring(svg)
+    for metadata in root.findall(f"{{{_SVG}}}metadata"):
+        root.remove(metadata)
+    for element in root.iter():
+        for attribute, value in element.attrib.items():
+            if attribute == "id":
+                element.set(attribute, f"{key}-{value}")
+            elif attribute in (f"{{{_XLINK}}}href", "href"):
+                element.set(attribute, value.replace("#", f"#{key}-", 1))
+            else:
+                element.set(attribute, value.replace("url(#", f"url(#{key}-"))
+    for attribute in ("width", "height"):
+        root.attrib.pop(attribute, None)
+    root.attrib |= {"role": "img", "aria-label": title}
+    ElementTree.register_namespace("", _SVG)
+    ElementTree.register_namespace("xlink", _XLINK)
+    return ElementTree.tostring(root, encoding="unicode")

@@ -4,27 +4,56 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
-from math import log2
+from pathlib import Path
+from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
-
-from sglang_prefix.bench.report.cells import geomean, ratio_text
-from sglang_prefix.bench.report.cpu import cpu_section
-from sglang_prefix.bench.report.drawings import draw
-from sglang_prefix.bench.report.gpu import gpu_section
+from sglang_prefix.bench.report.drawings import embedded_plots
+from sglang_prefix.bench.report.engine import engine_section
 from sglang_prefix.bench.report.kernel import kernel_section
-from sglang_prefix.bench.report.model import Section
+from sglang_prefix.bench.report.section import Section, Verdict
 from sglang_prefix.bench.report.serving import serving_section
-from sglang_prefix.bench.report.sources import CPU, ResultError, Source
+from sglang_prefix.bench.report.sources import Source, find_sources
+from sglang_prefix.bench.report.uncompared import check_section, host_section, tune_section
+from sglang_prefix.bench.results import ResultError, write_whole
+from sglang_prefix.bench.tables import ratio_text, to_html
 
-__all__ = ["build_page"]
+__all__ = ["PAGE", "build_page", "section_of", "write_folder_page"]
 
-# Ratios from 1/16 to 16 keep within their bar.
-_BAR_DOUBLINGS = 4
+PAGE = "report.html"
+# What the bench commands write into a folder; whatever else is in it is not looked at.
+_FOLDER_FILES = ("kernel.json", "serving.json", "engine.json", "tune.json", "host.json")
+_SECTIONS: dict[str, Callable[[Mapping[str, Any]], Section]] = {
+    "bench-kernel": kernel_section,
+    "bench-serving": serving_section,
+    "bench-engine": engine_section,
+    "bench-tune": tune_section,
+    "bench-host": host_section,
+    "gpu-check": check_section,
+}
+
+
+def section_of(data: Mapping[str, Any]) -> Section:
+    """What a result file says; terminal and page show the same of it."""
+    return _SECTIONS[data["kind"]](data)
+
+
+def write_folder_page(folder: Path, *, plots: bool) -> Path:
+    """Write the page of the bench commands' result files in a folder; return where it is.
+
+    Args:
+        folder: has at least one of them.
+        plots: whether to draw the plots, which needs matplotlib.
+
+    Raises:
+        ResultError: a file does not hold what its kind should; one line that names it.
+        OSError: the page cannot be written; one of before is left as it was.
+    """
+    sources, _ = find_sources([path for name in _FOLDER_FILES if (path := folder / name).is_file()])
+    out = folder / PAGE
+    write_whole(out, build_page(sources, title="sglang-prefix results", plots=plots))
+    return out
 
 
 def build_page(sources: Sequence[Source], *, title: str, plots: bool = True) -> str:
@@ -38,72 +67,60 @@ def build_page(sources: Sequence[Source], *, title: str, plots: bool = True) -> 
     Raises:
         ResultError: a file does not hold what its kind should; one line that names it.
     """
-    sections = [_section(source, f"s{n}", plots) for n, source in enumerate(sources, 1)]
-    resources = files(__package__)
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    parts = [_part(source, f"s{n}", plots) for n, source in enumerate(sources, 1)]
     style, script, template = (
-        (resources / f"page.{ending}").read_text(encoding="utf-8")
+        (files(__package__) / f"page.{ending}").read_text(encoding="utf-8")
         for ending in ("css", "js", "html.j2")
     )
     # Unset names would be printed as nothing: a page with holes in place of numbers.
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"ratio": ratio_text, "bar": _bar}
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    environment.filters["ratio"] = ratio_text
     return environment.from_string(template).render(
         title=title,
-        sections=sections,
-        total=_Total.of(sections),
-        geomean=lambda gains: geomean(gains.values()),
+        parts=parts,
+        total=_total([part["section"] for part in parts]),
         style=Markup(style),
         script=Markup(script),
-        script_digest=digest,
-        svg=Markup,
+        script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        html=Markup,
     )
 
 
-def _section(source: Source, key: str, plots: bool) -> Section:
+def _part(source: Source, key: str, plots: bool) -> dict[str, Any]:
     try:
-        if source.kind == "bench-kernel":
-            return kernel_section(source, draw(source, key) if plots else [])
-        if source.kind == "bench-serving":
-            return serving_section(source, draw(source, key) if plots else [])
-        return cpu_section(source) if source.kind == CPU else gpu_section(source)
-    except (AttributeError, LookupError, TypeError, ZeroDivisionError) as error:
-        # What `schema` does not describe, such as a candidate that was timed and has no time.
+        section = section_of(source.data)
+        return {
+            "kind": source.kind,
+            "source": source.name,
+            "section": section,
+            "plots": embedded_plots(source.data, key) if plots else [],
+            "tables": [to_html(table) for table in section.tables],
+        }
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
+        # What `schema` does not describe, such as the results of one load in engines.
         reason = f"{type(error).__name__}: {error}"
         raise ResultError(f"{source.path} is not a whole {source.kind} file: {reason}") from error
 
 
-@dataclass(frozen=True, slots=True)
-class _Total:
+def _total(sections: Sequence[Section]) -> dict[str, Any]:
     """First verdicts of all sections together, and what the others have lost."""
+    first = [section.verdicts[0] for section in sections if section.verdicts]
+    others = [verdict for section in sections for verdict in section.verdicts[1:]]
 
-    won: int
-    lost: int
-    compared: int
-    not_compared: int
-    stock: list[str]
-    lost_elsewhere: int
-    compared_elsewhere: int
+    def count(what: Callable[[Verdict], Any], verdicts: Sequence[Verdict]) -> int:
+        return sum(len(what(verdict)) for verdict in verdicts)
 
-    @classmethod
-    def of(cls, sections: Sequence[Section]) -> _Total:
-        first = [section.verdicts[0] for section in sections if section.verdicts]
-        others = [verdict for section in sections for verdict in section.verdicts[1:]]
-        return cls(
-            sum(len(verdict.won) for verdict in first),
-            sum(len(verdict.lost) for verdict in first),
-            sum(len(verdict.gains) for verdict in first),
-            sum(len(verdict.not_compared) for verdict in first),
-            list(dict.fromkeys(name for verdict in first for name in verdict.stock)),
-            sum(len(verdict.lost) for verdict in others),
-            sum(len(verdict.gains) for verdict in others),
-        )
-
-
-def _bar(value: float) -> str:
-    """Where a bar from 1 to this ratio begins and ends, logarithmic, 1 in the middle."""
-    end = 50 + 50 * max(-1.0, min(1.0, log2(value) / _BAR_DOUBLINGS))
-    low, high = sorted((50.0, end))
-    return f"--from:{low:.1f}%;--to:{high:.1f}%"
+    return {
+        "won": count(lambda v: v.won, first),
+        "lost": count(lambda v: v.lost, first),
+        "compared": count(lambda v: v.gains, first),
+        "not_compared": count(lambda v: v.not_compared, first),
+        "stock": list(dict.fromkeys(name for verdict in first for name in verdict.stock)),
+        "lost_elsewhere": count(lambda v: v.lost, others),
+        "compared_elsewhere": count(lambda v: v.gains, others),
+    }

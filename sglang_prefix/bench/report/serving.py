@@ -3,92 +3,95 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from sglang_prefix.bench.report.cells import (
+from sglang_prefix.bench.report.section import (
+    Section,
+    Verdict,
+    environment_rows,
+    left_cases,
+    warnings,
+)
+from sglang_prefix.bench.tables import (
     NONE,
-    across,
+    Cell,
+    Column,
+    Table,
+    as_is,
     gain,
-    name,
     number,
     ratio_text,
     share,
+    tabulate,
     text,
 )
-from sglang_prefix.bench.report.frame import bench_facts, bench_warnings
-from sglang_prefix.bench.report.model import (
-    Cell,
-    Column,
-    Figure,
-    Row,
-    Section,
-    Table,
-    Verdict,
-    folded,
-)
-from sglang_prefix.bench.report.schema import ServingCell, ServingResult, ServingSide
-from sglang_prefix.bench.report.sources import Source
 
 __all__ = ["serving_section"]
 
+Data = Mapping[str, Any]
+
 _OURS, _STOCK = "prefix", "stock"
-# By ratio: what it is a ratio of, its unit, and whether less of it is better.
+# By ratio: its title, what it is a ratio of, and whether less of it is better.
 _METRICS = {
-    "tpot": ("TPOT", "time per output token after the first, median", True),
-    "ttft": ("TTFT", "time to first token, median", True),
-    "itl": ("ITL", "time between tokens, median", True),
+    "tpot": ("TPOT", "median time per output token after the first", True),
+    "ttft": ("TTFT", "median time to first token", True),
+    "itl": ("ITL", "median time between tokens", True),
     "throughput": ("throughput", "output tokens per second", False),
 }
+# A server and its client want to run all the time, and threads of theirs beside them.
+_BUSY = 2.0
 
 
-def serving_section(source: Source, figures: list[Figure]) -> Section:
-    """What the file says, with the figures drawn from it."""
-    data: ServingResult = source.data
-    facts = bench_facts(data)
-    for fact, place, key in (("servers", "method", "servers"), ("runs", "settings", "repeats")):
-        found: Any = data.get(place)
-        if found and key in found:
-            facts[fact] = str(found[key])
-    for side in (_STOCK, _OURS):
-        server: Any = data.get(side) or {}
-        if server.get("server_args"):
-            facts[f"{side} server"] = shlex.join(server["server_args"])
+def serving_section(data: Data) -> Section:
+    """What the file says."""
+    servers = {
+        f"{side} server": shlex.join((data.get(side) or {}).get("server_args", []))
+        for side in (_STOCK, _OURS)
+    }
     return Section(
-        kind=source.kind,
         title="Serving",
-        source=source.name,
-        facts=facts,
-        warnings=[*bench_warnings(data), *_not_comparisons(data)],
-        verdicts=[_verdict(data, metric) for metric in _METRICS],
-        tables=[folded(_ratio_table(data)), folded(_value_table(data["cells"]))],
-        figures=figures,
+        environment=environment_rows(
+            data,
+            **{"model": data.get("model"), "model dtype": data.get("dtype")},
+            servers=data.get("method", {}).get("servers"),
+            runs=data["options"].get("repeats"),
+            **servers,
+        ),
+        warnings=[
+            *warnings(data, "Workloads not run"),
+            *(f"{c['name']} is not a comparison: {_why_not(c)}." for c in _uncompared(data)),
+            *_busy(data["cases"]),
+        ],
+        verdicts=[] if data["dry"] else [_verdict(data, metric) for metric in _METRICS],
+        tables=[_ratio_table(data), _value_table(data["cases"])],
     )
 
 
-def _gain(cell: ServingCell, metric: str) -> float | None:
+def _gain(case: Data, metric: str) -> float | None:
     """How many times ours is better; None where there is no comparison."""
-    ratio: Any = cell["ratios"].get(metric)
-    if ratio is None or not cell["is_comparison"]:
+    ratio: float | None = case["ratios"].get(metric)
+    if ratio is None or not case["is_comparison"]:
         return None
-    return 1 / ratio if _METRICS[metric][2] else float(ratio)
+    return 1 / ratio if _METRICS[metric][2] else ratio
 
 
-def _verdict(data: ServingResult, metric: str) -> Verdict:
-    title, _, _ = _METRICS[metric]
-    cells = data["cells"]
-    gains = {cell["name"]: _gain(cell, metric) for cell in cells}
-    return Verdict(
+def _verdict(data: Data, metric: str) -> Verdict:
+    return Verdict.over(
         "the prefix server",
-        f"the stock server in {title}",
-        {cell: value for cell, value in gains.items() if value is not None},
-        {c["name"]: _why_not(c) for c in cells if gains[c["name"]] is None} | _left(data),
+        f"the stock server in {_METRICS[metric][0]}",
+        data["cases"],
+        partial(_gain, metric=metric),
+        _why_not,
+        _left(data),
         better="better than",
         worse="worse",
         stock=_stock_backend(data),
     )
 
 
-def _stock_backend(data: ServingResult) -> list[str]:
+def _stock_backend(data: Data) -> list[str]:
     """The attention backend that the stock server was told to use; else it chose one itself."""
     arguments = (data.get("stock") or {}).get("server_args", [])
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
@@ -98,131 +101,122 @@ def _stock_backend(data: ServingResult) -> list[str]:
     return []
 
 
-def _left(data: ServingResult) -> dict[str, str]:
+def _left(data: Data) -> dict[str, str]:
     """Workloads of which nothing was measured, and why."""
-    begun = {cell["name"] for cell in data["cells"]}
-    absent = {n: f"not run: {reason}" for n, reason in data.get("absent", {}).items()}
-    left = dict.fromkeys(data.get("not_run", []), "not run") | absent
-    return {n: reason for n, reason in left.items() if n not in begun}
+    absent = {name: f"not run: {reason}" for name, reason in data["absent"].items()}
+    return left_cases(data) | absent
 
 
-def _why_not(cell: ServingCell) -> str:
-    if not cell["is_comparison"]:
-        return cell.get("why_not") or "no reason given"
+def _why_not(case: Data) -> str:
+    if not case["is_comparison"]:
+        return case.get("why_not") or "no reason given"
     return "no such time was measured"
 
 
-def _not_comparisons(data: ServingResult) -> list[str]:
-    left = data.get("not_run", [])
+def _uncompared(data: Data) -> list[Data]:
+    return [c for c in data["cases"] if not c["is_comparison"] and c["name"] not in data["not_run"]]
+
+
+def _busy(cases: list[Data]) -> list[str]:
+    """Whether other programs ran meanwhile, which may have slowed one side more than the other."""
+    runs = [
+        run
+        for case in cases
+        for side in case["sides"].values()
+        for run in side.get("raw", {}).get("runs", [])
+    ]
+    load = max((run.get("load_per_cpu", 0.0) for run in runs), default=0.0)
+    if load <= _BUSY:
+        return []
     return [
-        f"{cell['name']} is not a comparison: {_why_not(cell)}."
-        for cell in data["cells"]
-        if not cell["is_comparison"] and cell["name"] not in left
+        f"Up to {load:.1f} processes per CPU wanted to run meanwhile: other programs may have "
+        "slowed one side more than the other."
     ]
 
 
-def _ratio_table(data: ServingResult) -> Table:
+def _ratio_table(data: Data) -> Table:
+    def gain_of(metric: str) -> Column:
+        title, meaning, is_time = _METRICS[metric]
+        hint = f"{meaning}: {'stock / prefix' if is_time else 'prefix / stock'}"
+        shown = partial(gain, counts=not data["dry"])
+        return Column(f"{title} gain", shown, partial(_gain, metric=metric), hint)
+
+    equal = "requests whose tokens are all those of the stock server"
+    packed = "share of decode steps that read shared prefixes once"
+    read = "KV tokens that those steps read, over KV tokens of all requests"
     columns = [
-        Column("workload", is_text=True),
-        Column("group", is_text=True, folds=True),
-        Column("requests", folds=True),
-        Column("answers equal", "requests whose tokens are all those of the stock server"),
-        Column("tokens equal", "share of the tokens before the first that differs"),
-        Column("compared", "tokens", folds=True),
-        Column("packed", "share of decode steps that read shared prefixes once"),
-        Column("KV read", "KV tokens that those steps read, over KV tokens of all requests"),
-        *(
-            Column(
-                f"{title} gain", f"{meaning}: " + ("stock / prefix" if less else "prefix / stock")
-            )
-            for title, meaning, less in _METRICS.values()
-        ),
+        Column("workload", text, "name"),
+        Column("group", text, "group", folds=True),
+        Column("requests", number, "requests", folds=True),
+        Column("answers equal", as_is, _answers_equal, equal),
+        Column("tokens equal", share, _tokens_equal, "share of them before the first that differs"),
+        Column("compared", number, "tokens_compared", "tokens", folds=True),
+        Column("packed", share, "sides.prefix.packed_share", packed),
+        Column("KV read", share, "sides.prefix.kv_read_ratio", read),
+        *map(gain_of, _METRICS),
     ]
-    rows = [row for cell in data["cells"] for row in _ratio_rows(cell, len(columns))]
-    rows += [across([name(n)], reason, len(columns)) for n, reason in _left(data).items()]
     note = "A gain below 1 is a loss."
-    return Table("Prefix server against stock server", columns, rows, [note])
+    title, left = "Prefix server against stock server", _left(data)
+    message = _no_comparison
+    return tabulate(title, columns, data["cases"], message=message, left=left, notes=[note])
 
 
-def _ratio_rows(cell: ServingCell, num_columns: int) -> list[Row]:
-    gains = [_gain(cell, metric) for metric in _METRICS]
-    loses = any(value is not None and value < 1 for value in gains)
-    ours: Any = cell["sides"].get(_OURS, {})
-    equal, requests = cell.get("requests_equal"), cell["requests"]
-    same, compared = cell.get("tokens_equal"), cell.get("tokens_compared")
-    facts = [
-        name(cell["name"], loses=loses),
-        text(cell.get("group")),
-        number(requests),
-        NONE if equal is None else Cell(f"{equal} of {requests}", equal, _unequal(cell)),
-        share(same / compared if same is not None and compared else None),
-        number(compared),
-        share(ours.get("packed_share")),
-        share(ours.get("kv_read_ratio")),
-    ]
-    if not cell["is_comparison"]:
-        said = f"not a comparison: {_why_not(cell)}{_unpacked(cell)}"
-        return [across(facts, said, num_columns)]
-    return [Row([*facts, *map(gain, gains)], "losing" if loses else "")]
-
-
-def _unequal(cell: ServingCell) -> Any:
+def _answers_equal(case: Data) -> Cell:
     """Answers may differ where rounding does; where they forbid a comparison it is a loss."""
-    differs = cell.get("requests_equal") != cell["requests"]
-    return "losing" if differs and not cell["is_comparison"] else ""
+    equal, requests = case.get("requests_equal"), case["requests"]
+    if equal is None:
+        return NONE
+    forbids = equal != requests and not case["is_comparison"]
+    return Cell(f"{equal} of {requests}", equal, "losing" if forbids else "")
 
 
-def _unpacked(cell: ServingCell) -> str:
-    """What was measured where our backend did not pack: the price of having it."""
-    found: Any = cell.get("unpacked_ratios") or {}
+def _tokens_equal(case: Data) -> float | None:
+    equal, compared = case.get("tokens_equal"), case.get("tokens_compared")
+    return equal / compared if equal is not None and compared else None
+
+
+def _no_comparison(case: Data) -> str | None:
+    """Why a case is none, and what was measured all the same: the price of having our backend."""
+    if case["is_comparison"]:
+        return None
+    found = case.get("unpacked_ratios") or {}
     said = [f"{m} {ratio_text(found[m])}" for m in _METRICS if found.get(m) is not None]
-    return f"; prefix / stock all the same: {', '.join(said)}" if said else ""
-
-
-def _value_table(cells: list[ServingCell]) -> Table:
-    columns = [
-        Column("workload", is_text=True),
-        Column("server", is_text=True),
-        *(
-            Column(f"{title} {column}", hint)
-            for title, hint in (
-                ("TTFT", "time to first token, ms"),
-                ("TPOT", "time per output token after the first, ms"),
-                ("ITL", "time between tokens, ms"),
-            )
-            for column, hint in (("median", hint), ("p99", ""))
-        ),
-        Column("tokens/s", "output tokens"),
-        Column("requests/s"),
-        Column("seconds"),
-        Column("steps", "decode steps packed / left to stock by the gate / fallen back"),
-        Column("reasons", "of steps that were not packed", is_text=True),
-    ]
-    rows = [
-        _value_row(cell["name"], side, cell["sides"][side])
-        for cell in cells
-        for side in sorted(cell["sides"], reverse=True)
-    ]
-    return Table("Measured values", columns, rows)
-
-
-def _value_row(cell: str, side: str, found: ServingSide) -> Row:
-    spreads: list[Any] = [found["ttft_ms"], found["tpot_ms"], found["itl_ms"]]
-    steps = found.get("steps")
-    counted = NONE
-    if steps:
-        shown = f"{steps['packed']} / {steps['stock']} / {steps['fallback']}"
-        counted = Cell(shown, steps["packed"])
-    reasons = "; ".join(f"{why}: {count}" for why, count in (found.get("reasons") or {}).items())
-    return Row(
-        [
-            name(cell),
-            text(side),
-            *(number((s or {}).get(column)) for s in spreads for column in ("median", "p99")),
-            number(found["output_tokens_per_s"]),
-            number(found.get("requests_per_s")),
-            number(found.get("duration_s")),
-            counted,
-            text(reasons),
-        ]
+    costs = (
+        "; stock served those steps, so this is what the backend costs when it does not pack, "
+        f"prefix / stock: {', '.join(said)}"
     )
+    return f"not a comparison: {_why_not(case)}{costs if said else ''}"
+
+
+def _value_table(cases: list[Data]) -> Table:
+    items = [
+        {"workload": case["name"], "server": side, **case["sides"][side]}
+        for case in cases
+        for side in sorted(case["sides"], reverse=True)
+    ]
+
+    def steps(item: Data) -> Cell:
+        found = item.get("steps")
+        if not found:
+            return NONE
+        said = " / ".join(str(found[path]) for path in ("packed", "stock", "fallback"))
+        return Cell(said, found["packed"])
+
+    def reasons(item: Data) -> str:
+        return "; ".join(f"{why}: {count}" for why, count in (item.get("reasons") or {}).items())
+
+    columns = [Column("workload", text, "workload"), Column("server", text, "server")]
+    for metric in ("ttft", "tpot", "itl"):
+        title, meaning, _ = _METRICS[metric]
+        columns += [
+            Column(f"{title} median", number, f"{metric}_ms.median", f"{meaning}, ms"),
+            Column(f"{title} p99", number, f"{metric}_ms.p99"),
+        ]
+    columns += [
+        Column("tokens/s", number, "output_tokens_per_s", "output tokens"),
+        Column("requests/s", number, "requests_per_s"),
+        Column("seconds", number, "duration_s"),
+        Column("steps", as_is, steps, "decode steps: packed / left to stock / fallen back"),
+        Column("reasons", text, reasons, "of steps that were not packed"),
+    ]
+    return tabulate("Measured values", columns, items)

@@ -1,7 +1,7 @@
 """How the workloads of `bench serving` are sent to a server; runs in the client process.
 
 Every driver sends one set of requests in two ways: ``check`` for the token ids, which also warms
-the server up, and ``measure`` for the times. Greedy, so that two servers must say the same.
+the server up, and ``measure`` for the times. Sampling is greedy, so two servers must answer alike.
 """
 
 from __future__ import annotations
@@ -11,24 +11,33 @@ import hashlib
 import json
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Protocol
 
 import aiohttp
 import numpy as np
-import requests
 
 from prefix_patches import load_generator
-from sglang_prefix.bench.serving.trace import scale_trace
-from sglang_prefix.bench.serving.workloads import Rollouts, Trace, Workload
+from sglang_prefix.bench.serving.workloads import Forks, Rollouts, Trace, scale_trace
 from sglang_prefix.bench.workloads.traces import read_trace
 
-__all__ = ["Answer", "BenchServing", "Driver", "RolloutDriver", "flush", "summarize", "token_ids"]
+__all__ = [
+    "Answer",
+    "BenchServing",
+    "Driver",
+    "ForkDriver",
+    "RolloutDriver",
+    "TraceDriver",
+    "summarize",
+]
 
-_FLUSH_TRIES = 100
-_FLUSH_PAUSE_S = 0.1
 _FIELDS = ("ttft_ms", "tpot_ms", "itl_ms")
+_DOCUMENT = "Rule {n} of part {part}: an answer names its source and says when it is not sure. "
+_SECTION = "Note {n} on case {part}: read it as taken on that day, in this order. "
+_QUESTION = "\nQuestion {part}: what follows from note {n}, and for whom?\nAnswer:"
+_TIMES = "sglang_prefix_times"
 
 
 class Driver(Protocol):
@@ -59,7 +68,7 @@ class Answer:
 
 
 def summarize(answers: Sequence[Answer], seconds: float) -> dict[str, Any]:
-    """Sum up as SGLang's bench_serving does.
+    """Aggregate as SGLang's bench_serving does.
 
     Args:
         answers: with one chunk at least each.
@@ -101,98 +110,38 @@ def _quantiles(seconds: Sequence[float]) -> dict[str, float] | None:
     return {"median": float(median), "p99": float(p99)}
 
 
-def token_ids(tokenizer: Any) -> list[int]:
-    """Ids to draw random prompts from: all but the special ones."""
-    return sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
-
-
-def flush(url: str) -> None:
-    """Empty a server's cache; it is not idle at once when the last answer is out.
-
-    Raises:
-        RuntimeError: it would not.
-    """
-    for _ in range(_FLUSH_TRIES):
-        if requests.post(f"{url}/flush_cache", timeout=60).status_code == 200:
-            return
-        time.sleep(_FLUSH_PAUSE_S)
-    raise RuntimeError(f"{url} would not empty its cache: does it serve other requests?")
-
-
-def fingerprint(data: Any) -> str:
-    """A hash of plain values."""
-    return hashlib.sha256(json.dumps(data).encode()).hexdigest()
-
-
-def _sampling(tokens: int, samples: int = 1) -> dict[str, Any]:
-    return {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True, "n": samples}
-
-
 class BenchServing:
-    """SGLang's bench_serving: its own data sets, or a trace replay with the rows made here.
+    """SGLang's bench_serving with one of its own data sets.
 
     Args:
-        workload: of the driver "bench_serving" or "trace".
-        model: folder or name, for the tool.
-        tokenizer_name, tokenizer: of the model.
-        trace: file, for "trace".
-        seed: of the requests.
+        flags: of the tool, without dashes.
+        tokenizer: of the model.
 
     Raises:
-        ValueError: the tool refuses the flags, or the trace is none.
+        ValueError: the tool refuses the flags.
     """
 
-    def __init__(
-        self,
-        workload: Workload,
-        model: str,
-        tokenizer_name: str,
-        tokenizer: Any,
-        trace: str | None,
-        seed: int,
-    ) -> None:
-        given = dict(workload.parameters)
-        shape = Trace(**given) if workload.driver == "trace" else None
-        if shape:
-            given = {
-                "dataset-name": "mooncake",
-                "mooncake-slowdown-factor": 1 / shape.speed,
-                "num-prompts": shape.requests,
-                "max-concurrency": shape.max_concurrency,
-            }
-        given |= {"model": model, "tokenizer": tokenizer_name, "seed": seed, "warmup-requests": 0}
+    def __init__(self, flags: dict[str, Any], tokenizer: Any) -> None:
+        given = flags | {"warmup-requests": 0}
         self.flags = [part for key, value in given.items() for part in (f"--{key}", str(value))]
         self.flags += ["--flush-cache", "--disable-tqdm", "--output-details"]
         arguments = self._arguments("http://127.0.0.1")
         self._concurrency = arguments.max_concurrency
-        if shape:
-            rows = scale_trace(
-                read_trace(trace or "")[: shape.requests],
-                token_ids(tokenizer),
-                block_tokens=shape.block_tokens,
-                max_prompt_tokens=shape.max_prompt_tokens,
-                max_output_tokens=shape.max_output_tokens,
-                seed=seed,
-            )
-            self.replay_s = (rows[-1].timestamp - rows[0].timestamp) / 1000 / shape.speed
-            self._rows: list[Any] = [
-                load_generator.dataset_row(row.prompt, row.output_len, row.timestamp)
-                for row in rows
-            ]
-        else:
-            self.replay_s = 0.0
-            self._rows = load_generator.load_requests(arguments, tokenizer)
+        self._rows = self._make_rows(arguments, tokenizer)
 
-    def _arguments(self, url: str, output: str = "/dev/null") -> load_generator.Namespace:
-        return load_generator.parse([*self.flags, "--base-url", url, "--output-file", output])
+    def _make_rows(self, arguments: load_generator.Namespace, tokenizer: Any) -> list[Any]:
+        return load_generator.load_requests(arguments, tokenizer)
+
+    def _arguments(self, url: str) -> load_generator.Namespace:
+        return load_generator.parse([*self.flags, "--base-url", url, "--output-file", "/dev/null"])
 
     def fingerprint(self) -> str:
         """See :class:`Driver`."""
-        return fingerprint([(row.prompt, row.output_len, row.timestamp) for row in self._rows])
+        return _fingerprint([(row.prompt, row.output_len, row.timestamp) for row in self._rows])
 
     def check(self, url: str) -> list[list[int]]:
         """See :class:`Driver`."""
-        bodies = [_body(row.prompt, _sampling(row.output_len)) for row in self._rows]
+        bodies = [_body(row.prompt, row.output_len) for row in self._rows]
         answers = asyncio.run(_ask_all(url, bodies, self._concurrency))
         return [answer["output_ids"] for answer in answers]
 
@@ -217,8 +166,42 @@ class BenchServing:
         }
 
 
-def _body(prompt: Any, sampling: dict[str, Any]) -> dict[str, Any]:
-    return {"text" if isinstance(prompt, str) else "input_ids": prompt, "sampling_params": sampling}
+class TraceDriver(BenchServing):
+    """bench_serving's replay of a trace, with the rows made here.
+
+    Args:
+        shape: of the replay.
+        flags: model, tokenizer and seed.
+        tokenizer: of the model.
+        trace: its file.
+
+    Raises:
+        ValueError: the tool refuses the flags, or the file holds no trace.
+    """
+
+    def __init__(self, shape: Trace, flags: dict[str, Any], tokenizer: Any, trace: str) -> None:
+        self._shape = shape
+        self._trace = read_trace(trace)[: shape.requests]
+        self.replay_s = (self._trace[-1].timestamp - self._trace[0].timestamp) / 1000 / shape.speed
+        replay = {
+            "dataset-name": "mooncake",
+            "mooncake-slowdown-factor": 1 / shape.speed,
+            "num-prompts": shape.requests,
+            "max-concurrency": shape.max_concurrency,
+        }
+        super().__init__(replay | flags, tokenizer)
+
+    def _make_rows(self, arguments: load_generator.Namespace, tokenizer: Any) -> list[Any]:
+        rows = scale_trace(
+            self._trace,
+            _token_ids(tokenizer),
+            block_tokens=self._shape.block_tokens,
+            max_prompt_tokens=self._shape.max_prompt_tokens,
+            max_output_tokens=self._shape.max_output_tokens,
+            seed=arguments.seed,
+        )
+        make = load_generator.dataset_row
+        return [make(row.prompt, row.output_len, row.timestamp) for row in rows]
 
 
 class RolloutDriver:
@@ -228,15 +211,14 @@ class RolloutDriver:
     """
 
     def __init__(self, shape: Rollouts, tokenizer: Any, seed: int) -> None:
-        rng, ids = np.random.default_rng(seed), np.asarray(token_ids(tokenizer))
-        drawn = rng.integers(len(ids), size=(shape.prompts, shape.prompt_tokens))
+        rng, ids = np.random.default_rng(seed), np.asarray(_token_ids(tokenizer))
+        prompts = ids[rng.integers(len(ids), size=(shape.prompts, shape.prompt_tokens))].tolist()
         self._samples = shape.samples
-        sampling = _sampling(shape.output_tokens, shape.samples)
-        self._bodies = [_body(prompt, sampling) for prompt in ids[drawn].tolist()]
+        self._bodies = [_body(prompt, shape.output_tokens, shape.samples) for prompt in prompts]
 
     def fingerprint(self) -> str:
         """See :class:`Driver`."""
-        return fingerprint(self._bodies)
+        return _fingerprint(self._bodies)
 
     def check(self, url: str) -> list[list[int]]:
         """See :class:`Driver`."""
@@ -271,6 +253,119 @@ class RolloutDriver:
         return answers
 
 
+class ForkDriver:
+    """Trees of text through SGLang's frontend language; all documents at once.
+
+    The language has no load generator of its own. Its endpoint is extended so that every ``gen``
+    streams and its tokens are timed; what it sends is the language's.
+    """
+
+    def __init__(self, shape: Forks, tokenizer: Any) -> None:
+        def fill(template: str, part: int, length: int) -> str:
+            """Numbered sentences of ``length`` tokens at least."""
+            text, number = "", 0
+            while len(tokenizer.encode(text, add_special_tokens=False)) < length:
+                text += template.format(n=number, part=part)
+                number += 1
+            return text
+
+        sections = [fill(_SECTION, n, shape.section_tokens) for n in range(shape.sections)]
+        self._trees = [
+            {
+                "document": fill(_DOCUMENT, n, shape.document_tokens),
+                "sections": sections,
+                "questions": [_QUESTION.format(part=q, n=7 * q) for q in range(shape.questions)],
+                "tokens": shape.output_tokens,
+            }
+            for n in range(shape.documents)
+        ]
+
+    def fingerprint(self) -> str:
+        """See :class:`Driver`."""
+        return _fingerprint(self._trees)
+
+    def check(self, url: str) -> list[list[int]]:
+        """See :class:`Driver`."""
+        answers = self._run(load_generator.endpoint(url), ids=True)
+        # Of each token its log probability, its id and, perhaps, its text.
+        return [[token[1] for token in meta["output_token_logprobs"]] for meta in answers]
+
+    def measure(self, url: str) -> dict[str, Any]:
+        """See :class:`Driver`."""
+        endpoint = load_generator.streaming_endpoint(url, _timed)
+        began = time.perf_counter()
+        answers = self._run(endpoint, ids=False)
+        return summarize([meta[_TIMES] for meta in answers], time.perf_counter() - began)
+
+    def _run(self, endpoint: Any, *, ids: bool) -> list[dict[str, Any]]:
+        import sglang
+
+        program = sglang.function(_tree)
+        jobs = [tree | {"ids": ids} for tree in self._trees]
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            states = list(pool.map(lambda job: program.run(**job, backend=endpoint), jobs))
+        for state in states:
+            if (error := state.error()) is not None:
+                raise RuntimeError(f"the frontend language failed: {error}")
+        answers: list[dict[str, Any]] = [meta for state in states for meta in state["answers"]]
+        if not all(answers):
+            raise RuntimeError("the frontend language lost an answer: did the server fail?")
+        return answers
+
+
+def _tree(
+    s: Any, document: str, sections: list[str], questions: list[str], tokens: int, ids: bool
+) -> None:
+    """One document; all sections below it at once, all questions below each at once."""
+    from sglang import gen
+
+    s += document
+    s.text()  # `fork` sends the common prefix ahead only if its text is already known
+    leaves = []
+    for section, branch in zip(sections, s.fork(len(sections)), strict=True):
+        branch += section
+        branch.text()
+        below = branch.fork(len(questions))
+        for question, leaf in zip(questions, below, strict=True):
+            leaf += question
+            leaf += gen(
+                "answer",
+                max_tokens=tokens,
+                temperature=0,
+                ignore_eos=True,
+                return_logprob=ids or None,
+            )
+        leaves += list(below)
+    s["answers"] = [leaf.get_meta_info("answer") for leaf in leaves]
+
+
+def _timed(chunks: Iterable[tuple[str, dict[str, Any]]]) -> tuple[str, dict[str, Any]]:
+    """An answer from its stream, with its times in its meta information."""
+    answer = Answer(time.perf_counter())
+    meta: dict[str, Any] = {}
+    for text, meta in chunks:
+        answer.take({"text": answer.text + text, "meta_info": meta})
+    if not answer.chunks:
+        raise RuntimeError("the server ended a stream before its first token")
+    return answer.text, {**meta, _TIMES: answer}
+
+
+def _token_ids(tokenizer: Any) -> list[int]:
+    """Ids to draw random prompts from: all but the special ones."""
+    return sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
+
+
+def _fingerprint(data: Any) -> str:
+    """A hash of plain values."""
+    return hashlib.sha256(json.dumps(data).encode()).hexdigest()
+
+
+def _body(prompt: str | list[int], tokens: int, samples: int = 1) -> dict[str, Any]:
+    """A request of ``/generate`` for greedy answers of a fixed length."""
+    sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True, "n": samples}
+    return {"text" if isinstance(prompt, str) else "input_ids": prompt, "sampling_params": sampling}
+
+
 def _session() -> aiohttp.ClientSession:
     # Requests wait as long as the server needs; lines of long answers are long.
     return aiohttp.ClientSession(
@@ -285,11 +380,10 @@ async def _accept(response: aiohttp.ClientResponse) -> None:
 
 
 async def _ask_all(
-    url: str, bodies: Iterable[dict[str, Any]], concurrency: int | None
+    url: str, bodies: Sequence[dict[str, Any]], concurrency: int | None
 ) -> list[Any]:
     """Answers to all requests, in order; never more than ``concurrency`` in flight."""
     async with _session() as session:
-        bodies = list(bodies)
         places = asyncio.Semaphore(concurrency or len(bodies))
 
         async def ask(body: dict[str, Any]) -> Any:

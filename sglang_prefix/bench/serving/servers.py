@@ -1,4 +1,8 @@
-"""The two servers of `bench serving`: started here one at a time, or found running."""
+"""The two servers of `bench serving`: started here one at a time, or found running.
+
+As a program, ``python -m sglang_prefix.bench.serving.servers COMMAND``, it runs a server that ends
+with the process that started it.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,12 @@ import contextlib
 import http.client
 import json
 import os
-import random
 import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -22,28 +26,26 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
+from sglang_prefix.bench.engine import free_port, kill_session
+
 __all__ = [
     "RunningServer",
     "ServerError",
+    "cause_in",
     "cpu_environment",
     "describe",
-    "free_port",
     "launch",
     "read_counters",
     "wait_until_ready",
 ]
 
-_GUARD = (sys.executable, "-m", "sglang_prefix.bench.serving.guard")
+_GUARD = (sys.executable, "-m", "sglang_prefix.bench.serving.servers")
 _SERVE = (sys.executable, "-m", "sglang_prefix.cli.main", "exec", "--", "sglang", "serve")
 
 _CALL_S = 60
 _END_S = 60.0
 _POLL_S = 0.3
 _HOST = "127.0.0.1"
-# From 32768 on the system hands out ports for connections; one may be taken before it is used.
-_PORTS = range(10_000, 32_000)
-_PORT_TRIES = 100
-# What a user can act on in a log of tracebacks: the last line that names an error.
 _CAUSE = re.compile(
     r"^(?:\S+ )?(?:[\w.]*(?:Error|Exception)\b|.*\berror:).*|.*out of memory.*", re.I
 )
@@ -80,9 +82,7 @@ class RunningServer:
         """
         if self.process is None:
             return
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        kill_session(self.process)
         if self.process.stdin is not None:
             self.process.stdin.close()
         deadline = time.monotonic() + _END_S
@@ -187,19 +187,24 @@ def wait_until_ready(server: RunningServer, timeout_s: float) -> None:
 
 def _ending(process: subprocess.Popen[bytes], log: Path | None) -> str:
     text = log.read_text(errors="replace") if log else ""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return f"status {process.returncode}: {cause_in(text)}; its log: {log}"
+
+
+def cause_in(log: str) -> str:
+    """The line of a log that a user can act on: the last that names an error, or the last."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
     causes = [line for line in lines if _CAUSE.match(line)]
-    cause = [*lines[-1:], *causes[-1:]][-1:] or ["no output"]
-    return f"status {process.returncode}: {cause[0][:300]}; its log: {log}"
+    found = [*lines[-1:], *causes[-1:]][-1:] or ["no output"]
+    return found[0][:300]
 
 
 def describe(server: RunningServer) -> dict[str, Any]:
-    """What a server says it is, checked to be of its side.
+    """What a server is, from its own pages, checked to be of its side.
 
     Returns:
         "model", "tokenizer", "dtype", "load_format", "attention_backend",
         "decode_attention_backend", "max_total_num_tokens" (of its KV pool) and "sglang", None for
-        what it does not say.
+        what the pages lack.
 
     Raises:
         ServerError: it does not answer, has dummy weights, or is of the other side.
@@ -208,8 +213,8 @@ def describe(server: RunningServer) -> dict[str, Any]:
     model = _call(server, "model_info")
     wants_prefix, is_prefix = server.side == "prefix", _states(info) != []
     if wants_prefix != is_prefix:
-        told = "names no prefix backend" if wants_prefix else "names the prefix backend"
-        raise ServerError(f"{server.url} is no {server.side} server: its /server_info {told}")
+        what = "names no prefix backend" if wants_prefix else "names the prefix backend"
+        raise ServerError(f"{server.url} is no {server.side} server: its /server_info {what}")
     if info.get("load_format") == "dummy":
         raise ServerError(
             f"{server.url} has dummy weights, under which attention hardly matters: equal tokens "
@@ -293,18 +298,6 @@ def _is_healthy(url: str) -> bool:
     return True
 
 
-def free_port() -> int:
-    """A TCP port that nothing listens on, nor on the next.
-
-    Raises:
-        ServerError: none was found.
-    """
-    for port in random.SystemRandom().sample(_PORTS, _PORT_TRIES):
-        if _is_free(port) and _is_free(port + 1):
-            return port
-    raise ServerError(f"no free TCP port between {_PORTS.start} and {_PORTS.stop}")
-
-
 def _is_free(port: int) -> bool:
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -313,3 +306,24 @@ def _is_free(port: int) -> bool:
         except OSError:
             return False
     return True
+
+
+def main() -> int:
+    """Run the server of the arguments and return its status, of a killed one as shells do.
+
+    Must lead a process group. When the other end of standard input closes, even because that
+    process was killed, the whole group is killed, server and all.
+    """
+
+    def die_with_parent() -> None:
+        sys.stdin.buffer.read()
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=die_with_parent, daemon=True).start()
+    status = subprocess.run(sys.argv[1:], stdin=subprocess.DEVNULL, check=False).returncode
+    return status if status >= 0 else 128 - status
+
+
+if __name__ == "__main__":
+    # Not `sys.exit`, which would wait for the thread that reads.
+    os._exit(main())

@@ -1,32 +1,74 @@
-"""Tensors of one decode step: a tree laid out on a KV pool, with random queries and caches."""
+"""Tensors of one decode step, the outputs that they ask for, and the comparison with the oracle.
+
+The one set of inputs of all kernel benchmarks, of the GPU checks and of tests: a tree laid out on
+a KV pool, with random queries and caches.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+import numpy as np
 import torch
 
+from prefix_kernels.executor import AttentionParams, PlanExecutor
+from prefix_kernels.oracle import (
+    KERNEL_TOLERANCES,
+    RELATIVE_TOLERANCES,
+    TOLERANCES,
+    decode_attention_oracle,
+)
 from sglang_prefix.bench.workloads.registry import Heads
 from sglang_prefix.bench.workloads.trees import Tree, TreeBatch
 
-__all__ = ["AttentionInputs"]
+__all__ = ["AttentionInputs", "MismatchError", "OutputCheck", "Outputs", "relative_error"]
+
+# Slots whose values are drawn at once, in float32.
+_DRAWN_SLOTS = 1 << 16
+_CHECKED_REQUESTS = 8
+
+
+class MismatchError(Exception):
+    """A result is not what the oracle says."""
+
+
+@dataclass(slots=True)
+class Outputs:
+    """Output [padded B, Hq, Dv] and lse [padded B, Hq] float32."""
+
+    out: torch.Tensor
+    lse: torch.Tensor
+
+    def poison(self) -> None:
+        """Fill both with NaN, so that what is left unwritten shows."""
+        self.out.fill_(torch.nan)
+        self.lse.fill_(torch.nan)
+
+    def clone(self) -> Outputs:
+        """A copy."""
+        return Outputs(self.out.clone(), self.lse.clone())
+
+    def same_bits(self, other: Outputs) -> bool:
+        """Whether every bit is equal."""
+        return torch.equal(self.out, other.out) and torch.equal(self.lse, other.lse)
 
 
 @dataclass(slots=True)
 class AttentionInputs:
-    """What a decode attention kernel is given.
+    """What a decode attention kernel is given; :meth:`grow` makes the next step of it.
 
     Attributes:
         heads: of the layers.
         batch: slot rows and what is shared.
-        q: [B, Hq, D].
+        q: [padded B, Hq, D]; rows past the batch hold NaN.
         k, v: [layers, slots, Hkv, D or Dv].
         req_to_token: [B, context] int32.
-        rows: [B] int64, the row of each request.
-        seq_lens: [B] int64.
-        out: [B, Hq, Dv].
-        sm_scale: factor on the scores.
+        req_pool_indices: [B] int64, the row of each request.
+        seq_lens: [B] int64, lengths in use.
+        out: [padded B, Hq, Dv], for whoever needs no lse.
+        options: logit_cap, k_scale, v_scale where they are not the defaults.
         unique_tokens: KV tokens of the batch with every shared one counted once.
     """
 
@@ -36,10 +78,10 @@ class AttentionInputs:
     k: torch.Tensor
     v: torch.Tensor
     req_to_token: torch.Tensor
-    rows: torch.Tensor
+    req_pool_indices: torch.Tensor
     seq_lens: torch.Tensor
     out: torch.Tensor
-    sm_scale: float
+    options: dict[str, Any] = field(default_factory=dict)
     unique_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -48,54 +90,89 @@ class AttentionInputs:
     @classmethod
     def lay_out(
         cls,
-        tree: Tree,
+        tree: Tree | TreeBatch,
         heads: Heads,
         device: torch.device,
         seed: int,
         *,
         dtype: torch.dtype,
-        page_size: int,
+        kv_dtype: torch.dtype | None = None,
+        page_size: int = 1,
+        scattered: bool = True,
+        growth: int = 0,
+        first_slot: int = 0,
+        padded_batch_size: int | None = None,
         max_layers: int = 1,
         max_kv_bytes: int = 0,
-        **more: Any,
+        poison: bool = False,
+        options: Mapping[str, Any] | None = None,
     ) -> Self:
-        """Lay a tree out on the device.
+        """Lay a tree out on the device, with random values in all slots that are or will be used.
 
         Args:
-            tree, heads: what and how wide.
-            device, seed: where, and of what.
-            dtype: of q and of the caches.
-            page_size: tokens per page of the pool; pages are in random order.
+            tree: what is shared; or a batch that is laid out already, with what follows from
+                ``page_size`` to ``first_slot``.
+            heads, device, seed: how wide, where, and of what.
+            dtype, kv_dtype: of q and the outputs, and of the caches where it differs.
+            page_size, scattered, growth, first_slot: see :meth:`TreeBatch.lay_out`.
+            padded_batch_size: rows of q and of the outputs; None for no padding.
             max_layers: layers with KV of their own, as many as ``max_kv_bytes`` hold, at least 1.
             max_kv_bytes: bytes of the caches of all layers.
-            more: fields of a subclass.
+            poison: all other slots hold NaN, so that whatever is read by mistake shows; else zeros,
+                as in an engine's pool, where kernels of others read and mask the padding slot.
+            options: see the class.
         """
-        batch = TreeBatch.lay_out(tree, page_size=page_size, seed=seed)
-        token_bytes = heads.kv * (heads.dim + heads.v_dim) * dtype.itemsize
+        batch = tree
+        if isinstance(batch, Tree):
+            batch = TreeBatch.lay_out(
+                batch,
+                page_size=page_size,
+                growth=growth,
+                seed=seed,
+                scattered=scattered,
+                first_slot=first_slot,
+            )
+        kv_dtype = dtype if kv_dtype is None else kv_dtype
+        token_bytes = heads.kv * (heads.dim + heads.v_dim) * kv_dtype.itemsize
         layers = max(1, min(max_layers, max_kv_bytes // (batch.num_slots * token_bytes)))
         generator = torch.Generator(device).manual_seed(seed)
+        slots = torch.from_numpy(batch.used_slots()).to(device)
 
         def cache(dim: int) -> torch.Tensor:
             shape = (layers, batch.num_slots, heads.kv, dim)
-            values = torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator)
-            values[:, :page_size] = 0  # the padding page: finite, as in an engine's pool
+            values = torch.empty(shape, dtype=kv_dtype, device=device)
+            # As bytes, since fp8 has no fill; all ones are NaN in every type.
+            values.view(torch.uint8).fill_(0xFF if poison else 0)
+            # Indexed writes do not know fp8; its bytes do.
+            bits = values.view(torch.uint8 if kv_dtype.itemsize == 1 else kv_dtype)
+            for layer in bits:
+                for some in torch.split(slots, _DRAWN_SLOTS):
+                    drawn = torch.empty(len(some), *shape[2:], device=device)
+                    drawn.normal_(generator=generator)
+                    layer[some] = drawn.to(kv_dtype).view(bits.dtype)
             return values
 
         size = batch.batch_size
-        q = torch.empty(size, heads.qo, heads.dim, dtype=dtype, device=device)
+        rows = padded_batch_size or size
+        q = torch.full((rows, heads.qo, heads.dim), torch.nan, device=device)
+        q[:size].normal_(generator=generator)
         return cls(
             heads=heads,
             batch=batch,
-            q=q.normal_(generator=generator),
+            q=q.to(dtype),
             k=cache(heads.dim),
             v=cache(heads.v_dim),
             req_to_token=torch.from_numpy(batch.table).to(device),
-            rows=torch.arange(size, device=device),
+            req_pool_indices=torch.arange(size, device=device),
             seq_lens=torch.from_numpy(batch.seq_lens).to(device),
-            out=torch.empty(size, heads.qo, heads.v_dim, dtype=dtype, device=device),
-            sm_scale=heads.dim**-0.5,
-            **more,
+            out=torch.empty(rows, heads.qo, heads.v_dim, dtype=dtype, device=device),
+            options=dict(options or {}),
         )
+
+    @property
+    def sm_scale(self) -> float:
+        """Factor on the scores."""
+        return float(self.heads.dim**-0.5)
 
     @property
     def num_layers(self) -> int:
@@ -127,3 +204,137 @@ class AttentionInputs:
         """Operations of a layer: both products, of every request with all its KV."""
         heads = self.heads
         return 2 * heads.qo * (heads.dim + heads.v_dim) * self.logical_tokens
+
+    @property
+    def params(self) -> AttentionParams:
+        """What an executor's ``run`` is given beside tensors."""
+        return AttentionParams(self.sm_scale, **self.options)
+
+    def run(self, executor: PlanExecutor, outputs: Outputs, *, layer: int = 0) -> None:
+        """Launch one layer."""
+        caches = self.k[layer], self.v[layer]
+        executor.run(self.q, *caches, outputs.out, outputs.lse, self.params)
+
+    def outputs(self) -> Outputs:
+        """New outputs, full of NaN."""
+        shape = (*self.q.shape[:2], self.heads.v_dim)
+        return Outputs(
+            torch.full(shape, torch.nan, dtype=self.q.dtype, device=self.q.device),
+            torch.full(shape[:2], torch.nan, device=self.q.device),
+        )
+
+    def newest_slots(self) -> torch.Tensor:
+        """[B] int64, the slot of each request's newest token."""
+        return self.req_to_token[self.req_pool_indices, self.seq_lens - 1].long()
+
+    def grow(self, step: int) -> None:
+        """Give every request one more token, the ``step``-th of the batch's growth."""
+        slots = torch.from_numpy(self.batch.growth_slots[:, step])
+        device = self.req_to_token.device
+        self.req_to_token[self.req_pool_indices, self.seq_lens] = slots.to(device, torch.int32)
+        self.seq_lens += 1
+
+    def oracle(
+        self, requests: torch.Tensor | None = None, *, layer: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output [n, Hq, Dv] and natural-log lse [n, Hq] at the lengths in use, float64.
+
+        Args:
+            requests: [n] int64, which; None for all.
+            layer: whose caches.
+        """
+        some = torch.arange(self.batch.batch_size, device=self.q.device)
+        some = some if requests is None else requests
+        return decode_attention_oracle(
+            self.q[some],
+            self.k[layer],
+            self.v[layer],
+            self.req_to_token,
+            self.req_pool_indices[some],
+            self.seq_lens[some],
+            sm_scale=self.sm_scale,
+            **self.options,
+        )
+
+    def compare(self, outputs: Outputs, *, layer: int = 0) -> float:
+        """The largest relative error of a head's output, all requests against the oracle.
+
+        Raises:
+            MismatchError: an element, a head's norm or an lse is over its tolerance or not finite,
+                or a padding row is not zero with an lse of minus infinity.
+        """
+        size = self.batch.batch_size
+        expected, expected_lse = self.oracle(layer=layer)
+        dtype = self.q.dtype
+        scale = float(torch.as_tensor(self.options.get("v_scale", 1.0)).abs().max())
+        found = outputs.out[:size].double() / scale
+        _close("output", found, expected / scale, KERNEL_TOLERANCES[dtype])
+        _close("lse", outputs.lse[:size].double(), expected_lse, TOLERANCES[torch.float32])
+        error = relative_error(outputs.out[:size], expected)
+        if not error <= RELATIVE_TOLERANCES[dtype]:
+            raise MismatchError(f"a head is off by {error} of its norm")
+        padding = outputs.out[size:], outputs.lse[size:]
+        if not ((padding[0] == 0).all() and (padding[1] == -torch.inf).all()):
+            raise MismatchError("a padding row is not zero")
+        return error
+
+
+class OutputCheck:
+    """The check before every timing: outputs of the first layer, of one provider after another.
+
+    The oracle is slow, so it sees a few requests: the first, the last, the longest, the shortest
+    and some drawn from the seed. The others are compared with the first output that the oracle
+    accepted.
+
+    Args:
+        inputs: of the layer.
+        seed: decides which requests the oracle sees.
+    """
+
+    def __init__(self, inputs: AttentionInputs, seed: int) -> None:
+        size = inputs.batch.batch_size
+        lens = inputs.batch.seq_lens
+        drawn = np.random.default_rng(seed).permutation(size)[:_CHECKED_REQUESTS]
+        some = np.unique([0, size - 1, int(lens.argmax()), int(lens.argmin()), *drawn])
+        self._some = torch.from_numpy(some).to(inputs.q.device)
+        self._expected, _ = inputs.oracle(self._some)
+        self._all: torch.Tensor | None = None
+
+    def __call__(self, out: torch.Tensor) -> float:
+        """The largest absolute error of an element, over the requests that the oracle sees.
+
+        Args:
+            out: [B, Hq, Dv].
+
+        Raises:
+            MismatchError: the relative error of a head is over the tolerance, or an output is not
+                finite.
+        """
+        tolerance = RELATIVE_TOLERANCES[out.dtype]
+        error = relative_error(out[self._some], self._expected)
+        if not error <= tolerance:
+            raise MismatchError(f"off by {error}, more than {tolerance}")
+        if self._all is None:
+            if not out.isfinite().all():
+                raise MismatchError("a request's output is not finite")
+            self._all = out.clone()
+        among = relative_error(out, self._all.double())
+        if not among <= 2 * tolerance:
+            raise MismatchError(f"off by {among} from another provider, more than {2 * tolerance}")
+        return float((out[self._some].double() - self._expected).abs().max())
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest over [B, Hq] of the norm of the error over the norm of the output; NaN passes on."""
+    error = (found.double() - expected).norm(dim=-1) / expected.norm(dim=-1)
+    return float("nan") if error.isnan().any() else float(error.max())
+
+
+def _close(
+    what: str, found: torch.Tensor, expected: torch.Tensor, tolerance: tuple[float, float]
+) -> None:
+    relative, absolute = tolerance
+    try:
+        torch.testing.assert_close(found, expected, rtol=relative, atol=absolute)
+    except AssertionError as error:
+        raise MismatchError(f"{what}: {' '.join(str(error).split())}") from None

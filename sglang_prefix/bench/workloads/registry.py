@@ -1,17 +1,19 @@
 """The one registry of workloads: JSON files in ``workloads/``, read by all benchmarks.
 
 A file names its source and lists batches; each is a tree in PAT's notation or an uneven forest
-drawn from a seed, for some head configurations. Imports numpy and our forest only, so that the GPU
-benchmarks can use it on a host without SGLang.
+drawn from a seed, for some head configurations. Or it is a suite, which names batches of other
+files in the order in which they are measured. Imports numpy and our forest only, so that it can be
+used on a host without SGLang.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, partial
 from importlib.resources import files
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from sglang_prefix.bench.workloads.trees import Tree, pat_tree, random_tree
@@ -20,7 +22,7 @@ from sglang_prefix.packing import AttentionShape
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Heads", "RegistryFile", "WorkloadSpec", "load_registry", "registry_names"]
+__all__ = ["Heads", "KernelCase", "RegistryFile", "load_registry", "registry_names"]
 
 _HEAD_DIM = 128
 
@@ -62,30 +64,54 @@ class Heads:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class WorkloadSpec:
-    """A batch of the registry.
+@dataclass(frozen=True)
+class KernelCase:
+    """A batch to attend to, and the layer's heads.
 
     Attributes:
-        name: unique in its file.
-        group: batches that answer one question.
-        heads: configurations to run it with.
+        group: cases that answer one question.
+        batch_name: unique among the batches of a group.
+        heads: of the layer.
+        make_tree: the batch.
         tree: PAT's notation; None for a forest that it cannot say.
-        uneven: arguments of :func:`random_tree`; None where there is a tree.
+        page_size: tokens per page of the KV pool.
+        dtype: of q and of the caches; empty for what the user asks for.
+        scattered: whether slots are in random order.
+        variant: of dtypes and slots, where the file has several; is a part of the name.
+        note: what else a reader should know; empty for nothing.
+        rank: cases of a lower one are run before; of the same rank, the smaller ones.
+        target: least speed-up over stock that the project promises; None for none.
+        is_chain: layers of launches are measured on it, not attention.
+        has_all_launches: ours is measured in all its launch modes.
     """
 
-    name: str
     group: str
-    heads: tuple[Heads, ...]
+    batch_name: str
+    heads: Heads
+    make_tree: Callable[[], Tree]
     tree: str | None = None
-    uneven: Mapping[str, int] | None = None
+    page_size: int = 1
+    dtype: str = ""
+    scattered: bool = True
+    variant: str = ""
+    note: str = ""
+    rank: int = 0
+    target: float | None = None
+    is_chain: bool = False
+    has_all_launches: bool = False
 
-    def make_tree(self) -> Tree:
-        """The batch as a tree."""
-        if self.uneven is not None:
-            return random_tree(**self.uneven)
-        assert self.tree is not None
-        return pat_tree(self.tree)
+    @property
+    def name(self) -> str:
+        """Unique: "group/batch/heads", and what is unusual."""
+        page = f"page{self.page_size}" if self.page_size > 1 else ""
+        parts = (self.group, self.batch_name, str(self.heads), page, self.variant)
+        return "/".join(filter(None, parts))
+
+    @cached_property
+    def logical_elements(self) -> int:
+        """Elements of KV of all requests, each with its own: what stock kernels read."""
+        tokens = int(self.make_tree().seq_lens.sum())
+        return tokens * self.heads.kv * (self.heads.dim + self.heads.v_dim)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +121,15 @@ class RegistryFile:
     Attributes:
         name: of the file, without its suffix.
         about, source: what it holds, and where that comes from.
-        batches: in order.
+        cases: each batch with each of its heads; the first heads of a batch have rank 0.
+        is_suite: the order, which is that of the ranks, is the one to measure in.
     """
 
     name: str
     about: str
     source: str
-    batches: tuple[WorkloadSpec, ...]
+    cases: tuple[KernelCase, ...]
+    is_suite: bool = False
 
 
 def registry_names() -> tuple[str, ...]:
@@ -122,14 +150,43 @@ def load_registry(name: str) -> RegistryFile:
         raise ValueError(f"workload file {name!r} is unknown; legal: {legal}")
     text = (files(__package__) / f"{name}.json").read_text(encoding="utf-8")
     data: dict[str, Any] = json.loads(text)
-    batches = tuple(
-        WorkloadSpec(
-            batch["name"],
-            batch.get("group", name),
-            tuple(Heads.parse(heads) for heads in batch.get("heads", data["heads"])),
-            batch.get("tree"),
-            batch.get("uneven"),
-        )
-        for batch in data["batches"]
-    )
-    return RegistryFile(name, data["about"], data["source"], batches)
+    is_suite = "suite" in data
+    cases = _suite(data) if is_suite else _cases(data, name)
+    return RegistryFile(name, data["about"], data["source"], tuple(cases), is_suite)
+
+
+def _cases(data: dict[str, Any], name: str) -> Iterator[KernelCase]:
+    """The batches of a file, each with every dtype and every order of slots that the file names."""
+    variants = product(data.get("slots", [""]), data["batches"], data.get("dtypes", [""]))
+    for slots, batch, dtype in variants:
+        for rank, heads in enumerate(batch.get("heads", data["heads"])):
+            tree, uneven = batch.get("tree"), batch.get("uneven")
+            yield KernelCase(
+                batch.get("group", name),
+                batch["name"],
+                Heads.parse(heads),
+                partial(random_tree, **uneven) if uneven else partial(pat_tree, tree),
+                tree,
+                dtype=dtype,
+                scattered=slots != "consecutive",
+                variant="/".join(filter(None, (dtype, slots))),
+                rank=rank,
+                # A promise is about slots as a fresh engine hands them out.
+                target=batch.get("targets", {}).get(dtype) if slots != "scattered" else None,
+                is_chain=batch.get("chain", False),
+            )
+
+
+def _suite(data: dict[str, Any]) -> Iterator[KernelCase]:
+    """Cases of other files in a suite's order, each once per page size."""
+    found: dict[str, KernelCase] = {}
+    for page_size, entry in product(data["page_sizes"], data["suite"]):
+        for case in load_registry(entry["file"]).cases:
+            names, heads = entry.get("names"), entry.get("heads")
+            wanted = (not names or case.batch_name in names) and (
+                not heads or str(case.heads) in heads
+            )
+            if wanted and not (case.is_chain and page_size > 1):
+                case = replace(case, page_size=page_size, has_all_launches=True)
+                found.setdefault(case.name, replace(case, rank=len(found)))
+    yield from found.values()

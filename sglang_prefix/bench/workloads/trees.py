@@ -79,7 +79,7 @@ class TreeBatch:
         table: [B, context] int32 slot of every position; 0, the padding slot, past the lengths.
         seq_lens: [B] tokens of each request.
         growth_slots: [B, growth] free slots for tokens to come.
-        num_slots: slots of the pool.
+        num_slots: slots of the pool, those before the first used one included.
     """
 
     tree: Tree
@@ -91,17 +91,35 @@ class TreeBatch:
 
     @classmethod
     def lay_out(
-        cls, tree: Tree, *, page_size: int = 1, growth: int = 0, seed: int = 0
+        cls,
+        tree: Tree,
+        *,
+        page_size: int = 1,
+        growth: int = 0,
+        seed: int = 0,
+        scattered: bool = True,
+        first_slot: int = 0,
     ) -> TreeBatch:
-        """Give every node pages of its own, in random order; page 0 is never used."""
+        """Give every node pages of its own; page 0 is never used.
+
+        Args:
+            tree: what is shared; nodes with children are whole pages.
+            page_size: tokens per page.
+            growth: tokens that every request may grow by.
+            seed: of the order of pages.
+            scattered: pages in random order instead of one after another.
+            first_slot: is added to every used slot, and is whole pages.
+        """
         inner = np.unique(tree.parent[tree.parent >= 0])
         if (tree.length[inner] % page_size).any():
             raise ValueError(f"a node with children is not whole pages of {page_size} tokens")
         batch, growth_pages = len(tree.leaf), -(-growth // page_size)
         pages = np.append(-(-tree.length // page_size), np.full(batch, growth_pages))
         first = np.concatenate(([1], 1 + np.cumsum(pages)))
-        place = np.concatenate(([0], 1 + np.random.default_rng(seed).permutation(first[-1] - 1)))
-        slots = (place[:, None] * page_size + np.arange(page_size)).ravel()
+        place = np.arange(first[-1])
+        if scattered:
+            place[1:] = 1 + np.random.default_rng(seed).permutation(first[-1] - 1)
+        slots = (place[:, None] * page_size + np.arange(page_size)).ravel() + first_slot
         ends = _ends(tree)
         lens = tree.seq_lens
         table = np.zeros((batch, int(lens.max()) + growth), dtype=np.int32)
@@ -114,12 +132,17 @@ class TreeBatch:
                 at = stop
         begin = int(first[len(tree.parent)]) * page_size
         free = slots[begin:].reshape(batch, growth_pages * page_size)[:, :growth]
-        return cls(tree, page_size, table, lens, free, len(slots))
+        return cls(tree, page_size, table, lens, free, len(slots) + first_slot)
 
     @property
     def batch_size(self) -> int:
         """Number of requests."""
         return len(self.seq_lens)
+
+    def used_slots(self) -> IntArray:
+        """Slots that a request has or may grow into, in ascending order."""
+        own = [self.table[b, :length] for b, length in enumerate(self.seq_lens.tolist())]
+        return np.unique(np.concatenate([*own, self.growth_slots.ravel()])).astype(np.int64)
 
     @cached_property
     def paths(self) -> list[RadixPath]:

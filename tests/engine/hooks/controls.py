@@ -190,7 +190,7 @@ def watch_launch(module: ModuleType) -> None:
     compiled: set[Any] = set()
 
     def watched(kernel: Any, grid: Any, **arguments: Any) -> None:
-        from tests.launch_keys import launch_key
+        from tests.replay import launch_key
 
         key = launch_key(kernel, arguments)
         if key not in compiled:

@@ -1,0 +1,206 @@
+"""Which batches `bench kernel` runs: from the registry, from trees and from traces of the user."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sglang_prefix.bench.workloads.registry import (
+    Heads,
+    KernelCase,
+    load_registry,
+    registry_names,
+)
+from sglang_prefix.bench.workloads.traces import read_trace, trace_batches
+from sglang_prefix.bench.workloads.trees import Tree, pat_tree
+
+__all__ = ["CPU_MAX_TOKENS", "DEFAULT_HEADS", "KernelOptions", "kernel_cases"]
+
+CPU_MAX_TOKENS = 1 << 18
+DEFAULT_HEADS = Heads(32, 8)
+_QUICK, _GPU = "quick", "gpu"
+# In the order of what they tell, each with its first head configuration before any has its second.
+_DEFAULT_FILES = ("trees", "unrelated", "rollouts", "chunk", "uneven", "fixed", "long")
+
+
+@dataclass(frozen=True, slots=True)
+class KernelOptions:
+    """What decides which cases a run has and what their numbers mean.
+
+    Attributes:
+        quick: the small batches of the registry instead of the full ones.
+        workloads: registry files, and regular expressions that a case's name contains; of files and
+            expressions together, the cases of the files that match.
+        trees: batches in PAT's notation.
+        traces: files in Mooncake's format.
+        trace_batches: moments of each trace.
+        policies: packing policies; the first one is "ours" in tables.
+        heads: configurations instead of the registry's own.
+        dtype: of q and of the caches.
+        page_size: tokens per page.
+        rounds: timed rounds per case; None for as many as fit.
+        seed: of all inputs.
+        max_tokens: KV tokens that a batch may store; None for the usual on a CPU, and for all that
+            the memory holds on a GPU.
+        threads: of torch on the CPU; None for its own choice.
+        dry: tiny shapes in Triton's interpreter; nothing is measured.
+    """
+
+    quick: bool = False
+    workloads: tuple[str, ...] = ()
+    trees: tuple[str, ...] = ()
+    traces: tuple[str, ...] = ()
+    trace_batches: int = 3
+    policies: tuple[str, ...] = ("pat", "node", "chunk", "query")
+    heads: tuple[str, ...] = ()
+    dtype: str = "bfloat16"
+    page_size: int = 1
+    rounds: int | None = None
+    seed: int = 0
+    max_tokens: int | None = None
+    threads: int | None = None
+    dry: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        """For the result file."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> KernelOptions:
+        """From a result file.
+
+        Raises:
+            TypeError: it holds other fields.
+        """
+        fields: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in data.items()
+        }
+        return cls(**fields)
+
+
+def kernel_cases(options: KernelOptions) -> list[KernelCase]:
+    """The cases of a run in order; names are unique.
+
+    Raises:
+        ValueError: a tree, a trace, heads or a workload are not legal; one line.
+    """
+    cases = _under(options, [*_tree_cases(options), *_trace_cases(options)])
+    if options.workloads or not cases:
+        cases += _registry_cases(options)
+    if options.page_size > 1:
+        _check_pages(cases, options.page_size)
+    cases = list({case.name: case for case in cases}.values())
+    return _dry(cases) if options.dry else cases
+
+
+def _under(options: KernelOptions, cases: Sequence[KernelCase]) -> list[KernelCase]:
+    """Cases with the heads, the dtype and the page size that the user asks for."""
+    found = list(cases)
+    if options.heads:
+        found = [
+            replace(case, heads=Heads.parse(text), rank=max(number, case.rank))
+            for number, text in enumerate(options.heads)
+            for case in cases
+            if case.rank == 0 or case.has_all_launches
+        ]
+    return [
+        replace(
+            case,
+            dtype=case.dtype or options.dtype,
+            page_size=case.page_size if options.page_size == 1 else options.page_size,
+        )
+        for case in found
+    ]
+
+
+def _dry(cases: Sequence[KernelCase]) -> list[KernelCase]:
+    """The first case of every group and the first with larger pages, tiny."""
+    first: dict[str, KernelCase] = {}
+    for case in cases:
+        first.setdefault("pages" if case.page_size > 1 else case.group, case)
+    return [
+        replace(
+            case,
+            heads=Heads(case.heads.qo // case.heads.kv, 1, 16, 16),
+            make_tree=partial(_shrunk, case),
+            dtype="float32",
+            target=None,
+        )
+        for case in first.values()
+    ]
+
+
+def _shrunk(case: KernelCase) -> Tree:
+    return case.make_tree().shrunk(case.page_size)
+
+
+def _tree_cases(options: KernelOptions) -> Iterator[KernelCase]:
+    for text in options.trees:
+        pat_tree(text)
+        yield KernelCase("tree", text, DEFAULT_HEADS, partial(pat_tree, text), text)
+
+
+def _trace_cases(options: KernelOptions) -> Iterator[KernelCase]:
+    for path in options.traces:
+        requests = read_trace(path)
+        stem = Path(path).name.partition(".")[0]
+        try:
+            most = options.max_tokens or CPU_MAX_TOKENS
+            batches = trace_batches(requests, options.trace_batches, most)
+        except ValueError as error:
+            raise ValueError(f"trace {path}: {error}; legal: a larger --max-tokens") from None
+        for batch in batches:
+            name = f"{stem}@{batch.moment_ms / 1e3:.0f}s"
+            note = f"{batch.left_out} more ran at that moment but did not fit into --max-tokens"
+            yield KernelCase("trace", name, DEFAULT_HEADS, partial(_same, batch.tree), note=note)
+
+
+def _same(tree: Tree) -> Tree:
+    return tree
+
+
+def _registry_cases(options: KernelOptions) -> list[KernelCase]:
+    names, patterns = _files_and_patterns(options)
+    files = [load_registry(name) for name in names]
+    suites = [case for file in files if file.is_suite for case in file.cases]
+    # Each batch with its first heads before any has its second.
+    others = [case for file in files if not file.is_suite for case in file.cases]
+    cases = _under(options, [*sorted(others, key=lambda case: case.rank), *suites])
+    cases = [c for c in cases if not patterns or any(p.search(c.name) for p in patterns)]
+    if not cases:
+        asked = ", ".join(pattern.pattern for pattern in patterns)
+        raise ValueError(
+            f"workload {asked!r} matches no case; legal: a file ({', '.join(registry_names())}), "
+            "or a regular expression that the name of a case contains"
+        )
+    return cases
+
+
+def _files_and_patterns(options: KernelOptions) -> tuple[list[str], list[re.Pattern[str]]]:
+    """Files to read, and patterns that choose among their cases."""
+    names = [text for text in options.workloads if text in registry_names()]
+    try:
+        patterns = [re.compile(text) for text in options.workloads if text not in names]
+    except re.error as error:
+        raise ValueError(
+            f"workload {error.pattern!r} is no regular expression: {error.msg}; legal: a file "
+            f"({', '.join(registry_names())}), or a regular expression"
+        ) from None
+    default = [_GPU] if options.dry else [_QUICK] if options.quick else list(_DEFAULT_FILES)
+    return names or default, patterns
+
+
+def _check_pages(cases: Sequence[KernelCase], page_size: int) -> None:
+    for case in cases:
+        tree = case.make_tree()
+        inner = set(tree.parent.tolist()) - {-1}
+        short = [node for node in inner if tree.length[node] % page_size]
+        if short:
+            raise ValueError(
+                f"page size {page_size} does not divide the {tree.length[short[0]]} tokens of a "
+                f"shared node of {case.name}; legal: a divisor"
+            )

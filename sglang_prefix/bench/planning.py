@@ -1,0 +1,227 @@
+"""Host time of planning, with SGLang's own path call beside it, on a real radix tree."""
+
+from __future__ import annotations
+
+from array import array
+from statistics import median
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from prefix_kernels.executor import make_executor
+from prefix_kernels.plan_buffers import serialize_plan
+from prefix_kernels.tiles import FUSED_ROWS
+from prefix_kernels.torch_executor import TorchExecutor
+from prefix_kernels.work_list import build_work_list
+from prefix_patches.radix_paths import path_reader
+from prefix_patches.schedule_context import BATCH_ATTRIBUTE, ScheduleContext
+from sglang_prefix.backend.counters import BackendCounters
+from sglang_prefix.backend.decode_batch import DecodeBatch
+from sglang_prefix.backend.decode_planner import DecodePlanner, LayerGroup
+from sglang_prefix.backend.path_cache import PathCache
+from sglang_prefix.bench.timing import host_seconds, interleaved, unpreempted_seconds
+from sglang_prefix.forest import PathTable, PrefixForest
+from sglang_prefix.packing import CPU_PROFILE, GPU_PROFILE, AttentionShape
+from sglang_prefix.packing.planner import PackPlanner
+
+__all__ = ["measure_planning"]
+
+Int32Array = NDArray[np.int32]
+
+# Three levels: a root, branches below it, groups below each branch, requests below each group.
+ROOT, BRANCH, GROUP, PRIVATE = 512, 256, 128, 64
+SHAPE = AttentionShape(32, 8, 128, 128, 2, 2)
+
+
+def measure_planning(num_requests: int, rounds: int, seed: int) -> dict[str, Any]:
+    """Time the stages of a plan for ``num_requests`` requests in a three-level forest.
+
+    Returns:
+        What `schema.HostCase` has of a case, without its name and group.
+    """
+    tree = _RadixTree(num_requests, seed)
+    read = path_reader(tree.cache)
+    assert read is not None
+    paths = read(tree.requests)
+    path_cache = PathCache()
+    found = path_cache.look_up(tree.cache, tree.requests)
+    assert found is not None
+    table, path_of = found
+    limits = table.lengths[path_of]
+    lens = limits + 1
+
+    def make_forest() -> PrefixForest:
+        return PrefixForest.from_path_table(table, path_of, limits, lens)
+
+    forest = make_forest()
+    planner = PackPlanner(SHAPE, CPU_PROFILE)
+    gpu_planner = PackPlanner(SHAPE, GPU_PROFILE)
+    plan = planner.plan(forest)
+    gpu_plan = gpu_planner.plan(forest)
+
+    def make_work_list() -> Int32Array:
+        work = build_work_list(gpu_plan, SHAPE.group_size, list(FUSED_ROWS))
+        return serialize_plan(gpu_plan, [work.items], work.partials, num_requests)
+
+    batch = _DecodeBatch(tree, lens)
+    rows = torch.arange(num_requests)
+    executor = make_executor("torch", SHAPE, torch.device("cpu"))
+    executor.load(plan, tree.table, rows)
+    device_lens = torch.from_numpy(lens)
+    new_slots = torch.zeros(num_requests, dtype=torch.int64)
+
+    def step() -> None:
+        executor.append(device_lens, new_slots)
+
+    seconds = interleaved(
+        {
+            # Where the path cache has no answer: the call, and its answer as arrays.
+            "sglang_path_call": lambda: read(tree.requests),
+            "path_table": lambda: PathTable.of(paths),
+            "path_cache_hit": lambda: path_cache.look_up(tree.cache, tree.requests),
+            # Planning: `plan` is the two before it.
+            "forest": make_forest,
+            "pack_and_lay_out": lambda: planner.plan(forest),
+            "plan": lambda: planner.plan(make_forest()),
+            "pack_and_lay_out_gpu_profile": lambda: gpu_planner.plan(forest),
+            "plan_gpu_profile": lambda: gpu_planner.plan(make_forest()),
+            # All that the backend does to plan a batch whose paths are known, slots left out.
+            "plan_batch": batch.plan,
+            # What loading a plan into the Triton executor costs the host, launches left out.
+            "work_list": make_work_list,
+            "forest_from_rows": lambda: PrefixForest.from_rows(
+                tree.table.numpy()[:, : int(lens.max())], lens
+            ),
+            "load_slots": lambda: executor.load(plan, tree.table, rows),
+        },
+        rounds,
+        unpreempted_seconds,
+    )
+    executor.load(plan, tree.table, rows)
+    seconds |= interleaved(
+        {
+            # A step that goes on as the one before: all of it in a graph, and on the CPU as well
+            # the slots that tails grow by.
+            "kept_step": batch.keep,
+            "append_slots": step,
+        },
+        min(rounds, 200),
+        host_seconds,  # a step that is run again has taken its reserved slots twice
+    )
+    return {
+        "num_requests": num_requests,
+        "nodes": forest.num_nodes,
+        "us": {name: median(times) * 1e6 for name, times in seconds.items()},
+        "seconds": seconds,
+    }
+
+
+class _DecodeBatch:
+    """A decode batch as SGLang's graph runner hands it over, and the planner that serves it."""
+
+    def __init__(self, tree: _RadixTree, lens: NDArray[np.int64]) -> None:
+        self._schedule = ScheduleContext()
+        shape = LayerGroup(PackPlanner(SHAPE, GPU_PROFILE), _NoExecutor(SHAPE, torch.device("cpu")))
+        self._planner = DecodePlanner(
+            self._schedule, tree.table, 1, [shape], BackendCounters(), verify=False
+        )
+        # More than any run does steps, so that no tail runs out of room.
+        shape.planner.reserved_tail_slots = 1 << 20
+        self._lens = lens.copy()
+        size = len(lens)
+        device_lens = torch.from_numpy(self._lens)
+        self._forward_batch = SimpleNamespace(
+            batch_size=size,
+            num_padding=0,
+            forward_mode=SimpleNamespace(is_decode=lambda: True),
+            seq_lens=device_lens,
+            seq_lens_cpu=device_lens,
+            seq_lens_sum=int(lens.sum()),
+            req_pool_indices=torch.arange(size),
+        )
+        batch = SimpleNamespace(
+            reqs=tree.requests, tree_cache=tree.cache, req_pool_indices_cpu=torch.arange(size)
+        )
+        setattr(self._forward_batch, BATCH_ATTRIBUTE, batch)
+        self._schedule.settle(tree.requests)
+        self.plan()
+
+    def plan(self) -> None:
+        """A step for which the batch is planned anew."""
+        self._planner.invalidate()
+        self._step()
+
+    def keep(self) -> None:
+        """A step that goes on under the plan, the schedule of the batch included."""
+        self._lens += 1
+        self._forward_batch.seq_lens_sum += len(self._lens)
+        self._step()
+
+    def _step(self) -> None:
+        before = self._schedule.push(self._forward_batch)
+        reason = self._planner.prepare(DecodeBatch(self._forward_batch, self._schedule.batch, True))
+        self._schedule.pop(before)
+        assert reason is None
+
+
+class _NoExecutor(TorchExecutor):
+    """Takes plans and does nothing with them."""
+
+    def load(self, *args: Any, **kwargs: Any) -> None:
+        """Not this time."""
+
+
+class _RadixTree:
+    """SGLang's own radix cache over real pools, with a three-level forest inserted."""
+
+    def __init__(self, num_requests: int, seed: int) -> None:
+        from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
+        from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
+        from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+        from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
+        from sglang.srt.mem_cache.radix_cache import RadixKey
+        from sglang.srt.mem_cache.unified_cache.components import ComponentType
+        from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+        length = ROOT + BRANCH + GROUP + PRIVATE
+        size = num_requests * length
+        kv_pool = MHATokenToKVPool(size, 1, torch.float16, 1, 16, 1, "cpu", False)
+        pool = ReqToTokenPool(num_requests, length + 1, "cpu", False)
+        allocator = TokenToKVPoolAllocator(size, torch.int64, "cpu", kv_pool, False)
+        self.cache: Any = UnifiedRadixCache(
+            CacheInitParams(
+                disable=False,
+                req_to_token_pool=pool,
+                token_to_kv_pool_allocator=allocator,
+                page_size=1,
+                tree_components=(ComponentType.FULL,),
+            )
+        )
+        rng = np.random.default_rng(seed)
+
+        def draw(count: int) -> list[int]:
+            return [int(token) for token in rng.integers(0, 30_000, count)]
+
+        root = draw(ROOT)
+        branches = [draw(BRANCH) for _ in range(4)]
+        groups = [draw(GROUP) for _ in range(max(num_requests // 8, 1))]
+        self.requests = []
+        for request in range(num_requests):
+            group = request // 8
+            tokens = root + branches[group % 4] + groups[group] + draw(PRIVATE)
+            key = RadixKey(array("q", tokens))
+            self.cache.insert(InsertParams(key=key, value=allocator.alloc(length)))
+            match = self.cache.match_prefix(MatchPrefixParams(key=key))
+            self.requests.append(
+                SimpleNamespace(
+                    last_node=match.last_device_node,
+                    retraction_count=0,
+                    kv=SimpleNamespace(cache_protected_len=length),
+                )
+            )
+            slots = self.cache.path_device_indices(match.last_device_node)
+            pool.req_to_token[request, :length] = slots.int()
+        self.table = pool.req_to_token[:num_requests]

@@ -1,0 +1,154 @@
+"""Section of a `bench-engine` file: engines of SGLang, ours and stock, on the same loads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from sglang_prefix.bench.report.section import (
+    Section,
+    Verdict,
+    environment_rows,
+    left_cases,
+    left_table,
+    target_tables,
+    warnings,
+)
+from sglang_prefix.bench.tables import (
+    Cell,
+    Column,
+    Table,
+    as_is,
+    gain,
+    number,
+    share,
+    tabulate,
+    text,
+)
+
+__all__ = ["engine_section"]
+
+Data = Mapping[str, Any]
+
+_OURS = "prefix"
+
+
+def engine_section(data: Data) -> Section:
+    """What the file says; a dry run's numbers are shown, and counted nowhere."""
+    loads = _loads(data)
+    tables = [_load_table(data, loads)] if loads else []
+    return Section(
+        "Engines with all requests at once",
+        environment_rows(data),
+        warnings(data, "Absent backends"),
+        [] if data["dry"] else [_verdict(data, loads)],
+        [*target_tables(data), *tables, *_turn_tables(data), *left_table(data)],
+    )
+
+
+def _loads(data: Data) -> list[Data]:
+    """Measured decoding by load, whose backends may lie in several cases.
+
+    Returns:
+        "name", "backends" by name, "prefix" (ours), "why_not" (None if ours can be compared) and
+        "over", the time of the fastest stock backend over ours.
+    """
+    loads: dict[str, dict[str, Any]] = {}
+    for case in data["cases"]:
+        if case.get("measured"):
+            name = case.get("load", {}).get("name", case["name"])
+            loads.setdefault(name, {}).update(case["measured"])
+    return [_compared(*load) for load in loads.items()]
+
+
+def _compared(name: str, backends: dict[str, Any]) -> Data:
+    ours = backends.get(_OURS, {})
+    stock = [found["tpot_us"] for backend, found in backends.items() if backend != _OURS]
+    why_not = None
+    if not ours or not stock:
+        why_not = f"{'no stock backend' if ours else 'ours'} was measured"
+    elif not ours.get("packed"):
+        reasons = (ours.get("not_packed_because") or {}).items()
+        why_not = f"ours did not pack ({', '.join(f'{why}: {count}' for why, count in reasons)})"
+    over = None if why_not else min(stock) / ours["tpot_us"]
+    return {"name": name, "backends": backends, _OURS: ours, "why_not": why_not, "over": over}
+
+
+def _verdict(data: Data, loads: list[Data]) -> Verdict:
+    """Time per output token against the fastest stock backend, where ours packed."""
+    turns = [{**case, "over": 1 / case["ratio"]} for case in data["cases"] if "ratio" in case]
+    stock = {name for load in loads if not load["why_not"] for name in load["backends"]}
+    stock |= {case["stock"] for case in turns if "stock" in case}
+    return Verdict.over(
+        "the prefix backend",
+        "the fastest stock backend in TPOT",
+        [*loads, *turns],
+        lambda case: case["over"],
+        lambda case: case["why_not"],
+        left_cases(data),
+        stock=sorted(stock - {_OURS}),
+    )
+
+
+def _load_table(data: Data, loads: list[Data]) -> Table:
+    stock = sorted({name for load in loads for name in load["backends"]} - {_OURS})
+
+    def time_of(backend: str) -> Any:
+        return lambda load: load["backends"].get(backend, {}).get("tpot_us")
+
+    def message(load: Data) -> str | None:
+        return load["why_not"] and f"not a comparison: {load['why_not']}"
+
+    shown = partial(gain, counts=not data["dry"])
+    packed = "share of decode steps that read shared prefixes once"
+    columns = [
+        Column("load", text, "name"),
+        *(Column(f"{name} us", number, time_of(name)) for name in stock),
+        Column("prefix us", number, "prefix.tpot_us", "time per output token, full batch"),
+        Column("median step us", number, "prefix.median_step_us", "of ours"),
+        Column("packed", share, "prefix.packed_share", packed),
+        Column("KV read", share, "prefix.counters.kv_read_ratio", "KV tokens read over all"),
+        Column("host us", number, "prefix.host_us_per_step", "per step, for plans"),
+        Column("over stock", shown, "over", "time of the fastest stock backend over ours"),
+    ]
+    return tabulate("Decoding at full batch", columns, loads, message=message)
+
+
+def _turn_tables(data: Data) -> list[Table]:
+    """Cases that are not one load on one engine: engines in turn, log probabilities, churn."""
+    cases = [case for case in data["cases"] if _found(case)]
+
+    def over(case: Data) -> float | None:
+        return 1 / case["ratio"] if "ratio" in case else None
+
+    def status(case: Data) -> Cell:
+        found = str(case.get("status", "done"))
+        return Cell(found, found, "losing" if found == "failed" else "")
+
+    columns = [
+        Column("case", text, "name"),
+        Column("status", as_is, status),
+        Column("what was found", text, _found),
+        Column("over stock", partial(gain, counts=not data["dry"]), over),
+    ]
+    return [tabulate("Comparisons in turn, and checks", columns, cases)] if cases else []
+
+
+def _found(case: Data) -> str:
+    if "ratio_interval" in case:
+        low, high = (case["ratio_interval"][end] for end in ("low", "high"))
+        return (
+            f"TPOT of ours over that of {case.get('stock')}, in turn: {case['ratio']:.3f}, "
+            f"interval {low:.3f} to {high:.3f}"
+        )
+    if "difference" in case:
+        said = ", ".join(f"{key} {_short(value)}" for key, value in case["difference"].items())
+        return f"log probabilities against stock: {said}"
+    if "guarded_steps" in case:
+        return f"{case['guarded_steps']} decode steps, guarded against waits for the device"
+    return ""
+
+
+def _short(value: object) -> str:
+    return number(value, 2).text if isinstance(value, int | float) else str(value)

@@ -1,0 +1,96 @@
+"""Sections of files that compare ours with no stock backend: tiles, host time, checks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from sglang_prefix.bench.report.section import (
+    Section,
+    environment_rows,
+    left_table,
+    target_tables,
+    warnings,
+)
+from sglang_prefix.bench.tables import Column, Table, gain, number, tabulate, text
+
+__all__ = ["check_section", "host_section", "tune_section"]
+
+Data = Mapping[str, Any]
+
+_HOST_TITLES = {
+    "planning": "Host time of planning, us, median",
+    "engine": "Host time in the real engine, us",
+    "host": "Host time with the device elsewhere, all our code in a decode step, us",
+}
+
+
+def check_section(data: Data) -> Section:
+    """What the kernels' outputs were checked on, and how far from the oracle they were."""
+
+    def worst(case: Data) -> float | None:
+        return max(case.get("errors", {}).values(), default=None)
+
+    variants = "policies and launch and merge modes on these inputs"
+    columns = [
+        Column("case", text, "name"),
+        Column("group", text, "group", folds=True),
+        Column("variants", number, lambda case: len(case.get("errors", {})) or None, variants),
+        Column(
+            "largest error",
+            partial(number, digits=2),
+            worst,
+            "relative, against the float64 oracle",
+        ),
+    ]
+    table = tabulate("Checks that passed", columns, data["cases"])
+    return _section("Checks of the kernels against the oracle", data, [table])
+
+
+def tune_section(data: Data) -> Section:
+    """The fastest tile of each pack shape beside the one that the formula chooses."""
+
+    def row(case: Data) -> Data:
+        times = {tile: found["kernel_us"] for tile, found in case["tiles"].items()}
+        fastest, before = min(times, key=times.__getitem__), times.get(case["formula"])
+        gained = before / times[fastest] if before else None
+        return {**case, "us": before, "fastest": fastest, "best": times[fastest], "gain": gained}
+
+    shown = partial(gain, counts=not data["dry"])
+    columns = [
+        Column("shape", text, "name"),
+        Column("tile of the formula", text, "formula"),
+        Column("us", number, "us"),
+        Column("fastest tile", text, "fastest"),
+        Column("fastest us", number, "best"),
+        Column("gain", shown, "gain", "time of the formula's tile over that of the fastest"),
+    ]
+    rows = [row(case) for case in data["cases"] if case["tiles"]]
+    tables = [tabulate("Tiles", columns, rows)] if rows else []
+    return _section("Tiles of the forward kernel", data, tables)
+
+
+def host_section(data: Data) -> Section:
+    """Host time by stage: a table per group of cases, a column per number of requests."""
+    groups: dict[str, list[Data]] = {}
+    for case in data["cases"]:
+        groups.setdefault(case["group"], []).append(case)
+    tables = []
+    for group, cases in groups.items():
+        stages = dict.fromkeys(stage for case in cases for stage in case["us"])
+        columns = [Column("stage", text, str)]
+        columns += [
+            Column(f"{case['num_requests']} requests", number, case["us"].get) for case in cases
+        ]
+        tables.append(tabulate(_HOST_TITLES.get(group, group), columns, stages))
+    return _section("Host time of planning and of decode steps", data, tables)
+
+
+def _section(title: str, data: Data, tables: list[Table]) -> Section:
+    return Section(
+        title,
+        environment_rows(data),
+        warnings(data),
+        tables=[*target_tables(data), *tables, *left_table(data)],
+    )

@@ -1,0 +1,257 @@
+"""What `bench serving` concludes from its measurements: pure functions on plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import comb
+from statistics import fmean, median
+from typing import Any
+
+from sglang_prefix.bench.engine import counter_difference
+from sglang_prefix.bench.serving.workloads import Workload
+
+__all__ = [
+    "METRICS",
+    "MIN_PACKED_SHARE",
+    "SIDES",
+    "aggregate",
+    "compare",
+    "compare_logprobs",
+    "decode_times",
+    "median_interval",
+    "new_case",
+    "step_delta",
+]
+
+SIDES = ("stock", "prefix")
+METRICS = ("ttft", "tpot", "itl")
+# As in the demo: the first steps of a load may run before its requests are together.
+MIN_PACKED_SHARE = 0.9
+_TIMES = tuple(f"{name}_ms" for name in METRICS)
+_RATES = ("output_tokens_per_s", "requests_per_s", "duration_s")
+_PATHS = ("packed", "stock", "fallback")
+_NO_RATIOS = dict.fromkeys((*METRICS, "throughput"))
+
+_LogProbs = Sequence[Sequence[Mapping[str, float]]]
+
+
+def new_case(workload: Workload) -> dict[str, Any]:
+    """A case of which nothing is measured yet."""
+    return {
+        "name": workload.name,
+        "group": workload.group,
+        "about": workload.about,
+        "driver": workload.driver,
+        "parameters": dict(workload.parameters),
+        "requests": 0,
+        "tokens_compared": 0,
+        "tokens_equal": None,
+        "requests_equal": None,
+        "is_comparison": False,
+        "why_not": "not run",
+        "sides": {},
+        "ratios": dict(_NO_RATIOS),
+        "unpacked_ratios": None,
+    }
+
+
+def step_delta(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> Any:
+    """What a run added to the backend's counters, None for stock.
+
+    Returns:
+        "steps" (decode steps by path), "kv_tokens_read" and "kv_tokens_logical" of the packed ones
+        for one layer, "reasons" for steps that were not packed.
+    """
+    if before is None or after is None:
+        return None
+    added = counter_difference(before, after)
+    return {
+        "steps": {path: added.get(f"{path}_steps", 0) for path in _PATHS},
+        **{name: added.get(name, 0) for name in ("kv_tokens_read", "kv_tokens_logical")},
+        "reasons": added.get("stock_reasons", {}) | added.get("fallback_reasons", {}),
+    }
+
+
+def aggregate(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One side of a case from its runs: the median over them of every time and rate.
+
+    Args:
+        runs: at least one; each with times, rates and "counters" from :func:`step_delta`.
+    """
+    side: dict[str, Any] = {}
+    for name in _TIMES:
+        found = [run[name] for run in runs if run[name] is not None]
+        keys = ("median", "p99")
+        side[name] = {k: median(one[k] for one in found) for k in keys} if found else None
+    for name in _RATES:
+        side[name] = median(run[name] for run in runs)
+    deltas = [run["counters"] for run in runs]
+    side |= {"steps": None, "packed_share": None, "kv_read_ratio": None, "reasons": {}}
+    if all(delta is not None for delta in deltas):
+        steps = {p: sum(delta["steps"][p] for delta in deltas) for p in _PATHS}
+        read, logical = (
+            sum(delta[name] for delta in deltas) for name in ("kv_tokens_read", "kv_tokens_logical")
+        )
+        reasons = {name for delta in deltas for name in delta["reasons"]}
+        side["steps"] = steps
+        side["packed_share"] = steps["packed"] / max(sum(steps.values()), 1)
+        side["kv_read_ratio"] = read / logical if logical else None
+        side["reasons"] = {r: sum(d["reasons"].get(r, 0) for d in deltas) for r in sorted(reasons)}
+    side["raw"] = {"runs": [dict(run) for run in runs]}
+    return side
+
+
+def compare(
+    case: dict[str, Any],
+    outputs: Mapping[str, Mapping[str, Any]],
+    *,
+    repeats: int,
+    min_equal: float,
+) -> None:
+    """Decide whether a case is a comparison, and if so compare.
+
+    Args:
+        case: with "sides"; the conclusions are written into it.
+        outputs: by side "tokens", the ids of each answer, "texts", of each run the hash of each
+            answer, and "fingerprint" of the requests.
+        repeats: runs that a side must have.
+        min_equal: share of the tokens that must come before the first difference of an answer, 0
+            to 1. With 1 the answers of the timed runs must be equal as well.
+    """
+    sides = case["sides"]
+    case |= {"is_comparison": False, "ratios": dict(_NO_RATIOS), "unpacked_ratios": None}
+    missing = [s for s in SIDES if s not in sides or len(sides[s]["raw"]["runs"]) < repeats]
+    if missing:
+        case["why_not"] = f"not run to its end: {' and '.join(missing)}"
+        return
+    stock, prefix = (outputs[side] for side in SIDES)
+    _compare_tokens(case, stock["tokens"], prefix["tokens"])
+    case["why_not"] = _objection(case, stock, prefix, min_equal)
+    if case["why_not"] is None:
+        share = sides["prefix"]["packed_share"]
+        ratios = _ratios(sides["stock"], sides["prefix"])
+        if share < MIN_PACKED_SHARE:
+            reasons = ", ".join(sides["prefix"]["reasons"]) or "no reason given"
+            case["why_not"] = f"only {share:.0%} of the decode steps were packed ({reasons})"
+            case["unpacked_ratios"] = ratios
+        else:
+            case |= {"is_comparison": True, "ratios": ratios}
+
+
+def _compare_tokens(
+    case: dict[str, Any], stock: Sequence[Sequence[int]], prefix: Sequence[Sequence[int]]
+) -> None:
+    pairs = list(zip(stock, prefix, strict=False))
+    case["requests"] = len(stock)
+    case["tokens_compared"] = sum(len(a) for a in stock)
+    case["tokens_equal"] = sum(_common(a, b) for a, b in pairs)
+    case["requests_equal"] = sum(a == b for a, b in pairs)
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    pairs = zip(a, b, strict=False)
+    return next((n for n, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
+
+
+def _objection(
+    case: Mapping[str, Any], stock: Mapping[str, Any], prefix: Mapping[str, Any], min_equal: float
+) -> str | None:
+    """Why the sides cannot be compared, apart from what was packed."""
+    requests = case["requests"]
+    if stock["fingerprint"] != prefix["fingerprint"]:
+        return "the sides did not get the same requests"
+    if len(prefix["tokens"]) != requests:
+        return f"{len(prefix['tokens'])} answers for {requests} requests"
+    share = case["tokens_equal"] / max(case["tokens_compared"], 1)
+    if share < min_equal or (min_equal == 1 and case["requests_equal"] < requests):
+        unequal = requests - case["requests_equal"]
+        return f"tokens differ in {unequal} of {requests} answers ({share:.0%} of tokens agree)"
+    if min_equal == 1:
+        runs = [texts for one in (stock, prefix) for texts in one["texts"]]
+        unequal = sum(len(set(answers)) > 1 for answers in zip(*runs, strict=True))
+        if unequal:
+            return f"answers of the timed runs differ in {unequal} of {requests} requests"
+    if case["sides"]["prefix"]["steps"] is None:
+        return "the prefix server reported no counters"
+    return None
+
+
+def _ratios(stock: Mapping[str, Any], prefix: Mapping[str, Any]) -> dict[str, float | None]:
+    """Prefix over stock; of times the medians."""
+    found: dict[str, float | None] = {}
+    for name in METRICS:
+        a, b = stock[f"{name}_ms"], prefix[f"{name}_ms"]
+        found[name] = b["median"] / a["median"] if a and b and a["median"] else None
+    rate = stock["output_tokens_per_s"]
+    found["throughput"] = prefix["output_tokens_per_s"] / rate if rate else None
+    return found
+
+
+def decode_times(answer: dict[str, Any], *, ours: bool) -> dict[str, Any]:
+    """Times per output token from `engine_calls.decode`; for ours also who served the steps.
+
+    Raises:
+        ValueError: all requests never decoded at once.
+    """
+    steps = answer["step_us"]
+    if not steps:
+        raise ValueError("at no time did all requests decode")
+    found = {"tpot_us": fmean(steps), "median_step_us": median(steps), "num_steps": len(steps)}
+    if ours:
+        counters = answer["counters"]
+        total = max(sum(counters[f"{path}_steps"] for path in _PATHS), 1)
+        share = counters["packed_steps"] / total
+        host = counters["plan_seconds"] + counters["reused_plan_seconds"]
+        found |= {
+            "packed_share": share,
+            "packed": share >= MIN_PACKED_SHARE,
+            "not_packed_because": counters["stock_reasons"] | counters["fallback_reasons"],
+            "host_us_per_step": host / total * 1e6,
+        }
+    return found | answer
+
+
+def compare_logprobs(first: _LogProbs, second: _LogProbs) -> dict[str, Any]:
+    """Differences of decoded tokens, request by request up to the first token that differs.
+
+    At that place the two still follow the same text. The first token of all is prefill's.
+
+    Args:
+        first, second: by request and position log probabilities by token, the chosen token first.
+    """
+    deltas: list[float] = []
+    num_positions = num_equal = 0
+    for ours, theirs in zip(first, second, strict=True):
+        for position, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            if position:
+                num_positions += 1
+                deltas += [abs(a[token] - b[token]) for token in a.keys() & b.keys()]
+            if next(iter(a)) != next(iter(b)):
+                break
+        else:
+            num_equal += 1
+    return {
+        "requests": len(first),
+        "requests_equal": num_equal,
+        "positions": num_positions,
+        "values": len(deltas),
+        "mean": fmean(deltas) if deltas else 0.0,
+        "max": max(deltas, default=0.0),
+    }
+
+
+def median_interval(values: list[float]) -> dict[str, float]:
+    """An interval for the median that assumes nothing of the distribution, and what it covers.
+
+    Its ends are values of the sample, as far inside as at least 95% allow. Fewer than six values
+    cannot cover as much.
+    """
+    ordered, count = sorted(values), len(values)
+    # Probability that at most `rank` of the values lie below the median, twice.
+    outside = [sum(comb(count, i) for i in range(rank + 1)) / 2**count * 2 for rank in range(count)]
+    rank = max((r for r, p in enumerate(outside) if p <= 0.05), default=0)
+    return {
+        "low": ordered[rank],
+        "high": ordered[count - 1 - rank],
+        "coverage": max(0.0, 1 - outside[rank]),
+    }

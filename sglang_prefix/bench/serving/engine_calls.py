@@ -1,0 +1,152 @@
+"""What `bench serving --engine` asks of an engine: functions that run in its process.
+
+They take the engine first, then plain values: ``load`` is a `loads.Load` as a dictionary, ``seed``
+and ``vocab_size`` are of its prompts. See :class:`sglang_prefix.bench.engine.EngineProcess`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine, Sequence
+from itertools import pairwise
+from random import Random
+from typing import Any
+
+from sglang_prefix.bench.engine import counter_difference, counters, flush
+from sglang_prefix.bench.serving.loads import Load, prompts
+
+__all__ = ["churn", "decode", "full_batch", "logprobs", "prepare"]
+
+_WARM_TOKENS = 8
+_TOP = 5
+# Requests of `churn` that come after the first of the load, for each of these.
+_CHURN_FACTOR = 8
+
+
+def prepare(engine: Any, load: dict[str, Any], seed: int, vocab_size: int) -> None:
+    """Empty the cache, fill it with the prompts of a load, decode a little at full batch."""
+    flush(engine)
+    ids = prompts(Load.from_dict(load), vocab_size, seed)
+    distinct = [list(prompt) for prompt in dict.fromkeys(map(tuple, ids))]
+    _run(engine, [_generate(engine, prompt, 1) for prompt in distinct[:1]])
+    _run(engine, [_generate(engine, prompt, 1) for prompt in distinct[1:]])
+    _run(engine, [_generate(engine, prompt, _WARM_TOKENS) for prompt in ids])
+
+
+def decode(engine: Any, load: dict[str, Any], seed: int, vocab_size: int) -> dict[str, Any]:
+    """Time the steps of a load at full batch; the last request reports every token."""
+    chosen = Load.from_dict(load)
+    *others, last = prompts(chosen, vocab_size, seed)
+    times: list[tuple[float, int]] = []
+    before = counters(engine)
+    began = time.perf_counter()
+    work = [_generate(engine, prompt, chosen.output_tokens) for prompt in others]
+    work.append(_generate(engine, last, chosen.output_tokens, times=times))
+    done = _run(engine, work)
+    seconds = time.perf_counter() - began
+    return {
+        "step_us": full_batch(times, [one["finished"] for one in done]),
+        "seconds": seconds,
+        "cached_tokens": min(one["meta_info"]["cached_tokens"] for one in done),
+        "finish_spread_s": done[-1]["finished"] - min(one["finished"] for one in done),
+        "counters": counter_difference(before, counters(engine)),
+    }
+
+
+def logprobs(
+    engine: Any, load: dict[str, Any], seed: int, vocab_size: int, together: bool
+) -> dict[str, Any]:
+    """Greedy answers, all at once or one by one.
+
+    Returns:
+        "answers": by request and position the log probabilities of the first tokens, the chosen
+        one first. "counters": what was added to them.
+    """
+    chosen = Load.from_dict(load)
+    before = counters(engine)
+    work = [
+        _generate(engine, prompt, chosen.output_tokens, logprobs=True)
+        for prompt in prompts(chosen, vocab_size, seed)
+    ]
+    done = _run(engine, work) if together else [_run(engine, [one])[0] for one in work]
+    answers = []
+    for one in done:
+        tokens = one["meta_info"]["output_token_logprobs"]
+        tops = one["meta_info"]["output_top_logprobs"]
+        # JSON has no integer keys.
+        answers.append(
+            [
+                {str(token[1]): token[0]} | {str(entry[1]): entry[0] for entry in top}
+                for token, top in zip(tokens, tops, strict=True)
+            ]
+        )
+    return {"answers": answers, "counters": counter_difference(before, counters(engine))}
+
+
+def churn(engine: Any, load: dict[str, Any], seed: int, vocab_size: int) -> dict[str, Any]:
+    """Let requests of uneven lengths join as others leave, never more at once than in the load."""
+    chosen = Load.from_dict(load)
+    rng = Random(seed)
+    least, most = chosen.output_tokens // 2, chosen.output_tokens * 3 // 2
+    places = asyncio.Semaphore(chosen.num_requests)
+    before = counters(engine)
+
+    async def one(prompt: list[int], tokens: int) -> dict[str, Any]:
+        async with places:
+            return await _generate(engine, prompt, tokens)
+
+    ids = prompts(chosen, vocab_size, seed) * _CHURN_FACTOR
+    done = _run(engine, [one(prompt, rng.randint(least, most)) for prompt in ids])
+    return {"requests": len(done), "counters": counter_difference(before, counters(engine))}
+
+
+def _run(engine: Any, work: Sequence[Coroutine[Any, Any, dict[str, Any]]]) -> list[dict[str, Any]]:
+    async def all_of_it() -> list[dict[str, Any]]:
+        return list(await asyncio.gather(*work))
+
+    found: list[dict[str, Any]] = engine.loop.run_until_complete(all_of_it())
+    return found
+
+
+async def _generate(
+    engine: Any,
+    prompt: list[int],
+    num_tokens: int,
+    *,
+    logprobs: bool = False,
+    times: list[tuple[float, int]] | None = None,
+) -> dict[str, Any]:
+    """One request, and when it was done; ``times`` gets (seconds, tokens so far) of each chunk."""
+    answer = await engine.async_generate(
+        input_ids=prompt,
+        sampling_params={"temperature": 0, "max_new_tokens": num_tokens, "ignore_eos": True},
+        stream=times is not None,
+        **({"return_logprob": True, "top_logprobs_num": _TOP} if logprobs else {}),
+    )
+    if times is not None:
+        async for chunk in answer:
+            times.append((time.perf_counter(), chunk["meta_info"]["completion_tokens"]))
+        answer = chunk
+    return {"meta_info": answer["meta_info"], "finished": time.perf_counter()}
+
+
+def full_batch(times: list[tuple[float, int]], finished: list[float]) -> list[float]:
+    """Microseconds per token of one request while all requests decode.
+
+    Args:
+        times: seconds, and tokens so far, at each chunk of the request.
+        finished: seconds at which each request was done, that one's last. All generate equally
+            much, so what was done later than it began that much later too.
+
+    Returns:
+        One value per token. Tokens that came at once share the time since the ones before.
+    """
+    begin = times[0][0] + max(0.0, max(finished) - finished[-1])
+    end = min(finished)
+    inside = [(at, tokens) for at, tokens in times if begin <= at <= end]
+    steps: list[float] = []
+    for (before, had), (at, has) in pairwise(inside):
+        if has > had:
+            steps += [round((at - before) / (has - had) * 1e6, 1)] * (has - had)
+    return steps

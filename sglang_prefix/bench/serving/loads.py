@@ -1,0 +1,165 @@
+"""What `bench serving --engine` measures: trees of requests, and the engines that run them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = [
+    "OURS",
+    "PAIR",
+    "STOCK",
+    "SYNC",
+    "Load",
+    "Measurement",
+    "dry_measurements",
+    "measurements",
+    "prompts",
+]
+
+OURS = "prefix"
+# Stock backends with what must be imported for them; the one expected to be the fastest first.
+STOCK = {
+    "fa3": ("sgl_kernel.flash_attn", "sgl_kernel.flash_ops"),
+    "flashinfer": ("flashinfer",),
+    "triton": ("sglang.srt.layers.attention.triton_backend",),
+}
+# Groups of engines that are alive together; PAIR is ours and the best stock backend.
+PAIR, SYNC = "pair", "sync"
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Requests whose prompts form a tree, and that all generate equally much.
+
+    Attributes:
+        name: key of its result.
+        num_requests: all sent at once.
+        levels: from the root down, the number of nodes and the tokens of each; a level's nodes
+            are spread evenly over those above.
+        output_tokens: of each request.
+    """
+
+    name: str
+    num_requests: int
+    levels: tuple[tuple[int, int], ...]
+    output_tokens: int
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Load:
+        """The load that ``dataclasses.asdict`` was given, perhaps through JSON."""
+        levels = tuple((nodes, tokens) for nodes, tokens in values["levels"])
+        return cls(**{**values, "levels": levels})
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of each prompt."""
+        return sum(tokens for _, tokens in self.levels)
+
+    @property
+    def shares(self) -> bool:
+        """Whether requests have tokens in common."""
+        return self.levels[0][0] < self.num_requests
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One case of a run.
+
+    Attributes:
+        kind: "decode" times steps, "alternate" does so on both backends in turn, "logprobs"
+            compares answers, "churn" lets requests join and leave under a guard.
+        group: the engines that are alive; nothing else is on the device.
+        backends: of them the ones that it uses.
+        load: what they run.
+        seconds: that it is expected to take on a GPU, without starting engines.
+        rounds: of "alternate".
+    """
+
+    kind: str
+    group: str
+    backends: tuple[str, ...]
+    load: Load
+    seconds: float = 30
+    rounds: int = 10
+
+    @property
+    def name(self) -> str:
+        """Unique in a run."""
+        return f"{self.group}/{self.load.name}"
+
+
+def rollouts(num_requests: int, prompt: int, output: int, name: str = "") -> Load:
+    """Samples of one prompt."""
+    name = name or f"rollouts-{num_requests}x{prompt // 1024}k"
+    return Load(name, num_requests, ((1, prompt),), output)
+
+
+UNRELATED = Load("unrelated", 64, ((64, 1536),), 128)
+AGENTS = Load("agents", 64, ((1, 4096), (4, 2048), (64, 256)), 256)
+FOREST = Load("logprobs", 16, ((1, 512), (4, 256), (16, 64)), 32)
+CHURN = Load("no-device-sync", 16, ((1, 4096), (4, 512), (16, 32)), 40)
+_WIDE, _SMALL, _LONG = (
+    rollouts(64, 8192, 512),
+    rollouts(16, 2048, 256),
+    rollouts(64, 32768, 512),
+)
+
+
+def measurements(stock: Sequence[str], long_output: int = 8192) -> list[Measurement]:
+    """Measurements against the stock backends, the most valuable first, in the order of the run.
+
+    Args:
+        stock: names of the backends, the one that is expected to be the fastest first.
+        long_output: tokens of the long rollouts.
+    """
+    best, *others = stock
+    both = (OURS, best)
+    many = rollouts(64, 1024, long_output, f"rollouts-64x1k-out{long_output}")
+    many_seconds = 20 + long_output / 60
+    found = [
+        Measurement("decode", PAIR, both, _WIDE, 40),
+        Measurement("alternate", PAIR, both, UNRELATED, 60),
+        Measurement("decode", PAIR, both, _SMALL, 15),
+        Measurement("decode", PAIR, both, AGENTS, 25),
+        Measurement("decode", PAIR, both, _LONG, 70),
+        Measurement("logprobs", PAIR, both, FOREST, 15),
+    ]
+    # Half of the memory would not hold the KV of these.
+    found += [Measurement("decode", f"alone-{name}", (name,), many, many_seconds) for name in both]
+    found.append(Measurement("churn", SYNC, (OURS,), CHURN, 30))
+    for name in others:
+        loads = ((_WIDE, 30), (_SMALL, 10), (AGENTS, 15), (_LONG, 60), (many, many_seconds))
+        found += [
+            Measurement("decode", f"alone-{name}", (name,), load, seconds)
+            for load, seconds in loads
+        ]
+    return found
+
+
+def dry_measurements(stock: str) -> list[Measurement]:
+    """The same kinds on the CPU, so small that they mean nothing; two engines run them all."""
+    both = (OURS, stock)
+    wide = Load("rollouts-64x8k", 8, ((1, 512),), 12)
+    agents = Load("agents", 6, ((1, 256), (2, 128), (6, 8)), 8)
+    return [
+        Measurement("decode", PAIR, both, wide, 0),
+        Measurement("alternate", PAIR, both, Load("unrelated", 3, ((3, 40),), 6), 0, rounds=2),
+        Measurement("decode", PAIR, both, agents, 0),
+        Measurement("logprobs", PAIR, both, Load("logprobs", 4, ((1, 64), (2, 16), (4, 4)), 8), 0),
+        Measurement("churn", PAIR, (OURS,), Load("no-device-sync", 4, ((1, 64), (4, 8)), 6), 0),
+    ]
+
+
+def prompts(load: Load, vocab_size: int, seed: int) -> list[list[int]]:
+    """Token ids of every request; equal arguments give equal prompts in every process."""
+    rng = random.Random(f"{seed} {load}")
+    found: list[list[int]] = [[] for _ in range(load.num_requests)]
+    for num_nodes, tokens in load.levels:
+        # Neither of the two tokens that a model may treat as its first and its last.
+        nodes = [rng.choices(range(2, vocab_size), k=tokens) for _ in range(num_nodes)]
+        for number, prompt in enumerate(found):
+            prompt += nodes[number * num_nodes // load.num_requests]
+    return found

@@ -1,0 +1,183 @@
+"""What is checked on a GPU: one variant per property of the kernels, the most telling first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any
+
+import torch
+
+from prefix_kernels.tiles import LAUNCH_MODES, MERGE_MODES
+from sglang_prefix.bench.workloads.inputs import AttentionInputs
+from sglang_prefix.bench.workloads.registry import Heads
+from sglang_prefix.bench.workloads.trees import Tree, random_tree, shared_then_private
+from sglang_prefix.packing import GPU_PROFILE, POLICIES, DeviceProfile
+
+__all__ = ["ALL_MODES", "EAGER", "Modes", "Variant", "variants"]
+
+Modes = tuple[str, str]
+
+ALL_MODES: tuple[Modes, ...] = tuple(
+    (mode, merge) for mode in LAUNCH_MODES for merge in MERGE_MODES
+)
+# Each mode once: what the other pairs add is checked where nothing else varies.
+_TWO_MODES: tuple[Modes, ...] = (ALL_MODES[0], ALL_MODES[-1])
+# Packs are nearly free and splits short, so that small batches have both.
+EAGER = DeviceProfile("eager", 128, 0.4, 100, 264, 32)
+_DIMS = (
+    *((64, 64), (80, 80), (96, 96), (128, 128), (192, 192), (256, 256)),
+    *((192, 128), (64, 96), (128, 64)),
+)
+_GROUPS = (*range(1, 9), 16)
+_INT32 = 1 << 31
+
+
+def _uneven(seed: int, requests: int, tokens: int, page_size: int) -> Tree:
+    return random_tree(seed, num_requests=requests, max_tokens=tokens, page_size=page_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """Inputs, and what is done with them.
+
+    Attributes:
+        name: unique.
+        group, kv, dim, v_dim: query heads per KV head, KV heads, elements per head.
+        dtype, kv_dtype: of q, and of the caches where it differs.
+        options: logit_cap, k_scale, v_scale; lists stand for one value per KV head.
+        make_tree: from a seed, requests, tokens and page size.
+        requests, tokens: size, for ``make_tree``.
+        page_size: tokens per page.
+        policies, modes: what is run on these inputs; launch and merge mode.
+        profile: what the planner believes of the device.
+        padding: rows past the batch.
+        steps: tokens that every request grows by.
+        repeats: runs that must give the same bits.
+        first_slot: of the pool.
+    """
+
+    name: str
+    group: int = 4
+    kv: int = 2
+    dim: int = 128
+    v_dim: int = 128
+    dtype: torch.dtype = torch.bfloat16
+    kv_dtype: torch.dtype | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    make_tree: Callable[[int, int, int, int], Tree] = _uneven
+    requests: int = 24
+    tokens: int = 600
+    page_size: int = 1
+    policies: tuple[str, ...] = ("node",)
+    modes: tuple[Modes, ...] = _TWO_MODES
+    profile: DeviceProfile = EAGER
+    padding: int = 0
+    steps: int = 0
+    repeats: int = 0
+    first_slot: int = 0
+
+    def inputs(self, device: torch.device, seed: int) -> AttentionInputs:
+        """Fresh inputs; all memory that a kernel must not read is poison."""
+        options = {
+            name: torch.tensor(value, device=device) if isinstance(value, list) else value
+            for name, value in self.options.items()
+        }
+        return AttentionInputs.lay_out(
+            self.make_tree(seed, self.requests, self.tokens, self.page_size),
+            Heads(self.kv * self.group, self.kv, self.dim, self.v_dim),
+            device,
+            seed,
+            dtype=self.dtype,
+            kv_dtype=self.kv_dtype,
+            page_size=self.page_size,
+            growth=self.steps,
+            first_slot=self.first_slot,
+            padded_batch_size=self.requests + self.padding if self.padding else None,
+            poison=True,
+            options=options,
+        )
+
+    def runs(self, *, few: bool) -> list[tuple[str, Modes, bool]]:
+        """Policy, modes, and whether launches are fixed, of the runs on these inputs.
+
+        Every launch shape is compiled, in seconds each: all only where that is the question.
+        """
+        if self.modes == ALL_MODES:
+            every = list(product(self.policies, self.modes, (False, True)))
+            return every[::5] if few else every
+        pairs = product(self.policies, enumerate(self.modes))
+        return [(policy, modes, index == 0) for policy, (index, modes) in pairs]
+
+
+def variants(*, dry: bool = False) -> list[Variant]:
+    """All of them, in the order in which they are run; without what a dry run would repeat."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    fp8 = torch.float8_e4m3fn
+    per_head = {"k_scale": [0.4, 1.7], "v_scale": [3.0, 0.2]}
+    found = [
+        Variant("policies-and-modes", policies=tuple(POLICIES), modes=ALL_MODES),
+        Variant("real-profile", profile=GPU_PROFILE, tokens=4000, kv=8, policies=("pat",)),
+        Variant("same-bits", modes=ALL_MODES, repeats=100),
+        Variant("pages-of-16", page_size=16, policies=("pat", "node")),
+        Variant("padding-rows", padding=5, modes=ALL_MODES),
+        Variant("growing-tails", steps=5, modes=ALL_MODES),
+        Variant("one-token-tails", make_tree=lambda s, n, t, p: shared_then_private(n, t, 1)),
+        Variant("empty-tails", make_tree=_empty_tails, policies=("node", "pat")),
+        Variant("dtype/float16", dtype=fp16),
+        Variant("dtype/float32", dtype=fp32),
+        Variant("fp8/e4m3-one-scale", kv_dtype=fp8, options={"k_scale": 0.37, "v_scale": 2.5}),
+        Variant("fp8/e4m3-scale-per-head", kv_dtype=fp8, options=per_head),
+        Variant("fp8/e4m3-float16", dtype=fp16, kv_dtype=fp8, options=per_head),
+        Variant("fp8/e5m2", kv_dtype=torch.float8_e5m2, options={"k_scale": 0.6, "v_scale": 1.5}),
+        Variant("logit-cap/30", options={"logit_cap": 30.0}),
+        Variant("logit-cap/0.5-scales", options={"logit_cap": 0.5, **per_head}),
+        Variant("1024-requests", requests=1024, tokens=200, dim=64, v_dim=64, modes=ALL_MODES),
+        # The first slot that a 32-bit offset in elements cannot reach.
+        Variant("far-slots", kv=8, first_slot=_INT32 // (8 * 128), modes=ALL_MODES),
+    ]
+    found += [
+        Variant(
+            f"dims/{dim}x{v_dim}/{str(dtype).removeprefix('torch.')}",
+            dim=dim,
+            v_dim=v_dim,
+            dtype=dtype,
+        )
+        for dtype in ((bf16,) if dry else (bf16, fp16))
+        for dim, v_dim in (_DIMS[::2] if dry else _DIMS)
+    ]
+    found += [
+        Variant(f"group/{group}", group, dim=64, v_dim=64)
+        for group in (_GROUPS[::3] if dry else _GROUPS)
+    ]
+    found += [
+        Variant("group/128", 128, kv=1, dim=64, v_dim=64, requests=9),
+        Variant("dims/256x256/float32", dtype=fp32, dim=256, v_dim=256),
+        Variant("dims/256x256/e4m3", kv_dtype=fp8, dim=256, v_dim=256),
+    ]
+    return [_tiny(variant) for variant in found] if dry else found
+
+
+def _tiny(variant: Variant) -> Variant:
+    """For the interpreter: few and small, and no bfloat16, whose products are wrong there."""
+    per_head = any(isinstance(value, list) for value in variant.options.values())
+    return replace(
+        variant,
+        kv=2 if per_head else 1,
+        dtype=torch.float16 if variant.dtype == torch.bfloat16 else variant.dtype,
+        requests=3 if variant.requests < 100 else 9,
+        tokens=10,
+        steps=min(variant.steps, 2),
+        repeats=min(variant.repeats, 2),
+        first_slot=min(variant.first_slot, 1000),
+        # Splits as short as these inputs, so that there are some all the same.
+        profile=replace(variant.profile, min_split_tokens=4),
+    )
+
+
+def _empty_tails(seed: int, requests: int, tokens: int, page_size: int) -> Tree:
+    """Requests that are equal, two and two, so that nothing of theirs is private."""
+    tree = shared_then_private(max(2, requests // 2), tokens, page_size)
+    twice = [part.repeat(2) for part in (tree.leaf, tree.cut)]
+    return Tree(tree.parent, tree.length, *twice)

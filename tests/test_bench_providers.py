@@ -1,0 +1,265 @@
+"""What we hand to other projects' kernels, read back by stand-ins that only know their interfaces.
+
+The kernels need a GPU; that they are asked for the right pages, levels and lengths does not.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from itertools import pairwise
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_prefix.bench.providers import flashinfer, ours
+from sglang_prefix.bench.providers.base import Provider, import_reason
+from sglang_prefix.bench.providers.fa3 import FlashAttention3
+from sglang_prefix.bench.providers.fasttree import FOLDER_VARIABLE, FastTree
+from sglang_prefix.bench.providers.find import find_providers
+from sglang_prefix.bench.providers.flashinfer import FlashInferCascade, FlashInferDecode
+from sglang_prefix.bench.providers.sglang import SglangTriton
+from sglang_prefix.bench.workloads.inputs import AttentionInputs, OutputCheck, relative_error
+from sglang_prefix.bench.workloads.registry import Heads
+from sglang_prefix.bench.workloads.trees import Tree, pat_tree, random_tree, shared_then_private
+
+TREES: dict[str, Callable[[], Tree]] = {
+    "three levels": lambda: pat_tree("1,2,8_32,16,5"),
+    "two roots": lambda: pat_tree("2,4,8_16,32,7"),
+    "one prefix": lambda: shared_then_private(9, 48, 20),
+    "nothing shared": lambda: pat_tree("5_33"),
+    "uneven": lambda: random_tree(3, num_requests=8, max_tokens=60, page_size=16),
+}
+
+
+def inputs_of(tree: str, page_size: int = 1) -> AttentionInputs:
+    return AttentionInputs.lay_out(
+        TREES[tree](),
+        Heads(4, 1, 16, 16),
+        torch.device("cpu"),
+        0,
+        dtype=torch.float32,
+        page_size=page_size,
+        poison=True,
+    )
+
+
+def assert_right(provider: Provider) -> None:
+    """Its output is the oracle's, from NaN on, and whatever was not asked for is NaN."""
+    w = provider.inputs
+    provider.plan()  # type: ignore[attr-defined]
+    w.out.fill_(torch.nan)
+    assert relative_error(provider.run(w.k[0], w.v[0]), w.oracle()[0]) < 1e-6
+
+
+def attend(
+    q: torch.Tensor, caches: tuple[torch.Tensor, torch.Tensor], slots: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One request's heads over the slots given: output and natural-log lse."""
+    group = q.shape[0] // caches[0].shape[-2]
+    k, v = (
+        cache.reshape(-1, *cache.shape[2:])[slots].double().repeat_interleave(group, 1)
+        for cache in caches
+    )
+    scores = torch.einsum("hd,thd->ht", q.double(), k) * scale
+    return torch.einsum("ht,thd->hd", scores.softmax(-1), v), scores.logsumexp(-1)
+
+
+class PagedDecode:
+    """FlashInfer's BatchDecodeWithPagedKVCacheWrapper, as far as we use it."""
+
+    def __init__(self, workspace: object, layout: str, use_tensor_cores: bool = False) -> None:
+        assert layout == "NHD"
+
+    def plan(self, *given: Any, sm_scale: float, q_data_type: Any, kv_data_type: Any) -> None:
+        indptr, indices, last_page_len, *heads, page_size = given
+        assert heads == [4, 1, 16]
+        assert {t.dtype for t in (indptr, indices, last_page_len)} == {torch.int32}
+        assert indptr[-1] == len(indices)
+        self.scale = sm_scale
+        self.slots = []
+        ends = zip(pairwise(indptr.tolist()), last_page_len.tolist(), strict=True)
+        for (begin, end), last in ends:
+            slots = indices[begin:end].long()[:, None] * page_size + torch.arange(page_size)
+            self.slots.append(slots.ravel()[: (end - begin - 1) * page_size + last])
+
+    def run(
+        self, q: torch.Tensor, caches: tuple[torch.Tensor, torch.Tensor], out: torch.Tensor
+    ) -> torch.Tensor:
+        for b, slots in enumerate(self.slots):
+            out[b] = attend(q[b], caches, slots, self.scale)[0]
+        return out
+
+
+class Level:
+    """One level's prefill wrapper inside the cascade."""
+
+    _backend = "auto"
+
+
+class Cascade:
+    """FlashInfer's MultiLevelCascadeAttentionWrapper, as far as we use it."""
+
+    def __init__(self, num_levels: int, workspace: object, layout: str) -> None:
+        assert layout == "NHD"
+        self._batch_prefill_wrappers = [Level() for _ in range(num_levels)]
+
+    def plan(self, *given: Any, **options: Any) -> None:
+        assert {level._backend for level in self._batch_prefill_wrappers} == {"fa2"}
+        self.levels = []
+        for queries, *lists in zip(*given[:4], strict=True):
+            level = PagedDecode(None, "NHD")
+            level.plan(*lists, *given[4:], **options)
+            self.levels.append((queries.tolist(), level))
+        assert len(self.levels) == len(self._batch_prefill_wrappers)
+
+    def run(self, q: torch.Tensor, caches: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        outs, logs = [], []
+        for queries, level in self.levels:
+            assert queries[-1] == len(q)
+            parts = [
+                attend(q[b], caches, level.slots[node], level.scale)
+                for node, (begin, end) in enumerate(pairwise(queries))
+                for b in range(begin, end)
+            ]
+            outs.append(torch.stack([out for out, _ in parts]))
+            logs.append(torch.stack([lse for _, lse in parts]))
+        weights = torch.stack(logs).softmax(0)[..., None]
+        return (torch.stack(outs) * weights).sum(0)
+
+
+def flash_attn_with_kvcache(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    *,
+    cache_seqlens: torch.Tensor,
+    page_table: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    max_seqlen_q: int,
+    softmax_scale: float,
+    causal: bool,
+    scheduler_metadata: object,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """FA3's entry, as far as we use it."""
+    assert page_table.dtype == cache_seqlens.dtype == cu_seqlens_q.dtype == torch.int32
+    assert scheduler_metadata == len(q)
+    assert cu_seqlens_q.tolist() == list(range(len(q) + 1))
+    page_size = k_cache.shape[1]
+    for b, length in enumerate(cache_seqlens.tolist()):
+        slots = page_table[b].long()[:, None] * page_size + torch.arange(page_size)
+        out[b] = attend(q[b], (k_cache, v_cache), slots.ravel()[:length], softmax_scale)[0]
+    return out
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    modules: dict[str, Any] = {"flashinfer": ModuleType("flashinfer")}
+    modules["flashinfer"].BatchDecodeWithPagedKVCacheWrapper = PagedDecode
+    modules["flashinfer"].MultiLevelCascadeAttentionWrapper = Cascade
+    modules["sgl_kernel.flash_attn"] = ModuleType("sgl_kernel.flash_attn")
+    modules["sgl_kernel.flash_attn"].flash_attn_with_kvcache = flash_attn_with_kvcache
+    modules["sgl_kernel.flash_attn"].get_scheduler_metadata = lambda **facts: facts["batch_size"]
+    real = importlib.import_module  # libraries that load themselves lazily still need it
+    monkeypatch.setattr(
+        importlib, "import_module", lambda name, *anchor: modules.get(name) or real(name, *anchor)
+    )
+    monkeypatch.setattr(flashinfer, "_workspace", lambda device: None)
+
+
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("kind", [FlashInferDecode, FlashInferCascade, FlashAttention3])
+def test_the_right_kv_is_asked_for(kind: type[Provider], tree: str, page_size: int) -> None:
+    w = inputs_of(tree, page_size)
+    reason = kind.inapplicable(w)
+    if kind is FlashInferCascade and tree in ("nothing shared", "uneven"):
+        assert reason in ("nothing is shared", "the forest is no set of levels")
+        return
+    assert reason is None
+    assert_right(kind(w))
+
+
+FAKE_FASTTREE = """
+import torch
+
+class FastTreeParams:
+    TSQs, TSKs = None, None
+    def set_values(self, *weights): pass
+    def set_q_tile_sizes(self, sizes): self.TSQs = sizes
+    def set_kv_tile_sizes(self, sizes): self.TSKs = sizes
+    def set_kv_group_num(self, group): self.group = group
+
+def fasttree_preparation(nodes, pointers, batch, hq, hkv, dim, splits, first, second, params):
+    assert nodes[0].parent == -1 and sorted(nodes[0].requests) == list(range(batch))
+    paths = [[] for _ in range(batch)]
+    for index, node in enumerate(nodes):
+        assert node.id == index and pointers[index + 1] - pointers[index] == node.seqlen
+        assert node.num_children == sum(other.parent == index for other in nodes)
+        for request in node.requests:
+            paths[request] += range(pointers[index], pointers[index + 1])
+    flat = torch.tensor([entry for path in paths for entry in path] + [-1] * 32)
+    return (flat, [len(path) for path in paths]), None
+
+def fasttree_decode(q, k, v, out, entries, lengths, q_tiles, kv_tiles, sm_scale):
+    assert q_tiles == [16, 4] and kv_tiles == [32, 32] and (entries[-32:] == -1).all()
+    at = 0
+    for b, length in enumerate(lengths):
+        slots = entries[at : at + length].long()
+        at += length
+        keys, values = (c[slots].double().repeat_interleave(4, 1) for c in (k, v))
+        scores = torch.einsum("hd,thd->ht", q[b].double(), keys) * sm_scale
+        out[b] = torch.einsum("ht,thd->hd", scores.softmax(-1), values)
+"""
+
+
+@pytest.mark.parametrize("tree", ["three levels", "two roots", "one prefix", "nothing shared"])
+def test_fasttree_is_given_the_tree(
+    tree: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path_factory.mktemp("kernel_bench")
+    (folder / "fasttree.py").write_text(FAKE_FASTTREE)
+    monkeypatch.setenv(FOLDER_VARIABLE, str(folder))
+    assert FastTree.unavailable(torch.device("cuda")) is None
+    w = inputs_of(tree)
+    assert FastTree.inapplicable(w) is None
+    assert_right(FastTree(w))
+
+
+def test_what_cannot_be_used_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert FastTree.inapplicable(inputs_of("uneven", 16)) == "requests end inside shared nodes"
+    monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
+    assert FastTree.unavailable(torch.device("cuda")) == f"{FOLDER_VARIABLE} names no folder"
+    reason = import_reason("a_module_that_is_nowhere")
+    assert reason is not None
+    assert reason.startswith("a_module_that_is_nowhere: ModuleNotFoundError: ")
+
+
+@pytest.mark.parametrize("host", ["cpu", "interpreter"])
+def test_every_provider_is_here_or_says_why_not(host: str) -> None:
+    makers, absent = find_providers(torch.device("cpu"), host)
+    names = {*makers, *absent}
+    assert names == {
+        *("sglang-torch-native", "sglang-intel-amx", "sglang-triton"),
+        *("flashinfer", "flashinfer-cascade", "fa3", "fasttree"),
+    }
+    assert all(absent.values())
+    assert set(makers) == {"cpu": {"sglang-torch-native"}, "interpreter": {"sglang-triton"}}[host]
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_providers_that_run_here_agree_with_the_oracle(tree: str) -> None:
+    w = inputs_of(tree)
+    check = OutputCheck(w, 0)
+    makers = ours.our_providers(("pat", "node", "chunk", "query"), "cpu")
+    makers |= ours.our_providers(("pat",), "interpreter")
+    for make in (*makers.values(), SglangTriton):
+        provider = make(w)
+        for part in provider.step_parts:
+            getattr(provider, part)()
+        w.out.fill_(torch.nan)
+        assert check(provider.run(w.k[0], w.v[0])) < 1e-5, provider.name
