@@ -121,18 +121,10 @@ def test_sanitizer(tool: str, setting: Setting, tmp_path: Path) -> None:
     binary = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(binary).exists():
         pytest.skip("compute-sanitizer is not installed")
+    pytest_options = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "--out"]
     test = f"{Path(__file__)}::{test_every_mode_once.__name__}"
-    command = [binary, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest"]
-    command += [
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        "gpu",
-        "--out",
-        f"{tmp_path}/check.json",
-        test,
-    ]
+    command = [binary, "--tool", tool, "--error-exitcode", "9", sys.executable]
+    command += [*pytest_options, str(tmp_path / "check.json"), test]
     try:
         done = subprocess.run(
             command,
