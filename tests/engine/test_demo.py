@@ -32,7 +32,8 @@ def test_the_demo_compares_and_tells(tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stdout + run.stderr
     report = json.loads(target.read_text())
-    assert (report["backend"], report["device"]) == ("prefix", "cpu")
+    assert report["backend"] == "prefix"
+    assert report["device"] in ("cpu", "cuda")
     assert report["tokens_equal_stock"] is True
     assert report["num_requests"] >= 16
     assert min(report["prompt_tokens"]) > 1500
