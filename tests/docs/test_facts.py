@@ -224,7 +224,7 @@ def test_the_bytes_and_splits_in_the_text(forest: PrefixForest) -> None:
     for number in (SHAPE.kv_token_bytes, query, 6 * SHAPE.kv_token_bytes, 2 * query):
         assert f"| {number:,} |" in text
     assert gpu.num_splits.tolist() == [4, 1, 2, 1, 1, 1, 1, 1]
-    assert "are cut into 4 pieces and branch B into 2" in text
+    assert "are cut into 4 splits and branch B into 2" in text
     assert f"{gpu.num_partials}\npartial results" in text
     assert f"plan has {cpu.num_partials}" in text
 

@@ -45,7 +45,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Run the tests as cases where they are asked for."""
     config.addinivalue_line("markers", "expected_s(seconds): of a GPU test, for the budget")
-    if config.getoption("-m") == "gpu" and (config.getoption("--dry") or torch.cuda.is_available()):
+    if config.getoption("-m") != "gpu":
+        return
+    if config.getoption("--dry", None) is None:  # this file was read too late for its options
+        raise pytest.UsageError("pytest -m gpu: name the folder, as in `pytest -m gpu tests/gpu`")
+    if config.getoption("--dry") or torch.cuda.is_available():
         config.pluginmanager.register(CheckRun(config), KIND)
 
 
