@@ -300,15 +300,20 @@ def test_each_step_replays_the_graph_that_the_gate_chose(results: Results) -> No
     assert flipping.counters["fallback_reasons"] == {}
     assert flipping.counters["packed_steps"] >= 3
     assert flipping.counters["stock_reasons"]["gate-no-gain"] >= 3
-    # With the gate open, all steps are packed.
-    assert_evidence(sections["grove packed"], stock, sections["grove zeros"], 0.6)
+    # With the gate open, every step that shares anything is packed.
+    packing = sections["grove packed"]
+    assert_same(packing, stock)
+    assert packing.counters["stock_reasons"].keys() == {"gate-nothing-shared"}
+    assert packing.counters["kv_read_ratio"] < 0.6
+    assert changes_half(sections["grove zeros"], stock)
     assert "graph labels packed/stock" in log
     assert "graphs with label stock took" in log
     assert log.index("KV Cache is allocated") < log.index("prefix attention: ")
     for label in ("packed", "stock"):
         steps = sum(section.counters[f"{label}_steps"] for section in sections.values())
         assert len(replays(log, label)) >= steps > 0
-        assert set(replays(log, label)) == {2, 4, 10}
+        # Batches were padded, and sizes changed between replays.
+        assert set(replays(log, label)) >= {4, 10}
 
 
 def replays(log: str, label: str) -> list[int]:

@@ -117,6 +117,7 @@ async def _broadcast_weights(manager: Any, model: str, flush: bool) -> None:
 
     weights = _weights(model)
     port = free_port()
+    name = f"weights-{port}"  # a name can be given once
     joined = asyncio.create_task(
         manager.init_weights_update_group(
             io_struct.InitWeightsUpdateGroupReqInput(
@@ -124,6 +125,7 @@ async def _broadcast_weights(manager: Any, model: str, flush: bool) -> None:
                 master_port=port,
                 rank_offset=1,
                 world_size=2,
+                group_name=name,
                 backend="gloo",
             ),
             None,
@@ -136,7 +138,7 @@ async def _broadcast_weights(manager: Any, model: str, flush: bool) -> None:
         init_method=f"tcp://127.0.0.1:{port}",
         world_size=2,
         rank=0,
-        group_name="weight_update_group",
+        group_name=name,
     )
     _check(await joined)
     updated = asyncio.create_task(
@@ -145,6 +147,7 @@ async def _broadcast_weights(manager: Any, model: str, flush: bool) -> None:
                 names=list(weights),
                 dtypes=[str(weight.dtype).removeprefix("torch.") for weight in weights.values()],
                 shapes=[list(weight.shape) for weight in weights.values()],
+                group_name=name,
                 flush_cache=flush,
             ),
             None,
