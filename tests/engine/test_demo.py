@@ -17,18 +17,6 @@ from sglang_prefix.cli.main import app
 from sglang_prefix.explain.record import PlanRecord
 from sglang_prefix.explain.segments import explain
 
-KEYS = {
-    "device",
-    "backend",
-    "num_requests",
-    "tokens_equal_stock",
-    "kv_read_ratio",
-    "num_packs",
-    "packed_steps",
-    "fallback_steps",
-    "decode_speedup",
-}
-
 
 @pytest.mark.engine
 @pytest.mark.extended  # two engines, and what it compares is compared in test_engines.py
@@ -44,7 +32,8 @@ def test_the_demo_compares_and_tells(tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stdout + run.stderr
     report = json.loads(target.read_text())
-    assert report.keys() >= KEYS
+    assert report["backend"] == "prefix"
+    assert report["device"] in ("cpu", "cuda")
     assert report["tokens_equal_stock"] is True
     assert report["num_requests"] >= 16
     assert min(report["prompt_tokens"]) > 1500
