@@ -1,4 +1,4 @@
-"""Which providers of others there are, found at run time: the one place that imports all of them."""
+"""Which providers of others are here, and why the rest are not; alone imports all of them."""
 
 from __future__ import annotations
 
