@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from multiprocessing.connection import Connection
@@ -222,10 +223,22 @@ def _is_free(port: int) -> bool:
 
 
 def counters(engine: Any) -> dict[str, Any]:
-    """The backend's counters in the first rank of an engine; empty for a stock engine."""
-    states = engine.get_server_info()["internal_states"][0].get("sglang_prefix", [{}])
-    assert len(states) == 1, "one model runner of a rank has one backend"
-    return dict(states[0])
+    """The backend's counters, added up over ranks; empty for a stock engine.
+
+    Ranks with batches of their own all answer, in any order.
+    """
+    found: dict[str, Any] = {}
+    for state in engine.get_server_info()["internal_states"]:
+        states = state.get("sglang_prefix", [{}])
+        assert len(states) == 1, "one model runner of a rank has one backend"
+        for name, value in states[0].items():
+            if name in _NEWEST or name not in found:
+                found[name] = value
+            elif isinstance(value, Mapping):  # counts by reason
+                found[name] = dict(Counter(found[name]) + Counter(value))
+            else:
+                found[name] += value
+    return found
 
 
 def counter_difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:

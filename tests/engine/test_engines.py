@@ -232,7 +232,7 @@ def test_two_ranks_get_stock_answers(results: Results) -> None:
 @pytest.mark.scenarios("dp-attention")
 def test_dp_attention_pads_batches_and_they_get_stock_answers(results: Results) -> None:
     counters = assert_evidence_within("dp-attention", "forest", results, 0.75).counters
-    # The log is that of both ranks, the counters are those of the first.
+    # The log and the counters are those of both ranks.
     assert results("dp-attention").log.count("test hook: padded batch") > 10
     assert counters["plans"] < counters["packed_steps"]  # batches without padding keep their plans
 
