@@ -64,9 +64,9 @@ def test_a_dry_run_from_budget_to_table(tmp_path: Path) -> None:
 
 def test_control_a_tile_with_another_result_is_refused() -> None:
     work = TileWork(pack_shapes(dry=True)[1], torch.device("cpu"), 0, dry=True)
-    (tile, *_) = work.candidates
+    tile = work.tiles[1]
     assert work.check(tile) < 1e-2
-    work._launches[work._place].arguments["sm_scale"] *= 2
+    work._launches[work._place].keywords["sm_scale"] *= 2
     with pytest.raises(MismatchError, match="from the formula's tile, more than"):
         work.check(tile)
 

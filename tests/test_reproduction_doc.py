@@ -23,11 +23,11 @@ def test_the_tables_are_those_of_the_file() -> None:
     text = (ROOT / "docs" / "reproduction.md").read_text()
     (name,) = set(re.findall(r"docs/results/cpu/2026-11-21-c084a1b-kernel\.json", text))
     data = read_result(ROOT / name, "bench-kernel")
-    trees = [c for file in ("trees", "unrelated") for c in load_registry(file).cases]
+    trees = [c for file in ("trees", "unrelated") for c in load_registry(file)]
     first = [case for case in trees if str(case.heads) == "32:8"]
-    rows = ((case.name, f"{case.batch_name[:2]} | {case.tree}") for case in first)
+    rows = ((case.name, f"{case.batch_name[:2]} | {case.notation}") for case in first)
     assert table(data, ("#", "tree"), rows) in text
-    rows = ((case.name, case.batch_name) for case in load_registry("chunk").cases)
+    rows = ((case.name, case.batch_name) for case in load_registry("chunk"))
     assert table(data, ("requests x shared + own tokens",), rows) in text
     assert f"commit {data['environment']['commit']}," in text
     assert data["environment"]["cpu"] in text

@@ -22,7 +22,7 @@ from sglang_prefix.bench.hooks import step_clock
 from sglang_prefix.bench.run import BenchRun, Case
 from sglang_prefix.tiny_model import build_tiny_model
 
-__all__ = ["HostRun", "measure_engine", "measure_host"]
+__all__ = ["HostRun", "decode_rollouts"]
 
 MIN_REUSED_STEPS = 100
 _ENGINE_REQUESTS = 256
@@ -32,108 +32,6 @@ NEW_TOKENS = 240
 ENDS_EARLY = range(20, 220, 8)
 # Rollouts: prompts of 8 groups, all samples of a group alike.
 GROUPS, PROMPT_TOKENS = 8, 200
-
-
-def measure_engine(num_requests: int) -> dict[str, Any]:
-    """Decode ``num_requests`` requests with the model's arithmetic on the CPU.
-
-    Returns:
-        A case of kind bench-host: "name", "group", "num_requests", "counters" of the backend, and
-        "us", microseconds by what was timed.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        found = _run(num_requests, Path(folder), {}, {}, ())
-    per_plan = 1e6 / found["plans"]
-    return {
-        "name": f"engine/{num_requests}",
-        "group": "engine",
-        "num_requests": num_requests,
-        "counters": found,
-        "us": {
-            "step that reuses its plan (median)": found["reused_step_us"],
-            "hook around a forward pass (median)": found["hook_us"],
-            "plan, with slots and path call (mean)": per_plan * found["plan_seconds"],
-            "path call of it (mean)": per_plan * found["path_seconds"],
-        },
-    }
-
-
-def measure_host(num_requests: int) -> dict[str, Any]:
-    """The same with the device elsewhere, and all our code in a decode step on the clock.
-
-    Returns:
-        As `measure_engine`, and "seconds": what each step took, "reused" its plan or "planned".
-
-    Raises:
-        RuntimeError: too few steps reused their plan for a median.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        times = Path(folder, "times.json")
-        times.write_text("{}")
-        settings = {
-            step_clock.FILE_VARIABLE: str(times),
-            step_clock.BATCH_VARIABLE: str(num_requests),
-            "SGLANG_PREFIX_EXECUTOR": "triton",
-            "SGLANG_PREFIX_GATE": "always",
-            "TRITON_INTERPRET": "1",
-            "OMP_NUM_THREADS": "1",  # what is left of the device's work: copies and memory sets
-        }
-        options = {"torch_compile_max_bs": num_requests}  # which bounds graphs on the CPU
-        found = _run(num_requests, Path(folder), options, settings, [step_clock.__name__])
-        steps = json.loads(times.read_text())
-    num_reused = len(steps.get("reused", ()))
-    if num_reused < MIN_REUSED_STEPS:
-        raise RuntimeError(f"only {num_reused} steps reused their plan: not reported")
-    return {
-        "name": f"host/{num_requests}",
-        "group": "host",
-        "num_requests": num_requests,
-        "counters": found,
-        "seconds": steps,
-        "us": {
-            "step that reuses its plan, all hooks (median)": 1e6 * median(steps["reused"]),
-            "step that plans, all hooks (median)": 1e6 * median(steps["planned"]),
-        },
-    }
-
-
-def _run(
-    num_requests: int,
-    folder: Path,
-    options: Mapping[str, Any],
-    settings: Mapping[str, str],
-    hooks: Sequence[str],
-) -> dict[str, Any]:
-    """Decode the rollouts in one engine; the backend's counters."""
-    build_tiny_model(folder / "model")
-    arguments = {
-        "model_path": str(folder / "model"),
-        "device": "cpu",
-        "dtype": "float32",
-        "attention_backend": "prefix",
-        "max_total_tokens": 80_000,
-        "max_running_requests": num_requests,
-        "mem_fraction_static": 0.7,
-        "log_level": "error",
-    }
-    environment = engine_environment({"HF_HUB_OFFLINE": "1", **settings}, hooks=hooks)
-    with EngineProcess(
-        arguments | dict(options), environment=environment, log=folder / "log"
-    ) as engine:
-        found: dict[str, Any] = engine.ask(f"{__name__}:decode_rollouts", num_requests=num_requests)
-        return found
-
-
-def decode_rollouts(engine: Any, num_requests: int) -> dict[str, Any]:
-    """Decode all requests at once, of which some end early; in the engine's process."""
-    groups = [
-        [(7 * group + token) % 256 for token in range(PROMPT_TOKENS)] for group in range(GROUPS)
-    ]
-    prompts = [groups[request % GROUPS] for request in range(num_requests)]
-    ends = [*ENDS_EARLY, *[NEW_TOKENS] * num_requests][:num_requests]
-    sampling = [{"temperature": 0, "max_new_tokens": n, "ignore_eos": True} for n in ends]
-    engine.generate(input_ids=prompts, sampling_params=sampling)
-    return counters(engine)
 
 
 class HostRun(BenchRun):
@@ -170,14 +68,101 @@ class HostRun(BenchRun):
 
     def cases(self) -> list[Case]:
         """Planning of every size, then the two engines."""
-        cases = [Case(f"planning/{n}", "planning", partial(self._plan, n)) for n in self._requests]
+        found = [("planning", n, self._plan) for n in self._requests]
         if self._engine:
-            n = _ENGINE_REQUESTS
-            cases.append(Case(f"engine/{n}", "engine", partial(measure_engine, n)))
-            cases.append(Case(f"host/{n}", "host", partial(measure_host, n)))
-        return cases
+            found.append(("engine", _ENGINE_REQUESTS, _measure_engine))
+            found.append(("host", _ENGINE_REQUESTS, _measure_host))
+        return [Case(f"{group}/{n}", group, partial(measure, n)) for group, n, measure in found]
 
     def _plan(self, num_requests: int) -> dict[str, Any]:
         from sglang_prefix.bench.planning import measure_planning
 
         return measure_planning(num_requests, self._rounds, self.data["seed"])
+
+
+def _measure_engine(num_requests: int) -> dict[str, Any]:
+    """Decode with the model's arithmetic on the CPU: what `schema.HostCase` has of a case."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = _run(num_requests, Path(folder))
+    per_plan = 1e6 / found["plans"]
+    times = {
+        "step that reuses its plan (median)": found["reused_step_us"],
+        "hook around a forward pass (median)": found["hook_us"],
+        "plan, with slots and path call (mean)": per_plan * found["plan_seconds"],
+        "path call of it (mean)": per_plan * found["path_seconds"],
+    }
+    return {"num_requests": num_requests, "counters": found, "us": times}
+
+
+def _measure_host(num_requests: int) -> dict[str, Any]:
+    """The same with the device elsewhere, and all our code in a decode step on the clock.
+
+    Raises:
+        RuntimeError: too few steps reused their plan for a median.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "times.json")
+        file.write_text("{}")
+        settings = {
+            step_clock.FILE_VARIABLE: str(file),
+            step_clock.BATCH_VARIABLE: str(num_requests),
+            "SGLANG_PREFIX_EXECUTOR": "triton",
+            "SGLANG_PREFIX_GATE": "always",
+            "TRITON_INTERPRET": "1",
+            "OMP_NUM_THREADS": "1",  # what is left of the device's work: copies and memory sets
+        }
+        # The option bounds graphs on the CPU.
+        found = _run(
+            num_requests,
+            Path(folder),
+            settings,
+            hooks=[step_clock.__name__],
+            torch_compile_max_bs=num_requests,
+        )
+        steps = json.loads(file.read_text())
+    num_reused = len(steps.get("reused", ()))
+    if num_reused < MIN_REUSED_STEPS:
+        raise RuntimeError(f"only {num_reused} steps reused their plan: not reported")
+    times = {
+        "step that reuses its plan, all hooks (median)": 1e6 * median(steps["reused"]),
+        "step that plans, all hooks (median)": 1e6 * median(steps["planned"]),
+    }
+    return {"num_requests": num_requests, "counters": found, "seconds": steps, "us": times}
+
+
+def _run(
+    num_requests: int,
+    folder: Path,
+    settings: Mapping[str, str] | None = None,
+    hooks: Sequence[str] = (),
+    **options: Any,
+) -> dict[str, Any]:
+    """Decode the rollouts in one engine; the backend's counters."""
+    build_tiny_model(folder / "model")
+    arguments = {
+        "model_path": str(folder / "model"),
+        "device": "cpu",
+        "dtype": "float32",
+        "attention_backend": "prefix",
+        "max_total_tokens": 80_000,
+        "max_running_requests": num_requests,
+        "mem_fraction_static": 0.7,
+        "log_level": "error",
+        **options,
+    }
+    environment = engine_environment({"HF_HUB_OFFLINE": "1", **(settings or {})}, hooks=hooks)
+    with EngineProcess(arguments, environment=environment, log=folder / "log") as engine:
+        found: dict[str, Any] = engine.ask(f"{__name__}:decode_rollouts", num_requests=num_requests)
+        return found
+
+
+def decode_rollouts(engine: Any, num_requests: int) -> dict[str, Any]:
+    """Decode all requests at once, of which some end early; in the engine's process."""
+    groups = [
+        [(7 * group + token) % 256 for token in range(PROMPT_TOKENS)] for group in range(GROUPS)
+    ]
+    prompts = [groups[request % GROUPS] for request in range(num_requests)]
+    ends = [*ENDS_EARLY, *[NEW_TOKENS] * num_requests][:num_requests]
+    sampling = [{"temperature": 0, "max_new_tokens": n, "ignore_eos": True} for n in ends]
+    engine.generate(input_ids=prompts, sampling_params=sampling)
+    return counters(engine)

@@ -10,7 +10,7 @@ import torch
 from sglang_prefix.bench.providers.base import PagedProvider, load_module
 from sglang_prefix.bench.workloads.inputs import AttentionInputs
 
-__all__ = ["PROVIDERS", "FlashAttention3"]
+__all__ = ["FlashAttention3"]
 
 
 class FlashAttention3(PagedProvider):
@@ -41,9 +41,7 @@ class FlashAttention3(PagedProvider):
 
     def plan(self) -> None:
         w = self.inputs
-        pages = w.req_to_token[:, :: self._page_size]
-        if self._page_size > 1:
-            pages = pages // self._page_size
+        pages = self.page_numbers(w.req_to_token[:, :: self.page_size])
         lens = w.seq_lens.int()
         self._step = {"page_table": pages.contiguous(), "cache_seqlens": lens}
         if self._schedule is not None:
@@ -57,7 +55,7 @@ class FlashAttention3(PagedProvider):
                 cache_seqlens=lens,
                 qkv_dtype=w.k.dtype,
                 cu_seqlens_q=self._cu_seqlens_q,
-                page_size=self._page_size,
+                page_size=self.page_size,
                 causal=True,
             )
 
@@ -75,6 +73,3 @@ class FlashAttention3(PagedProvider):
             **self._options,
         )
         return out
-
-
-PROVIDERS = (FlashAttention3,)
