@@ -344,9 +344,6 @@ def _facts(
     provider = timed.provider
     raw_ms = {part: [1e3 * step[part] for step in steps if part in step] for part in steps[0]}
     ms = {part: median(times) for part, times in raw_ms.items()}
-    # The merge is timed elsewhere than the run that it is a part of: noise can leave nothing of it.
-    merges = raw_ms.get("merge", [0.0] * len(steps))
-    forward_ms = median(r - m for r, m in zip(raw_ms["run"], merges, strict=True))
     kernel_us = 1e3 * ms["run"] / (provider.layers or inputs.num_layers)
     return {
         "kind": provider.kind,
@@ -360,7 +357,7 @@ def _facts(
         "plan_ms": ms.get("plan"),
         "copy_ms": ms.get("copy"),
         "append_ms": ms["append"] / clock.repeats if "append" in ms else None,
-        "forward_ms": forward_ms if forward_ms > 0 else None,
+        "forward_ms": _forward_ms(raw_ms["run"], raw_ms.get("merge")),
         "merge_ms": ms.get("merge"),
         "kernel_us": kernel_us,
         "over_floor": None if provider.kind == "chain" else kernel_us / floor_us,
@@ -369,3 +366,10 @@ def _facts(
         "packs": provider.num_packs,
         "max_abs_error": timed.error,
     }
+
+
+def _forward_ms(runs: Sequence[float], merges: Sequence[float] | None) -> float | None:
+    """The run without its merge, which is timed elsewhere: noise can leave nothing of it."""
+    pairs = zip(runs, merges or [0.0] * len(runs), strict=True)
+    value = median(run - merge for run, merge in pairs)
+    return value if value > 0 else None
