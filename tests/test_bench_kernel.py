@@ -78,7 +78,6 @@ def test_a_quick_run_against_sglang(tmp_path: Path) -> None:
     assert names == ["uneven/24-requests/4:2:16", "fixed/8x512+32/4:2:16"]
     for case in data["cases"]:
         assert_case(case)
-        assert case["best_stock"] == "sglang-torch-native"
         policies = (f"torch/{policy}" for policy in ("pat", "node", "chunk", "query"))
         assert set(case["providers"]) == {"sglang-torch-native", *policies}
     assert data["cases"][1]["tokens"] == {"ideal": 512 + 8 * 32, "logical": 8 * 544}
@@ -97,10 +96,8 @@ def assert_case(case: dict[str, Any]) -> None:
     assert case["floor"]["us"] == max(case["floor"].values())
     token_bytes = case["heads"]["kv"] * (case["heads"]["dim"] + case["heads"]["v_dim"]) * 4
     assert case["bytes"] == {name: n * token_bytes for name, n in case["tokens"].items()}
-    stock = case["providers"][case["best_stock"]]["ms"]
     for found in case["providers"].values():
         assert len(found["raw_ms"]) == 2
-        assert found["speedup"] == pytest.approx(stock / found["ms"])
         assert found["over_floor"] == pytest.approx(found["kernel_us"] / case["floor"]["us"])
         ratio = found["bytes_read"] / case["bytes"]["logical"]
         assert found["kv_read_ratio"] == pytest.approx(ratio)
@@ -273,8 +270,6 @@ def test_a_wrong_output_is_caught_and_not_timed() -> None:
     case = measured("1,4_64,16", right=right, wrong=wrong, levels=Levels)
     assert list(case["providers"]) == ["right", "levels"]
     assert case["failed"]["wrong"].startswith("MismatchError: off by 0.")
-    assert case["best_stock"] is None
-    assert case["providers"]["right"]["speedup"] is None
     assert case["providers"]["levels"]["bytes_read"] == case["bytes"]["ideal"]
     case = measured("8_16", right=right, levels=Levels)
     assert case["absent"] == {"levels": "nothing is shared"}
@@ -374,7 +369,7 @@ def test_a_dry_run_has_every_field(tmp_path: Path) -> None:
             assert all(one["kind"] == "chain" for one in found)
             continue
         assert sum(one["kind"] == "ours" for one in found) >= 7
-        assert case["best_stock"] == "sglang-triton"
+        assert "sglang-triton" in case["providers"]
     assert "the times mean nothing" in (tmp_path / "report.html").read_text()
     assert {target["status"] for target in data["targets"].values()} > {"not measured"}
 

@@ -155,9 +155,12 @@ def test_equal_first_blocks_are_shared(name: str, tmp_path: Path) -> None:
     [
         (b"{", "line 2: Expecting property name.* at column 2; legal: JSON"),
         (b"3", "line 2: no JSON object"),
-        (LINE | {"hash_ids": "x"}, "line 2: hash_ids is x; legal: a list of whole numbers"),
+        (LINE | {"hash_ids": "x"}, "line 2: hash_ids is x; legal: 2 whole numbers"),
         (LINE | {"hash_ids": [1, True]}, "line 2: hash_ids is"),
-        (LINE | {"hash_ids": [1]}, "line 2: hash_ids has 1 ids; legal: 2, one per 512"),
+        (
+            LINE | {"hash_ids": [1]},
+            r"hash_ids is \[1\]; legal: 2 whole numbers, one per 512",
+        ),
         (LINE | {"input_length": 0}, "line 2: input_length is 0; legal: a whole number from 1"),
         ({"timestamp": 1}, "line 2: input_length is None"),
         (LINE | {"timestamp": 0.5}, "line 2: timestamp is 0.5"),
@@ -170,7 +173,7 @@ def test_malformed_traces_are_refused_with_the_line(
     path = tmp_path / "trace.jsonl"
     line = content if isinstance(content, bytes) else json.dumps(content).encode()
     path.write_bytes(json.dumps(LINE).encode() + b"\n" + line)
-    with pytest.raises(ValueError, match=f"trace .*trace.jsonl,? {what}"):
+    with pytest.raises(ValueError, match=f"trace .*trace.jsonl.* {what}"):
         read_trace(path)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sglang_prefix.bench.comparison import over, over_unshared
+from sglang_prefix.bench.comparison import fastest, over, over_unshared
 from sglang_prefix.bench.results import read_result
 from sglang_prefix.bench.workloads.registry import load_registry
 
@@ -51,7 +51,7 @@ def cells(case: dict[str, Any]) -> list[str]:
         str(case["batch"]),
         f"{tokens['logical']:,}",
         f"{tokens['logical'] / tokens['ideal']:.2f}x",
-        *(f"{providers[name]['ms']:.0f}" for name in (case["best_stock"], QUERY, OURS)),
+        *(f"{providers[name]['ms']:.0f}" for name in (fastest(case, "stock") or "", QUERY, OURS)),
         *(f"{gain:.2f}x" + " (slower)" * (gain < 1) for gain in gains),
         f"{1 / providers[OURS]['kv_read_ratio']:.2f}x less",
     ]

@@ -27,25 +27,10 @@ _DEFAULT_FILES = ["trees", "unrelated", "rollouts", "chunk", "uneven", "fixed", 
 
 @dataclass(frozen=True, slots=True)
 class KernelOptions:
-    """What decides which cases a run has and what their numbers mean; as in the result file.
+    """What decides which cases a run has and what their numbers mean, as in the result file.
 
-    Attributes:
-        quick: the small batches of the registry instead of the full ones.
-        workloads: registry files, and regular expressions that a case's name contains; of files and
-            expressions together, the cases of the files that match.
-        trees: batches in PAT's notation.
-        traces: files in Mooncake's format.
-        trace_batches: moments of each trace.
-        policies: packing policies; the first one is "ours" in tables.
-        heads: configurations instead of the registry's own.
-        dtype: of q and of the caches.
-        page_size: tokens per page.
-        rounds: timed rounds per case; None for as many as fit.
-        seed: of all inputs.
-        max_tokens: KV tokens that a batch may store; None for the usual on a CPU, and for all that
-            the memory holds on a GPU.
-        threads: of torch on the CPU; None for its own choice.
-        dry: tiny shapes in Triton's interpreter; nothing is measured.
+    The options of `bench kernel`, whose help says more. The first of the ``policies`` is "ours" in
+    tables; None is for what fits the host.
     """
 
     quick: bool = False

@@ -293,11 +293,6 @@ def measure_case(
     bandwidth = median(read[_READ] for read in steps.pop(_READ))
     floor = _floor(inputs, limits, bandwidth)
     providers = {n: _facts(ready[n], steps[n], inputs, floor["us"], clock) for n in ready}
-    stock = {name: found["ms"] for name, found in providers.items() if found["kind"] == "stock"}
-    best = min(stock, key=stock.__getitem__, default=None)
-    for found in providers.values():
-        compares = best is not None and found["kind"] != "chain"
-        found["speedup"] = stock[best] / found["ms"] if best and compares else None
     logical_bytes = inputs.logical_tokens * inputs.token_bytes
     return {
         "tree": case.notation,
@@ -312,7 +307,6 @@ def measure_case(
         "bytes": {"ideal": inputs.kv_bytes_unique, "logical": logical_bytes},
         "flop": inputs.flop,
         "floor": floor,
-        "best_stock": best,
         "target": case.target,
         "bandwidth_gb_s": bandwidth / 1e9,
         "absent": absent,

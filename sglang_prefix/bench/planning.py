@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from prefix_kernels.executor import make_executor
 from prefix_kernels.plan_buffers import serialize_plan
 from prefix_kernels.tiles import FUSED_ROWS
 from prefix_kernels.torch_executor import TorchExecutor
@@ -24,7 +23,7 @@ from sglang_prefix.backend.counters import BackendCounters
 from sglang_prefix.backend.decode_batch import DecodeBatch
 from sglang_prefix.backend.decode_planner import DecodePlanner, LayerGroup
 from sglang_prefix.backend.path_cache import PathCache
-from sglang_prefix.bench.timing import host_seconds, interleaved, unpreempted_seconds
+from sglang_prefix.bench.timing import host_seconds, interleaved
 from sglang_prefix.forest import PathTable, PrefixForest
 from sglang_prefix.packing import CPU_PROFILE, GPU_PROFILE, AttentionShape
 from sglang_prefix.packing.planner import PackPlanner
@@ -52,9 +51,6 @@ def measure_planning(num_requests: int, rounds: int, seed: int) -> dict[str, Any
     table, path_of = found
     limits = table.lengths[path_of]
     lens = limits + 1
-    rows = torch.arange(num_requests)
-    device_lens = torch.from_numpy(lens)
-    new_slots = torch.zeros(num_requests, dtype=torch.int64)
 
     def make_forest() -> PrefixForest:
         return PrefixForest.from_path_table(table, path_of, limits, lens)
@@ -64,10 +60,9 @@ def measure_planning(num_requests: int, rounds: int, seed: int) -> dict[str, Any
         return serialize_plan(gpu_plan, [work.items], work.partials, num_requests)
 
     forest = make_forest()
-    planner, gpu_planner = PackPlanner(SHAPE, CPU_PROFILE), PackPlanner(SHAPE, GPU_PROFILE)
-    plan, gpu_plan = planner.plan(forest), gpu_planner.plan(forest)
+    planner = PackPlanner(SHAPE, CPU_PROFILE)
+    gpu_plan = PackPlanner(SHAPE, GPU_PROFILE).plan(forest)
     batch = _DecodeBatch(tree, lens)
-    executor = make_executor("torch", SHAPE, torch.device("cpu"))
     stages: dict[str, Callable[[], object]] = {
         # Where the path cache has no answer: the call, and its answer as arrays.
         "sglang_path_call": lambda: read(tree.requests),
@@ -77,30 +72,15 @@ def measure_planning(num_requests: int, rounds: int, seed: int) -> dict[str, Any
         "forest": make_forest,
         "pack_and_lay_out": lambda: planner.plan(forest),
         "plan": lambda: planner.plan(make_forest()),
-        "pack_and_lay_out_gpu_profile": lambda: gpu_planner.plan(forest),
-        "plan_gpu_profile": lambda: gpu_planner.plan(make_forest()),
         # All that the backend does to plan a batch whose paths are known, slots left out.
         "plan_batch": batch.plan,
         # What loading a plan into the Triton executor costs the host, launches left out.
         "work_list": make_work_list,
-        "forest_from_rows": lambda: PrefixForest.from_rows(
-            tree.table.numpy()[:, : int(lens.max())], lens
-        ),
-        "load_slots": lambda: executor.load(plan, tree.table, rows),
-    }
-    # A step that goes on as the one before: all of it in a graph, and on the CPU as well the slots
-    # that tails grow by.
-    steps: dict[str, Callable[[], object]] = {
+        # A step that goes on as the one before: all of it in a graph.
         "kept_step": batch.keep,
-        "append_slots": lambda: executor.append(device_lens, new_slots),
     }
-    seconds = interleaved(
-        {name: partial(unpreempted_seconds, work) for name, work in stages.items()}, rounds
-    )
-    # Not run again when the core was away: that would take reserved slots twice.
-    seconds |= interleaved(
-        {name: partial(host_seconds, work) for name, work in steps.items()}, min(rounds, 200)
-    )
+    timed = {name: partial(host_seconds, work) for name, work in stages.items()}
+    seconds = interleaved(timed, rounds, warmups=2)
     return {
         "num_requests": num_requests,
         "us": {name: median(times) * 1e6 for name, times in seconds.items()},

@@ -5,7 +5,6 @@ host's clock; always interleaved, in random order.
 from __future__ import annotations
 
 import random
-import resource
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -25,7 +24,6 @@ __all__ = [
     "clock_for",
     "host_seconds",
     "interleaved",
-    "unpreempted_seconds",
 ]
 
 Work = Callable[[], object]
@@ -41,7 +39,6 @@ _EMPTY_LAUNCHES = 64
 # (floats per iteration of a program, warps, programs per SM); the fastest counts.
 _STREAM_CONFIGS = ((4096, 4, 8), (8192, 8, 4), (16384, 8, 4))
 _LIMIT_TRIES = 5
-_PREEMPTED_TRIES = 3
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -100,20 +97,6 @@ def host_seconds(work: Work) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
-
-
-def unpreempted_seconds(work: Work) -> float:
-    """Seconds of a short work on the host; run again if the system took the core away meanwhile."""
-    for _ in range(_PREEMPTED_TRIES):
-        preemptions = _preemptions()
-        took = host_seconds(work)
-        if _preemptions() == preemptions:
-            break
-    return took
-
-
-def _preemptions() -> int:
-    return resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw
 
 
 class Clock(ABC):

@@ -48,8 +48,6 @@ _ROOT = Path(__file__).parents[2]
 _SECONDS_PER_CASE = 3.0
 # A choice must be worth its line: the medians of two runs differ by about as much.
 _LEAST_GAIN = 1.02
-# Compiling some 30 tiles takes longer than all else.
-_FIRST_CASE_SECONDS = 150.0
 # Query heads per KV head, as in Qwen3-235B-A22B: then a lone request fills the tile of 16 rows, and
 # those of more rows are shared packs with no tails among them.
 _GROUP = 16
@@ -286,13 +284,10 @@ class TuneRun(BenchRun):
 
     def cases(self) -> list[Case]:
         """The most valuable first."""
-        first, *rest = (
+        return [
             Case(pack.name, f"dim{pack.head_dim}/{pack.kv_dtype}", partial(self._measure, pack))
             for pack in pack_shapes(dry=self.data["dry"])
-        )
-        if not self.data["dry"]:
-            first = replace(first, expected_s=lambda: _FIRST_CASE_SECONDS)
-        return [first, *rest]
+        ]
 
     def _measure(self, pack: PackShape) -> dict[str, Any]:
         is_fp8 = pack.kv_dtype != "bf16" and self._device.type == "cuda"

@@ -90,48 +90,35 @@ class AttentionInputs:
     @classmethod
     def lay_out(
         cls,
-        tree: Tree | TreeBatch,
+        tree: Tree,
         heads: Heads,
         device: torch.device,
         seed: int,
         *,
         dtype: torch.dtype,
         kv_dtype: torch.dtype | None = None,
-        page_size: int = 1,
-        scattered: bool = True,
-        growth: int = 0,
-        first_slot: int = 0,
         padded_batch_size: int | None = None,
         max_layers: int = 1,
         max_kv_bytes: int = 0,
         poison: bool = False,
         options: Mapping[str, Any] | None = None,
+        **layout: Any,
     ) -> Self:
         """Lay a tree out on the device, with random values in all slots that are or will be used.
 
         Args:
-            tree: what is shared; or a batch that is laid out already, with what follows from
-                ``page_size`` to ``first_slot``.
+            tree: what is shared.
             heads, device, seed: how wide, where, and of what.
             dtype, kv_dtype: of q and the outputs, and of the caches where it differs.
-            page_size, scattered, growth, first_slot: see :meth:`TreeBatch.lay_out`.
             padded_batch_size: rows of q and of the outputs; None for no padding.
             max_layers: layers with KV of their own, as many as ``max_kv_bytes`` hold, at least 1.
             max_kv_bytes: bytes of the caches of all layers.
-            poison: all other slots hold NaN, so that whatever is read by mistake shows; else zeros,
-                as in an engine's pool, where kernels of others read and mask the padding slot.
+            poison: all other slots hold NaN, so that what is read by mistake shows; else zeros, as
+                in an engine's pool, where kernels of others read and mask the padding slot.
             options: see the class.
+            layout: of :meth:`TreeBatch.lay_out`.
         """
-        batch = tree
-        if isinstance(batch, Tree):
-            batch = TreeBatch.lay_out(
-                batch,
-                page_size=page_size,
-                growth=growth,
-                seed=seed,
-                scattered=scattered,
-                first_slot=first_slot,
-            )
+        batch = TreeBatch.lay_out(tree, seed=seed, **layout)
         kv_dtype = dtype if kv_dtype is None else kv_dtype
         token_bytes = heads.kv * (heads.dim + heads.v_dim) * kv_dtype.itemsize
         layers = max(1, min(max_layers, max_kv_bytes // (batch.num_slots * token_bytes)))
