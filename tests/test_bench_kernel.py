@@ -21,7 +21,7 @@ from sglang_prefix.bench.cases import KernelOptions, kernel_cases
 from sglang_prefix.bench.providers import ours, sglang
 from sglang_prefix.bench.providers.find import find_providers
 from sglang_prefix.bench.providers.ours import TorchOurs
-from sglang_prefix.bench.results import check_result, read_result
+from sglang_prefix.bench.results import read_result
 from sglang_prefix.bench.run import NotRunError
 from sglang_prefix.bench.workloads.inputs import AttentionInputs
 from sglang_prefix.cli.main import app
@@ -102,46 +102,33 @@ def assert_case(case: dict[str, Any]) -> None:
         ratio = found["bytes_read"] / case["bytes"]["logical"]
         assert found["kv_read_ratio"] == pytest.approx(ratio)
         assert found["max_abs_error"] < 1e-4
-        if found["kind"] == "ours":
-            parts = [found[f"{part}_ms"] for part in ("plan", "copy", "forward", "merge")]
-            assert all(part is None or part > 0 for part in parts)
-        else:
-            assert found["kv_read_ratio"] == 1
+        parts = [found[f"{part}_ms"] for part in ("plan", "copy", "forward", "merge")]
+        assert all(part is None or part > 0 for part in parts)
+        assert found["kind"] == "ours" or found["kv_read_ratio"] == 1
 
 
 @pytest.mark.usefixtures("no_sglang")
 def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measure_case = kernel.measure_case
-    calls = []
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
 
-    def stopped_at_the_second(*args: Any, **kwargs: Any) -> dict[str, Any]:
-        calls.append(args[0].name)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return measure_case(*args, **kwargs)
-
-    monkeypatch.setattr(kernel, "measure_case", stopped_at_the_second)
-    trees = ("--tree", "2_8", *TREES)
-    stopped = bench(tmp_path, *trees, *SMALL, "--no-plots", "--policy", "node", "--seed", "7")
+    options = (*FEW, "--policy", "node", "--seed", "7", "--max-tokens", "100")
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel, "measure_case", interrupted)
+        stopped = bench(tmp_path, *options)
     assert stopped.exit_code == 130
     assert f"interrupted; --resume --out {tmp_path} goes on" in stopped.stderr
-    first = read_result(tmp_path / "kernel.json")
-    assert first["wall_s"] > 0
-    assert first["not_run"] == dict.fromkeys((LARGER, SMALLER), "interrupted")
-
     refused = bench(tmp_path, "--resume", "--seed", "8")
     assert refused.exit_code == 2
     assert "--seed with --resume: the run in" in refused.stderr
-    resumed = bench(tmp_path, "--resume", "--no-plots", "--seed", "7", *trees)
+    resumed = bench(tmp_path, "--resume", "--no-plots", "--seed", "7", *TREES)
     assert resumed.exit_code == 0, resumed.output
     data = read_result(tmp_path / "kernel.json")
-    assert data["cases"][0] == first["cases"][0]
     assert data["seed"] == 7
-    assert data["not_run"] == {}
-    assert data["wall_s"] > first["wall_s"]
-    assert [list(case["providers"]) for case in data["cases"]] == [["stock", "torch/node"]] * 3
-    assert [case["name"] for case in data["cases"]][1:] == [LARGER, SMALLER]
-    assert len(calls) == 4
+    assert data["not_run"] == {LARGER: "128 KV tokens, over --max-tokens 100"}
+    (case,) = data["cases"]
+    assert case["name"] == SMALLER
+    assert list(case["providers"]) == ["stock", "torch/pat", "torch/node"]
 
     path = tmp_path / "kernel.json"
     for key, value, what in (
@@ -159,23 +146,6 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert path.read_text() == before
 
 
-@pytest.mark.usefixtures("no_sglang")
-def test_what_is_too_large_or_too_late_is_listed(tmp_path: Path) -> None:
-    result = bench(tmp_path, *FEW, "--max-tokens", "100")
-    assert result.exit_code == 0, result.output
-    data = read_result(tmp_path / "kernel.json")
-    assert [case["name"] for case in data["cases"]] == [SMALLER]
-    assert data["not_run"] == {LARGER: "128 KV tokens, over --max-tokens 100"}
-    result = bench(tmp_path, *FEW, "--budget-s", "0")
-    assert result.exit_code == 0, result.output
-    data = read_result(tmp_path / "kernel.json")
-    assert data["cases"] == []
-    assert data["not_run"] == dict.fromkeys(
-        (LARGER, SMALLER), "not enough was left of the budget of 0 s"
-    )
-    assert "not enough was left of the budget of 0 s" in result.stdout
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -188,27 +158,19 @@ def test_what_is_too_large_or_too_late_is_listed(tmp_path: Path) -> None:
         (["--workload", "("], "workload '(' is no regular expression"),
         (["--tree", "1,2_3,4", "--page-size", "16"], "page size 16 does not divide the 3 tokens"),
         (["--resume"], "kernel.json cannot be read: No such file"),
+        (["--out", "/dev/null/below", *TREES], "--out /dev/null/below cannot be written: "),
+        (["--quick"], "plots need matplotlib: pip install 'sglang-prefix[bench]'"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(
-    options: list[str], message: str, tmp_path: Path
+    options: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(plots, "has_matplotlib", lambda: "--quick" not in options)
     result = bench(tmp_path / "out", *options)
     assert result.exit_code == 2
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
-
-
-def test_places_that_cannot_be_written_are_refused_before_anything_runs(tmp_path: Path) -> None:
-    file = tmp_path / "file"
-    file.touch()
-    result = bench(file / "below", *TREES)
-    assert result.exit_code == 2
-    assert f"--out {file}/below cannot be written: " in result.stderr
-    if os.geteuid():
-        (tmp_path / "locked").mkdir(mode=0o500)
-        assert bench(tmp_path / "locked", *TREES).exit_code == 2
 
 
 @pytest.mark.usefixtures("no_sglang")
@@ -224,16 +186,6 @@ def test_what_cannot_be_written_beside_the_result_is_one_line_each(tmp_path: Pat
     ]
     assert len(read_result(tmp_path / "kernel.json")["cases"]) == 2
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
-
-
-def test_plots_without_matplotlib_are_refused_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(plots, "has_matplotlib", lambda: False)
-    result = bench(tmp_path / "out", *TREES)
-    assert result.exit_code == 2
-    assert "plots need matplotlib: pip install 'sglang-prefix[bench]'" in result.stderr
-    assert not (tmp_path / "out").exists()
 
 
 class Wrong(TorchOurs):
@@ -372,10 +324,3 @@ def test_a_dry_run_has_every_field(tmp_path: Path) -> None:
         assert "sglang-triton" in case["providers"]
     assert "the times mean nothing" in (tmp_path / "report.html").read_text()
     assert {target["status"] for target in data["targets"].values()} > {"not measured"}
-
-
-def test_every_committed_result_is_whole() -> None:
-    files = list((ROOT / "docs" / "results").rglob("*.json"))
-    assert files
-    for file in files:
-        check_result(file, json.loads(file.read_text()))
