@@ -265,6 +265,7 @@ class Absent:
         if name.split(".")[0] in absent:
             raise ImportError(f"{name} is not on a GPU host")
 sys.meta_path.insert(0, Absent())
+from dataclasses import asdict
 from pathlib import Path
 import sglang_prefix.bench.engine
 import sglang_prefix.cli.main
@@ -273,12 +274,15 @@ from sglang_prefix.bench.kernel import KernelRun
 from sglang_prefix.bench.report import print_section, section_of
 from sglang_prefix.bench.tune import TuneRun
 options = KernelOptions(workloads=["gpu", "^fixed"], policies=["pat"], dry=True)
+given = {"command": [], "seed": 0, "dry": True}
 for resume in (False, True):
-    run = KernelRun(Path(sys.argv[1]), options, [], resume=resume)
+    run = KernelRun(Path(sys.argv[1]), options=asdict(options), resume=resume, **given)
     run.prepare()
     run.run(1e9, print, print)
 print_section(section_of(run.data))
-TuneRun(Path(sys.argv[1]), [], seed=0, dry=True, resume=False).run(0, print, print)
+run = TuneRun(Path(sys.argv[1]), options={}, **given)
+run.prepare()
+run.run(0, print, print)
 """
 
 

@@ -37,26 +37,11 @@ GROUPS, PROMPT_TOKENS = 8, 200
 class HostRun(BenchRun):
     """The run of `bench host`: planning alone, then a decode step in the real engine.
 
-    Args:
-        folder, command, seed, resume: of :class:`BenchRun`.
-        options: "requests" of the batches that are planned, "rounds", and whether to start an
-            "engine", which takes most of the time.
+    Options are "requests" of the batches that are planned, "rounds", and whether to start an
+    "engine", which takes most of the time.
     """
 
     kind, file_name = "bench-host", "host.json"
-
-    def __init__(
-        self,
-        folder: Path,
-        command: Sequence[str],
-        *,
-        options: Mapping[str, Any],
-        seed: int,
-        resume: bool,
-    ) -> None:
-        super().__init__(
-            folder, command=command, options=options, seed=seed, device="cpu", resume=resume
-        )
 
     def use(self, options: Mapping[str, Any]) -> None:
         """Keep them."""

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -40,31 +39,10 @@ Progress = Callable[[str], None]
 
 
 class KernelRun(BenchRun):
-    """The run of `bench kernel`.
-
-    Args:
-        folder, command, resume: of :class:`BenchRun`.
-        options: which cases, and how; not looked at if a run is resumed.
-    """
+    """The run of `bench kernel`; its options are :class:`KernelOptions`."""
 
     kind, file_name = "bench-kernel", "kernel.json"
-
-    def __init__(
-        self, folder: Path, options: KernelOptions, command: Sequence[str], *, resume: bool = False
-    ) -> None:
-        super().__init__(
-            folder,
-            command=command,
-            options=asdict(options),
-            seed=options.seed,
-            dry=options.dry,
-            resume=resume,
-        )
-        self._device = torch.device(self.data["environment"]["device"])
-        self._host = "interpreter" if self.options.dry else self._device.type
-        self._others: dict[str, ProviderMaker] = {}
-        self._clock: Clock | None = None
-        self._pace = 0.0  # seconds per element of KV, of the case before
+    _pace = 0.0  # seconds per element of KV, of the case before
 
     def use(self, options: Mapping[str, Any]) -> None:
         """Read the options, set torch's threads, find the cases."""
@@ -83,11 +61,13 @@ class KernelRun(BenchRun):
 
     def prepare(self) -> None:
         """Look for kernels of others, which imports SGLang, and measure the device's limits."""
+        self._device = torch.device(self.data["environment"]["device"])
+        self._host = "interpreter" if self.options.dry else self._device.type
         self._others, self.data["absent"] = find_providers(self._device, self._host)
-        clock = self._clock = clock_for(self._device, dry=self.options.dry)
+        self._clock = clock_for(self._device, dry=self.options.dry)
         if self.options.quick:
-            clock.seconds = min(clock.seconds, _QUICK_SECONDS)
-        self.data["limits"] = clock.limits(getattr(torch, self.options.dtype))
+            self._clock.seconds = min(self._clock.seconds, _QUICK_SECONDS)
+        self.data["limits"] = self._clock.limits(getattr(torch, self.options.dtype))
 
     def cases(self) -> list[Case]:
         """Small batches first, so that a budget leaves out the largest, except in a suite."""
@@ -112,7 +92,6 @@ class KernelRun(BenchRun):
         return {n: why for n, why in case["failed"].items() if n.startswith(_OUR_PREFIXES)}
 
     def _measure(self, case: KernelCase) -> dict[str, Any]:
-        assert self._clock is not None
         if not self.options.dry:
             self._check_size(case)
         began = time.monotonic()

@@ -5,7 +5,7 @@ class; and the table that a result file becomes.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
@@ -253,18 +253,15 @@ def _name(tile: TileConfig) -> str:
 
 
 class TuneRun(BenchRun):
-    """The run of `bench tune`.
-
-    Args:
-        folder, command, seed, dry, resume: of :class:`BenchRun`.
-    """
+    """The run of `bench tune`; it has no options."""
 
     kind, file_name = "bench-tune", "tune.json"
 
-    def __init__(
-        self, folder: Path, command: Sequence[str], *, seed: int, dry: bool, resume: bool
-    ) -> None:
-        super().__init__(folder, command=command, options={}, seed=seed, dry=dry, resume=resume)
+    def use(self, options: Mapping[str, Any]) -> None:
+        """There are none."""
+
+    def prepare(self) -> None:
+        """Name the device, and measure its limits."""
         device = self._device = torch.device(self.data["environment"]["device"])
         # A dry run stands for a device with wgmma.
         self.data |= {"device_name": "cpu", "arch": "sm_90"}
@@ -272,14 +269,7 @@ class TuneRun(BenchRun):
             major, minor = torch.cuda.get_device_capability(device)
             name = torch.cuda.get_device_name(device)
             self.data |= {"device_name": name, "arch": f"sm_{major}{minor}"}
-        self._clock: Clock | None = None
-
-    def use(self, options: Mapping[str, Any]) -> None:
-        """There are none."""
-
-    def prepare(self) -> None:
-        """Measure the device's limits."""
-        self._clock = clock_for(self._device, dry=self.data["dry"])
+        self._clock = clock_for(device, dry=self.data["dry"])
         self.data["limits"] = self._clock.limits(torch.bfloat16)
 
     def cases(self) -> list[Case]:
@@ -294,7 +284,6 @@ class TuneRun(BenchRun):
         reason = TritonExecutor.why_not(self._device, torch.bfloat16, torch.float8_e4m3fn)
         if is_fp8 and reason:
             raise NotRunError(reason)
-        assert self._clock is not None
         work = TileWork(pack, self._device, self.data["seed"], dry=self.data["dry"])
         return measure_tiles(work, self._clock)
 

@@ -141,15 +141,15 @@ def kernel(
     given = {field.name: _given(ctx, field.name) for field in dataclasses.fields(KernelOptions)}
     options = KernelOptions(**{name: value for name, value in given.items() if value})
     if list_cases:
-        _list([case.name for case in make_run(lambda: kernel_cases(options), Path())])
+        _list([case.name for case in make_run(lambda: kernel_cases(options), out)])
     if plots and not has_matplotlib():
         fail("plots need matplotlib: pip install 'sglang-prefix[bench]', or give --no-plots", 2)
     screen = console(json_file)
     with screen.status("importing torch"):
         from sglang_prefix.bench.kernel import KernelRun
 
-    folder = _folder(out)
-    run = make_run(lambda: KernelRun(folder, options, _command(), resume=resume), folder)
+    given = _run_options(dataclasses.asdict(options), seed, resume) | {"dry": dry}
+    run = make_run(lambda: KernelRun(_folder(out), **given), out)
     if budget_s is None:
         budget_s = _QUICK_BUDGET_S if run.options.quick else _BUDGET_S
     finish(run, budget_s, screen, json_file, plots=plots, report=report)
@@ -192,10 +192,8 @@ def tune(
         file, target = write_table, table or module.TABLE
         typer.echo(make_run(lambda: module.write_table(file, target), target))
         return
-    folder = _folder(out)
-    run = make_run(
-        lambda: module.TuneRun(folder, _command(), seed=seed, dry=dry, resume=resume), folder
-    )
+    given = _run_options({}, seed, resume) | {"dry": dry}
+    run = make_run(lambda: module.TuneRun(_folder(out), **given), out)
     finish(run, budget_s, console(json_file), json_file)
 
 
@@ -225,17 +223,16 @@ def host(
     from sglang_prefix.bench.host import HostRun
 
     options = {"requests": requests or [256, 1024], "rounds": rounds, "engine": engine}
-    folder = _folder(out or Path() if list_cases else out)
-    run = make_run(
-        lambda: HostRun(folder, _command(), options=options, seed=seed, resume=resume), folder
-    )
+    given = _run_options(options, seed, resume) | {"device": "cpu"}
+    run = make_run(lambda: HostRun(_folder(Path() if list_cases else out), **given), out)
     if list_cases:
         _list(run.order)
     finish(run, budget_s, console(json_file), json_file)
 
 
-def _command() -> list[str]:
-    return ["sglang-prefix", *sys.argv[1:]]
+def _run_options(options: dict[str, Any], seed: int, resume: bool) -> dict[str, Any]:
+    command = ["sglang-prefix", *sys.argv[1:]]
+    return {"command": command, "options": options, "seed": seed, "resume": resume}
 
 
 def _folder(out: Path | None) -> Path:
@@ -296,7 +293,7 @@ def _list(names: list[str]) -> NoReturn:
     raise typer.Exit
 
 
-def make_run(make: Callable[[], T], out: Path) -> T:
+def make_run(make: Callable[[], T], out: Path | None) -> T:
     """What ``make`` returns; bad input, or no writable ``out``, ends the command with one line."""
     try:
         return make()

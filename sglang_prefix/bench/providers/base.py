@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from sglang_prefix.bench.workloads.inputs import AttentionInputs
 
-__all__ = ["HOSTS", "PagedProvider", "Provider", "ProviderMaker", "import_reason", "load_module"]
+__all__ = ["HOSTS", "PagedProvider", "Provider", "ProviderMaker", "import_reason"]
 
 # Where a provider can run: the CPU, Triton's interpreter on it (dry runs), a GPU.
 HOSTS = ("cpu", "interpreter", "cuda")
@@ -25,11 +25,6 @@ def import_reason(*modules: str) -> str | None:
         except Exception as error:  # compiled packages raise what they like when they load
             return f"{module}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
     return None
-
-
-def load_module(name: str) -> Any:
-    """A module of another project, which has no types."""
-    return importlib.import_module(name)
 
 
 class Provider(ABC):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from typing import Any
 
 import torch
 
-from sglang_prefix.bench.providers.base import PagedProvider, load_module
+from sglang_prefix.bench.providers.base import PagedProvider
 from sglang_prefix.bench.workloads.inputs import AttentionInputs
 
 __all__ = ["FlashAttention3"]
@@ -29,7 +30,7 @@ class FlashAttention3(PagedProvider):
 
     def __init__(self, inputs: AttentionInputs) -> None:
         super().__init__(inputs)
-        library = load_module("sgl_kernel.flash_attn")
+        library = importlib.import_module("sgl_kernel.flash_attn")
         self._attend = library.flash_attn_with_kvcache
         self._schedule = getattr(library, "get_scheduler_metadata", None)
         device, batch = inputs.q.device, inputs.q.shape[0]

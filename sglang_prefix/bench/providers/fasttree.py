@@ -9,9 +9,9 @@ import contextlib
 import importlib.util
 import io
 import os
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,17 +32,6 @@ _QUERY_ROWS = (64, 16)
 _KV_TILES = (32, 32)
 _KV_SPLITS = [1024, 128]
 _THRESHOLDS = ([132, 528], [132, 132])
-
-
-@dataclass
-class _Node:
-    """What FastTree's planner reads of a node."""
-
-    parent: int
-    id: int
-    seqlen: int
-    num_children: int = 0
-    requests: list[int] = field(default_factory=list)
 
 
 class FastTree(Provider):
@@ -103,22 +92,24 @@ class FastTree(Provider):
         return w.out
 
 
-def _nodes(inputs: AttentionInputs) -> tuple[list[_Node], NDArray[np.int64]]:
+def _nodes(inputs: AttentionInputs) -> tuple[list[Any], NDArray[np.int64]]:
     """FastTree's nodes, and their slots one after another, with its padding, -1, at the end."""
     batch, tree = inputs.batch, inputs.batch.tree
     parents, lengths = tree.parent.tolist(), tree.length.tolist()
-    # Several roots hang below an empty one.
-    below = int(parents.count(-1) > 1)
-    nodes = [_Node(-1, 0, 0, requests=list(range(batch.batch_size)))] * below
-    for parent, length in zip(parents, lengths, strict=True):
-        nodes.append(_Node(parent + below, len(nodes), length))
-        if parent + below >= 0:
-            nodes[parent + below].num_children += 1
+    if parents.count(-1) > 1:  # several roots hang below an empty one
+        parents, lengths = [-1, *(parent + 1 for parent in parents)], [0, *lengths]
+    nodes = [
+        SimpleNamespace(parent=p, id=i, seqlen=n, num_children=parents.count(i), requests=[])
+        for i, (p, n) in enumerate(zip(parents, lengths, strict=True))
+    ]
+    added = len(nodes) - len(tree.parent)
     slots: list[Any] = [()] * len(nodes)
     for request, path in enumerate(batch.paths):
-        for start, end, node in zip((0, *path.ends), path.ends, path.node_ids, strict=False):
-            nodes[node + below].requests.append(request)
-            slots[node + below] = batch.table[request, start:end]
+        own = [0] * added + [node + added for node in path.node_ids]
+        ends = [0] * added + list(path.ends)
+        for start, end, node in zip((0, *ends), ends, own, strict=False):
+            nodes[node].requests.append(request)
+            slots[node] = batch.table[request, start:end]
     return nodes, np.append(np.concatenate(slots), -1)
 
 

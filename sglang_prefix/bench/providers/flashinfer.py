@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import torch
 
-from sglang_prefix.bench.providers.base import PagedProvider, load_module
+from sglang_prefix.bench.providers.base import PagedProvider
 from sglang_prefix.bench.run import NotRunError
 from sglang_prefix.bench.workloads.inputs import AttentionInputs
 
@@ -71,7 +72,7 @@ class FlashInferDecode(_FlashInfer):
     def __init__(self, inputs: AttentionInputs) -> None:
         super().__init__(inputs)
         group = inputs.heads.qo // inputs.heads.kv
-        self._wrapper = load_module("flashinfer").BatchDecodeWithPagedKVCacheWrapper(
+        self._wrapper = importlib.import_module("flashinfer").BatchDecodeWithPagedKVCacheWrapper(
             _workspace(inputs.q.device), "NHD", use_tensor_cores=group >= 4
         )
         lens = inputs.batch.seq_lens.tolist()
@@ -106,7 +107,7 @@ class FlashInferCascade(_FlashInfer):
         if len(levels) < 2:
             raise NotRunError("nothing is shared")
         self.kv_tokens_read = inputs.unique_tokens  # it reads every level once
-        self._wrapper = load_module("flashinfer").MultiLevelCascadeAttentionWrapper(
+        self._wrapper = importlib.import_module("flashinfer").MultiLevelCascadeAttentionWrapper(
             len(levels), _workspace(inputs.q.device), "NHD"
         )
         for wrapper in self._wrapper._batch_prefill_wrappers:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from functools import cache
 from typing import Any
 
 import torch
 
-from sglang_prefix.bench.providers.base import Provider, import_reason, load_module
+from sglang_prefix.bench.providers.base import Provider, import_reason
 from sglang_prefix.bench.workloads.inputs import AttentionInputs
 
 __all__ = ["SglangTorchNative", "SglangTriton"]
@@ -65,9 +66,11 @@ class SglangTriton(Provider):
 
     def __init__(self, inputs: AttentionInputs) -> None:
         super().__init__(inputs)
-        self._decode = load_module(_DECODE).decode_attention_fwd
-        self._count_splits = load_module(_METADATA).get_num_kv_splits_triton
-        self._gather = load_module(_indices_module()).create_flashinfer_kv_indices_triton
+        self._decode = importlib.import_module(_DECODE).decode_attention_fwd
+        self._count_splits = importlib.import_module(_METADATA).get_num_kv_splits_triton
+        self._gather = importlib.import_module(
+            _indices_module()
+        ).create_flashinfer_kv_indices_triton
         batch, heads = inputs.q.shape[:2]
         device = inputs.q.device
 
@@ -87,7 +90,7 @@ class SglangTriton(Provider):
         if device.type == "cuda":
             self._num_cores = torch.cuda.get_device_properties(device).multi_processor_count
             if "use_pdl" in accepted:
-                arch = load_module("sglang.kernels.jit.utils.arch")
+                arch = importlib.import_module("sglang.kernels.jit.utils.arch")
                 self._options["use_pdl"] = arch.is_arch_support_pdl()
         if "uneven_batch" in accepted and "uneven_batch_ptr" in self._count_splits.arg_names:
             uneven = zeros(1)
