@@ -142,11 +142,8 @@ def _registry_cases(options: KernelOptions) -> list[KernelCase]:
 
 def _check_pages(cases: Sequence[KernelCase], page_size: int) -> None:
     for case in cases:
-        tree = case.tree
-        inner = set(tree.parent.tolist()) - {-1}
-        short = [node for node in inner if tree.length[node] % page_size]
-        if short:
+        if tokens := case.tree.undivided_by(page_size):
             raise ValueError(
-                f"page size {page_size} does not divide the {tree.length[short[0]]} tokens of a "
-                f"shared node of {case.name}; legal: a divisor"
+                f"page size {page_size} does not divide the {tokens} tokens of a shared node of "
+                f"{case.name}; legal: a divisor"
             )

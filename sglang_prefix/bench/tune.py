@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from prefix_kernels.launch import launch
-from prefix_kernels.oracle import RELATIVE_TOLERANCES
 from prefix_kernels.tiles import (
     ARCHS,
     TABLE,
@@ -32,12 +31,7 @@ from sglang_prefix.bench.packed_attention import PackedAttention
 from sglang_prefix.bench.results import read_result, write_whole
 from sglang_prefix.bench.run import BenchRun, Case, NotRunError
 from sglang_prefix.bench.timing import Clock, clock_for, interleaved
-from sglang_prefix.bench.workloads.inputs import (
-    AttentionInputs,
-    MismatchError,
-    Outputs,
-    relative_error,
-)
+from sglang_prefix.bench.workloads.inputs import AttentionInputs, MismatchError, OutputCheck
 from sglang_prefix.bench.workloads.registry import Heads
 from sglang_prefix.bench.workloads.trees import Tree, pat_tree, shared_then_private
 from sglang_prefix.packing import GPU_PROFILE
@@ -95,9 +89,6 @@ class TileWork:
         device, seed: of the tensors.
         dry: tiny, and float16 instead of bfloat16.
 
-    Raises:
-        MismatchError: the result with the formula's tile is not what the oracle says.
-
     Attributes:
         shape: for which a tile is chosen.
         tiles: that are worth trying; the first one is the formula's, used without a table.
@@ -132,9 +123,7 @@ class TileWork:
         others = [tile for tile in candidate_tiles(pack.rows, self.shape) if tile != formula]
         self.tiles = [formula, *others[: 1 if dry else None]]
         self._record(inputs, pack.rows)
-        self._run_with(formula)
-        inputs.compare(self._outputs)
-        self._expected: Outputs = self._outputs.clone()
+        self._check = OutputCheck(inputs, seed)
 
     def _record(self, inputs: AttentionInputs, rows: int) -> None:
         """Record the launches of a plan, and which of them is that of the row class."""
@@ -173,22 +162,15 @@ class TileWork:
         return getattr(compiled, "n_regs", 0), getattr(compiled, "n_spills", 0)
 
     def check(self, tile: TileConfig) -> float:
-        """The largest relative error of a head against the result with the formula's tile.
+        """The largest error of an element, all launches made, that of the row class with a tile.
 
         Raises:
-            MismatchError: it is over the tolerance.
+            MismatchError: the output is not what the oracle, or the first tile, says.
         """
-        self._run_with(tile)
-        tolerance = 2 * RELATIVE_TOLERANCES[self._outputs.out.dtype]
-        error = relative_error(self._outputs.out, self._expected.out.double())
-        if not error <= tolerance:
-            raise MismatchError(f"off by {error} from the formula's tile, more than {tolerance}")
-        return error
-
-    def _run_with(self, tile: TileConfig) -> None:
         self._outputs.poison()
         for place, one in enumerate(self._launches):
             (self.forward(tile) if place == self._place else one)()
+        return self._check(self._outputs.out)
 
 
 def _size(num_sms: int, token_bytes: int) -> tuple[int, int]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["finish", "host", "kernel", "make_run", "tune"]
 
 T = TypeVar("T")
+R = TypeVar("R", bound="BenchRun")
 
 _INTERRUPTED = 130
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -130,8 +131,6 @@ def kernel(
     kernel.json, is whole after every case: Ctrl-C keeps what is there, and --resume goes on. At the
     end a page with all tables and plots lies beside it, report.html.
     """
-    if resume:
-        _check_resume(ctx, _folder(out) / "kernel.json")
     _check("dtype", [dtype], _DTYPES)
     _check("policy", policies or [], _POLICIES)
     _prepare_device(dry=dry)
@@ -148,8 +147,9 @@ def kernel(
     with screen.status("importing torch"):
         from sglang_prefix.bench.kernel import KernelRun
 
-    given = _run_options(dataclasses.asdict(options), seed, resume) | {"dry": dry}
-    run = make_run(lambda: KernelRun(_folder(out), **given), out)
+    run = _start(
+        ctx, KernelRun, out, dataclasses.asdict(options), seed=seed, dry=dry, resume=resume
+    )
     if budget_s is None:
         budget_s = _QUICK_BUDGET_S if run.options.quick else _BUDGET_S
     finish(run, budget_s, screen, json_file, plots=plots, report=report)
@@ -181,8 +181,6 @@ def tune(
     tune.json, is whole after every shape, and --resume goes on. --write-table then takes what was
     faster into the table that the executor reads.
     """
-    if resume:
-        _check_resume(ctx, _folder(out) / "tune.json")
     _prepare_device(dry=dry, needs_gpu=not (list_cases or write_table))
     from sglang_prefix.bench import tune as module
 
@@ -192,8 +190,7 @@ def tune(
         file, target = write_table, table or module.TABLE
         typer.echo(make_run(lambda: module.write_table(file, target), target))
         return
-    given = _run_options({}, seed, resume) | {"dry": dry}
-    run = make_run(lambda: module.TuneRun(_folder(out), **given), out)
+    run = _start(ctx, module.TuneRun, out, {}, seed=seed, dry=dry, resume=resume)
     finish(run, budget_s, console(json_file), json_file)
 
 
@@ -218,27 +215,33 @@ def host(
 
     The file in --out is host.json.
     """
-    if resume:
-        _check_resume(ctx, _folder(out) / "host.json")
     from sglang_prefix.bench.host import HostRun
 
     options = {"requests": requests or [256, 1024], "rounds": rounds, "engine": engine}
-    given = _run_options(options, seed, resume) | {"device": "cpu"}
-    run = make_run(lambda: HostRun(_folder(Path() if list_cases else out), **given), out)
+    folder = Path() if list_cases else out
+    run = _start(ctx, HostRun, folder, options, seed=seed, device="cpu", resume=resume)
     if list_cases:
         _list(run.order)
     finish(run, budget_s, console(json_file), json_file)
 
 
-def _run_options(options: dict[str, Any], seed: int, resume: bool) -> dict[str, Any]:
-    command = ["sglang-prefix", *sys.argv[1:]]
-    return {"command": command, "options": options, "seed": seed, "resume": resume}
-
-
-def _folder(out: Path | None) -> Path:
+def _start(
+    ctx: typer.Context,
+    kind: Callable[..., R],
+    out: Path | None,
+    options: dict[str, Any],
+    *,
+    resume: bool,
+    **more: Any,
+) -> R:
+    """A run, new or resumed, in the folder that the user names."""
     if out is None:
         fail("--out is missing; legal: a folder for the result file", 2)
-    return out
+    command = ["sglang-prefix", *sys.argv[1:]]
+    run = make_run(lambda: kind(out, command=command, options=options, resume=resume, **more), out)
+    if resume:
+        _check_resume(ctx, run)
+    return run
 
 
 def _prepare_device(*, dry: bool, needs_gpu: bool = False) -> None:
@@ -269,22 +272,19 @@ def _check(option: str, values: list[str], legal: tuple[str, ...]) -> None:
             fail(f"--{option} is {value!r}; legal: {', '.join(legal)}", 2)
 
 
-def _check_resume(ctx: typer.Context, file: Path) -> None:
+def _check_resume(ctx: typer.Context, run: BenchRun) -> None:
     """Refuse options that are not those of the run that is resumed."""
-    from sglang_prefix.bench.results import ResultError, read_result
-
-    try:
-        data = read_result(file)
-    except ResultError as error:
-        fail(f"{error}", 2)
-    was = {**data["options"], "seed": data["seed"], "dry": data["dry"]}
+    was = {**run.data["options"], "seed": run.data["seed"], "dry": run.data["dry"]}
     for parameter in ctx.command.params:
         name = parameter.name or ""
         # By name: typer may bring a click of its own.
         source = ctx.get_parameter_source(name)
         is_given = source and source.name == "COMMANDLINE" and name not in _WITH_RESUME
         if is_given and was.get(name) != _given(ctx, name):
-            flag, why = parameter.opts[0], f"the run in {file.parent} has its own; legal: without"
+            flag, why = (
+                parameter.opts[0],
+                f"the run in {run.path.parent} has its own; legal: without",
+            )
             fail(f"{flag} with --resume: {why}", 2)
 
 
