@@ -131,8 +131,7 @@ class KernelRun(BenchRun):
             most = CPU_MAX_TOKENS
         if most is not None and tokens > most:
             raise NotRunError(f"{tokens} KV tokens, over --max-tokens {most}")
-        itemsize = getattr(torch, case.dtype).itemsize
-        needed = tokens * case.heads.kv * (case.heads.dim + case.heads.v_dim) * itemsize
+        needed = tokens * case.heads.token_elements * getattr(torch, case.dtype).itemsize
         free = _free_bytes(self._device)
         if needed > free // 2:
             raise NotRunError(
@@ -272,7 +271,7 @@ def measure_case(
     bandwidth = median(read[_READ] for read in steps.pop(_READ))
     floor = _floor(inputs, limits, bandwidth)
     providers = {n: _facts(ready[n], steps[n], inputs, floor["us"], clock) for n in ready}
-    logical_bytes = inputs.logical_tokens * inputs.token_bytes
+    tokens = {"ideal": inputs.unique_tokens, "logical": inputs.logical_tokens}
     return {
         "tree": case.notation,
         "note": case.note,
@@ -282,8 +281,8 @@ def measure_case(
         "page_size": case.page_size,
         "slots": "scattered" if case.scattered else "consecutive",
         "layers": inputs.num_layers,
-        "tokens": {"ideal": inputs.unique_tokens, "logical": inputs.logical_tokens},
-        "bytes": {"ideal": inputs.kv_bytes_unique, "logical": logical_bytes},
+        "tokens": tokens,
+        "bytes": {name: count * inputs.token_bytes for name, count in tokens.items()},
         "flop": inputs.flop,
         "floor": floor,
         "target": case.target,
@@ -298,8 +297,9 @@ def _floor(
     inputs: AttentionInputs, limits: Mapping[str, float], bandwidth: float
 ) -> dict[str, float]:
     """Time of a layer that no kernel can beat: bytes, operations, one launch."""
+    kv_bytes = inputs.unique_tokens * inputs.token_bytes
     parts = {
-        "bytes_us": inputs.floor_bytes / bandwidth * 1e6,
+        "bytes_us": (kv_bytes + inputs.q.nbytes + inputs.out.nbytes) / bandwidth * 1e6,
         "flop_us": inputs.flop / limits["flop_per_s"] * 1e6,
         "launch_us": limits["empty_launch_us"],
     }

@@ -57,6 +57,11 @@ class Heads:
     def __str__(self) -> str:
         return f"{self.qo}:{self.kv}" + (f":{self.dim}" if self.dim != _HEAD_DIM else "")
 
+    @property
+    def token_elements(self) -> int:
+        """Elements of K and V of one token."""
+        return self.kv * (self.dim + self.v_dim)
+
     def shape(self, q_dtype: torch.dtype, kv_dtype: torch.dtype) -> AttentionShape:
         """The same with item sizes."""
         return AttentionShape(
@@ -110,8 +115,7 @@ class KernelCase:
     @property
     def logical_elements(self) -> int:
         """Elements of KV of all requests, each with its own: what stock kernels read."""
-        tokens = int(self.tree.seq_lens.sum())
-        return tokens * self.heads.kv * (self.heads.dim + self.heads.v_dim)
+        return int(self.tree.seq_lens.sum()) * self.heads.token_elements
 
 
 def registry_names() -> tuple[str, ...]:
