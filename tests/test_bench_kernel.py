@@ -8,25 +8,21 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
-from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from prefix_kernels.oracle import decode_attention_oracle
 from sglang_prefix.bench import kernel, plots, timing
 from sglang_prefix.bench.cases import KernelOptions, kernel_cases
 from sglang_prefix.bench.providers import ours, sglang
-from sglang_prefix.bench.providers.base import Provider
-from sglang_prefix.bench.providers.find import find_providers, made
+from sglang_prefix.bench.providers.find import find_providers
 from sglang_prefix.bench.providers.ours import TorchOurs
-from sglang_prefix.bench.results import ResultError, check_result, read_result
+from sglang_prefix.bench.results import read_result
+from sglang_prefix.bench.run import NotRunError
 from sglang_prefix.bench.workloads.inputs import AttentionInputs
 from sglang_prefix.cli.main import app
 
@@ -65,17 +61,6 @@ def no_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The file of a finished run."""
-    out = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernel, "find_providers", lambda device, host: ({}, {}))
-        done = bench(out, *FEW, "--no-report")
-    assert done.exit_code == 0, done.output
-    return read_result(out / "kernel.json")
-
-
 @pytest.mark.slow
 def test_a_quick_run_against_sglang(tmp_path: Path) -> None:
     options = ("--quick", "--workload", "^fixed|uneven", "--dtype", "float32", "--json")
@@ -93,7 +78,6 @@ def test_a_quick_run_against_sglang(tmp_path: Path) -> None:
     assert names == ["uneven/24-requests/4:2:16", "fixed/8x512+32/4:2:16"]
     for case in data["cases"]:
         assert_case(case)
-        assert case["best_stock"] == "sglang-torch-native"
         policies = (f"torch/{policy}" for policy in ("pat", "node", "chunk", "query"))
         assert set(case["providers"]) == {"sglang-torch-native", *policies}
     assert data["cases"][1]["tokens"] == {"ideal": 512 + 8 * 32, "logical": 8 * 544}
@@ -112,130 +96,54 @@ def assert_case(case: dict[str, Any]) -> None:
     assert case["floor"]["us"] == max(case["floor"].values())
     token_bytes = case["heads"]["kv"] * (case["heads"]["dim"] + case["heads"]["v_dim"]) * 4
     assert case["bytes"] == {name: n * token_bytes for name, n in case["tokens"].items()}
-    stock = case["providers"][case["best_stock"]]["ms"]
     for found in case["providers"].values():
         assert len(found["raw_ms"]) == 2
-        assert found["speedup"] == pytest.approx(stock / found["ms"])
         assert found["over_floor"] == pytest.approx(found["kernel_us"] / case["floor"]["us"])
         ratio = found["bytes_read"] / case["bytes"]["logical"]
         assert found["kv_read_ratio"] == pytest.approx(ratio)
         assert found["max_abs_error"] < 1e-4
-        if found["kind"] == "ours":
-            parts = [found[f"{part}_ms"] for part in ("plan", "copy", "forward", "merge")]
-            assert all(part is None or part > 0 for part in parts)
-        else:
-            assert found["kv_read_ratio"] == 1
+        parts = [found[f"{part}_ms"] for part in ("plan", "copy", "forward", "merge")]
+        assert all(part is None or part > 0 for part in parts)
+        assert found["kind"] == "ours" or found["kv_read_ratio"] == 1
 
 
 @pytest.mark.usefixtures("no_sglang")
 def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measure_case = kernel.measure_case
-    calls = []
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
 
-    def stopped_at_the_second(*args: Any, **kwargs: Any) -> dict[str, Any]:
-        calls.append(args[0].name)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return measure_case(*args, **kwargs)
-
-    monkeypatch.setattr(kernel, "measure_case", stopped_at_the_second)
-    trees = ("--tree", "2_8", *TREES)
-    stopped = bench(tmp_path, *trees, *SMALL, "--no-plots", "--policy", "node", "--seed", "7")
+    options = (*FEW, "--policy", "node", "--seed", "7", "--max-tokens", "100")
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel, "measure_case", interrupted)
+        stopped = bench(tmp_path, *options)
     assert stopped.exit_code == 130
     assert f"interrupted; --resume --out {tmp_path} goes on" in stopped.stderr
-    first = read_result(tmp_path / "kernel.json")
-    assert first["wall_s"] > 0
-    assert first["not_run"] == dict.fromkeys((LARGER, SMALLER), "interrupted")
-
     refused = bench(tmp_path, "--resume", "--seed", "8")
     assert refused.exit_code == 2
     assert "--seed with --resume: the run in" in refused.stderr
-    resumed = bench(tmp_path, "--resume", "--no-plots", "--seed", "7", *trees)
+    resumed = bench(tmp_path, "--resume", "--no-plots", "--seed", "7", *TREES)
     assert resumed.exit_code == 0, resumed.output
     data = read_result(tmp_path / "kernel.json")
-    assert data["cases"][0] == first["cases"][0]
     assert data["seed"] == 7
-    assert data["not_run"] == {}
-    assert data["wall_s"] > first["wall_s"]
-    assert [list(case["providers"]) for case in data["cases"]] == [["stock", "torch/node"]] * 3
-    assert [case["name"] for case in data["cases"]][1:] == [LARGER, SMALLER]
-    assert len(calls) == 4
+    assert data["not_run"] == {LARGER: "128 KV tokens, over --max-tokens 100"}
+    (case,) = data["cases"]
+    assert case["name"] == SMALLER
+    assert list(case["providers"]) == ["stock", "torch/pat", "torch/node"]
 
-    for name, value in (("cpu", "another"), ("commit", "1234567"), ("versions", {})):
-        other = data | {"environment": data["environment"] | {name: value}}
-        (tmp_path / "kernel.json").write_text(json.dumps(other))
+    path = tmp_path / "kernel.json"
+    for key, value, what in (
+        ("environment", {"cpu": "another"}, "its cpu is 'another', here it is "),
+        ("environment", {"commit": "1234567"}, "its commit is '1234567', here it is "),
+        ("environment", {"versions": {}}, "its versions is {}, here it is "),
+        ("options", {"no such": 1}, "options: KernelOptions.__init__() got an unexpected"),
+    ):
+        path.write_text(json.dumps(data | {key: data[key] | value}))
+        before = path.read_text()
         refused = bench(tmp_path, "--resume")
         assert refused.exit_code == 2
-        assert f"cannot be resumed: its {name} is {value!r}, here it is " in refused.stderr
+        assert refused.stderr.startswith(f"sglang-prefix: {path} cannot be resumed: {what}")
         assert refused.stderr.count("\n") == 1
-
-
-def places(data: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Paths of all values of a file."""
-    items = (
-        data.items()
-        if isinstance(data, dict)
-        else enumerate(data[:1])
-        if isinstance(data, list)
-        else ()
-    )
-    return [path, *(place for key, value in items for place in places(value, (*path, key)))][:400]
-
-
-GONE = object()
-VALUES = st.one_of(
-    st.just(GONE),
-    st.none(),
-    st.booleans(),
-    st.integers(-2, 2),
-    st.floats(),
-    st.text(max_size=3),
-    st.just([]),
-    st.just({}),
-)
-
-
-@given(draw=st.data(), value=VALUES)
-def test_a_file_with_any_other_value_is_whole_or_refused_in_one_line(
-    draw: st.DataObject, value: Any, whole: dict[str, Any], tmp_path: Path
-) -> None:
-    *above, last = draw.draw(st.sampled_from(places(whole)[1:]))
-    data = deepcopy(whole)
-    inner: Any = data
-    for key in above:
-        inner = inner[key]
-    inner[last] = value
-    if value is GONE:
-        del inner[last]
-    path = tmp_path / "kernel.json"
-    path.write_text(json.dumps(data))
-    before = path.read_text()
-    try:
-        read_result(path)
-        KernelOptions.from_json(data["options"])
-    except (ResultError, TypeError):
-        done = bench(tmp_path, "--resume", "--no-plots")
-        assert done.exit_code == 2, done.output
-        assert done.stderr.startswith(f"sglang-prefix: {path}")
-        assert done.stderr.count("\n") == 1
         assert path.read_text() == before
-
-
-@pytest.mark.usefixtures("no_sglang")
-def test_what_is_too_large_or_too_late_is_listed(tmp_path: Path) -> None:
-    result = bench(tmp_path, *FEW, "--max-tokens", "100")
-    assert result.exit_code == 0, result.output
-    data = read_result(tmp_path / "kernel.json")
-    assert [case["name"] for case in data["cases"]] == [SMALLER]
-    assert data["not_run"] == {LARGER: "128 KV tokens, over --max-tokens 100"}
-    result = bench(tmp_path, *FEW, "--budget-s", "0")
-    assert result.exit_code == 0, result.output
-    data = read_result(tmp_path / "kernel.json")
-    assert data["cases"] == []
-    assert data["not_run"] == dict.fromkeys(
-        (LARGER, SMALLER), "not enough was left of the budget of 0 s"
-    )
-    assert "not enough was left of the budget of 0 s" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -250,27 +158,19 @@ def test_what_is_too_large_or_too_late_is_listed(tmp_path: Path) -> None:
         (["--workload", "("], "workload '(' is no regular expression"),
         (["--tree", "1,2_3,4", "--page-size", "16"], "page size 16 does not divide the 3 tokens"),
         (["--resume"], "kernel.json cannot be read: No such file"),
+        (["--out", "/dev/null/below", *TREES], "--out /dev/null/below cannot be written: "),
+        (["--quick"], "plots need matplotlib: pip install 'sglang-prefix[bench]'"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(
-    options: list[str], message: str, tmp_path: Path
+    options: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(plots, "has_matplotlib", lambda: "--quick" not in options)
     result = bench(tmp_path / "out", *options)
     assert result.exit_code == 2
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
-
-
-def test_places_that_cannot_be_written_are_refused_before_anything_runs(tmp_path: Path) -> None:
-    file = tmp_path / "file"
-    file.touch()
-    result = bench(file / "below", *TREES)
-    assert result.exit_code == 2
-    assert f"--out {file}/below cannot be written: " in result.stderr
-    if os.geteuid():
-        (tmp_path / "locked").mkdir(mode=0o500)
-        assert bench(tmp_path / "locked", *TREES).exit_code == 2
 
 
 @pytest.mark.usefixtures("no_sglang")
@@ -288,16 +188,6 @@ def test_what_cannot_be_written_beside_the_result_is_one_line_each(tmp_path: Pat
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_plots_without_matplotlib_are_refused_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(plots, "has_matplotlib", lambda: False)
-    result = bench(tmp_path / "out", *TREES)
-    assert result.exit_code == 2
-    assert "plots need matplotlib: pip install 'sglang-prefix[bench]'" in result.stderr
-    assert not (tmp_path / "out").exists()
-
-
 class Wrong(TorchOurs):
     """Right in every head but one."""
 
@@ -310,50 +200,30 @@ class Wrong(TorchOurs):
         raise AssertionError("a provider with a wrong output was timed")
 
 
-class Levels(Provider):
-    """A kernel of another project that reads every level once, as the cascade does."""
+class Levels(Stock):
+    """A kernel of another project that cannot run every batch."""
 
-    name, kind = "levels", "peer"
+    kind = "peer"
 
-    @classmethod
-    def inapplicable(cls, inputs: AttentionInputs) -> str | None:
-        return None if len(inputs.batch.levels() or ()) > 1 else "nothing is shared"
-
-    @property
-    def kv_tokens_read(self) -> int:
-        return self.inputs.unique_tokens
-
-    def plan(self) -> None:
-        self.inputs.out.fill_(torch.nan)
-
-    def run(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        w = self.inputs
-        caches = (w.req_to_token, w.req_pool_indices, w.seq_lens)
-        return decode_attention_oracle(w.q, k, v, *caches, sm_scale=w.sm_scale)[0].to(w.q.dtype)
+    def __init__(self, inputs: AttentionInputs) -> None:
+        super().__init__(inputs, "node")
+        if len(inputs.batch.levels() or ()) < 2:
+            raise NotRunError("nothing is shared")
 
 
-def measured(tree: str, makers: dict[str, Any]) -> dict[str, Any]:
-    options = KernelOptions(trees=(tree,), heads=("4:2:16",), dtype="float32")
-    (case,) = kernel_cases(options)
+def measured(tree: str, **makers: Any) -> dict[str, Any]:
+    (case,) = kernel_cases(KernelOptions(trees=[tree], heads=["4:2:16"], dtype="float32"))
     limits = {"flop_per_s": 1e12, "empty_launch_us": 0.0}
     return kernel.measure_case(case, makers, timing.clock_for(CPU), limits, seed=0, rounds=1)
 
 
 def test_a_wrong_output_is_caught_and_not_timed() -> None:
-    makers = {
-        "right": partial(TorchOurs, policy="pat"),
-        "wrong": partial(Wrong, policy="pat"),
-        "levels": Levels,
-    }
-    case = measured("1,4_64,16", makers)
+    right, wrong = (partial(kind, policy="pat") for kind in (TorchOurs, Wrong))
+    case = measured("1,4_64,16", right=right, wrong=wrong, levels=Levels)
     assert list(case["providers"]) == ["right", "levels"]
     assert case["failed"]["wrong"].startswith("MismatchError: off by 0.")
-    assert case["best_stock"] is None
-    assert case["providers"]["right"]["speedup"] is None
-    peer = case["providers"]["levels"]
-    assert peer["bytes_read"] == case["bytes"]["ideal"]
-    peer = partial(made, Levels)
-    case = measured("8_16", {"right": partial(TorchOurs, policy="pat"), "levels": peer})
+    assert case["providers"]["levels"]["bytes_read"] == case["bytes"]["ideal"]
+    case = measured("8_16", right=right, levels=Levels)
     assert case["absent"] == {"levels": "nothing is shared"}
 
 
@@ -378,14 +248,12 @@ def test_a_missing_sglang_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("run", "merge", "forward_ms"),
-    [(0.003, 0.001, 2.0), (0.001, 0.003, None), (0.001, 0.001, None), (0.001, None, 1.0)],
+    [(3.0, 1.0, 2.0), (1.0, 3.0, None), (1.0, 1.0, None), (1.0, None, 1.0)],
 )
 def test_forward_is_what_is_left_of_the_run(
-    run: float, merge: float | None, forward_ms: float | None
+    run: float, merge: Any, forward_ms: float | None
 ) -> None:
-    timed = kernel._Timed(None, None, print, {}, {})  # type: ignore[arg-type]
-    timed.seconds = {"run": [run] * 3} | ({"merge": [merge] * 3} if merge else {})
-    assert kernel._forward_ms(timed) == (forward_ms and pytest.approx(forward_ms))
+    assert kernel._forward_ms([run] * 3, merge and [merge] * 3) == forward_ms
 
 
 BARE = """
@@ -397,6 +265,7 @@ class Absent:
         if name.split(".")[0] in absent:
             raise ImportError(f"{name} is not on a GPU host")
 sys.meta_path.insert(0, Absent())
+from dataclasses import asdict
 from pathlib import Path
 import sglang_prefix.bench.engine
 import sglang_prefix.cli.main
@@ -404,13 +273,16 @@ from sglang_prefix.bench.cases import KernelOptions
 from sglang_prefix.bench.kernel import KernelRun
 from sglang_prefix.bench.report import print_section, section_of
 from sglang_prefix.bench.tune import TuneRun
-options = KernelOptions(workloads=("gpu", "^fixed"), policies=("pat",), dry=True)
+options = KernelOptions(workloads=["gpu", "^fixed"], policies=["pat"], dry=True)
+given = {"command": [], "seed": 0, "dry": True}
 for resume in (False, True):
-    run = KernelRun(Path(sys.argv[1]), options, [], resume=resume)
+    run = KernelRun(Path(sys.argv[1]), options=asdict(options), resume=resume, **given)
     run.prepare()
     run.run(1e9, print, print)
 print_section(section_of(run.data))
-TuneRun(Path(sys.argv[1]), [], seed=0, dry=True, resume=False).run(0, print, print)
+run = TuneRun(Path(sys.argv[1]), options={}, **given)
+run.prepare()
+run.run(0, print, print)
 """
 
 
@@ -450,16 +322,9 @@ def test_a_dry_run_has_every_field(tmp_path: Path) -> None:
         found = case["providers"].values()
         if case["group"] == "chain":
             assert len(found) == 16
-            assert all(one["launches"] and one["kind"] == "chain" for one in found)
+            assert all(one["kind"] == "chain" for one in found)
             continue
         assert sum(one["kind"] == "ours" for one in found) >= 7
-        assert case["best_stock"] == "sglang-triton"
+        assert "sglang-triton" in case["providers"]
     assert "the times mean nothing" in (tmp_path / "report.html").read_text()
     assert {target["status"] for target in data["targets"].values()} > {"not measured"}
-
-
-def test_every_committed_result_is_whole() -> None:
-    files = list((ROOT / "docs" / "results").rglob("*.json"))
-    assert files
-    for file in files:
-        check_result(file, json.loads(file.read_text()))

@@ -21,6 +21,7 @@ from sglang_prefix.bench.providers.fasttree import FOLDER_VARIABLE, FastTree
 from sglang_prefix.bench.providers.find import find_providers
 from sglang_prefix.bench.providers.flashinfer import FlashInferCascade, FlashInferDecode
 from sglang_prefix.bench.providers.sglang import SglangTriton
+from sglang_prefix.bench.run import NotRunError
 from sglang_prefix.bench.workloads.inputs import AttentionInputs, OutputCheck, relative_error
 from sglang_prefix.bench.workloads.registry import Heads
 from sglang_prefix.bench.workloads.trees import Tree, pat_tree, random_tree, shared_then_private
@@ -176,12 +177,11 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", [FlashInferDecode, FlashInferCascade, FlashAttention3])
 def test_the_right_kv_is_asked_for(kind: type[Provider], tree: str, page_size: int) -> None:
     w = inputs_of(tree, page_size)
-    reason = kind.inapplicable(w)
     if kind is FlashInferCascade and tree in ("nothing shared", "uneven"):
-        assert reason in ("nothing is shared", "the forest is no set of levels")
-        return
-    assert reason is None
-    assert_right(kind(w))
+        with pytest.raises(NotRunError, match=r"nothing is shared|no set of levels"):
+            kind(w)
+    else:
+        assert_right(kind(w))
 
 
 FAKE_FASTTREE = """
@@ -225,13 +225,12 @@ def test_fasttree_is_given_the_tree(
     (folder / "fasttree.py").write_text(FAKE_FASTTREE)
     monkeypatch.setenv(FOLDER_VARIABLE, str(folder))
     assert FastTree.unavailable(torch.device("cuda")) is None
-    w = inputs_of(tree)
-    assert FastTree.inapplicable(w) is None
-    assert_right(FastTree(w))
+    assert_right(FastTree(inputs_of(tree)))
+    with pytest.raises(NotRunError, match="requests end inside shared nodes"):
+        FastTree(inputs_of("uneven", 16))
 
 
 def test_what_cannot_be_used_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert FastTree.inapplicable(inputs_of("uneven", 16)) == "requests end inside shared nodes"
     monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
     assert FastTree.unavailable(torch.device("cuda")) == f"{FOLDER_VARIABLE} names no folder"
     reason = import_reason("a_module_that_is_nowhere")
@@ -262,4 +261,4 @@ def test_providers_that_run_here_agree_with_the_oracle(tree: str) -> None:
         for part in provider.step_parts:
             getattr(provider, part)()
         w.out.fill_(torch.nan)
-        assert check(provider.run(w.k[0], w.v[0])) < 1e-5, provider.name
+        assert check(provider.run(w.k[0], w.v[0])) < 1e-5, provider.policy

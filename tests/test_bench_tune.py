@@ -12,7 +12,6 @@ import torch
 from typer.testing import CliRunner
 
 from prefix_kernels.tiles import (
-    TABLE,
     TileConfig,
     TileShape,
     candidate_tiles,
@@ -20,10 +19,12 @@ from prefix_kernels.tiles import (
     load_tuned_tiles,
     row_classes,
 )
-from sglang_prefix.bench.results import environment, new_result, read_result, write_result
+from sglang_prefix.bench import schema
+from sglang_prefix.bench.results import read_result, write_result
 from sglang_prefix.bench.tune import TileWork, pack_shapes, write_table
 from sglang_prefix.bench.workloads.inputs import MismatchError
 from sglang_prefix.cli.main import app
+from tests.report_files import MADE_UP, example
 
 
 def tune(*options: str | Path) -> Any:
@@ -36,11 +37,12 @@ def test_a_dry_run_from_budget_to_table(tmp_path: Path) -> None:
     table, file = tmp_path / "table.json", tmp_path / "tune.json"
     stopped = tune("--dry", "--budget-s", "0", "--out", tmp_path)
     assert stopped.exit_code == 0, stopped.output
-    assert list(read_result(file)["not_run"]) == [pack.name for pack in pack_shapes(dry=True)]
+    names = [pack.name for pack in pack_shapes(dry=True)]
+    assert list(read_result(file)["not_run"]) == names
     resumed = tune("--dry", "--resume", "--out", tmp_path)
     assert resumed.exit_code == 0, resumed.output
     data = read_result(file, "bench-tune")
-    assert [case["name"] for case in data["cases"]] == [pack.name for pack in pack_shapes(dry=True)]
+    assert [case["name"] for case in data["cases"]] == names
     for case in data["cases"]:
         assert case["formula"] in case["tiles"]
         assert len(case["tiles"]) > 1
@@ -64,10 +66,10 @@ def test_a_dry_run_from_budget_to_table(tmp_path: Path) -> None:
 
 def test_control_a_tile_with_another_result_is_refused() -> None:
     work = TileWork(pack_shapes(dry=True)[1], torch.device("cpu"), 0, dry=True)
-    (tile, *_) = work.candidates
+    tile = work.tiles[1]
     assert work.check(tile) < 1e-2
-    work._launches[work._place].arguments["sm_scale"] *= 2
-    with pytest.raises(MismatchError, match="from the formula's tile, more than"):
+    work._launches[work._place].keywords["sm_scale"] *= 2
+    with pytest.raises(MismatchError, match=r"off by .*, more than"):
         work.check(tile)
 
 
@@ -92,47 +94,19 @@ FORMULA = formula_tile(16, SHAPE)
 OTHERS = [tile for tile in candidate_tiles(16, SHAPE) if tile != FORMULA][:2]
 
 
-def result_of(times: dict[TileConfig, float], **changes: Any) -> dict[str, Any]:
-    """A result file with one case; the first tile is the formula's."""
-    data = new_result(
-        "bench-tune",
-        command=[],
-        options={},
-        seed=0,
-        environment=environment("cpu"),
-        dry=True,
-        device_name="NVIDIA H200",
-        arch="sm_90",
-    )
+def written(
+    tmp_path: Path, times: dict[TileConfig, float], device: str = "NVIDIA H200", **changes: Any
+) -> Path:
+    """The table after a dry result whose first tile is the formula's; times are in us."""
     tiles = {
-        str(number): {
-            "tile": asdict(tile),
-            "registers": 0,
-            "error": 0.0,
-            "kernel_us": us,
-            "raw_us": [us],
-            "bytes_per_s": 1.0,
-        }
+        str(number): example(schema.TileTimes, tile=asdict(tile), kernel_us=us)
         for number, (tile, us) in enumerate(times.items())
     }
-    case = {
-        "name": "measured",
-        "group": "dim128",
-        "shape": {"head_dim": 128, "v_head_dim": 128, "q_itemsize": 2, "kv_itemsize": 2},
-        "packs": 1,
-        "tokens_per_pack": 1,
-        "kv_bytes": 1,
-        "formula": "0",
-        "tiles": tiles,
-        "absent": {"spilling": "spills"},
-        "failed": {},
-    }
-    return data | {"not_run": {"left": "no time"}, "cases": [case]} | changes
-
-
-def written(tmp_path: Path, result: dict[str, Any]) -> Path:
+    shape = {"head_dim": 128, "v_head_dim": 128, "q_itemsize": 2, "kv_itemsize": 2}
+    case = example(schema.TuneCase, shape=shape, formula="0", tiles=tiles)
+    given = {"dry": True, "device_name": device, "arch": "sm_90", "cases": [case]}
     file, table = tmp_path / "tune.json", tmp_path / "table.json"
-    write_result(file, result)
+    write_result(file, MADE_UP["bench-tune"]() | given | changes)
     write_table(file, table)
     return table
 
@@ -144,17 +118,10 @@ def written(tmp_path: Path, result: dict[str, Any]) -> Path:
 def test_the_fastest_is_taken_where_it_gains_enough(
     us: tuple[float, ...], chosen: int | None, tmp_path: Path
 ) -> None:
-    times = dict(zip((FORMULA, *OTHERS), us, strict=True))
-    device = load_tuned_tiles(written(tmp_path, result_of(times)))["NVIDIA H200"]
+    table = written(tmp_path, dict(zip((FORMULA, *OTHERS), us, strict=True)))
+    device = load_tuned_tiles(table)["NVIDIA H200"]
     assert device.tiles == ({} if chosen is None else {(SHAPE, 16): OTHERS[chosen]})
     assert device.arch == "sm_90"
-
-
-def test_other_devices_stay_in_the_table(tmp_path: Path) -> None:
-    times = {FORMULA: 2.0, OTHERS[0]: 1.0}
-    written(tmp_path, result_of(times))
-    table = written(tmp_path, result_of(times, device_name="NVIDIA H100 80GB HBM3"))
-    assert list(json.loads(table.read_text())) == ["NVIDIA H200", "NVIDIA H100 80GB HBM3"]
 
 
 @pytest.mark.parametrize(
@@ -167,23 +134,26 @@ def test_other_devices_stay_in_the_table(tmp_path: Path) -> None:
 )
 def test_what_no_table_is_made_of(changes: dict[str, Any], complaint: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=complaint):
-        written(tmp_path, result_of({FORMULA: 1.0}, **changes))
+        written(tmp_path, {FORMULA: 1.0}, **changes)
 
 
-def test_a_tile_that_is_no_candidate_leaves_the_table_alone(tmp_path: Path) -> None:
-    table = written(tmp_path, result_of({FORMULA: 2.0, OTHERS[0]: 1.0}))
+def test_other_devices_stay_in_the_table_and_bad_tiles_leave_it_alone(tmp_path: Path) -> None:
+    times = {FORMULA: 2.0, OTHERS[0]: 1.0}
+    written(tmp_path, times)
+    table = written(tmp_path, times, "NVIDIA H100 80GB HBM3")
     before = table.read_text()
+    assert list(json.loads(before)) == ["NVIDIA H200", "NVIDIA H100 80GB HBM3"]
     with pytest.raises(ValueError, match="is not among its candidate_tiles"):
-        written(tmp_path, result_of({FORMULA: 2.0, TileConfig(16, 64, 4, 9): 1.0}))
+        written(tmp_path, {FORMULA: 2.0, TileConfig(16, 64, 4, 9): 1.0})
     assert table.read_text() == before
-    assert before != TABLE.read_text()
 
 
 def test_the_order_is_fixed_and_the_most_valuable_come_first() -> None:
-    names = [pack.name for pack in pack_shapes()]
+    packs = pack_shapes()
+    names = [pack.name for pack in packs]
     assert len(set(names)) == len(names) == 16
     assert names[:2] == ["dim128/bf16/rows16", "dim128/bf16/rows128"]
     assert all(name.startswith("dim128/bf16") for name in names[:4])
     assert all("fp8" not in name for name in names[:8])
-    for pack in pack_shapes():
+    for pack in packs:
         assert pack.rows in row_classes(TileShape(pack.head_dim, pack.head_dim, 2, 1))

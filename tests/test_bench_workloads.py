@@ -14,7 +14,7 @@ import torch
 from prefix_kernels.plan import verify_plan, verify_slots
 from sglang_prefix.bench.cases import KernelOptions, kernel_cases
 from sglang_prefix.bench.workloads.inputs import AttentionInputs, MismatchError, OutputCheck
-from sglang_prefix.bench.workloads.registry import Heads, load_registry, registry_names
+from sglang_prefix.bench.workloads.registry import Heads, KernelCase, load_registry, registry_names
 from sglang_prefix.bench.workloads.traces import TraceRequest, read_trace, trace_batches
 from sglang_prefix.bench.workloads.trees import TreeBatch, pat_tree, random_tree
 from sglang_prefix.forest import PrefixForest
@@ -26,37 +26,41 @@ TRACE = Path(__file__).parents[2] / "shared" / "data" / "mooncake_conversation_t
 LINE = {"timestamp": 0, "input_length": 600, "output_length": 9, "hash_ids": [0, 1]}
 
 
+def cases_of(*workloads: str, **options: Any) -> list[KernelCase]:
+    return kernel_cases(KernelOptions(workloads=list(workloads), **options))
+
+
 def test_the_registry_holds_what_its_files_say() -> None:
     assert set(registry_names()) >= {"trees", "unrelated", "chunk", "uneven", "rollouts", "quick"}
     for name in registry_names():
-        file = load_registry(name)
-        assert len({case.name for case in file.cases}) == len(file.cases) > 0
-        assert file.about
-        assert file.source
-        for case in file.cases:
-            assert case.make_tree().length.min() > 0
-    pat = [c.tree for name in ("trees", "unrelated") for c in load_registry(name).cases]
-    assert list(dict.fromkeys(pat)) == list(forests.PAT_TREES)
+        cases = load_registry(name)
+        assert len({case.name for case in cases}) == len(cases) > 0
+        assert all(case.tree.length.min() > 0 for case in cases)
+    published = [case for name in ("trees", "unrelated") for case in load_registry(name)]
+    assert list(dict.fromkeys(case.notation for case in published)) == list(forests.PAT_TREES)
+    for case in published[::4]:
+        batch = TreeBatch.lay_out(case.tree, page_size=16)
+        ratio = batch.seq_lens.sum() / batch.forest().unique_tokens
+        assert ratio == pytest.approx(forests.PAT_TREES[str(case.notation)], abs=0.006)
     with pytest.raises(ValueError, match="'nowhere' is unknown; legal: 'chain', "):
         load_registry("nowhere")
 
 
 def test_the_first_heads_of_every_batch_come_first() -> None:
-    cases = kernel_cases(KernelOptions(workloads=("trees", "chunk")))
+    cases = cases_of("trees", "chunk")
     assert [case.name for case in cases[17:20]] == [
         "trees/18_8,16,32,256_512,512,256,32/32:8",
         "chunk/16x1024+64/32:32",
         "chunk/32x1024+64/32:32",
     ]
     assert len(cases) == 18 * 4 + 9
-    quick = kernel_cases(KernelOptions(quick=True))
+    quick = cases_of(quick=True)
     assert {c.group for c in quick} >= {"trees", "rollouts", "chunk", "uneven", "unrelated"}
-    only = kernel_cases(KernelOptions(workloads=("^unrelated/.*/16:8",)))
-    assert [case.heads for case in only] == [Heads(16, 8)] * 2
+    assert [case.heads for case in cases_of("^unrelated/.*/16:8")] == [Heads(16, 8)] * 2
 
 
 def test_a_suite_has_an_order_of_its_own() -> None:
-    cases = kernel_cases(KernelOptions(workloads=("gpu",)))
+    cases = cases_of("gpu")
     assert [case.rank for case in cases] == list(range(len(cases)))
     groups = [case.group for case in cases][:23]
     assert groups == ["rollouts", *["unrelated"] * 2, "fixed", "chain", *["trees"] * 18]
@@ -67,25 +71,25 @@ def test_a_suite_has_an_order_of_its_own() -> None:
     trees = [case for case in cases if case.group == "trees" and case.page_size == 1]
     assert len({case.heads for case in trees}) == 4
     assert len(trees) == 18 * 4
-    assert all(case.has_all_launches for case in cases)
-    small = kernel_cases(KernelOptions(dry=True))
+    assert all(case.is_of_suite for case in cases)
+    small = cases_of(dry=True)
     assert {case.group for case in small} == {case.group for case in cases}
-    assert all(case.make_tree().seq_lens.max() < 200 for case in small)
-    both = kernel_cases(KernelOptions(workloads=("gpu", "/page16")))
-    assert {case.page_size for case in both} == {16}
+    assert all(case.tree.seq_lens.max() < 200 for case in small)
+    paged = [*cases_of("gpu", "/page16"), *cases_of("trees", page_size=16)]
+    assert {case.page_size for case in paged} == {16}
+    assert paged[-1].name.endswith("/page16")
 
 
 def test_the_cases_of_the_documented_cpu_table() -> None:
-    cases = kernel_cases(KernelOptions(workloads=("cpu",), dtype="float16"))
+    cases = cases_of("cpu", dtype="float16")
     assert len(cases) == 12
     first, *_, last = cases
     assert first.name == "cpu/32x2048+128/32:8/bfloat16/consecutive"
     assert (first.dtype, first.scattered, first.target) == ("bfloat16", False, 15)
     assert (last.dtype, last.scattered, last.target) == ("float32", True, None)
-    tree = first.make_tree()
-    slots = TreeBatch.lay_out(tree, scattered=False)
+    slots = TreeBatch.lay_out(first.tree, scattered=False)
     assert (np.diff(slots.table[0]) == 1).all()
-    assert (np.diff(TreeBatch.lay_out(tree).table[0]) != 1).any()
+    assert (np.diff(TreeBatch.lay_out(first.tree).table[0]) != 1).any()
 
 
 def test_heads_are_read_and_refused() -> None:
@@ -102,10 +106,10 @@ def test_heads_are_read_and_refused() -> None:
         ("1,8", "0 '_' instead of one"),
         ("1_2_3", "2 '_' instead of one"),
         ("1,8_512", "2 levels of nodes but 1 of tokens"),
-        ("1,x_512,1", r"nodes of level 2 \(character 3\) are 'x'"),
-        ("1,8_512,", r"tokens of level 2 \(character 9\) are ''"),
-        ("1,8_512,0", r"tokens of level 2 \(character 9\) are '0'"),
-        ("-1_5", r"nodes of level 1 \(character 1\) are '-1'"),
+        ("1,x_512,1", r"nodes of level 2 are 'x'"),
+        ("1,8_512,", r"tokens of level 2 are ''"),
+        ("1,8_512,0", r"tokens of level 2 are '0'"),
+        ("-1_5", r"nodes of level 1 are '-1'"),
         ("99999999_5", "nodes of level 1"),
         ("1_٣", "tokens of level 1"),
         ("8,1_5,5", "level 2 has 1 nodes below 8"),
@@ -116,20 +120,7 @@ def test_malformed_trees_are_refused_with_the_place(text: str, what: str) -> Non
         pat_tree(text)
 
 
-def test_page_sizes_must_divide_what_is_shared() -> None:
-    options = KernelOptions(trees=("1,2_48,5",), page_size=16)
-    assert kernel_cases(options)[0].name == "tree/1,2_48,5/32:8/page16"
-    with pytest.raises(ValueError, match="page size 32 does not divide the 48 tokens"):
-        kernel_cases(KernelOptions(trees=("1,2_48,5",), page_size=32))
-
-
 # Traces.
-
-
-def write_trace(path: Path, lines: list[Any]) -> Path:
-    text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
-    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
-    return path
 
 
 @pytest.mark.parametrize("name", ["trace.jsonl", "trace.jsonl.gz"])
@@ -137,8 +128,10 @@ def test_equal_first_blocks_are_shared(name: str, tmp_path: Path) -> None:
     other = LINE | {"timestamp": 100, "hash_ids": [0, 2]}
     alone = LINE | {"timestamp": 100, "hash_ids": [7, 1]}
     late = LINE | {"timestamp": 900}
-    path = write_trace(tmp_path / name, [late, other, "", alone, LINE])
-    (batch,) = trace_batches(read_trace(path), 1, 10_000)
+    opener: Any = gzip.open if name.endswith(".gz") else open
+    with opener(tmp_path / name, "wt") as file:
+        file.write("\n".join(map(json.dumps, (late, other, alone, LINE))) + "\n\n")
+    (batch,) = trace_batches(read_trace(tmp_path / name), 1, 10_000)
     assert batch.moment_ms == 450
     # The first has finished by then: nine tokens of 50 ms. Two are left, and share nothing.
     laid_out = TreeBatch.lay_out(batch.tree)
@@ -153,36 +146,41 @@ def test_equal_first_blocks_are_shared(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "what"),
+    ("content", "what"),
     [
-        ("{", "line 2: Expecting property name.* at column 2; legal: JSON"),
-        ("3", "line 2: no JSON object"),
-        (LINE | {"hash_ids": "x"}, "line 2: hash_ids is x; legal: a list of whole numbers"),
+        (b"{", "line 2: Expecting property name.* at column 2; legal: JSON"),
+        (b"3", "line 2: no JSON object"),
+        (LINE | {"hash_ids": "x"}, "line 2: hash_ids is x; legal: 2 whole numbers"),
         (LINE | {"hash_ids": [1, True]}, "line 2: hash_ids is"),
-        (LINE | {"hash_ids": [1]}, "line 2: hash_ids has 1 ids; legal: 2, one per 512"),
+        (
+            LINE | {"hash_ids": [1]},
+            r"hash_ids is \[1\]; legal: 2 whole numbers, one per 512",
+        ),
         (LINE | {"input_length": 0}, "line 2: input_length is 0; legal: a whole number from 1"),
         ({"timestamp": 1}, "line 2: input_length is None"),
         (LINE | {"timestamp": 0.5}, "line 2: timestamp is 0.5"),
+        (b"\xff\xfe\x00", "is not text"),
     ],
 )
-def test_malformed_traces_are_refused_with_the_line(line: Any, what: str, tmp_path: Path) -> None:
-    path = write_trace(tmp_path / "trace.jsonl", [LINE, line])
-    with pytest.raises(ValueError, match=f"trace .*trace.jsonl, {what}"):
+def test_malformed_traces_are_refused_with_the_line(
+    content: bytes | dict[str, Any], what: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "trace.jsonl"
+    line = content if isinstance(content, bytes) else json.dumps(content).encode()
+    path.write_bytes(json.dumps(LINE).encode() + b"\n" + line)
+    with pytest.raises(ValueError, match=f"trace .*trace.jsonl.* {what}"):
         read_trace(path)
 
 
 def test_unreadable_traces_are_refused(tmp_path: Path) -> None:
-    broken = tmp_path / "broken.jsonl.gz"
+    broken, empty = tmp_path / "broken.jsonl.gz", tmp_path / "empty.jsonl"
     broken.write_bytes(gzip.compress(json.dumps(LINE).encode())[:-9])
-    empty, binary = tmp_path / "empty.jsonl", tmp_path / "binary.jsonl"
     empty.write_text("\n")
-    binary.write_bytes(b"\xff\xfe\x00")
     for path, what in (
         (tmp_path / "nowhere", "cannot be read: No such file"),
         (tmp_path, "cannot be read: Is a directory"),
         (broken, "cannot be read: Compressed file ended"),
         (empty, "holds no request"),
-        (binary, "is not text"),
     ):
         with pytest.raises(ValueError, match=what):
             read_trace(path)
@@ -260,11 +258,3 @@ def test_paths_and_rows_of_a_tree_say_the_same(page_size: int) -> None:
         assert not np.intersect1d(used, batch.growth_slots).size
         assert used.min() >= page_size
         assert used.max() < batch.num_slots
-
-
-def test_the_published_trees_share_what_they_should() -> None:
-    for name in ("trees", "unrelated"):
-        for case in load_registry(name).cases[::4]:
-            batch = TreeBatch.lay_out(case.make_tree(), page_size=16)
-            ratio = batch.seq_lens.sum() / batch.forest().unique_tokens
-            assert ratio == pytest.approx(forests.PAT_TREES[str(case.tree)], abs=0.006)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from sglang_prefix.bench.workloads.registry import (
     Heads,
@@ -16,47 +14,32 @@ from sglang_prefix.bench.workloads.registry import (
     registry_names,
 )
 from sglang_prefix.bench.workloads.traces import read_trace, trace_batches
-from sglang_prefix.bench.workloads.trees import Tree, pat_tree
+from sglang_prefix.bench.workloads.trees import pat_tree
 
-__all__ = ["CPU_MAX_TOKENS", "DEFAULT_HEADS", "KernelOptions", "kernel_cases"]
+__all__ = ["CPU_MAX_TOKENS", "POLICIES", "KernelOptions", "kernel_cases"]
 
 CPU_MAX_TOKENS = 1 << 18
-DEFAULT_HEADS = Heads(32, 8)
-_QUICK, _GPU = "quick", "gpu"
+POLICIES = ("pat", "node", "chunk", "query")
+_DEFAULT_HEADS = Heads(32, 8)
 # In the order of what they tell, each with its first head configuration before any has its second.
-_DEFAULT_FILES = ("trees", "unrelated", "rollouts", "chunk", "uneven", "fixed", "long")
+_DEFAULT_FILES = ["trees", "unrelated", "rollouts", "chunk", "uneven", "fixed", "long"]
 
 
 @dataclass(frozen=True, slots=True)
 class KernelOptions:
-    """What decides which cases a run has and what their numbers mean.
+    """What decides which cases a run has and what their numbers mean, as in the result file.
 
-    Attributes:
-        quick: the small batches of the registry instead of the full ones.
-        workloads: registry files, and regular expressions that a case's name contains; of files and
-            expressions together, the cases of the files that match.
-        trees: batches in PAT's notation.
-        traces: files in Mooncake's format.
-        trace_batches: moments of each trace.
-        policies: packing policies; the first one is "ours" in tables.
-        heads: configurations instead of the registry's own.
-        dtype: of q and of the caches.
-        page_size: tokens per page.
-        rounds: timed rounds per case; None for as many as fit.
-        seed: of all inputs.
-        max_tokens: KV tokens that a batch may store; None for the usual on a CPU, and for all that
-            the memory holds on a GPU.
-        threads: of torch on the CPU; None for its own choice.
-        dry: tiny shapes in Triton's interpreter; nothing is measured.
+    The options of `bench kernel`, whose help says more. The first of the ``policies`` is "ours" in
+    tables; None is for what fits the host.
     """
 
     quick: bool = False
-    workloads: tuple[str, ...] = ()
-    trees: tuple[str, ...] = ()
-    traces: tuple[str, ...] = ()
+    workloads: list[str] = field(default_factory=list)
+    trees: list[str] = field(default_factory=list)
+    traces: list[str] = field(default_factory=list)
     trace_batches: int = 3
-    policies: tuple[str, ...] = ("pat", "node", "chunk", "query")
-    heads: tuple[str, ...] = ()
+    policies: list[str] = field(default_factory=lambda: list(POLICIES))
+    heads: list[str] = field(default_factory=list)
     dtype: str = "bfloat16"
     page_size: int = 1
     rounds: int | None = None
@@ -64,22 +47,6 @@ class KernelOptions:
     max_tokens: int | None = None
     threads: int | None = None
     dry: bool = False
-
-    def as_json(self) -> dict[str, Any]:
-        """For the result file."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> KernelOptions:
-        """From a result file.
-
-        Raises:
-            TypeError: it holds other fields.
-        """
-        fields: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in data.items()
-        }
-        return cls(**fields)
 
 
 def kernel_cases(options: KernelOptions) -> list[KernelCase]:
@@ -105,16 +72,11 @@ def _under(options: KernelOptions, cases: Sequence[KernelCase]) -> list[KernelCa
             replace(case, heads=Heads.parse(text), rank=max(number, case.rank))
             for number, text in enumerate(options.heads)
             for case in cases
-            if case.rank == 0 or case.has_all_launches
+            if case.rank == 0 or case.is_of_suite
         ]
-    return [
-        replace(
-            case,
-            dtype=case.dtype or options.dtype,
-            page_size=case.page_size if options.page_size == 1 else options.page_size,
-        )
-        for case in found
-    ]
+    if options.page_size > 1:
+        found = [replace(case, page_size=options.page_size) for case in found]
+    return [replace(case, dtype=case.dtype or options.dtype) for case in found]
 
 
 def _dry(cases: Sequence[KernelCase]) -> list[KernelCase]:
@@ -126,7 +88,7 @@ def _dry(cases: Sequence[KernelCase]) -> list[KernelCase]:
         replace(
             case,
             heads=Heads(case.heads.qo // case.heads.kv, 1, 16, 16),
-            make_tree=partial(_shrunk, case),
+            tree=case.tree.shrunk(case.page_size),
             dtype="float32",
             target=None,
         )
@@ -134,14 +96,9 @@ def _dry(cases: Sequence[KernelCase]) -> list[KernelCase]:
     ]
 
 
-def _shrunk(case: KernelCase) -> Tree:
-    return case.make_tree().shrunk(case.page_size)
-
-
 def _tree_cases(options: KernelOptions) -> Iterator[KernelCase]:
     for text in options.trees:
-        pat_tree(text)
-        yield KernelCase("tree", text, DEFAULT_HEADS, partial(pat_tree, text), text)
+        yield KernelCase("tree", text, _DEFAULT_HEADS, pat_tree(text), text)
 
 
 def _trace_cases(options: KernelOptions) -> Iterator[KernelCase]:
@@ -156,51 +113,37 @@ def _trace_cases(options: KernelOptions) -> Iterator[KernelCase]:
         for batch in batches:
             name = f"{stem}@{batch.moment_ms / 1e3:.0f}s"
             note = f"{batch.left_out} more ran at that moment but did not fit into --max-tokens"
-            yield KernelCase("trace", name, DEFAULT_HEADS, partial(_same, batch.tree), note=note)
-
-
-def _same(tree: Tree) -> Tree:
-    return tree
+            yield KernelCase("trace", name, _DEFAULT_HEADS, batch.tree, note=note)
 
 
 def _registry_cases(options: KernelOptions) -> list[KernelCase]:
-    names, patterns = _files_and_patterns(options)
-    files = [load_registry(name) for name in names]
-    suites = [case for file in files if file.is_suite for case in file.cases]
+    """Of the files that the user names, or the usual ones, the cases that match a pattern."""
+    files = f"a file ({', '.join(registry_names())}), or a regular expression"
+    names = [text for text in options.workloads if text in registry_names()]
+    asked = [text for text in options.workloads if text not in names]
+    try:
+        patterns = [re.compile(text) for text in asked]
+    except re.error as error:
+        raise ValueError(
+            f"workload {error.pattern!r} is no regular expression: {error.msg}; legal: {files}"
+        ) from None
+    default = ["gpu"] if options.dry else ["quick"] if options.quick else _DEFAULT_FILES
+    cases = [case for name in names or default for case in load_registry(name)]
     # Each batch with its first heads before any has its second.
-    others = [case for file in files if not file.is_suite for case in file.cases]
-    cases = _under(options, [*sorted(others, key=lambda case: case.rank), *suites])
+    cases = _under(options, sorted(cases, key=lambda case: (case.is_of_suite, case.rank)))
     cases = [c for c in cases if not patterns or any(p.search(c.name) for p in patterns)]
     if not cases:
-        asked = ", ".join(pattern.pattern for pattern in patterns)
         raise ValueError(
-            f"workload {asked!r} matches no case; legal: a file ({', '.join(registry_names())}), "
-            "or a regular expression that the name of a case contains"
+            f"workload {', '.join(asked)!r} matches no case; legal: {files} that the name of a "
+            "case contains"
         )
     return cases
 
 
-def _files_and_patterns(options: KernelOptions) -> tuple[list[str], list[re.Pattern[str]]]:
-    """Files to read, and patterns that choose among their cases."""
-    names = [text for text in options.workloads if text in registry_names()]
-    try:
-        patterns = [re.compile(text) for text in options.workloads if text not in names]
-    except re.error as error:
-        raise ValueError(
-            f"workload {error.pattern!r} is no regular expression: {error.msg}; legal: a file "
-            f"({', '.join(registry_names())}), or a regular expression"
-        ) from None
-    default = [_GPU] if options.dry else [_QUICK] if options.quick else list(_DEFAULT_FILES)
-    return names or default, patterns
-
-
 def _check_pages(cases: Sequence[KernelCase], page_size: int) -> None:
     for case in cases:
-        tree = case.make_tree()
-        inner = set(tree.parent.tolist()) - {-1}
-        short = [node for node in inner if tree.length[node] % page_size]
-        if short:
+        if tokens := case.tree.undivided_by(page_size):
             raise ValueError(
-                f"page size {page_size} does not divide the {tree.length[short[0]]} tokens of a "
-                f"shared node of {case.name}; legal: a divisor"
+                f"page size {page_size} does not divide the {tokens} tokens of a shared node of "
+                f"{case.name}; legal: a divisor"
             )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
-from prefix_kernels.launch import recorded
+from prefix_kernels.launch import launch, recorded
 
 __all__ = ["capture", "launches_of"]
 
@@ -15,9 +16,9 @@ __all__ = ["capture", "launches_of"]
 def capture(work: Callable[[], object], device: torch.device) -> Callable[[], object]:
     """Capture what ``work`` launches, to be replayed without running its Python again.
 
-    ``work`` is run once before, so that all kernels are compiled. On the CPU the launches of our
-    own kernels are recorded and repeated with the arguments of the capture, as a graph repeats
-    them: whatever reads host state at a replay is found there too.
+    ``work`` is run before, so that all kernels are compiled. On the CPU the launches of our own
+    kernels are recorded and repeated with the arguments of the capture, as a graph repeats them:
+    what reads host state at a replay is found there too.
 
     Args:
         work: launches only; must not synchronise.
@@ -28,14 +29,15 @@ def capture(work: Callable[[], object], device: torch.device) -> Callable[[], ob
     """
     if device.type != "cuda":
         launches = launches_of(work)
-
-        def replay() -> None:
-            for kernel, grid, arguments in launches:
-                kernel[grid](**arguments)
-
-        return replay
+        return lambda: [again() for again in launches]
+    used: set[int] = set()
+    with recorded(lambda *_: used.add(torch.cuda.current_stream(device).cuda_stream)):
+        work()
+    # torch hands out 32 streams in turn. If a side stream were the captured one, launches would
+    # stand in a row that are meant to run side by side.
+    while (stream := _new_stream(device)).cuda_stream in used:
+        pass
     graph = torch.cuda.CUDAGraph()
-    stream = _stream_of_its_own(work, device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         work()
@@ -50,28 +52,17 @@ def capture(work: Callable[[], object], device: torch.device) -> Callable[[], ob
     return graph.replay
 
 
-def _stream_of_its_own(work: Callable[[], object], device: torch.device) -> torch.cuda.Stream:
-    """A stream that ``work`` does not use beside the current one.
-
-    torch hands out 32 streams in turn. A side stream that is the captured one would put launches
-    in a row that are meant to run side by side.
-    """
-    used: set[int] = set()
-
-    def look(*_: Any) -> None:
-        used.add(torch.cuda.current_stream(device).cuda_stream)
-
-    with recorded(look):
-        work()
-    while True:
-        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        if stream.cuda_stream not in used:
-            return stream
+def _new_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
-def launches_of(work: Callable[[], object]) -> list[tuple[Any, tuple[int, ...], dict[str, Any]]]:
-    """Kernel, grid and arguments of every launch of ours that ``work`` makes."""
-    launches: list[tuple[Any, tuple[int, ...], dict[str, Any]]] = []
-    with recorded(lambda kernel, grid, arguments: launches.append((kernel, grid, arguments))):
+def launches_of(work: Callable[[], object]) -> list[partial[None]]:
+    """Every launch of ours that ``work`` makes: ``launch`` with kernel and grid, and keywords."""
+    launches: list[partial[None]] = []
+
+    def record(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+        launches.append(partial(launch, kernel, grid, **arguments))
+
+    with recorded(record):
         work()
     return launches

@@ -22,7 +22,7 @@ from sglang_prefix.bench.hooks import step_clock
 from sglang_prefix.bench.run import BenchRun, Case
 from sglang_prefix.tiny_model import build_tiny_model
 
-__all__ = ["HostRun", "measure_engine", "measure_host"]
+__all__ = ["HostRun", "decode_rollouts"]
 
 MIN_REUSED_STEPS = 100
 _ENGINE_REQUESTS = 256
@@ -34,75 +34,93 @@ ENDS_EARLY = range(20, 220, 8)
 GROUPS, PROMPT_TOKENS = 8, 200
 
 
-def measure_engine(num_requests: int) -> dict[str, Any]:
-    """Decode ``num_requests`` requests with the model's arithmetic on the CPU.
+class HostRun(BenchRun):
+    """The run of `bench host`: planning alone, then a decode step in the real engine.
 
-    Returns:
-        A case of kind bench-host: "name", "group", "num_requests", "counters" of the backend, and
-        "us", microseconds by what was timed.
+    Options are "requests" of the batches that are planned, "rounds", and whether to start an
+    "engine", which takes most of the time.
     """
+
+    kind, file_name = "bench-host", "host.json"
+
+    def use(self, options: Mapping[str, Any]) -> None:
+        """Keep them."""
+        try:
+            self._requests = [int(count) for count in options["requests"]]
+            self._rounds, self._engine = int(options["rounds"]), bool(options["engine"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.path} cannot be resumed: options: {error!r}") from None
+
+    def cases(self) -> list[Case]:
+        """Planning of every size, then the two engines."""
+        found = [("planning", n, self._plan) for n in self._requests]
+        if self._engine:
+            found.append(("engine", _ENGINE_REQUESTS, _measure_engine))
+            found.append(("host", _ENGINE_REQUESTS, _measure_host))
+        return [Case(f"{group}/{n}", group, partial(measure, n)) for group, n, measure in found]
+
+    def _plan(self, num_requests: int) -> dict[str, Any]:
+        from sglang_prefix.bench.planning import measure_planning
+
+        return measure_planning(num_requests, self._rounds, self.data["seed"])
+
+
+def _measure_engine(num_requests: int) -> dict[str, Any]:
+    """Decode with the model's arithmetic on the CPU: what `schema.HostCase` has of a case."""
     with tempfile.TemporaryDirectory() as folder:
-        found = _run(num_requests, Path(folder), {}, {}, ())
+        found = _run(num_requests, Path(folder))
     per_plan = 1e6 / found["plans"]
-    return {
-        "name": f"engine/{num_requests}",
-        "group": "engine",
-        "num_requests": num_requests,
-        "counters": found,
-        "us": {
-            "step that reuses its plan (median)": found["reused_step_us"],
-            "hook around a forward pass (median)": found["hook_us"],
-            "plan, with slots and path call (mean)": per_plan * found["plan_seconds"],
-            "path call of it (mean)": per_plan * found["path_seconds"],
-        },
+    times = {
+        "step that reuses its plan (median)": found["reused_step_us"],
+        "hook around a forward pass (median)": found["hook_us"],
+        "plan, with slots and path call (mean)": per_plan * found["plan_seconds"],
+        "path call of it (mean)": per_plan * found["path_seconds"],
     }
+    return {"num_requests": num_requests, "counters": found, "us": times}
 
 
-def measure_host(num_requests: int) -> dict[str, Any]:
+def _measure_host(num_requests: int) -> dict[str, Any]:
     """The same with the device elsewhere, and all our code in a decode step on the clock.
-
-    Returns:
-        As `measure_engine`, and "seconds": what each step took, "reused" its plan or "planned".
 
     Raises:
         RuntimeError: too few steps reused their plan for a median.
     """
     with tempfile.TemporaryDirectory() as folder:
-        times = Path(folder, "times.json")
-        times.write_text("{}")
+        file = Path(folder, "times.json")
+        file.write_text("{}")
         settings = {
-            step_clock.FILE_VARIABLE: str(times),
+            step_clock.FILE_VARIABLE: str(file),
             step_clock.BATCH_VARIABLE: str(num_requests),
             "SGLANG_PREFIX_EXECUTOR": "triton",
             "SGLANG_PREFIX_GATE": "always",
             "TRITON_INTERPRET": "1",
             "OMP_NUM_THREADS": "1",  # what is left of the device's work: copies and memory sets
         }
-        options = {"torch_compile_max_bs": num_requests}  # which bounds graphs on the CPU
-        found = _run(num_requests, Path(folder), options, settings, [step_clock.__name__])
-        steps = json.loads(times.read_text())
+        # The option bounds graphs on the CPU.
+        found = _run(
+            num_requests,
+            Path(folder),
+            settings,
+            hooks=[step_clock.__name__],
+            torch_compile_max_bs=num_requests,
+        )
+        steps = json.loads(file.read_text())
     num_reused = len(steps.get("reused", ()))
     if num_reused < MIN_REUSED_STEPS:
         raise RuntimeError(f"only {num_reused} steps reused their plan: not reported")
-    return {
-        "name": f"host/{num_requests}",
-        "group": "host",
-        "num_requests": num_requests,
-        "counters": found,
-        "seconds": steps,
-        "us": {
-            "step that reuses its plan, all hooks (median)": 1e6 * median(steps["reused"]),
-            "step that plans, all hooks (median)": 1e6 * median(steps["planned"]),
-        },
+    times = {
+        "step that reuses its plan, all hooks (median)": 1e6 * median(steps["reused"]),
+        "step that plans, all hooks (median)": 1e6 * median(steps["planned"]),
     }
+    return {"num_requests": num_requests, "counters": found, "seconds": steps, "us": times}
 
 
 def _run(
     num_requests: int,
     folder: Path,
-    options: Mapping[str, Any],
-    settings: Mapping[str, str],
-    hooks: Sequence[str],
+    settings: Mapping[str, str] | None = None,
+    hooks: Sequence[str] = (),
+    **options: Any,
 ) -> dict[str, Any]:
     """Decode the rollouts in one engine; the backend's counters."""
     build_tiny_model(folder / "model")
@@ -115,11 +133,10 @@ def _run(
         "max_running_requests": num_requests,
         "mem_fraction_static": 0.7,
         "log_level": "error",
+        **options,
     }
-    environment = engine_environment({"HF_HUB_OFFLINE": "1", **settings}, hooks=hooks)
-    with EngineProcess(
-        arguments | dict(options), environment=environment, log=folder / "log"
-    ) as engine:
+    environment = engine_environment({"HF_HUB_OFFLINE": "1", **(settings or {})}, hooks=hooks)
+    with EngineProcess(arguments, environment=environment, log=folder / "log") as engine:
         found: dict[str, Any] = engine.ask(f"{__name__}:decode_rollouts", num_requests=num_requests)
         return found
 
@@ -134,50 +151,3 @@ def decode_rollouts(engine: Any, num_requests: int) -> dict[str, Any]:
     sampling = [{"temperature": 0, "max_new_tokens": n, "ignore_eos": True} for n in ends]
     engine.generate(input_ids=prompts, sampling_params=sampling)
     return counters(engine)
-
-
-class HostRun(BenchRun):
-    """The run of `bench host`: planning alone, then a decode step in the real engine.
-
-    Args:
-        folder, command, seed, resume: of :class:`BenchRun`.
-        options: "requests" of the batches that are planned, "rounds", and whether to start an
-            "engine", which takes most of the time.
-    """
-
-    kind, file_name = "bench-host", "host.json"
-
-    def __init__(
-        self,
-        folder: Path,
-        command: Sequence[str],
-        *,
-        options: Mapping[str, Any],
-        seed: int,
-        resume: bool,
-    ) -> None:
-        super().__init__(
-            folder, command=command, options=options, seed=seed, device="cpu", resume=resume
-        )
-
-    def use(self, options: Mapping[str, Any]) -> None:
-        """Keep them."""
-        try:
-            self._requests = [int(count) for count in options["requests"]]
-            self._rounds, self._engine = int(options["rounds"]), bool(options["engine"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.path} cannot be resumed: options: {error!r}") from None
-
-    def cases(self) -> list[Case]:
-        """Planning of every size, then the two engines."""
-        cases = [Case(f"planning/{n}", "planning", partial(self._plan, n)) for n in self._requests]
-        if self._engine:
-            n = _ENGINE_REQUESTS
-            cases.append(Case(f"engine/{n}", "engine", partial(measure_engine, n)))
-            cases.append(Case(f"host/{n}", "host", partial(measure_host, n)))
-        return cases
-
-    def _plan(self, num_requests: int) -> dict[str, Any]:
-        from sglang_prefix.bench.planning import measure_planning
-
-        return measure_planning(num_requests, self._rounds, self.data["seed"])

@@ -6,72 +6,48 @@ is not timed.
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
 from sglang_prefix.bench.cases import CPU_MAX_TOKENS, KernelOptions, kernel_cases
-from sglang_prefix.bench.providers.base import Provider, ProviderMaker
+from sglang_prefix.bench.providers.base import ProviderMaker
 from sglang_prefix.bench.providers.find import find_providers
-from sglang_prefix.bench.providers.ours import all_launches, chains, our_providers
+from sglang_prefix.bench.providers.ours import chains, our_providers
 from sglang_prefix.bench.run import BenchRun, Case, NotRunError
 from sglang_prefix.bench.targets import evaluate
-from sglang_prefix.bench.timing import Clock, clock_for
+from sglang_prefix.bench.timing import Clock, clock_for, interleaved
 from sglang_prefix.bench.workloads.inputs import AttentionInputs, OutputCheck
 from sglang_prefix.bench.workloads.registry import KernelCase
 
-__all__ = ["FILE_NAME", "KIND", "KernelRun", "measure_case"]
+__all__ = ["KernelRun", "measure_case"]
 
-KIND, FILE_NAME = "bench-kernel", "kernel.json"
 _QUICK_SECONDS = 3.0
 # On a GPU a step is as many layers as hold KV of their own in this many bytes, up to a usual depth.
 _GPU_LAYERS = 32
 _GPU_KV_BYTES = 6 << 30
 _LONGEST_REASON = 300
+_READ = "streaming read"
 _OUR_PREFIXES = ("torch/", "triton/", "chain/")
 
 Progress = Callable[[str], None]
 
 
 class KernelRun(BenchRun):
-    """The run of `bench kernel`.
+    """The run of `bench kernel`; its options are :class:`KernelOptions`."""
 
-    Args:
-        folder, command, resume: of :class:`BenchRun`.
-        options: which cases, and how; not looked at if a run is resumed.
-    """
-
-    kind, file_name = KIND, FILE_NAME
-
-    def __init__(
-        self, folder: Path, options: KernelOptions, command: Sequence[str], *, resume: bool = False
-    ) -> None:
-        super().__init__(
-            folder,
-            command=command,
-            options=options.as_json(),
-            seed=options.seed,
-            dry=options.dry,
-            resume=resume,
-        )
-        self._device = torch.device(self.data["environment"]["device"])
-        self._host = "interpreter" if self.options.dry else self._device.type
-        self._ours = our_providers(self.options.policies, self._host)
-        self._others: dict[str, ProviderMaker] = {}
-        self._clock: Clock | None = None
-        self._pace = 0.0  # seconds per element of KV, of the case before
+    kind, file_name = "bench-kernel", "kernel.json"
+    _pace = 0.0  # seconds per element of KV, of the case before
 
     def use(self, options: Mapping[str, Any]) -> None:
         """Read the options, set torch's threads, find the cases."""
         try:
-            self.options = KernelOptions.from_json(options)
+            self.options = KernelOptions(**options)
         except TypeError as error:
             raise ValueError(f"{self.path} cannot be resumed: options: {error}") from None
         self._cases = kernel_cases(self.options)
@@ -85,11 +61,13 @@ class KernelRun(BenchRun):
 
     def prepare(self) -> None:
         """Look for kernels of others, which imports SGLang, and measure the device's limits."""
+        self._device = torch.device(self.data["environment"]["device"])
+        self._host = "interpreter" if self.options.dry else self._device.type
         self._others, self.data["absent"] = find_providers(self._device, self._host)
-        clock = self._clock = clock_for(self._device, dry=self.options.dry)
+        self._clock = clock_for(self._device, dry=self.options.dry)
         if self.options.quick:
-            clock.seconds = min(clock.seconds, _QUICK_SECONDS)
-        self.data["limits"] = clock.limits(getattr(torch, self.options.dtype))
+            self._clock.seconds = min(self._clock.seconds, _QUICK_SECONDS)
+        self.data["limits"] = self._clock.limits(getattr(torch, self.options.dtype))
 
     def cases(self) -> list[Case]:
         """Small batches first, so that a budget leaves out the largest, except in a suite."""
@@ -114,7 +92,6 @@ class KernelRun(BenchRun):
         return {n: why for n, why in case["failed"].items() if n.startswith(_OUR_PREFIXES)}
 
     def _measure(self, case: KernelCase) -> dict[str, Any]:
-        assert self._clock is not None
         if not self.options.dry:
             self._check_size(case)
         began = time.monotonic()
@@ -136,24 +113,25 @@ class KernelRun(BenchRun):
             if self._host == "cpu":
                 raise NotRunError("needs a GPU: launches are measured")
             return chains(dry=dry)
-        ours = self._ours
-        if case.has_all_launches and self._host != "cpu":
-            # Launches fitted to a plan are compiled for every length of pack: only where that
-            # tells something.
-            fitted = case.group in ("rollouts", "fixed", "trees") and case.page_size == 1
-            fitted = fitted and case.heads.kv in (1, 8)
-            launches = list(all_launches(policies, dry=dry, fitted=fitted))
-            ours = our_providers(policies, self._host, launches)
+        # Launches fitted to a plan are compiled for every length of pack: only where that tells
+        # something.
+        fitted = case.is_of_suite and case.page_size == 1 and case.heads.kv in (1, 8)
+        ours = our_providers(
+            policies,
+            self._host,
+            all_launches=case.is_of_suite,
+            fitted=fitted and case.group in ("rollouts", "fixed", "trees"),
+            dry=dry,
+        )
         return {**self._others, **ours}
 
     def _check_size(self, case: KernelCase) -> None:
-        tokens, most = int(case.make_tree().length.sum()), self.options.max_tokens
+        tokens, most = int(case.tree.length.sum()), self.options.max_tokens
         if most is None and self._device.type == "cpu":
             most = CPU_MAX_TOKENS
         if most is not None and tokens > most:
             raise NotRunError(f"{tokens} KV tokens, over --max-tokens {most}")
-        itemsize = getattr(torch, case.dtype).itemsize
-        needed = tokens * case.heads.kv * (case.heads.dim + case.heads.v_dim) * itemsize
+        needed = tokens * case.heads.token_elements * getattr(torch, case.dtype).itemsize
         free = _free_bytes(self._device)
         if needed > free // 2:
             raise NotRunError(
@@ -169,45 +147,59 @@ def _free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-@dataclass(slots=True)
 class _Timed:
-    """A provider that passed, ready to be timed, and its seconds so far.
+    """A provider whose output is right, ready to be timed.
 
-    ``host`` is what is done once per step before the layers, ``alone`` what is timed after them
-    and is no part of the step; ``seconds`` has a list for each of them and for "run".
+    Args:
+        make: makes the provider.
+        inputs: of the case.
+        check: compares its first layer with the oracle.
+        clock: captures its layers.
+
+    Raises:
+        Exception: of anyone's kernel; NotRunError, MismatchError among them.
     """
 
-    provider: Provider
-    error: float | None
-    replay: Callable[[], object]
-    host: dict[str, Callable[[], object]]
-    alone: dict[str, Callable[[], object]]
-    steps: list[float] = field(default_factory=list)
-    seconds: dict[str, list[float]] = field(default_factory=dict)
+    def __init__(
+        self, make: ProviderMaker, inputs: AttentionInputs, check: OutputCheck, clock: Clock
+    ) -> None:
+        self.provider = provider = make(inputs)
+        for part in provider.step_parts:
+            getattr(provider, part)()
+        inputs.out.fill_(torch.nan)
+        out = provider.run(inputs.k[0], inputs.v[0])
+        self.error = None if provider.kind == "chain" else check(out)
+        self._clock = clock
+        self._replay = clock.replayable(provider.run_layers)
+        planner = provider
+        if clock.device.type == "cuda" and provider.kind in ("stock", "peer"):
+            # Its plan may move tensors whose addresses the graph has: one of its own makes them.
+            planner = make(inputs)
+        self._host = {part: getattr(planner, part) for part in provider.step_parts}
+        self._alone = {
+            part: clock.replayable(partial(_repeat, getattr(provider, part), clock.repeats))
+            for part in provider.parts_alone
+        }
+        self._rounds = 0
 
-    def step(self, clock: Clock, *, plans: bool) -> None:
-        """Time one step; ``plans``: with what is done once per step."""
-        took = 0.0
-        for part, work in self.host.items() if plans else ():
-            took += self._note(part, clock.host_seconds_of(work))
-        took += self._note("run", clock.seconds_of(self.replay))
-        if plans:
-            self.steps.append(took)
-            for part, work in self.alone.items():
-                self._note(part, clock.seconds_of(work))
+    def step(self) -> dict[str, float]:
+        """Time one step: seconds by part, "run" among them, and "step" for the whole.
 
-    def _note(self, part: str, seconds: float) -> float:
-        self.seconds.setdefault(part, []).append(seconds)
-        return seconds
+        After the first rounds it is the run alone, where plans take too long.
+        """
+        clock = self._clock
+        self._rounds += 1
+        if self._rounds > clock.planned_rounds:
+            return {"run": clock.seconds_of(self._replay)}
+        parts = {part: clock.host_seconds_of(work) for part, work in self._host.items()}
+        parts["run"] = clock.seconds_of(self._replay)
+        parts["step"] = sum(parts.values())
+        return parts | {part: clock.seconds_of(work) for part, work in self._alone.items()}
 
-    def forget(self) -> None:
-        """Throw the seconds away."""
-        self.steps.clear()
-        self.seconds.clear()
 
-    def middle_ms(self, part: str) -> float | None:
-        """The median of a part; None if there is none."""
-        return median(self.seconds[part]) * 1e3 if part in self.seconds else None
+def _repeat(work: Callable[[], object], times: int) -> None:
+    for _ in range(times):
+        work()
 
 
 def measure_case(
@@ -244,7 +236,7 @@ def measure_case(
     progress("laying out")
     on_gpu = clock.device.type == "cuda"
     inputs = AttentionInputs.lay_out(
-        case.make_tree(),
+        case.tree,
         case.heads,
         clock.device,
         seed,
@@ -262,23 +254,26 @@ def measure_case(
     for name, make in makers.items():
         progress(f"checking {name}")
         try:
-            ready[name] = _checked(make, inputs, check, clock)
+            ready[name] = _Timed(make, inputs, check, clock)
         except NotRunError as error:
             absent[name] = str(error)
         except Exception as error:  # of anyone's kernel: the others are still worth their time
             clock.synchronize()  # raises again where the device itself is lost
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
             failed[name] = reason[:_LONGEST_REASON]
-    bandwidth = _time(ready, clock, rounds, progress)
+    works = {name: timed.step for name, timed in ready.items()}
+    steps = interleaved(
+        {**works, _READ: lambda: {_READ: clock.bandwidth()}},
+        rounds or clock.rounds_within(),
+        warmups=0 if clock.dry else 1,
+        progress=progress,
+    )
+    bandwidth = median(read[_READ] for read in steps.pop(_READ))
     floor = _floor(inputs, limits, bandwidth)
-    providers = {name: _facts(timed, inputs, floor, clock) for name, timed in ready.items()}
-    stock = {name: found["ms"] for name, found in providers.items() if found["kind"] == "stock"}
-    best = min(stock, key=stock.__getitem__, default=None)
-    for found in providers.values():
-        compares = best is not None and found["kind"] != "chain"
-        found["speedup"] = stock[best] / found["ms"] if best and compares else None
+    providers = {n: _facts(ready[n], steps[n], inputs, floor["us"], clock) for n in ready}
+    tokens = {"ideal": inputs.unique_tokens, "logical": inputs.logical_tokens}
     return {
-        "tree": case.tree,
+        "tree": case.notation,
         "note": case.note,
         "batch": inputs.batch.batch_size,
         "heads": asdict(case.heads),
@@ -286,14 +281,10 @@ def measure_case(
         "page_size": case.page_size,
         "slots": "scattered" if case.scattered else "consecutive",
         "layers": inputs.num_layers,
-        "tokens": {"ideal": inputs.unique_tokens, "logical": inputs.logical_tokens},
-        "bytes": {
-            "ideal": inputs.kv_bytes_unique,
-            "logical": inputs.logical_tokens * inputs.token_bytes,
-        },
+        "tokens": tokens,
+        "bytes": {name: count * inputs.token_bytes for name, count in tokens.items()},
         "flop": inputs.flop,
         "floor": floor,
-        "best_stock": best,
         "target": case.target,
         "bandwidth_gb_s": bandwidth / 1e9,
         "absent": absent,
@@ -302,78 +293,13 @@ def measure_case(
     }
 
 
-def _checked(
-    make: ProviderMaker, inputs: AttentionInputs, check: OutputCheck, clock: Clock
-) -> _Timed:
-    """Make a provider, compare its first layer with the oracle, capture its layers."""
-    provider = make(inputs)
-    for part in provider.step_parts:
-        getattr(provider, part)()
-    inputs.out.fill_(torch.nan)
-    out = provider.run(inputs.k[0], inputs.v[0])
-    error = None if provider.kind == "chain" else check(out)
-    replay = clock.replayable(provider.run_layers)
-    planner = provider
-    if clock.device.type == "cuda" and provider.kind in ("stock", "peer"):
-        # Its plan may move tensors whose addresses the graph has: one of its own makes them.
-        planner = make(inputs)
-    alone = {
-        part: clock.replayable(_repeated(getattr(provider, part), clock.repeats))
-        for part in provider.parts_alone
-    }
-    host = {part: getattr(planner, part) for part in provider.step_parts}
-    return _Timed(provider, error, replay, host, alone)
-
-
-def _repeated(work: Callable[[], object], times: int) -> Callable[[], None]:
-    def run() -> None:
-        for _ in range(times):
-            work()
-
-    return run
-
-
-def _time(
-    ready: Mapping[str, _Timed], clock: Clock, rounds: int | None, progress: Progress
-) -> float:
-    """Time steps of all providers, and streaming reads: each round has all, in random order.
-
-    What runs after one that touches much memory finds cold caches, so that must not always be the
-    same.
-
-    Returns:
-        Bytes per second of the reads.
-    """
-    reads: list[float] = []
-
-    def one_round(number: int) -> None:
-        for name in random.Random(number).sample(list(ready), len(ready)):
-            ready[name].step(clock, plans=number < clock.planned_rounds)
-        num_bytes, seconds = clock.read_seconds()
-        reads.append(num_bytes / seconds)
-
-    if not clock.dry:
-        progress("warming up")
-        one_round(0)
-        for timed in ready.values():
-            timed.forget()
-        reads.clear()
-    began = time.perf_counter()
-    one_round(1)
-    if rounds is None:
-        rounds = clock.rounds_within(time.perf_counter() - began)
-    for number in range(2, rounds + 1):
-        progress(f"round {number} of {rounds}")
-        one_round(number)
-    return median(reads)
-
-
 def _floor(
     inputs: AttentionInputs, limits: Mapping[str, float], bandwidth: float
 ) -> dict[str, float]:
     """Time of a layer that no kernel can beat: bytes, operations, one launch."""
+    kv_bytes = inputs.unique_tokens * inputs.token_bytes
     parts = {
-        "bytes_us": inputs.floor_bytes / bandwidth * 1e6,
+        "bytes_us": (kv_bytes + inputs.q.nbytes + inputs.out.nbytes) / bandwidth * 1e6,
         "flop_us": inputs.flop / limits["flop_per_s"] * 1e6,
         "launch_us": limits["empty_launch_us"],
     }
@@ -381,39 +307,42 @@ def _floor(
 
 
 def _facts(
-    timed: _Timed, inputs: AttentionInputs, floor: Mapping[str, float], clock: Clock
+    timed: _Timed,
+    steps: Sequence[Mapping[str, float]],
+    inputs: AttentionInputs,
+    floor_us: float,
+    clock: Clock,
 ) -> dict[str, Any]:
     """A provider in the result file, without what needs the others."""
     provider = timed.provider
-    run_ms, append_ms = timed.middle_ms("run"), timed.middle_ms("append")
-    assert run_ms is not None
-    kernel_us = run_ms * 1e3 / (provider.layers or inputs.num_layers)
+    raw_ms = {part: [1e3 * step[part] for step in steps if part in step] for part in steps[0]}
+    ms = {part: median(times) for part, times in raw_ms.items()}
+    kernel_us = 1e3 * ms["run"] / (provider.layers or inputs.num_layers)
     return {
         "kind": provider.kind,
         "executor": provider.executor,
         "policy": provider.policy,
-        **provider.launch,
-        "ms": median(timed.steps) * 1e3,
-        "raw_ms": [seconds * 1e3 for seconds in timed.steps],
-        "plan_ms": timed.middle_ms("plan"),
-        "copy_ms": timed.middle_ms("copy"),
-        "append_ms": None if append_ms is None else append_ms / clock.repeats,
-        "forward_ms": _forward_ms(timed),
-        "merge_ms": timed.middle_ms("merge"),
+        "mode": provider.mode,
+        "merge": provider.merge_mode,
+        "fixed": provider.fixed,
+        "ms": ms["step"],
+        "raw_ms": raw_ms["step"],
+        "plan_ms": ms.get("plan"),
+        "copy_ms": ms.get("copy"),
+        "append_ms": ms["append"] / clock.repeats if "append" in ms else None,
+        "forward_ms": _forward_ms(raw_ms["run"], raw_ms.get("merge")),
+        "merge_ms": ms.get("merge"),
         "kernel_us": kernel_us,
-        "raw_run_ms": [seconds * 1e3 for seconds in timed.seconds["run"]],
-        "over_floor": None if provider.kind == "chain" else kernel_us / floor["us"],
+        "over_floor": None if provider.kind == "chain" else kernel_us / floor_us,
         "bytes_read": provider.kv_tokens_read * inputs.token_bytes,
         "kv_read_ratio": provider.kv_tokens_read / inputs.logical_tokens,
         "packs": provider.num_packs,
         "max_abs_error": timed.error,
-        **provider.facts(),
     }
 
 
-def _forward_ms(timed: _Timed) -> float | None:
+def _forward_ms(runs: Sequence[float], merges: Sequence[float] | None) -> float | None:
     """The run without its merge, which is timed elsewhere: noise can leave nothing of it."""
-    runs, merges = timed.seconds["run"], timed.seconds.get("merge", [])
-    alone = [run - merge for run, merge in zip(runs, merges, strict=False)] or runs
-    value = median(alone) * 1e3
+    pairs = zip(runs, merges or [0.0] * len(runs), strict=True)
+    value = median(run - merge for run, merge in pairs)
     return value if value > 0 else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,12 +12,10 @@ import torch
 from prefix_kernels import plan_buffers
 from prefix_kernels.executor import PlanExecutor, make_executor
 from prefix_kernels.plan import AttentionShape, PackPlan
-from sglang_prefix.forest import PrefixForest
 from sglang_prefix.packing import CPU_PROFILE, GPU_PROFILE, DeviceProfile
-from sglang_prefix.packing.layout import CostedPlan
 from sglang_prefix.packing.planner import PackPlanner
 
-__all__ = ["PackedAttention", "drop_one_work_item", "work_item_counts"]
+__all__ = ["PackedAttention"]
 
 
 class PackedAttention:
@@ -32,7 +31,13 @@ class PackedAttention:
         profile: what the planner believes of the device; None for the executor's usual one.
         reserved_tail_slots: tokens that tails may grow by.
         options: of the executor: mode and merge of the Triton executor.
+
+    Attributes:
+        plan: packs a forest.
+        breaks: a control: every plan that is loaded loses one work item.
     """
+
+    breaks = False
 
     def __init__(
         self,
@@ -45,43 +50,15 @@ class PackedAttention:
         reserved_tail_slots: int = 256,
         **options: Any,
     ) -> None:
-        self.shape, self.device = shape, device
-        self._name, self._options = executor, options
-        self.executor: PlanExecutor = make_executor(executor, shape, device, **options)
+        self._make = partial(make_executor, executor, shape, device, **options)
+        self.executor: PlanExecutor = self._make()
         profile = profile or (GPU_PROFILE if executor == "triton" else CPU_PROFILE)
         if self.executor.max_block_rows is not None:
             rows = min(profile.max_block_rows, self.executor.max_block_rows)
             profile = replace(profile, max_block_rows=rows)
-        self.planner = PackPlanner(
+        self.plan = PackPlanner(
             shape, profile, policy=policy, reserved_tail_slots=reserved_tail_slots
-        )
-        self.breaks = False
-
-    def plan(self, forest: PrefixForest) -> CostedPlan:
-        """Pack a forest."""
-        return self.planner.plan(forest)
-
-    def fix_capacity(
-        self, plans: Sequence[PackPlan], *load_arguments: torch.Tensor, padded_batch_size: int
-    ) -> None:
-        """Fix the Triton executor's buffers and launches, as graphs need.
-
-        Args:
-            plans: what must fit; are loaded with ``load_arguments``, see :meth:`load`.
-            load_arguments: ``req_to_token`` and ``req_pool_indices``.
-            padded_batch_size: of the batches to come.
-        """
-        from prefix_kernels.plan_buffers import PlanCapacity
-
-        for plan in plans:
-            self.executor.load(plan, *load_arguments)
-        need = _buffers(self.executor).capacity
-        # Other tile classes make other row blocks, so a packed plan may be larger.
-        size = max(need.batch_rows, padded_batch_size)
-        capacity = PlanCapacity(size, 4 * need.plan_size, need.slots, need.partials)
-        self.executor = make_executor(
-            self._name, self.shape, self.device, capacity=capacity, **self._options
-        )
+        ).plan
 
     def load(
         self,
@@ -91,33 +68,46 @@ class PackedAttention:
         *,
         padded_batch_size: int | None = None,
     ) -> None:
-        """Take a plan into use; a control, ``breaks``, loses one work item of it."""
+        """Take a plan into use."""
         self.executor.load(
             plan, req_to_token, req_pool_indices, padded_batch_size=padded_batch_size
         )
         if self.breaks:
-            drop_one_work_item(self.executor)
+            counts = self.work_item_counts()
+            counts[int(counts.argmax())] -= 1
+
+    # Of the Triton executor alone:
+
+    def fix_capacity(
+        self, plans: Sequence[PackPlan], *tables: torch.Tensor, padded_batch_size: int
+    ) -> None:
+        """Fix buffers and launches, as graphs need.
+
+        Args:
+            plans: what must fit.
+            tables: ``req_to_token`` and ``req_pool_indices`` to load the plans with.
+            padded_batch_size: of the batches to come.
+        """
+        for plan in plans:
+            self.executor.load(plan, *tables)
+        need = self._buffers.capacity
+        # Other tile classes make other row blocks, so a packed plan may be larger.
+        size = max(need.batch_rows, padded_batch_size)
+        self.executor = self._make(
+            capacity=plan_buffers.PlanCapacity(size, 4 * need.plan_size, need.slots, need.partials)
+        )
+
+    def work_item_counts(self) -> torch.Tensor:
+        """Items of each work list of the plan in use, as the kernels read them; may be written."""
+        first = plan_buffers.HEADER_NUM_ITEMS
+        counts: torch.Tensor = self._buffers.plan[first : first + plan_buffers.MAX_LISTS]
+        return counts
 
     def poison_partials(self) -> None:
-        """Fill the Triton executor's partial results with NaN."""
-        buffers = _buffers(self.executor)
-        buffers.partial_out.fill_(torch.nan)
-        buffers.partial_lse.fill_(torch.nan)
+        """Fill the partial results with NaN."""
+        for buffer in (self._buffers.partial_out, self._buffers.partial_lse):
+            buffer.fill_(torch.nan)
 
-
-def work_item_counts(executor: PlanExecutor) -> torch.Tensor:
-    """Items of each work list of the plan in use, as the kernels read them; may be written."""
-    first = plan_buffers.HEADER_NUM_ITEMS
-    counts: torch.Tensor = _buffers(executor).plan[first : first + plan_buffers.MAX_LISTS]
-    return counts
-
-
-def drop_one_work_item(executor: PlanExecutor) -> None:
-    """Break the plan in use: its longest work list with an item loses the last one."""
-    counts = work_item_counts(executor)
-    counts[int(counts.argmax())] -= 1
-
-
-def _buffers(executor: PlanExecutor) -> Any:
-    """Of the Triton executor, the only one that has any."""
-    return executor.buffers  # type: ignore[attr-defined]
+    @property
+    def _buffers(self) -> Any:
+        return self.executor.buffers  # type: ignore[attr-defined]

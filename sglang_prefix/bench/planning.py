@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
+from functools import partial
 from statistics import median
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from prefix_kernels.executor import make_executor
 from prefix_kernels.plan_buffers import serialize_plan
 from prefix_kernels.tiles import FUSED_ROWS
 from prefix_kernels.torch_executor import TorchExecutor
@@ -22,14 +23,12 @@ from sglang_prefix.backend.counters import BackendCounters
 from sglang_prefix.backend.decode_batch import DecodeBatch
 from sglang_prefix.backend.decode_planner import DecodePlanner, LayerGroup
 from sglang_prefix.backend.path_cache import PathCache
-from sglang_prefix.bench.timing import host_seconds, interleaved, unpreempted_seconds
+from sglang_prefix.bench.timing import host_seconds, interleaved
 from sglang_prefix.forest import PathTable, PrefixForest
 from sglang_prefix.packing import CPU_PROFILE, GPU_PROFILE, AttentionShape
 from sglang_prefix.packing.planner import PackPlanner
 
 __all__ = ["measure_planning"]
-
-Int32Array = NDArray[np.int32]
 
 # Three levels: a root, branches below it, groups below each branch, requests below each group.
 ROOT, BRANCH, GROUP, PRIVATE = 512, 256, 128, 64
@@ -56,64 +55,34 @@ def measure_planning(num_requests: int, rounds: int, seed: int) -> dict[str, Any
     def make_forest() -> PrefixForest:
         return PrefixForest.from_path_table(table, path_of, limits, lens)
 
-    forest = make_forest()
-    planner = PackPlanner(SHAPE, CPU_PROFILE)
-    gpu_planner = PackPlanner(SHAPE, GPU_PROFILE)
-    plan = planner.plan(forest)
-    gpu_plan = gpu_planner.plan(forest)
-
-    def make_work_list() -> Int32Array:
+    def make_work_list() -> NDArray[np.int32]:
         work = build_work_list(gpu_plan, SHAPE.group_size, list(FUSED_ROWS))
         return serialize_plan(gpu_plan, [work.items], work.partials, num_requests)
 
+    forest = make_forest()
+    planner = PackPlanner(SHAPE, CPU_PROFILE)
+    gpu_plan = PackPlanner(SHAPE, GPU_PROFILE).plan(forest)
     batch = _DecodeBatch(tree, lens)
-    rows = torch.arange(num_requests)
-    executor = make_executor("torch", SHAPE, torch.device("cpu"))
-    executor.load(plan, tree.table, rows)
-    device_lens = torch.from_numpy(lens)
-    new_slots = torch.zeros(num_requests, dtype=torch.int64)
-
-    def step() -> None:
-        executor.append(device_lens, new_slots)
-
-    seconds = interleaved(
-        {
-            # Where the path cache has no answer: the call, and its answer as arrays.
-            "sglang_path_call": lambda: read(tree.requests),
-            "path_table": lambda: PathTable.of(paths),
-            "path_cache_hit": lambda: path_cache.look_up(tree.cache, tree.requests),
-            # Planning: `plan` is the two before it.
-            "forest": make_forest,
-            "pack_and_lay_out": lambda: planner.plan(forest),
-            "plan": lambda: planner.plan(make_forest()),
-            "pack_and_lay_out_gpu_profile": lambda: gpu_planner.plan(forest),
-            "plan_gpu_profile": lambda: gpu_planner.plan(make_forest()),
-            # All that the backend does to plan a batch whose paths are known, slots left out.
-            "plan_batch": batch.plan,
-            # What loading a plan into the Triton executor costs the host, launches left out.
-            "work_list": make_work_list,
-            "forest_from_rows": lambda: PrefixForest.from_rows(
-                tree.table.numpy()[:, : int(lens.max())], lens
-            ),
-            "load_slots": lambda: executor.load(plan, tree.table, rows),
-        },
-        rounds,
-        unpreempted_seconds,
-    )
-    executor.load(plan, tree.table, rows)
-    seconds |= interleaved(
-        {
-            # A step that goes on as the one before: all of it in a graph, and on the CPU as well
-            # the slots that tails grow by.
-            "kept_step": batch.keep,
-            "append_slots": step,
-        },
-        min(rounds, 200),
-        host_seconds,  # a step that is run again has taken its reserved slots twice
-    )
+    stages: dict[str, Callable[[], object]] = {
+        # Where the path cache has no answer: the call, and its answer as arrays.
+        "sglang_path_call": lambda: read(tree.requests),
+        "path_table": lambda: PathTable.of(paths),
+        "path_cache_hit": lambda: path_cache.look_up(tree.cache, tree.requests),
+        # Planning: `plan` is the two before it.
+        "forest": make_forest,
+        "pack_and_lay_out": lambda: planner.plan(forest),
+        "plan": lambda: planner.plan(make_forest()),
+        # All that the backend does to plan a batch whose paths are known, slots left out.
+        "plan_batch": batch.plan,
+        # What loading a plan into the Triton executor costs the host, launches left out.
+        "work_list": make_work_list,
+        # A step that goes on as the one before: all of it in a graph.
+        "kept_step": batch.keep,
+    }
+    timed = {name: partial(host_seconds, work) for name, work in stages.items()}
+    seconds = interleaved(timed, rounds, warmups=2)
     return {
         "num_requests": num_requests,
-        "nodes": forest.num_nodes,
         "us": {name: median(times) * 1e6 for name, times in seconds.items()},
         "seconds": seconds,
     }

@@ -135,7 +135,6 @@ class KernelProvider(TypedDict):
     bytes_read: AtLeastOne
     kv_read_ratio: float
     packs: Count | None
-    speedup: float | None
     max_abs_error: float | None
 
 
@@ -154,7 +153,6 @@ class KernelCase(TypedDict):
     bytes: Amount
     flop: Count
     floor: Floor | None
-    best_stock: str | None
     target: float | None
     bandwidth_gb_s: Positive | None
     absent: Reasons

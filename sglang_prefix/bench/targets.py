@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import truediv
 from typing import Any
 
 from sglang_prefix.bench.comparison import of_kind, our_provider, over, provider_of
@@ -12,16 +13,14 @@ __all__ = ["evaluate", "us_per_layer"]
 
 Case = Mapping[str, Any]
 Provider = Mapping[str, Any]
-Time = Callable[[Provider], float]  # of a layer, in us
-Values = Mapping[str, float]  # by case
+Values = dict[str, float]  # by case
 
 # Layers that share one plan, or one step's metadata: a usual depth.
 _LAYERS = 32
 _WIDE_BYTES = 256 << 20
-_ALONE = ("unrelated", "long")
 
 
-def us_per_layer(provider: Mapping[str, Any], *, plans: bool = True) -> float:
+def us_per_layer(provider: Provider, *, plans: bool = True) -> float:
     """Time of a layer with its share of what is done once per step, in us.
 
     Args:
@@ -42,65 +41,60 @@ def evaluate(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     bring along.
     """
     ours = our_provider(data)
-    targets = _own_targets(data, ours)
-    if data["dry"] or data["environment"]["device"] == "cuda":
-        targets |= _gpu_targets(data["cases"], ours)
-    return targets
-
-
-def _own_targets(data: Mapping[str, Any], ours: str | None) -> dict[str, dict[str, Any]]:
     targets = {}
     for case in data["cases"]:
         speedup = over(case, ours, "stock")
         if case["target"] is not None and speedup is not None:
             meaning = f"fastest stock over ours, at least {case['target']:g}"
             targets[case["name"]] = _target(meaning, speedup, speedup >= case["target"])
+    if data["dry"] or data["environment"]["device"] == "cuda":
+        targets |= _gpu_targets(data["cases"], ours)
     return targets
 
 
 def _gpu_targets(cases: Sequence[Case], ours: str | None) -> dict[str, dict[str, Any]]:
-    def ratios(kind: str, time: Time, wanted: Callable[[Case], bool] = lambda case: True) -> Values:
-        """Time of the fastest of a kind over ours, on the cases that have both."""
-        both = _pairs(cases, ours, kind, time, wanted)
-        return {name: theirs / mine for name, (mine, theirs) in both.items()}
-
+    trees = [case for case in cases if case["group"] == "trees" and case["page_size"] == 1]
+    alone = [case for case in cases if case["group"] in ("unrelated", "long")]
+    small = [case for case in cases if _is_small(case)]
+    bandwidth = {}
+    for case in cases:
+        mine, kv_bytes = provider_of(case, ours), case["bytes"]["ideal"]
+        if mine and kv_bytes >= _WIDE_BYTES:
+            bandwidth[case["name"]] = kv_bytes / case["bandwidth_gb_s"] / 1e3 / mine["kernel_us"]
     cost = {
-        what: {
-            name: mine - theirs
-            for name, (mine, theirs) in _pairs(cases, ours, "stock", time, _is_small).items()
-        }
+        what: _of_both(small, ours, "stock", time, lambda theirs, mine: mine - theirs)
         for what, time in (("plan", us_per_layer), ("kept", _kept), ("kernel", _kernel))
     }
     return {
         "read bandwidth": _every(
             "unique KV bytes over kernel time, at least 0.80 of the bandwidth read in the same "
             "run, on every case with 256 MiB of unique KV or more",
-            _bandwidth_shares(cases, ours),
+            bandwidth,
             0.8,
         ),
         "sharing trees": _geomean(
             "geometric mean of fastest stock over ours, a plan per step included, at least 3 over "
             "the 18 sharing trees in 4 head configurations, page size 1",
-            ratios("stock", us_per_layer, _is_tree),
+            _of_both(trees, ours, "stock", us_per_layer),
             3,
             expected_cases=18 * 4,
-            with_the_plan_kept=_geomean("", ratios("stock", _kept, _is_tree), 3),
+            with_the_plan_kept=_geomean("", _of_both(trees, ours, "stock", _kept), 3),
         ),
         "cascade": _every(
             "FlashInfer's cascade over ours, kernels alone, at least 1 in every case",
-            ratios("flashinfer-cascade", _kernel),
+            _of_both(cases, ours, "flashinfer-cascade", _kernel),
             1,
         ),
         "fasttree": _every(
             "FastTree over ours, kernels alone, at least 1 in every case",
-            ratios("fasttree", _kernel),
+            _of_both(cases, ours, "fasttree", _kernel),
             1,
         ),
         "nothing shared": _every(
             "fastest stock over ours, a plan per step included, at least 0.97",
-            ratios("stock", us_per_layer, _is_alone),
+            _of_both(alone, ours, "stock", us_per_layer),
             0.97,
-            with_the_plan_kept=_every("", ratios("stock", _kept, _is_alone), 0.97),
+            with_the_plan_kept=_every("", _of_both(alone, ours, "stock", _kept), 0.97),
         ),
         "fixed cost": _target(
             "ours with a plan per step, at most the fastest stock call with its metadata spread "
@@ -112,16 +106,9 @@ def _gpu_targets(cases: Sequence[Case], ours: str | None) -> dict[str, dict[str,
     }
 
 
-def _pairs(
-    cases: Sequence[Case], ours: str | None, kind: str, time: Time, wanted: Callable[[Case], bool]
-) -> dict[str, tuple[float, float]]:
-    """Ours and the fastest of a kind by a time, on the cases that have both."""
-    pairs = {}
-    for case in filter(wanted, cases):
-        mine, theirs = provider_of(case, ours), of_kind(case, kind)
-        if mine and theirs:
-            pairs[case["name"]] = (time(mine), min(map(time, theirs.values())))
-    return pairs
+def _is_small(case: Case) -> bool:
+    is_tiny = case["heads"]["kv"] == 1 and case["batch"] == 8
+    return bool(case["group"] == "fixed" and case["page_size"] == 1 and is_tiny)
 
 
 def _kernel(provider: Provider) -> float:
@@ -132,27 +119,20 @@ def _kept(provider: Provider) -> float:
     return us_per_layer(provider, plans=False)
 
 
-def _is_tree(case: Case) -> bool:
-    return bool(case["group"] == "trees" and case["page_size"] == 1)
-
-
-def _is_alone(case: Case) -> bool:
-    return case["group"] in _ALONE
-
-
-def _is_small(case: Case) -> bool:
-    small = case["heads"]["kv"] == 1 and case["batch"] == 8
-    return bool(case["group"] == "fixed" and case["page_size"] == 1 and small)
-
-
-def _bandwidth_shares(cases: Sequence[Case], ours: str | None) -> Values:
-    """Of the bandwidth of the same run, what ours reaches on the bytes that must be read."""
-    shares = {}
+def _of_both(
+    cases: Sequence[Case],
+    ours: str | None,
+    kind: str,
+    time: Callable[[Provider], float],
+    compare: Callable[[float, float], float] = truediv,
+) -> Values:
+    """Compare the time of the fastest of a kind with that of ours, on the cases that have both."""
+    found = {}
     for case in cases:
-        mine, kv_bytes = provider_of(case, ours), case["bytes"]["ideal"]
-        if mine and kv_bytes >= _WIDE_BYTES:
-            shares[case["name"]] = kv_bytes / case["bandwidth_gb_s"] / 1e3 / mine["kernel_us"]
-    return shares
+        mine, theirs = provider_of(case, ours), of_kind(case, kind)
+        if mine and theirs:
+            found[case["name"]] = compare(min(map(time, theirs.values())), time(mine))
+    return found
 
 
 def _every(meaning: str, values: Values, least: float, **more: Any) -> dict[str, Any]:

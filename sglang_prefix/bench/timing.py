@@ -5,13 +5,11 @@ host's clock; always interleaved, in random order.
 from __future__ import annotations
 
 import random
-import resource
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
-from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -26,10 +24,10 @@ __all__ = [
     "clock_for",
     "host_seconds",
     "interleaved",
-    "unpreempted_seconds",
 ]
 
 Work = Callable[[], object]
+T = TypeVar("T")
 
 # A read of this many times the L2 leaves nothing of the caches in it. A read, not a write: dirty
 # lines would be written back inside the timed region.
@@ -40,7 +38,7 @@ _MATRIX_SIZE = {"cpu": 1536, "cuda": 8192}
 _EMPTY_LAUNCHES = 64
 # (floats per iteration of a program, warps, programs per SM); the fastest counts.
 _STREAM_CONFIGS = ((4096, 4, 8), (8192, 8, 4), (16384, 8, 4))
-_TRIES = 3
+_LIMIT_TRIES = 5
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -58,28 +56,40 @@ def _empty_kernel(x_ptr):  # type: ignore
 
 
 def interleaved(
-    works: Mapping[str, Work],
-    rounds: int,
-    measure: Callable[[Work], float],
-    warmups: int = 2,
-) -> dict[str, list[float]]:
-    """Seconds of every work in every round; each round runs all of them, in random order.
+    works: Mapping[str, Callable[[], T]],
+    rounds: int | Callable[[float], int],
+    *,
+    warmups: int = 1,
+    progress: Callable[[str], None] = lambda what: None,
+) -> dict[str, list[T]]:
+    """What every work measured in every round; each round runs all of them, in random order.
 
     What runs after one that touches much memory finds cold caches, so that must not always be the
     same.
 
     Args:
-        works: by name.
-        rounds, warmups: timed, and thrown away before them.
-        measure: runs a work and returns its seconds.
+        works: by name; each times itself.
+        rounds: how many; or says it, given the seconds of the first one.
+        warmups: rounds before them whose results are thrown away.
+        progress: is told which round it is.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in works}
-    for number in range(warmups + rounds):
-        for name in random.Random(number).sample(list(works), len(works)):
-            took = measure(works[name])
-            if number >= warmups:
-                seconds[name].append(took)
-    return seconds
+
+    def one_round(number: int) -> dict[str, T]:
+        return {
+            name: works[name]() for name in random.Random(number).sample(list(works), len(works))
+        }
+
+    for number in range(warmups):
+        progress("warming up")
+        one_round(number)
+    began = time.perf_counter()
+    found = [one_round(warmups)]
+    if not isinstance(rounds, int):
+        rounds = rounds(time.perf_counter() - began)
+    for number in range(1, rounds):
+        progress(f"round {number + 1} of {rounds}")
+        found.append(one_round(warmups + number))
+    return {name: [results[name] for results in found] for name in works}
 
 
 def host_seconds(work: Work) -> float:
@@ -87,20 +97,6 @@ def host_seconds(work: Work) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
-
-
-def unpreempted_seconds(work: Work) -> float:
-    """Seconds of a short work on the host; run again if the system took the core away meanwhile."""
-    for _ in range(_TRIES):
-        preemptions = _preemptions()
-        took = host_seconds(work)
-        if _preemptions() == preemptions:
-            break
-    return took
-
-
-def _preemptions() -> int:
-    return resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw
 
 
 class Clock(ABC):
@@ -135,32 +131,38 @@ class Clock(ABC):
         """Run a replay on a device whose caches hold nothing of use to it."""
 
     @abstractmethod
-    def host_seconds_of(self, work: Work) -> float:
-        """Run work of the host; the device's share of it included."""
-
-    @abstractmethod
-    def read_seconds(self) -> tuple[int, float]:
-        """Bytes of a buffer larger than any cache, and the seconds that a read of it takes."""
+    def bandwidth(self) -> float:
+        """Bytes per second of a read of a buffer that is larger than any cache."""
 
     @abstractmethod
     def limits(self, dtype: torch.dtype) -> dict[str, float]:
-        """Measured here and now: what `schema.Limits` has.
+        """Measured here and now, the fastest of some tries: what `schema.Limits` has.
 
         Args:
             dtype: of the matrices on a GPU. On the CPU our executor computes in float32 whatever
                 the caches hold.
         """
 
+    def host_seconds_of(self, work: Work) -> float:
+        """Run work of the host; the device's share of it included."""
+        self.synchronize()
+
+        def to_its_end() -> None:
+            work()
+            self.synchronize()
+
+        return host_seconds(to_its_end)
+
     def synchronize(self) -> None:
         """Wait for the device; raises where it is lost."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def rounds_within(self, round_seconds: float, seconds: float | None = None) -> int:
-        """Rounds that fit into ``seconds``, those of the clock if None."""
+    def rounds_within(self, seconds: float | None = None) -> Callable[[float], int]:
+        """Of one round's seconds, how many fit into ``seconds``, those of the clock if None."""
+        seconds = self.seconds if seconds is None else seconds
         least, most = self.rounds
-        fit = int((self.seconds if seconds is None else seconds) / max(round_seconds, 1e-9))
-        return min(max(fit, least), most)
+        return lambda one: min(max(int(seconds / max(one, 1e-9)), least), most)
 
 
 class CpuClock(Clock):
@@ -170,7 +172,7 @@ class CpuClock(Clock):
         super().__init__(device)
         self.dry = dry
         if dry:
-            self.rounds, self.seconds = (1, 1), 0.0
+            self.rounds = (1, 1)
         self._stream = torch.ones(4096 if dry else _STREAM_BYTES["cpu"] // 4)
 
     def replayable(self, work: Work) -> Work:
@@ -179,22 +181,17 @@ class CpuClock(Clock):
     def seconds_of(self, replay: Work) -> float:
         return host_seconds(replay)
 
-    def host_seconds_of(self, work: Work) -> float:
-        return host_seconds(work)
-
-    def read_seconds(self) -> tuple[int, float]:
-        return self._stream.nbytes, self.seconds_of(self._stream.sum)
+    def bandwidth(self) -> float:
+        return self._stream.nbytes / host_seconds(self._stream.sum)
 
     def limits(self, dtype: torch.dtype) -> dict[str, float]:
         if self.dry:
             self._try_kernels()
         size = 64 if self.dry else _MATRIX_SIZE["cpu"]
-        a, b = torch.ones(size, size), torch.ones(size, size)
-        best = min(self.seconds_of(partial(torch.matmul, a, b)) for _ in range(5))
-        num_bytes, _ = self.read_seconds()
+        product = partial(torch.matmul, *torch.ones(2, size, size))
         return {
-            "read_bytes_per_s": num_bytes / min(self.read_seconds()[1] for _ in range(3)),
-            "flop_per_s": 2 * size**3 / best,
+            "read_bytes_per_s": max(self.bandwidth() for _ in range(_LIMIT_TRIES)),
+            "flop_per_s": 2 * size**3 / min(host_seconds(product) for _ in range(_LIMIT_TRIES)),
             "empty_launch_us": 0.0,
         }
 
@@ -221,7 +218,7 @@ class GpuClock(Clock):
         flush = _FLUSH_FACTOR * properties.L2_cache_size
         self._flush_buffer = torch.ones(flush // 4, device=device)
         self._sums = torch.empty(self._num_sms * 8, device=device)
-        self._stream_read = (0, 0.0)
+        self._bandwidth = 0.0
 
     def replayable(self, work: Work) -> Work:
         return capture(work, self.device)
@@ -230,32 +227,22 @@ class GpuClock(Clock):
         self._read(self._flush_buffer, *_STREAM_CONFIGS[0])
         return self._events(replay)
 
-    def host_seconds_of(self, work: Work) -> float:
-        self.synchronize()
-        began = time.perf_counter()
-        work()
-        self.synchronize()
-        return time.perf_counter() - began
-
-    def read_seconds(self) -> tuple[int, float]:
-        return self._stream_read  # as in `limits`: steady, unlike a CPU's
+    def bandwidth(self) -> float:
+        return self._bandwidth  # as in `limits`: steady, unlike a CPU's
 
     def limits(self, dtype: torch.dtype) -> dict[str, float]:
         free, _ = torch.cuda.mem_get_info(self.device)
         num_floats = min(_STREAM_BYTES["cuda"], free // 4) // 4 >> 20 << 20
         data = torch.ones(num_floats, device=self.device)
-        reads = [
-            self._median_events(partial(self._read, data, *config), 10)
-            for config in _STREAM_CONFIGS
-        ]
-        self._stream_read = data.nbytes, min(reads)
+        reads = [partial(self._read, data, *config) for config in _STREAM_CONFIGS]
+        self._bandwidth = data.nbytes / min(map(self._fastest, reads))
         size = _MATRIX_SIZE["cuda"]
         # Not ones, with which the chip draws less power and clocks higher.
-        a, b = (torch.randn(size, size, device=self.device, dtype=dtype) for _ in range(2))
-        product = self._median_events(partial(torch.matmul, a, b), 10)
-        empty = self._median_events(self.replayable(self._empty_launches), 20)
+        matrices = torch.randn(2, size, size, device=self.device, dtype=dtype)
+        product = self._fastest(partial(torch.matmul, *matrices))
+        empty = self._fastest(self.replayable(self._empty_launches))
         return {
-            "read_bytes_per_s": data.nbytes / min(reads),
+            "read_bytes_per_s": self._bandwidth,
             "flop_per_s": 2 * size**3 / product,
             "empty_launch_us": empty / _EMPTY_LAUNCHES * 1e6,
         }
@@ -268,9 +255,9 @@ class GpuClock(Clock):
         grid = (self._num_sms * per_sm,)
         _read_kernel[grid](data, self._sums, data.numel() // block, block, num_warps=num_warps)
 
-    def _median_events(self, work: Work, rounds: int) -> float:
+    def _fastest(self, work: Work) -> float:
         work()
-        return median(self._events(work) for _ in range(rounds))
+        return min(self._events(work) for _ in range(2 * _LIMIT_TRIES))
 
     def _events(self, work: Work) -> float:
         began, ended = _event(), _event()

@@ -5,8 +5,7 @@ class; and the table that a result file becomes.
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 
 from prefix_kernels.launch import launch
-from prefix_kernels.oracle import RELATIVE_TOLERANCES
 from prefix_kernels.tiles import (
     ARCHS,
     TABLE,
@@ -29,38 +27,21 @@ from prefix_kernels.tiles import (
 )
 from prefix_kernels.triton_executor import TritonExecutor
 from sglang_prefix.bench.graphs import launches_of
-from sglang_prefix.bench.packed_attention import PackedAttention, work_item_counts
+from sglang_prefix.bench.packed_attention import PackedAttention
 from sglang_prefix.bench.results import read_result, write_whole
 from sglang_prefix.bench.run import BenchRun, Case, NotRunError
 from sglang_prefix.bench.timing import Clock, clock_for, interleaved
-from sglang_prefix.bench.workloads.inputs import (
-    AttentionInputs,
-    MismatchError,
-    Outputs,
-    relative_error,
-)
+from sglang_prefix.bench.workloads.inputs import AttentionInputs, MismatchError, OutputCheck
 from sglang_prefix.bench.workloads.registry import Heads
 from sglang_prefix.bench.workloads.trees import Tree, pat_tree, shared_then_private
 from sglang_prefix.packing import GPU_PROFILE
 
-__all__ = [
-    "FILE_NAME",
-    "KIND",
-    "TABLE",
-    "PackShape",
-    "TileWork",
-    "TuneRun",
-    "pack_shapes",
-    "write_table",
-]
+__all__ = ["TABLE", "PackShape", "TileWork", "TuneRun", "pack_shapes", "write_table"]
 
-KIND, FILE_NAME = "bench-tune", "tune.json"
 _ROOT = Path(__file__).parents[2]
 _SECONDS_PER_CASE = 3.0
 # A choice must be worth its line: the medians of two runs differ by about as much.
 _LEAST_GAIN = 1.02
-# Compiling some 30 tiles takes longer than all else.
-_FIRST_CASE_SECONDS = 150.0
 # Query heads per KV head, as in Qwen3-235B-A22B: then a lone request fills the tile of 16 rows, and
 # those of more rows are shared packs with no tails among them.
 _GROUP = 16
@@ -74,8 +55,6 @@ _LEAST_KV_BYTES = 256 << 20
 _UNSPLIT = replace(GPU_PROFILE, name="unsplit", num_workers=1)
 # Every graph launches the class of 16 rows and that of all rows of its batch, most often 128.
 _ROWS = (16, 128, 64, 32)
-_DTYPES = {"bf16": torch.bfloat16, "fp8_e4m3": torch.float8_e4m3fn}
-_SHAPES = ((128, "bf16"), (64, "bf16"), (128, "fp8_e4m3"), (64, "fp8_e4m3"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,24 +74,11 @@ class PackShape:
 def pack_shapes(*, dry: bool = False) -> list[PackShape]:
     """The most valuable first; in a dry run a lone request's, a shared pack's, and fp8."""
     if dry:
-        return [
-            PackShape(128, "bf16", 16),
-            PackShape(128, "bf16", 32),
-            PackShape(128, "fp8_e4m3", 32),
-        ]
-    return [PackShape(*shape, rows) for shape, rows in product(_SHAPES, _ROWS)]
-
-
-@dataclass(frozen=True, slots=True)
-class _Launch:
-    """A recorded launch."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]
-
-    def __call__(self) -> None:
-        launch(self.kernel, self.grid, **self.arguments)
+        return [PackShape(128, *more) for more in (("bf16", 16), ("bf16", 32), ("fp8_e4m3", 32))]
+    return [
+        PackShape(dim, dtype, rows)
+        for dtype, dim, rows in product(("bf16", "fp8_e4m3"), (128, 64), _ROWS)
+    ]
 
 
 class TileWork:
@@ -123,13 +89,9 @@ class TileWork:
         device, seed: of the tensors.
         dry: tiny, and float16 instead of bfloat16.
 
-    Raises:
-        MismatchError: the result with the formula's tile is not what the oracle says.
-
     Attributes:
         shape: for which a tile is chosen.
-        formula: the tile without a table.
-        candidates: the other tiles that are worth trying.
+        tiles: that are worth trying; the first one is the formula's, used without a table.
         num_packs, tokens, kv_bytes: size of the packs.
     """
 
@@ -137,18 +99,18 @@ class TileWork:
         self._num_sms = 1
         if device.type == "cuda":
             self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-        dim = 16 if dry else pack.head_dim
-        kv_heads = 1 if dry else _KV_HEADS
+        dim, kv_heads = (16, 1) if dry else (pack.head_dim, _KV_HEADS)
         heads = Heads(_GROUP * kv_heads, kv_heads, dim, dim)
         dtype = torch.float16 if dry else torch.bfloat16
-        kv_dtype = dtype if pack.kv_dtype == "bf16" else _DTYPES[pack.kv_dtype]
+        kv_dtype = dtype if pack.kv_dtype == "bf16" else torch.float8_e4m3fn
         # As TritonExecutor has it.
         has_wgmma = dry or torch.cuda.get_device_capability(device)[0] in (9, 10)
-        self.shape = TileShape(dim, dim, dtype.itemsize, kv_dtype.itemsize, has_wgmma)
-        token_bytes = 2 * kv_heads * dim * kv_dtype.itemsize
+        sizes = (dtype.itemsize, kv_dtype.itemsize)
+        self.shape = TileShape(heads.dim, heads.dim, *sizes, has_wgmma)
+        token_bytes = 2 * heads.kv * heads.dim * kv_dtype.itemsize
         self.num_packs, self.tokens = (2, 33) if dry else _size(self._num_sms, token_bytes)
         self.kv_bytes = self.num_packs * self.tokens * token_bytes
-        self._inputs = AttentionInputs.lay_out(
+        inputs = AttentionInputs.lay_out(
             _tree(self.num_packs, self.tokens, pack.rows // _GROUP),
             heads,
             device,
@@ -157,35 +119,30 @@ class TileWork:
             kv_dtype=kv_dtype,
             poison=True,
         )
-        self._record(pack, device)
-        self.formula = formula_tile(pack.rows, self.shape)
-        self.candidates = list(candidate_tiles(pack.rows, self.shape))
-        if dry:
-            self.candidates = self.candidates[:2]
-        if self.formula in self.candidates:
-            self.candidates.remove(self.formula)
-        self._run_with(self.formula)
-        self._inputs.compare(self._outputs)
-        self._expected: Outputs = self._outputs.clone()
+        formula = formula_tile(pack.rows, self.shape)
+        others = [tile for tile in candidate_tiles(pack.rows, self.shape) if tile != formula]
+        self.tiles = [formula, *others[: 1 if dry else None]]
+        self._record(inputs, pack.rows)
+        self._check = OutputCheck(inputs, seed)
 
-    def _record(self, pack: PackShape, device: torch.device) -> None:
+    def _record(self, inputs: AttentionInputs, rows: int) -> None:
         """Record the launches of a plan, and which of them is that of the row class."""
-        w = self._inputs
-        shape = w.heads.shape(w.q.dtype, w.k.dtype)
-        attention = PackedAttention(shape, device, policy="node", profile=_UNSPLIT)
-        plan = attention.plan(w.batch.forest())
-        attention.load(plan, w.req_to_token, w.req_pool_indices)
-        self._outputs = w.outputs()
-        recorded = launches_of(lambda: w.run(attention.executor, self._outputs))
-        self._launches = [_Launch(*one) for one in recorded]
+        shape = inputs.heads.shape(inputs.q.dtype, inputs.k.dtype)
+        # Owns the buffers that the launches read.
+        self._attention = PackedAttention(shape, inputs.q.device, policy="node", profile=_UNSPLIT)
+        plan = self._attention.plan(inputs.batch.forest())
+        self._attention.load(plan, inputs.req_to_token, inputs.req_pool_indices)
+        self._outputs = inputs.outputs()
+        executor = self._attention.executor
+        self._launches = launches_of(lambda: inputs.run(executor, self._outputs))
         self._place = next(
-            i for i, one in enumerate(self._launches) if one.arguments.get("BLOCK_M") == pack.rows
+            i for i, one in enumerate(self._launches) if one.keywords.get("BLOCK_M") == rows
         )
-        work_list = self._launches[self._place].arguments["LIST"]
-        self._num_units = int(work_item_counts(attention.executor)[work_list]) * w.heads.kv
-        self._executor = attention.executor  # owns the buffers that the launches read
+        work_list = self._launches[self._place].keywords["LIST"]
+        counts = self._attention.work_item_counts()
+        self._num_units = int(counts[work_list]) * inputs.heads.kv
 
-    def forward(self, tile: TileConfig) -> _Launch:
+    def forward(self, tile: TileConfig) -> partial[None]:
         """The launch of the row class, alone, with another tile."""
         one = self._launches[self._place]
         programs = min(self._num_units, self._num_sms * tile.resident_programs(self.shape))
@@ -195,31 +152,25 @@ class TileWork:
             "num_stages": tile.num_stages,
             "maxnreg": tile.max_registers,
         }
-        return _Launch(one.kernel, (programs,), one.arguments | options)
+        return partial(launch, one.args[0], (programs,), **one.keywords | options)
 
     def compile(self, tile: TileConfig) -> tuple[int, int]:
         """Registers and spills of a thread; zeros in the interpreter. Launches it once."""
         one = self.forward(tile)
-        compiled = one.kernel[one.grid](**one.arguments)
+        kernel, grid = one.args
+        compiled = kernel[grid](**one.keywords)
         return getattr(compiled, "n_regs", 0), getattr(compiled, "n_spills", 0)
 
     def check(self, tile: TileConfig) -> float:
-        """The largest relative error of a head against the result with the formula's tile.
+        """The largest error of an element, all launches made, that of the row class with a tile.
 
         Raises:
-            MismatchError: it is over the tolerance.
+            MismatchError: the output is not what the oracle, or the first tile, says.
         """
-        self._run_with(tile)
-        tolerance = 2 * RELATIVE_TOLERANCES[self._outputs.out.dtype]
-        error = relative_error(self._outputs.out, self._expected.out.double())
-        if not error <= tolerance:
-            raise MismatchError(f"off by {error} from the formula's tile, more than {tolerance}")
-        return error
-
-    def _run_with(self, tile: TileConfig) -> None:
         self._outputs.poison()
         for place, one in enumerate(self._launches):
             (self.forward(tile) if place == self._place else one)()
+        return self._check(self._outputs.out)
 
 
 def _size(num_sms: int, token_bytes: int) -> tuple[int, int]:
@@ -240,10 +191,10 @@ def _tree(num_packs: int, tokens: int, requests: int) -> Tree:
 def measure_tiles(work: TileWork, clock: Clock) -> dict[str, Any]:
     """Compile, check and time the tiles of a pack shape: what `schema.TuneCase` has."""
     checked: dict[str, dict[str, Any]] = {}
-    replays: dict[str, Callable[[], object]] = {}
+    works: dict[str, Callable[[], float]] = {}
     absent: dict[str, str] = {}
     failed: dict[str, str] = {}
-    for tile in (work.formula, *work.candidates):
+    for tile in work.tiles:
         name = _name(tile)
         try:
             registers, spills = work.compile(tile)
@@ -251,23 +202,19 @@ def measure_tiles(work: TileWork, clock: Clock) -> dict[str, Any]:
                 absent[name] = f"spills, {spills} by the driver's count"
                 continue
             error = work.check(tile)
-            replays[name] = clock.replayable(work.forward(tile))
+            works[name] = partial(clock.seconds_of, clock.replayable(work.forward(tile)))
             checked[name] = {"tile": asdict(tile), "registers": registers, "error": error}
         except MismatchError as mismatch:
             failed[name] = str(mismatch)
         except Exception as error:  # one tile too large for this device: the others are not
             clock.synchronize()  # raises again where the device itself is lost
             absent[name] = f"{type(error).__name__}: {error}"[:500]
-    began = time.perf_counter()
-    seconds = interleaved(replays, 1, clock.seconds_of, warmups=0)
-    rounds = clock.rounds_within(time.perf_counter() - began, _SECONDS_PER_CASE)
-    if not clock.dry:
-        seconds = interleaved(replays, rounds, clock.seconds_of, warmups=0)
-    for name, times in seconds.items():
+    rounds = clock.rounds_within(_SECONDS_PER_CASE)
+    for name, seconds in interleaved(works, rounds, warmups=int(not clock.dry)).items():
         checked[name] |= {
-            "kernel_us": median(times) * 1e6,
-            "raw_us": [one * 1e6 for one in times],
-            "bytes_per_s": work.kv_bytes / median(times),
+            "kernel_us": median(seconds) * 1e6,
+            "raw_us": [one * 1e6 for one in seconds],
+            "bytes_per_s": work.kv_bytes / median(seconds),
         }
     fields = ("head_dim", "v_head_dim", "q_itemsize", "kv_itemsize")
     return {
@@ -275,7 +222,7 @@ def measure_tiles(work: TileWork, clock: Clock) -> dict[str, Any]:
         "packs": work.num_packs,
         "tokens_per_pack": work.tokens,
         "kv_bytes": work.kv_bytes,
-        "formula": _name(work.formula),
+        "formula": _name(work.tiles[0]),
         "tiles": checked,
         "absent": absent,
         "failed": failed,
@@ -288,57 +235,39 @@ def _name(tile: TileConfig) -> str:
 
 
 class TuneRun(BenchRun):
-    """The run of `bench tune`.
+    """The run of `bench tune`; it has no options."""
 
-    Args:
-        folder, command, seed, dry, resume: of :class:`BenchRun`.
-    """
-
-    kind, file_name = KIND, FILE_NAME
-
-    def __init__(
-        self, folder: Path, command: Sequence[str], *, seed: int, dry: bool, resume: bool
-    ) -> None:
-        super().__init__(folder, command=command, options={}, seed=seed, dry=dry, resume=resume)
-        self._device = torch.device(self.data["environment"]["device"])
-        self.data |= _device_facts(self._device)
-        self._packs = pack_shapes(dry=dry)
-        self._clock: Clock | None = None
+    kind, file_name = "bench-tune", "tune.json"
 
     def use(self, options: Mapping[str, Any]) -> None:
         """There are none."""
 
     def prepare(self) -> None:
-        """Measure the device's limits."""
-        self._clock = clock_for(self._device, dry=self.data["dry"])
+        """Name the device, and measure its limits."""
+        device = self._device = torch.device(self.data["environment"]["device"])
+        # A dry run stands for a device with wgmma.
+        self.data |= {"device_name": "cpu", "arch": "sm_90"}
+        if device.type == "cuda":
+            major, minor = torch.cuda.get_device_capability(device)
+            name = torch.cuda.get_device_name(device)
+            self.data |= {"device_name": name, "arch": f"sm_{major}{minor}"}
+        self._clock = clock_for(device, dry=self.data["dry"])
         self.data["limits"] = self._clock.limits(torch.bfloat16)
 
     def cases(self) -> list[Case]:
         """The most valuable first."""
-        cases = [
-            Case(p.name, f"dim{p.head_dim}/{p.kv_dtype}", partial(self._measure, p))
-            for p in self._packs
+        return [
+            Case(pack.name, f"dim{pack.head_dim}/{pack.kv_dtype}", partial(self._measure, pack))
+            for pack in pack_shapes(dry=self.data["dry"])
         ]
-        if not self.data["dry"]:
-            cases[0] = replace(cases[0], expected_s=lambda: _FIRST_CASE_SECONDS)
-        return cases
 
     def _measure(self, pack: PackShape) -> dict[str, Any]:
         is_fp8 = pack.kv_dtype != "bf16" and self._device.type == "cuda"
         reason = TritonExecutor.why_not(self._device, torch.bfloat16, torch.float8_e4m3fn)
         if is_fp8 and reason:
             raise NotRunError(reason)
-        assert self._clock is not None
         work = TileWork(pack, self._device, self.data["seed"], dry=self.data["dry"])
         return measure_tiles(work, self._clock)
-
-
-def _device_facts(device: torch.device) -> dict[str, str]:
-    """Name and architecture; a dry run stands for a device with wgmma."""
-    if device.type != "cuda":
-        return {"device_name": "cpu", "arch": "sm_90"}
-    major, minor = torch.cuda.get_device_capability(device)
-    return {"device_name": torch.cuda.get_device_name(device), "arch": f"sm_{major}{minor}"}
 
 
 def write_table(result_file: Path, table: Path = TABLE) -> str:
@@ -354,7 +283,7 @@ def write_table(result_file: Path, table: Path = TABLE) -> str:
             names a tile that is no candidate.
         OSError: the table cannot be written.
     """
-    data = read_result(result_file, KIND)
+    data = read_result(result_file, TuneRun.kind)
     if data["dry"] and table.resolve() == TABLE:
         raise ValueError(f"{result_file} is a dry run's: name another --table than {TABLE}")
     path = result_file.resolve()

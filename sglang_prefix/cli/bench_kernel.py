@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
@@ -21,20 +22,14 @@ if TYPE_CHECKING:
 __all__ = ["finish", "host", "kernel", "make_run", "tune"]
 
 T = TypeVar("T")
+R = TypeVar("R", bound="BenchRun")
 
 _INTERRUPTED = 130
 _DTYPES = ("bfloat16", "float16", "float32")
 _POLICIES = ("pat", "node", "chunk", "query")
+_BUDGET_S, _QUICK_BUDGET_S = 600.0, 240.0
 # What a resumed run may be told anew: none of it changes what its numbers mean.
 _WITH_RESUME = ("ctx", "out", "resume", "budget_s", "json_file", "plots", "report")
-# Parameters that have another name in the file.
-_FILE_NAMES = {
-    "workload": "workloads",
-    "tree": "trees",
-    "trace": "traces",
-    "policy": "policies",
-}
-_BUDGET_S = {True: 240.0, False: 600.0}  # by --quick
 
 Out = Annotated[Path | None, typer.Option(help="Folder for the result file, plots and page.")]
 Budget = Annotated[
@@ -58,33 +53,38 @@ def kernel(
     quick: Annotated[
         bool, typer.Option("--quick", help="Small batches; a few minutes on two CPU cores.")
     ] = False,
-    workload: Annotated[
+    workloads: Annotated[
         list[str] | None,
         typer.Option(
+            "--workload",
             metavar="FILE|REGEX",
             help="Registry file (trees, unrelated, cpu, gpu, ...), or a regular expression that "
             "the names of cases contain; may be repeated, both choose together. Default: all "
             "files that are no suite.",
         ),
     ] = None,
-    tree: Annotated[
+    trees: Annotated[
         list[str] | None,
         typer.Option(
+            "--tree",
             metavar="N1,N2_L1,L2",
             help="A batch in PAT's notation, as in 1,8,512_512,512,256; may be repeated.",
         ),
     ] = None,
-    trace: Annotated[
+    traces: Annotated[
         list[str] | None,
         typer.Option(
+            "--trace",
             metavar="FILE",
             help="Batches from a trace in Mooncake's format, .jsonl or .jsonl.gz; may be repeated.",
         ),
     ] = None,
     trace_batches: Annotated[int, typer.Option(min=1, help="Moments of a trace.")] = 3,
-    policy: Annotated[
+    policies: Annotated[
         list[str] | None,
-        typer.Option(help=f"One of {', '.join(_POLICIES)}; may be repeated. Default: all."),
+        typer.Option(
+            "--policy", help=f"One of {', '.join(_POLICIES)}; may be repeated. Default: all."
+        ),
     ] = None,
     heads: Annotated[
         list[str] | None,
@@ -131,42 +131,27 @@ def kernel(
     kernel.json, is whole after every case: Ctrl-C keeps what is there, and --resume goes on. At the
     end a page with all tables and plots lies beside it, report.html.
     """
-    if resume:
-        _check_resume(ctx, _folder(out) / "kernel.json")
     _check("dtype", [dtype], _DTYPES)
-    _check("policy", policy or [], _POLICIES)
+    _check("policy", policies or [], _POLICIES)
     _prepare_device(dry=dry)
     from sglang_prefix.bench.cases import KernelOptions, kernel_cases
     from sglang_prefix.bench.plots import has_matplotlib
 
-    options = KernelOptions(
-        quick=quick,
-        workloads=tuple(workload or ()),
-        trees=tuple(tree or ()),
-        traces=tuple(trace or ()),
-        trace_batches=trace_batches,
-        heads=tuple(heads or ()),
-        dtype=dtype,
-        page_size=page_size,
-        rounds=rounds,
-        seed=seed,
-        max_tokens=max_tokens,
-        threads=threads,
-        dry=dry,
-        **({"policies": tuple(dict.fromkeys(policy))} if policy else {}),
-    )
+    given = {field.name: _given(ctx, field.name) for field in dataclasses.fields(KernelOptions)}
+    options = KernelOptions(**{name: value for name, value in given.items() if value})
     if list_cases:
-        _list([case.name for case in _legal(lambda: kernel_cases(options))])
+        _list([case.name for case in make_run(lambda: kernel_cases(options), out)])
     if plots and not has_matplotlib():
         fail("plots need matplotlib: pip install 'sglang-prefix[bench]', or give --no-plots", 2)
     screen = console(json_file)
     with screen.status("importing torch"):
         from sglang_prefix.bench.kernel import KernelRun
 
-    folder = _folder(out)
-    run = make_run(lambda: KernelRun(folder, options, _command(), resume=resume), folder)
+    run = _start(
+        ctx, KernelRun, out, dataclasses.asdict(options), seed=seed, dry=dry, resume=resume
+    )
     if budget_s is None:
-        budget_s = _BUDGET_S[run.data["options"]["quick"]]
+        budget_s = _QUICK_BUDGET_S if run.options.quick else _BUDGET_S
     finish(run, budget_s, screen, json_file, plots=plots, report=report)
 
 
@@ -196,8 +181,6 @@ def tune(
     tune.json, is whole after every shape, and --resume goes on. --write-table then takes what was
     faster into the table that the executor reads.
     """
-    if resume:
-        _check_resume(ctx, _folder(out) / "tune.json")
     _prepare_device(dry=dry, needs_gpu=not (list_cases or write_table))
     from sglang_prefix.bench import tune as module
 
@@ -205,13 +188,10 @@ def tune(
         _list([pack.name for pack in module.pack_shapes(dry=dry)])
     if write_table is not None:
         file, target = write_table, table or module.TABLE
-        typer.echo(_legal(lambda: module.write_table(file, target)))
+        typer.echo(make_run(lambda: module.write_table(file, target), target))
         return
-    folder = _folder(out)
-    run = make_run(
-        lambda: module.TuneRun(folder, _command(), seed=seed, dry=dry, resume=resume), folder
-    )
-    finish(run, _BUDGET_S[False] if budget_s is None else budget_s, console(json_file), json_file)
+    run = _start(ctx, module.TuneRun, out, {}, seed=seed, dry=dry, resume=resume)
+    finish(run, budget_s, console(json_file), json_file)
 
 
 def host(
@@ -235,28 +215,33 @@ def host(
 
     The file in --out is host.json.
     """
-    if resume:
-        _check_resume(ctx, _folder(out) / "host.json")
     from sglang_prefix.bench.host import HostRun
 
     options = {"requests": requests or [256, 1024], "rounds": rounds, "engine": engine}
-    folder = _folder(out or Path() if list_cases else out)
-    run = make_run(
-        lambda: HostRun(folder, _command(), options=options, seed=seed, resume=resume), folder
-    )
+    folder = Path() if list_cases else out
+    run = _start(ctx, HostRun, folder, options, seed=seed, device="cpu", resume=resume)
     if list_cases:
         _list(run.order)
-    finish(run, _BUDGET_S[False] if budget_s is None else budget_s, console(json_file), json_file)
+    finish(run, budget_s, console(json_file), json_file)
 
 
-def _command() -> list[str]:
-    return ["sglang-prefix", *sys.argv[1:]]
-
-
-def _folder(out: Path | None) -> Path:
+def _start(
+    ctx: typer.Context,
+    kind: Callable[..., R],
+    out: Path | None,
+    options: dict[str, Any],
+    *,
+    resume: bool,
+    **more: Any,
+) -> R:
+    """A run, new or resumed, in the folder that the user names."""
     if out is None:
         fail("--out is missing; legal: a folder for the result file", 2)
-    return out
+    command = ["sglang-prefix", *sys.argv[1:]]
+    run = make_run(lambda: kind(out, command=command, options=options, resume=resume, **more), out)
+    if resume:
+        _check_resume(ctx, run)
+    return run
 
 
 def _prepare_device(*, dry: bool, needs_gpu: bool = False) -> None:
@@ -275,32 +260,32 @@ def _prepare_device(*, dry: bool, needs_gpu: bool = False) -> None:
             fail("no GPU here; legal without one: --dry", 2)
 
 
+def _given(ctx: typer.Context, name: str) -> Any:
+    """A parameter as JSON has it."""
+    value = ctx.params[name]
+    return list(value) if isinstance(value, tuple) else value
+
+
 def _check(option: str, values: list[str], legal: tuple[str, ...]) -> None:
     for value in values:
         if value not in legal:
             fail(f"--{option} is {value!r}; legal: {', '.join(legal)}", 2)
 
 
-def _check_resume(ctx: typer.Context, file: Path) -> None:
+def _check_resume(ctx: typer.Context, run: BenchRun) -> None:
     """Refuse options that are not those of the run that is resumed."""
-    from sglang_prefix.bench.results import ResultError, read_result
-
-    try:
-        data = read_result(file)
-    except ResultError as error:
-        fail(f"{error}", 2)
-    was = {**data["options"], "seed": data["seed"], "dry": data["dry"]}
-    for name, given in ctx.params.items():
+    was = {**run.data["options"], "seed": run.data["seed"], "dry": run.data["dry"]}
+    for parameter in ctx.command.params:
+        name = parameter.name or ""
         # By name: typer may bring a click of its own.
         source = ctx.get_parameter_source(name)
-        if source and source.name == "COMMANDLINE" and name not in _WITH_RESUME:
-            given = list(given) if isinstance(given, list | tuple) else given
-            if was.get(_FILE_NAMES.get(name, name)) != given:
-                flag = name.replace("_", "-")
-                fail(
-                    f"--{flag} with --resume: the run in {file.parent} has its own; legal: without",
-                    2,
-                )
+        is_given = source and source.name == "COMMANDLINE" and name not in _WITH_RESUME
+        if is_given and was.get(name) != _given(ctx, name):
+            flag, why = (
+                parameter.opts[0],
+                f"the run in {run.path.parent} has its own; legal: without",
+            )
+            fail(f"{flag} with --resume: {why}", 2)
 
 
 def _list(names: list[str]) -> NoReturn:
@@ -308,25 +293,19 @@ def _list(names: list[str]) -> NoReturn:
     raise typer.Exit
 
 
-def _legal(make: Callable[[], T]) -> T:
-    """What ``make`` returns; bad input ends the command with one line."""
+def make_run(make: Callable[[], T], out: Path | None) -> T:
+    """What ``make`` returns; bad input, or no writable ``out``, ends the command with one line."""
     try:
         return make()
     except ValueError as error:
         fail(f"{error}", 2)
-
-
-def make_run(make: Callable[[], T], out: Path) -> T:
-    """A run; one that cannot be made ends the command with one line."""
-    try:
-        return _legal(make)
     except OSError as error:
         fail(f"--out {out} cannot be written: {error.strerror}; legal: a folder of yours", 2)
 
 
 def finish(
     run: BenchRun,
-    budget_s: float,
+    budget_s: float | None,
     screen: Console,
     json_file: str | None,
     *,
@@ -338,7 +317,7 @@ def finish(
 
     with screen.status("looking at what is here"):
         run.prepare()
-    interrupted = _measure(run, budget_s, screen)
+    interrupted = _measure(run, _BUDGET_S if budget_s is None else budget_s, screen)
     print_section(section_of(run.data), screen)
     if run.path.exists():
         screen.print(f"written to {run.path}", soft_wrap=True)
@@ -375,24 +354,20 @@ def _measure(run: BenchRun, budget_s: float, screen: Console) -> bool:
 
 def _draw(run: BenchRun, screen: Console, *, plots: bool, report: bool) -> list[str]:
     """Write the plots and the page beside the result file; what could not be written, and why."""
+    from sglang_prefix.bench.plots import save_plots
+    from sglang_prefix.bench.report import ResultError, write_folder_page
+
     folder, problems = run.path.parent, []
-    if plots and run.data["cases"]:
-        from sglang_prefix.bench.plots import save_plots
-
-        try:
-            for path in save_plots(run.data, folder):
-                screen.print(f"written to {path}", soft_wrap=True)
-        except OSError as error:
-            problems.append(f"plots cannot be written to {folder}: {error.strerror or error}")
-    if report and run.path.exists():
-        from sglang_prefix.bench.report import ResultError, write_folder_page
-
-        try:
-            path = write_folder_page(folder, plots=plots)
+    try:
+        for path in save_plots(run.data, folder) if plots and run.data["cases"] else ():
             screen.print(f"written to {path}", soft_wrap=True)
-        except ResultError as error:
-            problems.append(f"no page: {' '.join(str(error).split())}")
-        except OSError as error:
-            page = folder / "report.html"
-            problems.append(f"{page} cannot be written: {error.strerror or error}")
+    except OSError as error:
+        problems.append(f"plots cannot be written to {folder}: {error.strerror or error}")
+    try:
+        if report and run.path.exists():
+            screen.print(f"written to {write_folder_page(folder, plots=plots)}", soft_wrap=True)
+    except ResultError as error:
+        problems.append(f"no page: {' '.join(str(error).split())}")
+    except OSError as error:
+        problems.append(f"{folder}/report.html cannot be written: {error.strerror or error}")
     return problems

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from typing import Any
 
 import torch
 
-from sglang_prefix.bench.providers.base import PagedProvider, load_module
+from sglang_prefix.bench.providers.base import PagedProvider
 from sglang_prefix.bench.workloads.inputs import AttentionInputs
 
-__all__ = ["PROVIDERS", "FlashAttention3"]
+__all__ = ["FlashAttention3"]
 
 
 class FlashAttention3(PagedProvider):
@@ -29,7 +30,7 @@ class FlashAttention3(PagedProvider):
 
     def __init__(self, inputs: AttentionInputs) -> None:
         super().__init__(inputs)
-        library = load_module("sgl_kernel.flash_attn")
+        library = importlib.import_module("sgl_kernel.flash_attn")
         self._attend = library.flash_attn_with_kvcache
         self._schedule = getattr(library, "get_scheduler_metadata", None)
         device, batch = inputs.q.device, inputs.q.shape[0]
@@ -41,9 +42,7 @@ class FlashAttention3(PagedProvider):
 
     def plan(self) -> None:
         w = self.inputs
-        pages = w.req_to_token[:, :: self._page_size]
-        if self._page_size > 1:
-            pages = pages // self._page_size
+        pages = self.page_numbers(w.req_to_token[:, :: self.page_size])
         lens = w.seq_lens.int()
         self._step = {"page_table": pages.contiguous(), "cache_seqlens": lens}
         if self._schedule is not None:
@@ -57,7 +56,7 @@ class FlashAttention3(PagedProvider):
                 cache_seqlens=lens,
                 qkv_dtype=w.k.dtype,
                 cu_seqlens_q=self._cu_seqlens_q,
-                page_size=self._page_size,
+                page_size=self.page_size,
                 causal=True,
             )
 
@@ -75,6 +74,3 @@ class FlashAttention3(PagedProvider):
             **self._options,
         )
         return out
-
-
-PROVIDERS = (FlashAttention3,)

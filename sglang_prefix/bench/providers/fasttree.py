@@ -9,19 +9,20 @@ import contextlib
 import importlib.util
 import io
 import os
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from sglang_prefix.bench.providers.base import Provider
+from sglang_prefix.bench.run import NotRunError
 from sglang_prefix.bench.workloads.inputs import AttentionInputs
 
-__all__ = ["FOLDER_VARIABLE", "PROVIDERS", "FastTree"]
+__all__ = ["FOLDER_VARIABLE", "FastTree"]
 
 FOLDER_VARIABLE = "FASTTREE_KERNEL_BENCH"
 
@@ -33,19 +34,8 @@ _KV_SPLITS = [1024, 128]
 _THRESHOLDS = ([132, 528], [132, 132])
 
 
-@dataclass
-class _Node:
-    """What FastTree's planner reads of a node."""
-
-    parent: int
-    id: int
-    seqlen: int
-    num_children: int = 0
-    requests: list[int] = field(default_factory=list)
-
-
 class FastTree(Provider):
-    """FastTree's plan and its two-stage kernels.
+    """FastTree's plan and its two-stage kernels; it reads every node once.
 
     It takes the slots of a node for a run, from which we look ours up on the device.
     """
@@ -60,89 +50,71 @@ class FastTree(Provider):
             return f"{FOLDER_VARIABLE} names no folder"
         try:
             _load(folder)
-        except Exception as error:  # whatever a script of another time does when it is imported
+        except Exception as error:  # a script of another time may raise anything when imported
             return f"{type(error).__name__}: {error}"
         return None
 
-    @classmethod
-    def inapplicable(cls, inputs: AttentionInputs) -> str | None:
-        tree = inputs.batch.tree
-        group = inputs.heads.qo // inputs.heads.kv
-        if group & (group - 1) or group > min(_QUERY_ROWS):
-            return f"group size {group} is no power of two up to {min(_QUERY_ROWS)}"
-        inner = set(tree.parent.tolist()) & set(tree.leaf.tolist())
-        if inner or tree.cut.any():
-            return "requests end inside shared nodes"
-        return None
-
-    @property
-    def kv_tokens_read(self) -> int:
-        """It reads every node once."""
-        return self.inputs.unique_tokens
-
     def __init__(self, inputs: AttentionInputs) -> None:
         super().__init__(inputs)
-        self._module: Any = _load(os.environ[FOLDER_VARIABLE])
-        tree, table = inputs.batch.tree, inputs.batch.table
-        # Several roots hang below an empty one.
-        below = int((tree.parent < 0).sum() > 1)
-        self._nodes = [_Node(-1, 0, 0)] * below
-        for parent, length in zip(
-            (tree.parent + below).tolist(), tree.length.tolist(), strict=True
-        ):
-            self._nodes.append(_Node(parent, len(self._nodes), length))
-            if parent >= 0:
-                self._nodes[parent].num_children += 1
-        slots: list[Any] = [()] * len(self._nodes)
-        if below:
-            self._nodes[0].requests.extend(range(inputs.batch.batch_size))
-        for request, path in enumerate(inputs.batch.paths):
-            for start, end, node in zip((0, *path.ends), path.ends, path.node_ids, strict=False):
-                self._nodes[node + below].requests.append(request)
-                slots[node + below] = table[request, start:end]
-        lengths = [node.seqlen for node in self._nodes]
-        self._pointers = np.concatenate(([0], np.cumsum(lengths))).tolist()
-        flat = np.append(np.concatenate(slots), -1)  # the last entry is FastTree's padding, -1
+        self._group = group = inputs.heads.qo // inputs.heads.kv
+        if group & (group - 1) or group > min(_QUERY_ROWS):
+            raise NotRunError(f"group size {group} is no power of two up to {min(_QUERY_ROWS)}")
+        tree = inputs.batch.tree
+        if tree.cut.any() or set(tree.parent.tolist()) & set(tree.leaf.tolist()):
+            raise NotRunError("requests end inside shared nodes")
+        self.kv_tokens_read = inputs.unique_tokens
+        self._module = _load(os.environ[FOLDER_VARIABLE])
+        self._nodes, slots = _nodes(inputs)
+        self._pointers = np.cumsum([0, *(node.seqlen for node in self._nodes)]).tolist()
         # int32 offsets overflow in its kernels on a large cache; 64-bit slots prevent that.
-        wide = inputs.k[0].numel() >= 1 << 31
-        self._slots = torch.from_numpy(flat).to(
-            inputs.q.device, torch.int64 if wide else torch.int32
-        )
+        dtype = torch.int64 if inputs.k[0].numel() >= 1 << 31 else torch.int32
+        self._slots = torch.from_numpy(slots).to(inputs.q.device, dtype)
         self._plan: tuple[Any, ...] = ()
-        self._tiles: tuple[list[int], list[int]] = ([], [])
 
     def plan(self) -> None:
         w = self.inputs
-        group = w.heads.qo // w.heads.kv
         params = self._module.FastTreeParams()
         params.set_values(0.66, 0.33, 0.1)
-        params.set_q_tile_sizes([rows // group for rows in _QUERY_ROWS])
+        params.set_q_tile_sizes([rows // self._group for rows in _QUERY_ROWS])
         params.set_kv_tile_sizes(list(_KV_TILES))
-        params.set_kv_group_num(group)
+        params.set_kv_group_num(self._group)
+        sizes = (w.batch.batch_size, w.heads.qo, w.heads.kv, w.heads.dim)
         with contextlib.redirect_stdout(io.StringIO()):
-            plan, _ = self._module.fasttree_preparation(
-                self._nodes,
-                self._pointers,
-                w.batch.batch_size,
-                w.heads.qo,
-                w.heads.kv,
-                w.heads.dim,
-                _KV_SPLITS,
-                *_THRESHOLDS,
-                params,
+            (entries, *plan), _ = self._module.fasttree_preparation(
+                self._nodes, self._pointers, *sizes, _KV_SPLITS, *_THRESHOLDS, params
             )
-        self._plan = (self._slots[plan[0].long()], *plan[1:])
-        # The planner may have changed them; its own benchmark passes the ones it started with.
-        self._tiles = (params.TSQs, params.TSKs)
+        # With the tiles as the planner leaves them.
+        self._plan = (self._slots[entries.long()], *plan, params.TSQs, params.TSKs)
 
     def run(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         w = self.inputs
-        self._module.fasttree_decode(w.q, k, v, w.out, *self._plan, *self._tiles, w.sm_scale)
+        self._module.fasttree_decode(w.q, k, v, w.out, *self._plan, w.sm_scale)
         return w.out
 
 
+def _nodes(inputs: AttentionInputs) -> tuple[list[Any], NDArray[np.int64]]:
+    """FastTree's nodes, and their slots one after another, with its padding, -1, at the end."""
+    batch, tree = inputs.batch, inputs.batch.tree
+    parents, lengths = tree.parent.tolist(), tree.length.tolist()
+    if parents.count(-1) > 1:  # several roots hang below an empty one
+        parents, lengths = [-1, *(parent + 1 for parent in parents)], [0, *lengths]
+    nodes = [
+        SimpleNamespace(parent=p, id=i, seqlen=n, num_children=parents.count(i), requests=[])
+        for i, (p, n) in enumerate(zip(parents, lengths, strict=True))
+    ]
+    added = len(nodes) - len(tree.parent)
+    slots: list[Any] = [()] * len(nodes)
+    for request, path in enumerate(batch.paths):
+        own = [0] * added + [node + added for node in path.node_ids]
+        ends = [0] * added + list(path.ends)
+        for start, end, node in zip((0, *ends), ends, own, strict=False):
+            nodes[node].requests.append(request)
+            slots[node] = batch.table[request, start:end]
+    return nodes, np.append(np.concatenate(slots), -1)
+
+
 @cache
-def _load(folder: str) -> ModuleType:
+def _load(folder: str) -> Any:
     path = Path(folder) / "fasttree.py"
     spec = importlib.util.spec_from_file_location("fasttree_kernel_bench", path)
     if spec is None or spec.loader is None:
@@ -150,6 +122,3 @@ def _load(folder: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-PROVIDERS = (FastTree,)

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 
-from sglang_prefix.bench.providers import fa3, fasttree, flashinfer, sglang
 from sglang_prefix.bench.providers.base import Provider, ProviderMaker
-from sglang_prefix.bench.run import NotRunError
-from sglang_prefix.bench.workloads.inputs import AttentionInputs
+from sglang_prefix.bench.providers.fa3 import FlashAttention3
+from sglang_prefix.bench.providers.fasttree import FastTree
+from sglang_prefix.bench.providers.flashinfer import FlashInferCascade, FlashInferDecode
+from sglang_prefix.bench.providers.sglang import SglangTorchNative, SglangTriton
 
-__all__ = ["find_providers", "made"]
+__all__ = ["find_providers"]
 
 _OTHERS: tuple[type[Provider], ...] = (
-    *sglang.PROVIDERS,
-    *flashinfer.PROVIDERS,
-    *fa3.PROVIDERS,
-    *fasttree.PROVIDERS,
+    *(SglangTorchNative, SglangTriton),
+    *(FlashInferDecode, FlashInferCascade, FlashAttention3, FastTree),
 )
+# Named so that its absence is seen.
+_ABSENT = {"sglang-intel-amx": "needs sgl_kernel's AMX kernels; this command does not call them"}
 
 
 def find_providers(
@@ -36,7 +35,7 @@ def find_providers(
         Providers by name; reasons by name.
     """
     makers: dict[str, ProviderMaker] = {}
-    absent = dict(sglang.ABSENT)
+    absent = dict(_ABSENT)
     for provider in _OTHERS:
         if host in provider.hosts:
             reason = provider.unavailable(device)
@@ -44,18 +43,7 @@ def find_providers(
             is_on_gpu = "cuda" in provider.hosts
             reason = "needs a GPU" if is_on_gpu else "SGLang's CPU backend; needs a run on a CPU"
         if reason is None:
-            makers[provider.name] = partial(made, provider)
+            makers[provider.name] = provider
         else:
             absent[provider.name] = reason
     return makers, absent
-
-
-def made(provider: type[Provider], inputs: AttentionInputs) -> Provider:
-    """A provider, prepared for a batch.
-
-    Raises:
-        NotRunError: it cannot run such a batch; why.
-    """
-    if reason := provider.inapplicable(inputs):
-        raise NotRunError(reason)
-    return provider(inputs)

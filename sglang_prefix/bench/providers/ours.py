@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 
 from prefix_kernels.tiles import LAUNCH_MODES, MERGE_MODES
 from prefix_kernels.torch_executor import merge_partials
-from sglang_prefix.bench.graphs import launches_of
-from sglang_prefix.bench.packed_attention import PackedAttention, work_item_counts
+from sglang_prefix.bench.packed_attention import PackedAttention
 from sglang_prefix.bench.providers.base import Provider, ProviderMaker
 from sglang_prefix.bench.workloads.inputs import AttentionInputs
-from sglang_prefix.packing.layout import CostedPlan
 
-__all__ = ["Chain", "TorchOurs", "TritonOurs", "all_launches", "chains", "our_providers"]
+__all__ = ["Chain", "TorchOurs", "TritonOurs", "chains", "our_providers"]
 
+_USUAL = (LAUNCH_MODES[0], MERGE_MODES[0])
 # A usual depth; launches cost what they cost, whatever is attended to.
 _CHAIN_LAYERS = 32
 # Classes of rows in use, and the policy that leads to it on requests that share a short prefix:
@@ -33,18 +33,13 @@ class _Ours(Provider):
 
     def __init__(self, inputs: AttentionInputs, policy: str, **options: Any) -> None:
         super().__init__(inputs)
-        self.name, self.policy = f"{self.executor}/{policy}", policy
+        self.policy = policy
         shape = inputs.heads.shape(inputs.q.dtype, inputs.k.dtype)
         self._attention = PackedAttention(
             shape, inputs.q.device, executor=self.executor, policy=policy, **options
         )
-        self._plan = self._attention.plan(inputs.batch.forest())
-        self.num_packs = self._plan.num_packs
-
-    @property
-    def kv_tokens_read(self) -> int:
-        """KV tokens that the plan's packs read."""
-        return self._plan.kv_tokens_read
+        self.plan()
+        self.num_packs, self.kv_tokens_read = self._plan.num_packs, self._plan.kv_tokens_read
 
     def plan(self) -> None:
         """Pack the batch anew, as the backend does when it changes."""
@@ -72,25 +67,20 @@ class TorchOurs(_Ours):
 
     def __init__(self, inputs: AttentionInputs, policy: str) -> None:
         super().__init__(inputs, policy)
-        self._partials = _random_partials(self._plan, inputs)
+        num_partials, heads = self._plan.num_partials, inputs.heads
+        indptr = torch.from_numpy(self._plan.request_indptr)
+        self._partials = (
+            torch.full((num_partials, heads.qo, heads.v_dim), 0.5),
+            torch.randn(num_partials, heads.qo),
+            indptr,
+            int(indptr.diff().max()),
+            torch.empty_like(inputs.out),
+        )
 
     def merge(self) -> None:
         """The merges of all layers of a step."""
         for _ in range(self.inputs.num_layers):
             merge_partials(*self._partials)
-
-
-def _random_partials(
-    plan: CostedPlan, inputs: AttentionInputs
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, torch.Tensor]:
-    heads, indptr = inputs.heads, plan.request_indptr
-    return (
-        torch.empty(plan.num_partials, heads.qo, heads.v_dim).fill_(0.5),
-        torch.randn(plan.num_partials, heads.qo),
-        torch.from_numpy(indptr),
-        int((indptr[1:] - indptr[:-1]).max()),
-        torch.empty_like(inputs.out),
-    )
 
 
 class TritonOurs(_Ours):
@@ -100,7 +90,6 @@ class TritonOurs(_Ours):
         inputs: of the case.
         policy, mode, merge: names.
         fixed: buffers and launches as in a served graph; else fitted to the plan.
-        is_usual: whether these modes are the usual ones, which the name then leaves out.
     """
 
     executor = "triton"
@@ -110,26 +99,18 @@ class TritonOurs(_Ours):
         self,
         inputs: AttentionInputs,
         policy: str,
-        mode: str = "streams",
-        merge: str = "launch",
+        mode: str = _USUAL[0],
+        merge: str = _USUAL[1],
         *,
         fixed: bool = True,
-        is_usual: bool = True,
     ) -> None:
         super().__init__(inputs, policy, mode=mode, merge=merge)
-        self.launch = {"mode": mode, "merge": merge, "fixed": fixed}
-        if not is_usual:
-            self.name += f"/{mode}/{merge}" + ("" if fixed else "/fitted")
-        w = inputs
+        self.mode, self.merge_mode, self.fixed = mode, merge, fixed
+        tables, size = (inputs.req_to_token, inputs.req_pool_indices), inputs.batch.batch_size
         if fixed:
-            self._attention.fix_capacity(
-                [self._plan],
-                w.req_to_token,
-                w.req_pool_indices,
-                padded_batch_size=w.batch.batch_size,
-            )
+            self._attention.fix_capacity([self._plan], *tables, padded_batch_size=size)
         # The newest token again: the same lengths, the same slots.
-        self._newest = w.newest_slots()
+        self._newest = inputs.newest_slots()
 
     def append(self) -> None:
         """What a graph does once per step in front of the layers."""
@@ -141,9 +122,6 @@ class Chain(TritonOurs):
 
     "none" minus nothing is the price of empty launches and of the fork and join; the modes differ
     in how many they make. "fitted" launches what one class needs and nothing else.
-
-    Attributes:
-        launches: of one layer: kernel, grid, rows of a tile.
     """
 
     kind = "chain"
@@ -153,86 +131,57 @@ class Chain(TritonOurs):
         self, inputs: AttentionInputs, mode: str, merge: str, used: str, *, layers: int
     ) -> None:
         super().__init__(inputs, _CHAIN_POLICIES[used], mode, merge, fixed=used != "fitted")
-        self.name, self.layers = f"chain/{mode}/{merge}/{used}", layers
-        self._is_empty = used == "none"
-        self.copy()
-        self.launches = [
-            " ".join(
-                (
-                    kernel.__name__,
-                    "x".join(map(str, grid)),
-                    f"rows {arguments['BLOCK_M']}" if "BLOCK_M" in arguments else "",
-                )
-            ).strip()
-            for kernel, grid, arguments in launches_of(lambda: self.run(inputs.k[0], inputs.v[0]))
-        ]
-
-    def facts(self) -> dict[str, Any]:
-        return {"launches": self.launches}
+        self.layers, self._is_empty = layers, used == "none"
 
     def copy(self) -> None:
         super().copy()
         if self._is_empty:
-            work_item_counts(self._attention.executor).zero_()
+            self._attention.work_item_counts().zero_()
 
 
 def our_providers(
-    policies: Sequence[str], host: str, launches: Sequence[tuple[str, str, str, bool]] = ()
+    policies: Sequence[str],
+    host: str,
+    *,
+    all_launches: bool = False,
+    fitted: bool = False,
+    dry: bool = False,
 ) -> dict[str, ProviderMaker]:
     """Ours by name, the first policy first.
 
     Args:
         policies: names.
         host: of :data:`~sglang_prefix.bench.providers.base.HOSTS`.
-        launches: policy, launch mode, merge mode and whether buffers are fixed, of more variants of
-            the Triton executor.
+        all_launches: on the Triton executor every launch and merge mode of the first policy, too,
+            and every launch mode of the others.
+        fitted: the first one with launches fitted to the plan, too, which are compiled for every
+            length of pack.
+        dry: no other policy than the first one in other modes.
     """
     if host == "cpu":
-        return {f"torch/{p}": partial(TorchOurs, policy=p) for p in policies}
+        return {f"torch/{policy}": partial(TorchOurs, policy=policy) for policy in policies}
     makers: dict[str, ProviderMaker] = {
         f"triton/{policy}": partial(TritonOurs, policy=policy) for policy in policies
     }
-    for policy, mode, merge, fixed in launches:
-        name = f"triton/{policy}/{mode}/{merge}" + ("" if fixed else "/fitted")
-        makers[name] = partial(
-            TritonOurs, policy=policy, mode=mode, merge=merge, fixed=fixed, is_usual=False
-        )
-    return makers
-
-
-def all_launches(
-    policies: Sequence[str], *, dry: bool, fitted: bool
-) -> Iterator[tuple[str, str, str, bool]]:
-    """Every launch and merge mode of the first policy, every launch mode of the others.
-
-    The usual modes with fixed buffers are left out: they have their provider anyway.
-
-    Args:
-        policies: names.
-        dry: no other policy than the first one in other modes.
-        fitted: the first one with launches fitted to the plan, too, which are compiled for every
-            length of pack.
-    """
-    first, *others = policies
-    usual = (LAUNCH_MODES[0], MERGE_MODES[0])
-    for mode in LAUNCH_MODES:
-        for merge in MERGE_MODES:
-            if (mode, merge) != usual:
-                yield first, mode, merge, True
-    for policy in () if dry else others:
-        for mode in LAUNCH_MODES[1:]:
-            yield policy, mode, MERGE_MODES[0], True
+    first = policies[0]
+    variants = product(policies, LAUNCH_MODES, MERGE_MODES) if all_launches else ()
+    for policy, mode, merge in variants:
+        wanted = policy == first or (merge == _USUAL[1] and not dry)
+        if wanted and (mode, merge) != _USUAL:
+            name = f"triton/{policy}/{mode}/{merge}"
+            makers[name] = partial(TritonOurs, policy=policy, mode=mode, merge=merge)
     if fitted:
-        yield first, *usual, False
+        name = f"triton/{first}/{'/'.join(_USUAL)}/fitted"
+        makers[name] = partial(TritonOurs, policy=first, fixed=False)
+    return makers
 
 
 def chains(*, dry: bool) -> dict[str, ProviderMaker]:
     """All of :class:`Chain`, by name."""
+    layers = 1 if dry else _CHAIN_LAYERS
     return {
         f"chain/{mode}/{merge}/{used}": partial(
-            Chain, mode=mode, merge=merge, used=used, layers=1 if dry else _CHAIN_LAYERS
+            Chain, mode=mode, merge=merge, used=used, layers=layers
         )
-        for mode in LAUNCH_MODES
-        for merge in MERGE_MODES
-        for used in _CHAIN_POLICIES
+        for mode, merge, used in product(LAUNCH_MODES, MERGE_MODES, _CHAIN_POLICIES)
     }

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from functools import cache
 from typing import Any
 
 import torch
 
-from sglang_prefix.bench.providers.base import Provider, import_reason, load_module
+from sglang_prefix.bench.providers.base import Provider, import_reason
 from sglang_prefix.bench.workloads.inputs import AttentionInputs
 
-__all__ = ["ABSENT", "PROVIDERS", "SglangTorchNative", "SglangTriton"]
+__all__ = ["SglangTorchNative", "SglangTriton"]
 
+_DECODE = "sglang.kernels.ops.attention.decode_attention"
+_METADATA = "sglang.kernels.ops.attention.metadata"
+# By release, where the kernel is that gathers slots.
+_INDICES = ("sglang.kernels.ops.kvcache.kv_indices", "sglang.kernels.ops.attention.kv_indices")
 # SGLang's default for --triton-attention-num-kv-splits.
 _MAX_KV_SPLITS = 8
 
@@ -57,91 +62,61 @@ class SglangTriton(Provider):
 
     @classmethod
     def unavailable(cls, device: torch.device) -> str | None:
-        return import_reason("sglang.kernels.ops.attention.decode_attention", _indices_module())
+        return import_reason(_DECODE, _METADATA, _indices_module())
 
     def __init__(self, inputs: AttentionInputs) -> None:
         super().__init__(inputs)
-        kernels = load_module("sglang.kernels.ops.attention.decode_attention")
-        metadata = load_module("sglang.kernels.ops.attention.metadata")
-        self._decode = kernels.decode_attention_fwd
-        self._count_splits = metadata.get_num_kv_splits_triton
-        self._gather = load_module(_indices_module()).create_flashinfer_kv_indices_triton
-        q, device = inputs.q, inputs.q.device
-        batch, heads = q.shape[:2]
-        self._kv_indptr = torch.zeros(batch + 1, dtype=torch.int32, device=device)
-        num_tokens = int(inputs.batch.seq_lens.sum())
-        self._kv_indices = torch.zeros(num_tokens, dtype=torch.int64, device=device)
-        self._num_splits = torch.zeros(batch, dtype=torch.int32, device=device)
-        shape = (batch, heads, _MAX_KV_SPLITS)
-        self._logits = torch.empty(*shape, inputs.v.shape[-1], device=device)
-        self._lse = torch.empty(shape, device=device)
+        self._decode = importlib.import_module(_DECODE).decode_attention_fwd
+        self._count_splits = importlib.import_module(_METADATA).get_num_kv_splits_triton
+        self._gather = importlib.import_module(
+            _indices_module()
+        ).create_flashinfer_kv_indices_triton
+        batch, heads = inputs.q.shape[:2]
+        device = inputs.q.device
+
+        def zeros(*size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.zeros(size, dtype=dtype, device=device)
+
+        self._kv_indptr = zeros(batch + 1)
+        self._kv_indices = zeros(inputs.logical_tokens, dtype=torch.int64)
+        self._num_splits = zeros(batch)
+        size = (batch, heads, _MAX_KV_SPLITS)
+        self._logits = zeros(*size, inputs.v.shape[-1], dtype=torch.float32)
+        self._lse = zeros(*size, dtype=torch.float32)
         self._num_cores = 8
-        accepted = inspect.signature(self._decode).parameters
         self._options: dict[str, Any] = {}
         self._count_options: dict[str, Any] = {}
+        accepted = inspect.signature(self._decode).parameters
         if device.type == "cuda":
             self._num_cores = torch.cuda.get_device_properties(device).multi_processor_count
             if "use_pdl" in accepted:
-                arch = load_module("sglang.kernels.jit.utils.arch")
+                arch = importlib.import_module("sglang.kernels.jit.utils.arch")
                 self._options["use_pdl"] = arch.is_arch_support_pdl()
         if "uneven_batch" in accepted and "uneven_batch_ptr" in self._count_splits.arg_names:
-            uneven = torch.zeros(1, dtype=torch.int32, device=device)
+            uneven = zeros(1)
             self._options["uneven_batch"] = self._count_options["uneven_batch_ptr"] = uneven
 
     def plan(self) -> None:
         w = self.inputs
         batch, heads = w.q.shape[:2]
         self._kv_indptr[1:] = torch.cumsum(w.seq_lens, 0)
-        self._gather[(batch,)](
-            w.req_to_token,
-            w.req_pool_indices,
-            w.seq_lens,
-            self._kv_indptr,
-            None,
-            self._kv_indices,
-            w.req_to_token.stride(0),
-        )
+        tables = (w.req_to_token, w.req_pool_indices, w.seq_lens, self._kv_indptr)
+        self._gather[(batch,)](*tables, None, self._kv_indices, w.req_to_token.stride(0))
+        sizes = (batch, 1, heads, w.heads.kv, _MAX_KV_SPLITS, self._num_cores)
+        most = max(256, 1 << (batch - 1).bit_length())
         self._count_splits[(1,)](
-            self._num_splits,
-            w.seq_lens,
-            batch,
-            1,
-            heads,
-            w.k.shape[-2],
-            _MAX_KV_SPLITS,
-            self._num_cores,
-            MAX_NUM_SEQ=max(256, 1 << (batch - 1).bit_length()),
-            **self._count_options,
+            self._num_splits, w.seq_lens, *sizes, MAX_NUM_SEQ=most, **self._count_options
         )
 
     def run(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         w = self.inputs
-        self._decode(
-            w.q,
-            k,
-            v,
-            w.out,
-            self._kv_indptr,
-            self._kv_indices,
-            self._logits,
-            self._lse,
-            self._num_splits,
-            _MAX_KV_SPLITS,
-            w.sm_scale,
-            1.0,
-            1.0,
-            **self._options,
-        )
+        indices = (self._kv_indptr, self._kv_indices)
+        partials = (self._logits, self._lse, self._num_splits, _MAX_KV_SPLITS)
+        scales = (w.sm_scale, 1.0, 1.0)
+        self._decode(w.q, k, v, w.out, *indices, *partials, *scales, **self._options)
         return w.out
 
 
 @cache
 def _indices_module() -> str:
-    """Where this release of SGLang keeps the kernel that gathers slots."""
-    names = [f"sglang.kernels.ops.{package}.kv_indices" for package in ("kvcache", "attention")]
-    return next((name for name in names if import_reason(name) is None), names[0])
-
-
-PROVIDERS = (SglangTorchNative, SglangTriton)
-# Named so that its absence is seen.
-ABSENT = {"sglang-intel-amx": "needs sgl_kernel's AMX kernels; this command does not call them"}
+    return next((name for name in _INDICES if import_reason(name) is None), _INDICES[0])

@@ -90,50 +90,37 @@ class AttentionInputs:
     @classmethod
     def lay_out(
         cls,
-        tree: Tree | TreeBatch,
+        tree: Tree,
         heads: Heads,
         device: torch.device,
         seed: int,
         *,
         dtype: torch.dtype,
         kv_dtype: torch.dtype | None = None,
-        page_size: int = 1,
-        scattered: bool = True,
-        growth: int = 0,
-        first_slot: int = 0,
         padded_batch_size: int | None = None,
         max_layers: int = 1,
         max_kv_bytes: int = 0,
         poison: bool = False,
         options: Mapping[str, Any] | None = None,
+        **layout: Any,
     ) -> Self:
         """Lay a tree out on the device, with random values in all slots that are or will be used.
 
         Args:
-            tree: what is shared; or a batch that is laid out already, with what follows from
-                ``page_size`` to ``first_slot``.
+            tree: what is shared.
             heads, device, seed: how wide, where, and of what.
             dtype, kv_dtype: of q and the outputs, and of the caches where it differs.
-            page_size, scattered, growth, first_slot: see :meth:`TreeBatch.lay_out`.
             padded_batch_size: rows of q and of the outputs; None for no padding.
             max_layers: layers with KV of their own, as many as ``max_kv_bytes`` hold, at least 1.
             max_kv_bytes: bytes of the caches of all layers.
-            poison: all other slots hold NaN, so that whatever is read by mistake shows; else zeros,
-                as in an engine's pool, where kernels of others read and mask the padding slot.
+            poison: all other slots hold NaN, so that what is read by mistake shows; else zeros, as
+                in an engine's pool, where kernels of others read and mask the padding slot.
             options: see the class.
+            layout: of :meth:`TreeBatch.lay_out`.
         """
-        batch = tree
-        if isinstance(batch, Tree):
-            batch = TreeBatch.lay_out(
-                batch,
-                page_size=page_size,
-                growth=growth,
-                seed=seed,
-                scattered=scattered,
-                first_slot=first_slot,
-            )
+        batch = TreeBatch.lay_out(tree, seed=seed, **layout)
         kv_dtype = dtype if kv_dtype is None else kv_dtype
-        token_bytes = heads.kv * (heads.dim + heads.v_dim) * kv_dtype.itemsize
+        token_bytes = heads.token_elements * kv_dtype.itemsize
         layers = max(1, min(max_layers, max_kv_bytes // (batch.num_slots * token_bytes)))
         generator = torch.Generator(device).manual_seed(seed)
         slots = torch.from_numpy(batch.used_slots()).to(device)
@@ -182,7 +169,7 @@ class AttentionInputs:
     @property
     def token_bytes(self) -> int:
         """Bytes of K and V of one token in one layer."""
-        return self.heads.kv * (self.heads.dim + self.heads.v_dim) * self.k.itemsize
+        return self.heads.token_elements * self.k.itemsize
 
     @property
     def logical_tokens(self) -> int:
@@ -190,29 +177,19 @@ class AttentionInputs:
         return int(self.batch.seq_lens.sum())
 
     @property
-    def kv_bytes_unique(self) -> int:
-        """Bytes of the batch's KV in one layer, every shared token counted once."""
-        return self.unique_tokens * self.token_bytes
-
-    @property
-    def floor_bytes(self) -> int:
-        """The least that a layer must move: KV once, queries in, outputs out."""
-        return self.kv_bytes_unique + (self.q.numel() + self.out.numel()) * self.q.itemsize
-
-    @property
     def flop(self) -> int:
         """Operations of a layer: both products, of every request with all its KV."""
-        heads = self.heads
-        return 2 * heads.qo * (heads.dim + heads.v_dim) * self.logical_tokens
+        group = self.heads.qo // self.heads.kv
+        return 2 * group * self.heads.token_elements * self.logical_tokens
 
     @property
     def params(self) -> AttentionParams:
         """What an executor's ``run`` is given beside tensors."""
         return AttentionParams(self.sm_scale, **self.options)
 
-    def run(self, executor: PlanExecutor, outputs: Outputs, *, layer: int = 0) -> None:
-        """Launch one layer."""
-        caches = self.k[layer], self.v[layer]
+    def run(self, executor: PlanExecutor, outputs: Outputs) -> None:
+        """Launch the first layer."""
+        caches = self.k[0], self.v[0]
         executor.run(self.q, *caches, outputs.out, outputs.lse, self.params)
 
     def outputs(self) -> Outputs:
@@ -234,21 +211,18 @@ class AttentionInputs:
         self.req_to_token[self.req_pool_indices, self.seq_lens] = slots.to(device, torch.int32)
         self.seq_lens += 1
 
-    def oracle(
-        self, requests: torch.Tensor | None = None, *, layer: int = 0
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output [n, Hq, Dv] and natural-log lse [n, Hq] at the lengths in use, float64.
+    def oracle(self, requests: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output [n, Hq, Dv] and natural-log lse [n, Hq] of the first layer, float64.
 
         Args:
             requests: [n] int64, which; None for all.
-            layer: whose caches.
         """
         some = torch.arange(self.batch.batch_size, device=self.q.device)
         some = some if requests is None else requests
         return decode_attention_oracle(
             self.q[some],
-            self.k[layer],
-            self.v[layer],
+            self.k[0],
+            self.v[0],
             self.req_to_token,
             self.req_pool_indices[some],
             self.seq_lens[some],
@@ -256,7 +230,7 @@ class AttentionInputs:
             **self.options,
         )
 
-    def compare(self, outputs: Outputs, *, layer: int = 0) -> float:
+    def compare(self, outputs: Outputs) -> float:
         """The largest relative error of a head's output, all requests against the oracle.
 
         Raises:
@@ -264,7 +238,7 @@ class AttentionInputs:
                 or a padding row is not zero with an lse of minus infinity.
         """
         size = self.batch.batch_size
-        expected, expected_lse = self.oracle(layer=layer)
+        expected, expected_lse = self.oracle()
         dtype = self.q.dtype
         scale = float(torch.as_tensor(self.options.get("v_scale", 1.0)).abs().max())
         found = outputs.out[:size].double() / scale

@@ -1,4 +1,4 @@
-"""The one registry of workloads: JSON files in ``workloads/``, read by all benchmarks.
+"""The one registry of workloads: the JSON files beside this one, read by all benchmarks.
 
 A file names its source and lists batches; each is a tree in PAT's notation or an uneven forest
 drawn from a seed, for some head configurations. Or it is a suite, which names batches of other
@@ -9,9 +9,9 @@ used on a host without SGLang.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
+from functools import cache
 from importlib.resources import files
 from itertools import product
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from sglang_prefix.packing import AttentionShape
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Heads", "KernelCase", "RegistryFile", "load_registry", "registry_names"]
+__all__ = ["Heads", "KernelCase", "load_registry", "registry_names"]
 
 _HEAD_DIM = 128
 
@@ -51,11 +51,16 @@ class Heads:
                 f"heads {text!r}; legal: QO:KV or QO:KV:DIM, with QO a multiple of KV, as in "
                 "'32:8:128'"
             )
-        dim = numbers[2] if len(numbers) > 2 else _HEAD_DIM
-        return cls(numbers[0], numbers[1], dim, dim)
+        qo, kv, dim = (*numbers, _HEAD_DIM)[:3]
+        return cls(qo, kv, dim, dim)
 
     def __str__(self) -> str:
         return f"{self.qo}:{self.kv}" + (f":{self.dim}" if self.dim != _HEAD_DIM else "")
+
+    @property
+    def token_elements(self) -> int:
+        """Elements of K and V of one token."""
+        return self.kv * (self.dim + self.v_dim)
 
     def shape(self, q_dtype: torch.dtype, kv_dtype: torch.dtype) -> AttentionShape:
         """The same with item sizes."""
@@ -64,7 +69,7 @@ class Heads:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class KernelCase:
     """A batch to attend to, and the layer's heads.
 
@@ -72,8 +77,8 @@ class KernelCase:
         group: cases that answer one question.
         batch_name: unique among the batches of a group.
         heads: of the layer.
-        make_tree: the batch.
-        tree: PAT's notation; None for a forest that it cannot say.
+        tree: the batch.
+        notation: of the tree, PAT's; None for a forest that it cannot say.
         page_size: tokens per page of the KV pool.
         dtype: of q and of the caches; empty for what the user asks for.
         scattered: whether slots are in random order.
@@ -82,14 +87,14 @@ class KernelCase:
         rank: cases of a lower one are run before; of the same rank, the smaller ones.
         target: least speed-up over stock that the project promises; None for none.
         is_chain: layers of launches are measured on it, not attention.
-        has_all_launches: ours is measured in all its launch modes.
+        is_of_suite: its rank is its own, and ours is measured in all its launch modes.
     """
 
     group: str
     batch_name: str
     heads: Heads
-    make_tree: Callable[[], Tree]
-    tree: str | None = None
+    tree: Tree
+    notation: str | None = None
     page_size: int = 1
     dtype: str = ""
     scattered: bool = True
@@ -98,7 +103,7 @@ class KernelCase:
     rank: int = 0
     target: float | None = None
     is_chain: bool = False
-    has_all_launches: bool = False
+    is_of_suite: bool = False
 
     @property
     def name(self) -> str:
@@ -107,40 +112,21 @@ class KernelCase:
         parts = (self.group, self.batch_name, str(self.heads), page, self.variant)
         return "/".join(filter(None, parts))
 
-    @cached_property
+    @property
     def logical_elements(self) -> int:
         """Elements of KV of all requests, each with its own: what stock kernels read."""
-        tokens = int(self.make_tree().seq_lens.sum())
-        return tokens * self.heads.kv * (self.heads.dim + self.heads.v_dim)
-
-
-@dataclass(frozen=True, slots=True)
-class RegistryFile:
-    """One file of the registry.
-
-    Attributes:
-        name: of the file, without its suffix.
-        about, source: what it holds, and where that comes from.
-        cases: each batch with each of its heads; the first heads of a batch have rank 0.
-        is_suite: the order, which is that of the ranks, is the one to measure in.
-    """
-
-    name: str
-    about: str
-    source: str
-    cases: tuple[KernelCase, ...]
-    is_suite: bool = False
+        return int(self.tree.seq_lens.sum()) * self.heads.token_elements
 
 
 def registry_names() -> tuple[str, ...]:
-    """Names of all files."""
+    """Names of all files, without their suffix."""
     found = files(__package__).iterdir()
     return tuple(sorted(f.name.removesuffix(".json") for f in found if f.name.endswith(".json")))
 
 
 @cache
-def load_registry(name: str) -> RegistryFile:
-    """Read one file.
+def load_registry(name: str) -> tuple[KernelCase, ...]:
+    """The cases of one file: each batch with each of its heads, of which the first have rank 0.
 
     Raises:
         ValueError: there is no such file; the message lists them.
@@ -150,23 +136,22 @@ def load_registry(name: str) -> RegistryFile:
         raise ValueError(f"workload file {name!r} is unknown; legal: {legal}")
     text = (files(__package__) / f"{name}.json").read_text(encoding="utf-8")
     data: dict[str, Any] = json.loads(text)
-    is_suite = "suite" in data
-    cases = _suite(data) if is_suite else _cases(data, name)
-    return RegistryFile(name, data["about"], data["source"], tuple(cases), is_suite)
+    return tuple(_suite(data) if "suite" in data else _cases(data, name))
 
 
 def _cases(data: dict[str, Any], name: str) -> Iterator[KernelCase]:
     """The batches of a file, each with every dtype and every order of slots that the file names."""
     variants = product(data.get("slots", [""]), data["batches"], data.get("dtypes", [""]))
     for slots, batch, dtype in variants:
+        notation = batch.get("tree")
+        tree = pat_tree(notation) if notation else random_tree(**batch["uneven"])
         for rank, heads in enumerate(batch.get("heads", data["heads"])):
-            tree, uneven = batch.get("tree"), batch.get("uneven")
             yield KernelCase(
                 batch.get("group", name),
                 batch["name"],
                 Heads.parse(heads),
-                partial(random_tree, **uneven) if uneven else partial(pat_tree, tree),
                 tree,
+                notation,
                 dtype=dtype,
                 scattered=slots != "consecutive",
                 variant="/".join(filter(None, (dtype, slots))),
@@ -181,12 +166,11 @@ def _suite(data: dict[str, Any]) -> Iterator[KernelCase]:
     """Cases of other files in a suite's order, each once per page size."""
     found: dict[str, KernelCase] = {}
     for page_size, entry in product(data["page_sizes"], data["suite"]):
-        for case in load_registry(entry["file"]).cases:
-            names, heads = entry.get("names"), entry.get("heads")
-            wanted = (not names or case.batch_name in names) and (
-                not heads or str(case.heads) in heads
-            )
+        names, heads = entry.get("names"), entry.get("heads")
+        for case in load_registry(entry["file"]):
+            wanted = not names or case.batch_name in names
+            wanted = wanted and (not heads or str(case.heads) in heads)
             if wanted and not (case.is_chain and page_size > 1):
-                case = replace(case, page_size=page_size, has_all_launches=True)
-                found.setdefault(case.name, replace(case, rank=len(found)))
+                case = replace(case, page_size=page_size, is_of_suite=True, rank=len(found))
+                found.setdefault(case.name, case)
     yield from found.values()

@@ -83,24 +83,19 @@ def _parse(line: str, where: str) -> TraceRequest:
     if not isinstance(data, dict):
         raise ValueError(f"{where}: no JSON object; legal: an object with hash_ids")
     for name, least in (("timestamp", 0), ("input_length", 1), ("output_length", 1)):
-        if not _is_count(data.get(name)) or data[name] < least:
-            raise ValueError(
-                f"{where}: {name} is {data.get(name)!r}; legal: a whole number from {least} on"
-            )
+        if not _is_count(data.get(name), least):
+            legal = f"a whole number from {least} on"
+            raise ValueError(f"{where}: {name} is {data.get(name)!r}; legal: {legal}")
     ids, length = data.get("hash_ids"), data["input_length"]
-    if not isinstance(ids, list) or not all(map(_is_count, ids)):
-        raise ValueError(f"{where}: hash_ids is {str(ids)[:40]}; legal: a list of whole numbers")
     blocks = -(-length // BLOCK_TOKENS)
-    if len(ids) != blocks:
-        raise ValueError(
-            f"{where}: hash_ids has {len(ids)} ids; legal: {blocks}, one per {BLOCK_TOKENS} of "
-            f"input_length {length}"
-        )
+    if not isinstance(ids, list) or not all(map(_is_count, ids)) or len(ids) != blocks:
+        legal = f"{blocks} whole numbers, one per {BLOCK_TOKENS} of input_length {length}"
+        raise ValueError(f"{where}: hash_ids is {str(ids)[:40]}; legal: {legal}")
     return TraceRequest(data["timestamp"], length, data["output_length"], tuple(ids))
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def _is_count(value: object, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def trace_batches(
@@ -124,16 +119,16 @@ def trace_batches(
     batches = []
     for number in range(1, count + 1):
         moment = first + (last - first) * number // (count + 1)
-        running = [r for r in requests if r.timestamp <= moment < _end(r)]
+        running = [
+            r
+            for r in requests
+            if r.timestamp <= moment < r.timestamp + r.output_length * _MS_PER_TOKEN
+        ]
         if not running:  # idle: the next one to arrive is a batch of its own
             running = [next((r for r in requests if r.timestamp >= moment), requests[-1])]
             moment = running[0].timestamp
         batches.append(_batch(running, moment, max_tokens))
     return batches
-
-
-def _end(request: TraceRequest) -> int:
-    return request.timestamp + request.output_length * _MS_PER_TOKEN
 
 
 def _batch(running: Sequence[TraceRequest], moment: int, max_tokens: int) -> TraceBatch:

@@ -52,6 +52,11 @@ class Tree:
             node = int(self.parent[node])
         return nodes[::-1]
 
+    def undivided_by(self, page_size: int) -> int | None:
+        """Tokens of a node with children that is not whole pages; None if all are."""
+        lengths = self.length[self.parent[self.parent >= 0]]
+        return next(iter(lengths[lengths % page_size > 0].tolist()), None)
+
     def shrunk(self, page_size: int) -> Tree:
         """A tree of the same form with three requests and short nodes, for the interpreter.
 
@@ -110,8 +115,7 @@ class TreeBatch:
             scattered: pages in random order instead of one after another.
             first_slot: is added to every used slot, and is whole pages.
         """
-        inner = np.unique(tree.parent[tree.parent >= 0])
-        if (tree.length[inner] % page_size).any():
+        if tree.undivided_by(page_size):
             raise ValueError(f"a node with children is not whole pages of {page_size} tokens")
         batch, growth_pages = len(tree.leaf), -(-growth // page_size)
         pages = np.append(-(-tree.length // page_size), np.full(batch, growth_pages))
@@ -210,15 +214,13 @@ def _parse_levels(text: str) -> tuple[list[int], list[int]]:
     if len(parts) != 2:
         raise refuse(f"{len(parts) - 1} '_' instead of one")
     numbers: list[list[int]] = []
-    at = 1
     for part, (unit, limit) in zip(parts, _UNITS, strict=True):
-        numbers.append([])
-        for level, word in enumerate(part.split(","), 1):
+        words = part.split(",")
+        for level, word in enumerate(words, 1):
             # Not int() alone, which takes "1_0", " 1" and digits of other scripts.
             if not (word.isascii() and word.isdigit() and 0 < int(word) < limit):
-                raise refuse(f"{unit} of level {level} (character {at}) are {word!r}")
-            numbers[-1].append(int(word))
-            at += len(word) + 1
+                raise refuse(f"{unit} of level {level} are {word!r}")
+        numbers.append([int(word) for word in words])
     counts, lengths = numbers
     if len(counts) != len(lengths):
         raise refuse(f"{len(counts)} levels of nodes but {len(lengths)} of tokens")
