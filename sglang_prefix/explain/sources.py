@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -13,14 +12,13 @@ from urllib.request import urlopen
 
 import numpy as np
 
-from sglang_prefix.explain.record import Answer, PlanRecord, ShapePlan, find_plan
+from sglang_prefix.explain.record import Answer, Neighbours, PlanRecord, ShapePlan, find_plan
 from sglang_prefix.explain.segments import tile_shape
 from sglang_prefix.forest import PrefixForest, RadixPath
 from sglang_prefix.packing import AttentionShape
 
-__all__ = ["DEVICES", "Setting", "plan_of_prompts", "plan_of_server", "plan_of_tree"]
+__all__ = ["Setting", "plan_of_prompts", "plan_of_server", "plan_of_tree"]
 
-DEVICES = ("cpu", "h200", "cuda")
 # Larger forests are planned, but a list of what was decided would be of no use.
 _MAX_REQUESTS = 16_384
 _SERVER_TIMEOUT_S = 10
@@ -150,24 +148,32 @@ def _check_batch(count: int, what: str) -> None:
 
 def _plan(forest: PrefixForest, source: str, setting: Setting) -> PlanRecord:
     from prefix_kernels.tiles import row_classes
-    from sglang_prefix.packing.planner import PackPlanner, profile_for
+    from sglang_prefix.packing.planner import profile_for
 
     gpu = _gpu_name() if setting.device == "cuda" else None
+    where = {
+        "cpu": "the torch executor on a CPU",
+        "h200": "the Triton kernels on an H200, by its data sheet, not by measurement",
+        "cuda": f"the Triton kernels on this machine's GPU ({gpu})",
+    }
+    note = f"planned for {where[setting.device]}"
+    if setting.is_assumed:
+        others = ", ".join(f"--device {name}" for name in where if name != setting.device)
+        note += f", as this machine has it; others: {others}"
     on_gpu = setting.device != "cpu"
     widest = row_classes(tile_shape(setting.shape, gpu))[-1] if on_gpu else None
-    profile = profile_for("triton" if on_gpu else "torch", widest)
-    planner = PackPlanner(setting.shape, profile, policy=setting.policy)
-    plan = ShapePlan(1, setting.policy, None, planner.plan(forest))
+    device = profile_for("triton" if on_gpu else "torch", widest)
+    plan = ShapePlan(1, setting.policy, None, setting.shape, device)
     return PlanRecord(
         source=source,
         page_size=setting.page_size,
-        forest=forest,
+        neighbours=Neighbours.of(forest),
         plans=(plan,),
         answer=_ask_gate(forest, plan, setting) if on_gpu else Answer("auto", None),
         # As in a decode graph of this batch size.
         graph_rows=forest.batch_size if on_gpu else None,
         gpu=gpu,
-        notes=tuple(_assumptions(setting, gpu)),
+        notes=(note,),
     )
 
 
@@ -180,20 +186,8 @@ def _ask_gate(forest: PrefixForest, plan: ShapePlan, setting: Setting) -> Answer
     if forest.num_nodes == 0:
         return Answer("auto", "gate-nothing-shared")
     limits = H200 if setting.device == "h200" else limits_of(torch.device("cuda"))
-    decision = Gate(limits, setting.stock_backend).choose([(plan.plan, 1)], forest)
+    decision = Gate(limits, setting.stock_backend).choose([(plan.plan(forest), 1)], forest)
     return Answer("auto", *decision[1:], setting.stock_backend)
-
-
-def _assumptions(setting: Setting, gpu: str | None) -> Sequence[str]:
-    where = {
-        "cpu": "the torch executor on a CPU",
-        "h200": "the Triton kernels on an H200, by its data sheet, not by measurement",
-        "cuda": f"the Triton kernels on this machine's GPU ({gpu})",
-    }[setting.device]
-    if not setting.is_assumed:
-        return [f"planned for {where}"]
-    others = ", ".join(f"--device {name}" for name in DEVICES if name != setting.device)
-    return [f"planned for {where}, as this machine has it; others: {others}"]
 
 
 def _gpu_name() -> str:
