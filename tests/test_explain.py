@@ -267,9 +267,9 @@ class TestRecord:
             ({"sglang_prefix": [{"plans": 3}]}, "SGLANG_PREFIX_KEEP_PLAN=1"),
             ({"sglang_prefix": [{"last_plan": None}]}, "has not planned a decode batch yet"),
             ({"sglang_prefix": [{"last_plan": {"left_out": "too large"}}]}, "too large"),
-            ({"sglang_prefix": [1]}, "damaged: sglang_prefix is no list of counters"),
-            ({"sglang_prefix": {"last_plan": {}}}, "damaged: sglang_prefix is no list"),
-            ({"sglang_prefix": [{"last_plan": 5}]}, "damaged: last_plan is no plan"),
+            ({"sglang_prefix": [1]}, "there is no plan in it"),
+            ({"sglang_prefix": {"last_plan": {}}}, "there is no plan in it"),
+            ({"sglang_prefix": [{"last_plan": 5}]}, "has not planned a decode batch yet"),
         ],
     )
     def test_a_server_without_a_plan(self, state: dict[str, Any], message: str) -> None:

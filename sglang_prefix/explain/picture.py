@@ -7,7 +7,6 @@ that it spans. :func:`svg_picture` draws it with a key, :func:`html_page` with t
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 from xml.etree import ElementTree as ET
@@ -39,11 +38,9 @@ _LINE_HEIGHT = 17
 _ROWS_HEIGHT, _MAX_ROW = 460, 22.0
 # Width between two positions where something begins or ends.
 _MIN_WIDTH = 24.0
-# Thinner boxes are nothing but colour; thinner tails are drawn as one; nodes and packs past this
-# number are not drawn.
+# Thinner boxes are nothing but colour; thinner tails are drawn as one.
 _MIN_OUTLINED = 3.0
 _MIN_TAIL = 3.0
-_MAX_DRAWN = 3000
 
 _TEMPLATE = Path(__file__).with_name("page.html.j2")
 
@@ -132,7 +129,6 @@ class _Canvas:
         self._nodes = explanation.segments[: self._forest.num_nodes]
         self._tails = explanation.segments[self._forest.num_nodes :]
         self._breaks, self._at, self._is_stretched = self._scale()
-        self._num_left_out = 0
 
     def _scale(self) -> tuple[list[int], list[float], bool]:
         """Positions and where they are drawn: in proportion, but nothing too thin to see."""
@@ -180,13 +176,6 @@ class _Canvas:
             style.pop("stroke", None)
         return self._add("rect", x=x, y=y, width=width, height=height, **style)
 
-    def _largest(self, sizes: Iterable[int]) -> list[int]:
-        """Which ones to draw, largest first; the rest is counted."""
-        numbers = list(sizes)
-        drawn = sorted(range(len(numbers)), key=lambda i: -numbers[i])[:_MAX_DRAWN]
-        self._num_left_out += len(numbers) - len(drawn)
-        return drawn
-
     def header(self) -> None:
         """What batch this is, and three bars: what stock reads, what we read, the least."""
         self._line(self._explanation.record.source, font_size="15", font_weight="600")
@@ -215,8 +204,7 @@ class _Canvas:
     def packs(self) -> None:
         """Shared packs, a colour for each; broken lines where one is cut into splits."""
         plan, place = self._plan, np.argsort(self._forest.order)
-        areas = (plan.pack_end - plan.pack_start) * np.diff(plan.query_indptr)
-        for pack in sorted(self._largest(areas[: plan.num_shared_packs].tolist())):
+        for pack in range(plan.num_shared_packs):
             start, stop = int(plan.pack_start[pack]), int(plan.pack_end[pack])
             rows, splits = np.sort(place[plan.pack_queries(pack)]), int(plan.num_splits[pack])
             for run in np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1):
@@ -229,8 +217,7 @@ class _Canvas:
 
     def nodes(self) -> None:
         """Outlines and names of nodes; broken where others read their tokens."""
-        for number in self._largest(node.tokens * node.num_readers for node in self._nodes):
-            node = self._nodes[number]
+        for node in self._nodes:
             place = (node.start, node.stop, node.begin, node.end)
             box = self._box(*place, fill="white", fill_opacity="0", stroke=_INK)
             if not node.packs:
@@ -273,8 +260,6 @@ class _Canvas:
         )
         if self._is_stretched:
             self._line("not to scale: short segments are widened to be seen", _MARGIN)
-        if self._num_left_out:
-            self._line(f"not drawn: {self._num_left_out:,} small parts", _MARGIN)
 
     def key(self) -> None:
         """Every row of segments in words."""

@@ -7,7 +7,7 @@ goes into them, and the plan is made from it again.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import pairwise
@@ -242,15 +242,12 @@ def find_plan(data: Any) -> Mapping[str, Any]:
     """
     if isinstance(data, Mapping) and data.get("kind") == _KIND:
         return data
-    states = data.get("internal_states") if isinstance(data, Mapping) else None
-    if not isinstance(states, Sequence):
-        raise ValueError("there is no plan in it")
-    reports: list[Any] = []
-    for state in states:
-        listed = state.get("sglang_prefix", []) if isinstance(state, Mapping) else []
-        if not isinstance(listed, list) or not all(isinstance(entry, Mapping) for entry in listed):
-            raise ValueError(f"{_DAMAGED}sglang_prefix is no list of counters")
-        reports += listed
+    try:
+        reports = [
+            dict(r) for state in data["internal_states"] for r in state.get("sglang_prefix", ())
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError("there is no plan in it") from None
     if not reports:
         raise ValueError("the server does not run the attention backend prefix")
     shown = [report["last_plan"] for report in reports if "last_plan" in report]
@@ -258,12 +255,10 @@ def find_plan(data: Any) -> Mapping[str, Any]:
         raise ValueError(
             "the server keeps no plan; start it with SGLANG_PREFIX_KEEP_PLAN=1 in its environment"
         )
-    kept = [plan for plan in shown if plan is not None]
-    if not kept:
+    plans = [plan for plan in shown if isinstance(plan, Mapping)]
+    if not plans:
         raise ValueError("the server has not planned a decode batch yet; send requests first")
-    if not all(isinstance(plan, Mapping) for plan in kept):
-        raise ValueError(f"{_DAMAGED}last_plan is no plan")
-    found = next((plan for plan in kept if "left_out" not in plan), None)
+    found = next((plan for plan in plans if "left_out" not in plan), None)
     if found is None:
-        raise ValueError(str(kept[0]["left_out"]))
-    return dict(found)
+        raise ValueError(str(plans[0]["left_out"]))
+    return found
