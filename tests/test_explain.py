@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import io
@@ -38,6 +37,8 @@ from tests.forests import Batch, batches, comb_batch, random_batch
 from tests.scheduling import Scheduler
 
 DOCS = (Path(__file__).parents[1] / "docs" / "explain.md").read_text()
+HTTP = b"HTTP/1.0 200 OK\r\n\r\n"
+CUT = b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{}"
 # 2 x (8 + 8) x 4 bytes of K and V and 4 of a slot index: 132 bytes for a token. A query and its
 # partial: 128 + 288 = 416.
 SMALL = AttentionShape(4, 2, 8, 8, 4, 4)
@@ -99,18 +100,6 @@ class TestSegments:
             assert tail.why == "reads the 2,000 tokens above itself: there is no pack"
         assert explanation.stats.kv_tokens_read == 5000 + 4 * 2000 + 4 * 3
 
-    def test_a_tree_on_a_gpu(self) -> None:
-        """PAT's case: a root that is folded into its children, whose packs have two row blocks."""
-        explanation = of_tree("1,8,512_512,512,256")
-        root, *nodes = (segment for segment in explanation.segments if segment.is_node)
-        assert (root.packs, root.tokens_read) == ([], 8 * 2 * 512)
-        places = [(node.start, node.pack_start, node.tile) for node in nodes]
-        assert places == [(512, 0, (128, 64))] * 8
-        assert {node.tokens_read for node in nodes} == {2 * 512}
-        answer = explanation.record.answer
-        assert answer.reason is None
-        assert 0 < (answer.packed_us or 0) < 0.95 * (answer.stock_us or 0)
-
     def test_the_gate_leaves_what_shares_nothing_to_stock(self) -> None:
         explanation = of_tree("6_700")
         assert explanation.record.answer == Answer("auto", "gate-nothing-shared")
@@ -171,14 +160,13 @@ class TestSegments:
 
 
 class TestRows:
-    def test_equal_siblings_are_one(self) -> None:
+    def test_what_looks_alike_is_one(self) -> None:
+        """Equal siblings, and tails of all lengths."""
         assert [row.what for row in rows_of(of_tree("2,8,1024_600,300,20"))] == [
             "nodes 0, 5: 600 tokens each, 512 readers each",
             "nodes 1, 2, 3 and 5 more: 300 tokens each, 128 readers each",
             "requests 0-1023: 20 tokens each",
         ]
-
-    def test_tails_of_all_lengths_are_one(self) -> None:
         lens = np.array([4001, 4100, 4030, 4007])
         forest = PrefixForest.from_neighbours(np.arange(4), np.full(3, 4000), lens)
         _, tails = rows_of(of_forest(forest))
@@ -436,16 +424,22 @@ class TestCommand:
         file.write_text(text)
         assert str(file) in failed("--prompts", file, "--tokenizer", "x")
 
-    @pytest.mark.parametrize(
-        "said",
-        [b"SSH-2.0-OpenSSH_9.2\r\n", b"", b"[" * 100_000, b"no JSON"],
-        ids=["not HTTP", "nothing", "too deep", "cut off"],
-    )
+    @pytest.mark.parametrize("said", [b"SSH-2.0", b"", HTTP, HTTP + b"[" * 100_000, CUT])
     def test_something_else_listens_there(self, said: bytes) -> None:
-        if said[:3] in (b"[[[", b"no "):
-            said = b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n" + said
-        with _listener(said) as url:
+        """No HTTP, nothing, an answer without JSON, nested too deep, and cut off."""
+
+        def answer() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(said)
+
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            thread = threading.Thread(target=answer, daemon=True)
+            thread.start()
+            url = f"http://127.0.0.1:{listening.getsockname()[1]}"
             assert f"{url}/server_info" in failed("--base-url", url)
+            thread.join(timeout=10)
 
     def test_the_output_in_the_docs_is_real(self) -> None:
         """The command and what stands below it, letter by letter."""
@@ -453,20 +447,3 @@ class TestCommand:
         assert found is not None
         printed = run(*found[1].split(), columns=100).stdout
         assert [line.rstrip() for line in printed.splitlines()] == found[2].splitlines()
-
-
-@contextlib.contextmanager
-def _listener(said: bytes) -> Iterator[str]:
-    """A port that gives one answer to whatever it is asked."""
-
-    def answer() -> None:
-        connection, _ = listening.accept()
-        with connection:
-            connection.recv(4096)
-            connection.sendall(said)
-
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        thread = threading.Thread(target=answer, daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        thread.join(timeout=10)

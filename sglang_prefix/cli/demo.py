@@ -67,6 +67,8 @@ def demo(
     """
     import torch
 
+    from sglang_prefix.explain.sources import load_tokenizer
+
     if picture is not None and picture.suffix not in _PICTURES:
         fail(f"--picture is {picture}; legal: a name that ends in {' or '.join(_PICTURES)}", 2)
 
@@ -76,8 +78,12 @@ def demo(
     with tempfile.TemporaryDirectory(prefix="sglang-prefix-demo-") as folder:
         root = Path(folder)
         model = model_path or _make_model(root / "model")
+        try:
+            tokenizer = load_tokenizer(model)
+        except ValueError as error:
+            fail(str(error))
         prompts = forked_prompts(
-            _load_tokenizer(model),
+            tokenizer,
             requests=requests,
             system_tokens=system_tokens,
             branch_tokens=branch_tokens,
@@ -118,15 +124,6 @@ def _make_model(directory: Path) -> str:
     config = TinyModelConfig(num_layers=2, num_heads=8, num_kv_heads=2, head_dim=64)
     build_tiny_model(directory, config)
     return str(directory)
-
-
-def _load_tokenizer(model: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        fail(f"cannot load a tokenizer from {model}: {str(error).splitlines()[0]}")
 
 
 def _run_engine(

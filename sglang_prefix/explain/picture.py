@@ -181,10 +181,10 @@ class _Canvas:
         self._line(self._explanation.record.source, font_size="15", font_weight="600")
         self._line(batch_line(self._explanation))
         self._line(gate_line(self._explanation))
-        for total in totals(self._explanation):
-            label = f"{total.tokens} KV tokens, {total.bytes}: {total.name}"
-            fill = _pack_colour(0) if total.name == "this plan" else _LINE
-            self._line(label, fill=fill, width=max(total.share * 420, 1))
+        for name, tokens, num_bytes, share in totals(self._explanation):
+            fill = _pack_colour(0) if name == "this plan" else _LINE
+            label = f"{tokens} KV tokens, {num_bytes}: {name}"
+            self._line(label, fill=fill, width=max(share * 420, 1))
         self._y += _LINE_HEIGHT
 
     def tails(self) -> None:

@@ -48,19 +48,15 @@ def _one_of(legal: Iterable[str]) -> Any:
     return Field(pattern=f"^({'|'.join(legal)})$")
 
 
-def _amounts(found: Any) -> Any:
-    """Check a dataclass of numbers: counts begin at 1, other amounts at 0."""
+def _amounts(found: AttentionShape | DeviceProfile) -> Any:
+    """Check numbers: counts begin at 1, other amounts at 0; heads come in whole groups."""
     for name, value in asdict(found).items():
         least = 1 if isinstance(value, int) else 0
         if not isinstance(value, str) and not least <= value < _LIMIT:
             raise ValueError(f"{name} is {value}")
-    return found
-
-
-def _shape(shape: AttentionShape) -> AttentionShape:
-    if shape.num_qo_heads % shape.num_kv_heads:
+    if isinstance(found, AttentionShape) and found.num_qo_heads % found.num_kv_heads:
         raise ValueError("its query heads are no multiple of its KV heads")
-    return shape
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +114,7 @@ class ShapePlan:
     num_layers: Count
     policy: Annotated[str, _one_of(POLICIES)]
     max_partials: Count | None
-    shape: Annotated[AttentionShape, AfterValidator(_amounts), AfterValidator(_shape)]
+    shape: Annotated[AttentionShape, AfterValidator(_amounts)]
     device: Annotated[DeviceProfile, AfterValidator(_amounts)]
 
     def plan(self, forest: PrefixForest) -> CostedPlan:

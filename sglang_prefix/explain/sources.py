@@ -21,6 +21,7 @@ from sglang_prefix.packing import AttentionShape
 __all__ = [
     "Setting",
     "forest_of_prompts",
+    "load_tokenizer",
     "parse_heads",
     "plan_of_prompts",
     "plan_of_server",
@@ -100,19 +101,27 @@ def plan_of_prompts(path: Path, tokenizer: str, setting: Setting) -> PlanRecord:
     """
     prompts = read_prompts(path)
     _check_batch(len(prompts), str(path))
-    from transformers import AutoTokenizer
-
-    try:
-        encode = AutoTokenizer.from_pretrained(tokenizer).encode
-    except (OSError, ValueError) as error:
-        message = str(error).splitlines()[0]
-        raise ValueError(f"cannot load a tokenizer from {tokenizer}: {message}") from None
-    ids = [encode(prompt) for prompt in prompts]
+    ids = [*map(load_tokenizer(tokenizer).encode, prompts)]
     lens = [len(row) for row in ids]
     if not all(lens):
         raise ValueError(f"{path}: prompt {lens.index(0) + 1} has no tokens")
     forest = forest_of_prompts(ids, 1, page_size=setting.page_size)
     return _plan(forest, f"first decode step of {len(ids)} prompts in {path}", setting)
+
+
+def load_tokenizer(name: str) -> Any:
+    """A tokenizer of transformers'.
+
+    Raises:
+        ValueError: it cannot be loaded; one line.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        message = str(error).splitlines()[0]
+        raise ValueError(f"cannot load a tokenizer from {name}: {message}") from None
 
 
 def forest_of_prompts(
@@ -136,14 +145,11 @@ def read_prompts(path: Path) -> list[str]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text") from None
-    prompts: Any = [line for line in text.splitlines() if line.strip()]
-    if text.lstrip().startswith("["):
-        try:
-            prompts = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {error.lineno}: {error.msg}") from None
+        is_list = text.lstrip().startswith("[")
+        lines = [line for line in text.splitlines() if line.strip()]
+        prompts: Any = json.loads(text) if is_list else lines
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if not prompts or not all(isinstance(prompt, str) and prompt for prompt in prompts):
         raise ValueError(f"{path} has no prompts; legal: one per line, or a JSON list of texts")
     return list(prompts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from sglang_prefix.backend.fallback import REASONS
 from sglang_prefix.explain.format import amount, plural, size
@@ -18,7 +18,6 @@ __all__ = [
     "MAX_DEPTH",
     "MAX_ROWS",
     "Row",
-    "Total",
     "batch_line",
     "counts_line",
     "gate_line",
@@ -215,24 +214,18 @@ def counts_line(explanation: Explanation) -> str:
     return f"{plural(stats.num_packs, 'pack')}, {plural(stats.num_partials, 'partial result')}"
 
 
-class Total(NamedTuple):
-    """What is read in one layer under one assumption, and its share of what stock reads."""
+def totals(explanation: Explanation) -> list[tuple[str, str, str, float]]:
+    """What is read in one layer: name, tokens, bytes, and share of what stock reads.
 
-    name: str
-    tokens: str
-    bytes: str
-    share: float
-
-
-def totals(explanation: Explanation) -> list[Total]:
-    """The rows of the table of KV read: stock, this plan, the ideal."""
+    One row each for stock, this plan, and the ideal.
+    """
     stats, token_bytes = explanation.stats, explanation.plan.costs.shape.kv_token_bytes
     rows = (
         ("stock: every request reads for itself", stats.kv_tokens_logical, 1.0),
         ("this plan", stats.kv_tokens_read, stats.kv_read_ratio),
         ("every token once", stats.kv_tokens_unique, stats.kv_unique_ratio),
     )
-    return [Total(name, amount(n), size(n * token_bytes), share) for name, n, share in rows]
+    return [(name, amount(n), size(n * token_bytes), share) for name, n, share in rows]
 
 
 def print_explanation(explanation: Explanation, out: Console) -> None:
@@ -242,8 +235,8 @@ def print_explanation(explanation: Explanation, out: Console) -> None:
     table = Table("KV read in one layer", title=None)
     for name in ("tokens", "bytes", "share"):
         table.add_column(name, justify="right")
-    for total in totals(explanation):
-        table.add_row(total.name, total.tokens, total.bytes, f"{total.share:.3f}")
+    for *cells, share in totals(explanation):
+        table.add_row(*cells, f"{share:.3f}")
     out.print(_tree(explanation))
     out.print(table)
     for line in (counts_line(explanation), gate_line(explanation), *explanation.notes):
