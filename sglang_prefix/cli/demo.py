@@ -156,8 +156,10 @@ def _run_engine(
             tokens, _ = run("warming up")
             timed = [run(f"round {number + 1} of {rounds}") for number in range(rounds)]
             counters = engine.ask(_COUNTERS)
-            control.touch()
-            broken, _ = run("control") if hooks else (tokens, 0)
+            broken = tokens
+            if hooks:
+                control.touch()
+                broken, _ = run("control")
         except RuntimeError as error:
             fail(f"the {backend} {error}")
     if any(again != tokens for again, _ in timed):
