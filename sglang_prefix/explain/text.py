@@ -91,10 +91,10 @@ def _name(segments: list[Segment]) -> str:
         return f"{noun} {numbers[0]}"
     if numbers == list(range(numbers[0], numbers[0] + len(numbers))):
         return f"{noun}s {numbers[0]}-{numbers[-1]}"
-    if len(numbers) <= _MAX_NAMED:
+    hidden = len(numbers) - _MAX_NAMED + 1
+    if hidden <= 1:
         return f"{noun}s {', '.join(map(str, numbers))}"
-    shown = ", ".join(map(str, numbers[: _MAX_NAMED - 1]))
-    return f"{noun}s {shown} and {len(numbers) - _MAX_NAMED + 1} more"
+    return f"{noun}s {', '.join(map(str, numbers[:-hidden]))} and {hidden} more"
 
 
 def _how(segments: list[Segment]) -> str:
