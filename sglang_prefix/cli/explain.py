@@ -76,17 +76,6 @@ def explain(
     json_file: JsonOption = None,
 ) -> None:
     """Show which KV a batch shares, how it is packed, and why."""
-    from sglang_prefix.explain.record import read_record
-    from sglang_prefix.explain.segments import explain as explain_record
-    from sglang_prefix.explain.sources import (
-        Setting,
-        parse_heads,
-        plan_of_prompts,
-        plan_of_server,
-        plan_of_tree,
-    )
-    from sglang_prefix.explain.text import print_explanation
-
     given = {f"--{name.replace('_', '-')}" for name in context.params if _is_given(context, name)}
     named = [name for name in _SOURCES if name in given]
     extra = [name for name in _OF_A_NEW_PLAN if name in given]
@@ -100,6 +89,17 @@ def explain(
     if extra and (base_url or plan):
         names = ", ".join(extra)
         fail(f"{names}: a plan that was made has its own; legal with --tree, --prompts", 2)
+    from sglang_prefix.explain.record import read_record
+    from sglang_prefix.explain.segments import explain as explain_record
+    from sglang_prefix.explain.sources import (
+        Setting,
+        parse_heads,
+        plan_of_prompts,
+        plan_of_server,
+        plan_of_tree,
+    )
+    from sglang_prefix.explain.text import print_explanation
+
     try:
         if base_url is not None:
             record = plan_of_server(base_url)

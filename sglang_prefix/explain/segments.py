@@ -135,7 +135,8 @@ def explain(record: PlanRecord) -> Explanation:
         plan = shape_plan.plan(forest)
     except ValueError as error:
         raise ValueError(f"the last batch was not planned: {error}") from None
-    ample = replace(shape_plan, max_partials=None).plan(forest)
+    has_bound = shape_plan.max_partials is not None
+    ample = replace(shape_plan, max_partials=None).plan(forest) if has_bound else plan
     segments = _segments(forest)
     _add_packs(segments, forest, plan, _tiles(record, plan))
     token_bytes = plan.costs.shape.kv_token_bytes
