@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -9,10 +10,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from sglang_prefix.cli import doctor
 from sglang_prefix.cli import exec as exec_module
@@ -26,6 +28,16 @@ STAND_IN = str(stand_in_root())
 QUICK = os.environ | {"PYTHONPATH": ":".join([STAND_IN, *filter(None, sys.path)])}
 CPU = {"SGLANG_USE_CPU_ENGINE": "1"}
 SIGNALS = [signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT]
+# A command that notes each signal and ends with a status of its own.
+NOTES_SIGNALS = """
+import pathlib, signal, sys, time
+def note(number, _):
+    with open("noted", "a") as file: print(number, file=file)
+    if number == signal.SIGINT: sys.exit(77)
+for number in map(int, sys.argv[1:]): signal.signal(number, note)
+pathlib.Path("noted").touch()
+while True: time.sleep(1)
+"""
 
 
 def run_cli(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
@@ -34,25 +46,39 @@ def run_cli(*arguments: str, **options: object) -> subprocess.CompletedProcess[s
     )
 
 
+def invoke(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [*map(str, arguments)])
+
+
+def wait_for(condition: Any, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.02)
+
+
 class TestExec:
     @pytest.mark.parametrize(
         ("kind", "has_gpu", "base", "expected"),
         [
-            ("real", True, {"PYTHONPATH": "/mine", "HOME": "/"}, None),
-            ("missing", True, {"PYTHONPATH": "/mine", "HOME": "/"}, None),
-            ("broken", True, {"PYTHONPATH": "/mine", "HOME": "/"}, None),
+            ("real", True, {"PYTHONPATH": "/mine"}, {"PYTHONPATH": "/mine"}),
+            ("missing", True, {"PYTHONPATH": "/mine"}, {"PYTHONPATH": "/mine"}),
             ("real", False, {"PYTHONPATH": "/mine"}, {"PYTHONPATH": "/mine"} | CPU),
             ("missing", False, {"PYTHONPATH": "/a:/b"}, {"PYTHONPATH": f"{STAND_IN}:/a:/b"} | CPU),
             ("broken", False, {}, {"PYTHONPATH": STAND_IN} | CPU),
-            ("stand-in", False, {"PYTHONPATH": STAND_IN} | CPU, None),  # exec inside exec
+            ("stand-in", False, {"PYTHONPATH": STAND_IN} | CPU, {"PYTHONPATH": STAND_IN} | CPU),
         ],
     )
     def test_the_environment_is_changed_where_it_must_be(
-        self, kind: Any, has_gpu: bool, base: dict[str, str], expected: dict[str, str] | None
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        kind: Any,
+        has_gpu: bool,
+        base: dict[str, str],
+        expected: dict[str, str],
     ) -> None:
-        found = sglang_environment(SglKernel(kind), base, has_gpu=has_gpu)
-        assert found == (base if expected is None else expected)
-        assert (stand_in_root() / "sgl_kernel" / "__init__.py").is_file()
+        monkeypatch.setattr(exec_module, "has_gpu", lambda: has_gpu)
+        assert sglang_environment(SglKernel(kind), base) == expected
 
     def test_a_failed_import_is_explained_by_the_missing_library(self) -> None:
         library = "libcuda.so.1: cannot open shared object file: No such file or directory"
@@ -61,42 +87,24 @@ class TestExec:
         assert exec_module._cause("Traceback\nValueError: no") == "ValueError: no"
         assert exec_module._cause("") == ""
 
-    def test_command_sees_the_environment_and_its_own_options(self) -> None:
-        code = (
-            "import os, sys, sgl_kernel; print(os.environ.get('SGLANG_USE_CPU_ENGINE'), sys.argv)"
-        )
-        done = run_cli("exec", sys.executable, "-c", code, "--help", "--json")
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.split(maxsplit=1)[1].strip() == "['-c', '--help', '--json']"
-
     def test_signals_reach_the_command_and_its_status_is_the_result(self, tmp_path: Path) -> None:
-        # It notes each signal and ends with a status of its own; a wrapper would spoil either.
-        ready, noted = tmp_path / "ready", tmp_path / "noted"
-        code = (
-            "import pathlib, signal, sys, time\n"
-            "def note(number, _):\n"
-            f"    with open({str(noted)!r}, 'a') as file: print(number, file=file)\n"
-            "    if number == signal.SIGINT: sys.exit(77)\n"
-            f"for number in {[int(number) for number in SIGNALS]}: signal.signal(number, note)\n"
-            f"pathlib.Path({str(ready)!r}).touch()\n"
-            "while True: time.sleep(1)\n"
-        )
-        process = subprocess.Popen([*CLI, "exec", "--", sys.executable, "-c", code], env=QUICK)
+        numbers, noted = [str(int(number)) for number in SIGNALS], tmp_path / "noted"
+        command = [*CLI, "exec", "--", sys.executable, "-c", NOTES_SIGNALS, *numbers]
+        process = subprocess.Popen(command, env=QUICK, cwd=tmp_path)
         try:
-            wait_for(ready.exists)
+            wait_for(noted.exists)
             for count, number in enumerate(SIGNALS):
                 process.send_signal(number)
-                wait_for(lambda count=count: len(lines_of(noted)) > count)
+                wait_for(lambda count=count: len(noted.read_text().split()) > count)
             assert process.wait(timeout=20) == 77
         finally:
             process.kill()
             process.wait()
-        assert lines_of(noted) == [str(int(number)) for number in SIGNALS]
+        assert noted.read_text().split() == numbers
 
     @pytest.mark.parametrize(
         ("script", "status"),
         [
-            ("exit 0", 0),
             ("exit 255", 255),
             ("kill -KILL $$", -signal.SIGKILL),
             # Python ignores it for itself; a command dies of it, and quietly.
@@ -109,38 +117,23 @@ class TestExec:
         assert not done.stdout
 
     def test_commands_are_found_as_a_shell_finds_them(self, tmp_path: Path) -> None:
-        script, plain = tmp_path / "local-script", tmp_path / "plain"
-        script.write_text("#!/bin/sh\n")
-        script.chmod(0o755)
-        plain.write_text("")
-        unknown = run_cli("exec", "--", "local-script", cwd=tmp_path)
-        assert unknown.returncode == 127
-        assert unknown.stderr == "sglang-prefix: local-script: command not found\n"
-        assert run_cli("exec", "--", "./local-script", cwd=tmp_path).returncode == 0
-        refused = run_cli("exec", "--", str(plain))
-        assert refused.returncode == 126
-        assert refused.stderr == f"sglang-prefix: {plain}: cannot be run: Permission denied\n"
+        (tmp_path / "local-script").write_text("#!/bin/sh\n")
+        (tmp_path / "local-script").chmod(0o755)
+        (tmp_path / "plain").write_text("")
+        for command, status, said in (
+            ("./local-script", 0, ""),
+            ("local-script", 127, "sglang-prefix: local-script: command not found\n"),
+            ("./none", 127, "sglang-prefix: ./none: command not found\n"),
+            ("./plain", 126, "sglang-prefix: ./plain: cannot be run: Permission denied\n"),
+        ):
+            done = run_cli("exec", "--", command, cwd=tmp_path)
+            assert (done.returncode, done.stderr) == (status, said)
 
-    def test_commands_beside_our_interpreter_are_found(self) -> None:
-        environment = QUICK | {"PATH": "/nowhere"}
-        done = run_cli("exec", "--", Path(sys.executable).name, "-c", "print(1)", env=environment)
-        assert done.stdout == "1\n", done.stderr
-
-    def test_no_command_is_a_usage_error(self) -> None:
-        done = CliRunner().invoke(app, ["exec"])
-        assert done.exit_code == 2
-        assert done.stderr == "sglang-prefix: Missing argument 'CMD...'.\n"
-
-
-def wait_for(condition: Any, seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.02)
-
-
-def lines_of(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []
+    def test_commands_beside_our_interpreter_get_their_own_options(self) -> None:
+        command = ["exec", Path(sys.executable).name, "-c", "import sys; print(sys.argv)"]
+        done = run_cli(*command, "--help", "--json", env=QUICK | {"PATH": "/nowhere"})
+        assert done.stdout == "['-c', '--help', '--json']\n", done.stderr
+        assert invoke("exec").stderr == "sglang-prefix: Missing argument 'CMD...'.\n"
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -152,8 +145,48 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
-class TestDoctor:
+class TestStandIn:
+    """The stand-in `sgl_kernel`: enough for SGLang's imports, and not one kernel more."""
+
     @pytest.fixture
+    def sgl_kernel(self, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+        """Make `import sgl_kernel` give the stand-in, also on a host with the real one."""
+        stand_in = importlib.import_module("prefix_patches.sgl_kernel_cpu.sgl_kernel")
+        monkeypatch.setitem(sys.modules, "sgl_kernel", stand_in)
+        return stand_in
+
+    def test_what_sglang_imports_is_there_and_refuses_to_be_called(
+        self, sgl_kernel: ModuleType
+    ) -> None:
+        for name in (
+            "assign_draft_cache_locs_contiguous_cpu",
+            "assign_extend_cache_locs_cpu",
+            "assign_req_to_token_pool_cpu",
+            "build_tree_kernel_efficient_cpu",
+            "copy_all_layer_kv_cache_cpu",
+            "fill_accept_out_cache_loc_cpu",
+            "fill_bonus_tokens_cpu",
+            "verify_tree_greedy_cpu",
+        ):
+            with pytest.raises(NotImplementedError, match=rf"sgl_kernel\.{name} .*sglang-kernel"):
+                getattr(sgl_kernel, name)(1, key=2)
+
+    def test_any_other_name_is_an_import_error(self, sgl_kernel: ModuleType) -> None:
+        assert sgl_kernel.__version__
+        for name in ("rmsnorm", "__wrapped__"):  # SGLang asks for the first, inspect for the second
+            assert not hasattr(sgl_kernel, name)
+        with pytest.raises(ImportError, match=r"'rmsnorm'.*stand-in"):
+            exec("from sgl_kernel import rmsnorm")
+        with pytest.raises(ModuleNotFoundError):
+            importlib.import_module("sgl_kernel.allreduce")
+
+    def test_its_folder_on_the_path_is_enough(self) -> None:
+        command = [sys.executable, "-S", "-c", "import sgl_kernel; print(sgl_kernel.IS_STAND_IN)"]
+        assert subprocess.check_output(command, env={"PYTHONPATH": STAND_IN}) == b"True\n"
+
+
+class TestDoctor:
+    @pytest.fixture(autouse=True)
     def report(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
         """Stand in for the examination, which takes seconds; tests change what it found."""
         found: dict[str, object] = {
@@ -165,24 +198,19 @@ class TestDoctor:
         monkeypatch.setattr(doctor, "find_sgl_kernel", lambda: SglKernel("broken", "no libcuda"))
         return found
 
-    @pytest.mark.usefixtures("report")
     def test_usable_on_the_cpu_through_exec(self) -> None:
-        done = CliRunner().invoke(app, ["doctor"])
+        done = invoke("doctor")
         assert done.exit_code == 0, done.output
-        assert "usable: yes" in done.stdout.splitlines()[-1]
-        assert "sglang-prefix exec" in done.stdout.splitlines()[-1]
+        assert done.stdout.splitlines()[-1].startswith("usable: yes, on the CPU, in processes")
+        assert "sglang-prefix exec" in done.stdout
         assert "no libcuda" in done.stdout
 
     @pytest.mark.parametrize(
         ("change", "reason"),
         [
             (
-                {
-                    "checks": [
-                        {"name": "sums", "ok": False, "detail": "X is gone", "advice": "do Y"}
-                    ]
-                },
-                "sums: X is gone: do Y",
+                {"checks": [{"name": "sums", "ok": False, "detail": "X", "advice": "do Y"}]},
+                "sums: X: do Y",
             ),
             (
                 {"device": {"kind": "cuda", "name": "some GPU"}},
@@ -195,52 +223,51 @@ class TestDoctor:
         self, report: dict[str, object], change: dict[str, object], reason: str
     ) -> None:
         report |= change
-        done = CliRunner().invoke(app, ["doctor"])
+        done = invoke("doctor")
         assert done.exit_code == 1
         assert done.stdout.splitlines()[-1] == f"usable: no, because {reason}"
 
-    @pytest.mark.usefixtures("report")
     def test_json_is_alone_on_standard_output_or_in_a_file(self, tmp_path: Path) -> None:
         for spelling in (["--json"], ["--json", "-"], ["--json=-"]):
-            done = CliRunner().invoke(app, ["doctor", *spelling])
+            done = invoke("doctor", *spelling)
             result = json.loads(done.stdout)
             assert (result["usable"], result["needs_exec"]) == (True, True)
             assert result["versions"]["torch"] is None
             assert "usable: yes" in done.stderr
         file, nowhere = tmp_path / "a.json", tmp_path / "no" / "a.json"
         for spelling in (["--json", str(file)], [f"--json={file}"]):
-            done = CliRunner().invoke(app, ["doctor", *spelling])
-            assert "usable: yes" in done.stdout
+            assert "usable: yes" in invoke("doctor", *spelling).stdout
             assert json.loads(file.read_text()) == result
             file.unlink()
-        done = CliRunner().invoke(app, ["doctor", "--json", str(nowhere)])
+        done = invoke("doctor", "--json", nowhere)
         assert done.exit_code == 1
         assert f"cannot write {nowhere}" in done.stderr
 
-    def test_a_crashing_examination_is_a_finding(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(sys, "executable", "/bin/false")
-        report = doctor._examine(SglKernel("stand-in"))
-        assert [check["ok"] for check in report["checks"]] == [False]
 
-    def test_this_environment_is_usable(self) -> None:
-        done = run_cli("doctor", "--json", env=os.environ)
-        result = json.loads(done.stdout)
-        assert result["usable"], result["reason"]
-        assert done.returncode == 0
-        assert {"python", "torch", "triton", "sglang", "sglang-prefix"} <= set(result["versions"])
+def test_a_crashing_examination_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    report = doctor._examine(SglKernel("stand-in"))
+    assert [check["ok"] for check in report["checks"]] == [False]
 
-    @pytest.mark.extended
-    def test_a_plugin_shut_out_is_found(self) -> None:
-        done = run_cli("doctor", "--json", env=os.environ | {"SGLANG_PLUGINS": "another"})
-        assert done.returncode == 1
-        result = json.loads(done.stdout)
-        assert not result["usable"]
-        assert "SGLANG_PLUGINS" in result["reason"]
+
+def test_this_environment_is_usable() -> None:
+    done = run_cli("doctor", "--json", env=os.environ)
+    result = json.loads(done.stdout)
+    assert result["usable"], result["reason"]
+    assert done.returncode == 0
+    assert {"python", "torch", "triton", "sglang", "sglang-prefix"} <= set(result["versions"])
+
+
+@pytest.mark.extended
+def test_a_plugin_shut_out_is_found() -> None:
+    done = run_cli("doctor", "--json", env=os.environ | {"SGLANG_PLUGINS": "another"})
+    assert done.returncode == 1
+    assert "SGLANG_PLUGINS" in json.loads(done.stdout)["reason"]
 
 
 class TestTinyModel:
     def test_round_trip(self, tmp_path: Path) -> None:
-        done = CliRunner().invoke(app, ["tiny-model", str(tmp_path), "--layers", "1", "--json"])
+        done = invoke("tiny-model", tmp_path, "--layers", "1", "--json")
         assert done.exit_code == 0, done.output
         result = json.loads(done.stdout)
         assert result["num_layers"] == 1
@@ -270,24 +297,23 @@ class TestTinyModel:
         assert text == "user: hi\nassistant: "
 
     def test_equal_seeds_give_equal_files(self, tmp_path: Path) -> None:
-        for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-            build_tiny_model(tmp_path / name, TinyModelConfig(num_layers=1, seed=seed))
-        contents = {
-            name: {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
-            for name in "abc"
-        }
-        assert contents["a"] == contents["b"]
-        assert contents["a"]["model.safetensors"] != contents["c"]["model.safetensors"]
+        contents = []
+        for number, seed in enumerate((3, 3, 4)):
+            folder = tmp_path / str(number)
+            build_tiny_model(folder, TinyModelConfig(num_layers=1, seed=seed))
+            contents.append({path.name: path.read_bytes() for path in folder.iterdir()})
+        assert contents[0] == contents[1]
+        assert contents[0]["model.safetensors"] != contents[2]["model.safetensors"]
 
     def test_what_is_in_the_way_is_left_alone(self, tmp_path: Path) -> None:
         mine = tmp_path / "mine.txt"
         mine.write_text("mine")
         for target, message in ((tmp_path, "--force"), (mine, "cannot write to")):
-            refused = CliRunner().invoke(app, ["tiny-model", str(target)])
+            refused = invoke("tiny-model", target)
             assert refused.exit_code == 1
             assert message in refused.stderr
             assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
-        forced = CliRunner().invoke(app, ["tiny-model", str(tmp_path), "--force"])
+        forced = invoke("tiny-model", tmp_path, "--force")
         assert forced.exit_code == 0, forced.output
         assert mine.read_text() == "mine"
         assert (tmp_path / "config.json").exists()
@@ -295,18 +321,18 @@ class TestTinyModel:
     @pytest.mark.parametrize(
         ("options", "complaint"),
         [
-            (["--heads", "6", "--kv-heads", "4"], "num_heads is 6"),
-            (["--hidden-size", "100"], "hidden_size is 100"),
-            (["--head-dim", "7"], "head_dim is 7"),
-            (["--vocab-size", "100"], "vocab_size is 100"),
-            (["--layers", "0"], "num_layers is 0"),
-            (["--std", "0"], "std is 0"),
-            (["--sliding-window", "8"], "sliding_window is 8"),
-            (["--dtype", "int8"], "int8"),
+            ("--heads 6 --kv-heads 4", "num_heads is 6"),
+            ("--hidden-size 100", "hidden_size is 100"),
+            ("--head-dim 7", "head_dim is 7"),
+            ("--vocab-size 100", "vocab_size is 100"),
+            ("--layers 0", "num_layers is 0"),
+            ("--std 0", "std is 0"),
+            ("--sliding-window 8", "sliding_window is 8"),
+            ("--dtype int8", "int8"),
         ],
     )
-    def test_impossible_shapes(self, options: list[str], complaint: str, tmp_path: Path) -> None:
-        done = CliRunner().invoke(app, ["tiny-model", str(tmp_path / "model"), *options])
+    def test_impossible_shapes(self, options: str, complaint: str, tmp_path: Path) -> None:
+        done = invoke("tiny-model", tmp_path / "model", *options.split())
         assert done.exit_code == 2
         assert complaint in done.stderr
         assert not (tmp_path / "model").exists()

@@ -1,7 +1,16 @@
-"""What is said of a plan: against small trees by hand, against the plan, and as a picture."""
+"""What is said of a plan: by hand, against the plan, in files and pictures, and as users run it."""
 
 from __future__ import annotations
 
+import copy
+import functools
+import io
+import json
+import re
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
@@ -9,19 +18,27 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
+from typer.testing import CliRunner, Result
 
+from sglang_prefix.cli.main import app
+from sglang_prefix.config import PrefixConfig
+from sglang_prefix.explain import last_plan
 from sglang_prefix.explain.picture import draw, html_page, svg_picture
 from sglang_prefix.explain.reasons import pat_choices
-from sglang_prefix.explain.record import Answer, PlanRecord, ShapePlan
+from sglang_prefix.explain.record import Answer, Neighbours, PlanRecord, ShapePlan, find_plan
 from sglang_prefix.explain.segments import Explanation, explain
-from sglang_prefix.explain.sources import Setting, plan_of_tree
-from sglang_prefix.explain.text import MAX_DEPTH, MAX_GROUPS, group_segments
+from sglang_prefix.explain.sources import Setting, plan_of_prompts, plan_of_tree
+from sglang_prefix.explain.text import MAX_DEPTH, MAX_ROWS, print_explanation, rows_of
 from sglang_prefix.forest import PrefixForest
 from sglang_prefix.packing import CPU_PROFILE, GPU_PROFILE, POLICIES, AttentionShape
-from sglang_prefix.packing.planner import PackPlanner
+from sglang_prefix.tiny_model import TinyModelConfig, build_tiny_model
 from tests.forests import Batch, batches, comb_batch, random_batch
+from tests.scheduling import Scheduler
 
-SVG = "{http://www.w3.org/2000/svg}"
+DOCS = (Path(__file__).parents[1] / "docs" / "explain.md").read_text()
+HTTP = b"HTTP/1.0 200 OK\r\n\r\n"
+CUT = b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{}"
 # 2 x (8 + 8) x 4 bytes of K and V and 4 of a slot index: 132 bytes for a token. A query and its
 # partial: 128 + 288 = 416.
 SMALL = AttentionShape(4, 2, 8, 8, 4, 4)
@@ -29,17 +46,33 @@ TOKEN_BYTES, QUERY_BYTES = 132, 416
 LLAMA = AttentionShape(32, 8, 128, 128, 2, 2)
 DEVICES = (CPU_PROFILE, GPU_PROFILE)
 
+# What JSON can hold, of every kind.
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 9) | st.integers(-(1 << 70), 1 << 70),
+    st.floats(),
+    st.sampled_from(["", "x", "pat", "streams"]),
+    st.lists(st.integers(-1, 9) | st.integers(0, 1 << 40), max_size=6),
+    st.lists(st.lists(st.integers(0, 3), max_size=2), max_size=2),
+    st.dictionaries(st.sampled_from(["", "name"]), st.integers(), max_size=1),
+)
+
 
 def of_tree(tree: str, shape: AttentionShape = LLAMA, device: str = "h200") -> Explanation:
     return explain(plan_of_tree(tree, Setting(shape, device)))
 
 
-def of_forest(forest: PrefixForest, policy: str = "pat", **options: Any) -> Explanation:
+def of_forest(
+    forest: PrefixForest,
+    policy: str = "pat",
+    device: Any = CPU_PROFILE,
+    shape: AttentionShape = SMALL,
+    room: int | None = None,
+) -> Explanation:
     """An explanation of a forest that comes from nowhere in particular."""
-    device, shape = options.pop("device", CPU_PROFILE), options.pop("shape", SMALL)
-    plan = PackPlanner(shape, device, policy=policy, **options).plan(forest)
-    shape_plan = ShapePlan(1, policy, options.get("max_partials"), plan)
-    return explain(PlanRecord("test", 1, forest, (shape_plan,), Answer("always", None)))
+    plans = (ShapePlan(1, policy, room, shape, device),)
+    return explain(PlanRecord("test", 1, Neighbours.of(forest), plans, Answer("always", None)))
 
 
 class TestSegments:
@@ -51,14 +84,14 @@ class TestSegments:
         # Two readers of 2,000 tokens are not worth the 480,000 bytes that a pack costs a CPU:
         # 2 x 264,000 against 480,000 + 264,000 + 2 x 416.
         for node in (left, right):
-            assert (node.tokens, node.num_readers, node.parent, node.packs) == (2000, 2, 0, ())
+            assert (node.tokens, node.num_readers, node.parent, node.packs) == (2000, 2, 0, [])
             assert (node.tokens_read, node.bytes_saved) == (4000, 0)
             assert node.why == (
                 "no pack: 528 kB moved if each of the 2 below reads it, 745 kB with a pack"
             )
         (choice, other, _) = pat_choices(explanation.forest, explanation.plan.costs)
         assert choice.pack_bytes == 480_000 + 5000 * TOKEN_BYTES + 2 * (528_000 + 2 * QUERY_BYTES)
-        assert choice.fold_bytes is None
+        assert choice.fold_bytes == np.inf
         assert (other.fold_bytes, other.pack_bytes) == (528_000, 744_000 + 2 * QUERY_BYTES)
         assert "too long to be worth reading again" in root.why
         for tail in tails:
@@ -67,39 +100,20 @@ class TestSegments:
             assert tail.why == "reads the 2,000 tokens above itself: there is no pack"
         assert explanation.stats.kv_tokens_read == 5000 + 4 * 2000 + 4 * 3
 
-    def test_a_tree_on_a_gpu(self) -> None:
-        """PAT's case: a root that is folded into its children, whose packs have two row blocks."""
-        explanation = of_tree("1,8,512_512,512,256")
-        root, *nodes = (segment for segment in explanation.segments if segment.is_node)
-        assert (root.packs, root.tokens_read) == ((), 8 * 2 * 512)
-        assert root.why.startswith("no pack: 82.1 MB moved if each of the 8 below reads it, 84.3")
-        places = [(node.start, node.pack_start, node.tile) for node in nodes]
-        assert places == [(512, 0, (128, 64))] * 8
-        assert {node.tokens_read for node in nodes} == {2 * 512}
-        answer = explanation.record.answer
-        assert answer.reason is None
-        assert answer.packed_us is not None
-        assert answer.stock_us is not None
-        assert 0 < answer.packed_us < 0.95 * answer.stock_us
-        assert any("up to 2 times" in note for note in explanation.notes)
-        assert any("H200, by its data sheet" in note for note in explanation.notes)
-
     def test_the_gate_leaves_what_shares_nothing_to_stock(self) -> None:
         explanation = of_tree("6_700")
         assert explanation.record.answer == Answer("auto", "gate-nothing-shared")
         assert [segment.why for segment in explanation.segments] == ["shares nothing"] * 6
 
-    def test_splits_are_those_of_the_plan(self) -> None:
-        explanation = of_tree("1,4_8192,64")
-        (root, *tails) = explanation.segments
-        assert root.num_splits == explanation.plan.num_splits[0] > 1
-        assert [tail.num_splits for tail in tails] == explanation.plan.num_splits[1:].tolist()
-
     @given(batches(), st.sampled_from(list(POLICIES)), st.sampled_from(DEVICES))
     def test_what_segments_read_is_what_the_plan_reads(
         self, batch: Batch, policy: str, device: Any
     ) -> None:
-        explanation = of_forest(batch.forest(), policy, device=device)
+        """And a record has the forest that it was made of."""
+        forest = batch.forest()
+        explanation = of_forest(forest, policy, device)
+        for name in PrefixForest.__slots__:
+            assert np.array_equal(getattr(explanation.forest, name), getattr(forest, name))
         stats, segments = explanation.stats, explanation.segments
         assert sum(segment.tokens_read for segment in segments) == stats.kv_tokens_read
         saved = sum(segment.bytes_saved for segment in segments)
@@ -118,12 +132,9 @@ class TestSegments:
             choices = pat_choices(explanation.forest, explanation.plan.costs)
             for segment, choice in zip(explanation.segments, choices, strict=False):
                 assert bool(segment.packs) == choice.keeps
-                assert choice.keeps == (
-                    choice.fold_bytes is None or choice.pack_bytes < choice.fold_bytes
-                )
+                assert choice.keeps == (choice.pack_bytes < choice.fold_bytes)
+                assert choice.takes_over == (choice.own_bytes < choice.join_bytes)
                 assert not choice.keeps or segment.pack_start == choice.start
-                if choice.own_bytes is not None and choice.join_bytes is not None:
-                    assert choice.takes_over == (choice.own_bytes < choice.join_bytes)
                 kept += choice.keeps
         assert kept > 0
 
@@ -140,28 +151,26 @@ class TestSegments:
 
     def test_a_plan_without_room_says_so(self) -> None:
         forest = of_tree("1,8_900,40", SMALL, "cpu").forest
-        explanation = of_forest(forest, device=GPU_PROFILE, max_partials=8)
+        explanation = of_forest(forest, device=GPU_PROFILE, room=8)
         assert {segment.why for segment in explanation.segments} == {
             "nothing is shared, so that the plan fits into the workspace"
         }
+        with pytest.raises(ValueError, match="the last batch was not planned: max_partials=7"):
+            of_forest(forest, room=7)
 
 
-class TestGroups:
-    def test_equal_siblings_are_one(self) -> None:
-        root = group_segments(of_tree("2,8,1024_600,300,20"))
-        assert [group.what for _, group in root.below()] == [
+class TestRows:
+    def test_what_looks_alike_is_one(self) -> None:
+        """Equal siblings, and tails of all lengths."""
+        assert [row.what for row in rows_of(of_tree("2,8,1024_600,300,20"))] == [
             "nodes 0, 5: 600 tokens each, 512 readers each",
             "nodes 1, 2, 3 and 5 more: 300 tokens each, 128 readers each",
             "requests 0-1023: 20 tokens each",
         ]
-
-    def test_tails_of_all_lengths_are_one(self) -> None:
-        forest = PrefixForest.from_neighbours(
-            np.arange(4), np.full(3, 4000), np.array([4001, 4100, 4030, 4007])
-        )
-        (node,) = group_segments(of_forest(forest)).children
-        (tails,) = node.children
-        assert tails.what == "requests 0-3: 1 to 100 tokens each"
+        lens = np.array([4001, 4100, 4030, 4007])
+        forest = PrefixForest.from_neighbours(np.arange(4), np.full(3, 4000), lens)
+        _, tails = rows_of(of_forest(forest))
+        assert (tails.depth, tails.what) == (1, "requests 0-3: 1 to 100 tokens each")
 
     @pytest.mark.parametrize(
         "batch",
@@ -170,38 +179,32 @@ class TestGroups:
     )
     def test_no_forest_floods_the_terminal(self, batch: Any) -> None:
         explanation = of_forest(batch.forest(), "node")
-        root = group_segments(explanation)
-        groups = [root, *(group for _, group in root.below())]
-        assert len(groups) <= 1 + MAX_GROUPS
-        assert max(depth for depth, _ in root.below()) < MAX_DEPTH
-        shown = sum(len(group.members) for group in groups)
-        hidden = sum(group.num_hidden_nodes + group.num_hidden_tails for group in groups)
+        rows = rows_of(explanation)
+        assert sum(bool(row.segments) for row in rows) <= MAX_ROWS
+        assert max(row.depth for row in rows if row.segments) < MAX_DEPTH
+        counted = "".join(row.what for row in rows if not row.segments).replace(",", "")
+        hidden = sum(map(int, re.findall(r"\d+", counted)))
         assert hidden > 0
-        assert shown + hidden == len(explanation.segments)
+        assert sum(len(row.segments) for row in rows) + hidden == len(explanation.segments)
 
 
 class TestPicture:
     @pytest.mark.parametrize("tree", ["1,8,1024_512,512,256", "1,2,4_5000,2000,3", "3_50"])
-    def test_the_svg_names_every_group(self, tree: str) -> None:
+    def test_the_svg_names_every_row(self, tree: str) -> None:
         explanation = of_tree(tree)
         text = svg_picture(explanation)
-        drawing = ET.fromstring(text)
-        assert drawing.tag == f"{SVG}svg"
-        said = [element.text or "" for element in drawing.iter(f"{SVG}text")]
-        groups = [group for _, group in group_segments(explanation).below()]
-        assert groups
-        for group in groups:
-            assert any(line.startswith(group.what) for line in said), group.name
+        said = [element.text or "" for element in ET.fromstring(text).iter() if element.text]
+        for row in rows_of(explanation):
+            assert any(line.startswith(f"{row.what}; {row.how}") for line in said), row.what
         assert len(text) < 100_000
 
     def test_every_node_and_pack_is_drawn_in_its_place(self) -> None:
         boxes: dict[str, list[float]] = {}
-        drawing = draw(of_tree("1,2,8_8000,4000,1000", device="cpu"), with_key=False)
-        for box in drawing.iter("rect"):
-            title = box.find("title")
-            if title is not None and title.text:
+        for box in draw(of_tree("1,2,8_8000,4000,1000", device="cpu"), with_key=False):
+            said = box.findtext("title")
+            if said is not None and box.tag == "rect":
                 place = [float(box.get(name, "")) for name in ("x", "y", "width", "height")]
-                boxes[title.text.split("\n")[0]] = place
+                boxes[said.split("\n")[0]] = place
         root = boxes["node 0: 8,000 tokens, 8 readers"]
         left, right = (boxes[f"node {n}: 4,000 tokens, 4 readers"] for n in (1, 2))
         assert root[2] == pytest.approx(2 * left[2], rel=1e-3)
@@ -210,7 +213,6 @@ class TestPicture:
         assert right[1] == pytest.approx(left[1] + left[3])
         assert boxes["pack 0: 8,000 tokens, 8 readers"] == root
         assert boxes["pack 1: 4,000 tokens, 4 readers"] == left
-        assert boxes["request 7: 1,000 tokens"][2] == pytest.approx(left[2] / 4, rel=1e-2)
 
     def test_the_page_needs_nothing_else(self) -> None:
         page = html_page(of_tree("1,4,64_512,256,32", device="cpu"))
@@ -218,3 +220,230 @@ class TestPicture:
         for foreign in ("src=", "href=", "url(", "@import", "<script"):
             assert foreign not in page
         assert "nodes 1-4: 256 tokens each, 16 readers each" in page
+
+
+@functools.cache
+def record(device: str) -> dict[str, Any]:
+    """Three nodes and four requests."""
+    return plan_of_tree("1,2,4_5000,2000,3", Setting(SMALL, device)).as_dict()
+
+
+def replaced(data: dict[str, Any], path: tuple[Any, ...], value: object) -> dict[str, Any]:
+    """A copy with one other value."""
+    whole = copy.deepcopy(data)
+    inner: Any = whole
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    return whole
+
+
+def places(data: Any) -> Iterator[tuple[Any, ...]]:
+    """The place of everything in a record, lists of numbers taken as one."""
+    items = data.items() if isinstance(data, dict) else enumerate(data)
+    for key, value in items:
+        yield (key,)
+        if isinstance(value, dict) or (value and isinstance(value, list) and key == "plans"):
+            yield from ((key, *path) for path in places(value))
+
+
+class TestRecord:
+    @pytest.mark.parametrize(
+        ("state", "message"),
+        [
+            ({}, "does not run the attention backend prefix"),
+            ({"sglang_prefix": [{"plans": 3}]}, "SGLANG_PREFIX_KEEP_PLAN=1"),
+            ({"sglang_prefix": [{"last_plan": None}]}, "has not planned a decode batch yet"),
+            ({"sglang_prefix": [{"last_plan": {"left_out": "too large"}}]}, "too large"),
+            ({"sglang_prefix": [1]}, "there is no plan in it"),
+            ({"sglang_prefix": {"last_plan": {}}}, "there is no plan in it"),
+            ({"sglang_prefix": [{"last_plan": 5}]}, "has not planned a decode batch yet"),
+        ],
+    )
+    def test_a_server_without_a_plan(self, state: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            find_plan({"internal_states": [state]})
+
+    @pytest.mark.parametrize(
+        ("path", "value", "message"),
+        [
+            ("schema", 7, "schema 7; legal: 2"),
+            ("neighbours", None, "damaged: neighbours: "),
+            ("neighbours order", [0, 0, 1, 2], "its requests do not fit together"),
+            ("neighbours seq_lens", [9, 9, 9], "its requests do not fit together"),
+            ("neighbours common", [9000, 9, 9], "its requests do not fit together"),
+            ("neighbours seq_lens", [9, 9, "x", 9], "seq_lens.2: Input should be a valid integer"),
+            ("plans", [], "plans: Tuple should have at least 1 item"),
+            ("plans 0 policy", "PAT", "plans.0.policy: String should match pattern '^(pat|node"),
+            ("plans 0 shape", {}, "'plans.0.shape.num_qo_heads' is missing"),
+            ("plans 0 shape num_kv_heads", 3, "no multiple of its KV heads"),
+            ("page_size", 1 << 40, "page_size: Input should be less than"),
+            ("answer stock_us", float("nan"), "stock_us: Input should be a finite number"),
+        ],
+    )
+    def test_a_damaged_file_is_one_clear_line(
+        self, tmp_path: Path, path: str, value: object, message: str
+    ) -> None:
+        file = tmp_path / "plan.json"
+        keys = tuple(int(key) if key.isdigit() else key for key in path.split())
+        file.write_text(json.dumps(replaced(record("cpu"), keys, value)))
+        line = failed("--plan", file)
+        assert str(file) in line
+        assert message in line
+
+    @given(value=VALUES, device=st.sampled_from(["cpu", "h200"]))
+    def test_any_other_value_is_refused_or_shown(self, value: object, device: str) -> None:
+        """At every place of a record: no other error than the one line that commands print."""
+        for path in places(record(device)):
+            try:
+                explanation = explain(PlanRecord.from_dict(replaced(record(device), path, value)))
+            except ValueError as error:
+                said = str(error)
+            else:
+                said = "shown"
+                print_explanation(explanation, Console(file=io.StringIO()))
+                html_page(explanation)
+            assert len(said.splitlines()) == 1
+
+    def test_a_server_shows_the_newest_plan(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As a record that says what runs, and that survives being written as JSON."""
+        system, scheduler = list(range(50)), Scheduler()
+        last = last_plan.LastPlan(PrefixConfig(keep_plan=True))
+        scheduler.planner.on_plan = last.note
+        assert last.as_dict() is None
+        scheduler.start(*([*system, 60 + i, *range(70, 75 + i)] for i in range(3)))
+        shown = PlanRecord.from_dict(json.loads(json.dumps(last.as_dict())))
+        explanation = explain(shown)
+        for found, group in zip(shown.plans, scheduler.groups, strict=True):
+            assert group.executor.plan is not None
+            assert found.plan(explanation.forest).same_as(group.executor.plan)
+        (node, *tails) = explanation.segments
+        assert (node.tokens, node.num_readers) == (len(system), 3)
+        # What each has of its own in its prompt, and two generated.
+        assert sorted((tail.index, tail.tokens) for tail in tails) == [(0, 8), (1, 9), (2, 10)]
+        monkeypatch.setattr(last_plan, "MAX_BYTES", 100)
+        assert (last.as_dict() or {}).keys() == {"left_out"}
+
+
+def run(*arguments: str | Path, columns: int = 160) -> Result:
+    environment = {"COLUMNS": str(columns)}
+    return CliRunner().invoke(app, ["explain", *map(str, arguments)], env=environment)
+
+
+def failed(*arguments: str | Path) -> str:
+    """The one line that a mistake gets."""
+    done = run(*arguments)
+    assert done.exit_code in (1, 2)
+    assert not done.stdout
+    (line,) = done.stderr.splitlines()
+    return line
+
+
+class TestCommand:
+    @pytest.mark.parametrize("device", ["cpu", "h200"])
+    def test_json_can_be_read_again(self, tmp_path: Path, device: str) -> None:
+        """As it was written, and out of an answer of a server."""
+        first, second, answer = (tmp_path / f"{name}.json" for name in ("first", "second", "info"))
+        made = run("--tree", "1,8,64_512,512,256", "--device", device, "--json", first)
+        assert made.exit_code == 0, made.output
+        saved = json.loads(first.read_text())
+        states = [{}, {"sglang_prefix": [{"last_plan": saved}]}]
+        answer.write_text(json.dumps({"internal_states": states}))
+        for file in (first, answer):
+            again = run("--plan", file, "--json", second)
+            assert again.exit_code == 0, again.output
+            assert json.loads(second.read_text()) == saved
+            assert again.stdout == made.stdout
+
+    def test_prompts_and_a_tokenizer(self, tmp_path: Path) -> None:
+        model = tmp_path / "model"
+        build_tiny_model(model, TinyModelConfig(num_layers=1, hidden_size=16, num_heads=2))
+        system = "You are a careful gardener. " * 40
+        texts = [system + question for question in ("Why?", "When is it?", "Why not?")]
+        as_list, as_lines = tmp_path / "prompts.json", tmp_path / "prompts.txt"
+        as_list.write_text(json.dumps(texts))
+        as_lines.write_text("\n".join(texts) + "\n\n")
+        for file in (as_list, as_lines):
+            done = run("--prompts", file, "--tokenizer", model)
+            assert done.exit_code == 0, done.output
+            assert f"first decode step of 3 prompts in {file}" in done.stdout
+        found = plan_of_prompts(as_list, str(model), Setting(SMALL, "cpu")).neighbours
+        from transformers import AutoTokenizer
+
+        ids = [AutoTokenizer.from_pretrained(model).encode(text) for text in texts]
+        common = next(i for i, three in enumerate(zip(*ids, strict=False)) if len({*three}) > 1)
+        assert min(found.common) == common
+        assert found.seq_lens == [len(row) + 1 for row in ids]
+
+    def test_pictures_are_written_whole_or_not_at_all(self, tmp_path: Path) -> None:
+        svg, html = tmp_path / "a.svg", tmp_path / "folder" / "a.html"
+        in_the_way = tmp_path / "picture.svg"
+        in_the_way.mkdir()
+        done = run("--tree", "1,8_512,256", "--svg", svg, "--html", html)
+        assert done.exit_code == 0, done.output
+        ET.parse(svg)
+        assert html.read_text().startswith("<!DOCTYPE html>")
+        assert f"picture: {svg}" in done.stdout
+        done = run("--tree", "1,8_512,256", "--svg", in_the_way)
+        assert done.exit_code == 1
+        assert f"cannot write {in_the_way}" in done.stderr
+        assert {*tmp_path.rglob("*.*")} == {svg, html, in_the_way}
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ("", "given: nothing; legal: one of --tree, --prompts, --base-url, --plan"),
+            ("--tree 1_2 --plan x", "given: --tree and --plan; legal: one of"),
+            ("--tree 1,8_512", "2 levels of nodes but 1 of tokens"),
+            ("--tree 1,8_512,-3", "tokens of level 2"),
+            ("--tree 1,20000_5,5", "20,000 requests; legal: up to 16,384"),
+            ("--tree 1_2 --heads 6,4,8", "--heads is 6,4,8; legal: QO,KV,DIM"),
+            ("--tree 1_2 --heads 8,2", "--heads is 8,2; legal"),
+            ("--tree 1_2 --dtype x", "'--dtype': 'x' is not one of 'float32', 'bf"),
+            ("--tree 1_2 --policy PAT", "'pat', 'node', 'chunk', 'query'"),
+            ("--tree 1_2 --device tpu", "'cpu', 'h200', 'cuda'"),
+            ("--tree 1_2 --heads 4,4,2000 --device h200", "v_head_dim 2,000"),
+            ("--tree 1_2 --page-size 0", "'--page-size': Input should be greater"),
+            ("--tree 1_2 --nonsense", "No such option: --nonsense"),
+            ("--tree 1_2 --tokenizer x", "--tokenizer goes with --prompts"),
+            ("--prompts x", "--prompts needs --tokenizer"),
+            ("--prompts /nowhere --tokenizer x", "cannot read /nowhere"),
+            ("--plan /nowhere", "cannot read /nowhere"),
+            ("--plan x --heads 8,2,64", "--heads: a plan that was made has its own"),
+            ("--base-url http://127.0.0.1:9", "no server answers at http://127.0.0.1:9"),
+            ("--base-url nonsense", "nonsense/server_info"),
+            ("--base-url http://HOST:PORT", "http://HOST:PORT/server_info: not an answer"),
+        ],
+    )
+    def test_mistakes_are_one_clear_line(self, arguments: str, message: str) -> None:
+        assert message in failed(*arguments.split())
+
+    @pytest.mark.parametrize("text", ["", "[]", '["a", 3]', '["a", ""]', "[1", "\n \n"])
+    def test_a_file_without_prompts(self, tmp_path: Path, text: str) -> None:
+        file = tmp_path / "prompts"
+        file.write_text(text)
+        assert str(file) in failed("--prompts", file, "--tokenizer", "x")
+
+    @pytest.mark.parametrize("said", [b"SSH-2.0", b"", HTTP, HTTP + b"[" * 100_000, CUT])
+    def test_something_else_listens_there(self, said: bytes) -> None:
+        """No HTTP, nothing, an answer without JSON, nested too deep, and cut off."""
+
+        def answer() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(said)
+
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            thread = threading.Thread(target=answer, daemon=True)
+            thread.start()
+            url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+            assert f"{url}/server_info" in failed("--base-url", url)
+            thread.join(timeout=10)
+
+    def test_the_output_in_the_docs_is_real(self) -> None:
+        """The command and what stands below it, letter by letter."""
+        found = re.search(r"```bash\nsglang-prefix explain (.+)\n```\n\n```\n(.+?)```", DOCS, re.S)
+        assert found is not None
+        printed = run(*found[1].split(), columns=100).stdout
+        assert [line.rstrip() for line in printed.splitlines()] == found[2].splitlines()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -13,8 +14,8 @@ import typer
 
 from sglang_prefix.bench.engine import EngineProcess, engine_environment
 from sglang_prefix.bench.hooks import zeros
-from sglang_prefix.cli.demo_workload import ForkedWorkload, build_workload
-from sglang_prefix.cli.output import JsonOption, console, fail, write_json
+from sglang_prefix.cli.demo_workload import forked_prompts
+from sglang_prefix.cli.output import JsonOption, console, fail, say, write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,7 +27,6 @@ __all__ = ["demo"]
 _READ_SLACK = 1.5
 _MIN_PACKED_SHARE = 0.9
 _MIN_CHANGED_SHARE = 0.5
-_BACKENDS = ("stock", "prefix")
 _PICTURES = (".html", ".svg")
 _DECODE = "sglang_prefix.cli.demo_workload:decode"
 _COUNTERS = "sglang_prefix.bench.engine:counters"
@@ -67,6 +67,8 @@ def demo(
     """
     import torch
 
+    from sglang_prefix.explain.sources import load_tokenizer
+
     if picture is not None and picture.suffix not in _PICTURES:
         fail(f"--picture is {picture}; legal: a name that ends in {' or '.join(_PICTURES)}", 2)
 
@@ -76,18 +78,38 @@ def demo(
     with tempfile.TemporaryDirectory(prefix="sglang-prefix-demo-") as folder:
         root = Path(folder)
         model = model_path or _make_model(root / "model")
-        workload = _load_workload(
-            model, requests, system_tokens, branch_tokens, branches, new_tokens
+        try:
+            tokenizer = load_tokenizer(model)
+        except ValueError as error:
+            fail(str(error))
+        prompts = forked_prompts(
+            tokenizer,
+            requests=requests,
+            system_tokens=system_tokens,
+            branch_tokens=branch_tokens,
+            branches=branches,
         )
-        results = {}
-        for backend in _BACKENDS:
-            arguments = _engine_arguments(model, device, dtype, workload)
-            if backend == "prefix":
-                arguments["decode_attention_backend"] = "prefix"
-            results[backend] = _run_engine(
-                root / backend, backend, arguments, workload, rounds, out
-            )
-    report = _report(results, workload, device, dtype, model_path)
+        arguments = {
+            "model_path": model,
+            "device": device,
+            "dtype": dtype,
+            "random_seed": 0,
+            "log_level": "warning",
+        }
+        if device == "cpu":
+            arguments["mem_fraction_static"] = 0.7
+            # Room for the whole batch without sharing: both engines run it in one piece.
+            longest = max(map(len, prompts)) + new_tokens
+            arguments["max_total_tokens"] = requests * longest + 4096
+        else:
+            # This release packs on the GPU without graphs only; both engines run alike.
+            arguments["disable_cuda_graph"] = True
+        stock = _run_engine(root, "stock", arguments, prompts, new_tokens, rounds, out)
+        arguments["decode_attention_backend"] = "prefix"
+        prefix = _run_engine(root, "prefix", arguments, prompts, new_tokens, rounds, out)
+    model = model_path or "tiny random model"
+    report = {"device": device, "backend": "prefix", "model": model, "dtype": dtype}
+    report |= _compare(stock, prefix, prompts, new_tokens, must_be_equal=dtype == "float32")
     _print_table(report, out)
     _show_last_plan(report, picture, out)
     write_json(report, json_file)
@@ -104,149 +126,99 @@ def _make_model(directory: Path) -> str:
     return str(directory)
 
 
-def _load_workload(
-    model: str, requests: int, system: int, branch: int, branches: int, new_tokens: int
-) -> ForkedWorkload:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        fail(f"cannot load a tokenizer from {model}: {str(error).splitlines()[0]}")
-    return build_workload(
-        tokenizer,
-        num_requests=requests,
-        system_tokens=system,
-        branch_tokens=branch,
-        num_branches=branches,
-        new_tokens=new_tokens,
-    )
-
-
-def _engine_arguments(
-    model: str, device: str, dtype: str, workload: ForkedWorkload
-) -> dict[str, Any]:
-    arguments: dict[str, Any] = {
-        "model_path": model,
-        "device": device,
-        "dtype": dtype,
-        "random_seed": 0,
-        "log_level": "warning",
-    }
-    if device == "cpu":
-        longest = max(map(len, workload.prompts)) + workload.new_tokens
-        arguments["mem_fraction_static"] = 0.7
-        # Room for the whole batch without sharing: both engines run it in one piece.
-        arguments["max_total_tokens"] = len(workload.prompts) * longest + 4096
-    else:
-        # This release packs on the GPU without graphs only; both engines run alike.
-        arguments["disable_cuda_graph"] = True
-    return arguments
-
-
 def _run_engine(
-    directory: Path,
+    root: Path,
     backend: str,
-    arguments: dict[str, Any],
-    workload: ForkedWorkload,
+    arguments: Mapping[str, Any],
+    prompts: list[list[int]],
+    new_tokens: int,
     rounds: int,
     out: Console,
 ) -> dict[str, Any]:
     """Run one engine in a process of its own and show how far it is."""
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    directory.mkdir()
-    control = directory / "control"
+    control = root / "control"
     settings = {"SGLANG_PREFIX_KEEP_PLAN": "1", zeros.FILE_VARIABLE: str(control)}
     hooks = [zeros.__name__] if backend == "prefix" else []
     environment = engine_environment(settings, hooks=hooks)
-    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     began = time.monotonic()
     with (
-        EngineProcess(arguments, environment=environment, log=directory / "log") as engine,
-        Progress(*columns, console=out, transient=True) as progress,
+        EngineProcess(arguments, environment=environment, log=root / f"{backend}.log") as engine,
+        out.status(f"{backend} engine: start") as status,
     ):
-        task = progress.add_task("")
 
         def run(what: str) -> tuple[list[list[int]], float]:
-            progress.update(task, description=f"{backend} engine: {what}")
-            done = engine.ask(_DECODE, prompts=workload.prompts, new_tokens=workload.new_tokens)
+            status.update(f"{backend} engine: {what}")
+            done = engine.ask(_DECODE, prompts=prompts, new_tokens=new_tokens)
             return done[0], done[1]
 
         try:
-            progress.update(task, description=f"{backend} engine: start")
             engine.wait_until_ready()
             tokens, _ = run("warming up")
-            seconds = []
-            for number in range(rounds):
-                again, round_seconds = run(f"round {number + 1} of {rounds}")
-                seconds.append(round_seconds)
-                if again != tokens:
-                    fail(f"the {backend} engine gave other greedy tokens the second time")
-            found = {
-                "output_ids": tokens,
-                "decode_seconds": seconds,
-                "counters": engine.ask(_COUNTERS),
-            }
-            if backend == "prefix":
+            timed = [run(f"round {number + 1} of {rounds}") for number in range(rounds)]
+            counters = engine.ask(_COUNTERS)
+            broken = tokens
+            if hooks:
                 control.touch()
-                found["control_output_ids"], _ = run("control")
+                broken, _ = run("control")
         except RuntimeError as error:
             fail(f"the {backend} {error}")
+    if any(again != tokens for again, _ in timed):
+        fail(f"the {backend} engine gave other greedy tokens the second time")
     out.print(f"{backend} engine: done in {time.monotonic() - began:.0f} s")
-    return found
+    return {
+        "output_ids": tokens,
+        "decode_seconds": [seconds for _, seconds in timed],
+        "counters": counters,
+        "control_output_ids": broken,
+    }
 
 
-def _report(
-    results: dict[str, dict[str, Any]],
-    workload: ForkedWorkload,
-    device: str,
-    dtype: str,
-    model_path: str | None,
+def _compare(
+    stock: dict[str, Any],
+    prefix: dict[str, Any],
+    prompts: list[list[int]],
+    new_tokens: int,
+    *,
+    must_be_equal: bool,
 ) -> dict[str, Any]:
     """Put the numbers together, with everything that keeps them from being evidence."""
-    stock, prefix = results["stock"], results["prefix"]
-    if not prefix["counters"]:
+    from sglang_prefix.explain.sources import forest_of_prompts
+
+    counters, count = prefix["counters"], len(prompts)
+    if not counters:
         fail("the prefix engine reported no counters: was the plugin loaded?")
-    counters = prefix["counters"]
-    count = len(workload.prompts)
-    pairs = zip(stock["output_ids"], prefix["output_ids"], strict=True)
-    num_equal = sum(a == b for a, b in pairs)
-    pairs = zip(stock["output_ids"], prefix["control_output_ids"], strict=True)
-    num_changed = sum(a != b for a, b in pairs)
-    steps = counters["packed_steps"] + counters["stock_steps"] + counters["fallback_steps"]
-    packed_share = counters["packed_steps"] / max(steps, 1)
-    ratio = counters["kv_read_ratio"] if counters["packed_steps"] else 1.0
-    limit = _READ_SLACK * workload.ideal_read_ratio
+    num_equal, num_same = (
+        sum(a == b for a, b in zip(stock["output_ids"], prefix[name], strict=True))
+        for name in ("output_ids", "control_output_ids")
+    )
+    steps = {name: counters[name] for name in ("packed_steps", "stock_steps", "fallback_steps")}
+    packed_share = steps["packed_steps"] / max(sum(steps.values()), 1)
+    ratio = counters["kv_read_ratio"] if steps["packed_steps"] else 1.0
+    halfway = forest_of_prompts(prompts, new_tokens // 2)
+    ideal = halfway.unique_tokens / int(halfway.seq_lens.sum())
     problems = []
-    if dtype == "float32" and num_equal < count:
+    if must_be_equal and num_equal < count:
         problems.append(f"tokens differ from stock in {count - num_equal} of {count} requests")
     if packed_share < _MIN_PACKED_SHARE:
         problems.append(f"only {packed_share:.0%} of the decode steps were packed")
-    if ratio > limit:
-        problems.append(f"kv_read_ratio {ratio:.3f} is over {limit:.3f}")
-    if num_changed < _MIN_CHANGED_SHARE * count:
+    if ratio > _READ_SLACK * ideal:
+        problems.append(f"kv_read_ratio {ratio:.3f} is over {_READ_SLACK * ideal:.3f}")
+    if count - num_same < _MIN_CHANGED_SHARE * count:
         problems.append(
-            f"broken attention changed only {num_changed} of {count} requests, so equal tokens "
-            "prove nothing on this model"
+            f"broken attention changed only {count - num_same} of {count} requests, so equal "
+            "tokens prove nothing on this model"
         )
     return {
-        "device": device,
-        "backend": "prefix",
-        "model": model_path or "tiny random model",
-        "dtype": dtype,
         "num_requests": count,
-        "prompt_tokens": [len(prompt) for prompt in workload.prompts],
-        "new_tokens": workload.new_tokens,
+        "prompt_tokens": [len(prompt) for prompt in prompts],
+        "new_tokens": new_tokens,
         "tokens_equal_stock": num_equal == count,
         "num_requests_equal": num_equal,
-        "control_num_requests_changed": num_changed,
+        "control_num_requests_changed": count - num_same,
         "kv_read_ratio": ratio,
-        "kv_unique_ratio_ideal": workload.ideal_read_ratio,
+        "kv_unique_ratio_ideal": ideal,
         "num_packs": counters["num_packs"],
-        "packed_steps": counters["packed_steps"],
-        "stock_steps": counters["stock_steps"],
-        "fallback_steps": counters["fallback_steps"],
+        **steps,
         "fallback_reasons": counters["fallback_reasons"],
         "stock_decode_seconds": stock["decode_seconds"],
         "prefix_decode_seconds": prefix["decode_seconds"],
@@ -265,7 +237,7 @@ def _print_table(report: dict[str, Any], out: Console) -> None:
     equal = f"{report['num_requests_equal']} of {count} requests"
     changed = f"{report['control_num_requests_changed']} of {count} requests change"
     packs = (report["packed_steps"], report["stock_steps"], report["fallback_steps"])
-    seconds = [median(report[f"{backend}_decode_seconds"]) for backend in _BACKENDS]
+    seconds = [median(report[f"{backend}_decode_seconds"]) for backend in ("stock", "prefix")]
     table.add_row("tokens equal to stock", "", equal)
     table.add_row("control: attention broken on purpose", "", changed)
     table.add_row("decode steps: packed / stock / fallback", "", " / ".join(map(str, packs)))
@@ -286,10 +258,10 @@ def _show_last_plan(report: dict[str, Any], picture: Path | None, out: Console) 
 
     try:
         record = PlanRecord.from_dict(report["last_plan"])
+        explanation = explain(replace(record, source="last batch of the prefix engine"))
     except ValueError as error:
         report["problems"].append(f"the last plan cannot be shown: {error}")
         return
-    explanation = explain(replace(record, source="last batch of the prefix engine"))
     out.print(_HOW_TO_READ, highlight=False, soft_wrap=True)
     print_explanation(explanation, out)
     if picture is not None:
@@ -297,4 +269,4 @@ def _show_last_plan(report: dict[str, Any], picture: Path | None, out: Console) 
         text = f"picture: {picture} (open it in a browser)"
     else:
         text = "--picture FILE.html draws it"
-    out.print(text, markup=False, highlight=False, soft_wrap=True)
+    say(out, text)

@@ -3,68 +3,37 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["ForkedWorkload", "build_workload", "decode"]
+__all__ = ["decode", "forked_prompts"]
 
 _RULE = "Rule {n}: an answer names its source, states its unit, and says when it is not sure. "
 _TOPIC = "Part {n} deals with case {n}: read what follows as a note taken on day {n}, in order. "
 _QUESTION = "Question {n}: what follows from case {n}, and for whom?"
 
 
-@dataclass(frozen=True, slots=True)
-class ForkedWorkload:
-    """Prompts as token ids, with what they share.
-
-    Attributes:
-        prompts: one list of token ids per request.
-        system_tokens, branch_tokens: lengths of the two shared levels.
-        num_branches: branches below the system prompt; the requests are spread over them evenly.
-        new_tokens: tokens to generate for each request.
-    """
-
-    prompts: list[list[int]]
-    system_tokens: int
-    branch_tokens: int
-    num_branches: int
-    new_tokens: int
-
-    @property
-    def ideal_read_ratio(self) -> float:
-        """KV tokens with every shared one read once, over all KV tokens, halfway through decode."""
-        logical = sum(len(p) + self.new_tokens // 2 for p in self.prompts)
-        shared = (len(self.prompts) - 1) * self.system_tokens
-        shared += (len(self.prompts) - self.num_branches) * self.branch_tokens
-        return (logical - shared) / logical
-
-
-def build_workload(
-    tokenizer: Any,
-    *,
-    num_requests: int,
-    system_tokens: int,
-    branch_tokens: int,
-    num_branches: int,
-    new_tokens: int,
-) -> ForkedWorkload:
+def forked_prompts(
+    tokenizer: Any, *, requests: int, system_tokens: int, branch_tokens: int, branches: int
+) -> list[list[int]]:
     """Write the prompts as text and cut them to length as token ids.
 
     Args:
         tokenizer: a transformers tokenizer.
-        num_requests: questions in all, spread evenly over the branches.
+        requests: questions in all, spread evenly over the branches.
         system_tokens, branch_tokens: tokens of the system prompt and of each branch.
-        num_branches: branches below the system prompt.
-        new_tokens: tokens to generate for each request.
+        branches: branches below the system prompt.
+
+    Returns:
+        Token ids of each request.
     """
     system = _filled(tokenizer, _RULE, 1, system_tokens)
-    branches = [_filled(tokenizer, _TOPIC, n + 1, branch_tokens) for n in range(num_branches)]
+    forks = [_filled(tokenizer, _TOPIC, n + 1, branch_tokens) for n in range(branches)]
     prompts = []
-    for request in range(num_requests):
+    for request in range(requests):
         question = _QUESTION.format(n=request + 1) * (1 + request % 2)  # of uneven length
         tail = tokenizer.encode(question, add_special_tokens=False)
-        prompts.append(system + branches[request % num_branches] + tail)
-    return ForkedWorkload(prompts, system_tokens, branch_tokens, num_branches, new_tokens)
+        prompts.append(system + forks[request % branches] + tail)
+    return prompts
 
 
 def _filled(tokenizer: Any, template: str, first: int, length: int) -> list[int]:

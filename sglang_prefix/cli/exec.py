@@ -8,10 +8,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import typer
 
@@ -29,8 +28,7 @@ _GPU_DEVICE_FILES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd")
 _PROBE = "import sgl_kernel; print(getattr(sgl_kernel, 'IS_STAND_IN', False))"
 
 
-@dataclass(frozen=True, slots=True)
-class SglKernel:
+class SglKernel(NamedTuple):
     """What `import sgl_kernel` gives in a fresh process.
 
     Attributes:
@@ -74,24 +72,21 @@ def stand_in_root() -> Path:
     return Path(spec.origin).parent
 
 
-def gpu_is_present() -> bool:
+def has_gpu() -> bool:
     """Whether this host has a GPU's device files: NVIDIA's driver or AMD's."""
     return any(Path(node).exists() for node in _GPU_DEVICE_FILES)
 
 
-def sglang_environment(
-    kernel: SglKernel, base: Mapping[str, str] = os.environ, *, has_gpu: bool | None = None
-) -> dict[str, str]:
+def sglang_environment(kernel: SglKernel, base: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Return the environment in which SGLang imports on this host.
 
     Args:
-        kernel: what `find_sgl_kernel` found; "broken" and "missing" get the stand-in.
+        kernel: what `find_sgl_kernel` found; "broken" and "missing" get the stand-in where there
+            is no GPU. Where there is one, a broken installation is to show itself.
         base: the environment to start from; not changed.
-        has_gpu: whether there is a GPU, where the environment is `base` as it is, so that a broken
-            installation shows itself; None to look.
     """
     environment = dict(base)
-    if gpu_is_present() if has_gpu is None else has_gpu:
+    if has_gpu():
         return environment
     if kernel.kind in ("broken", "missing"):
         paths = [str(stand_in_root()), *filter(None, [base.get("PYTHONPATH")])]
@@ -116,24 +111,12 @@ def exec_command(
     for name in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(name, signal.SIG_DFL)
     program = command[0]
-    try:
-        os.execve(_resolve(program), command, environment)
-    except FileNotFoundError:
+    # As a shell finds it, then beside our own interpreter: the environment that we are installed
+    # in need not be activated.
+    found = shutil.which(program) or shutil.which(program, path=Path(sys.executable).parent)
+    if found is None and not (os.sep in program and Path(program).exists()):
         fail(f"{program}: command not found", _NOT_FOUND)
+    try:
+        os.execve(found or program, command, environment)
     except OSError as error:
         fail(f"{program}: cannot be run: {error.strerror}", _NOT_EXECUTABLE)
-
-
-def _resolve(program: str) -> str:
-    """Find `program` as a shell would, then beside our own interpreter.
-
-    The second place makes `.venv/bin/sglang-prefix exec -- sglang serve` work in an environment
-    that was not activated.
-    """
-    if os.sep in program:
-        return program
-    beside = str(Path(sys.executable).parent)
-    found = shutil.which(program) or shutil.which(program, path=beside)
-    if found is None:
-        raise FileNotFoundError(program)
-    return found

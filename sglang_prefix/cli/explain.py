@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from sglang_prefix.cli.output import JsonOption, console, fail, write_json
+from sglang_prefix.cli.output import JsonOption, console, fail, say, write_json
 
 if TYPE_CHECKING:
-    from sglang_prefix.explain.record import PlanRecord
     from sglang_prefix.explain.segments import Explanation
-    from sglang_prefix.explain.sources import Setting
 
 __all__ = ["explain", "write_picture"]
 
-_ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_SOURCES = "--tree, --prompts, --base-url, --plan"
+_SOURCES = ("--tree", "--prompts", "--base-url", "--plan")
+_OF_A_NEW_PLAN = ("--heads", "--dtype", "--page-size", "--policy", "--device", "--stock-backend")
 
 
 def explain(
+    context: typer.Context,
     tree: Annotated[
         str | None,
         typer.Option(
@@ -51,30 +49,23 @@ def explain(
         ),
     ] = None,
     heads: Annotated[
-        str | None,
-        typer.Option(
-            metavar="QO,KV,DIM[,V]", help="Heads and head dims of the layers. Default: 32,8,128."
-        ),
-    ] = None,
+        str, typer.Option(metavar="QO,KV,DIM[,V]", help="Heads and head dims of the layers.")
+    ] = "32,8,128",
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(help="Of q and of the KV cache. Default: bfloat16."),
-    ] = None,
-    page_size: Annotated[
-        int | None, typer.Option(min=1, help="Tokens per KV page. Default: 1.")
-    ] = None,
+        Literal["float32", "bfloat16", "float16"],
+        typer.Option(help="Of q and of the KV cache."),
+    ] = "bfloat16",
+    page_size: Annotated[int, typer.Option(min=1, help="Tokens per KV page.")] = 1,
     policy: Annotated[
-        Literal["pat", "node", "chunk", "query"] | None,
-        typer.Option(help="How requests are packed. Default: pat."),
-    ] = None,
+        Literal["pat", "node", "chunk", "query"], typer.Option(help="How requests are packed.")
+    ] = "pat",
     device: Annotated[
         Literal["cpu", "h200", "cuda"] | None,
         typer.Option(help="cuda is this machine's GPU. Default: what is here."),
     ] = None,
     stock_backend: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="What the gate compares with. Default: fa3."),
-    ] = None,
+        str, typer.Option(metavar="NAME", help="What the gate compares with.")
+    ] = "fa3",
     svg: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the picture as SVG.")
     ] = None,
@@ -85,110 +76,68 @@ def explain(
     json_file: JsonOption = None,
 ) -> None:
     """Show which KV a batch shares, how it is packed, and why."""
-    sources = {"tree": tree, "prompts": prompts, "base-url": base_url, "plan": plan}
-    named = [f"--{name}" for name, value in sources.items() if value is not None]
+    given = {f"--{name.replace('_', '-')}" for name in context.params if _is_given(context, name)}
+    named = [name for name in _SOURCES if name in given]
+    extra = [name for name in _OF_A_NEW_PLAN if name in given]
     if len(named) != 1:
-        fail(f"given: {' and '.join(named) or 'nothing'}; legal: one of {_SOURCES}", 2)
+        legal = ", ".join(_SOURCES)
+        fail(f"given: {' and '.join(named) or 'nothing'}; legal: one of {legal}", 2)
     if prompts is not None and tokenizer is None:
         fail("--prompts needs --tokenizer PATH", 2)
     if tokenizer is not None and prompts is None:
         fail("--tokenizer goes with --prompts alone", 2)
-    options = {
-        "heads": heads,
-        "dtype": dtype,
-        "page_size": page_size,
-        "policy": policy,
-        "device": device,
-        "stock_backend": stock_backend,
-    }
-    given = {name: value for name, value in options.items() if value is not None}
-    if given and (base_url or plan):
-        extra = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        fail(f"{extra}: a plan that was made has its own; legal with --tree, --prompts", 2)
+    if extra and (base_url or plan):
+        names = ", ".join(extra)
+        fail(f"{names}: a plan that was made has its own; legal with --tree, --prompts", 2)
+    from sglang_prefix.explain.record import read_record
+    from sglang_prefix.explain.segments import explain as explain_record
+    from sglang_prefix.explain.sources import (
+        Setting,
+        parse_heads,
+        plan_of_prompts,
+        plan_of_server,
+        plan_of_tree,
+    )
+    from sglang_prefix.explain.text import print_explanation
+
     try:
-        record = _record(tree, prompts, tokenizer, base_url, plan, given)
+        if base_url is not None:
+            record = plan_of_server(base_url)
+        elif plan is not None:
+            record = read_record(plan)
+        else:
+            shape = parse_heads(heads, dtype)
+            setting = Setting(shape, device, policy, page_size, stock_backend)
+            if prompts is not None:
+                record = plan_of_prompts(prompts, str(tokenizer), setting)
+            else:
+                record = plan_of_tree(str(tree), setting)
+        explanation = explain_record(record)
     except ValueError as error:
         fail(str(error), 2)
     except OSError as error:
         fail(f"cannot read {error.filename}: {error.strerror}")
-    _show(record, svg, html, json_file)
-
-
-def _record(
-    tree: str | None,
-    prompts: Path | None,
-    tokenizer: str | None,
-    base_url: str | None,
-    plan: Path | None,
-    options: dict[str, Any],
-) -> PlanRecord:
-    from sglang_prefix.explain.record import read_record
-    from sglang_prefix.explain.sources import plan_of_prompts, plan_of_server, plan_of_tree
-
-    if tree is not None:
-        return plan_of_tree(tree, _setting(**options))
-    if prompts is not None and tokenizer is not None:
-        return plan_of_prompts(prompts, tokenizer, _setting(**options))
-    if base_url is not None:
-        return plan_of_server(base_url)
-    assert plan is not None
-    return read_record(plan)
-
-
-def _setting(
-    *,
-    heads: str = "32,8,128",
-    dtype: str = "bfloat16",
-    device: str | None = None,
-    **options: Any,
-) -> Setting:
-    """Check the heads, and look for a device where none is named."""
-    from sglang_prefix.explain.sources import Setting
-    from sglang_prefix.packing import AttentionShape
-
-    numbers = [int(n) if n.isascii() and n.isdigit() else 0 for n in heads.split(",")]
-    if len(numbers) not in (3, 4) or 0 in numbers or numbers[0] % numbers[1]:
-        raise ValueError(
-            f"--heads is {heads}; legal: QO,KV,DIM or QO,KV,DIM,V, where QO is a multiple of KV"
-        )
-    itemsize, (num_qo_heads, num_kv_heads, head_dim, *_) = _ITEMSIZES[dtype], numbers
-    shape = AttentionShape(num_qo_heads, num_kv_heads, head_dim, numbers[-1], itemsize, itemsize)
-    if device is not None:
-        return Setting(shape, device, **options)
-    import torch
-
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    return Setting(shape, found, is_assumed=True, **options)
-
-
-def _show(record: PlanRecord, svg: Path | None, html: Path | None, json_file: str | None) -> None:
-    from sglang_prefix.explain.segments import explain as explain_record
-    from sglang_prefix.explain.text import print_explanation
-
-    try:
-        explanation = explain_record(record)
-    except ValueError as error:
-        fail(f"{record.source}: {error}", 2)
     out = console(json_file)
     print_explanation(explanation, out)
-    for path, kind in ((svg, "svg"), (html, "html")):
-        if path is not None:
-            write_picture(explanation, path, kind)
-            out.print(f"picture: {path}", markup=False, highlight=False, soft_wrap=True)
+    for path in filter(None, (svg, html)):
+        write_picture(explanation, path, "svg" if path is svg else "html")
+        say(out, f"picture: {path}")
     write_json(explanation.as_dict(), json_file)
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def write_picture(explanation: Explanation, path: Path, kind: str) -> None:
     """Write "svg" or "html" whole or not at all; ends the command where that fails."""
+    from sglang_prefix.bench.results import write_whole
     from sglang_prefix.explain.picture import html_page, svg_picture
 
     text = html_page(explanation) if kind == "html" else svg_picture(explanation)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
+        write_whole(path, text)
     except OSError as error:
         fail(f"cannot write {path}: {error.strerror}")
-    finally:
-        beside.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from prefix_kernels import compile_report
 from prefix_kernels.compile_report import (
     ARCHS,
     DEFAULT_DTYPES,
@@ -73,7 +74,9 @@ def kernels(
     reports = _compile(list(variants), arch, jobs, out)
     _print_table(reports, arch, out)
     write_json([report.as_dict() for report in reports], json_file)
-    _fail_on_problems(reports)
+    problems = compile_report.find_problems(reports)
+    if problems:
+        fail("\nsglang-prefix: ".join(problems))
 
 
 def _check(
@@ -90,11 +93,9 @@ def _compile(
 ) -> list[KernelReport]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from prefix_kernels.compile_report import compile_variants
-
     columns = (TextColumn("compiling for {task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=out, transient=True) as progress:
-        reports = compile_variants(variants, arch, jobs=jobs)
+        reports = compile_report.compile_variants(variants, arch, jobs=jobs)
         return list(progress.track(reports, total=len(variants), description=arch))
 
 
@@ -131,13 +132,3 @@ def _print_table(reports: list[KernelReport], arch: str, out: Console) -> None:
     if not out.is_terminal:
         out.width = max(out.width, _FILE_WIDTH)
     out.print(table)
-
-
-def _fail_on_problems(reports: list[KernelReport]) -> None:
-    from prefix_kernels.compile_report import find_problems
-
-    problems = find_problems(reports)
-    for problem in problems[:-1]:
-        typer.echo(f"sglang-prefix: {problem}", err=True)
-    if problems:
-        fail(problems[-1])

@@ -14,7 +14,7 @@ from typer.core import TyperCommand
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Command", "JsonCommand", "JsonOption", "console", "fail", "write_json"]
+__all__ = ["Command", "JsonCommand", "JsonOption", "console", "fail", "say", "write_json"]
 
 _FLAG = "--json"
 _STDOUT = "-"
@@ -70,6 +70,11 @@ def console(json_target: str | None = None) -> Console:
     from rich.console import Console
 
     return Console(stderr=json_target == _STDOUT)
+
+
+def say(out: Console, text: str) -> None:
+    """Print one line of text as it is."""
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def write_json(data: Mapping[str, Any] | Sequence[Any], target: str | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["amount", "plural", "size", "span"]
+__all__ = ["amount", "plural", "size"]
 
 
 def amount(number: int) -> str:
@@ -13,11 +13,6 @@ def amount(number: int) -> str:
 def plural(number: int, noun: str) -> str:
     """A number of things."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def span(low: int, high: int) -> str:
-    """A range of whole numbers, or the one that it is."""
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def size(num_bytes: float) -> str:

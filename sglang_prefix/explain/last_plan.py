@@ -6,21 +6,21 @@ anyway; it becomes a record when somebody asks ``GET /server_info``, and not bef
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sglang_prefix.config import PrefixConfig
-from sglang_prefix.explain.record import Answer, PlanRecord, ShapePlan
+from sglang_prefix.explain.record import Answer, Neighbours, PlanRecord, ShapePlan
 
 if TYPE_CHECKING:
     from sglang_prefix.backend.decode_planner import LayerGroup
     from sglang_prefix.forest import PrefixForest
 
-__all__ = ["MAX_NUMBERS", "LastPlan"]
+__all__ = ["MAX_BYTES", "LastPlan"]
 
-# Numbers in a record that is shown: some 400 kB of JSON. The largest batch (1,024 requests) in
-# a binary tree needs less than a quarter of it.
-MAX_NUMBERS = 65_536
+# JSON of a record that is shown; 1,024 requests, the largest batch, need a tenth of it.
+MAX_BYTES = 400_000
 
 
 class LastPlan:
@@ -56,42 +56,34 @@ class LastPlan:
         self._kept = (forest, groups, reason, predicted_us, page_size, padded_batch_size)
 
     def as_dict(self) -> dict[str, Any] | None:
-        """The record of what was kept; None if nothing was, and a reason if it is too large.
-
-        Plans again from the same forest: planners are pure functions, so it is the same plan.
-        """
+        """The record of what was kept; None if nothing was, and a reason if it is too large."""
         if self._kept is None:
             return None
         forest, groups, reason, predicted_us, page_size, padded_batch_size = self._kept
-        try:
-            plans = tuple(_plan_of(group, forest) for group in groups)
-        except ValueError as error:  # a batch with which the workspace cannot cope
-            return {"left_out": f"the last batch was not planned: {error}"}
-        numbers = 3 * forest.batch_size + 5 * forest.num_nodes
-        numbers += sum(
-            len(p.plan.queries) + 4 * p.plan.num_packs + p.plan.batch_size for p in plans
-        )
-        if numbers > MAX_NUMBERS:
-            return {"left_out": f"the last plan has {numbers} numbers; shown: up to {MAX_NUMBERS}"}
         # In other cases the newest prediction may be an earlier batch's.
         predicted = predicted_us if reason in (None, "gate-no-gain") else (None, None)
         on_gpu = any(group.workspace is not None for group in groups)
-        return PlanRecord(
+        shown = PlanRecord(
             source="last plan of a running server",
             page_size=page_size,
-            forest=forest,
-            plans=plans,
+            neighbours=Neighbours.of(forest),
+            plans=tuple(map(_plan_of, groups)),
             answer=Answer(self._config.gate, reason, *predicted),
             launch_mode=self._config.launch_mode,
             graph_rows=padded_batch_size if on_gpu else None,
             gpu=_gpu_name() if on_gpu else None,
         ).as_dict()
+        size = len(json.dumps(shown))
+        if size > MAX_BYTES:
+            return {"left_out": f"the last plan has {size:,} bytes; shown: up to {MAX_BYTES:,}"}
+        return shown
 
 
-def _plan_of(group: LayerGroup, forest: PrefixForest) -> ShapePlan:
+def _plan_of(group: LayerGroup) -> ShapePlan:
     planner = group.planner
-    plan = planner.plan(forest)
-    return ShapePlan(group.num_layers, planner.policy_name, planner.max_partials, plan)
+    costs = planner.costs
+    made_for = (planner.policy_name, planner.max_partials, costs.shape, costs.device)
+    return ShapePlan(group.num_layers, *made_for)
 
 
 def _gpu_name() -> str | None:

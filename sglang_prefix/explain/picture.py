@@ -7,7 +7,6 @@ that it spans. :func:`svg_picture` draws it with a key, :func:`html_page` with t
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 from xml.etree import ElementTree as ET
@@ -15,14 +14,15 @@ from xml.etree import ElementTree as ET
 import numpy as np
 
 from prefix_kernels.plan import split_bounds
-from sglang_prefix.explain.format import amount, plural, size
+from sglang_prefix.explain.format import amount, plural
 from sglang_prefix.explain.segments import Explanation, Segment
 from sglang_prefix.explain.text import (
-    Group,
+    Row,
     batch_line,
     counts_line,
     gate_line,
-    group_segments,
+    row_of,
+    rows_of,
     totals,
 )
 
@@ -38,11 +38,9 @@ _LINE_HEIGHT = 17
 _ROWS_HEIGHT, _MAX_ROW = 460, 22.0
 # Width between two positions where something begins or ends.
 _MIN_WIDTH = 24.0
-# Thinner boxes are nothing but colour; thinner tails are drawn as one; nodes and packs past this
-# number are not drawn.
+# Thinner boxes are nothing but colour; thinner tails are drawn as one.
 _MIN_OUTLINED = 3.0
 _MIN_TAIL = 3.0
-_MAX_DRAWN = 3000
 
 _TEMPLATE = Path(__file__).with_name("page.html.j2")
 
@@ -51,30 +49,31 @@ def svg_picture(explanation: Explanation) -> str:
     """The picture with its key, as the text of an SVG file."""
     drawing = draw(explanation, with_key=True)
     ET.indent(drawing)
-    return ET.tostring(drawing, encoding="unicode", xml_declaration=False) + "\n"
+    return ET.tostring(drawing, encoding="unicode") + "\n"
 
 
 def html_page(explanation: Explanation) -> str:
     """One HTML page that needs nothing else: the picture, and tables beside it."""
-    from jinja2 import Environment, StrictUndefined
+    from jinja2 import StrictUndefined, Template
 
-    environment = Environment(
+    drawing = ET.tostring(draw(explanation, with_key=False), encoding="unicode", method="html")
+    template = Template(
+        _TEMPLATE.read_text(encoding="utf-8"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["size"] = size
-    drawing = ET.tostring(draw(explanation, with_key=False), encoding="unicode", method="html")
-    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+    page: str = template.render(
         explanation=explanation,
         drawing=drawing,
-        root=group_segments(explanation),
-        colour=_group_colour,
+        rows=rows_of(explanation),
+        colour=_row_colour,
         totals=totals(explanation),
         counts=counts_line(explanation),
     )
+    return page
 
 
 def _pack_colour(pack: int) -> str:
@@ -83,11 +82,14 @@ def _pack_colour(pack: int) -> str:
     return "#" + "".join(f"{round(255 * share):02x}" for share in (red, green, blue))
 
 
-def _group_colour(group: Group) -> str:
-    """The colour of a group's first pack; white where others read its tokens."""
-    if not group.first.is_node:
+def _row_colour(row: Row) -> str | None:
+    """The colour of a row's first pack; white where others read its tokens."""
+    if not row.segments:
+        return None
+    first = row.segments[0]
+    if not first.is_node:
         return _PALE
-    return _pack_colour(group.first.packs[0]) if group.first.packs else "#ffffff"
+    return _pack_colour(first.packs[0]) if first.packs else "#ffffff"
 
 
 def draw(explanation: Explanation, *, with_key: bool) -> ET.Element:
@@ -95,7 +97,7 @@ def draw(explanation: Explanation, *, with_key: bool) -> ET.Element:
 
     Args:
         explanation: what to draw.
-        with_key: say below the picture what every group of segments is.
+        with_key: say below the picture what every row of segments is.
     """
     canvas = _Canvas(explanation)
     canvas.header()
@@ -118,22 +120,20 @@ class _Canvas:
     def __init__(self, explanation: Explanation) -> None:
         self._explanation = explanation
         self._forest, self._plan = explanation.forest, explanation.plan
-        self._svg = ET.Element("svg", xmlns="http://www.w3.org/2000/svg")
-        self._svg.set("font-family", _FONT)
-        self._svg.set("font-size", "11")
+        self._svg = ET.Element(
+            "svg", {"xmlns": "http://www.w3.org/2000/svg", "font-family": _FONT, "font-size": "11"}
+        )
+        _title(self._svg, f"{explanation.record.source}: packs of a batch")
         self._y = 0.0
         self._row = min(_MAX_ROW, _ROWS_HEIGHT / self._forest.batch_size)
         self._nodes = explanation.segments[: self._forest.num_nodes]
         self._tails = explanation.segments[self._forest.num_nodes :]
-        self._places = np.empty(self._forest.batch_size, dtype=np.int64)
-        self._places[self._forest.order] = np.arange(self._forest.batch_size)
         self._breaks, self._at, self._is_stretched = self._scale()
-        self._num_left_out = 0
 
     def _scale(self) -> tuple[list[int], list[float], bool]:
         """Positions and where they are drawn: in proportion, but nothing too thin to see."""
         ends = [int(self._forest.seq_lens.max()), *self._forest.node_stop.tolist()]
-        breaks = sorted({0, *self._forest.node_start.tolist(), *ends})
+        breaks = sorted({0, *ends})
         lengths = np.diff(breaks)
         width = _WIDTH - _MARGIN - 8
         least = min(_MIN_WIDTH, width / 2 / len(lengths))
@@ -146,59 +146,53 @@ class _Canvas:
     def _x(self, position: int) -> float:
         return float(np.interp(position, self._breaks, self._at))
 
-    def _add(self, tag: str, **style: str) -> ET.Element:
-        return ET.SubElement(self._svg, tag, {k.replace("_", "-"): v for k, v in style.items()})
+    def _add(self, tag: str, **style: str | float) -> ET.Element:
+        """An element; numbers get two digits."""
+        said = {
+            name.replace("_", "-"): value if isinstance(value, str) else f"{value:.2f}"
+            for name, value in style.items()
+        }
+        return ET.SubElement(self._svg, tag, said)
 
     def _text(self, x: float, y: float, text: str, **style: str) -> None:
-        self._add("text", x=f"{x:.1f}", y=f"{y:.1f}", fill=_INK, **style).text = text
+        self._add("text", x=x, y=y, fill=_INK, **style).text = text
 
-    def _line(self, x: float, text: str, **style: str) -> None:
-        """Text in a line of its own, below what has been drawn."""
+    def _line(
+        self, text: str, x: float = 8, *, fill: str | None = None, width: float = 11, **style: str
+    ) -> None:
+        """Text in a line of its own, below what has been drawn; behind a patch of ``fill``."""
         self._y += _LINE_HEIGHT
+        if fill:
+            place = {"x": x, "y": self._y - 10, "width": width, "height": 11}
+            self._add("rect", fill=fill, stroke=_LINE, **place)
+            x += width + 7
         self._text(x, self._y, text, **style)
 
     def _box(self, start: int, stop: int, begin: int, end: int, **style: str) -> ET.Element:
         """Positions ``[start, stop)`` of the rows ``[begin, end)``."""
         x, y = self._x(start), self._y + begin * self._row
         width, height = max(self._x(stop) - x, 0.5), (end - begin) * self._row
-        sizes = {"width": f"{width:.2f}", "height": f"{height:.2f}"}
         if min(width, height) < _MIN_OUTLINED:
             style.pop("stroke", None)
-        return self._add("rect", x=f"{x:.2f}", y=f"{y:.2f}", **sizes, **style)
-
-    def _largest(self, sizes: Iterable[int]) -> list[int]:
-        """Which ones to draw, largest first; the rest is counted."""
-        numbers = list(sizes)
-        drawn = sorted(range(len(numbers)), key=lambda i: -numbers[i])[:_MAX_DRAWN]
-        self._num_left_out += len(numbers) - len(drawn)
-        return drawn
+        return self._add("rect", x=x, y=y, width=width, height=height, **style)
 
     def header(self) -> None:
         """What batch this is, and three bars: what stock reads, what we read, the least."""
-        explanation = self._explanation
-        self._text(8, 20, explanation.record.source, font_size="15", font_weight="600")
-        self._text(8, 38, batch_line(explanation))
-        self._text(8, 55, gate_line(explanation))
-        self._y = 68
-        for total in totals(explanation):
-            width = max(total.share * 420, 1)
-            fill = _pack_colour(0) if total.name == "this plan" else _LINE
-            place = {"x": "8", "y": f"{self._y:.0f}", "width": f"{width:.1f}", "height": "13"}
-            self._add("rect", fill=fill, **place)
-            label = f"{total.tokens} KV tokens, {total.bytes}: {total.name}"
-            self._text(width + 14, self._y + 10.5, label)
-            self._y += _LINE_HEIGHT
-        self._y += 16
-        _title(self._svg, f"{explanation.record.source}: packs of a batch")
+        self._line(self._explanation.record.source, font_size="15", font_weight="600")
+        self._line(batch_line(self._explanation))
+        self._line(gate_line(self._explanation))
+        for name, tokens, num_bytes, share in totals(self._explanation):
+            fill = _pack_colour(0) if name == "this plan" else _LINE
+            label = f"{tokens} KV tokens, {num_bytes}: {name}"
+            self._line(label, fill=fill, width=max(share * 420, 1))
+        self._y += _LINE_HEIGHT
 
     def tails(self) -> None:
-        """What requests hold alone, and what they read for themselves: pale."""
-        if self._row >= _MIN_TAIL:
-            for tail in self._tails:
-                place = (tail.pack_start, tail.stop, tail.begin, tail.end)
-                _title(self._box(*place, fill=_PALE, stroke=_LINE), _said([tail]))
-            return
-        for _, found in groupby(self._tails, key=lambda tail: tail.parent):
+        """What requests hold alone, and what they read for themselves: pale; thin ones as one."""
+        together = groupby(
+            self._tails, key=lambda t: t.parent if self._row < _MIN_TAIL else t.begin
+        )
+        for _, found in together:
             tails = list(found)
             path = f"M{self._x(tails[0].pack_start):.1f} {self._y + tails[0].begin * self._row:.2f}"
             for tail in tails:
@@ -209,23 +203,21 @@ class _Canvas:
 
     def packs(self) -> None:
         """Shared packs, a colour for each; broken lines where one is cut into splits."""
-        plan = self._plan
-        areas = (plan.pack_end - plan.pack_start) * np.diff(plan.query_indptr)
-        for pack in sorted(self._largest(areas[: plan.num_shared_packs].tolist())):
+        plan, place = self._plan, np.argsort(self._forest.order)
+        for pack in range(plan.num_shared_packs):
             start, stop = int(plan.pack_start[pack]), int(plan.pack_end[pack])
-            rows = np.sort(self._places[plan.pack_queries(pack)])
+            rows, splits = np.sort(place[plan.pack_queries(pack)]), int(plan.num_splits[pack])
             for run in np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1):
                 begin, end = int(run[0]), int(run[-1]) + 1
                 box = self._box(start, stop, begin, end, fill=_pack_colour(pack), stroke="white")
                 _title(box, f"pack {pack}: {plural(stop - start, 'token')}, {len(rows)} readers")
-                for split in range(1, int(plan.num_splits[pack])):
-                    cut = start + split_bounds(stop - start, int(plan.num_splits[pack]), split)[0]
+                for split in range(1, splits):
+                    cut = start + split_bounds(stop - start, splits, split)[0]
                     self._box(cut, cut, begin, end, fill=_INK, fill_opacity="0.35")
 
     def nodes(self) -> None:
         """Outlines and names of nodes; broken where others read their tokens."""
-        for number in self._largest(node.tokens * node.num_readers for node in self._nodes):
-            node = self._nodes[number]
+        for node in self._nodes:
             place = (node.start, node.stop, node.begin, node.end)
             box = self._box(*place, fill="white", fill_opacity="0", stroke=_INK)
             if not node.packs:
@@ -234,27 +226,27 @@ class _Canvas:
             self._label(node)
 
     def _label(self, node: Segment) -> None:
-        width = self._x(node.stop) - self._x(node.start)
+        left, right = self._x(node.start), self._x(node.stop)
         height = node.num_readers * self._row
         long = f"{plural(node.tokens, 'token')}, {plural(node.num_readers, 'reader')}"
         for text in (long, f"{amount(node.tokens)} x {node.num_readers}"):
-            if len(text) * _LETTER + 6 < width and height >= 13:
+            if len(text) * _LETTER + 6 < right - left and height >= 13:
                 middle = self._y + node.begin * self._row + height / 2 + 4
-                x = (self._x(node.start) + self._x(node.stop)) / 2
-                self._text(x, middle, text, text_anchor="middle", pointer_events="none")
+                style = {"text_anchor": "middle", "pointer_events": "none"}
+                self._text((left + right) / 2, middle, text, **style)
                 return
 
     def axis(self) -> None:
         """Batch rows on the left, positions below."""
-        batch, order = self._forest.batch_size, self._forest.order
+        order = self._forest.order.tolist()
         if self._row >= 10:
-            for place, request in enumerate(order.tolist()):
+            for place, request in enumerate(order):
                 y = self._y + (place + 0.5) * self._row + 4
                 self._text(_MARGIN - 6, y, f"req {request}", text_anchor="end")
         else:
-            self._text(8, self._y + 12, f"{batch:,}")
+            self._text(8, self._y + 12, f"{len(order):,}")
             self._text(8, self._y + 25, "requests")
-        self._y += batch * self._row + 14
+        self._y += len(order) * self._row + 14
         last = -1e9
         for position, x in zip(self._breaks, self._at, strict=True):
             if x - last > 52:
@@ -262,29 +254,26 @@ class _Canvas:
                 self._text(x, self._y, amount(position), text_anchor=anchor)
                 last = x
         self._line(
-            _MARGIN,
             "KV position; a row is a request, a colour is a pack that is read once for its rows, "
             "grey is read by one request alone",
+            _MARGIN,
         )
         if self._is_stretched:
-            self._line(_MARGIN, "not to scale: short segments are widened to be seen")
-        if self._num_left_out:
-            self._line(_MARGIN, f"not drawn: {self._num_left_out:,} small parts")
+            self._line("not to scale: short segments are widened to be seen", _MARGIN)
 
     def key(self) -> None:
-        """Every group of segments in words."""
+        """Every row of segments in words."""
         self._y += 10
-        for depth, group in group_segments(self._explanation).below():
-            indent = 8 + 18 * min(depth, 12)
-            first = f"{group.what}; {group.how}; {group.how_much}"
-            self._line(indent + 18, first, font_weight="600")
-            self._line(indent + 18, group.first.why, font_weight="400")
-            if group.hidden:
-                self._line(indent + 36, group.hidden)
-            swatch = {"x": f"{indent}", "y": f"{self._y - 25:.0f}", "width": "11", "height": "11"}
-            self._add("rect", fill=_group_colour(group), stroke=_LINE, **swatch)
+        for row in rows_of(self._explanation):
+            indent = 8 + 18 * row.depth
+            if row.segments:
+                text = f"{row.what}; {row.how}; {row.how_much}"
+                self._line(text, indent, fill=_row_colour(row), font_weight="600")
+                self._line(row.why, indent + 18)
+            else:
+                self._line(row.what, indent + 18)
         for note in self._explanation.notes:
-            self._line(8, note)
+            self._line(note)
 
     def finished(self) -> ET.Element:
         """The drawing in its size."""
@@ -295,8 +284,8 @@ class _Canvas:
 
 def _said(segments: list[Segment]) -> str:
     """What the mouse shows of segments that are drawn as one."""
-    group = Group(segments)
-    return "\n".join((group.what, group.how, group.how_much, group.first.why))
+    row = row_of(segments)
+    return "\n".join((row.what, row.how, row.how_much, row.why))
 
 
 def _title(element: ET.Element, text: str) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from prefix_kernels.plan import AttentionShape
 from prefix_kernels.tiles import PlanFacts, TileShape, choose_launches, row_classes
@@ -18,10 +17,8 @@ from sglang_prefix.packing.layout import CostedPlan, PlanStats
 
 __all__ = ["Explanation", "Segment", "explain", "tile_shape"]
 
-IntArray = NDArray[np.int64]
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Segment:
     """A node, which several requests share, or the tail that one request holds alone.
 
@@ -50,15 +47,15 @@ class Segment:
     stop: int
     begin: int
     end: int
-    packs: tuple[int, ...]
-    pack_start: int
-    pack_readers: int
-    num_splits: int
-    tile: tuple[int, int] | None
-    tokens_read: int
-    bytes_read: int
-    bytes_saved: int
-    why: str
+    packs: list[int] = field(default_factory=list)
+    pack_start: int = 0
+    pack_readers: int = 0
+    num_splits: int = 0
+    tile: tuple[int, int] | None = None
+    tokens_read: int = 0
+    bytes_read: int = 0
+    bytes_saved: int = 0
+    why: str = ""
 
     @property
     def tokens(self) -> int:
@@ -77,12 +74,7 @@ class Segment:
 
     def as_dict(self) -> dict[str, Any]:
         """As values that JSON has."""
-        return asdict(self) | {
-            "packs": list(self.packs),
-            "tile": list(self.tile) if self.tile else None,
-            "tokens": self.tokens,
-            "readers": self.num_readers,
-        }
+        return asdict(self) | {"tokens": self.tokens, "readers": self.num_readers}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,139 +83,119 @@ class Explanation:
 
     Attributes:
         record: the record.
+        forest: who shares what.
         shape_plan: of its plans, the one that is shown: that of the most layers.
+        plan: that plan.
         segments: nodes, parents first, then tails in the order of ``forest.order``.
         stats: of that plan.
         notes: what a reader must know, for people.
     """
 
     record: PlanRecord
+    forest: PrefixForest
     shape_plan: ShapePlan
-    segments: tuple[Segment, ...]
+    plan: CostedPlan
+    segments: list[Segment]
     stats: PlanStats
-    notes: tuple[str, ...]
-
-    @property
-    def forest(self) -> PrefixForest:
-        """Who shares what."""
-        return self.record.forest
-
-    @property
-    def plan(self) -> CostedPlan:
-        """The plan that is shown."""
-        return self.shape_plan.plan
+    notes: list[str]
 
     def as_dict(self) -> dict[str, Any]:
         """The record with what was found out about it; readable as a record."""
+        plan = self.plan
+        packs = [
+            {"start": start, "end": end, "num_splits": splits, "requests": queries.tolist()}
+            for start, end, splits, queries in zip(
+                plan.pack_start.tolist(),
+                plan.pack_end.tolist(),
+                plan.num_splits.tolist(),
+                map(plan.pack_queries, range(plan.num_packs)),
+                strict=True,
+            )
+        ]
         explanation = {
             "stats": asdict(self.stats),
-            "kv_token_bytes": self.plan.costs.shape.kv_token_bytes,
-            "notes": list(self.notes),
+            "kv_token_bytes": plan.costs.shape.kv_token_bytes,
+            "notes": self.notes,
+            "packs": packs,
             "nodes": [segment.as_dict() for segment in self.segments if segment.is_node],
             "tails": [segment.as_dict() for segment in self.segments if not segment.is_node],
         }
         return self.record.as_dict() | {"explanation": explanation}
 
 
-class _Place(NamedTuple):
-    """Where a segment lies; as in :class:`Segment`."""
-
-    parent: int
-    start: int
-    stop: int
-    begin: int
-    end: int
-
-
 def explain(record: PlanRecord) -> Explanation:
-    """Say of every segment how it is read and why.
+    """Plan a batch again, and say of every segment how it is read and why.
 
     Raises:
-        ValueError: the plan claims sharing that the forest does not have.
+        ValueError: it was not planned, because the workspace has no room for so many requests.
     """
     shape_plan = max(record.plans, key=lambda plan: plan.num_layers)
-    forest, plan = record.forest, shape_plan.plan
-    places = _places(forest)
-    owners = _owners(forest, plan, places)
-    reads = _tokens_read(plan, owners, places)
-    tiles = _tiles(record, plan)
-    why = reasons_of(forest, shape_plan)
+    forest = record.neighbours.forest()
+    try:
+        plan = shape_plan.plan(forest)
+    except ValueError as error:
+        raise ValueError(f"the last batch was not planned: {error}") from None
+    has_bound = shape_plan.max_partials is not None
+    ample = replace(shape_plan, max_partials=None).plan(forest) if has_bound else plan
+    segments = _segments(forest)
+    _add_packs(segments, forest, plan, _tiles(record, plan))
     token_bytes = plan.costs.shape.kv_token_bytes
-    packs_in: list[list[int]] = [[] for _ in places]
-    for pack, owner in enumerate(owners):
-        packs_in[owner].append(pack)
-    segments = []
-    for number, (place, packs) in enumerate(zip(places, packs_in, strict=True)):
-        is_node = number < forest.num_nodes
-        first = packs[0] if packs else -1
-        logical = (place.stop - place.start) * (place.end - place.begin)
-        segments.append(
-            Segment(
-                is_node,
-                number if is_node else int(forest.order[place.begin]),
-                *place,
-                packs=tuple(packs),
-                pack_start=int(plan.pack_start[first]) if packs else place.start,
-                pack_readers=len(plan.pack_queries(first)) if packs else 0,
-                num_splits=int(plan.num_splits[first]) if packs else 0,
-                tile=tiles[first] if packs else None,
-                tokens_read=reads[number],
-                bytes_read=reads[number] * token_bytes,
-                bytes_saved=(logical - reads[number]) * token_bytes,
-                why=why[number],
-            )
-        )
-    notes = notes_of(record, shape_plan)
-    return Explanation(record, shape_plan, tuple(segments), plan.stats(), notes)
+    reasons = reasons_of(forest, shape_plan.policy, plan, ample)
+    for segment, why in zip(segments, reasons, strict=True):
+        segment.bytes_read = segment.tokens_read * token_bytes
+        logical = segment.tokens * segment.num_readers
+        segment.bytes_saved = (logical - segment.tokens_read) * token_bytes
+        segment.why = why
+    notes = notes_of(record, shape_plan, plan, ample)
+    return Explanation(record, forest, shape_plan, plan, segments, plan.stats(), notes)
 
 
-def _places(forest: PrefixForest) -> list[_Place]:
-    """Of every node, then of every tail."""
-    leaf, order = leaves(forest), forest.order
-    place = np.arange(forest.batch_size)
+def _segments(forest: PrefixForest) -> list[Segment]:
+    """Every node, then every tail, as yet without packs."""
+    order, place = forest.order, np.arange(forest.batch_size)
     columns = (
-        (forest.node_parent, leaf[order]),
+        (np.arange(forest.num_nodes), order),
+        (forest.node_parent, leaves(forest)[order]),
         (forest.node_start, forest.shared_lens[order]),
         (forest.node_stop, forest.seq_lens[order]),
         (forest.node_begin, place),
         (forest.node_end, place + 1),
     )
-    return [_Place(*row) for row in np.stack([*map(np.concatenate, columns)], axis=1).tolist()]
+    rows: list[list[int]] = np.stack([*map(np.concatenate, columns)], axis=1).tolist()
+    segments = []
+    for number, (index, parent, start, stop, begin, end) in enumerate(rows):
+        is_node = number < forest.num_nodes
+        segments.append(Segment(is_node, index, parent, start, stop, begin, end, pack_start=start))
+    return segments
 
 
-def _owners(forest: PrefixForest, plan: CostedPlan, places: list[_Place]) -> list[int]:
-    """[P] the segment that each pack ends in."""
-    place_of = np.empty(forest.batch_size, dtype=np.int64)
-    place_of[forest.order] = np.arange(forest.batch_size)
-    owners = []
-    for pack in range(plan.num_shared_packs):
-        at, end = place_of[plan.pack_queries(pack)], plan.pack_end[pack]
-        node = places[forest.num_nodes + int(at[0])].parent
-        while node >= 0 and places[node].start >= end:
-            node = places[node].parent
-        if (
-            node < 0
-            or end > places[node].stop
-            or (at < places[node].begin).any()
-            or (at >= places[node].end).any()
-        ):
-            raise ValueError(f"pack {pack} claims sharing that the forest does not have")
-        owners.append(node)
-    return owners + (forest.num_nodes + place_of).tolist()
-
-
-def _tokens_read(plan: CostedPlan, owners: list[int], places: list[_Place]) -> list[int]:
-    """How often the tokens of each segment are read, row block by row block."""
-    reads = [0] * len(places)
-    for pack, owner in enumerate(owners):
+def _add_packs(
+    segments: list[Segment],
+    forest: PrefixForest,
+    plan: CostedPlan,
+    tiles: list[tuple[int, int] | None],
+) -> None:
+    """Give every pack to the segment that it ends in, and count what it reads on its way up."""
+    place = np.argsort(forest.order)
+    for pack, tile in enumerate(tiles):
         start, end = int(plan.pack_start[pack]), int(plan.pack_end[pack])
-        blocks = plan.costs.row_blocks(len(plan.pack_queries(pack)))
-        segment = owner
-        while segment >= 0 and start < places[segment].stop:
-            place = places[segment]
-            reads[segment] += blocks * (min(end, place.stop) - max(start, place.start))
-            segment = place.parent
-    return reads
+        queries = plan.pack_queries(pack)
+        number = forest.num_nodes + int(place[queries[0]])
+        if pack < plan.num_shared_packs:
+            number = segments[number].parent
+            while segments[number].start >= end:
+                number = segments[number].parent
+        segment = segments[number]
+        if not segment.packs:
+            segment.pack_start, segment.pack_readers, segment.tile = start, len(queries), tile
+            segment.num_splits = int(plan.num_splits[pack])
+        segment.packs.append(pack)
+        blocks = plan.costs.row_blocks(len(queries))
+        while number >= 0 and start < segments[number].stop:
+            segment = segments[number]
+            read = min(end, segment.stop) - max(start, segment.start)
+            segment.tokens_read += blocks * read
+            number = segment.parent
 
 
 def tile_shape(shape: AttentionShape, gpu: str | None) -> TileShape:

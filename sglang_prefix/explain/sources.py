@@ -13,14 +13,23 @@ from urllib.request import urlopen
 
 import numpy as np
 
-from sglang_prefix.explain.record import Answer, PlanRecord, ShapePlan, find_plan
+from sglang_prefix.explain.record import Answer, Neighbours, PlanRecord, ShapePlan, find_plan
 from sglang_prefix.explain.segments import tile_shape
 from sglang_prefix.forest import PrefixForest, RadixPath
 from sglang_prefix.packing import AttentionShape
 
-__all__ = ["DEVICES", "Setting", "plan_of_prompts", "plan_of_server", "plan_of_tree"]
+__all__ = [
+    "Setting",
+    "forest_of_prompts",
+    "load_tokenizer",
+    "parse_heads",
+    "plan_of_prompts",
+    "plan_of_server",
+    "plan_of_tree",
+]
 
-DEVICES = ("cpu", "h200", "cuda")
+_ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
 # Larger forests are planned, but a list of what was decided would be of no use.
 _MAX_REQUESTS = 16_384
 _SERVER_TIMEOUT_S = 10
@@ -32,19 +41,33 @@ class Setting:
 
     Attributes:
         shape: heads and item sizes.
-        device: "cpu"; "h200", by its data sheet; "cuda", the GPU of this machine.
-        is_assumed: whether the user left the device open.
+        device: "cpu"; "h200", by its data sheet; "cuda", the GPU of this machine; None for what is
+            here.
         policy: name of the packing policy.
         page_size: tokens per KV page.
         stock_backend: what the gate compares with on a GPU.
     """
 
     shape: AttentionShape
-    device: str
-    is_assumed: bool = False
+    device: str | None = None
     policy: str = "pat"
     page_size: int = 1
     stock_backend: str = "fa3"
+
+
+def parse_heads(heads: str, dtype: str) -> AttentionShape:
+    """The shape behind ``QO,KV,DIM[,V]``.
+
+    Raises:
+        ValueError: it is something else; the message says what is legal.
+    """
+    numbers = [int(n) if n.isascii() and n.isdigit() else 0 for n in heads.split(",")]
+    if len(numbers) not in (3, 4) or 0 in numbers or numbers[0] % numbers[1]:
+        raise ValueError(
+            f"--heads is {heads}; legal: QO,KV,DIM or QO,KV,DIM,V, where QO is a multiple of KV"
+        )
+    (num_qo_heads, num_kv_heads, head_dim, *_), itemsize = numbers, _ITEMSIZES[dtype]
+    return AttentionShape(num_qo_heads, num_kv_heads, head_dim, numbers[-1], itemsize, itemsize)
 
 
 def plan_of_tree(text: str, setting: Setting) -> PlanRecord:
@@ -78,23 +101,39 @@ def plan_of_prompts(path: Path, tokenizer: str, setting: Setting) -> PlanRecord:
     """
     prompts = read_prompts(path)
     _check_batch(len(prompts), str(path))
+    ids = [*map(load_tokenizer(tokenizer).encode, prompts)]
+    lens = [len(row) for row in ids]
+    if not all(lens):
+        raise ValueError(f"{path}: prompt {lens.index(0) + 1} has no tokens")
+    forest = forest_of_prompts(ids, 1, page_size=setting.page_size)
+    return _plan(forest, f"first decode step of {len(ids)} prompts in {path}", setting)
+
+
+def load_tokenizer(name: str) -> Any:
+    """A tokenizer of transformers'.
+
+    Raises:
+        ValueError: it cannot be loaded; one line.
+    """
     from transformers import AutoTokenizer
 
     try:
-        encode = AutoTokenizer.from_pretrained(tokenizer).encode
+        return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         message = str(error).splitlines()[0]
-        raise ValueError(f"cannot load a tokenizer from {tokenizer}: {message}") from None
-    ids = [encode(prompt) for prompt in prompts]
-    lens = np.array([len(row) for row in ids], dtype=np.int64)
-    if not lens.all():
-        raise ValueError(f"{path}: prompt {int(lens.argmin()) + 1} has no tokens")
+        raise ValueError(f"cannot load a tokenizer from {name}: {message}") from None
+
+
+def forest_of_prompts(
+    prompts: Sequence[Sequence[int]], new_tokens: int, *, page_size: int = 1
+) -> PrefixForest:
+    """What prompts, as token ids, share when each has tokens more that nobody shares."""
+    lens = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
     # Equal tokens from the start on stand in the same slots, so they serve as rows here.
-    rows = np.full((len(ids), int(lens.max())), -1, dtype=np.int64)
-    for row, found in zip(rows, ids, strict=True):
-        row[: len(found)] = found
-    forest = PrefixForest.from_rows(rows, lens + 1, limits=lens, page_size=setting.page_size)
-    return _plan(forest, f"first decode step of {len(ids)} prompts in {path}", setting)
+    rows = np.full((len(prompts), int(lens.max())), -1, dtype=np.int64)
+    for row, prompt in zip(rows, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return PrefixForest.from_rows(rows, lens + new_tokens, limits=lens, page_size=page_size)
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -106,14 +145,11 @@ def read_prompts(path: Path) -> list[str]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text") from None
-    prompts: Any = [line for line in text.splitlines() if line.strip()]
-    if text.lstrip().startswith("["):
-        try:
-            prompts = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {error.lineno}: {error.msg}") from None
+        is_list = text.lstrip().startswith("[")
+        lines = [line for line in text.splitlines() if line.strip()]
+        prompts: Any = json.loads(text) if is_list else lines
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if not prompts or not all(isinstance(prompt, str) and prompt for prompt in prompts):
         raise ValueError(f"{path} has no prompts; legal: one per line, or a JSON list of texts")
     return list(prompts)
@@ -149,56 +185,52 @@ def _check_batch(count: int, what: str) -> None:
 
 
 def _plan(forest: PrefixForest, source: str, setting: Setting) -> PlanRecord:
-    from prefix_kernels.tiles import row_classes
-    from sglang_prefix.packing.planner import PackPlanner, profile_for
+    import torch
 
-    gpu = _gpu_name() if setting.device == "cuda" else None
-    on_gpu = setting.device != "cpu"
-    widest = row_classes(tile_shape(setting.shape, gpu))[-1] if on_gpu else None
-    profile = profile_for("triton" if on_gpu else "torch", widest)
-    planner = PackPlanner(setting.shape, profile, policy=setting.policy)
-    plan = ShapePlan(1, setting.policy, None, planner.plan(forest))
+    from prefix_kernels.tiles import row_classes
+    from sglang_prefix.packing.planner import profile_for
+
+    has_gpu = torch.cuda.is_available()
+    device = setting.device or ("cuda" if has_gpu else "cpu")
+    if device == "cuda" and not has_gpu:
+        raise ValueError("--device cuda: there is no GPU here; legal here: cpu, h200")
+    gpu = str(torch.cuda.get_device_name()) if device == "cuda" else None
+    where = {
+        "cpu": "the torch executor on a CPU",
+        "h200": "the Triton kernels on an H200, by its data sheet, not by measurement",
+        "cuda": f"the Triton kernels on this machine's GPU ({gpu})",
+    }
+    note = f"planned for {where[device]}"
+    if setting.device is None:
+        others = ", ".join(f"--device {name}" for name in where if name != device)
+        note += f", as this machine has it; others: {others}"
+    if device == "cpu":
+        profile, answer = profile_for("torch"), Answer("auto", None)
+    else:
+        profile = profile_for("triton", row_classes(tile_shape(setting.shape, gpu))[-1])
+        answer = Answer("auto", "gate-nothing-shared")
+    plan = ShapePlan(1, setting.policy, None, setting.shape, profile)
+    if device != "cpu" and forest.num_nodes:
+        answer = _ask_gate(forest, plan, device, setting.stock_backend)
     return PlanRecord(
         source=source,
         page_size=setting.page_size,
-        forest=forest,
+        neighbours=Neighbours.of(forest),
         plans=(plan,),
-        answer=_ask_gate(forest, plan, setting) if on_gpu else Answer("auto", None),
+        answer=answer,
         # As in a decode graph of this batch size.
-        graph_rows=forest.batch_size if on_gpu else None,
+        graph_rows=forest.batch_size if device != "cpu" else None,
         gpu=gpu,
-        notes=tuple(_assumptions(setting, gpu)),
+        notes=(note,),
     )
 
 
-def _ask_gate(forest: PrefixForest, plan: ShapePlan, setting: Setting) -> Answer:
+def _ask_gate(forest: PrefixForest, plan: ShapePlan, device: str, stock_backend: str) -> Answer:
     """The answer for a batch that comes after one that was not packed."""
     import torch
 
     from sglang_prefix.gate import H200, Gate, limits_of
 
-    if forest.num_nodes == 0:
-        return Answer("auto", "gate-nothing-shared")
-    limits = H200 if setting.device == "h200" else limits_of(torch.device("cuda"))
-    decision = Gate(limits, setting.stock_backend).choose([(plan.plan, 1)], forest)
-    return Answer("auto", *decision[1:], setting.stock_backend)
-
-
-def _assumptions(setting: Setting, gpu: str | None) -> Sequence[str]:
-    where = {
-        "cpu": "the torch executor on a CPU",
-        "h200": "the Triton kernels on an H200, by its data sheet, not by measurement",
-        "cuda": f"the Triton kernels on this machine's GPU ({gpu})",
-    }[setting.device]
-    if not setting.is_assumed:
-        return [f"planned for {where}"]
-    others = ", ".join(f"--device {name}" for name in DEVICES if name != setting.device)
-    return [f"planned for {where}, as this machine has it; others: {others}"]
-
-
-def _gpu_name() -> str:
-    import torch
-
-    if not torch.cuda.is_available():
-        raise ValueError("--device cuda: there is no GPU here; legal here: cpu, h200")
-    return str(torch.cuda.get_device_name())
+    limits = H200 if device == "h200" else limits_of(torch.device("cuda"))
+    decision = Gate(limits, stock_backend).choose([(plan.plan(forest), 1)], forest)
+    return Answer("auto", *decision[1:], stock_backend)

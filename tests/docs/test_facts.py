@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from sglang_prefix.backend.fallback import REASONS
+from sglang_prefix.cli import doctor
 from sglang_prefix.forest import PrefixForest, RadixPath
 from sglang_prefix.packing import CPU_PROFILE, GPU_PROFILE, AttentionShape
 from sglang_prefix.packing.layout import CostedPlan
@@ -17,7 +19,6 @@ from sglang_prefix.packing.planner import PackPlanner
 from tests.docs.facts import problems
 from tests.docs.pages import ACTIVATE, ROOT, Page, pages, read_page
 
-DOCTOR = ("sglang_prefix/cli/doctor.py", "sglang_prefix/cli/doctor_checks.py")
 # Where the messages that end a start come from, and as what they are raised.
 STARTS = {
     "patches/prefix_patches/install.py": "RuntimeError",
@@ -126,45 +127,37 @@ def test_every_reason_has_an_entry() -> None:
 
 
 def test_every_message_of_doctor_has_an_entry(sections: dict[str, str]) -> None:
-    entries = 0
-    for name, texts in _failed_checks():
-        assert name in sections, f"no entry for the check {name}"
-        for text in texts:
-            assert text.lower() in sections[name].lower(), f"{name} lacks: {text}"
-        entries += 1
-    assert entries >= 8
+    checks: dict[str, Callable[..., str]] = {
+        **doctor.METADATA_CHECKS,
+        **doctor.SGLANG_CHECKS,
+        "sgl_kernel": doctor.check_kernel,
+    }
+    assert sections.keys() >= {*checks, "SGLang process"}
+    for name, check in checks.items():
+        for texts in _raises(inspect.getsource(check), "CheckError"):
+            for text in texts:
+                assert text.lower() in sections[name].lower(), f"{name} lacks: {text}"
 
 
 def test_every_message_that_ends_a_start_has_an_entry(sections: dict[str, str]) -> None:
     section = sections["What ends the start"] + sections["SGLang version"]
-    messages = [message for file in STARTS for message in _raised(file)]
+    messages = [
+        (file, texts)
+        for file, error in STARTS.items()
+        for texts in _raises((ROOT / file).read_text(), error)
+    ]
     assert len(messages) >= 10
     for file, texts in messages:
         assert texts, file
         assert texts[0] in section, f"the message of {file} is not there: {texts[0]}"
 
 
-def _failed_checks() -> Iterator[tuple[str, list[str]]]:
-    """Name of each check that can fail, and what it says then."""
-    for file in DOCTOR:
-        for node in ast.walk(ast.parse((ROOT / file).read_text())):
-            is_check = isinstance(node, ast.Call) and getattr(node.func, "id", "") in (
-                "Check",
-                "_check",
-            )
-            if not is_check or not isinstance(node, ast.Call) or len(node.args) < 3:
-                continue
-            name, ok = node.args[:2]
-            if isinstance(name, ast.Constant) and getattr(ok, "value", None) is False:
-                yield str(name.value), [text for arg in node.args[2:] for text in _constants(arg)]
-
-
-def _raised(file: str) -> Iterator[tuple[str, list[str]]]:
-    for node in ast.walk(ast.parse((ROOT / file).read_text())):
-        if not isinstance(node, ast.Raise) or not isinstance(node.exc, ast.Call):
-            continue
-        if getattr(node.exc.func, "id", "") == STARTS[file]:
-            yield file, [text for arg in node.exc.args for text in _constants(arg)]
+def _raises(source: str, error: str) -> Iterator[list[str]]:
+    """What the errors of one type say that are raised in some source."""
+    for node in ast.walk(ast.parse(source)):
+        call = node.exc if isinstance(node, ast.Raise) else None
+        if isinstance(call, ast.Call) and getattr(call.func, "id", "") == error:
+            yield [text for arg in call.args for text in _constants(arg)]
 
 
 def _constants(node: ast.AST) -> list[str]:
