@@ -82,7 +82,7 @@ def kernel_result() -> Result:
         "bench-kernel",
         cases,
         options={"quick": True, "policies": ["pat", "query"], "dtype": "float32"},
-        limits=example(schema.Limits, flop_per_s=1e11),
+        limits={"flop_per_s": 1e11},
         targets={"nothing shared": target},
         absent={"flashinfer-cascade": "needs a GPU"},
         not_run={"chunk-4096": "interrupted"},
@@ -168,7 +168,7 @@ def _side(ratios: Result) -> Result:
         schema.ServingSide,
         **{f"{metric}_ms": {"median": ms, "p99": 2 * ms} for metric, ms in medians.items()},
         output_tokens_per_s=400 * over.get("throughput", 1.0),
-        raw={"runs": [{"load_per_cpu": 0.5}]},
+        raw={"runs": [example(schema.ServingRun, load_per_cpu=0.5)]},
     )
 
 

@@ -12,26 +12,8 @@ from typing import Annotated, Any, Literal, NotRequired
 from pydantic import Field
 from typing_extensions import TypedDict
 
-__all__ = [
-    "RESULTS",
-    "CheckCase",
-    "EngineCase",
-    "EngineResult",
-    "Environment",
-    "HostCase",
-    "HostResult",
-    "KernelCase",
-    "KernelProvider",
-    "KernelResult",
-    "Result",
-    "ServingCase",
-    "ServingResult",
-    "ServingSide",
-    "TuneCase",
-    "TuneResult",
-]
+__all__ = ["RESULTS"]
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
@@ -91,7 +73,6 @@ class Heads(TypedDict):
     qo: AtLeastOne
     kv: AtLeastOne
     dim: AtLeastOne
-    v_dim: AtLeastOne
 
 
 class Amount(TypedDict):
@@ -104,9 +85,6 @@ class Amount(TypedDict):
 class Floor(TypedDict):
     """Time of a layer that no kernel can beat: bytes, operations, one launch."""
 
-    bytes_us: NotNegative
-    flop_us: NotNegative
-    launch_us: NotNegative
     us: Positive
 
 
@@ -162,14 +140,6 @@ class KernelCase(TypedDict):
     providers: dict[str, KernelProvider]
 
 
-class Limits(TypedDict):
-    """Measured in the same run."""
-
-    read_bytes_per_s: NotRequired[Positive]
-    flop_per_s: Positive
-    empty_launch_us: NotRequired[NotNegative]
-
-
 class KernelOptions(TypedDict):
     policies: Annotated[list[Literal["pat", "node", "chunk", "query"]], Field(min_length=1)]
     dtype: Literal["bfloat16", "float16", "float32"]
@@ -177,7 +147,8 @@ class KernelOptions(TypedDict):
 
 class KernelResult(Result):
     options: KernelOptions  # type: ignore[misc]
-    limits: NotRequired[Limits]  # type: ignore[misc]
+    # Measured in the same run.
+    limits: NotRequired[dict[str, NotNegative]]
     cases: list[KernelCase]
 
 
@@ -230,8 +201,8 @@ class HostResult(Result):
 
 
 class Spread(TypedDict):
-    median: float | None
-    p99: float | None
+    median: NotNegative
+    p99: NotNegative
 
 
 class Steps(TypedDict):
@@ -249,20 +220,18 @@ class Counters(TypedDict):
     reasons: dict[str, Count]
 
 
-class WholeSpread(TypedDict):
-    median: NotNegative
-    p99: NotNegative
-
-
-class ServingRun(TypedDict):
-    """A timed run of one side, from which a resumed run concludes everything again."""
-
-    ttft_ms: WholeSpread | None
-    tpot_ms: WholeSpread | None
-    itl_ms: WholeSpread | None
+class ServingTimes(TypedDict):
+    ttft_ms: Spread | None
+    tpot_ms: Spread | None
+    itl_ms: Spread | None
     output_tokens_per_s: Positive
     requests_per_s: Positive
     duration_s: Positive
+
+
+class ServingRun(ServingTimes):
+    """A timed run of one side, from which a resumed run concludes everything again."""
+
     counters: Counters | None
     load_per_cpu: NotRequired[NotNegative]
 
@@ -271,14 +240,10 @@ class ServingRuns(TypedDict):
     runs: list[ServingRun]
 
 
-class ServingSide(TypedDict):
-    raw: NotRequired[ServingRuns]
-    ttft_ms: Spread | None
-    tpot_ms: Spread | None
-    itl_ms: Spread | None
-    output_tokens_per_s: float | None
-    requests_per_s: NotRequired[float | None]
-    duration_s: NotRequired[float | None]
+class ServingSide(ServingTimes):
+    """Medians of the runs of one side."""
+
+    raw: ServingRuns
     steps: NotRequired[Steps | None]
     packed_share: NotRequired[float | None]
     kv_read_ratio: NotRequired[float | None]
