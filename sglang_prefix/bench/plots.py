@@ -69,8 +69,7 @@ def speedup_figure(data: Data) -> Figure:
                 speedup = over(case, name, "stock") or 1.0
                 axes.plot(speedup, row, mark, color="black", ms=4, mfc="none")
     axes.axvline(1, color=_STOCK, lw=1.2)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:g}")
+    _logarithmic(axes, "x", base=2)
     axes.set_xlabel(f"time of the fastest stock kernel ({_stock_names(cases)}) / time of ours")
     keys = [_key(str(ours), _OURS), _key("slower", _LOSING)]
     marks = {policy: mark for policy, mark in _MARKS.items() if policy in policies}
@@ -110,8 +109,8 @@ def roofline_figure(data: Data) -> Figure:
         axes.plot(roof, np.minimum(bandwidth * roof, peak), color="black", lw=1)
         limits = f"measured in this run: {bandwidth:.1f} GB/s, {peak:.0f} GFLOP/s"
         keys.append(_key(limits, "black", "_"))
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    _logarithmic(axes, "x")
+    _logarithmic(axes, "y")
     axes.set_xlabel("arithmetic intensity, FLOP per byte of KV")
     axes.set_ylabel("achieved, GFLOP/s")
     axes.set_title(_kernel_title(data, "Roofline"), loc="left", size=10)
@@ -304,6 +303,13 @@ def _rows(data: Data, what: str, cases: Sequence[Data]) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def _logarithmic(axes: Axes, which: str, base: int = 10) -> None:
+    """Plain numbers at its powers: matplotlib would write them as mathematics."""
+    (axes.semilogx if which == "x" else axes.semilogy)(base=base)
+    (axes.xaxis if which == "x" else axes.yaxis).set_major_formatter("{x:g}")
+    axes.minorticks_off()
+
+
 def _cases_of_ours(data: Data) -> tuple[str | None, list[Data]]:
     ours = our_provider(data)
     return ours, [case for case in data["cases"] if ours in case["providers"]]
@@ -313,16 +319,18 @@ def _loses(case: Data, ours: str | None) -> bool:
     return (over(case, ours, "stock") or 1.0) < 1
 
 
-def _kernel_title(data: Data, what: str) -> str:
+def _where(data: Data) -> str:
     found = data["environment"]
-    where = found.get("gpu") or f"{found.get('cpu')}, threads: {found.get('threads')}"
-    return f"{what}: decode attention, {data['options']['dtype']}, {where}"
+    return found.get("gpu") or f"{found.get('cpu')}, threads: {found.get('threads')}"
+
+
+def _kernel_title(data: Data, what: str) -> str:
+    return f"{what}: decode attention, {data['options']['dtype']}, {_where(data)}"
 
 
 def _serving_title(data: Data) -> str:
-    where = data["environment"].get("gpu") or data["environment"]["device"]
-    model = str(data.get("model")).rstrip("/").rsplit("/", 1)[-1]
-    return f"{model}, {data.get('dtype')}, {where}"
+    model = Path(str(data.get("model"))).name
+    return f"{model}, {data.get('dtype')}, {_where(data)}"
 
 
 def _stock_names(cases: Sequence[Data]) -> str:
