@@ -19,7 +19,7 @@ from typing import (
 )
 
 from sglang_prefix.bench import schema
-from sglang_prefix.bench.results import SCHEMA
+from sglang_prefix.bench.results import new_result
 
 __all__ = [
     "MADE_UP",
@@ -61,12 +61,14 @@ def _result(kind: str, cases: list[Result], **more: Any) -> Result:
         **{"device": "cpu", "cpu": "made-up CPU", "threads": 2, "gpu": None, "python": "3.11.0"},
         **{"versions": {"sglang": "0.5.23", "triton": None}, "commit": "0000000"},
     }
-    given = {
-        **{"schema": SCHEMA, "kind": kind, "created": "2026-01-01T00:00:00+00:00"},
-        **{"command": ["sglang-prefix", *kind.split("-"), "--out", "results"], "seed": 7},
-        **{"options": {"quick": True}, "environment": environment, "cases": cases},
-    }
-    return example(schema.RESULTS[kind], **(given | more))
+    made = new_result(
+        kind,
+        command=["sglang-prefix", *kind.split("-"), "--out", "results"],
+        options={"quick": True},
+        seed=7,
+        environment=environment,
+    )
+    return made | {"created": "2026-01-01T00:00:00+00:00", "cases": cases} | more
 
 
 def kernel_result() -> Result:

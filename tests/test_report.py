@@ -103,7 +103,7 @@ class TestKernel:
         assert len(stock.won) == 3
         assert stock.lost == {"unrelated-8": 0.8}
         assert stock.stock == ["torch_native"]
-        assert stock.missing == ["chunk-4096 (not run: interrupted)"]
+        assert stock.not_compared == {"chunk-4096": "not run: interrupted"}
         assert (len(peer.won), list(peer.lost)) == (1, ["pat-tree-03"])
         assert peer.not_compared["unrelated-8"] == "hydragen was not measured"
         assert (len(query.won), list(query.lost)) == (3, ["unrelated-8"])
@@ -446,7 +446,7 @@ BAD = {
     "deep": ("[" * 100_000, "is not a result file"),
     "kind": (WHOLE.replace('"kind": "bench-kernel"', '"kind": ["a"]'), "kind is ['a']; legal:"),
     "schema": (WHOLE.replace('"schema": 2', '"schema": 1'), "schema is 1; legal: 2"),
-    "no time": (WHOLE.replace('"ms"', '"m"'), "cases.0.providers.torch_native.ms: Field required"),
+    "no time": (WHOLE.replace('"ms"', '"m"'), "cases: 0.providers.torch_native.ms: Field required"),
     "two of a name": (TWICE, "two cases are named 'pat-tree-01'"),
     "timed without a time": (
         json.dumps(engine_result()).replace("tpot_us", "tpot"),

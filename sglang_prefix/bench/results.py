@@ -182,11 +182,12 @@ def check_result(path: str | os.PathLike[str], data: Any, kind: str | None = Non
     try:
         from pydantic import TypeAdapter
 
-        from sglang_prefix.bench.schema import RESULTS
+        from sglang_prefix.bench.schema import CASES, Result
     except ImportError:
         pass
     else:
-        check_type(path, data, TypeAdapter(RESULTS[data["kind"]]), whole)
+        check_type(path, data, TypeAdapter(Result), whole)
+        check_type(path, data["cases"], TypeAdapter(CASES[data["kind"]]), f"{whole}: cases")
     try:
         names = [case["name"] for case in data["cases"]]
     except (KeyError, TypeError):

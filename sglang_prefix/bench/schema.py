@@ -1,8 +1,8 @@
 """What a result file of each kind holds: one set of types for writer, resume and report.
 
-Every kind has the same envelope, :class:`Result`; a kind says what its cases are. Keys that are not
-named here are allowed, and nobody's business. Needs pydantic, which comes with SGLang:
-`results` imports this module only when a file is checked.
+Every kind has the same envelope, :class:`Result`, and cases of a type of its own. Keys that are not
+named here are allowed. Needs pydantic, which comes with SGLang: `results` imports this module only
+when a file is checked.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NotRequired
 from pydantic import Field
 from typing_extensions import TypedDict
 
-__all__ = ["RESULTS"]
+__all__ = ["CASES", "Result"]
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -22,15 +22,10 @@ Reasons = dict[str, str]
 
 
 class Environment(TypedDict):
-    """What numbers were measured on and with; more on a GPU host."""
+    """What numbers were measured on and with, see `results.environment`."""
 
     device: str
-    cpu: NotRequired[str | None]
-    threads: NotRequired[int | None]
-    gpu: NotRequired[str | None]
-    python: NotRequired[str | None]
     versions: NotRequired[dict[str, str | None]]
-    commit: NotRequired[str | None]
 
 
 class Target(TypedDict):
@@ -42,7 +37,7 @@ class Target(TypedDict):
 
 
 class Result(TypedDict):
-    """The envelope of all kinds.
+    """The envelope of all kinds, whose ``cases`` are those of :data:`CASES`.
 
     ``absent`` says of providers, workloads or backends why they are not here; ``not_run`` and
     ``failed`` say it of cases that are not among the ``cases``. A resumed run tries the former
@@ -61,12 +56,17 @@ class Result(TypedDict):
     not_run: Reasons
     failed: Reasons
     wall_s: NotNegative | None
-    limits: NotRequired[dict[str, Any]]
+    limits: NotRequired[dict[str, NotNegative]]
     targets: NotRequired[dict[str, Target]]
     note: NotRequired[str]
+    cases: list[dict[str, Any]]
 
 
-# Kernels.
+class Case(TypedDict):
+    """What cases of all kinds have."""
+
+    name: str
+    group: str
 
 
 class Heads(TypedDict):
@@ -80,12 +80,6 @@ class Amount(TypedDict):
 
     ideal: Count
     logical: Count
-
-
-class Floor(TypedDict):
-    """Time of a layer that no kernel can beat: bytes, operations, one launch."""
-
-    us: Positive
 
 
 class KernelProvider(TypedDict):
@@ -117,9 +111,7 @@ class KernelProvider(TypedDict):
     max_abs_error: float | None
 
 
-class KernelCase(TypedDict):
-    name: str
-    group: str
+class KernelCase(Case):
     tree: str | None
     note: str
     batch: AtLeastOne
@@ -131,25 +123,13 @@ class KernelCase(TypedDict):
     tokens: Amount
     bytes: Amount
     flop: Count
-    floor: Floor | None
+    floor: dict[str, NotNegative] | None
     best_stock: str | None
     target: float | None
     bandwidth_gb_s: Positive | None
     absent: Reasons
     failed: Reasons
     providers: dict[str, KernelProvider]
-
-
-class KernelOptions(TypedDict):
-    policies: Annotated[list[Literal["pat", "node", "chunk", "query"]], Field(min_length=1)]
-    dtype: Literal["bfloat16", "float16", "float32"]
-
-
-class KernelResult(Result):
-    options: KernelOptions  # type: ignore[misc]
-    # Measured in the same run.
-    limits: NotRequired[dict[str, NotNegative]]
-    cases: list[KernelCase]
 
 
 class TileTimes(TypedDict):
@@ -161,11 +141,9 @@ class TileTimes(TypedDict):
     bytes_per_s: Positive
 
 
-class TuneCase(TypedDict):
+class TuneCase(Case):
     """Tiles by name on one pack shape; ``formula`` is the one used without a table."""
 
-    name: str
-    group: str
     shape: dict[str, int]
     packs: AtLeastOne
     tokens_per_pack: AtLeastOne
@@ -176,28 +154,13 @@ class TuneCase(TypedDict):
     failed: Reasons
 
 
-class TuneResult(Result):
-    device_name: str
-    arch: str
-    cases: list[TuneCase]
-
-
-class HostCase(TypedDict):
+class HostCase(Case):
     """Host time by stage, in microseconds; ``seconds`` are the raw times of those that have any."""
 
-    name: str
-    group: str
     num_requests: AtLeastOne
     us: dict[str, NotNegative]
     seconds: NotRequired[dict[str, list[float]]]
     counters: NotRequired[dict[str, Any]]
-
-
-class HostResult(Result):
-    cases: list[HostCase]
-
-
-# Served models.
 
 
 class Spread(TypedDict):
@@ -250,18 +213,9 @@ class ServingSide(ServingTimes):
     reasons: NotRequired[dict[str, Any] | None]
 
 
-class Ratios(TypedDict):
-    """The prefix server's value over the stock server's."""
+class ServingCase(Case):
+    """Ratios are the prefix server's values over the stock server's."""
 
-    ttft: NotRequired[Positive | None]
-    tpot: NotRequired[Positive | None]
-    itl: NotRequired[Positive | None]
-    throughput: NotRequired[Positive | None]
-
-
-class ServingCase(TypedDict):
-    name: str
-    group: NotRequired[str]
     requests: int
     tokens_compared: NotRequired[int | None]
     tokens_equal: NotRequired[int | None]
@@ -269,31 +223,13 @@ class ServingCase(TypedDict):
     is_comparison: bool
     why_not: NotRequired[str | None]
     sides: dict[str, ServingSide]
-    ratios: Ratios
-    unpacked_ratios: NotRequired[Ratios | None]
+    ratios: dict[str, Positive | None]
+    unpacked_ratios: NotRequired[dict[str, Positive | None] | None]
 
 
-class ServingServer(TypedDict):
-    server_args: NotRequired[list[str]]
-    model: NotRequired[str | None]
-    dtype: NotRequired[str | None]
-    max_total_num_tokens: NotRequired[Count | None]
-
-
-class ServingResult(Result):
-    model: NotRequired[str | None]
-    dtype: NotRequired[str | None]
-    stock: NotRequired[ServingServer | None]
-    prefix: NotRequired[ServingServer | None]
-    method: NotRequired[dict[str, Any]]
-    cases: list[ServingCase]
-
-
-class EngineCase(TypedDict):
+class EngineCase(Case):
     """Engines of SGLang itself, without a server, on a load."""
 
-    name: str
-    group: str
     load: NotRequired[dict[str, Any]]
     measured: NotRequired[dict[str, dict[str, Any]]]
     engines: NotRequired[dict[str, dict[str, Any]]]
@@ -301,26 +237,16 @@ class EngineCase(TypedDict):
     ratio: NotRequired[Positive]
 
 
-class EngineResult(Result):
-    cases: list[EngineCase]
-
-
-class CheckCase(TypedDict):
-    name: str
-    group: str
+class CheckCase(Case):
     errors: NotRequired[dict[str, NotNegative]]
 
 
-class CheckResult(Result):
-    cases: list[CheckCase]
-
-
-# In the order in which a page shows them.
-RESULTS: dict[str, Any] = {
-    "bench-kernel": KernelResult,
-    "bench-serving": ServingResult,
-    "bench-engine": EngineResult,
-    "bench-tune": TuneResult,
-    "bench-host": HostResult,
-    "gpu-check": CheckResult,
+# By kind, in the order in which a page shows them.
+CASES: dict[str, Any] = {
+    "bench-kernel": list[KernelCase],
+    "bench-serving": list[ServingCase],
+    "bench-engine": list[EngineCase],
+    "bench-tune": list[TuneCase],
+    "bench-host": list[HostCase],
+    "gpu-check": list[CheckCase],
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from base64 import b64encode
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,12 @@ from typing import Any
 from sglang_prefix.bench.plots import PLOTS, caption, svg_text
 from sglang_prefix.bench.report.engine import engine_section
 from sglang_prefix.bench.report.kernel import kernel_section
-from sglang_prefix.bench.report.section import Section
+from sglang_prefix.bench.report.section import Section, Verdict
 from sglang_prefix.bench.report.serving import serving_section
 from sglang_prefix.bench.report.sources import Source, find_sources
 from sglang_prefix.bench.report.uncompared import check_section, host_section, tune_section
 from sglang_prefix.bench.results import ResultError, write_whole
-from sglang_prefix.bench.tables import is_losing, ratio_text
+from sglang_prefix.bench.tables import by_reason, is_losing, ratio_text
 
 __all__ = ["PAGE", "build_page", "section_of", "write_folder_page"]
 
@@ -71,6 +71,7 @@ def build_page(sources: Sequence[Source], *, title: str, plots: bool = True) -> 
     from markupsafe import Markup
 
     parts = [_part(source, plots) for source in sources]
+    verdicts = [part["section"].verdicts for part in parts]
     style, script, template = (
         (files(__package__) / f"page.{ending}").read_text(encoding="utf-8")
         for ending in ("css", "js", "html.j2")
@@ -79,12 +80,13 @@ def build_page(sources: Sequence[Source], *, title: str, plots: bool = True) -> 
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["ratio"] = ratio_text
+    environment.filters |= {"ratio": ratio_text, "by_reason": by_reason}
     environment.tests["losing"] = is_losing
     return environment.from_string(template).render(
         title=title,
         parts=parts,
-        total=_total([part["section"] for part in parts]),
+        total=_together(verdict for found in verdicts for verdict in found[:1]),
+        elsewhere=_together(verdict for found in verdicts for verdict in found[1:]),
         style=Markup(style),
         script=Markup(script),
         script_digest=b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -112,17 +114,9 @@ def _picture(draw: Callable[[Mapping[str, Any]], Any], data: Mapping[str, Any], 
     return f"data:image/svg+xml;base64,{b64encode(svg_text(draw, data, name).encode()).decode()}"
 
 
-def _total(sections: Sequence[Section]) -> dict[str, Any]:
-    """First verdicts of all sections together, and what the others have lost."""
-    first = [section.verdicts[0] for section in sections if section.verdicts]
-    others = [verdict for section in sections for verdict in section.verdicts[1:]]
-
-    return {
-        "won": sum(len(verdict.won) for verdict in first),
-        "lost": sum(len(verdict.lost) for verdict in first),
-        "compared": sum(len(verdict.gains) for verdict in first),
-        "not_compared": sum(len(verdict.not_compared) for verdict in first),
-        "stock": list(dict.fromkeys(name for verdict in first for name in verdict.stock)),
-        "lost_elsewhere": sum(len(verdict.lost) for verdict in others),
-        "compared_elsewhere": sum(len(verdict.gains) for verdict in others),
-    }
+def _together(verdicts: Iterable[Verdict]) -> Verdict:
+    """All verdicts as one, to be counted."""
+    found = [(verdict, *item) for verdict in verdicts for item in verdict.found.items()]
+    stock = dict.fromkeys(name for verdict, *_ in found for name in verdict.stock)
+    cases = {f"{n} {name}": value for n, (_, name, value) in enumerate(found)}
+    return Verdict("ours", "stock SGLang", cases, stock=list(stock))

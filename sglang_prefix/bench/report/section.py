@@ -75,11 +75,6 @@ class Verdict:
         """Geometric mean of the gains."""
         return geomean(self.gains.values())
 
-    @property
-    def missing(self) -> list[str]:
-        """Why cases were not compared."""
-        return by_reason(self.not_compared)
-
 
 @dataclass(frozen=True, slots=True)
 class Section:
