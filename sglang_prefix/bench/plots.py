@@ -22,7 +22,6 @@ from sglang_prefix.bench.results import write_whole
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
 
 __all__ = ["PLOTS", "caption", "has_matplotlib", "save_plots", "svg_text"]
 
@@ -56,31 +55,29 @@ def speedup_figure(data: Data) -> Figure:
     ours = our_provider(data)
     cases = [case for case in data["cases"] if over(case, ours, "stock")]
     figure, axes = _rows(data, "Speed-up over stock", cases)
-    values = [over(case, ours, "stock") or 1.0 for case in cases]
-    colours = [_LOSING if value < 1 else _OURS for value in values]
-    axes.barh(range(len(cases)), [v - 1 for v in values], left=1, color=colours, height=_BAR)
-    policies = set()
-    for row, (case, value) in enumerate(zip(cases, values, strict=True)):
-        _beside(axes, row, f"{value:.2f}x", loses=value < 1)
+    for row, case in enumerate(cases):
+        value, loses = over(case, ours, "stock") or 1.0, _loses(case, ours)
+        label, colour = ("slower", _LOSING) if loses else (ours, _OURS)
+        axes.barh(row, value - 1, left=1, color=colour, height=_BAR, label=label)
+        _beside(axes, row, f"{value:.2f}x", loses=loses)
         for name, other in of_kind(case, "ours").items():
             if name != ours:
-                policies.add(other["policy"])
-                mark = _MARKS.get(other["policy"], "d")
+                mark, label = _MARKS.get(other["policy"], "d"), f"policy {other['policy']}"
                 speedup = over(case, name, "stock") or 1.0
-                axes.plot(speedup, row, mark, color="black", ms=4, mfc="none")
+                axes.plot(speedup, row, mark, color="black", ms=4, mfc="none", label=label)
     axes.axvline(1, color=_STOCK, lw=1.2)
     _logarithmic(axes, "x", base=2)
     axes.set_xlabel(f"time of the fastest stock kernel ({_stock_names(cases)}) / time of ours")
-    keys = [_key(str(ours), _OURS), _key("slower", _LOSING)]
-    marks = {policy: mark for policy, mark in _MARKS.items() if policy in policies}
-    keys += [_key(f"policy {p}", "black", mark, hollow=True) for p, mark in marks.items()]
-    return _with_legend(figure, keys, 5)
+    return _with_legend(figure, axes, 5)
 
 
 def roofline_figure(data: Data) -> Figure:
     """Achieved arithmetic against intensity, at the bytes read and at the ideal bytes."""
     ours, cases = our_provider(data), data["cases"]
     figure, axes = _figure(5.6)
+    mine, slower = f"{ours}, at the bytes it reads", f"{ours}, slower than stock"
+    stock = f"fastest stock ({_stock_names(cases)}), at the bytes it reads"
+    best = "the same, at the ideal bytes (each shared token once)"
     xs = []
     for case in cases:
         for name in (fastest(case, "stock"), ours):
@@ -90,32 +87,26 @@ def roofline_figure(data: Data) -> Figure:
             rate = case["flop"] * case["layers"] / found["ms"] / 1e6
             read, ideal = (case["flop"] / n for n in (found["bytes_read"], case["bytes"]["ideal"]))
             xs += [read, ideal]
-            colour = _STOCK if name != ours else _LOSING if _loses(case, ours) else _OURS
-            axes.plot(read, rate, "o", color=colour, ms=5)
+            look = (mine, _OURS) if name == ours else (stock, _STOCK)
             if name == ours:
-                axes.plot([read, ideal], [rate, rate], "-", color=_OURS, lw=0.6)
-                axes.plot(ideal, rate, "o", color=_OURS, ms=6, mfc="none")
-    keys = [
-        _key(f"{ours}, at the bytes it reads", _OURS, "o"),
-        _key("the same, at the ideal bytes (each shared token once)", _OURS, "o", hollow=True),
-        _key(f"{ours}, slower than stock", _LOSING, "o"),
-        _key(f"fastest stock ({_stock_names(cases)}), at the bytes it reads", _STOCK, "o"),
-    ]
+                axes.plot([read, ideal], [rate, rate], color=_OURS, lw=0.6)
+                axes.plot(ideal, rate, "o", color=_OURS, ms=6, mfc="none", label=best)
+                look = (slower, _LOSING) if _loses(case, ours) else look
+            axes.plot(read, rate, "o", color=look[1], ms=5, label=look[0])
     bandwidths = sorted(c["bandwidth_gb_s"] for c in cases if c["bandwidth_gb_s"])
     if xs and bandwidths:
         bandwidth = bandwidths[len(bandwidths) // 2]
         peak = data.get("limits", {}).get("flop_per_s", np.inf) / 1e9
-        roof = np.geomspace(min(xs) / 2, max(xs) * 2)
-        axes.plot(roof, np.minimum(bandwidth * roof, peak), color="black", lw=1)
         limits = f"measured in this run: {bandwidth:.1f} GB/s, {peak:.0f} GFLOP/s"
-        keys.append(_key(limits, "black", "_"))
+        roof = np.geomspace(min(xs) / 2, max(xs) * 2)
+        axes.plot(roof, np.minimum(bandwidth * roof, peak), color="black", lw=1, label=limits)
     _logarithmic(axes, "x")
     _logarithmic(axes, "y")
     axes.set_xlabel("arithmetic intensity, FLOP per byte of KV")
     axes.set_ylabel("achieved, GFLOP/s")
     axes.set_title(_kernel_title(data, "Roofline"), loc="left", size=10)
     axes.grid(alpha=0.25, which="both", lw=0.5)
-    return _with_legend(figure, keys, 2)
+    return _with_legend(figure, axes, 2)
 
 
 def time_split_figure(data: Data) -> Figure:
@@ -125,23 +116,23 @@ def time_split_figure(data: Data) -> Figure:
     found = [case["providers"][ours] for case in cases]
     # Of a GPU there is no time of the merge, which is launched with the forward pass.
     is_split = any(mine.get("merge_ms") is not None for mine in found)
-    labels = {part: part for part in _PARTS}
-    labels["forward"] = "forward (run less merge)" if is_split else "forward with merge"
-    labels["merge"] = "merge (timed alone after the step)"
-    left, keys = np.zeros(len(cases)), []
+    labels = {
+        "forward": "forward (run less merge)" if is_split else "forward with merge",
+        "merge": "merge (timed alone after the step)",
+    }
+    left = np.zeros(len(cases))
     for part, colour in _PARTS.items():
         shares = [100 * (mine.get(f"{part}_ms") or 0.0) / mine["ms"] for mine in found]
-        if any(shares):
-            keys.append(_key(labels[part], colour))
-            axes.barh(range(len(cases)), shares, left=left, color=colour, height=_BAR)
-            left += shares
+        label = labels.get(part, part) if any(shares) else None
+        axes.barh(range(len(cases)), shares, _BAR, left, color=colour, label=label)
+        left += shares
     for row, (case, mine) in enumerate(zip(cases, found, strict=True)):
         loses = _loses(case, ours)
         said = ", slower than stock" if loses else ""
         _beside(axes, row, f"{mine['ms']:.2f} ms{said}", loses=loses)
     layers = max((case["layers"] for case in cases), default=1)
     axes.set_xlabel(f"median of each part / median of the step of {ours}, %; layers: {layers}")
-    return _with_legend(figure, keys, 4)
+    return _with_legend(figure, axes, 4)
 
 
 def byte_ratio_figure(data: Data) -> Figure:
@@ -151,18 +142,14 @@ def byte_ratio_figure(data: Data) -> Figure:
     rows = range(len(cases))
     read = [100 * case["providers"][ours]["kv_read_ratio"] for case in cases]
     ideal = [100 * case["bytes"]["ideal"] / case["bytes"]["logical"] for case in cases]
-    axes.barh(rows, [100] * len(cases), color=_PALE, height=_BAR)
-    axes.barh(rows, read, color=_OURS, height=_BAR)
-    axes.plot(ideal, rows, "|", color="black", ms=13, mew=2)
+    stock = "logical: each request its own, as stock reads"
+    axes.barh(rows, [100] * len(cases), _BAR, color=_PALE, label=stock)
+    axes.barh(rows, read, _BAR, color=_OURS, label=f"read by {ours}")
+    axes.plot(ideal, rows, "|", color="black", ms=13, mew=2, label="ideal: each once")
     for row, (mine, best) in enumerate(zip(read, ideal, strict=True)):
         _beside(axes, row, f"{mine:.1f}%, ideal {best:.1f}%")
     axes.set_xlabel("KV bytes, % of what every request reading its own takes")
-    keys = [
-        _key(f"read by {ours}", _OURS),
-        _key("ideal: each once", "black", "|"),
-        _key("logical: each request its own, as stock reads", _PALE),
-    ]
-    return _with_legend(figure, keys, 3)
+    return _with_legend(figure, axes, 3)
 
 
 def serving_times_figure(data: Data) -> Figure:
@@ -176,7 +163,7 @@ def serving_times_figure(data: Data) -> Figure:
         _bars(axes, cases, f"{title} (less is better)", field)
     _bars(grid[1][1], cases, "output tokens per second (more is better)", "output_tokens_per_s")
     figure.suptitle(_serving_title(data))
-    return _with_legend(figure, [_key(side, colour) for side, colour in _SIDES.items()], 2)
+    return _with_legend(figure, grid[1][1], 2)
 
 
 def serving_reads_figure(data: Data) -> Figure:
@@ -205,7 +192,7 @@ def _bars(
         heights = [spread["median"] or 0.0 for spread in spreads]
         tops = [spread.get("p99", spread["median"]) or 0.0 for spread in spreads]
         xs = np.arange(len(cases)) + (number - (len(sides) - 1) / 2) * width
-        bars = axes.bar(xs, heights, width, color=_SIDES[side])
+        bars = axes.bar(xs, heights, width, color=_SIDES[side], label=side)
         axes.vlines(xs, heights, np.maximum(heights, tops), color="black", linewidth=0.8)
         for bar, case in zip(bars, cases, strict=True):
             bar.set_alpha(1.0 if case["is_comparison"] else 0.35)
@@ -338,20 +325,17 @@ def _stock_names(cases: Sequence[Data]) -> str:
     return ", ".join(dict.fromkeys(names)) or "absent"
 
 
-def _key(label: str, colour: str, marker: str = "s", *, hollow: bool = False) -> Line2D:
-    """An entry of a legend."""
-    from matplotlib.lines import Line2D
-
-    face = "none" if hollow else colour
-    return Line2D([], [], marker=marker, ls="", color=colour, mfc=face, ms=7, label=label)
-
-
 def _beside(axes: Axes, row: int, said: str, *, loses: bool = False) -> None:
     """A text right of the axes, in line with a row."""
     where, colour = axes.get_yaxis_transform(), _LOSING if loses else "black"
     axes.text(1.01, row, said, transform=where, va="center", size=8, color=colour)
 
 
-def _with_legend(figure: Figure, keys: list[Line2D], columns: int) -> Figure:
-    figure.legend(handles=keys, loc="outside lower left", ncols=columns, fontsize=8, frameon=False)
+def _with_legend(figure: Figure, axes: Axes, columns: int) -> Figure:
+    """The figure with each label once, below it."""
+    found = {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    handles, labels = [*found.values()], [*found]
+    figure.legend(
+        handles, labels, loc="outside lower left", ncols=columns, fontsize=8, frameon=False
+    )
     return figure

@@ -276,24 +276,20 @@ def _gpu_facts() -> dict[str, Any]:
     import torch
 
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    command = ["nvidia-smi", f"--query-gpu={_CLOCKS}", "--format=csv,noheader", "--id=0"]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        clocks = dict(zip(_CLOCKS.split(","), run.stdout.strip().split(", "), strict=False))
+    except (OSError, subprocess.SubprocessError):
+        clocks = {}
     return {
         "cuda": torch.version.cuda,
         "num_sms": properties.multi_processor_count,
         "l2_bytes": properties.L2_cache_size,
         "memory_bytes": properties.total_memory,
         "compute_capability": [properties.major, properties.minor],
-        "clocks": _clocks(),
+        "clocks": clocks,
     }
-
-
-def _clocks() -> dict[str, str] | None:
-    """What nvidia-smi says, read only; None where it is not."""
-    command = ["nvidia-smi", f"--query-gpu={_CLOCKS}", "--format=csv,noheader", "--id=0"]
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return dict(zip(_CLOCKS.split(","), map(str.strip, run.stdout.split(",")), strict=False))
 
 
 def _cpu_name() -> str:

@@ -1,7 +1,7 @@
 """What a result file of each kind holds: one set of types for writer, resume and report.
 
-Every kind has the same envelope, :class:`Result`, and cases of a type of its own. Keys that are not
-named here are allowed. Needs pydantic, which comes with SGLang: `results` imports this module only
+Every kind has the same envelope, :class:`Result`, and cases of a type of its own. A type has what
+is read back; keys that are not named here are for people. Needs pydantic, which comes with SGLang: `results` imports this module only
 when a file is checked.
 """
 
@@ -107,12 +107,10 @@ class KernelProvider(TypedDict):
     bytes_read: AtLeastOne
     kv_read_ratio: float
     packs: Count | None
-    speedup: float | None
     max_abs_error: float | None
 
 
 class KernelCase(Case):
-    tree: str | None
     note: str
     batch: AtLeastOne
     heads: Heads
@@ -124,7 +122,6 @@ class KernelCase(Case):
     bytes: Amount
     flop: Count
     floor: dict[str, NotNegative] | None
-    best_stock: str | None
     target: float | None
     bandwidth_gb_s: Positive | None
     absent: Reasons
@@ -134,20 +131,13 @@ class KernelCase(Case):
 
 class TileTimes(TypedDict):
     tile: dict[str, int]
-    registers: Count
-    error: NotNegative
     kernel_us: Positive
-    raw_us: list[float]
-    bytes_per_s: Positive
 
 
 class TuneCase(Case):
     """Tiles by name on one pack shape; ``formula`` is the one used without a table."""
 
     shape: dict[str, int]
-    packs: AtLeastOne
-    tokens_per_pack: AtLeastOne
-    kv_bytes: AtLeastOne
     formula: str
     tiles: dict[str, TileTimes]
     absent: Reasons
@@ -155,12 +145,10 @@ class TuneCase(Case):
 
 
 class HostCase(Case):
-    """Host time by stage, in microseconds; ``seconds`` are the raw times of those that have any."""
+    """Host time by stage, in microseconds."""
 
     num_requests: AtLeastOne
     us: dict[str, NotNegative]
-    seconds: NotRequired[dict[str, list[float]]]
-    counters: NotRequired[dict[str, Any]]
 
 
 class Spread(TypedDict):
@@ -232,7 +220,6 @@ class EngineCase(Case):
 
     load: NotRequired[dict[str, Any]]
     measured: NotRequired[dict[str, dict[str, Any]]]
-    engines: NotRequired[dict[str, dict[str, Any]]]
     stock: NotRequired[str]
     ratio: NotRequired[Positive]
 

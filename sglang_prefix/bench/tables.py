@@ -22,6 +22,7 @@ __all__ = [
     "by_reason",
     "gain",
     "geomean",
+    "is_losing",
     "number_text",
     "ratio_text",
     "tabulate",
@@ -149,16 +150,6 @@ class Table:
     rows: Sequence[Sequence[Cell]]
     notes: Sequence[str] = ()
     is_detail: bool = False
-
-    @property
-    def losing(self) -> list[str]:
-        """Names of the rows in which something is lost."""
-        return [row[0].text for row in self.rows if is_losing(row)]
-
-    @property
-    def hints(self) -> dict[str, str]:
-        """What the headings mean."""
-        return {column.title: column.hint for column in self.columns if column.hint}
 
     def is_text(self, index: int) -> bool:
         """Whether a column has words, which are aligned to the left."""

@@ -15,7 +15,6 @@ from sglang_prefix.bench.comparison import (
 )
 from sglang_prefix.bench.report.section import Section, Verdict, left_cases, make_section
 from sglang_prefix.bench.tables import (
-    NONE,
     Cell,
     Column,
     Table,
@@ -51,8 +50,7 @@ def kernel_section(data: Data) -> Section:
     tables = [
         _step_table(cases, ours, peers),
         _provider_table(cases),
-        _every_table(cases),
-        *_chain_tables(data),
+        _every_table(data["cases"]),
     ]
     verdicts = _verdicts(data, cases, ours or "ours", peers)
     return make_section("Attention kernels", data, tables, verdicts=verdicts)
@@ -121,7 +119,6 @@ def _step_table(cases: Sequence[Data], ours: str | None, peers: Sequence[str]) -
         Column("read", "ours.kv_read_ratio", "share of the KV tokens that ours reads"),
         Column("ideal", "ideal", "share of them if every shared token is read once"),
         *_part_columns("ours."),
-        Column("target", _promise, "speed-up that the project set itself"),
         Column("batch", "batch", is_detail=True),
         Column("tokens", "tokens.logical", "KV tokens of all requests", is_detail=True),
         Column("fastest stock", "stock.name", is_detail=True),
@@ -146,14 +143,6 @@ def _part_columns(prefix: str) -> list[Column]:
     ]
 
 
-def _promise(case: Data) -> Cell:
-    wanted, reached = case["target"], case["over"]["stock"]
-    if wanted is None:
-        return NONE
-    missed = reached is not None and reached < wanted
-    return Cell(f"{wanted:g}x{' missed' * missed}", wanted, "losing" if missed else "")
-
-
 def _kinds(cases: Sequence[Data]) -> dict[str, str]:
     """Providers that were measured or failed somewhere, ours first, with their kinds."""
     kinds = {name: "failed" for case in cases for name in case["failed"]}
@@ -175,12 +164,12 @@ def _provider_table(cases: Sequence[Data]) -> Table:
     def over_all(name: str, kind: str) -> dict[str, Any]:
         found = {case["name"]: over(case, name, "stock") for case in cases}
         gains = {case: value for case, value in found.items() if value is not None}
-        worst = min(gains, key=gains.__getitem__, default=None)
+        worst = min(gains, key=gains.__getitem__, default="")
         return {
             "name": name,
             "kind": kind,
             "mean": _ratio(geomean(gains.values()), kind),
-            "worst": _ratio(gains[worst] if worst else None, kind),
+            "worst": _ratio(gains.get(worst), kind),
             "worst_case": worst,
             "won": sum(value > 1 for value in gains.values()),
             "lost": sum(value < 1 for value in gains.values()),
@@ -225,19 +214,8 @@ def _every_table(cases: Sequence[Data]) -> Table:
         Column("largest error", "max_abs_error"),
     ]
     items = [measurement(case, *found) for case in cases for found in case["providers"].items()]
-    note = "The error is the largest absolute one against the float64 oracle, on the timed inputs."
-    return tabulate("Every measurement", columns, items, notes=[note], is_detail=True)
-
-
-def _chain_tables(data: Data) -> list[Table]:
-    items = [
-        {"case": case["name"], "chain": name, **found}
-        for case in data["cases"]
-        for name, found in of_kind(case, "chain").items()
+    notes = [
+        "The error is the largest absolute one against the float64 oracle, on the timed inputs.",
+        "Of kind chain: what launches cost, by launch mode / merge / tile classes in use.",
     ]
-    columns = [
-        Column("case", "case"),
-        Column("launch mode / merge / tile classes in use", "chain"),
-        Column("us per layer", "kernel_us"),
-    ]
-    return [tabulate("Price of launches", columns, items)] if items else []
+    return tabulate("Every measurement", columns, items, notes=notes, is_detail=True)

@@ -140,13 +140,6 @@ def _tokens_equal(case: Data) -> float | None:
 
 
 def _value_table(cases: list[Data]) -> Table:
-    def steps(item: Data) -> Cell:
-        found = item.get("steps")
-        if not found:
-            return NONE
-        said = " / ".join(str(found[path]) for path in ("packed", "stock", "fallback"))
-        return Cell(said, found["packed"])
-
     def reasons(item: Data) -> str:
         return "; ".join(f"{why}: {count}" for why, count in (item.get("reasons") or {}).items())
 
@@ -161,7 +154,9 @@ def _value_table(cases: list[Data]) -> Table:
         Column("tokens/s", "output_tokens_per_s", "output tokens"),
         Column("requests/s", "requests_per_s", is_detail=True),
         Column("seconds", "duration_s", is_detail=True),
-        Column("steps", steps, "decode steps: packed / left to stock / fallen back"),
+        Column("packed", "steps.packed", "decode steps"),
+        Column("stock", "steps.stock", "decode steps left to stock"),
+        Column("fallback", "steps.fallback", "decode steps fallen back"),
         Column("reasons", reasons, "of steps that were not packed", is_detail=True),
     ]
     items = [
