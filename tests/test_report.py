@@ -118,13 +118,14 @@ class TestKernel:
         result = kernel_result()
         table = table_of(section_of(result), "Every measurement")
         titles = [column.title for column in table.columns]
-        rows = [dict(zip(titles, row, strict=True)) for row in table.rows]
+        rows = [dict(zip(titles, (cell.sort for cell in row), strict=True)) for row in table.rows]
         found = [item for case in result["cases"] for item in case["providers"].values()]
+        keys = {"ms": "ms", "KV read": "kv_read_ratio", "plan ms": "plan_ms"}
         for row, provider in zip(rows, found, strict=True):
-            assert row["ms"].sort == provider["ms"]
-            assert row["KV read"].sort == provider["kv_read_ratio"]
-            assert row["speed-up"].sort == pytest.approx(provider["speedup"])
-            assert row["plan ms"].sort == provider["plan_ms"]
+            assert {title: row[title] for title in keys} == {
+                t: provider[k] for t, k in keys.items()
+            }
+            assert row["speed-up"] == pytest.approx(provider["speedup"])
 
     def test_targets_and_chains_of_a_gpu_run(self) -> None:
         result = kernel_result()
@@ -256,16 +257,9 @@ class TestPlots:
 
 @pytest.mark.parametrize("source", COMMITTED.values(), ids=COMMITTED)
 def test_committed_results_are_shown_with_all_their_cases(source: Source, tmp_path: Path) -> None:
-    section, cases = section_of(source.data), source.data["cases"]
-    if source.kind == "bench-host":
-        page = page_of(tmp_path, source.data)
-        assert all(page.count(f">{stage}<") == 1 for case in cases for stage in case["us"])
-        return
-    assert [*rows_of(section, "against the fastest")] == [case["name"] for case in cases]
-    ours = [{p["policy"]: p["ms"] for p in case["providers"].values()} for case in cases]
-    stock, query = section.verdicts
-    assert len(stock.won) == sum(ms["pat"] < ms[None] for ms in ours)
-    assert len(query.won) == sum(ms["pat"] < ms["query"] for ms in ours)
+    page, cases = page_of(tmp_path, source.data), source.data["cases"]
+    shown = [each for case in cases for each in case.get("us", [case["name"]])]
+    assert all(f">{each}<" in page for each in shown)
 
 
 class TestPage:

@@ -1,8 +1,8 @@
 """What a result file of each kind holds: one set of types for writer, resume and report.
 
 Every kind has the same envelope, :class:`Result`, and cases of a type of its own. A type has what
-is read back; keys that are not named here are for people. Needs pydantic, which comes with SGLang: `results` imports this module only
-when a file is checked.
+is read back; keys that are not named here are for people. Needs pydantic, which comes with SGLang:
+`results` imports this module only when a file is checked.
 """
 
 from __future__ import annotations
