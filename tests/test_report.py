@@ -74,7 +74,7 @@ class TestKernel:
         assert (len(query.won), list(query.lost)) == (3, ["unrelated-8"])
         assert losing(section, "against the fastest") == ["pat-tree-03", "unrelated-8"]
         assert losing(section, "Every") == ["unrelated-8"] * 2
-        assert "Absent baselines: flashinfer-cascade (needs a GPU)." in section.warnings
+        assert "Absent baselines: flashinfer-cascade: needs a GPU." in section.warnings
         assert "Not run: chunk-4096 (interrupted)." in section.warnings
         left = {"flashinfer-cascade": "absent: needs a GPU", "chunk-4096": "not run: interrupted"}
         assert left_out(section) == left
@@ -151,7 +151,7 @@ class TestServing:
         tpot, ttft, *_ = section.verdicts
         assert (len(tpot.won), tpot.lost, ttft.lost) == (2, {}, {"forks": 0.8})
         assert {*tpot.not_compared} == {"random", "trace", "traces"}
-        assert "Workloads not run: traces (no --trace FILE)." in section.warnings
+        assert "Workloads not run: traces: no --trace FILE." in section.warnings
         row = rows_of(section, "Prefix server")["random"]
         assert losing(section, "Prefix server") == ["forks"]
         assert (row["answers equal"], row["TPOT gain"]) == ("32 of 32", "-")

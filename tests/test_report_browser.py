@@ -174,7 +174,7 @@ class TestWithoutBrowser:
         late = subprocess.TimeoutExpired("npm", 300)
         for error in (late, subprocess.CalledProcessError(1, "npm", stderr="Error: no network")):
             monkeypatch.setattr(subprocess, "run", Mock(side_effect=error))
-            with pytest.raises(pytest.skip.Exception, match="no Chromium: .*npm: .*(300|network)"):
+            with pytest.raises(pytest.skip.Exception, match=r"no Chromium: .*npm: .*(300|network)"):
                 chromium.from_npm()
 
     def test_a_required_browser_that_is_missing_fails(

@@ -7,7 +7,6 @@ are made without pyplot, so nothing global changes.
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import io
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["PLOTS", "caption", "has_matplotlib", "save_plots", "svg_text"]
+__all__ = ["PLOTS", "has_matplotlib", "save_plots", "svg_text"]
 
 Data = Mapping[str, Any]
 
@@ -221,11 +220,6 @@ PLOTS: dict[str, dict[str, Callable[[Data], Figure]]] = {
         "serving_reads": serving_reads_figure,
     },
 }
-
-
-def caption(draw: Callable[[Data], Figure]) -> str:
-    """What a plot shows."""
-    return (inspect.getdoc(draw) or "").partition("\n")[0].rstrip(".")
 
 
 def save_plots(data: Data, folder: str | os.PathLike[str]) -> list[Path]:

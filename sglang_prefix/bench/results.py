@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -135,11 +136,7 @@ def check_writable(path: Path) -> None:
         OSError: it cannot.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    probe = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        probe.touch()
-    finally:
-        probe.unlink(missing_ok=True)
+    tempfile.TemporaryFile(dir=path.parent).close()
 
 
 def read_result(path: str | os.PathLike[str], kind: str | None = None) -> dict[str, Any]:

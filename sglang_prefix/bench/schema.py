@@ -171,18 +171,15 @@ class Counters(TypedDict):
     reasons: dict[str, Count]
 
 
-class ServingTimes(TypedDict):
+class ServingRun(TypedDict):
+    """A timed run of one side, from which all else is concluded, again if a run is resumed."""
+
     ttft_ms: Spread | None
     tpot_ms: Spread | None
     itl_ms: Spread | None
     output_tokens_per_s: Positive
     requests_per_s: Positive
     duration_s: Positive
-
-
-class ServingRun(ServingTimes):
-    """A timed run of one side, from which a resumed run concludes everything again."""
-
     counters: Counters | None
     load_per_cpu: NotRequired[NotNegative]
 
@@ -191,28 +188,17 @@ class ServingRuns(TypedDict):
     runs: list[ServingRun]
 
 
-class ServingSide(ServingTimes):
-    """Medians of the runs of one side."""
-
+class ServingSide(TypedDict):
     raw: ServingRuns
-    steps: NotRequired[Steps | None]
-    packed_share: NotRequired[float | None]
-    kv_read_ratio: NotRequired[float | None]
-    reasons: NotRequired[dict[str, Any] | None]
 
 
 class ServingCase(Case):
     """Ratios are the prefix server's values over the stock server's."""
 
     requests: int
-    tokens_compared: NotRequired[int | None]
-    tokens_equal: NotRequired[int | None]
-    requests_equal: NotRequired[int | None]
     is_comparison: bool
-    why_not: NotRequired[str | None]
     sides: dict[str, ServingSide]
     ratios: dict[str, Positive | None]
-    unpacked_ratios: NotRequired[dict[str, Positive | None] | None]
 
 
 class EngineCase(Case):

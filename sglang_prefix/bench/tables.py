@@ -28,6 +28,7 @@ __all__ = [
     "tabulate",
     "to_cell",
     "to_rich",
+    "words",
 ]
 
 _MOST_NAMED = 4
@@ -66,6 +67,11 @@ def to_cell(value: object) -> Cell:
     if isinstance(value, int | float):
         return Cell(number_text(value), value)
     return Cell(str(value), str(value))
+
+
+def words(said: str, *, is_loss: bool) -> Cell:
+    """Words that may look like a loss."""
+    return Cell(said, said, "losing" if is_loss else "")
 
 
 def gain(value: float | None) -> Cell:

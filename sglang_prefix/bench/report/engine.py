@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from sglang_prefix.bench.report.section import Section, Verdict, left_cases, make_section
-from sglang_prefix.bench.tables import Cell, Column, Table, gain, number_text, tabulate
+from sglang_prefix.bench.tables import Cell, Column, Table, gain, number_text, tabulate, words
 
 __all__ = ["engine_section"]
 
@@ -92,7 +92,7 @@ def _other_tables(data: Data) -> list[Table]:
 
     def status(case: Data) -> Cell:
         found = str(case.get("status", "done"))
-        return Cell(found, found, "losing" if found == "failed" else "")
+        return words(found, is_loss=found == "failed")
 
     columns = [
         Column("case", "name"),

@@ -23,6 +23,7 @@ from sglang_prefix.bench.tables import (
     number_text,
     ratio_text,
     tabulate,
+    words,
 )
 
 __all__ = ["kernel_section"]
@@ -30,7 +31,7 @@ __all__ = ["kernel_section"]
 Data = Mapping[str, Any]
 
 _KINDS = ("ours", "stock", "peer")
-_FAILED = Cell("failed", "failed", "losing")
+_FAILED = words("failed", is_loss=True)
 # No clock stands between forward and merge in a step.
 _PARTS = {
     "plan": "",

@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from sglang_prefix.bench.plots import PLOTS, caption, svg_text
+from sglang_prefix.bench.plots import PLOTS, svg_text
 from sglang_prefix.bench.report.engine import engine_section
 from sglang_prefix.bench.report.kernel import kernel_section
 from sglang_prefix.bench.report.section import Section, Verdict
@@ -94,19 +94,23 @@ def build_page(sources: Sequence[Source], *, title: str, plots: bool = True) -> 
 
 
 def _part(source: Source, plots: bool) -> dict[str, Any]:
-    data = source.data
-    drawn = PLOTS.get(source.kind, {}) if plots and data["cases"] else {}
+    data, kind = source.data, source.data["kind"]
+    drawn = PLOTS.get(kind, {}) if plots and data["cases"] else {}
     try:
         return {
-            "kind": source.kind,
+            "kind": kind,
             "source": source.name,
             "section": section_of(data),
-            "plots": {caption(draw): _picture(draw, data, n) for n, draw in drawn.items()},
+            # The first line of a plot's docstring says what it shows.
+            "plots": {
+                str(draw.__doc__).partition(".")[0]: _picture(draw, data, name)
+                for name, draw in drawn.items()
+            },
         }
     except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
         # What `schema` does not describe, such as the results of one load in engines.
         reason = f"{type(error).__name__}: {error}"
-        raise ResultError(f"{source.path} is not a whole {source.kind} file: {reason}") from error
+        raise ResultError(f"{source.path} is not a whole {kind} file: {reason}") from error
 
 
 def _picture(draw: Callable[[Mapping[str, Any]], Any], data: Mapping[str, Any], name: str) -> str:

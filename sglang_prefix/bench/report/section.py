@@ -16,6 +16,7 @@ from sglang_prefix.bench.tables import (
     number_text,
     tabulate,
     to_rich,
+    words,
 )
 
 if TYPE_CHECKING:
@@ -177,7 +178,10 @@ def _warnings(data: Data, absent: str) -> list[str]:
         said.append("Dry run on tiny shapes: the times mean nothing.")
     if data["options"].get("quick"):
         said.append("Quick run: few workloads and few repetitions.")
-    for what, title in (("absent", absent), ("not_run", "Not run"), ("failed", "Failed")):
+    if data["absent"]:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in data["absent"].items())
+        said.append(f"{absent}: {reasons}.")
+    for what, title in (("not_run", "Not run"), ("failed", "Failed")):
         if data[what]:
             said.append(f"{title}: {', '.join(by_reason(data[what]))}.")
     for what in ("failed", "absent"):
@@ -191,41 +195,36 @@ def _warnings(data: Data, absent: str) -> list[str]:
 
 def _left_out(data: Data, refused: Mapping[str, str]) -> list[Table]:
     """What has no numbers: a missing row would look like a run that never meant to have it."""
+
+    def why(item: tuple[str, str]) -> Cell:
+        return words(item[1], is_loss=item[1].startswith("failed"))
+
     absent = {name: f"absent: {reason}" for name, reason in data["absent"].items()}
     columns = [
         Column("case", lambda item: item[0]),
-        Column("why it has no number", lambda item: _failed(item[1])),
+        Column("why it has no number", why),
     ]
     left = absent | left_cases(data) | dict(refused)
     table = tabulate("Not measured or not compared", columns, left.items(), is_detail=True)
     return [table] if left else []
 
 
-def _failed(said: str) -> Cell:
-    """Words that look like a loss if they say that something failed."""
-    return Cell(said, said, "losing" if said.startswith("failed") else "")
-
-
 def _targets(data: Data) -> list[Table]:
     """What the project has promised, and whether this file holds it."""
 
-    def status(item: tuple[str, Data]) -> Cell:
-        found = item[1]["status"]
-        return Cell(found, found, "losing" if found == "missed" else "")
-
-    def missed(item: tuple[str, Data]) -> str:
-        cases = item[1].get("missed") or {}
+    def missed(target: Data) -> str:
+        cases = target.get("missed") or {}
         return ", ".join(f"{name} ({number_text(value)})" for name, value in cases.items())
 
     columns = [
-        Column("target", lambda item: item[0]),
-        Column("status", status),
-        Column("value", lambda item: item[1]["value"]),
-        Column("what it asks for", lambda item: item[1]["meaning"]),
+        Column("target", "name"),
+        Column("status", lambda t: words(t["status"], is_loss=t["status"] == "missed")),
+        Column("value", "value"),
+        Column("what it asks for", "meaning"),
         Column("cases that miss it", missed),
     ]
-    targets = data.get("targets", {})
-    return [tabulate("Targets", columns, targets.items())] if targets else []
+    targets = [{"name": name, **target} for name, target in data.get("targets", {}).items()]
+    return [tabulate("Targets", columns, targets)] if targets else []
 
 
 def _toneless(table: Table) -> Table:

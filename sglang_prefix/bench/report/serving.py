@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sglang_prefix.bench.report.section import Section, Verdict, left_cases, make_section
-from sglang_prefix.bench.tables import NONE, Cell, Column, Table, gain, ratio_text, tabulate
+from sglang_prefix.bench.tables import NONE, Cell, Column, Table, gain, ratio_text, tabulate, words
 
 __all__ = ["serving_section"]
 
@@ -131,7 +131,7 @@ def _answers_equal(case: Data) -> Cell:
     if equal is None:
         return NONE
     forbids = equal != requests and not case["is_comparison"]
-    return Cell(f"{equal} of {requests}", equal, "losing" if forbids else "")
+    return words(f"{equal} of {requests}", is_loss=forbids)
 
 
 def _tokens_equal(case: Data) -> float | None:

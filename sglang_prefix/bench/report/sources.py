@@ -28,11 +28,6 @@ class Source:
     path: Path
     data: dict[str, Any]
 
-    @property
-    def kind(self) -> str:
-        """One of :data:`KINDS`."""
-        return str(self.data["kind"])
-
 
 def find_sources(places: Sequence[str | os.PathLike[str]]) -> tuple[list[Source], list[str]]:
     """Read result files, and those anywhere below folders.
@@ -63,7 +58,7 @@ def find_sources(places: Sequence[str | os.PathLike[str]]) -> tuple[list[Source]
         where = ", ".join(map(str, places))
         raise ResultError(f"{where}: no result file (*.json) in this folder{others}")
     found.sort(key=lambda source: (source.data["created"], source.name), reverse=True)
-    return sorted(found, key=lambda source: KINDS.index(source.kind)), left_out
+    return sorted(found, key=lambda source: KINDS.index(source.data["kind"])), left_out
 
 
 def _files_at(place: Path) -> list[tuple[Path, str]]:
