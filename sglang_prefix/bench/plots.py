@@ -103,7 +103,7 @@ def roofline_figure(data: Data) -> Figure:
     _logarithmic(axes, "y")
     axes.set_xlabel("arithmetic intensity, FLOP per byte of KV")
     axes.set_ylabel("achieved, GFLOP/s")
-    axes.set_title(_kernel_title(data, "Roofline"), loc="left", size=10)
+    axes.set_title(_title(data, "Roofline: decode attention"), loc="left", size=10)
     axes.grid(alpha=0.25, which="both", lw=0.5)
     return _with_legend(figure, axes, 2)
 
@@ -161,7 +161,7 @@ def serving_times_figure(data: Data) -> Figure:
     for axes, (field, title) in zip(grid.flatten(), _TIMES.items(), strict=False):
         _bars(axes, cases, f"{title} (less is better)", field)
     _bars(grid[1][1], cases, "output tokens per second (more is better)", "output_tokens_per_s")
-    figure.suptitle(_serving_title(data))
+    figure.suptitle(_title(data, Path(str(data.get("model"))).name))
     return _with_legend(figure, grid[1][1], 2)
 
 
@@ -176,7 +176,7 @@ def serving_reads_figure(data: Data) -> Figure:
         axes.bar_label(bars, said, fontsize=8)
         axes.set_ylim(0, 1.15)
         axes.axhline(1, color=_STOCK, linewidth=1)
-    figure.suptitle(_serving_title(data))
+    figure.suptitle(_title(data, Path(str(data.get("model"))).name))
     return figure
 
 
@@ -273,7 +273,7 @@ def _figure(height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any
 def _rows(data: Data, what: str, cases: Sequence[Data]) -> tuple[Figure, Axes]:
     """A figure with one row per case, the first on top."""
     figure, axes = _figure(_FRAME + _ROW * max(len(cases), 3))
-    axes.set_title(_kernel_title(data, what), loc="left", size=10)
+    axes.set_title(_title(data, f"{what}: decode attention"), loc="left", size=10)
     axes.set_yticks(range(len(cases)), [case["name"] for case in cases], size=8)
     axes.set_ylim(max(len(cases), 1) - 0.4, -0.6)
     axes.grid(axis="x", alpha=0.25, lw=0.5)
@@ -300,18 +300,11 @@ def _loses(case: Data, ours: str | None) -> bool:
     return (over(case, ours, "stock") or 1.0) < 1
 
 
-def _where(data: Data) -> str:
-    found = data["environment"]
-    return found.get("gpu") or f"{found.get('cpu')}, threads: {found.get('threads')}"
-
-
-def _kernel_title(data: Data, what: str) -> str:
-    return f"{what}: decode attention, {data['options']['dtype']}, {_where(data)}"
-
-
-def _serving_title(data: Data) -> str:
-    model = Path(str(data.get("model"))).name
-    return f"{model}, {data.get('dtype')}, {_where(data)}"
+def _title(data: Data, what: str) -> str:
+    """What is shown, and what it was measured with and on."""
+    found, dtype = data["environment"], data["options"].get("dtype", data.get("dtype"))
+    where = found.get("gpu") or f"{found.get('cpu')}, threads: {found.get('threads')}"
+    return f"{what}, {dtype}, {where}"
 
 
 def _stock_names(cases: Sequence[Data]) -> str:
