@@ -148,7 +148,7 @@ def _value_table(cases: list[Data]) -> Table:
         title, meaning, _ = _METRICS[metric]
         columns += [
             Column(f"{title} median", f"{metric}_ms.median", f"{meaning}, ms"),
-            Column(f"{title} p99", f"{metric}_ms.p99"),
+            Column(f"{title} p99", f"{metric}_ms.p99", is_detail=True),
         ]
     columns += [
         Column("tokens/s", "output_tokens_per_s", "output tokens"),
@@ -156,7 +156,7 @@ def _value_table(cases: list[Data]) -> Table:
         Column("seconds", "duration_s", is_detail=True),
         Column("packed", "steps.packed", "decode steps"),
         Column("stock", "steps.stock", "decode steps left to stock"),
-        Column("fallback", "steps.fallback", "decode steps fallen back"),
+        Column("fallback", "steps.fallback", "decode steps fallen back", is_detail=True),
         Column("reasons", reasons, "of steps that were not packed", is_detail=True),
     ]
     items = [
