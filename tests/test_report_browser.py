@@ -1,27 +1,21 @@
-"""The report's page in a real browser: from disk, without any network, in light and dark.
-
-The browser is a named one, Playwright's own, or one that npm brings: Playwright's download is not
-reachable everywhere that the package index and npm are.
-"""
+"""The report's page in a real browser: from disk, without any network, in light and dark."""
 
 from __future__ import annotations
 
-import io
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from PIL import Image
 from typer.testing import CliRunner
 
 from sglang_prefix.cli.main import app
+from tests import browser as chromium
 from tests.report_files import MADE_UP
 
 if TYPE_CHECKING:
@@ -31,96 +25,6 @@ SCREENSHOTS = Path(__file__).parents[1] / "build" / "screenshots"
 WIDE: ViewportSize = {"width": 1280, "height": 900}
 NARROW: ViewportSize = {"width": 400, "height": 800}
 EVIL = '<script>window.owned = true</script><img src="https://example.org/x.png">'
-# Names a Chromium to use in place of any other.
-VARIABLE = "SGLANG_PREFIX_TEST_CHROMIUM"
-# With 1 a test that finds no browser fails; else it is skipped, with what is missing.
-REQUIRE = "SGLANG_PREFIX_TEST_REQUIRE_BROWSER"
-_PACKAGE = "@sparticuz/chromium@147.0.0"
-_SECONDS = 300
-# The package unpacks what it brings: the browser, and libraries and fonts that a bare host lacks.
-_UNPACK = """
-import("@sparticuz/chromium").then(async (package) => {
-  const executable_path = await package.default.executablePath();
-  const { LD_LIBRARY_PATH, FONTCONFIG_PATH } = process.env;
-  console.log(JSON.stringify({ executable_path, env: { LD_LIBRARY_PATH, FONTCONFIG_PATH } }));
-});
-"""
-_FONTS_CONF = '<fontconfig><dir prefix="relative">fonts</dir></fontconfig>'
-# Without a GPU a browser fails to draw pictures that are much higher, or repeats their top.
-_SEGMENT = 2000
-
-
-def missing(what: str) -> NoReturn:
-    """Skip the test for what is missing, or fail it where a browser is required."""
-    if os.environ.get(REQUIRE) == "1":
-        pytest.fail(f"{what}; {REQUIRE} is 1", pytrace=False)
-    pytest.skip(what)
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[Browser]:
-    """A running headless browser; the test is skipped or fails where there is none."""
-    try:
-        from playwright import sync_api
-    except ImportError:
-        missing("the package playwright is missing")
-    with sync_api.sync_playwright() as playwright:
-        named, own = os.environ.get(VARIABLE), playwright.chromium.executable_path
-        is_here = named or Path(own).exists()
-        options = {"executable_path": named or own} if is_here else from_npm()
-        # Containers run tests as root, and hosts forbid user namespaces: it only opens our pages.
-        arguments = ["--no-sandbox", "--disable-gpu", "--headless=shell"]
-        browser = playwright.chromium.launch(args=arguments, **options)
-        yield browser
-        browser.close()
-
-
-def from_npm() -> dict[str, Any]:
-    """Where npm's Chromium is, kept below this environment, and what it runs with."""
-    folder = Path(sys.prefix) / "chromium"
-    folder.mkdir(exist_ok=True)
-    # Libraries are unpacked only on the host that the package is made for.
-    environment = os.environ | {"TMPDIR": str(folder), "AWS_EXECUTION_ENV": "AWS_Lambda_nodejs22.x"}
-    commands = (
-        ["npm", "install", "--silent", "--prefix", str(folder), _PACKAGE],
-        ["node", "--eval", _UNPACK],
-    )
-    said = ""
-    for command in commands:
-        try:
-            run = subprocess.run(
-                command, cwd=folder, env=environment, capture_output=True, text=True,
-                timeout=_SECONDS, check=True,
-            )  # fmt: skip
-        except (OSError, subprocess.SubprocessError) as error:
-            reason = getattr(error, "stderr", None) or str(error)
-            missing(
-                f"no Chromium: {VARIABLE} names none, Playwright has none, {command[0]}: {reason}"
-            )
-        said = run.stdout
-    found: dict[str, Any] = json.loads(said)
-    (folder / "fonts" / "fonts.conf").write_text(_FONTS_CONF)
-    return found | {"env": {**os.environ, **found["env"]}}
-
-
-def screenshot(page: Page, path: Path) -> Image.Image:
-    """Write a picture of the whole page, put together from segments; return it.
-
-    The window has another height afterwards.
-    """
-    height = page.evaluate("document.documentElement.scrollHeight")
-    width = page.evaluate("document.documentElement.clientWidth")
-    page.set_viewport_size({"width": width, "height": _SEGMENT})
-    whole = Image.new("RGB", (width, height))
-    for top in range(0, height, _SEGMENT):
-        page.evaluate(f"scrollTo(0, {top})")
-        # The last segment does not scroll as far as it is asked to.
-        reached = round(page.evaluate("scrollY"))
-        with Image.open(io.BytesIO(page.screenshot())) as segment:
-            whole.paste(segment, (0, reached))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole.save(path)
-    return whole
 
 
 @pytest.mark.slow
@@ -141,6 +45,12 @@ class TestShown:
         assert done.exit_code == 0, done.output
         return folder / "page.html"
 
+    @pytest.fixture(scope="class")
+    def running(self) -> Iterator[Browser]:
+        """A headless Chromium."""
+        with chromium.launched() as browser:
+            yield browser
+
     @pytest.fixture(scope="class", params=["light", "dark"])
     def shown(
         self, request: pytest.FixtureRequest, running: Browser, page_file: Path
@@ -158,7 +68,7 @@ class TestShown:
         is_dark = shown.evaluate("matchMedia('(prefers-color-scheme: dark)').matches")
         height = shown.evaluate("document.documentElement.scrollHeight")
         path = SCREENSHOTS / f"report-{'dark' if is_dark else 'light'}.png"
-        pixels = np.asarray(screenshot(shown, path).convert("L"))
+        pixels = np.asarray(chromium.screenshot(shown, path).convert("L"))
         shown.set_viewport_size(WIDE)
         assert pixels.shape == (height, WIDE["width"])
         background = np.median(pixels[::8])
@@ -259,17 +169,17 @@ class TestWithoutBrowser:
     """What is missing is said, or fails where a browser is required."""
 
     def test_what_npm_cannot_bring(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.delenv(REQUIRE, raising=False)
+        monkeypatch.delenv(chromium.REQUIRE, raising=False)
         monkeypatch.setattr(sys, "prefix", str(tmp_path))
         late = subprocess.TimeoutExpired("npm", 300)
         for error in (late, subprocess.CalledProcessError(1, "npm", stderr="Error: no network")):
             monkeypatch.setattr(subprocess, "run", Mock(side_effect=error))
             with pytest.raises(pytest.skip.Exception, match=r"no Chromium: .*npm: .*(300|network)"):
-                from_npm()
+                chromium.from_npm()
 
     def test_a_required_browser_that_is_missing_fails(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setenv(REQUIRE, "1")
-        with pytest.raises(pytest.fail.Exception, match=f"no npm; {REQUIRE} is 1"):
-            missing("no npm")
+        monkeypatch.setenv(chromium.REQUIRE, "1")
+        with pytest.raises(pytest.fail.Exception, match=f"no npm; {chromium.REQUIRE} is 1"):
+            chromium.missing("no npm")
