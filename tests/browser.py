@@ -57,8 +57,9 @@ def launched() -> Iterator[Browser]:
     except ImportError:
         missing("the package playwright is missing")
     with sync_api.sync_playwright() as playwright:
-        found = os.environ.get(VARIABLE, playwright.chromium.executable_path)
-        options = {"executable_path": found} if Path(found).exists() else from_npm()
+        named, own = os.environ.get(VARIABLE), playwright.chromium.executable_path
+        is_here = named or Path(own).exists()
+        options = {"executable_path": named or own} if is_here else from_npm()
         # Containers run tests as root, and hosts forbid user namespaces: it only opens our pages.
         arguments = ["--no-sandbox", "--disable-gpu", "--headless=shell"]
         browser = playwright.chromium.launch(args=arguments, **options)
