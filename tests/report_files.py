@@ -1,59 +1,19 @@
-"""Small result files of all kinds, for tests of what reads them: made from the schema itself.
+"""Small result files of all kinds, for tests of what reads them.
 
 The numbers are made up, and round, so that no one takes them for measurements.
 """
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable
-from typing import (
-    Annotated,
-    Any,
-    Literal,
-    NotRequired,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Any
 
 from sglang_prefix.bench import schema
-from sglang_prefix.bench.results import SCHEMA
+from sglang_prefix.bench.results import new_result
 
-__all__ = [
-    "MADE_UP",
-    "check_result",
-    "engine_result",
-    "example",
-    "host_result",
-    "kernel_result",
-    "serving_result",
-    "tune_result",
-]
+__all__ = ["MADE_UP", "engine_result", "kernel_result", "serving_result", "tune_result"]
 
 Result = dict[str, Any]
-_PLAIN: dict[Any, Any] = {str: "", int: 1, float: 1.0, bool: False}
-
-
-def example(kind: Any, /, **given: Any) -> Result:
-    """An object of a typed dictionary: what is given, and something legal for all it must have."""
-    hints = get_type_hints(kind, include_extras=True)
-    required = {key: hint for key, hint in hints.items() if get_origin(hint) is not NotRequired}
-    return {key: _example(hint) for key, hint in required.items() if key not in given} | given
-
-
-def _example(hint: Any) -> Any:
-    origin, arguments = get_origin(hint), get_args(hint)
-    if hint in _PLAIN:
-        return _PLAIN[hint]
-    if origin is Annotated:
-        return _example(arguments[0])
-    if origin is Literal:
-        return arguments[0]
-    if origin in (Union, types.UnionType):
-        return None
-    return example(hint) if origin is None else origin()
 
 
 def _result(kind: str, cases: list[Result], **more: Any) -> Result:
@@ -61,12 +21,14 @@ def _result(kind: str, cases: list[Result], **more: Any) -> Result:
         **{"device": "cpu", "cpu": "made-up CPU", "threads": 2, "gpu": None, "python": "3.11.0"},
         **{"versions": {"sglang": "0.5.23", "triton": None}, "commit": "0000000"},
     }
-    given = {
-        **{"schema": SCHEMA, "kind": kind, "created": "2026-01-01T00:00:00+00:00"},
-        **{"command": ["sglang-prefix", *kind.split("-"), "--out", "results"], "seed": 7},
-        **{"options": {"quick": True}, "environment": environment, "cases": cases},
-    }
-    return example(schema.RESULTS[kind], **(given | more))
+    made = new_result(
+        kind,
+        command=["sglang-prefix", *kind.split("-"), "--out", "results"],
+        options={"quick": True},
+        seed=7,
+        environment=environment,
+    )
+    return made | {"created": "2026-01-01T00:00:00+00:00", "cases": cases} | more
 
 
 def kernel_result() -> Result:
@@ -82,7 +44,7 @@ def kernel_result() -> Result:
         "bench-kernel",
         cases,
         options={"quick": True, "policies": ["pat", "query"], "dtype": "float32"},
-        limits=example(schema.Limits, flop_per_s=1e11),
+        limits={"flop_per_s": 1e11},
         targets={"nothing shared": target},
         absent={"flashinfer-cascade": "needs a GPU"},
         not_run={"chunk-4096": "interrupted"},
@@ -98,8 +60,7 @@ def _kernel_case(
     def provider(kind: str, time: float, policy: str | None = None) -> Result:
         read = tokens["logical" if policy == "query" or kind == "stock" else "ideal"]
         parts = {"plan": 0.1, "copy": 0.02, "forward": 0.8, "merge": 0.08} if policy else {}
-        return example(
-            schema.KernelProvider,
+        return dict.fromkeys(schema.KernelProvider.__annotations__) | dict(
             **{"kind": kind, "executor": "torch", "policy": policy, "ms": time},
             **{f"{part}_ms": share * time for part, share in parts.items()},
             raw_ms=[0.9 * time, time, 1.2 * time],
@@ -114,10 +75,10 @@ def _kernel_case(
         "pat": provider("ours", ms["pat"], "pat"),
         "query": provider("ours", ms["query"], "query"),
     }
-    return example(
-        schema.KernelCase,
-        **{"name": name, "group": "trees" if tree else "unrelated", "tree": tree, "batch": batch},
-        **{"dtype": "float32", "tokens": tokens, "best_stock": "torch_native"},
+    return dict.fromkeys(schema.KernelCase.__annotations__) | dict(
+        **{"name": name, "group": "trees" if tree else "unrelated", "note": "", "batch": batch},
+        **{"dtype": "float32", "tokens": tokens, "heads": {"qo": 1, "kv": 1, "dim": 1}},
+        **{"page_size": 1, "layers": 1, "slots": "scattered", "absent": {}, "failed": {}},
         bytes={key: count * per_token for key, count in tokens.items()},
         flop=4 * 32 * 128 * tokens["logical"],
         bandwidth_gb_s=20.0,
@@ -152,8 +113,7 @@ def _serving_case(name: str, group: str, ratios: Result, why_not: str | None = N
         "kv_read_ratio": 0.25 if packs else 1.0,
         "reasons": {"gate": 4} if packs else {"nothing shared": 64},
     }
-    return example(
-        schema.ServingCase,
+    return dict(
         **{"name": name, "group": group, "requests": 32, "requests_equal": 32},
         **{"tokens_compared": 1024, "tokens_equal": 1024},
         **{"is_comparison": packs, "why_not": why_not, "ratios": ratios},
@@ -164,12 +124,10 @@ def _serving_case(name: str, group: str, ratios: Result, why_not: str | None = N
 def _side(ratios: Result) -> Result:
     over = {metric: ratio or 1.0 for metric, ratio in ratios.items()}
     medians = {m: base * over.get(m, 1.0) for m, base in (("ttft", 80), ("tpot", 20), ("itl", 18))}
-    return example(
-        schema.ServingSide,
-        **{f"{metric}_ms": {"median": ms, "p99": 2 * ms} for metric, ms in medians.items()},
-        output_tokens_per_s=400 * over.get("throughput", 1.0),
-        raw={"runs": [example(schema.ServingRun, load_per_cpu=0.5)]},
-    )
+    times: Result = {f"{m}_ms": {"median": ms, "p99": 2 * ms} for m, ms in medians.items()}
+    times |= {"output_tokens_per_s": 400 * over.get("throughput", 1.0)}
+    times |= {"requests_per_s": 1.0, "duration_s": 1.0}
+    return times | {"raw": {"runs": [times | {"counters": None, "load_per_cpu": 0.5}]}}
 
 
 def engine_result() -> Result:
@@ -199,10 +157,9 @@ def check_result() -> Result:
 
 def tune_result() -> Result:
     """One shape with a tile that is faster than the formula's."""
-    times = {"16x64": 3.0, "32x64": 2.0}
-    tiles = {tile: example(schema.TileTimes, kernel_us=us) for tile, us in times.items()}
-    case = example(schema.TuneCase, name="dim128/rows16", formula="16x64", tiles=tiles)
-    return _result("bench-tune", [case])
+    tiles = {tile: {"tile": {}, "kernel_us": us} for tile, us in (("16x64", 3.0), ("32x64", 2.0))}
+    case = {"name": "dim128/rows16", "group": "", "shape": {}, "formula": "16x64", "tiles": tiles}
+    return _result("bench-tune", [case | {"absent": {}, "failed": {}}])
 
 
 def host_result() -> Result:

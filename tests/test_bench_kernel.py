@@ -88,7 +88,7 @@ def test_a_quick_run_against_sglang(tmp_path: Path) -> None:
         assert ElementTree.parse(path).getroot().tag.endswith("svg")
     page = (tmp_path / "new" / "report.html").read_text()
     assert names[0] in page
-    assert page.count("<svg") == len(pictures)
+    assert page.count("data:image/svg+xml") == len(pictures)
 
 
 def assert_case(case: dict[str, Any]) -> None:

@@ -13,8 +13,8 @@ from sglang_prefix.bench import run
 from sglang_prefix.bench.comparison import our_provider
 from sglang_prefix.bench.results import (
     ResultError,
+    check_same,
     environment,
-    load_resumable,
     new_result,
     read_result,
     same_environment,
@@ -84,12 +84,13 @@ def test_an_interruption_keeps_what_is_there(tmp_path: Path) -> None:
     cases = [case("first"), case("second", raising(KeyboardInterrupt())), case("third")]
     with pytest.raises(KeyboardInterrupt):
         run_cases(path, data, cases, 60)
-    found = load_resumable(path, "bench-host", same_environment(HERE) | {"dry": False})
+    found = read_result(path, "bench-host")
+    check_same(path, found, same_environment(HERE) | {"dry": False})
     assert [one["name"] for one in found["cases"]] == ["first"]
     assert found["not_run"] == {"second": "interrupted", "third": "interrupted"}
     for key, value in (("seed", 4), ("options.requests", [2]), ("environment.gpu", "another")):
         with pytest.raises(ResultError, match=f"its {key.rpartition('.')[2]} is .*, here it is"):
-            load_resumable(path, "bench-host", {key: value})
+            check_same(path, found, {key: value})
 
 
 def test_nothing_runs_after_the_gpu_is_lost(
@@ -121,17 +122,15 @@ def test_a_result_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        ("{", "is not a result file: Expecting property name.* at line 1, column 2"),
-        (b"\xff\xff", "is not a result file: it is not text"),
-        ("[]", "it holds no JSON object"),
-        ("{}", "schema is None; legal: 2"),
+        ("{", "is not a result file: Expecting property name.*"),
+        (b"\xff\xff", "is not a result file: 'utf-8' codec can't decode"),
+        ("[]", "schema is None; legal: 2"),
         ('{"schema": 1, "kind": "bench-host"}', "schema is 1; legal: 2"),
-        ('{"schema": 2, "kind": "x"}', "kind is 'x'; legal: 'bench-host'"),
         ('{"schema": 2, "kind": "bench-kernel"}', "kind is 'bench-kernel'; legal: 'bench-host'"),
-        ('{"schema": 2, "kind": "bench-host"}', "is not a whole bench-host file: created is None"),
+        ('{"schema": 2, "kind": "bench-host"}', "is not a whole bench-host file: created: Field"),
         (json.dumps(result(wall_s=1)).replace(": 1,", ": NaN,"), "NaN is no number of JSON"),
-        (json.dumps(result(cases=[{}])), '"cases" is not a list of objects with a "name"'),
-        (json.dumps(result(cases=[{"name": "a"}])), r"cases\[0\].group: Field required \(and 2"),
+        (json.dumps(result(cases=[{}])), "cases: 0.name: Field required"),
+        (json.dumps(result(cases=[{"name": "a"}])), r"cases: 0.group: Field required \(and 2"),
     ],
 )
 def test_other_files_are_refused(content: str | bytes, what: str, tmp_path: Path) -> None:

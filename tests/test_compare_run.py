@@ -58,7 +58,7 @@ def test_the_comparison_ends_with_a_page_of_what_was_measured(tmp_path: Path) ->
     assert any(other["kind"] == "stock" for other in case["providers"].values())
     page = (tmp_path / "results" / "report.html").read_text()
     assert CASE in page
-    assert "<svg" in page
+    assert "data:image/svg+xml" in page
     for provider in case["providers"]:
         assert provider in page
     assert done.stdout.splitlines()[-1] == "open results/report.html"

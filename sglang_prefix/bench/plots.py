@@ -13,38 +13,32 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from sglang_prefix.bench.comparison import fastest, of_kind, our_provider, over, provider_of
 from sglang_prefix.bench.results import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
 
-__all__ = [
-    "PLOTS",
-    "byte_ratio_figure",
-    "has_matplotlib",
-    "roofline_figure",
-    "save_plots",
-    "serving_reads_figure",
-    "serving_times_figure",
-    "speedup_figure",
-    "svg_text",
-    "time_split_figure",
-]
+__all__ = ["PLOTS", "has_matplotlib", "save_plots", "svg_text"]
 
 Data = Mapping[str, Any]
 
 # Colours of Okabe and Ito, told apart with any colour vision.
-_OURS, _LOSING, _STOCK, _PALE = "#0072b2", "#d55e00", "#666666", "#dddddd"
+_OURS, _LOSING, _STOCK, _PALE = "#0072b2", "#d55e00", "#888888", "#dddddd"
 _PARTS = {"plan": "#e69f00", "copy": "#cc79a7", "forward": "#0072b2", "merge": "#009e73"}
 _MARKS = {"pat": "o", "node": "s", "chunk": "^", "query": "x"}
-_SIDES = {"stock": "#9a9a9a", "prefix": _OURS}
+_SIDES = {"stock": _STOCK, "prefix": _OURS}
 _TIMES = {
     "ttft_ms": "time to first token, ms",
     "tpot_ms": "time per output token, ms",
     "itl_ms": "time between tokens, ms",
+}
+_READS = {
+    "kv_read_ratio": "KV tokens read / KV tokens, packed steps (stock: 1)",
+    "packed_share": "decode steps that were packed",
 }
 _WIDTH, _ROW, _FRAME = 9.5, 0.30, 1.9  # inches
 _BAR = 0.62
@@ -57,95 +51,61 @@ def has_matplotlib() -> bool:
 
 def speedup_figure(data: Data) -> Figure:
     """Speed-up of ours over the fastest stock kernel, per case; other policies as marks."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     ours = our_provider(data)
     cases = [case for case in data["cases"] if over(case, ours, "stock")]
     figure, axes = _rows(data, "Speed-up over stock", cases)
-    values = [over(case, ours, "stock") or 1.0 for case in cases]
-    colours = [_LOSING if value < 1 else _OURS for value in values]
-    axes.barh(range(len(cases)), [v - 1 for v in values], left=1, color=colours, height=_BAR)
-    drawn, policies = {*values, 0.8, 1.25}, set()
-    for row, (case, value) in enumerate(zip(cases, values, strict=True)):
-        _beside(axes, row, f"{value:.2f}x", colours[row] if value < 1 else "black")
-        for name in of_kind(case, "ours").keys() - {ours}:
-            policy, speedup = case["providers"][name]["policy"], over(case, name, "stock") or 1.0
-            policies.add(policy)
-            drawn.add(speedup)
-            mark = _MARKS.get(policy, "d")
-            axes.plot(speedup, row, mark, color="black", ms=4, mfc="none")
+    for row, case in enumerate(cases):
+        value, loses = over(case, ours, "stock") or 1.0, _loses(case, ours)
+        label, colour = ("slower", _LOSING) if loses else (ours, _OURS)
+        axes.barh(row, value - 1, left=1, color=colour, height=_BAR, label=label)
+        _beside(axes, row, f"{value:.2f}x", loses=loses)
+        for name, other in of_kind(case, "ours").items():
+            if name != ours:
+                mark, label = _MARKS.get(other["policy"], "d"), f"policy {other['policy']}"
+                speedup = over(case, name, "stock") or 1.0
+                axes.plot(speedup, row, mark, color="black", ms=4, mfc="none", label=label)
     axes.axvline(1, color=_STOCK, lw=1.2)
-    axes.set_xscale("log")
-    axes.set_xlim(min(drawn) / 1.2, max(drawn) * 1.2)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    _logarithmic(axes, "x", base=2)
     axes.set_xlabel(f"time of the fastest stock kernel ({_stock_names(cases)}) / time of ours")
-    keys = [_key(str(ours), _OURS), _key("slower", _LOSING)]
-    marks = {policy: mark for policy, mark in _MARKS.items() if policy in policies}
-    keys += [_key(f"policy {p}", "black", mark, hollow=True) for p, mark in marks.items()]
-    return _with_legend(figure, keys, 5)
+    return _with_legend(figure, axes, 5)
 
 
 def roofline_figure(data: Data) -> Figure:
     """Achieved arithmetic against intensity, at the bytes read and at the ideal bytes."""
-    ours = our_provider(data)
+    ours, cases = our_provider(data), data["cases"]
     figure, axes = _figure(5.6)
-    points: list[tuple[float, float]] = []
-
-    def dot(intensity: float, rate: float, colour: str, **look: Any) -> None:
-        axes.plot(intensity, rate, "o", color=colour, **look)
-        points.append((intensity, rate))
-
-    for case in data["cases"]:
-        for name, colour in ((fastest(case, "stock"), _STOCK), (ours, _OURS)):
+    mine, slower = f"{ours}, at the bytes it reads", f"{ours}, slower than stock"
+    stock = f"fastest stock ({_stock_names(cases)}), at the bytes it reads"
+    best = "the same, at the ideal bytes (each shared token once)"
+    xs = []
+    for case in cases:
+        for name in (fastest(case, "stock"), ours):
             found = provider_of(case, name)
             if not found:
                 continue
             rate = case["flop"] * case["layers"] / found["ms"] / 1e6
-            loses = name == ours and _loses(case, ours)
-            dot(case["flop"] / found["bytes_read"], rate, _LOSING if loses else colour, ms=5)
+            read, ideal = (case["flop"] / n for n in (found["bytes_read"], case["bytes"]["ideal"]))
+            xs += [read, ideal]
+            look = (mine, _OURS) if name == ours else (stock, _STOCK)
             if name == ours:
-                read, ideal = case["flop"] / found["bytes_read"], _ideal_intensity(case)
-                axes.plot([read, ideal], [rate, rate], "-", color=_OURS, lw=0.6)
-                dot(ideal, rate, _OURS, ms=6, mfc="none")
-    bandwidths = sorted(c["bandwidth_gb_s"] for c in data["cases"] if c["bandwidth_gb_s"])
-    if points and bandwidths:
-        peak = data.get("limits", {}).get("flop_per_s")
-        middle = bandwidths[len(bandwidths) // 2]
-        _draw_roof(axes, [x for x, _ in points], middle, peak and peak / 1e9)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+                axes.plot([read, ideal], [rate, rate], color=_OURS, lw=0.6)
+                axes.plot(ideal, rate, "o", color=_OURS, ms=6, mfc="none", label=best)
+                look = (slower, _LOSING) if _loses(case, ours) else look
+            axes.plot(read, rate, "o", color=look[1], ms=5, label=look[0])
+    bandwidths = sorted(c["bandwidth_gb_s"] for c in cases if c["bandwidth_gb_s"])
+    if xs and bandwidths:
+        bandwidth = bandwidths[len(bandwidths) // 2]
+        peak = data.get("limits", {}).get("flop_per_s", np.inf) / 1e9
+        limits = f"measured in this run: {bandwidth:.1f} GB/s, {peak:.0f} GFLOP/s"
+        roof = np.geomspace(min(xs) / 2, max(xs) * 2)
+        axes.plot(roof, np.minimum(bandwidth * roof, peak), color="black", lw=1, label=limits)
+    _logarithmic(axes, "x")
+    _logarithmic(axes, "y")
     axes.set_xlabel("arithmetic intensity, FLOP per byte of KV")
     axes.set_ylabel("achieved, GFLOP/s")
-    axes.set_title(_kernel_title(data, "Roofline"), loc="left", size=10)
+    axes.set_title(_title(data, "Roofline: decode attention"), loc="left", size=10)
     axes.grid(alpha=0.25, which="both", lw=0.5)
-    stock = f"fastest stock ({_stock_names(data['cases'])}), at the bytes it reads"
-    ideal_label = "the same, at the ideal bytes (each shared token once)"
-    keys = [
-        _key(f"{ours}, at the bytes it reads", _OURS, "o"),
-        _key(ideal_label, _OURS, "o", hollow=True),
-        _key(f"{ours}, slower than stock", _LOSING, "o"),
-        _key(stock, _STOCK, "o"),
-        _key("bandwidth and arithmetic, measured in this run", "black", "_"),
-    ]
-    return _with_legend(figure, keys, 2)
-
-
-def _ideal_intensity(case: Data) -> float:
-    return float(case["flop"] / case["bytes"]["ideal"])
-
-
-def _draw_roof(axes: Axes, xs: Sequence[float], bandwidth: float, peak: float | None) -> None:
-    """What the memory delivers at each intensity, up to what arithmetic delivers."""
-    low, high = min(xs) / 2, max(xs) * 2
-    corner = peak / bandwidth if peak else high
-    line = sorted({low, high, *([corner] if low < corner < high else [])})
-    axes.plot(line, [min(bandwidth * x, peak or bandwidth * x) for x in line], color="black", lw=1)
-    where: Any = {"textcoords": "offset points", "size": 8}
-    axes.annotate(f"{bandwidth:.1f} GB/s", (low, bandwidth * low), (8, -4), **where)
-    if peak and corner < high:
-        axes.annotate(f"{peak:.0f} GFLOP/s", (high, peak), (-4, 4), ha="right", **where)
+    return _with_legend(figure, axes, 2)
 
 
 def time_split_figure(data: Data) -> Figure:
@@ -153,27 +113,25 @@ def time_split_figure(data: Data) -> Figure:
     ours, cases = _cases_of_ours(data)
     figure, axes = _rows(data, "Time of a decode step", cases)
     found = [case["providers"][ours] for case in cases]
-    has_merge = any(mine.get("merge_ms") is not None for mine in found)
-    labels = {part: part for part in _PARTS} | {"forward": "forward with merge"}
-    if has_merge:
-        labels |= {"forward": "forward (run less merge)"}
-        labels |= {"merge": "merge (timed alone after the step)"}
-    left, keys = [0.0] * len(cases), []
+    # Of a GPU there is no time of the merge, which is launched with the forward pass.
+    is_split = any(mine.get("merge_ms") is not None for mine in found)
+    labels = {
+        "forward": "forward (run less merge)" if is_split else "forward with merge",
+        "merge": "merge (timed alone after the step)",
+    }
+    left = np.zeros(len(cases))
     for part, colour in _PARTS.items():
-        if all(mine.get(f"{part}_ms") is None for mine in found):
-            continue
-        keys.append(_key(labels[part], colour))
         shares = [100 * (mine.get(f"{part}_ms") or 0.0) / mine["ms"] for mine in found]
-        axes.barh(range(len(cases)), shares, left=left, color=colour, height=_BAR)
-        left = [a + b for a, b in zip(left, shares, strict=True)]
+        label = labels.get(part, part) if any(shares) else None
+        axes.barh(range(len(cases)), shares, _BAR, left, color=colour, label=label)
+        left += shares
     for row, (case, mine) in enumerate(zip(cases, found, strict=True)):
         loses = _loses(case, ours)
-        said = f"{mine['ms']:.2f} ms" + (", slower than stock" if loses else "")
-        _beside(axes, row, said, _LOSING if loses else "black")
-    axes.set_xlim(0, max([100, *left]))
+        said = ", slower than stock" if loses else ""
+        _beside(axes, row, f"{mine['ms']:.2f} ms{said}", loses=loses)
     layers = max((case["layers"] for case in cases), default=1)
     axes.set_xlabel(f"median of each part / median of the step of {ours}, %; layers: {layers}")
-    return _with_legend(figure, keys, 4)
+    return _with_legend(figure, axes, 4)
 
 
 def byte_ratio_figure(data: Data) -> Figure:
@@ -183,19 +141,14 @@ def byte_ratio_figure(data: Data) -> Figure:
     rows = range(len(cases))
     read = [100 * case["providers"][ours]["kv_read_ratio"] for case in cases]
     ideal = [100 * case["bytes"]["ideal"] / case["bytes"]["logical"] for case in cases]
-    axes.barh(rows, [100] * len(cases), color=_PALE, height=_BAR)
-    axes.barh(rows, read, color=_OURS, height=_BAR)
-    axes.plot(ideal, rows, "|", color="black", ms=13, mew=2)
+    stock = "logical: each request its own, as stock reads"
+    axes.barh(rows, [100] * len(cases), _BAR, color=_PALE, label=stock)
+    axes.barh(rows, read, _BAR, color=_OURS, label=f"read by {ours}")
+    axes.plot(ideal, rows, "|", color="black", ms=13, mew=2, label="ideal: each once")
     for row, (mine, best) in enumerate(zip(read, ideal, strict=True)):
         _beside(axes, row, f"{mine:.1f}%, ideal {best:.1f}%")
-    axes.set_xlim(0, max([100, *read]))
     axes.set_xlabel("KV bytes, % of what every request reading its own takes")
-    keys = [
-        _key(f"read by {ours}", _OURS),
-        _key("ideal: each once", "black", "|"),
-        _key("logical: each request its own, as stock reads", _PALE),
-    ]
-    return _with_legend(figure, keys, 3)
+    return _with_legend(figure, axes, 3)
 
 
 def serving_times_figure(data: Data) -> Figure:
@@ -206,65 +159,51 @@ def serving_times_figure(data: Data) -> Figure:
     figure, grid = _figure(7.0, 2, 2)
     cases = [case for case in data["cases"] if case["sides"]]
     for axes, (field, title) in zip(grid.flatten(), _TIMES.items(), strict=False):
-        _bars(axes, cases, lambda side, field=field: side[field])  # type: ignore[misc]
-        axes.set_title(f"{title} (less is better)", fontsize=10)
-    axes = grid[1][1]
-    _bars(axes, cases, lambda side: {"median": side["output_tokens_per_s"], "p99": None})
-    axes.set_title("output tokens per second (more is better)", fontsize=10)
-    figure.suptitle(_serving_title(data))
-    return _with_legend(figure, [_key(side, colour) for side, colour in _SIDES.items()], 2)
+        _bars(axes, cases, f"{title} (less is better)", field)
+    _bars(grid[1][1], cases, "output tokens per second (more is better)", "output_tokens_per_s")
+    figure.suptitle(_title(data, Path(str(data.get("model"))).name))
+    return _with_legend(figure, grid[1][1], 2)
 
 
 def serving_reads_figure(data: Data) -> Figure:
     """KV tokens read over KV tokens of all requests, and the share of decode steps packed."""
     figure, grid = _figure(3.8, 1, 2)
-    cases = [case for case in data["cases"] if case["sides"]]
-    shown = {
-        "kv_read_ratio": "KV tokens read / KV tokens, packed steps (stock: 1)",
-        "packed_share": "decode steps that were packed",
-    }
-    for axes, (field, title) in zip(grid, shown.items(), strict=True):
-        values = [case["sides"].get("prefix", {}).get(field) for case in cases]
-        axes.bar(range(len(cases)), [value or 0 for value in values], 0.6, color=_OURS)
-        for x, value in enumerate(values):
-            said = "none" if value is None else f"{value:.2f}"
-            axes.annotate(said, (x, value or 0), ha="center", va="bottom", fontsize=8)
+    cases = [case for case in data["cases"] if "prefix" in case["sides"]]
+    for axes, (field, title) in zip(grid, _READS.items(), strict=True):
+        bars = _bars(axes, cases, title, field, ["prefix"])
+        values = [case["sides"]["prefix"].get(field) for case in cases]
+        said = ["none" if value is None else f"{value:.2f}" for value in values]
+        axes.bar_label(bars, said, fontsize=8)
         axes.set_ylim(0, 1.15)
-        axes.axhline(1, color=_SIDES["stock"], linewidth=1)
-        axes.set_title(title, fontsize=10)
-        _name_workloads(axes, cases)
-    figure.suptitle(_serving_title(data))
+        axes.axhline(1, color=_STOCK, linewidth=1)
+    figure.suptitle(_title(data, Path(str(data.get("model"))).name))
     return figure
 
 
-def _bars(axes: Axes, cases: Sequence[Data], spread: Callable[[Data], Data | None]) -> None:
-    """Two bars per case: a median, and a line from it to the 99th percentile if there is one."""
-    for number, (side, colour) in enumerate(_SIDES.items()):
-        for x, case in enumerate(cases):
-            found = spread(case["sides"][side]) if side in case["sides"] else None
-            if found is None or found["median"] is None:
-                continue
-            height, top = found["median"], found["p99"]
-            axes.bar(
-                x + (number - 0.5) * 0.38,
-                height,
-                0.38,
-                color=colour,
-                alpha=1.0 if case["is_comparison"] else 0.35,
-                yerr=None if top is None else ([0.0], [max(0.0, top - height)]),
-                error_kw={"linewidth": 0.8},
-            )
-    axes.set_ylim(bottom=0)
-    axes.grid(axis="y", linewidth=0.3)
-    _name_workloads(axes, cases)
-
-
-def _name_workloads(axes: Axes, cases: Sequence[Data]) -> None:
+def _bars(
+    axes: Axes, cases: Sequence[Data], title: str, field: str, sides: Sequence[str] = (*_SIDES,)
+) -> Any:
+    """A bar per case and side; of times a line from the median to the 99th percentile as well."""
+    width = 0.76 / len(sides)
+    for number, side in enumerate(sides):
+        found = [case["sides"].get(side, {}).get(field) for case in cases]
+        spreads = [each if isinstance(each, dict) else {"median": each} for each in found]
+        heights = [spread["median"] or 0.0 for spread in spreads]
+        tops = [spread.get("p99", spread["median"]) or 0.0 for spread in spreads]
+        xs = np.arange(len(cases)) + (number - (len(sides) - 1) / 2) * width
+        bars = axes.bar(xs, heights, width, color=_SIDES[side], label=side)
+        axes.vlines(xs, heights, np.maximum(heights, tops), color="black", linewidth=0.8)
+        for bar, case in zip(bars, cases, strict=True):
+            bar.set_alpha(1.0 if case["is_comparison"] else 0.35)
     names = [case["name"] + ("" if case["is_comparison"] else " *") for case in cases]
     axes.set_xticks(range(len(cases)), names, fontsize=8)
     if not all(case["is_comparison"] for case in cases):
         axes.set_xlabel("* no comparison", fontsize=8)
+    axes.set_title(title, fontsize=10)
+    axes.set_ylim(bottom=0)
+    axes.grid(axis="y", linewidth=0.3)
     axes.spines[["top", "right"]].set_visible(False)
+    return bars
 
 
 # By kind of result file and name of the picture's file. The first line of a function's docstring
@@ -334,7 +273,7 @@ def _figure(height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any
 def _rows(data: Data, what: str, cases: Sequence[Data]) -> tuple[Figure, Axes]:
     """A figure with one row per case, the first on top."""
     figure, axes = _figure(_FRAME + _ROW * max(len(cases), 3))
-    axes.set_title(_kernel_title(data, what), loc="left", size=10)
+    axes.set_title(_title(data, f"{what}: decode attention"), loc="left", size=10)
     axes.set_yticks(range(len(cases)), [case["name"] for case in cases], size=8)
     axes.set_ylim(max(len(cases), 1) - 0.4, -0.6)
     axes.grid(axis="x", alpha=0.25, lw=0.5)
@@ -343,6 +282,13 @@ def _rows(data: Data, what: str, cases: Sequence[Data]) -> tuple[Figure, Axes]:
     if not cases:
         axes.text(0.5, 0.5, "nothing was measured", transform=axes.transAxes, ha="center")
     return figure, axes
+
+
+def _logarithmic(axes: Axes, which: str, base: int = 10) -> None:
+    """Plain numbers at its powers: matplotlib would write them as mathematics."""
+    (axes.semilogx if which == "x" else axes.semilogy)(base=base)
+    (axes.xaxis if which == "x" else axes.yaxis).set_major_formatter("{x:g}")
+    axes.minorticks_off()
 
 
 def _cases_of_ours(data: Data) -> tuple[str | None, list[Data]]:
@@ -354,16 +300,11 @@ def _loses(case: Data, ours: str | None) -> bool:
     return (over(case, ours, "stock") or 1.0) < 1
 
 
-def _kernel_title(data: Data, what: str) -> str:
-    found = data["environment"]
+def _title(data: Data, what: str) -> str:
+    """What is shown, and what it was measured with and on."""
+    found, dtype = data["environment"], data["options"].get("dtype", data.get("dtype"))
     where = found.get("gpu") or f"{found.get('cpu')}, threads: {found.get('threads')}"
-    return f"{what}: decode attention, {data['options']['dtype']}, {where}"
-
-
-def _serving_title(data: Data) -> str:
-    where = data["environment"].get("gpu") or data["environment"]["device"]
-    model = str(data.get("model")).rstrip("/").rsplit("/", 1)[-1]
-    return f"{model}, {data.get('dtype')}, {where}"
+    return f"{what}, {dtype}, {where}"
 
 
 def _stock_names(cases: Sequence[Data]) -> str:
@@ -371,20 +312,17 @@ def _stock_names(cases: Sequence[Data]) -> str:
     return ", ".join(dict.fromkeys(names)) or "absent"
 
 
-def _key(label: str, colour: str, marker: str = "s", *, hollow: bool = False) -> Line2D:
-    """An entry of a legend."""
-    from matplotlib.lines import Line2D
-
-    face = "none" if hollow else colour
-    return Line2D([], [], marker=marker, ls="", color=colour, mfc=face, ms=7, label=label)
-
-
-def _beside(axes: Axes, row: int, said: str, colour: str = "black") -> None:
+def _beside(axes: Axes, row: int, said: str, *, loses: bool = False) -> None:
     """A text right of the axes, in line with a row."""
-    where = axes.get_yaxis_transform()
+    where, colour = axes.get_yaxis_transform(), _LOSING if loses else "black"
     axes.text(1.01, row, said, transform=where, va="center", size=8, color=colour)
 
 
-def _with_legend(figure: Figure, keys: list[Line2D], columns: int) -> Figure:
-    figure.legend(handles=keys, loc="outside lower left", ncols=columns, fontsize=8, frameon=False)
+def _with_legend(figure: Figure, axes: Axes, columns: int) -> Figure:
+    """The figure with each label once, below it."""
+    found = {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    handles, labels = [*found.values()], [*found]
+    figure.legend(
+        handles, labels, loc="outside lower left", ncols=columns, fontsize=8, frameon=False
+    )
     return figure

@@ -1,7 +1,7 @@
 """Result files of all bench commands: one envelope, written whole, read with a check.
 
 `schema` says what each kind holds. It needs pydantic; on a host without it, as GPU hosts are, only
-the envelope is checked.
+the kind of a file and the names of its cases are checked.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import json
 import os
 import platform
 import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import TypeAdapter
 
 __all__ = [
     "KINDS",
@@ -28,7 +29,6 @@ __all__ = [
     "check_type",
     "check_writable",
     "environment",
-    "load_resumable",
     "new_result",
     "read_result",
     "same_environment",
@@ -48,19 +48,6 @@ KINDS = (
 )
 # Numbers of one file must come from one machine, and one state of the software.
 _SAME = ("device", "cpu", "gpu", "threads", "versions", "commit")
-_ENVELOPE: dict[str, type | tuple[type, ...]] = {
-    "created": str,
-    "command": list,
-    "options": dict,
-    "seed": (int, type(None)),
-    "dry": bool,
-    "environment": dict,
-    "absent": dict,
-    "not_run": dict,
-    "failed": dict,
-    "wall_s": (int, float, type(None)),
-    "cases": list,
-}
 _PACKAGES = (
     *("sglang", "torch", "triton", "numpy", "sglang-prefix"),
     *("sglang-kernel", "sgl-kernel", "flashinfer-python"),
@@ -149,11 +136,7 @@ def check_writable(path: Path) -> None:
         OSError: it cannot.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    probe = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        probe.touch()
-    finally:
-        probe.unlink(missing_ok=True)
+    tempfile.TemporaryFile(dir=path.parent).close()
 
 
 def read_result(path: str | os.PathLike[str], kind: str | None = None) -> dict[str, Any]:
@@ -167,14 +150,9 @@ def read_result(path: str | os.PathLike[str], kind: str | None = None) -> dict[s
         ResultError: it cannot be read or is not a whole result file.
     """
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_no_constant)
+        data = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_no_number)
     except OSError as error:
         raise ResultError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ResultError(f"{path} is not a result file: it is not text") from None
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise ResultError(f"{path} is not a result file: {error.msg} at {where}") from None
     except (ValueError, RecursionError) as error:
         raise ResultError(f"{path} is not a result file: {error}") from None
     check_result(path, data, kind)
@@ -182,7 +160,7 @@ def read_result(path: str | os.PathLike[str], kind: str | None = None) -> dict[s
     return found
 
 
-def _no_constant(name: str) -> None:
+def _no_number(name: str) -> None:
     raise ValueError(f"{name} is no number of JSON")
 
 
@@ -192,32 +170,27 @@ def check_result(path: str | os.PathLike[str], data: Any, kind: str | None = Non
     Raises:
         ResultError: it is not; the first thing that is wrong.
     """
-    legal = KINDS if kind is None else (kind,)
-    if not isinstance(data, dict):
-        raise ResultError(f"{path} is not a result file: it holds no JSON object")
-    if data.get("schema") != SCHEMA or isinstance(data["schema"], bool):
-        raise ResultError(f"{path}: schema is {data.get('schema')!r}; legal: {SCHEMA}")
-    if data.get("kind") not in legal:
-        said = ", ".join(map(repr, legal))
-        raise ResultError(f"{path}: kind is {data.get('kind')!r}; legal: {said}")
+    found = data if isinstance(data, dict) else {}
+    for key, legal in (("schema", (SCHEMA,)), ("kind", KINDS if kind is None else (kind,))):
+        if found.get(key) not in legal:
+            said = ", ".join(map(repr, legal))
+            raise ResultError(f"{path}: {key} is {found.get(key)!r}; legal: {said}")
     whole = f"is not a whole {data['kind']} file"
-    for key, types in _ENVELOPE.items():
-        if not isinstance(data.get(key), types):
-            raise ResultError(f"{path} {whole}: {key} is {str(data.get(key))[:40]}")
-    if not all(
-        isinstance(case, dict) and isinstance(case.get("name"), str) for case in data["cases"]
-    ):
-        raise ResultError(f'{path} {whole}: "cases" is not a list of objects with a "name"')
-    names = [case["name"] for case in data["cases"]]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ResultError(f"{path} {whole}: two cases are named {twice!r}")
     try:
         from pydantic import TypeAdapter
 
-        from sglang_prefix.bench.schema import RESULTS
+        from sglang_prefix.bench.schema import CASES, Result
     except ImportError:
-        return
-    check_type(path, data, TypeAdapter(RESULTS[data["kind"]]), whole)
+        pass
+    else:
+        check_type(path, data, TypeAdapter(Result), whole)
+        check_type(path, data["cases"], TypeAdapter(CASES[data["kind"]]), f"{whole}: cases")
+    try:
+        names = [case["name"] for case in data["cases"]]
+    except (KeyError, TypeError):
+        raise ResultError(f"{path} {whole}: its cases have no names") from None
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ResultError(f"{path} {whole}: two cases are named {twice!r}")
 
 
 def check_type(
@@ -233,39 +206,20 @@ def check_type(
     try:
         adapter.validate_python(data, strict=True)
     except ValidationError as error:
-        raise ResultError(f"{path} {complaint}: {_first(error)}") from None
-
-
-def _first(error: ValidationError) -> str:
-    """The first thing that is wrong, and how many more there are."""
-    first, *others = error.errors(include_url=False, include_context=False, include_input=False)
-    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
-    more = f" (and {len(others)} more)" if others else ""
-    return f"{where.lstrip('.')}: {first['msg']}{more}"
-
-
-def load_resumable(
-    path: str | os.PathLike[str], kind: str, same: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Read the result of a run that is to go on.
-
-    Args:
-        path, kind: the file, and the kind that it must have.
-        same: what must be as it was, by key; keys below others are joined by dots. See
-            :func:`same_environment`.
-
-    Raises:
-        ResultError: it cannot be read, is not whole, or something is not as it was.
-    """
-    data = read_result(path, kind)
-    check_same(path, data, same)
-    return data
+        first, *others = error.errors(include_url=False, include_context=False)
+        where = ".".join(map(str, first["loc"]))
+        more = f" (and {len(others)} more)" if others else ""
+        raise ResultError(f"{path} {complaint}: {where}: {first['msg']}{more}") from None
 
 
 def check_same(
     path: str | os.PathLike[str], data: Mapping[str, Any], same: Mapping[str, Any]
 ) -> None:
-    """Check that what must be as it was is so; see :func:`load_resumable`.
+    """Check that what must be as it was is so.
+
+    Args:
+        path, data: the file and what it holds.
+        same: values of here and now by key; keys below others are joined by dots.
 
     Raises:
         ResultError: something is not.
@@ -276,14 +230,14 @@ def check_same(
             there = there.get(name) if isinstance(there, dict) else None
         # Through JSON, as the file has been.
         if json.loads(json.dumps(here)) != there:
+            name = key.rpartition(".")[2]
             raise ResultError(
-                f"{path} cannot be resumed: its {key.rpartition('.')[2]} is {there!r}, here it is "
-                f"{here!r}"
+                f"{path} cannot be resumed: its {name} is {there!r}, here it is {here!r}"
             )
 
 
 def same_environment(here: Mapping[str, Any]) -> dict[str, Any]:
-    """What :func:`load_resumable` must find as it is ``here``, in this process's environment."""
+    """What :func:`check_same` must find as it is ``here``, in this process's environment."""
     return {f"environment.{name}": here[name] for name in _SAME}
 
 
@@ -319,24 +273,20 @@ def _gpu_facts() -> dict[str, Any]:
     import torch
 
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    command = ["nvidia-smi", f"--query-gpu={_CLOCKS}", "--format=csv,noheader", "--id=0"]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        clocks = dict(zip(_CLOCKS.split(","), run.stdout.strip().split(", "), strict=False))
+    except (OSError, subprocess.SubprocessError):
+        clocks = {}
     return {
         "cuda": torch.version.cuda,
         "num_sms": properties.multi_processor_count,
         "l2_bytes": properties.L2_cache_size,
         "memory_bytes": properties.total_memory,
         "compute_capability": [properties.major, properties.minor],
-        "clocks": _clocks(),
+        "clocks": clocks,
     }
-
-
-def _clocks() -> dict[str, str] | None:
-    """What nvidia-smi says, read only; None where it is not."""
-    command = ["nvidia-smi", f"--query-gpu={_CLOCKS}", "--format=csv,noheader", "--id=0"]
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return dict(zip(_CLOCKS.split(","), map(str.strip, run.stdout.split(",")), strict=False))
 
 
 def _cpu_name() -> str:
@@ -360,14 +310,9 @@ def _commit() -> str | None:
     if not (_ROOT / ".git").exists():
         return None
 
-    def git(*arguments: str) -> str | None:
-        try:
-            run = subprocess.run(
-                ["git", *arguments], cwd=_ROOT, capture_output=True, text=True, check=False
-            )
-        except OSError:
-            return None
-        return run.stdout.strip() if run.returncode == 0 else None
-
-    commit = git("rev-parse", "--short", "HEAD")
-    return commit and commit + ("-dirty" if git("status", "--porcelain", "-uno") else "")
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        run = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return run.stdout.strip() or None

@@ -1,7 +1,7 @@
 """What a result file of each kind holds: one set of types for writer, resume and report.
 
-Every kind has the same envelope, :class:`Result`; a kind says what its cases are. Keys that are not
-named here are allowed, and nobody's business. Needs pydantic, which comes with SGLang:
+Every kind has the same envelope, :class:`Result`, and cases of a type of its own. A type has what
+is read back; keys that are not named here are for people. Needs pydantic, which comes with SGLang:
 `results` imports this module only when a file is checked.
 """
 
@@ -12,26 +12,8 @@ from typing import Annotated, Any, Literal, NotRequired
 from pydantic import Field
 from typing_extensions import TypedDict
 
-__all__ = [
-    "RESULTS",
-    "CheckCase",
-    "EngineCase",
-    "EngineResult",
-    "Environment",
-    "HostCase",
-    "HostResult",
-    "KernelCase",
-    "KernelProvider",
-    "KernelResult",
-    "Result",
-    "ServingCase",
-    "ServingResult",
-    "ServingSide",
-    "TuneCase",
-    "TuneResult",
-]
+__all__ = ["CASES", "Result"]
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
@@ -40,15 +22,10 @@ Reasons = dict[str, str]
 
 
 class Environment(TypedDict):
-    """What numbers were measured on and with; more on a GPU host."""
+    """What numbers were measured on and with, see `results.environment`."""
 
     device: str
-    cpu: NotRequired[str | None]
-    threads: NotRequired[int | None]
-    gpu: NotRequired[str | None]
-    python: NotRequired[str | None]
     versions: NotRequired[dict[str, str | None]]
-    commit: NotRequired[str | None]
 
 
 class Target(TypedDict):
@@ -60,7 +37,7 @@ class Target(TypedDict):
 
 
 class Result(TypedDict):
-    """The envelope of all kinds.
+    """The envelope of all kinds, whose ``cases`` are those of :data:`CASES`.
 
     ``absent`` says of providers, workloads or backends why they are not here; ``not_run`` and
     ``failed`` say it of cases that are not among the ``cases``. A resumed run tries the former
@@ -79,19 +56,23 @@ class Result(TypedDict):
     not_run: Reasons
     failed: Reasons
     wall_s: NotNegative | None
-    limits: NotRequired[dict[str, Any]]
+    limits: NotRequired[dict[str, NotNegative]]
     targets: NotRequired[dict[str, Target]]
     note: NotRequired[str]
+    cases: list[dict[str, Any]]
 
 
-# Kernels.
+class Case(TypedDict):
+    """What cases of all kinds have."""
+
+    name: str
+    group: str
 
 
 class Heads(TypedDict):
     qo: AtLeastOne
     kv: AtLeastOne
     dim: AtLeastOne
-    v_dim: AtLeastOne
 
 
 class Amount(TypedDict):
@@ -99,15 +80,6 @@ class Amount(TypedDict):
 
     ideal: Count
     logical: Count
-
-
-class Floor(TypedDict):
-    """Time of a layer that no kernel can beat: bytes, operations, one launch."""
-
-    bytes_us: NotNegative
-    flop_us: NotNegative
-    launch_us: NotNegative
-    us: Positive
 
 
 class KernelProvider(TypedDict):
@@ -138,10 +110,7 @@ class KernelProvider(TypedDict):
     max_abs_error: float | None
 
 
-class KernelCase(TypedDict):
-    name: str
-    group: str
-    tree: str | None
+class KernelCase(Case):
     note: str
     batch: AtLeastOne
     heads: Heads
@@ -152,7 +121,7 @@ class KernelCase(TypedDict):
     tokens: Amount
     bytes: Amount
     flop: Count
-    floor: Floor | None
+    floor: dict[str, NotNegative] | None
     target: float | None
     bandwidth_gb_s: Positive | None
     absent: Reasons
@@ -160,76 +129,31 @@ class KernelCase(TypedDict):
     providers: dict[str, KernelProvider]
 
 
-class Limits(TypedDict):
-    """Measured in the same run."""
-
-    read_bytes_per_s: NotRequired[Positive]
-    flop_per_s: Positive
-    empty_launch_us: NotRequired[NotNegative]
-
-
-class KernelOptions(TypedDict):
-    policies: Annotated[list[Literal["pat", "node", "chunk", "query"]], Field(min_length=1)]
-    dtype: Literal["bfloat16", "float16", "float32"]
-
-
-class KernelResult(Result):
-    options: KernelOptions  # type: ignore[misc]
-    limits: NotRequired[Limits]  # type: ignore[misc]
-    cases: list[KernelCase]
-
-
 class TileTimes(TypedDict):
     tile: dict[str, int]
-    registers: Count
-    error: NotNegative
     kernel_us: Positive
-    raw_us: list[float]
-    bytes_per_s: Positive
 
 
-class TuneCase(TypedDict):
+class TuneCase(Case):
     """Tiles by name on one pack shape; ``formula`` is the one used without a table."""
 
-    name: str
-    group: str
     shape: dict[str, int]
-    packs: AtLeastOne
-    tokens_per_pack: AtLeastOne
-    kv_bytes: AtLeastOne
     formula: str
     tiles: dict[str, TileTimes]
     absent: Reasons
     failed: Reasons
 
 
-class TuneResult(Result):
-    device_name: str
-    arch: str
-    cases: list[TuneCase]
+class HostCase(Case):
+    """Host time by stage, in microseconds."""
 
-
-class HostCase(TypedDict):
-    """Host time by stage, in microseconds; ``seconds`` are the raw times of those that have any."""
-
-    name: str
-    group: str
     num_requests: AtLeastOne
     us: dict[str, NotNegative]
-    seconds: NotRequired[dict[str, list[float]]]
-    counters: NotRequired[dict[str, Any]]
-
-
-class HostResult(Result):
-    cases: list[HostCase]
-
-
-# Served models.
 
 
 class Spread(TypedDict):
-    median: float | None
-    p99: float | None
+    median: NotNegative
+    p99: NotNegative
 
 
 class Steps(TypedDict):
@@ -247,17 +171,12 @@ class Counters(TypedDict):
     reasons: dict[str, Count]
 
 
-class WholeSpread(TypedDict):
-    median: NotNegative
-    p99: NotNegative
-
-
 class ServingRun(TypedDict):
-    """A timed run of one side, from which a resumed run concludes everything again."""
+    """A timed run of one side, from which all else is concluded, again if a run is resumed."""
 
-    ttft_ms: WholeSpread | None
-    tpot_ms: WholeSpread | None
-    itl_ms: WholeSpread | None
+    ttft_ms: Spread | None
+    tpot_ms: Spread | None
+    itl_ms: Spread | None
     output_tokens_per_s: Positive
     requests_per_s: Positive
     duration_s: Positive
@@ -270,90 +189,37 @@ class ServingRuns(TypedDict):
 
 
 class ServingSide(TypedDict):
-    raw: NotRequired[ServingRuns]
-    ttft_ms: Spread | None
-    tpot_ms: Spread | None
-    itl_ms: Spread | None
-    output_tokens_per_s: float | None
-    requests_per_s: NotRequired[float | None]
-    duration_s: NotRequired[float | None]
-    steps: NotRequired[Steps | None]
-    packed_share: NotRequired[float | None]
-    kv_read_ratio: NotRequired[float | None]
-    reasons: NotRequired[dict[str, Any] | None]
+    raw: ServingRuns
 
 
-class Ratios(TypedDict):
-    """The prefix server's value over the stock server's."""
+class ServingCase(Case):
+    """Ratios are the prefix server's values over the stock server's."""
 
-    ttft: NotRequired[Positive | None]
-    tpot: NotRequired[Positive | None]
-    itl: NotRequired[Positive | None]
-    throughput: NotRequired[Positive | None]
-
-
-class ServingCase(TypedDict):
-    name: str
-    group: NotRequired[str]
     requests: int
-    tokens_compared: NotRequired[int | None]
-    tokens_equal: NotRequired[int | None]
-    requests_equal: NotRequired[int | None]
     is_comparison: bool
-    why_not: NotRequired[str | None]
     sides: dict[str, ServingSide]
-    ratios: Ratios
-    unpacked_ratios: NotRequired[Ratios | None]
+    ratios: dict[str, Positive | None]
 
 
-class ServingServer(TypedDict):
-    server_args: NotRequired[list[str]]
-    model: NotRequired[str | None]
-    dtype: NotRequired[str | None]
-    max_total_num_tokens: NotRequired[Count | None]
-
-
-class ServingResult(Result):
-    model: NotRequired[str | None]
-    dtype: NotRequired[str | None]
-    stock: NotRequired[ServingServer | None]
-    prefix: NotRequired[ServingServer | None]
-    method: NotRequired[dict[str, Any]]
-    cases: list[ServingCase]
-
-
-class EngineCase(TypedDict):
+class EngineCase(Case):
     """Engines of SGLang itself, without a server, on a load."""
 
-    name: str
-    group: str
     load: NotRequired[dict[str, Any]]
     measured: NotRequired[dict[str, dict[str, Any]]]
-    engines: NotRequired[dict[str, dict[str, Any]]]
     stock: NotRequired[str]
     ratio: NotRequired[Positive]
 
 
-class EngineResult(Result):
-    cases: list[EngineCase]
-
-
-class CheckCase(TypedDict):
-    name: str
-    group: str
+class CheckCase(Case):
     errors: NotRequired[dict[str, NotNegative]]
 
 
-class CheckResult(Result):
-    cases: list[CheckCase]
-
-
-# In the order in which a page shows them.
-RESULTS: dict[str, Any] = {
-    "bench-kernel": KernelResult,
-    "bench-serving": ServingResult,
-    "bench-engine": EngineResult,
-    "bench-tune": TuneResult,
-    "bench-host": HostResult,
-    "gpu-check": CheckResult,
+# By kind, in the order in which a page shows them.
+CASES: dict[str, Any] = {
+    "bench-kernel": list[KernelCase],
+    "bench-serving": list[ServingCase],
+    "bench-engine": list[EngineCase],
+    "bench-tune": list[TuneCase],
+    "bench-host": list[HostCase],
+    "gpu-check": list[CheckCase],
 }

@@ -65,5 +65,5 @@ def _check_target(out: Path, sources: list[Source]) -> None:
 def _check_plots(sources: list[Source], plots: bool) -> None:
     from sglang_prefix.bench.plots import PLOTS, has_matplotlib
 
-    if plots and any(s.kind in PLOTS for s in sources) and not has_matplotlib():
+    if plots and any(s.data["kind"] in PLOTS for s in sources) and not has_matplotlib():
         fail("plots need matplotlib: pip install 'sglang-prefix[bench]', or --no-plots")

@@ -18,9 +18,10 @@ import torch
 
 from sglang_prefix.bench.results import (
     ResultError,
+    check_same,
     environment,
-    load_resumable,
     new_result,
+    read_result,
     same_environment,
 )
 from sglang_prefix.bench.run import Case, NotRunError, run_cases
@@ -65,7 +66,8 @@ class CheckRun:
         if resume:
             same = {**same_environment(here), "dry": dry, "options": options}
             try:
-                self._data = load_resumable(resume, KIND, same)
+                self._data = read_result(resume, KIND)
+                check_same(resume, self._data, same)
             except ResultError as error:
                 raise pytest.UsageError(str(error)) from None
             config.option.hypothesis_seed = self._data["seed"]

@@ -6,26 +6,8 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from sglang_prefix.bench.report.section import (
-    Section,
-    Verdict,
-    environment_rows,
-    left_cases,
-    left_table,
-    target_tables,
-    warnings,
-)
-from sglang_prefix.bench.tables import (
-    Cell,
-    Column,
-    Table,
-    as_is,
-    gain,
-    number,
-    share,
-    tabulate,
-    text,
-)
+from sglang_prefix.bench.report.section import Section, Verdict, left_cases, make_section
+from sglang_prefix.bench.tables import Cell, Column, Table, gain, number_text, tabulate, words
 
 __all__ = ["engine_section"]
 
@@ -35,15 +17,25 @@ _OURS = "prefix"
 
 
 def engine_section(data: Data) -> Section:
-    """What the file says; a dry run's numbers are shown, and counted nowhere."""
+    """What the file says."""
     loads = _loads(data)
-    tables = [_load_table(data, loads)] if loads else []
-    return Section(
+    turns = [case | {"over": 1 / case["ratio"]} for case in data["cases"] if "ratio" in case]
+    stock = {name for load in loads if not load["why_not"] for name in load["backends"]}
+    stock |= {case["stock"] for case in turns if "stock" in case}
+    verdict = Verdict(
+        "the prefix backend",
+        "the fastest stock backend in TPOT",
+        {case["name"]: case["over"] or case["why_not"] for case in [*loads, *turns]}
+        | left_cases(data),
+        stock=sorted(stock - {_OURS}),
+    )
+    return make_section(
         "Engines with all requests at once",
-        environment_rows(data),
-        warnings(data, "Absent backends"),
-        [] if data["dry"] else [_verdict(data, loads)],
-        [*target_tables(data), *tables, *_turn_tables(data), *left_table(data)],
+        data,
+        [*_load_tables(loads), *_other_tables(data)],
+        verdicts=[verdict],
+        absent="Absent backends",
+        not_compared={load["name"]: load["why_not"] for load in loads if load["why_not"]},
     )
 
 
@@ -75,63 +67,40 @@ def _compared(name: str, backends: dict[str, Any]) -> Data:
     return {"name": name, "backends": backends, _OURS: ours, "why_not": why_not, "over": over}
 
 
-def _verdict(data: Data, loads: list[Data]) -> Verdict:
-    """Time per output token against the fastest stock backend, where ours packed."""
-    turns = [{**case, "over": 1 / case["ratio"]} for case in data["cases"] if "ratio" in case]
-    stock = {name for load in loads if not load["why_not"] for name in load["backends"]}
-    stock |= {case["stock"] for case in turns if "stock" in case}
-    return Verdict.over(
-        "the prefix backend",
-        "the fastest stock backend in TPOT",
-        [*loads, *turns],
-        lambda case: case["over"],
-        lambda case: case["why_not"],
-        left_cases(data),
-        stock=sorted(stock - {_OURS}),
-    )
+def _load_tables(loads: list[Data]) -> list[Table]:
+    def time(load: Data, backend: str) -> float | None:
+        found: float | None = load["backends"].get(backend, {}).get("tpot_us")
+        return found
 
-
-def _load_table(data: Data, loads: list[Data]) -> Table:
     stock = sorted({name for load in loads for name in load["backends"]} - {_OURS})
-
-    def time_of(backend: str) -> Any:
-        return lambda load: load["backends"].get(backend, {}).get("tpot_us")
-
-    def message(load: Data) -> str | None:
-        return load["why_not"] and f"not a comparison: {load['why_not']}"
-
-    shown = partial(gain, counts=not data["dry"])
     packed = "share of decode steps that read shared prefixes once"
     columns = [
-        Column("load", text, "name"),
-        *(Column(f"{name} us", number, time_of(name)) for name in stock),
-        Column("prefix us", number, "prefix.tpot_us", "time per output token, full batch"),
-        Column("median step us", number, "prefix.median_step_us", "of ours"),
-        Column("packed", share, "prefix.packed_share", packed),
-        Column("KV read", share, "prefix.counters.kv_read_ratio", "KV tokens read over all"),
-        Column("host us", number, "prefix.host_us_per_step", "per step, for plans"),
-        Column("over stock", shown, "over", "time of the fastest stock backend over ours"),
+        Column("load", "name"),
+        Column("over stock", lambda load: gain(load["over"]), "time of the fastest over ours"),
+        *(Column(f"{name} us", partial(time, backend=name)) for name in stock),
+        Column("prefix us", "prefix.tpot_us", "time per output token, full batch"),
+        Column("median step us", "prefix.median_step_us", "of ours"),
+        Column("packed", "prefix.packed_share", packed),
+        Column("KV read", "prefix.counters.kv_read_ratio", "KV tokens read over all"),
+        Column("host us", "prefix.host_us_per_step", "per step, for plans"),
     ]
-    return tabulate("Decoding at full batch", columns, loads, message=message)
+    return [tabulate("Decoding at full batch", columns, loads)] if loads else []
 
 
-def _turn_tables(data: Data) -> list[Table]:
+def _other_tables(data: Data) -> list[Table]:
     """Cases that are not one load on one engine: engines in turn, log probabilities, churn."""
-    cases = [case for case in data["cases"] if _found(case)]
-
-    def over(case: Data) -> float | None:
-        return 1 / case["ratio"] if "ratio" in case else None
 
     def status(case: Data) -> Cell:
         found = str(case.get("status", "done"))
-        return Cell(found, found, "losing" if found == "failed" else "")
+        return words(found, is_loss=found == "failed")
 
     columns = [
-        Column("case", text, "name"),
-        Column("status", as_is, status),
-        Column("what was found", text, _found),
-        Column("over stock", partial(gain, counts=not data["dry"]), over),
+        Column("case", "name"),
+        Column("status", status),
+        Column("what was found", _found),
+        Column("over stock", lambda case: gain(1 / case["ratio"] if "ratio" in case else None)),
     ]
+    cases = [case for case in data["cases"] if _found(case)]
     return [tabulate("Comparisons in turn, and checks", columns, cases)] if cases else []
 
 
@@ -151,4 +120,4 @@ def _found(case: Data) -> str:
 
 
 def _short(value: object) -> str:
-    return number(value, 2).text if isinstance(value, int | float) else str(value)
+    return number_text(value) if isinstance(value, int | float) else str(value)

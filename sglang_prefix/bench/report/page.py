@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from base64 import b64encode
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from sglang_prefix.bench.report.drawings import embedded_plots
+from sglang_prefix.bench.plots import PLOTS, svg_text
 from sglang_prefix.bench.report.engine import engine_section
 from sglang_prefix.bench.report.kernel import kernel_section
 from sglang_prefix.bench.report.section import Section, Verdict
@@ -17,7 +17,7 @@ from sglang_prefix.bench.report.serving import serving_section
 from sglang_prefix.bench.report.sources import Source, find_sources
 from sglang_prefix.bench.report.uncompared import check_section, host_section, tune_section
 from sglang_prefix.bench.results import ResultError, write_whole
-from sglang_prefix.bench.tables import ratio_text, to_html
+from sglang_prefix.bench.tables import by_reason, is_losing, ratio_text
 
 __all__ = ["PAGE", "build_page", "section_of", "write_folder_page"]
 
@@ -70,7 +70,8 @@ def build_page(sources: Sequence[Source], *, title: str, plots: bool = True) -> 
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    parts = [_part(source, f"s{n}", plots) for n, source in enumerate(sources, 1)]
+    parts = [_part(source, plots) for source in sources]
+    verdicts = [part["section"].verdicts for part in parts]
     style, script, template = (
         (files(__package__) / f"page.{ending}").read_text(encoding="utf-8")
         for ending in ("css", "js", "html.j2")
@@ -79,48 +80,47 @@ def build_page(sources: Sequence[Source], *, title: str, plots: bool = True) -> 
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["ratio"] = ratio_text
+    environment.filters |= {"ratio": ratio_text, "by_reason": by_reason}
+    environment.tests["losing"] = is_losing
     return environment.from_string(template).render(
         title=title,
         parts=parts,
-        total=_total([part["section"] for part in parts]),
+        total=_together(verdict for found in verdicts for verdict in found[:1]),
+        elsewhere=_together(verdict for found in verdicts for verdict in found[1:]),
         style=Markup(style),
         script=Markup(script),
-        script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        html=Markup,
+        script_digest=b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
 
 
-def _part(source: Source, key: str, plots: bool) -> dict[str, Any]:
+def _part(source: Source, plots: bool) -> dict[str, Any]:
+    data, kind = source.data, source.data["kind"]
+    drawn = PLOTS.get(kind, {}) if plots and data["cases"] else {}
     try:
-        section = section_of(source.data)
         return {
-            "kind": source.kind,
+            "kind": kind,
             "source": source.name,
-            "section": section,
-            "plots": embedded_plots(source.data, key) if plots else [],
-            "tables": [to_html(table) for table in section.tables],
+            "section": section_of(data),
+            # The first line of a plot's docstring says what it shows.
+            "plots": {
+                str(draw.__doc__).partition(".")[0]: _picture(draw, data, name)
+                for name, draw in drawn.items()
+            },
         }
     except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
         # What `schema` does not describe, such as the results of one load in engines.
         reason = f"{type(error).__name__}: {error}"
-        raise ResultError(f"{source.path} is not a whole {source.kind} file: {reason}") from error
+        raise ResultError(f"{source.path} is not a whole {kind} file: {reason}") from error
 
 
-def _total(sections: Sequence[Section]) -> dict[str, Any]:
-    """First verdicts of all sections together, and what the others have lost."""
-    first = [section.verdicts[0] for section in sections if section.verdicts]
-    others = [verdict for section in sections for verdict in section.verdicts[1:]]
+def _picture(draw: Callable[[Mapping[str, Any]], Any], data: Mapping[str, Any], name: str) -> str:
+    """A plot as the address of a picture that lies in the page itself."""
+    return f"data:image/svg+xml;base64,{b64encode(svg_text(draw, data, name).encode()).decode()}"
 
-    def count(what: Callable[[Verdict], Any], verdicts: Sequence[Verdict]) -> int:
-        return sum(len(what(verdict)) for verdict in verdicts)
 
-    return {
-        "won": count(lambda v: v.won, first),
-        "lost": count(lambda v: v.lost, first),
-        "compared": count(lambda v: v.gains, first),
-        "not_compared": count(lambda v: v.not_compared, first),
-        "stock": list(dict.fromkeys(name for verdict in first for name in verdict.stock)),
-        "lost_elsewhere": count(lambda v: v.lost, others),
-        "compared_elsewhere": count(lambda v: v.gains, others),
-    }
+def _together(verdicts: Iterable[Verdict]) -> Verdict:
+    """All verdicts as one, to be counted."""
+    found = [(verdict, *item) for verdict in verdicts for item in verdict.found.items()]
+    stock = dict.fromkeys(name for verdict, *_ in found for name in verdict.stock)
+    cases = {f"{n} {name}": value for n, (_, name, value) in enumerate(found)}
+    return Verdict("ours", "stock SGLang", cases, stock=list(stock))

@@ -3,86 +3,62 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sglang_prefix.bench.tables import (
     Cell,
     Column,
     Table,
-    as_is,
     by_reason,
     geomean,
-    number,
-    print_tables,
+    number_text,
     tabulate,
-    text,
+    to_rich,
+    words,
 )
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = [
-    "Section",
-    "Verdict",
-    "environment_rows",
-    "left_cases",
-    "left_table",
-    "print_section",
-    "target_tables",
-    "warnings",
-]
+__all__ = ["Section", "Verdict", "left_cases", "make_section", "print_section"]
 
 Data = Mapping[str, Any]
+
+# Without a terminal, as in a file, tables may be this wide.
+_FILE_WIDTH = 160
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Ours against one baseline, over all cases that have both.
+    """Ours against one baseline, over all cases.
 
     Attributes:
         ours: what of ours, the same in all cases.
         baseline: the name of the other side, as in "faster than ...".
-        gains: by case, how many times ours is faster; below 1 it is slower.
-        not_compared: cases that say nothing about it, and why.
+        found: by case, how many times ours is faster, below 1 it is slower; or why there is no
+            comparison.
         better, worse: what more and less than 1 are called.
         stock: names of the stock kernels that ours was compared with, if the file has them.
     """
 
     ours: str
     baseline: str
-    gains: Mapping[str, float]
-    not_compared: Mapping[str, str] = field(default_factory=dict)
+    found: Mapping[str, float | str]
     better: str = "faster than"
     worse: str = "slower"
     stock: Sequence[str] = ()
 
-    @classmethod
-    def over(
-        cls,
-        ours: str,
-        baseline: str,
-        cases: Iterable[Data],
-        gain: Callable[[Data], float | None],
-        why_not: Callable[[Data], str],
-        left: Mapping[str, str] | None = None,
-        **more: Any,
-    ) -> Verdict:
-        """From cases: the gain of each, or why it has none.
+    @property
+    def gains(self) -> dict[str, float]:
+        """Cases that were compared."""
+        return {name: gain for name, gain in self.found.items() if not isinstance(gain, str)}
 
-        Args:
-            ours, baseline, more: attributes.
-            cases: with a "name".
-            gain: None where there is no comparison.
-            why_not: the reason for it.
-            left: cases without any measurement, and why.
-        """
-        found = {case["name"]: (gain(case), case) for case in cases}
-        gains = {name: value for name, (value, _) in found.items() if value is not None}
-        missing = {name: why_not(case) for name, (_, case) in found.items() if name not in gains}
-        return cls(ours, baseline, gains, missing | dict(left or {}), **more)
+    @property
+    def not_compared(self) -> dict[str, str]:
+        """Cases that say nothing about it, and why."""
+        return {name: reason for name, reason in self.found.items() if isinstance(reason, str)}
 
     @property
     def won(self) -> list[str]:
@@ -100,11 +76,6 @@ class Verdict:
         """Geometric mean of the gains."""
         return geomean(self.gains.values())
 
-    @property
-    def missing(self) -> list[str]:
-        """Why cases were not compared."""
-        return by_reason(self.not_compared)
-
 
 @dataclass(frozen=True, slots=True)
 class Section:
@@ -120,28 +91,67 @@ class Section:
 
     title: str
     environment: Mapping[str, str]
-    warnings: Sequence[str] = ()
-    verdicts: Sequence[Verdict] = ()
-    tables: Sequence[Table] = ()
+    warnings: Sequence[str]
+    verdicts: Sequence[Verdict]
+    tables: Sequence[Table]
+
+
+def make_section(
+    title: str,
+    data: Data,
+    tables: Sequence[Table],
+    *,
+    verdicts: Sequence[Verdict] = (),
+    environment: Mapping[str, Any] | None = None,
+    warnings: Sequence[str] = (),
+    absent: str = "Absent baselines",
+    not_compared: Mapping[str, str] | None = None,
+) -> Section:
+    """A section with what files of all kinds have: environment, warnings, targets, what is left.
+
+    Args:
+        title, tables, verdicts: of the section; in a dry run nothing is a gain or a loss.
+        data: of the file.
+        environment, warnings: what its kind has beside those of all.
+        absent: what that is which can be absent.
+        not_compared: cases that were measured and are no comparison, and why.
+    """
+    refused = {name: f"not a comparison: {why}" for name, why in (not_compared or {}).items()}
+    said = [*_warnings(data, absent), *(f"{name} is {why}." for name, why in refused.items())]
+    shown = [*_targets(data), *tables, *_left_out(data, refused)]
+    return Section(
+        title,
+        _environment(data, environment or {}),
+        [*said, *warnings],
+        [] if data["dry"] else verdicts,
+        [_toneless(table) for table in shown] if data["dry"] else shown,
+    )
 
 
 def print_section(section: Section, console: Console | None = None) -> None:
-    """Print the tables that a terminal has room for, and what they do not show."""
-    print_tables(section.tables, console)
+    """Print the tables that are no detail, and the warnings."""
+    from rich.console import Console
+
+    console = console or Console()
+    if not console.is_terminal:
+        console.width = max(console.width, _FILE_WIDTH)
+    for table in section.tables:
+        if not table.is_detail:
+            console.print(to_rich(table))
     for warning in section.warnings:
-        if console is None:
-            print(warning)
-        else:
-            console.print(warning, soft_wrap=True, highlight=False, markup=False)
+        console.print(warning, soft_wrap=True, highlight=False, markup=False)
 
 
-def environment_rows(data: Data, **more: Any) -> dict[str, str]:
-    """What a file was measured on and with, in the order of a reader's questions.
+def left_cases(data: Data) -> dict[str, str]:
+    """Cases that have no numbers, and why."""
+    not_run = {name: f"not run: {reason}" for name, reason in data["not_run"].items()}
+    failed = {name: f"failed: {reason}" for name, reason in data["failed"].items()}
+    measured = {case["name"] for case in data["cases"]}
+    return {n: reason for n, reason in (not_run | failed).items() if n not in measured}
 
-    Args:
-        data: of the file.
-        more: what its kind has to tell beside that.
-    """
+
+def _environment(data: Data, more: Mapping[str, Any]) -> dict[str, str]:
+    """What a file was measured on and with, in the order of a reader's questions."""
     found = data["environment"]
     cpu, threads = found.get("cpu"), found.get("threads")
     versions = found.get("versions", {}).items()
@@ -153,7 +163,7 @@ def environment_rows(data: Data, **more: Any) -> dict[str, str]:
         "versions": ", ".join(f"{n} {version or 'not installed'}" for n, version in versions),
         "Python": found.get("python"),
         "commit": found.get("commit"),
-        "measured": _moment(data["created"]),
+        "measured": data["created"].replace("T", " ")[:16],
         "seed": data["seed"],
         **more,
         "command": shlex.join(data["command"]),
@@ -161,22 +171,8 @@ def environment_rows(data: Data, **more: Any) -> dict[str, str]:
     return {name: str(value) for name, value in rows.items() if value not in (None, "")}
 
 
-def _moment(time: str) -> str:
-    """An ISO time for readers, to the minute; anything else as it is."""
-    try:
-        found = datetime.fromisoformat(time)
-    except ValueError:
-        return time
-    return f"{found:%Y-%m-%d %H:%M %Z}".strip() if "T" in time else time
-
-
-def warnings(data: Data, absent: str = "Absent baselines") -> list[str]:
-    """What stands above the numbers: what they mean, what is not here, failed or was not run.
-
-    Args:
-        data: of the file.
-        absent: what that is which can be absent.
-    """
+def _warnings(data: Data, absent: str) -> list[str]:
+    """What stands above the numbers: what they mean, what is not here, failed or was not run."""
     said = [data["note"]] if data.get("note") else []
     if data["dry"]:
         said.append("Dry run on tiny shapes: the times mean nothing.")
@@ -185,61 +181,52 @@ def warnings(data: Data, absent: str = "Absent baselines") -> list[str]:
     if data["absent"]:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in data["absent"].items())
         said.append(f"{absent}: {reasons}.")
-    for what in ("not run", "failed"):
-        if left := by_reason(data[what.replace(" ", "_")]):
-            said.append(f"{what.capitalize()}: {', '.join(left)}.")
+    for what, title in (("not_run", "Not run"), ("failed", "Failed")):
+        if data[what]:
+            said.append(f"{title}: {', '.join(by_reason(data[what]))}.")
     for what in ("failed", "absent"):
-        cases: dict[str, list[str]] = {}
+        cases: dict[str, dict[str, str]] = {}
         for case in data["cases"]:
             for name, reason in case.get(what, {}).items():
-                cases.setdefault(f"{name} {what}: {reason}", []).append(case["name"])
-        said += [f"{', '.join(_some(names))}: {reason}." for reason, names in cases.items()]
+                cases.setdefault(name, {})[case["name"]] = reason
+        said += [f"{name} {what}: {', '.join(by_reason(found))}." for name, found in cases.items()]
     return said
 
 
-def _some(names: Sequence[str], most: int = 4) -> list[str]:
-    return [*names[:most], *([f"{len(names) - most} more"] if names[most:] else [])]
+def _left_out(data: Data, refused: Mapping[str, str]) -> list[Table]:
+    """What has no numbers: a missing row would look like a run that never meant to have it."""
 
+    def why(item: tuple[str, str]) -> Cell:
+        return words(item[1], is_loss=item[1].startswith("failed"))
 
-def left_cases(data: Data) -> dict[str, str]:
-    """Cases that have no numbers, and why."""
-    not_run = {name: f"not run: {reason}" for name, reason in data["not_run"].items()}
-    failed = {name: f"failed: {reason}" for name, reason in data["failed"].items()}
-    measured = {case["name"] for case in data["cases"]}
-    return {n: reason for n, reason in (not_run | failed).items() if n not in measured}
-
-
-def left_table(data: Data) -> list[Table]:
-    """Cases without numbers: a missing row would look like a run that never meant to have it."""
+    absent = {name: f"absent: {reason}" for name, reason in data["absent"].items()}
     columns = [
-        Column("case", text, lambda item: item[0]),
-        Column("why there is no number", as_is, lambda item: _reason(item[1])),
+        Column("case", lambda item: item[0]),
+        Column("why it has no number", why),
     ]
-    left = left_cases(data)
-    return [tabulate("Not run or failed", columns, left.items())] if left else []
+    left = absent | left_cases(data) | dict(refused)
+    table = tabulate("Not measured or not compared", columns, left.items(), is_detail=True)
+    return [table] if left else []
 
 
-def _reason(reason: str) -> Cell:
-    return Cell(reason, reason, "losing" if reason.startswith("failed") else "absent")
-
-
-def target_tables(data: Data) -> list[Table]:
+def _targets(data: Data) -> list[Table]:
     """What the project has promised, and whether this file holds it."""
 
-    def status(item: tuple[str, Data]) -> Cell:
-        found = item[1]["status"]
-        return Cell(found, found, "losing" if found == "missed" and not data["dry"] else "")
+    def missed(target: Data) -> str:
+        cases = target.get("missed") or {}
+        return ", ".join(f"{name} ({number_text(value)})" for name, value in cases.items())
 
     columns = [
-        Column("target", text, lambda item: item[0]),
-        Column("status", as_is, status),
-        Column("value", number, lambda item: item[1]["value"]),
-        Column("what it asks for", text, lambda item: item[1]["meaning"]),
-        Column("cases that miss it", text, lambda item: _missed(item[1].get("missed"))),
+        Column("target", "name"),
+        Column("status", lambda t: words(t["status"], is_loss=t["status"] == "missed")),
+        Column("value", "value"),
+        Column("what it asks for", "meaning"),
+        Column("cases that miss it", missed),
     ]
-    targets = data.get("targets", {})
-    return [tabulate("Targets", columns, targets.items())] if targets else []
+    targets = [{"name": name, **target} for name, target in data.get("targets", {}).items()]
+    return [tabulate("Targets", columns, targets)] if targets else []
 
 
-def _missed(cases: Mapping[str, float] | None) -> str:
-    return ", ".join(f"{name} ({number(value).text})" for name, value in (cases or {}).items())
+def _toneless(table: Table) -> Table:
+    rows = [[replace(cell, tone="", bar=None) for cell in row] for row in table.rows]
+    return replace(table, rows=rows)

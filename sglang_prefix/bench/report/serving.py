@@ -4,35 +4,16 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
-from sglang_prefix.bench.report.section import (
-    Section,
-    Verdict,
-    environment_rows,
-    left_cases,
-    warnings,
-)
-from sglang_prefix.bench.tables import (
-    NONE,
-    Cell,
-    Column,
-    Table,
-    as_is,
-    gain,
-    number,
-    ratio_text,
-    share,
-    tabulate,
-    text,
-)
+from sglang_prefix.bench.report.section import Section, Verdict, left_cases, make_section
+from sglang_prefix.bench.tables import NONE, Cell, Column, Table, gain, ratio_text, tabulate, words
 
 __all__ = ["serving_section"]
 
 Data = Mapping[str, Any]
 
-_OURS, _STOCK = "prefix", "stock"
+_SIDES = ("stock", "prefix")
 # By ratio: its title, what it is a ratio of, and whether less of it is better.
 _METRICS = {
     "tpot": ("TPOT", "median time per output token after the first", True),
@@ -46,26 +27,23 @@ _BUSY = 2.0
 
 def serving_section(data: Data) -> Section:
     """What the file says."""
-    servers = {
-        f"{side} server": shlex.join((data.get(side) or {}).get("server_args", []))
-        for side in (_STOCK, _OURS)
-    }
-    return Section(
-        title="Serving",
-        environment=environment_rows(
-            data,
-            **{"model": data.get("model"), "model dtype": data.get("dtype")},
-            servers=data.get("method", {}).get("servers"),
-            runs=data["options"].get("repeats"),
-            **servers,
-        ),
-        warnings=[
-            *warnings(data, "Workloads not run"),
-            *(f"{c['name']} is not a comparison: {_why_not(c)}." for c in _uncompared(data)),
-            *_busy(data["cases"]),
-        ],
-        verdicts=[] if data["dry"] else [_verdict(data, metric) for metric in _METRICS],
-        tables=[_ratio_table(data), _value_table(data["cases"])],
+    arguments = {side: (data.get(side) or {}).get("server_args", []) for side in _SIDES}
+    refused = {c["name"]: _why_not(c) for c in data["cases"] if not c["is_comparison"]}
+    return make_section(
+        "Serving",
+        data,
+        [_ratio_table(data["cases"]), _value_table(data["cases"])],
+        verdicts=[_verdict(data, metric) for metric in _METRICS],
+        environment={
+            "model": data.get("model"),
+            "model dtype": data.get("dtype"),
+            "servers": data.get("method", {}).get("servers"),
+            "runs": data["options"].get("repeats"),
+            **{f"{side} server": shlex.join(given) for side, given in arguments.items()},
+        },
+        warnings=_busy(data["cases"]),
+        absent="Workloads not run",
+        not_compared={name: why for name, why in refused.items() if name not in data["not_run"]},
     )
 
 
@@ -78,13 +56,12 @@ def _gain(case: Data, metric: str) -> float | None:
 
 
 def _verdict(data: Data, metric: str) -> Verdict:
-    return Verdict.over(
+    absent = {name: f"not run: {reason}" for name, reason in data["absent"].items()}
+    found = {case["name"]: _gain(case, metric) or _why_not(case) for case in data["cases"]}
+    return Verdict(
         "the prefix server",
         f"the stock server in {_METRICS[metric][0]}",
-        data["cases"],
-        partial(_gain, metric=metric),
-        _why_not,
-        _left(data),
+        found | left_cases(data) | absent,
         better="better than",
         worse="worse",
         stock=_stock_backend(data),
@@ -101,30 +78,21 @@ def _stock_backend(data: Data) -> list[str]:
     return []
 
 
-def _left(data: Data) -> dict[str, str]:
-    """Workloads of which nothing was measured, and why."""
-    absent = {name: f"not run: {reason}" for name, reason in data["absent"].items()}
-    return left_cases(data) | absent
-
-
 def _why_not(case: Data) -> str:
-    if not case["is_comparison"]:
-        return case.get("why_not") or "no reason given"
-    return "no such time was measured"
-
-
-def _uncompared(data: Data) -> list[Data]:
-    return [c for c in data["cases"] if not c["is_comparison"] and c["name"] not in data["not_run"]]
+    """Why a case is no comparison; if stock served its steps, the price of having our backend."""
+    if case["is_comparison"]:
+        return "no such time was measured"
+    reason = case.get("why_not") or "no reason given"
+    found = case.get("unpacked_ratios") or {}
+    said = [f"{m} {ratio_text(found[m])}" for m in _METRICS if found.get(m) is not None]
+    costs = "; stock served those steps, so this is what the backend costs, prefix / stock: "
+    return f"{reason}{costs}{', '.join(said)}" if said else reason
 
 
 def _busy(cases: list[Data]) -> list[str]:
     """Whether other programs ran meanwhile, which may have slowed one side more than the other."""
-    runs = [
-        run
-        for case in cases
-        for side in case["sides"].values()
-        for run in side.get("raw", {}).get("runs", [])
-    ]
+    sides = [side for case in cases for side in case["sides"].values()]
+    runs = [run for side in sides for run in side.get("raw", {}).get("runs", [])]
     load = max((run.get("load_per_cpu", 0.0) for run in runs), default=0.0)
     if load <= _BUSY:
         return []
@@ -134,31 +102,27 @@ def _busy(cases: list[Data]) -> list[str]:
     ]
 
 
-def _ratio_table(data: Data) -> Table:
+def _ratio_table(cases: list[Data]) -> Table:
     def gain_of(metric: str) -> Column:
         title, meaning, is_time = _METRICS[metric]
         hint = f"{meaning}: {'stock / prefix' if is_time else 'prefix / stock'}"
-        shown = partial(gain, counts=not data["dry"])
-        return Column(f"{title} gain", shown, partial(_gain, metric=metric), hint)
+        return Column(f"{title} gain", lambda case: gain(_gain(case, metric)), hint)
 
     equal = "requests whose tokens are all those of the stock server"
-    packed = "share of decode steps that read shared prefixes once"
     read = "KV tokens that those steps read, over KV tokens of all requests"
     columns = [
-        Column("workload", text, "name"),
-        Column("group", text, "group", folds=True),
-        Column("requests", number, "requests", folds=True),
-        Column("answers equal", as_is, _answers_equal, equal),
-        Column("tokens equal", share, _tokens_equal, "share of them before the first that differs"),
-        Column("compared", number, "tokens_compared", "tokens", folds=True),
-        Column("packed", share, "sides.prefix.packed_share", packed),
-        Column("KV read", share, "sides.prefix.kv_read_ratio", read),
+        Column("workload", "name"),
         *map(gain_of, _METRICS),
+        Column("answers equal", _answers_equal, equal),
+        Column("tokens equal", _tokens_equal, "share of them before the first that differs"),
+        Column("packed", "sides.prefix.packed_share", "share of steps that read a prefix once"),
+        Column("KV read", "sides.prefix.kv_read_ratio", read),
+        Column("group", "group", is_detail=True),
+        Column("requests", "requests", is_detail=True),
+        Column("compared", "tokens_compared", "tokens", is_detail=True),
     ]
-    note = "A gain below 1 is a loss."
-    title, left = "Prefix server against stock server", _left(data)
-    message = _no_comparison
-    return tabulate(title, columns, data["cases"], message=message, left=left, notes=[note])
+    notes = ["A gain below 1 is a loss."]
+    return tabulate("Prefix server against stock server", columns, cases, notes=notes)
 
 
 def _answers_equal(case: Data) -> Cell:
@@ -167,7 +131,7 @@ def _answers_equal(case: Data) -> Cell:
     if equal is None:
         return NONE
     forbids = equal != requests and not case["is_comparison"]
-    return Cell(f"{equal} of {requests}", equal, "losing" if forbids else "")
+    return words(f"{equal} of {requests}", is_loss=forbids)
 
 
 def _tokens_equal(case: Data) -> float | None:
@@ -175,48 +139,30 @@ def _tokens_equal(case: Data) -> float | None:
     return equal / compared if equal is not None and compared else None
 
 
-def _no_comparison(case: Data) -> str | None:
-    """Why a case is none, and what was measured all the same: the price of having our backend."""
-    if case["is_comparison"]:
-        return None
-    found = case.get("unpacked_ratios") or {}
-    said = [f"{m} {ratio_text(found[m])}" for m in _METRICS if found.get(m) is not None]
-    costs = (
-        "; stock served those steps, so this is what the backend costs when it does not pack, "
-        f"prefix / stock: {', '.join(said)}"
-    )
-    return f"not a comparison: {_why_not(case)}{costs if said else ''}"
-
-
 def _value_table(cases: list[Data]) -> Table:
-    items = [
-        {"workload": case["name"], "server": side, **case["sides"][side]}
-        for case in cases
-        for side in sorted(case["sides"], reverse=True)
-    ]
-
-    def steps(item: Data) -> Cell:
-        found = item.get("steps")
-        if not found:
-            return NONE
-        said = " / ".join(str(found[path]) for path in ("packed", "stock", "fallback"))
-        return Cell(said, found["packed"])
-
     def reasons(item: Data) -> str:
         return "; ".join(f"{why}: {count}" for why, count in (item.get("reasons") or {}).items())
 
-    columns = [Column("workload", text, "workload"), Column("server", text, "server")]
+    columns = [Column("workload", "workload"), Column("server", "server")]
     for metric in ("ttft", "tpot", "itl"):
         title, meaning, _ = _METRICS[metric]
         columns += [
-            Column(f"{title} median", number, f"{metric}_ms.median", f"{meaning}, ms"),
-            Column(f"{title} p99", number, f"{metric}_ms.p99"),
+            Column(f"{title} median", f"{metric}_ms.median", f"{meaning}, ms"),
+            Column(f"{title} p99", f"{metric}_ms.p99", is_detail=True),
         ]
     columns += [
-        Column("tokens/s", number, "output_tokens_per_s", "output tokens"),
-        Column("requests/s", number, "requests_per_s"),
-        Column("seconds", number, "duration_s"),
-        Column("steps", as_is, steps, "decode steps: packed / left to stock / fallen back"),
-        Column("reasons", text, reasons, "of steps that were not packed"),
+        Column("tokens/s", "output_tokens_per_s", "output tokens"),
+        Column("requests/s", "requests_per_s", is_detail=True),
+        Column("seconds", "duration_s", is_detail=True),
+        Column("packed", "steps.packed", "decode steps"),
+        Column("stock", "steps.stock", "decode steps left to stock"),
+        Column("fallback", "steps.fallback", "decode steps fallen back", is_detail=True),
+        Column("reasons", reasons, "of steps that were not packed", is_detail=True),
+    ]
+    items = [
+        {"workload": case["name"], "server": side, **case["sides"][side]}
+        for case in cases
+        for side in _SIDES
+        if side in case["sides"]
     ]
     return tabulate("Measured values", columns, items)

@@ -28,11 +28,6 @@ class Source:
     path: Path
     data: dict[str, Any]
 
-    @property
-    def kind(self) -> str:
-        """One of :data:`KINDS`."""
-        return str(self.data["kind"])
-
 
 def find_sources(places: Sequence[str | os.PathLike[str]]) -> tuple[list[Source], list[str]]:
     """Read result files, and those anywhere below folders.
@@ -47,14 +42,14 @@ def find_sources(places: Sequence[str | os.PathLike[str]]) -> tuple[list[Source]
         ResultError: there is none, or one cannot be read or does not hold what its kind should; one
             line that names it.
     """
-    files: dict[Path, tuple[str, bool]] = {}
+    files: dict[Path, str] = {}
     for place in map(Path, places):
-        for path, name, is_named in _files_at(place):
-            known = files.get(path.resolve(), (name, False))
-            files[path.resolve()] = (known[0], is_named or known[1])
+        for path, name in _files_at(place):
+            files.setdefault(path.resolve(), name)
+    named = {Path(place).resolve() for place in places}
     found, left_out = [], []
-    for path, (name, is_named) in files.items():
-        if is_named or _may_be_result(path):
+    for path, name in files.items():
+        if path in named or _may_be_result(path):
             found.append(Source(name, path, read_result(path)))
         else:
             left_out.append(name)
@@ -63,17 +58,16 @@ def find_sources(places: Sequence[str | os.PathLike[str]]) -> tuple[list[Source]
         where = ", ".join(map(str, places))
         raise ResultError(f"{where}: no result file (*.json) in this folder{others}")
     found.sort(key=lambda source: (source.data["created"], source.name), reverse=True)
-    return sorted(found, key=lambda source: KINDS.index(source.kind)), left_out
+    return sorted(found, key=lambda source: KINDS.index(source.data["kind"])), left_out
 
 
-def _files_at(place: Path) -> list[tuple[Path, str, bool]]:
-    """Path, name, and whether the user named this very file."""
+def _files_at(place: Path) -> list[tuple[Path, str]]:
     if place.is_dir():
         below = sorted(path for path in place.rglob("*.json") if path.is_file())
-        return [(path, path.relative_to(place).as_posix(), False) for path in below]
+        return [(path, path.relative_to(place).as_posix()) for path in below]
     if not place.exists():
         raise ResultError(f"{place}: no such file or folder")
-    return [(place, place.name, True)]
+    return [(place, place.name)]
 
 
 def _may_be_result(path: Path) -> bool:

@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
-from sglang_prefix.bench.report.section import (
-    Section,
-    environment_rows,
-    left_table,
-    target_tables,
-    warnings,
-)
-from sglang_prefix.bench.tables import Column, Table, gain, number, tabulate, text
+from sglang_prefix.bench.report.section import Section, make_section
+from sglang_prefix.bench.tables import Column, gain, tabulate
 
 __all__ = ["check_section", "host_section", "tune_section"]
 
@@ -34,18 +27,13 @@ def check_section(data: Data) -> Section:
 
     variants = "policies and launch and merge modes on these inputs"
     columns = [
-        Column("case", text, "name"),
-        Column("group", text, "group", folds=True),
-        Column("variants", number, lambda case: len(case.get("errors", {})) or None, variants),
-        Column(
-            "largest error",
-            partial(number, digits=2),
-            worst,
-            "relative, against the float64 oracle",
-        ),
+        Column("case", "name"),
+        Column("group", "group"),
+        Column("variants", lambda case: len(case.get("errors", {})) or None, variants),
+        Column("largest error", worst, "relative, against the float64 oracle"),
     ]
     table = tabulate("Checks that passed", columns, data["cases"])
-    return _section("Checks of the kernels against the oracle", data, [table])
+    return make_section("Checks of the kernels against the oracle", data, [table])
 
 
 def tune_section(data: Data) -> Section:
@@ -57,18 +45,17 @@ def tune_section(data: Data) -> Section:
         gained = before / times[fastest] if before else None
         return {**case, "us": before, "fastest": fastest, "best": times[fastest], "gain": gained}
 
-    shown = partial(gain, counts=not data["dry"])
     columns = [
-        Column("shape", text, "name"),
-        Column("tile of the formula", text, "formula"),
-        Column("us", number, "us"),
-        Column("fastest tile", text, "fastest"),
-        Column("fastest us", number, "best"),
-        Column("gain", shown, "gain", "time of the formula's tile over that of the fastest"),
+        Column("shape", "name"),
+        Column("tile of the formula", "formula"),
+        Column("us", "us"),
+        Column("fastest tile", "fastest"),
+        Column("fastest us", "best"),
+        Column("gain", lambda case: gain(case["gain"]), "time of the formula's tile over it"),
     ]
     rows = [row(case) for case in data["cases"] if case["tiles"]]
     tables = [tabulate("Tiles", columns, rows)] if rows else []
-    return _section("Tiles of the forward kernel", data, tables)
+    return make_section("Tiles of the forward kernel", data, tables)
 
 
 def host_section(data: Data) -> Section:
@@ -79,18 +66,7 @@ def host_section(data: Data) -> Section:
     tables = []
     for group, cases in groups.items():
         stages = dict.fromkeys(stage for case in cases for stage in case["us"])
-        columns = [Column("stage", text, str)]
-        columns += [
-            Column(f"{case['num_requests']} requests", number, case["us"].get) for case in cases
-        ]
+        columns = [Column("stage", str)]
+        columns += [Column(f"{case['num_requests']} requests", case["us"].get) for case in cases]
         tables.append(tabulate(_HOST_TITLES.get(group, group), columns, stages))
-    return _section("Host time of planning and of decode steps", data, tables)
-
-
-def _section(title: str, data: Data, tables: list[Table]) -> Section:
-    return Section(
-        title,
-        environment_rows(data),
-        warnings(data),
-        tables=[*target_tables(data), *tables, *left_table(data)],
-    )
+    return make_section("Host time of planning and of decode steps", data, tables)
