@@ -19,12 +19,11 @@ from prefix_kernels.tiles import (
     load_tuned_tiles,
     row_classes,
 )
-from sglang_prefix.bench import schema
 from sglang_prefix.bench.results import read_result, write_result
 from sglang_prefix.bench.tune import TileWork, pack_shapes, write_table
 from sglang_prefix.bench.workloads.inputs import MismatchError
 from sglang_prefix.cli.main import app
-from tests.report_files import MADE_UP, example
+from tests.report_files import MADE_UP
 
 
 def tune(*options: str | Path) -> Any:
@@ -99,14 +98,15 @@ def written(
 ) -> Path:
     """The table after a dry result whose first tile is the formula's; times are in us."""
     tiles = {
-        str(number): example(schema.TileTimes, tile=asdict(tile), kernel_us=us)
+        str(number): {"tile": asdict(tile), "kernel_us": us}
         for number, (tile, us) in enumerate(times.items())
     }
     shape = {"head_dim": 128, "v_head_dim": 128, "q_itemsize": 2, "kv_itemsize": 2}
-    case = example(schema.TuneCase, shape=shape, formula="0", tiles=tiles)
+    made_up = MADE_UP["bench-tune"]()
+    case = made_up["cases"][0] | {"shape": shape, "formula": "0", "tiles": tiles}
     given = {"dry": True, "device_name": device, "arch": "sm_90", "cases": [case]}
     file, table = tmp_path / "tune.json", tmp_path / "table.json"
-    write_result(file, MADE_UP["bench-tune"]() | given | changes)
+    write_result(file, made_up | given | changes)
     write_table(file, table)
     return table
 
