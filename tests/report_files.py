@@ -168,7 +168,7 @@ def _side(ratios: Result) -> Result:
         schema.ServingSide,
         **{f"{metric}_ms": {"median": ms, "p99": 2 * ms} for metric, ms in medians.items()},
         output_tokens_per_s=400 * over.get("throughput", 1.0),
-        raw={"runs": [example(schema.ServingRun, load_per_cpu=0.5)]},
+        raw=example(schema.ServingRuns, runs=[example(schema.ServingRun, load_per_cpu=0.5)]),
     )
 
 

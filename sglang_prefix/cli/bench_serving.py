@@ -6,11 +6,12 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
+from functools import partial
 from importlib.util import find_spec
-from itertools import pairwise
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,16 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["serving"]
 
-# Of a server argument, the option of ours that takes its place.
-_OURS = {
-    "--model-path": "--model-path before --",
-    "--model": "--model-path before --",
-    "--tokenizer-path": "--tokenizer before --",
-    "--host": "nothing: servers listen on 127.0.0.1",
-    "--port": "--port before --",
-}
-# A backend in these, one that packs would be on both sides.
-_BACKENDS = ("--attention-backend", "--decode-attention-backend", "--prefill-attention-backend")
 _ENGINES = "Engines, with --engine"
 # Of servers and engines alike; all others are for the one or, in their own panel, the other.
 _FOR_BOTH = ("out", "seed", "report", "resume", "json_file", "engine")
@@ -170,96 +161,54 @@ def serving(
     guard against waiting for the device.
     """
     _check_mode(ctx, engine)
-    command = ["sglang-prefix", *sys.argv[1:]]
     if list_cases:
-        from sglang_prefix.bench.serving.engines import DRY_STOCK
-        from sglang_prefix.bench.serving.loads import STOCK, dry_measurements, measurements
+        from sglang_prefix.bench.serving.loads import (
+            DRY_STOCK,
+            STOCK,
+            dry_measurements,
+            measurements,
+        )
 
         found = dry_measurements(DRY_STOCK) if dry else measurements(tuple(STOCK), long_output)
         typer.echo("\n".join(one.name for one in found))
         return
     if out is None:
         fail("--out is missing; legal: a folder for the result", 2)
-    if engine:
-        from sglang_prefix.bench.serving.engine_run import EngineRun
-
-        def make() -> BenchRun:
-            return EngineRun(
-                out,
-                command=command,
-                long_output=long_output,
-                model=model,
-                only=only,
-                seed=seed,
-                dry=dry,
-                resume=resume,
-            )
-
-        _finish(make_run(make, out), budget_s, json_file, report)
-        return
-    from sglang_prefix.bench.serving.plan import (
-        Plan,
-        choose_model,
-        choose_workloads,
-        make_folder,
-        server_arguments,
-    )
-    from sglang_prefix.bench.serving.run import Run
     from sglang_prefix.bench.serving.servers import ServerError
+
+    make = partial(_engine_run if engine else _server_run, ctx.params)
+    plots = find_spec("matplotlib") is not None
+    try:
+        run = make_run(make, out)
+        # Servers, client and engines end with us, however we end.
+        with _ended_by_signals():
+            screen = console(json_file)
+            finish(run, budget_s if engine else inf, screen, json_file, plots=plots, report=report)
+    except (ValueError, ServerError) as error:
+        fail(str(error))
+
+
+def _engine_run(chosen: dict[str, Any]) -> BenchRun:
+    from sglang_prefix.bench.serving.engine_run import EngineRun
+
+    names = ("long_output", "model", "only", "seed", "dry", "resume")
+    return EngineRun(
+        chosen["out"],
+        command=["sglang-prefix", *sys.argv[1:]],
+        **{name: chosen[name] for name in names},
+    )
+
+
+def _server_run(chosen: dict[str, Any]) -> BenchRun:
+    from sglang_prefix.bench.serving.plan import Plan
+    from sglang_prefix.bench.serving.run import Run
 
     if find_spec("matplotlib") is None:
         fail("the plots need matplotlib: pip install 'sglang-prefix[bench]'")
-    overrides = {
-        "requests": trace_requests,
-        "block_tokens": trace_block_tokens,
-        "speed": trace_speed,
-    }
-    urls = {
-        side: url.rstrip("/") if url else None
-        for side, url in (("stock", stock_url), ("prefix", prefix_url))
-    }
-    given = _check_server_arguments(server_args or [], urls)
-    try:
-        workloads, absent = choose_workloads(workload_file, quick, workload or [], trace, overrides)
-        make_folder(out)
-        served = model_path or choose_model(out, urls)
-        plan = Plan(
-            out=out,
-            model=served,
-            tokenizer=tokenizer,
-            workloads=workloads,
-            absent=absent,
-            trace=str(trace) if trace else None,
-            repeats=repeats,
-            seed=seed or 0,
-            quick=quick,
-            urls=urls,
-            server_args=server_arguments(served, tokenizer, seed or 0, given, urls),
-            port=port,
-            start_timeout_s=start_timeout,
-            workload_timeout_s=workload_timeout,
-            min_equal=min_equal,
-            command=command,
-        )
-        run = Run(plan, resume=resume)
-    except (ValueError, ServerError) as error:
-        fail(str(error))
-    except OSError as error:
-        fail(f"cannot write to {out}: {error.strerror or error}")
-    _finish(run, inf, json_file, report)
-
-
-def _finish(run: BenchRun, budget_s: float, json_file: str | None, report: bool) -> None:
-    """Run, show and write all; servers, client and engines end with us, however we end."""
-    from sglang_prefix.bench.serving.client import ClientError
-    from sglang_prefix.bench.serving.servers import ServerError
-
-    plots = find_spec("matplotlib") is not None
-    try:
-        with _ended_by_signals():
-            finish(run, budget_s, console(json_file), json_file, plots=plots, report=report)
-    except (ValueError, ServerError, ClientError) as error:
-        fail(str(error))
+    names = {field.name for field in fields(Plan)} & chosen.keys()
+    command = ["sglang-prefix", *sys.argv[1:]]
+    plan = Plan(command=command, **{name: chosen[name] for name in names})
+    return Run(plan, resume=chosen["resume"])
 
 
 def _check_mode(ctx: typer.Context, engine: bool) -> None:
@@ -271,21 +220,6 @@ def _check_mode(ctx: typer.Context, engine: bool) -> None:
         if source is not None and source.name != "DEFAULT":
             option = "arguments of servers" if name == "server_args" else parameter.opts[0]
             fail(f"{option}: only {'without' if engine else 'with'} --engine", 2)
-
-
-def _check_server_arguments(given: list[str], urls: dict[str, str | None]) -> list[str]:
-    words = [word for argument in given for word in argument.split("=", 1)]
-    for name, ours in _OURS.items():
-        if name in words:
-            fail(f"server argument {name} is set by this command; use {ours}", 2)
-    for name, value in pairwise(words):
-        if name in _BACKENDS and value == "prefix":
-            fail(f"server argument {name} prefix would be on both sides; leave it out", 2)
-        if (name, value) == ("--load-format", "dummy"):
-            fail("server argument --load-format dummy: equal tokens would prove nothing", 2)
-    if given and all(urls.values()):
-        fail("server arguments are for servers that this command starts; both run already", 2)
-    return given
 
 
 @contextmanager

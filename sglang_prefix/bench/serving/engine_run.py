@@ -20,8 +20,9 @@ from typing import Any
 
 from sglang_prefix.bench.run import BenchRun, Case
 from sglang_prefix.bench.serving.compare import compare_logprobs, decode_times, median_interval
-from sglang_prefix.bench.serving.engines import DRY_STOCK, Engines
+from sglang_prefix.bench.serving.engines import Engines
 from sglang_prefix.bench.serving.loads import (
+    DRY_STOCK,
     OURS,
     STOCK,
     Measurement,

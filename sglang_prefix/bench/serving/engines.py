@@ -9,16 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sglang_prefix.bench.child import cause_in
 from sglang_prefix.bench.engine import EngineProcess, engine_environment
 from sglang_prefix.bench.run import NotRunError
-from sglang_prefix.bench.serving.loads import OURS, PAIR, SYNC
-from sglang_prefix.bench.serving.servers import cause_in
+from sglang_prefix.bench.serving.loads import DRY_STOCK, OURS, PAIR, SYNC
 from sglang_prefix.bench.serving.sync_guard import SYNC_FILE
 
-__all__ = ["DRY_STOCK", "Engines", "engine_arguments"]
+__all__ = ["Engines", "engine_arguments"]
 
-# On the CPU.
-DRY_STOCK = "torch_native"
 _CALLS = "sglang_prefix.bench.serving.engine_calls"
 _GUARD = "sglang_prefix.bench.serving.sync_guard"
 # Two engines of 14.5 GB of weights and 27 GiB of KV each.

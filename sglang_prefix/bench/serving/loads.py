@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 __all__ = [
+    "DRY_STOCK",
     "OURS",
     "PAIR",
     "STOCK",
@@ -26,6 +27,8 @@ STOCK = {
     "flashinfer": ("flashinfer",),
     "triton": ("sglang.srt.layers.attention.triton_backend",),
 }
+# On the CPU.
+DRY_STOCK = "torch_native"
 # Groups of engines that are alive together; PAIR is ours and the best stock backend.
 PAIR, SYNC = "pair", "sync"
 
