@@ -20,7 +20,7 @@ from sglang_prefix.bench.serving.compare import compare_logprobs, decode_times, 
 from sglang_prefix.bench.serving.engine_calls import full_batch
 from sglang_prefix.bench.serving.engines import engine_arguments
 from sglang_prefix.bench.serving.loads import OURS, Load, measurements, prompts
-from sglang_prefix.bench.serving.model import TINY, weight_std, write_model, write_plugin
+
 from sglang_prefix.bench.serving.targets import NOT_PACKED, evaluate
 
 ROOT = Path(__file__).parents[1]

@@ -163,13 +163,12 @@ def serving(
     _check_mode(ctx, engine)
     if list_cases:
         from sglang_prefix.bench.serving.loads import (
-            DRY_STOCK,
             STOCK,
             dry_measurements,
             measurements,
         )
 
-        found = dry_measurements(DRY_STOCK) if dry else measurements(tuple(STOCK), long_output)
+        found = dry_measurements() if dry else measurements(tuple(STOCK), long_output)
         typer.echo("\n".join(one.name for one in found))
         return
     if out is None:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from sglang_prefix import tiny_model
 from sglang_prefix.bench.serving.compare import SIDES
 from sglang_prefix.bench.serving.servers import RunningServer, describe
 from sglang_prefix.bench.serving.workloads import REGISTRY, Workload, load_workloads
 from sglang_prefix.bench.workloads.traces import read_trace
+from sglang_prefix.tiny_model import TinyModelConfig, build_once
 
 __all__ = ["Plan", "choose_model"]
 
-# Of a model folder: without one of these it is not whole.
-_MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 # Of a server argument, the option of ours that takes its place.
 _OURS = {
     "--model-path": "--model-path before --",
@@ -175,16 +172,10 @@ def choose_model(out: Path, urls: Mapping[str, str | None]) -> str:
         if url is not None:
             return str(describe(RunningServer(side, url))["model"])
     folder = out / "tiny-model"
-    if not folder.exists():
-        # As the demo's. Of more tokens, few are halves of characters: SGLang's tool takes the first
-        # text for the first token.
-        config = tiny_model.TinyModelConfig(
-            num_layers=2, num_heads=8, num_kv_heads=2, head_dim=64, vocab_size=4096
-        )
-        with tempfile.TemporaryDirectory(prefix=".tiny-model-", dir=out) as beside:
-            whole = Path(beside, "model")
-            tiny_model.build_tiny_model(whole, config)
-            whole.rename(folder)
-    if lacking := [name for name in _MODEL_FILES if not (folder / name).is_file()]:
-        raise ValueError(f"{folder} is not a whole model, it lacks {', '.join(lacking)}: remove it")
+    # As the demo's. Of more tokens, few are halves of characters: SGLang's tool takes the first
+    # text for the first token.
+    config = TinyModelConfig(
+        num_layers=2, num_heads=8, num_kv_heads=2, head_dim=64, vocab_size=4096
+    )
+    build_once(folder, config)
     return str(folder)
