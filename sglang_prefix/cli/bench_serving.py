@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from sglang_prefix.cli.bench_kernel import finish, make_run
 from sglang_prefix.cli.output import JsonOption, console, fail
@@ -26,130 +27,65 @@ __all__ = ["serving"]
 _ENGINES = "Engines, with --engine"
 # Of servers and engines alike; all others are for the one or, in their own panel, the other.
 _FOR_BOTH = ("out", "seed", "report", "resume", "json_file", "engine")
+_engine_option = partial(Option, rich_help_panel=_ENGINES)
 
 
 def serving(
     ctx: typer.Context,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for the result, the plots and the logs.")
-    ] = None,
+    out: Annotated[Path | None, Option(help="Folder for all that is written.")] = None,
     server_args: Annotated[
         list[str] | None,
-        typer.Argument(metavar="-- SERVER_ARGS...", help="Of `sglang serve`, for both servers."),
+        Argument(metavar="-- SERVER_ARGS...", help="Of `sglang serve`, for both servers."),
     ] = None,
-    model_path: Annotated[
-        str | None, typer.Option(help="Model to serve. Default: a tiny random one, made in OUT.")
-    ] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="Default: the model's.")] = None,
-    stock_url: Annotated[
-        str | None, typer.Option(help="A stock server that runs, instead of starting one.")
-    ] = None,
+    model_path: Annotated[str | None, Option(help="Default: a tiny one, made in OUT.")] = None,
+    tokenizer: Annotated[str | None, Option(help="Default: the model's.")] = None,
+    stock_url: Annotated[str | None, Option(help="A stock server that runs already.")] = None,
     prefix_url: Annotated[
         str | None,
-        typer.Option(
-            "--prefix-url", "--base-url", help="A prefix server that runs, instead of starting one."
-        ),
+        Option("--prefix-url", "--base-url", help="A prefix server that runs already."),
     ] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Small sizes of all workloads: minutes on a CPU.")
-    ] = False,
-    workload: Annotated[
-        list[str] | None, typer.Option(help="May be repeated. Default: all in the file.")
-    ] = None,
-    workload_file: Annotated[
-        Path | None, typer.Option(help="Workloads in the format of ours.")
-    ] = None,
-    trace: Annotated[
-        Path | None, typer.Option(help="Requests to replay, JSON lines in Mooncake's format.")
-    ] = None,
-    trace_requests: Annotated[
-        int | None, typer.Option(min=1, help="Replay the first so many.")
-    ] = None,
+    quick: Annotated[bool, Option("--quick", help="Small sizes: minutes on a CPU.")] = False,
+    workload: Annotated[list[str] | None, Option(help="May be repeated. Default: all.")] = None,
+    workload_file: Annotated[Path | None, Option(help="Workloads in the format of ours.")] = None,
+    trace: Annotated[Path | None, Option(help="Requests to replay, as Mooncake's traces.")] = None,
+    trace_requests: Annotated[int | None, Option(min=1, help="Replay the first so many.")] = None,
     trace_block_tokens: Annotated[
         int | None,
-        typer.Option(min=1, max=512, help="Tokens of a block of 512; all lengths shrink alike."),
+        Option(min=1, max=512, help="Tokens of a block of 512; all lengths shrink alike."),
     ] = None,
-    trace_speed: Annotated[
-        float | None,
-        typer.Option(min=0.001, help="Replay so many times faster than recorded."),
-    ] = None,
-    repeats: Annotated[
-        int, typer.Option(min=1, help="Timed runs of each workload; the medians count.")
-    ] = 1,
-    seed: Annotated[
-        int | None,
-        typer.Option(min=0, help="Of all requests. Default: 0; with --engine a fresh one."),
-    ] = None,
+    trace_speed: Annotated[float | None, Option(min=0.001, help="1 is as recorded.")] = None,
+    repeats: Annotated[int, Option(min=1, help="Timed runs of each, whose median counts.")] = 1,
+    seed: Annotated[int | None, Option(min=0, help="Default: 0; with --engine a new one.")] = None,
     min_equal: Annotated[
         float | None,
-        typer.Option(
+        Option(
             min=0,
             max=1,
             help="Share of tokens before an answer's first difference that a comparison needs. "
             "Default: 1 in float32, 0.25 otherwise, where rounding differs.",
         ),
     ] = None,
-    port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="Of the servers. Default: a free one.")
-    ] = None,
-    start_timeout: Annotated[
-        float, typer.Option(min=1, help="Seconds that a server may take to start.")
-    ] = 900,
+    port: Annotated[int | None, Option(min=1, max=65535, help="Default: a free one.")] = None,
+    start_timeout: Annotated[float, Option(min=1, help="Seconds to start a server.")] = 900,
     workload_timeout: Annotated[
         float,
-        typer.Option(
-            min=1,
-            help="Seconds in which a server must answer all requests of a workload once, beside "
-            "the time over which a trace sends them.",
-        ),
+        Option(min=1, help="Seconds to answer a workload once, beside the length of a trace."),
     ] = 1800,
-    report: Annotated[
-        bool, typer.Option("--report/--no-report", help="Write OUT/report.html, with the plots.")
-    ] = True,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in OUT that was interrupted.")
-    ] = False,
+    report: Annotated[bool, Option("--report/--no-report", help="Write OUT/report.html.")] = True,
+    resume: Annotated[bool, Option("--resume", help="Go on with the run in OUT.")] = False,
     json_file: JsonOption = None,
     engine: Annotated[
         bool,
-        typer.Option(
-            "--engine",
-            rich_help_panel=_ENGINES,
-            help="Measure offline engines with a model of Llama-3.1-8B's shape on this GPU.",
-        ),
+        _engine_option("--engine", help="Offline engines with a model of Llama-3.1-8B's shape."),
     ] = False,
     model: Annotated[
-        Path | None,
-        typer.Option(
-            rich_help_panel=_ENGINES,
-            help="Folder for the model, 15 GB. Default: one in the temporary folder.",
-        ),
+        Path | None, _engine_option(help="Folder for the model, 15 GB. Default: a temporary one.")
     ] = None,
-    long_output: Annotated[
-        int, typer.Option(min=1, rich_help_panel=_ENGINES, help="Tokens of the long rollouts.")
-    ] = 8192,
-    only: Annotated[
-        str,
-        typer.Option(
-            rich_help_panel=_ENGINES, help="Regular expression that the names of cases contain."
-        ),
-    ] = "",
-    list_cases: Annotated[
-        bool,
-        typer.Option(
-            "--list", rich_help_panel=_ENGINES, help="Print the cases in order, run none."
-        ),
-    ] = False,
-    budget_s: Annotated[
-        float,
-        typer.Option(min=0, rich_help_panel=_ENGINES, help="Begin no case after these seconds."),
-    ] = 540,
-    dry: Annotated[
-        bool,
-        typer.Option(
-            "--dry", rich_help_panel=_ENGINES, help="A tiny model on the CPU: proves no speed."
-        ),
-    ] = False,
+    long_output: Annotated[int, _engine_option(min=1, help="Tokens of long rollouts.")] = 8192,
+    only: Annotated[str, _engine_option(help="Regular expression that names of cases hold.")] = "",
+    list_cases: Annotated[bool, _engine_option("--list", help="Print the cases only.")] = False,
+    budget_s: Annotated[float, _engine_option(min=0, help="Begin no case later.")] = 540,
+    dry: Annotated[bool, _engine_option("--dry", help="A tiny model on the CPU.")] = False,
 ) -> None:
     """Compare a stock server with a prefix server: TTFT, TPOT, ITL, throughput, KV read.
 

@@ -44,7 +44,7 @@ _FIELDS = ("ttft_ms", "tpot_ms", "itl_ms")
 _DOCUMENT = "Rule {n} of part {part}: an answer names its source and says when it is not sure. "
 _SECTION = "Note {n} on case {part}: read it as taken on that day, in this order. "
 _QUESTION = "\nQuestion {part}: what follows from note {n}, and for whom?\nAnswer:"
-_TIMES = "sglang_prefix_times"
+_ANSWER = "sglang_prefix_answer"
 _FLUSH_TRIES = 100
 _FLUSH_PAUSE_S = 0.1
 
@@ -191,14 +191,15 @@ class Driver:
 
     def check(self, url: str) -> list[list[int]]:
         """Token ids of all answers, in the order of the requests."""
-        return [answer.ids for answer in self._ask(url)]
+        return [answer.ids for answer in self._ask(url, with_ids=True)]
 
     def measure(self, url: str) -> dict[str, Any]:
         """Times, as :func:`summarize` returns them, and "texts", the answers in the same order."""
         began = time.perf_counter()
-        return summarize(self._ask(url), time.perf_counter() - began)
+        answers = self._ask(url, with_ids=False)
+        return summarize(answers, time.perf_counter() - began)
 
-    def _ask(self, url: str) -> list[Answer]:
+    def _ask(self, url: str, *, with_ids: bool) -> list[Answer]:
         return asyncio.run(_ask_all(url, self.requests, self._concurrency))
 
 
@@ -319,30 +320,18 @@ class ForkDriver(Driver):
             for n in range(shape["documents"])
         ]
 
-    def check(self, url: str) -> list[list[int]]:
-        """See :class:`Driver`."""
-        answers = self._run(load_generator.endpoint(url), ids=True)
-        # Of each token its log probability, its id and, perhaps, its text.
-        return [[token[1] for token in meta["output_token_logprobs"]] for meta in answers]
-
-    def measure(self, url: str) -> dict[str, Any]:
-        """See :class:`Driver`."""
-        endpoint = load_generator.streaming_endpoint(url, _timed)
-        began = time.perf_counter()
-        answers = self._run(endpoint, ids=False)
-        return summarize([meta[_TIMES] for meta in answers], time.perf_counter() - began)
-
-    def _run(self, endpoint: Any, *, ids: bool) -> list[dict[str, Any]]:
+    def _ask(self, url: str, *, with_ids: bool) -> list[Answer]:
         import sglang
 
+        endpoint = load_generator.streaming_endpoint(url, _timed)
         program = sglang.function(_tree)
-        jobs = [tree | {"ids": ids} for tree in self.requests]
+        jobs = [tree | {"ids": with_ids} for tree in self.requests]
         with ThreadPoolExecutor(len(jobs)) as pool:
             states = list(pool.map(lambda job: program.run(**job, backend=endpoint), jobs))
         for state in states:
             if (error := state.error()) is not None:
                 raise RuntimeError(f"the frontend language failed: {error}")
-        answers: list[dict[str, Any]] = [meta for state in states for meta in state["answers"]]
+        answers = [meta and meta[_ANSWER] for state in states for meta in state["answers"]]
         if not all(answers):
             raise RuntimeError("the frontend language lost an answer: did the server fail?")
         return answers
@@ -375,14 +364,16 @@ def _tree(
 
 
 def _timed(chunks: Iterable[tuple[str, dict[str, Any]]]) -> tuple[str, dict[str, Any]]:
-    """An answer from its stream, with its times in its meta information."""
+    """An answer from its stream, which is also in its meta information."""
     answer = Answer(time.perf_counter())
     meta: dict[str, Any] = {}
     for text, meta in chunks:
-        answer.take({"text": answer.text + text, "meta_info": meta})
+        # Of each token its log probability, its id and, perhaps, its text.
+        ids = [token[1] for token in meta.get("output_token_logprobs") or ()]
+        answer.take({"text": answer.text + text, "output_ids": ids, "meta_info": meta})
     if not answer.chunks:
         raise RuntimeError("the server ended a stream before its first token")
-    return answer.text, {**meta, _TIMES: answer}
+    return answer.text, {**meta, _ANSWER: answer}
 
 
 _DRIVERS: dict[str, Any] = {
