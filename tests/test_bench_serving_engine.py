@@ -271,12 +271,17 @@ class Backend:
         self.init_forward_metadata_out_graph(forward_batch)
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
-        mode = torch.cuda.get_sync_debug_mode()
+        mode = mode_now()
         self.modes.append(mode)
         if self.waits and mode == "error":
             raise RuntimeError("called a synchronizing CUDA operation")
         if self.stock is not self:
             self.stock.init_forward_metadata_out_graph(forward_batch, in_capture)
+
+
+def mode_now() -> Any:
+    """What the guard has set; the real one gives numbers."""
+    return torch.cuda.get_sync_debug_mode()
 
 
 @pytest.fixture
@@ -309,7 +314,7 @@ def test_decode_is_guarded_captures_prefill_and_stock_are_not(
     guarded.init_forward_metadata_out_graph(batch, in_capture)
     guarded.init_forward_metadata_out_graph(batch, in_capture=in_capture)
     assert (guarded.modes, guarded.stock.modes) == ([mode] * 2, ["default"] * 2)
-    assert torch.cuda.get_sync_debug_mode() == "default"
+    assert mode_now() == "default"
     seen = {"steps": 2, "on_gpu": True, "control": True, "raised": []}
     file = tmp_path / "sync.json"
     assert json.loads(file.read_text()) == seen if mode == "error" else not file.exists()
@@ -319,6 +324,6 @@ def test_control_a_wait_is_told_of_and_goes_on(guarded: Backend, tmp_path: Path)
     guarded.waits = True
     with pytest.raises(RuntimeError, match="synchronizing"):
         guarded.init_forward_metadata_out_graph(DECODE)
-    assert torch.cuda.get_sync_debug_mode() == "default"
+    assert mode_now() == "default"
     seen = json.loads((tmp_path / "sync.json").read_text())
     assert seen["raised"] == ["RuntimeError: called a synchronizing CUDA operation"]

@@ -226,6 +226,7 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     yield start
     for server in running:
         server.stop()
+        assert server.process is not None
         assert server.process.returncode is not None
 
 

@@ -29,9 +29,9 @@ def prepare(engine: Any, prompts: Prompts, tokens: int) -> None:
     """Empty the cache, fill it with the prompts of a load, decode a little at full batch."""
     flush(engine)
     distinct = [list(prompt) for prompt in dict.fromkeys(map(tuple, prompts))]
-    _run(engine, [_generate(engine, prompt, 1) for prompt in distinct[:1]])
-    _run(engine, [_generate(engine, prompt, 1) for prompt in distinct[1:]])
-    _run(engine, [_generate(engine, prompt, _WARM_TOKENS) for prompt in prompts])
+    for some, num_tokens in ((distinct[:1], 1), (distinct[1:], 1), (prompts, _WARM_TOKENS)):
+        if some:
+            engine.generate(input_ids=some, sampling_params=_greedy(num_tokens))
 
 
 def decode(engine: Any, prompts: Prompts, tokens: int) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def decode(engine: Any, prompts: Prompts, tokens: int) -> dict[str, Any]:
     before = counters(engine)
     began = time.perf_counter()
     work = [_generate(engine, prompt, tokens) for prompt in others]
-    work.append(_generate(engine, last, tokens, times=times))
+    work.append(_generate(engine, last, tokens, times))
     done = _run(engine, work)
     seconds = time.perf_counter() - began
     return {
@@ -61,8 +61,11 @@ def logprobs(engine: Any, prompts: Prompts, tokens: int, together: bool) -> dict
         one first. "counters": what was added to them.
     """
     before = counters(engine)
-    work = [_generate(engine, prompt, tokens, logprobs=True) for prompt in prompts]
-    done = _run(engine, work) if together else [_run(engine, [one])[0] for one in work]
+    asked = {"sampling_params": _greedy(tokens), "return_logprob": True, "top_logprobs_num": _TOP}
+    if together:
+        done = engine.generate(input_ids=prompts, **asked)
+    else:
+        done = [engine.generate(input_ids=prompt, **asked) for prompt in prompts]
     answers = []
     for one in done:
         chosen = one["meta_info"]["output_token_logprobs"]
@@ -102,25 +105,21 @@ def _run(engine: Any, work: Sequence[Coroutine[Any, Any, dict[str, Any]]]) -> li
 
 
 async def _generate(
-    engine: Any,
-    prompt: list[int],
-    num_tokens: int,
-    *,
-    logprobs: bool = False,
-    times: list[tuple[float, int]] | None = None,
+    engine: Any, prompt: list[int], num_tokens: int, times: list[tuple[float, int]] | None = None
 ) -> dict[str, Any]:
     """One request, and when it was done; ``times`` gets (seconds, tokens so far) of each chunk."""
     answer = await engine.async_generate(
-        input_ids=prompt,
-        sampling_params={"temperature": 0, "max_new_tokens": num_tokens, "ignore_eos": True},
-        stream=times is not None,
-        **({"return_logprob": True, "top_logprobs_num": _TOP} if logprobs else {}),
+        input_ids=prompt, sampling_params=_greedy(num_tokens), stream=times is not None
     )
     if times is not None:
         async for chunk in answer:
             times.append((time.perf_counter(), chunk["meta_info"]["completion_tokens"]))
         answer = chunk
     return {"meta_info": answer["meta_info"], "finished": time.perf_counter()}
+
+
+def _greedy(num_tokens: int) -> dict[str, Any]:
+    return {"temperature": 0, "max_new_tokens": num_tokens, "ignore_eos": True}
 
 
 def full_batch(times: list[tuple[float, int]], finished: list[float]) -> list[float]:
