@@ -132,7 +132,7 @@ def test_a_failure_is_told_with_the_end_of_the_log(
 
 def test_a_call_that_takes_too_long_is_given_up(engine: EngineProcess) -> None:
     engine.wait_until_ready()
-    with pytest.raises(TimeoutError, match="calls:sleep"):
+    with pytest.raises(TimeoutError, match="did not answer 'sleep' in time"):
         engine.ask("calls:sleep", time.monotonic() + 0.2)
     with pytest.raises(LookupError):  # as a server that has died meanwhile does
         engine.ask("calls:sleep", watch=Mock(side_effect=LookupError))

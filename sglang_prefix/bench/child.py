@@ -116,7 +116,7 @@ class ChildProcess:
         """
         self.wait_until_ready(deadline)
         self._send(function, arguments)
-        return self._receive(function, deadline, watch)
+        return self._receive(function.rpartition(":")[2], deadline, watch)
 
     def stop(self) -> None:
         """Kill the child and all processes below it."""

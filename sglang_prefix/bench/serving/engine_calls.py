@@ -39,16 +39,12 @@ def decode(engine: Any, prompts: Prompts, tokens: int) -> dict[str, Any]:
     *others, last = prompts
     times: list[tuple[float, int]] = []
     before = counters(engine)
-    began = time.perf_counter()
     work = [_generate(engine, prompt, tokens) for prompt in others]
     work.append(_generate(engine, last, tokens, times))
     done = _run(engine, work)
-    seconds = time.perf_counter() - began
     return {
         "step_us": full_batch(times, [one["finished"] for one in done]),
-        "seconds": seconds,
         "cached_tokens": min(one["meta_info"]["cached_tokens"] for one in done),
-        "finish_spread_s": done[-1]["finished"] - min(one["finished"] for one in done),
         "counters": counter_difference(before, counters(engine)),
     }
 

@@ -223,7 +223,6 @@ def _alternate(one: Measurement, engines: Engines) -> dict[str, Any]:
         rounds.append({name: _decode_once(engines, name, one) for name in order})
     ours, stock = one.backends
     ratios = [found[ours]["tpot_us"] / found[stock]["tpot_us"] for found in rounds]
-    extra = [found[ours]["tpot_us"] - found[stock]["tpot_us"] for found in rounds]
     return {
         "status": "done",
         "rounds": rounds,
@@ -231,8 +230,6 @@ def _alternate(one: Measurement, engines: Engines) -> dict[str, Any]:
         "ratios": ratios,
         "ratio": median(ratios),
         "ratio_interval": median_interval(ratios),
-        "extra_us": median(extra),
-        "extra_us_interval": median_interval(extra),
     }
 
 

@@ -73,9 +73,6 @@ class Run(BenchRun):
             "dtype": self.data.get("dtype"),
             "method": {
                 "servers": "taking turns" if all(plan.urls.values()) else "one after the other",
-                "before_each_workload": "cache emptied; all its requests once, whose tokens are "
-                "compared; cache emptied again before each timed run",
-                "sampling": "greedy, end token ignored",
                 "server_environment": {} if has_gpu else cpu_environment(),
             },
         }
