@@ -24,7 +24,7 @@ from sglang_prefix.bench.serving.compare import aggregate, compare, new_case
 from sglang_prefix.bench.serving.drivers import Answer, summarize
 from sglang_prefix.bench.serving.run import Run
 from sglang_prefix.bench.serving.servers import ServerError
-from sglang_prefix.bench.serving.workloads import Workload, load_workloads, scale_trace
+from sglang_prefix.bench.serving.workloads import Trace, Workload, load_workloads, scale_trace
 from sglang_prefix.bench.workloads.traces import TraceRequest
 from sglang_prefix.cli.main import app
 from tests.serving_runs import (
@@ -43,11 +43,21 @@ pytest.importorskip("matplotlib", reason="the command needs matplotlib for its p
 # -- traces and workloads -------------------------------------------------------------------------
 
 
-def prompts_of(*requests: tuple[int, tuple[int, ...]], **options: int) -> list[list[int]]:
+SHAPE = Trace(
+    requests=9,
+    block_tokens=16,
+    max_prompt_tokens=99,
+    max_output_tokens=99,
+    speed=1.0,
+    max_concurrency=9,
+)
+
+
+def prompts_of(*requests: tuple[int, tuple[int, ...]], seed: int = 3, **changes: Any) -> Any:
     """Prompts of requests, from their lengths and block ids."""
-    chosen = {"block_tokens": 16, "max_prompt_tokens": 99, "max_output_tokens": 99, "seed": 3}
     trace = [TraceRequest(0, length, 64, ids) for length, ids in requests]
-    rows = scale_trace(trace, range(1000, 2000), **(chosen | options))
+    shape: Any = {**SHAPE, **changes}
+    rows = scale_trace(trace, range(1000, 2000), shape, seed)
     assert [row.output_len for row in rows] == [2] * len(trace)
     return [row.prompt for row in rows]
 

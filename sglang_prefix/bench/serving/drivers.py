@@ -266,14 +266,7 @@ class TraceDriver(BenchServing):
         super().__init__(client, replay)
 
     def _make_rows(self, arguments: load_generator.Namespace, client: Client) -> list[Any]:
-        rows = scale_trace(
-            self._trace,
-            client.token_ids,
-            block_tokens=self._shape["block_tokens"],
-            max_prompt_tokens=self._shape["max_prompt_tokens"],
-            max_output_tokens=self._shape["max_output_tokens"],
-            seed=arguments.seed,
-        )
+        rows = scale_trace(self._trace, client.token_ids, self._shape, client.flags["seed"])
         make = load_generator.dataset_row
         return [make(row.prompt, row.output_len, row.timestamp) for row in rows]
 

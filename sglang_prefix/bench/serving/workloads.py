@@ -167,24 +167,17 @@ class TraceRow:
 
 
 def scale_trace(
-    trace: Sequence[TraceRequest],
-    token_ids: Sequence[int],
-    *,
-    block_tokens: int,
-    max_prompt_tokens: int,
-    max_output_tokens: int,
-    seed: int,
+    trace: Sequence[TraceRequest], token_ids: Sequence[int], shape: Trace, seed: int
 ) -> list[TraceRow]:
     """Turn a trace into requests with token ids.
 
     Args:
         trace: requests from `workloads.traces.read_trace`.
         token_ids: ids to draw from.
-        block_tokens: tokens of a block, 1 to 512; all lengths shrink in proportion.
-        max_prompt_tokens, max_output_tokens: longer prompts lose their end, so that what they share
-            stays shared; longer answers end sooner.
+        shape: of the replay. Longer prompts lose their end, so that what they share stays shared.
         seed: of the blocks; an id's block depends on nothing but the id and this.
     """
+    block_tokens = shape["block_tokens"]
     ids = np.asarray(token_ids)
     blocks: dict[int, list[int]] = {}
 
@@ -196,13 +189,13 @@ def scale_trace(
 
     rows = []
     for request in trace:
-        length = min(_scaled(request.input_length, block_tokens), max_prompt_tokens)
+        length = min(_scaled(request.input_length, block_tokens), shape["max_prompt_tokens"])
         prompt: list[int] = []
         for hash_id in request.hash_ids:
             if len(prompt) >= length:
                 break
             prompt += block(hash_id)
-        output = min(_scaled(request.output_length, block_tokens), max_output_tokens)
+        output = min(_scaled(request.output_length, block_tokens), shape["max_output_tokens"])
         # Two tokens at least: the first comes from prefill and says nothing about decode.
         rows.append(TraceRow(prompt[:length], max(output, 2), request.timestamp))
     return rows
