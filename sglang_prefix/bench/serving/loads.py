@@ -139,8 +139,7 @@ def prompts(load: Load, vocab_size: int, seed: int) -> list[list[int]]:
     rng = random.Random(f"{seed} {load}")
     found: list[list[int]] = [[] for _ in range(load.num_requests)]
     for num_nodes, tokens in load.levels:
-        # Neither of the two tokens that a model may treat as its first and its last.
-        nodes = [rng.choices(range(2, vocab_size), k=tokens) for _ in range(num_nodes)]
+        nodes = [rng.choices(range(vocab_size), k=tokens) for _ in range(num_nodes)]
         for number, prompt in enumerate(found):
             prompt += nodes[number * num_nodes // load.num_requests]
     return found
