@@ -7,17 +7,22 @@ tokens would prove nothing.
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
+from math import sqrt
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-__all__ = ["Arch", "Dtype", "TinyModelConfig", "build_tiny_model"]
+__all__ = ["Arch", "Dtype", "TinyModelConfig", "build_once", "build_tiny_model"]
 
 Arch = Literal["llama", "olmo3", "gemma2"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 _BOS, _EOS = "<|bos|>", "<|eos|>"
 _NUM_BYTES = 256
+# Of a whole model, and the mark that it is one, with what it was made of.
+_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+_MARK = "whole.txt"
 _NUM_NAMED_TOKENS = _NUM_BYTES + 2
 
 _CHAT_TEMPLATE = (
@@ -43,6 +48,11 @@ class TinyModelConfig:
         logit_cap: soft cap on attention logits; "gemma2" only, where None means no cap.
         kv_scales: for each layer its (k_scale, v_scale), stored in the checkpoint together with
             the FP8 cache scheme that makes SGLang load them; "llama" only.
+        intermediate_size: None means twice hidden_size.
+        scales_with_inputs: spread every matrix but the embeddings by ``std * sqrt(256 / inputs)``,
+            so that every layer of a wide model puts out values of the same size. Queries and keys
+            get a quarter more: over thousands of tokens, attention would otherwise average nearly
+            everything away and the tokens would not depend on it.
     """
 
     arch: Arch = "llama"
@@ -59,6 +69,8 @@ class TinyModelConfig:
     sliding_window: int | None = None
     logit_cap: float | None = None
     kv_scales: tuple[tuple[float, float], ...] | None = None
+    intermediate_size: int | None = None
+    scales_with_inputs: bool = False
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "context_length"):
@@ -92,12 +104,15 @@ class TinyModelConfig:
         return self.head_dim if self.head_dim is not None else self.hidden_size // self.num_heads
 
 
-def build_tiny_model(directory: Path | str, config: TinyModelConfig | None = None) -> int:
+def build_tiny_model(
+    directory: Path | str, config: TinyModelConfig | None = None, device: str = "cpu"
+) -> int:
     """Write a model that SGLang and transformers load without network.
 
     Args:
         directory: made if it does not exist; files of the same names are replaced.
         config: shape and seed; equal configurations give equal files. None means the defaults.
+        device: where the weights are drawn; they depend on it.
 
     Returns:
         The number of parameters.
@@ -107,7 +122,7 @@ def build_tiny_model(directory: Path | str, config: TinyModelConfig | None = Non
     config = config or TinyModelConfig()
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    num_parameters = _write_weights(folder, config)
+    num_parameters = _write_weights(folder, config, device)
     GenerationConfig(
         bos_token_id=_NUM_BYTES, eos_token_id=_NUM_BYTES + 1, do_sample=False
     ).save_pretrained(folder)
@@ -115,14 +130,38 @@ def build_tiny_model(directory: Path | str, config: TinyModelConfig | None = Non
     return num_parameters
 
 
+def build_once(folder: Path, config: TinyModelConfig, device: str = "cpu") -> None:
+    """Build a model unless it is there already; whole, or not at all.
+
+    Args:
+        folder: made with those above it; config, device: see `build_tiny_model`.
+
+    Raises:
+        ValueError: the folder holds something else, or not all of the model.
+    """
+    wanted, marks = f"{config} {device}", folder / _MARK
+    if folder.exists() and any(folder.iterdir()):
+        if not marks.is_file() or marks.read_text() != wanted:
+            raise ValueError(f"{folder} does not hold the model that is needed: remove it")
+        if lacking := [name for name in _FILES if not (folder / name).is_file()]:
+            raise ValueError(f"{folder} is not a whole model, it lacks {lacking[0]}: remove it")
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside:
+        whole = Path(beside, "model")
+        build_tiny_model(whole, config, device)
+        (whole / _MARK).write_text(wanted)
+        whole.rename(folder)
+
+
 def _require(name: str, value: object, holds: bool, legal: str) -> None:
     if not holds:
         raise ValueError(f"{name} is {value!r}, but must be {legal}")
 
 
-def _write_weights(folder: Path, config: TinyModelConfig) -> int:
+def _write_weights(folder: Path, config: TinyModelConfig, device: str) -> int:
     import torch
-    from safetensors.torch import save
+    from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
     architecture = _architecture(config)
@@ -137,22 +176,33 @@ def _write_weights(folder: Path, config: TinyModelConfig) -> int:
     # Gemma scales embeddings up and uses them as its output layer: at full spread every token
     # would only repeat itself.
     tied = "model.embed_tokens.weight" if architecture.tie_word_embeddings else None
-    generator = torch.Generator().manual_seed(config.seed)
+    generator = torch.Generator(device).manual_seed(config.seed)
     weights = {}
     for name, parameter in sorted(model.named_parameters()):
         if parameter.ndim == 1:
             weights[name] = torch.full(parameter.shape, norm_weight, dtype=dtype)
         else:
-            std = config.std / 8 if name == tied else config.std
-            weights[name] = (torch.randn(parameter.shape, generator=generator) * std).to(dtype)
+            std = config.std / 8 if name == tied else _std(config, name, parameter.shape[1])
+            drawn = torch.randn(parameter.shape, generator=generator, device=device)
+            weights[name] = drawn.mul_(std).to(dtype).cpu()
     num_parameters = sum(weight.numel() for weight in weights.values())
     for layer, (k_scale, v_scale) in enumerate(config.kv_scales or ()):
         prefix = f"model.layers.{layer}.self_attn"
         weights[f"{prefix}.k_scale"] = torch.tensor(k_scale)
         weights[f"{prefix}.v_scale"] = torch.tensor(v_scale)
-    serialized = save(weights, metadata={"format": "pt"})
-    (folder / "model.safetensors").write_bytes(serialized)
+    # Not `save`, which would hold a large model twice.
+    path = folder / "model.safetensors"
+    save_file(weights, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # it was readable by the owner alone
     return num_parameters
+
+
+def _std(config: TinyModelConfig, name: str, num_inputs: int) -> float:
+    """Standard deviation of a matrix by its name in the checkpoint."""
+    if not config.scales_with_inputs or "embed_tokens" in name:
+        return config.std
+    gain = 1.25 if "q_proj" in name or "k_proj" in name else 1.0
+    return config.std * sqrt(256 / num_inputs) * gain
 
 
 def _architecture(config: TinyModelConfig) -> Any:
@@ -162,7 +212,7 @@ def _architecture(config: TinyModelConfig) -> Any:
     common: dict[str, Any] = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
-        "intermediate_size": 2 * config.hidden_size,
+        "intermediate_size": config.intermediate_size or 2 * config.hidden_size,
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,

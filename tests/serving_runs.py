@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import inf
@@ -11,16 +12,17 @@ from unittest.mock import patch
 
 import pytest
 
+from sglang_prefix.bench.child import ChildError
 from sglang_prefix.bench.results import read_result
 from sglang_prefix.bench.serving import run as serving_run
-from sglang_prefix.bench.serving.client import ClientError
 from sglang_prefix.bench.serving.compare import step_delta
 from sglang_prefix.bench.serving.plan import Plan
 from sglang_prefix.bench.serving.run import Run
 from sglang_prefix.bench.serving.servers import RunningServer
-from sglang_prefix.bench.serving.workloads import Workload
 
 ROLLOUTS = {"prompts": 2, "samples": 2, "prompt_tokens": 8, "output_tokens": 4}
+ENTRY = {"name": "a", "group": "rollouts", "driver": "rollouts", "about": "", "full": ROLLOUTS}
+ENTRY |= {"quick": ROLLOUTS}
 
 COUNTERS = {
     "packed_steps": 10,
@@ -31,8 +33,6 @@ COUNTERS = {
     "kv_tokens_read": 100,
     "kv_tokens_logical": 400,
 }
-
-WORKLOAD = Workload("rollouts", "rollouts", "rollouts", "", ROLLOUTS)
 
 
 def a_run(scale: float = 1.0, packed: int | None = None, stock: int = 0) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def a_run(scale: float = 1.0, packed: int | None = None, stock: int = 0) -> dict
             "kv_tokens_logical": 400 + 4 * packed,
         }
         counters = step_delta(COUNTERS, after)
-    return {**times, **rates, "counters": counters}
+    return {**times, **rates, "counters": counters, "texts": ["a", "b"]}
 
 
 class FakeClient:
@@ -58,24 +58,25 @@ class FakeClient:
     fails_at: int | None = None
     measured: tuple[str, ...] = ()
 
-    def __init__(self, log: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, make: str, settings: dict[str, Any], **more: Any) -> None:
         pass
 
     @classmethod
     def begin(cls, fails_at: int | None = None) -> None:
         cls.measured, cls.fails_at = (), fails_at
 
-    def order(self, order: str, /, *, url: str = "", **arguments: Any) -> Any:
+    def ask(
+        self, function: str, deadline: float, watch: Any, *, url: str = "", **arguments: Any
+    ) -> Any:
+        order = function.rpartition(".")[2]
         if order == "prepare":
-            return {"fingerprint": "f", "flags": None}
+            return {"fingerprint": "f", "replay_s": 0.0}
         if order == "check":
             return [[1, 2], [3, 4]]
         if FakeClient.fails_at == len(FakeClient.measured):
-            raise ClientError("gone")
+            raise ChildError("gone", "log")
         FakeClient.measured += (f"{url} {arguments['name']}",)
-        found = a_run(1.0 if "prefix" in url else 2.0)
-        del found["counters"]
-        return found | {"texts": ["a", "b"]}
+        return a_run(1.0 if "prefix" in url else 2.0)
 
     def stop(self) -> None:
         pass
@@ -98,7 +99,7 @@ def fake_servers(**described: dict[str, Any]) -> Iterator[None]:
 
     FakeClient.begin()
     with (
-        patch.object(serving_run, "ClientProcess", FakeClient),
+        patch.object(serving_run, "ChildProcess", FakeClient),
         patch.object(serving_run, "launch", lambda side, *_: RunningServer(side, side)),
         patch.object(serving_run, "describe", describe),
         patch.object(serving_run, "read_counters", counters),
@@ -115,26 +116,12 @@ def fakes() -> Iterator[None]:
 
 
 def plan(out: Path, **changes: Any) -> Plan:
-    workloads = [Workload(name, "rollouts", "rollouts", "", ROLLOUTS) for name in ("a", "b")]
-    given: dict[str, Any] = {
-        "out": out,
-        "model": "m",
-        "tokenizer": None,
-        "workloads": workloads,
-        "absent": {},
-        "trace": None,
-        "repeats": 1,
-        "seed": 0,
-        "quick": True,
-        "urls": {"stock": None, "prefix": None},
-        "server_args": {"stock": [], "prefix": []},
-        "port": None,
-        "start_timeout_s": 1.0,
-        "workload_timeout_s": 9.0,
-        "min_equal": None,
-        "command": ["x"],
-    }
-    return Plan(**(given | changes))
+    """A plan of two workloads, "a" and "b"."""
+    out.mkdir(exist_ok=True)
+    file = out / "workloads.txt"
+    file.write_text(json.dumps({"workloads": [ENTRY, ENTRY | {"name": "b"}]}))
+    given: dict[str, Any] = {"model_path": "m", "workload_file": file, "workload_timeout": 9}
+    return Plan(out, **(given | changes))
 
 
 def measure(run: Run) -> None:

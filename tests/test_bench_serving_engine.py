@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -18,10 +19,10 @@ import torch
 from sglang_prefix.bench.serving import sync_guard
 from sglang_prefix.bench.serving.compare import compare_logprobs, decode_times, median_interval
 from sglang_prefix.bench.serving.engine_calls import full_batch
-from sglang_prefix.bench.serving.engines import engine_arguments
+from sglang_prefix.bench.serving.engines import LLAMA_8B, engine_arguments, write_plugin
 from sglang_prefix.bench.serving.loads import OURS, Load, measurements, prompts
-from sglang_prefix.bench.serving.model import TINY, weight_std, write_model, write_plugin
 from sglang_prefix.bench.serving.targets import NOT_PACKED, evaluate
+from sglang_prefix.tiny_model import build_once
 
 ROOT = Path(__file__).parents[1]
 STOCK = ["fa3", "flashinfer", "triton"]
@@ -45,7 +46,7 @@ def test_the_order_is_fixed_and_the_most_valuable_come_first() -> None:
 def test_prompts_form_the_tree_and_are_the_same_everywhere() -> None:
     load = Load("agents", 6, ((1, 5), (2, 3), (6, 2)), 1)
     ids = prompts(load, 100, 1)
-    assert {len(prompt) for prompt in ids} == {load.prompt_tokens} == {10}
+    assert {len(prompt) for prompt in ids} == {10}
     assert len({tuple(prompt[:5]) for prompt in ids}) == 1
     assert len({tuple(prompt[:8]) for prompt in ids}) == 2
     assert len(set(map(tuple, ids))) == 6
@@ -118,23 +119,34 @@ def test_a_measurement_has_who_served_it() -> None:
 # -- targets ---------------------------------------------------------------------------------------
 
 
-def decoded(load: str, *, packed: bool = True, **tpot: float) -> dict[str, Any]:
+def decoded(load: str, *, packed: bool = True, host_us: float = 20, **tpot: float) -> Any:
     """A case as a result file has it."""
-    ours = {
-        "packed": packed,
-        "packed_share": 0.5 + 0.5 * packed,
-        "not_packed_because": {},
-        "host_us_per_step": 20.0,
-    }
-    measured = {
-        backend: {"tpot_us": us} | (ours if backend == OURS else {}) for backend, us in tpot.items()
-    }
-    load_fields = {"name": load, "output_tokens": 512}
-    return {"name": load, "kind": "decode", "measured": measured, "load": load_fields}
+    measured: dict[str, Any] = {backend: {"tpot_us": us} for backend, us in tpot.items()}
+    measured.get(OURS, {}).update(packed=packed, host_us_per_step=host_us)
+    return {"name": load, "measured": measured, "load": {"name": load, "output_tokens": 512}}
+
+
+def alternated(high: float, coverage: float) -> Any:
+    """A case of engines in turn, by the upper end of its interval."""
+    interval = {"low": 0.99, "high": high, "coverage": coverage}
+    return {"name": "unrelated", "ratios": [1.0] * 10, "ratio": 1.0, "ratio_interval": interval}
+
+
+def alone(backend: str, tokens: int, **arguments: int) -> Any:
+    """A case of one engine, by the size of its KV pool."""
+    described = {"max_total_num_tokens": tokens, "arguments": arguments}
+    return {"name": backend, "engines": {backend: described}}
+
+
+def churned(status: str) -> Any:
+    """A case under the guard."""
+    return {"name": "c", "kind": "churn", "guarded_steps": 500, "status": status}
 
 
 BOTH = decoded("rollouts-64x8k", prefix=40, fa3=100)
 LONG = "rollouts-64x1k-out512"
+SPILLED = decoded("rollouts-64x32k", packed=False, prefix=10, fa3=100)
+CLAMPED = alone(OURS, 5, max_total_tokens=5)
 
 
 @pytest.mark.parametrize(
@@ -146,63 +158,30 @@ LONG = "rollouts-64x1k-out512"
         ([BOTH, decoded("rollouts-64x8k", triton=200)], "64 x 8k", "met", 0.4),
         ([BOTH, decoded("rollouts-64x8k", triton=80)], "64 x 8k", "missed", 0.5),
         # A batch that was not packed meets nothing.
-        (
-            [decoded("rollouts-64x32k", packed=False, prefix=10, fa3=100)],
-            *("64 x 32k", NOT_PACKED, 0.1),
-        ),
+        ([SPILLED], "64 x 32k", NOT_PACKED, 0.1),
         # The two sides may lie in two cases.
         ([decoded(LONG, prefix=99)], "64 x 1k, long", "not measured", None),
         ([decoded(LONG, prefix=99), decoded(LONG, fa3=100)], "64 x 1k, long", "met", 0.99),
+        # Unrelated requests need enough rounds.
+        ([alternated(1.019, 0.97)], "unrelated", "met", 1.0),
+        ([alternated(1.021, 0.97)], "unrelated", "missed", 1.0),
+        ([alternated(1.0, 0.93)], "unrelated", "not measured", 1.0),
+        ([BOTH], "host time", "met", 20),
+        ([BOTH, decoded(LONG, host_us=51, prefix=1)], "host time", "missed", 51),
+        # Pools are compared of engines that were alone and were not told their size.
+        ([alone(OURS, 995), alone("fa3", 1000), CLAMPED], "kv pool", "met", 0.995),
+        ([alone(OURS, 980), alone("fa3", 1000), CLAMPED], "kv pool", "missed", 0.98),
         # A guard that saw no GPU proves nothing.
-        *(
-            (
-                [{"name": "c", "kind": "churn", "guarded_steps": 500, "status": status}],
-                *("no device sync", found, None if status == "n/a" else 500),
-            )
-            for status, found in (("n/a", "not measured"), ("passed", "met"), ("failed", "missed"))
-        ),
+        ([churned("n/a")], "no device sync", "not measured", None),
+        ([churned("passed")], "no device sync", "met", 500),
+        ([churned("failed")], "no device sync", "missed", 500),
     ],
 )
-def test_targets(
-    cases: list[dict[str, Any]], target: str, status: str, value: float | None
-) -> None:
+def test_targets(cases: list[Any], target: str, status: str, value: float | None) -> None:
     found = evaluate(cases)[target]
     assert (found["status"], found["value"]) == (status, value)
     if value is not None and target.startswith("64 x 1k"):
         assert "512 tokens out" in found["meaning"]
-
-
-@pytest.mark.parametrize(
-    ("high", "coverage", "status"),
-    [(1.019, 0.97, "met"), (1.021, 0.97, "missed"), (1.0, 0.93, "not measured")],
-)
-def test_unrelated_requests_need_enough_rounds(high: float, coverage: float, status: str) -> None:
-    interval = {"low": 0.99, "high": high, "coverage": coverage}
-    case = {
-        "name": "pair/unrelated",
-        "kind": "alternate",
-        "ratios": [1.0] * 10,
-        "ratio": 1.0,
-        "ratio_interval": interval,
-        "extra_us": 3.0,
-        "extra_us_interval": interval,
-        "stock": "fa3",
-        "rounds": [{OURS: {"host_us_per_step": 51.0}}],
-    }
-    targets = evaluate([case])
-    assert targets["unrelated"]["status"] == status
-    assert targets["host time"]["status"] == "missed"
-
-
-@pytest.mark.parametrize(("tokens", "status"), [(995, "met"), (980, "missed")])
-def test_pools_are_compared_of_engines_that_were_alone(tokens: int, status: str) -> None:
-    def alone(backend: str, tokens: int, **arguments: int) -> dict[str, Any]:
-        described = {"max_total_num_tokens": tokens, "arguments": arguments}
-        return {"name": backend, "engines": {backend: described}}
-
-    clamped = alone(OURS, 5, max_total_tokens=5)
-    found = evaluate([{"engines": {}}, alone(OURS, tokens), alone("fa3", 1000), clamped])
-    assert (found["kv pool"]["status"], found["kv pool"]["value"]) == (status, tokens / 1000)
 
 
 # -- engines and their model -----------------------------------------------------------------------
@@ -220,28 +199,19 @@ def test_this_sglang_knows_every_argument(dry: bool) -> None:
     assert "max_total_tokens" not in engine_arguments(Path(), "fa3", "alone-fa3", dry=False)
 
 
-def test_the_model_is_written_once_and_spread_like_the_tiny_one(tmp_path: Path) -> None:
+def test_every_layer_of_a_wide_model_puts_out_values_of_one_size(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    folder, cpu = tmp_path / "model", torch.device("cpu")
-    assert write_model(folder, TINY, cpu)
-    assert not write_model(folder, TINY, cpu)
-    assert write_model(folder, TINY, cpu, seed=1)
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
-    weights: dict[str, torch.Tensor] = {}
-    for file in set(index["weight_map"].values()):
-        weights |= load_file(folder / file)
-    assert set(weights) == set(index["weight_map"])
-    assert len(weights) == 3 + 9 * TINY["num_hidden_layers"]
-    assert weight_std("lm_head.weight", 256) == 0.08  # that of `TinyModelConfig`
-    for name, weight in weights.items():
-        if weight.ndim == 2:
-            expected = weight_std(name, weight.shape[1])
-            assert weight.std().item() == pytest.approx(expected, rel=0.05), name
-    (folder / "complete.json").unlink()
-    with pytest.raises(ValueError, match="holds something else; legal: a folder that is new"):
-        write_model(folder, TINY, cpu)
-    assert (folder / "config.json").exists()
+    shape = replace(LLAMA_8B, num_layers=1, num_heads=4, num_kv_heads=1, hidden_size=512)
+    build_once(tmp_path / "model", replace(shape, intermediate_size=1024))
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    spread = {name.split(".")[-2]: w.float().std().item() for name, w in weights.items()}
+    inputs = {"q_proj": 512, "k_proj": 512, "v_proj": 512, "down_proj": 1024, "lm_head": 512}
+    for name, count in inputs.items():
+        gain = 1.25 if name in ("q_proj", "k_proj") else 1.0
+        expected = 0.08 * (256 / count) ** 0.5 * gain
+        assert spread[name] == pytest.approx(expected, rel=0.05), name
+    assert spread["embed_tokens"] == pytest.approx(0.08, rel=0.05)
 
 
 def test_sglang_finds_the_plugin_where_nothing_is_installed(tmp_path: Path) -> None:
@@ -334,21 +304,20 @@ def guarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Backend:
     return backend
 
 
-def test_ours_is_guarded_and_stock_is_not(guarded: Backend, tmp_path: Path) -> None:
-    guarded.init_forward_metadata_out_graph(DECODE)
-    guarded.init_forward_metadata_out_graph(DECODE, in_capture=False)
-    assert (guarded.modes, guarded.stock.modes) == (["error"] * 2, ["default"] * 2)
+@pytest.mark.parametrize(
+    ("batch", "in_capture", "mode"),
+    [(DECODE, False, "error"), (DECODE, True, "default"), (EXTEND, False, "default")],
+)
+def test_decode_is_guarded_captures_prefill_and_stock_are_not(
+    guarded: Backend, tmp_path: Path, batch: Any, in_capture: bool, mode: str
+) -> None:
+    guarded.init_forward_metadata_out_graph(batch, in_capture)
+    guarded.init_forward_metadata_out_graph(batch, in_capture=in_capture)
+    assert (guarded.modes, guarded.stock.modes) == ([mode] * 2, ["default"] * 2)
     assert mode_now() == "default"
-    seen = json.loads((tmp_path / "sync.json").read_text())
-    assert seen == {"steps": 2, "on_gpu": True, "control": True, "raised": []}
-
-
-def test_captures_and_prefill_are_not_guarded(guarded: Backend, tmp_path: Path) -> None:
-    guarded.init_forward_metadata_out_graph(DECODE, in_capture=True)
-    guarded.init_forward_metadata_out_graph(DECODE, True)
-    guarded.init_forward_metadata_out_graph(EXTEND)
-    assert {*guarded.modes, *guarded.stock.modes} == {"default"}
-    assert not (tmp_path / "sync.json").exists()
+    seen = {"steps": 2, "on_gpu": True, "control": True, "raised": []}
+    file = tmp_path / "sync.json"
+    assert json.loads(file.read_text()) == seen if mode == "error" else not file.exists()
 
 
 def test_control_a_wait_is_told_of_and_goes_on(guarded: Backend, tmp_path: Path) -> None:

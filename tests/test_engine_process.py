@@ -10,10 +10,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import psutil  # type: ignore[import-untyped]
 import pytest
 
+from sglang_prefix.bench.child import ChildError
 from sglang_prefix.bench.engine import (
     EngineProcess,
     counter_difference,
@@ -111,23 +113,29 @@ def test_hooks_patch_a_module_in_their_order(engine: EngineProcess) -> None:
     assert engine.ask("calls:mark") == "plain first second"
 
 
-def test_a_hook_that_does_not_load_ends_the_engine(folder: Path) -> None:
-    with start(folder, ["nonesuch"]) as engine, pytest.raises(RuntimeError, match="nonesuch"):
-        engine.wait_until_ready()
-
-
-def test_a_failure_is_told_with_the_end_of_the_log(folder: Path) -> None:
-    with start(folder, [], fails=True) as engine:
-        with pytest.raises(RuntimeError, match="engine ended at 'start'") as failure:
+@pytest.mark.parametrize(
+    ("hooks", "arguments", "told"),
+    [
+        (["nonesuch"], {}, ["its process ended: ", "nonesuch", "its log ends"]),
+        ([], {"fails": True}, ["ValueError: no such model", "its log ends", "starting with"]),
+    ],
+)
+def test_a_failure_is_told_with_the_end_of_the_log(
+    folder: Path, hooks: list[str], arguments: dict[str, Any], told: list[str]
+) -> None:
+    with start(folder, hooks, **arguments) as engine:
+        with pytest.raises(ChildError, match="engine ended at 'start'") as failure:
             engine.wait_until_ready()
-        for part in ("ValueError: no such model", "its log ends", "starting with"):
-            assert part in str(failure.value)
+        assert all(part in str(failure.value) for part in told)
+        assert "\n" not in failure.value.summary
 
 
 def test_a_call_that_takes_too_long_is_given_up(engine: EngineProcess) -> None:
     engine.wait_until_ready()
-    with pytest.raises(TimeoutError, match="calls:sleep"):
+    with pytest.raises(TimeoutError, match="did not answer 'sleep' in time"):
         engine.ask("calls:sleep", time.monotonic() + 0.2)
+    with pytest.raises(LookupError):  # as a server that has died meanwhile does
+        engine.ask("calls:sleep", watch=Mock(side_effect=LookupError))
 
 
 def test_it_ends_with_the_process_that_started_it(folder: Path) -> None:

@@ -166,6 +166,7 @@ class TestServing:
             (["--attention-backend", "torch_native"], ["torch_native"]),
             (["--attention-backend=triton"], ["triton"]),
             (["--model-path", "tiny"], []),
+            ([], []),  # servers that ran already
         ],
     )
     def test_the_stock_backend_is_named(self, arguments: list[str], said: list[str]) -> None:

@@ -29,7 +29,6 @@ __all__ = [
     "TOUCHED",
     "Namespace",
     "dataset_row",
-    "endpoint",
     "load_requests",
     "load_tokenizer",
     "missing",
@@ -201,15 +200,8 @@ def load_tokenizer(name: str) -> Any:
     return get_tokenizer(name)
 
 
-def endpoint(url: str) -> Any:
-    """The language's server at a URL."""
-    from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
-
-    return RuntimeEndpoint(url)
-
-
 def streaming_endpoint(url: str, gather: Callable[[Chunks], tuple[str, dict[str, Any]]]) -> Any:
-    """The same, each of whose answers is streamed.
+    """The language's server at a URL, each of whose answers is streamed.
 
     Args:
         url: of the server.

@@ -6,25 +6,17 @@ below itself when an engine fails or is shut down.
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import multiprocessing
 import os
 import random
-import signal
 import socket
-import subprocess
-import sys
-import threading
 import time
-import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
+from sglang_prefix.bench.child import ChildProcess
 from sglang_prefix.bench.hooks import hook_environment
 
 __all__ = [
@@ -34,11 +26,10 @@ __all__ = [
     "engine_environment",
     "flush",
     "free_port",
-    "kill_session",
+    "is_free",
 ]
 
 ROOT = Path(__file__).parents[2]
-_LOG_TAIL = 4000
 _FLUSH_TRIES = 50
 # Counters that hold the newest value; all others are added to.
 _NEWEST = (
@@ -54,11 +45,8 @@ _NEWEST = (
 )
 
 
-class EngineProcess:
-    """A ``sglang.Engine`` in a child process.
-
-    It begins to start at once; `ask` waits until it has. The process, and all that SGLang starts
-    below it, is killed by `stop`, at the end of a ``with`` block, and when this process ends.
+class EngineProcess(ChildProcess):
+    """A ``sglang.Engine`` in a child process; functions that are asked for get it first.
 
     Args:
         arguments: keyword arguments of ``sglang.Engine``; ``port`` and ``nccl_port`` are chosen
@@ -69,8 +57,8 @@ class EngineProcess:
     Attributes:
         description: once it has started: "sglang", the release; "started_s", seconds to start;
             "arguments"; "settings", the SGLang and plugin variables of its environment;
-            "max_total_num_tokens"; "attention_backend"; "load_format"; "plugin", the distributions
-            through which SGLang finds our backend.
+            "max_total_num_tokens"; "load_format"; "plugin", the distributions through which SGLang
+            finds our backend.
     """
 
     def __init__(
@@ -80,80 +68,13 @@ class EngineProcess:
         environment: Mapping[str, str] | None = None,
         log: Path,
     ) -> None:
-        self.description: dict[str, Any] = {}
-        self._log = log
         port = free_port()
         # Left to itself, SGLang before 0.5.22 takes a second port that may be gone.
-        arguments = {"port": port, "nccl_port": port + 1, **arguments}
-        # Python's -S goes on to the child: then PYTHONPATH is all there is.
-        isolation = ["-S"] if sys.flags.no_site else []
-        ours, theirs = multiprocessing.Pipe()
-        self._connection = ours
-        with theirs, log.open("wb") as output:
-            self._process = subprocess.Popen(
-                [sys.executable, *isolation, "-m", __name__, str(theirs.fileno())],
-                stdin=subprocess.PIPE,  # the child kills itself when this closes
-                stdout=output,
-                stderr=output,
-                env=environment,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-            )
-        self._send(arguments)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.stop()
-
-    def wait_until_ready(self, deadline: float | None = None) -> None:
-        """Wait until the engine has started; see `ask` for what it raises."""
-        if not self.description:
-            self.description = self._receive("start", deadline)
-
-    def ask(self, function: str, /, deadline: float | None = None, **arguments: Any) -> Any:
-        """Call a function in the child and return its result.
-
-        Args:
-            function: "package.module:function", called as ``function(engine, **arguments)``. If it
-                raises, the engine ends.
-            deadline: of ``time.monotonic``; None to wait for as long as it takes.
-            arguments: of the function; they and the result are pickled.
-
-        Raises:
-            TimeoutError: no answer until the deadline; the engine is of no more use.
-            RuntimeError: the function raised, or the engine ended. The message ends with its log.
-        """
-        self.wait_until_ready(deadline)
-        self._send((function, arguments))
-        return self._receive(function, deadline)
-
-    def stop(self) -> None:
-        """Kill the child and all processes below it."""
-        kill_session(self._process)
-        self._connection.close()
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-
-    def _send(self, message: Any) -> None:
-        with contextlib.suppress(OSError):  # the process has ended; receiving will tell
-            self._connection.send(message)
-
-    def _receive(self, what: str, deadline: float | None) -> Any:
-        seconds = None if deadline is None else max(0.0, deadline - time.monotonic())
-        try:
-            if not self._connection.poll(seconds):
-                raise TimeoutError(f"the engine did not answer {what!r} in time")
-            answer = self._connection.recv()
-        except (EOFError, ConnectionError):
-            answer = {"error": "its process ended"}
-        if "error" in answer:
-            tail = self._log.read_text(errors="replace")[-_LOG_TAIL:]
-            raise RuntimeError(
-                f"engine ended at {what!r}: {answer['error']}; its log ends:\n{tail}"
-            )
-        return answer["result"]
+        given = {"port": port, "nccl_port": port + 1, **arguments}
+        make = f"{__name__}:start_engine"
+        super().__init__(
+            make, {"arguments": given}, name="engine", environment=environment, log=log
+        )
 
 
 def engine_environment(
@@ -186,13 +107,6 @@ def engine_environment(
     return hook_environment(hooks, found | dict(settings))
 
 
-def kill_session(process: subprocess.Popen[Any]) -> None:
-    """Kill a process that was started with ``start_new_session``, and all that it has started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
 def free_port() -> int:
     """A TCP port that nothing listens on, nor on those above it that an engine takes, too.
 
@@ -203,7 +117,7 @@ def free_port() -> int:
     random.SystemRandom().shuffle(ports)
     for port in ports:
         needed = (port, port + 1, *range(port + 233, port + 243))
-        if port not in _newest_ports and all(map(_is_free, needed)):
+        if port not in _newest_ports and all(map(is_free, needed)):
             _newest_ports.append(port)
             del _newest_ports[:-8]
             return port
@@ -214,7 +128,8 @@ def free_port() -> int:
 _newest_ports: list[int] = []
 
 
-def _is_free(port: int) -> bool:
+def is_free(port: int) -> bool:
+    """Whether nothing on this machine listens on a TCP port."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) != 0
 
@@ -266,51 +181,19 @@ def flush(engine: Any) -> None:
     raise RuntimeError("the engine would not empty its cache")
 
 
-def main() -> None:
-    """Start an engine, then call functions until the connection closes: ``engine FD``."""
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-    connection = Connection(int(sys.argv[1]))
-    try:
-        engine, answer = _start(connection.recv())
-        while True:
-            connection.send({"result": answer})
-            name, arguments = connection.recv()
-            module, _, function = name.partition(":")
-            answer = getattr(importlib.import_module(module), function)(engine, **arguments)
-    except EOFError:
-        return
-    except BaseException as error:
-        traceback.print_exc()
-        connection.send({"error": "".join(traceback.format_exception_only(error)).strip()})
-    finally:
-        os.killpg(0, signal.SIGKILL)
-
-
-def _die_with_parent() -> None:
-    """Kill this process group, engine and all, when the other end of standard input closes."""
-    sys.stdin.buffer.read()
-    os.killpg(0, signal.SIGKILL)
-
-
-def _start(arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def start_engine(arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The engine, and what it is."""
     began = time.perf_counter()
     import sglang
 
     engine: Any = sglang.Engine(**arguments)
-    info = engine.get_server_info()
     points = entry_points(group="sglang.srt.plugins", name="prefix")
     return engine, {
         "sglang": sglang.__version__,
         "started_s": time.perf_counter() - began,
         "arguments": arguments,
         "settings": {k: v for k, v in os.environ.items() if k.startswith("SGLANG_")},
-        "max_total_num_tokens": info["max_total_num_tokens"],
-        "attention_backend": info.get("attention_backend"),
+        "max_total_num_tokens": engine.get_server_info()["max_total_num_tokens"],
         "load_format": engine.server_args.load_format,
         "plugin": [str(getattr(point.dist, "_path", "")) for point in points],
     }
-
-
-if __name__ == "__main__":
-    main()

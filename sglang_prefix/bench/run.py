@@ -40,7 +40,7 @@ class Case:
         name: unique in a run.
         group: cases that answer one question.
         measure: returns what the file holds of it, beside name and group. It may raise
-            :class:`NotRunError`; any other error makes it a failed case.
+            :class:`NotRunError` or TimeoutError; any other error makes it a failed case.
         expected_s: seconds that it will need, asked just before it begins; None if they are not
             known: then it needs as long as the slowest of the last three.
     """
@@ -129,7 +129,7 @@ def _measure(case: Case, data: dict[str, Any]) -> str | None:
     began = time.monotonic()
     try:
         measured = case.measure()
-    except NotRunError as error:
+    except (NotRunError, TimeoutError) as error:
         problem = data["not_run"][case.name] = str(error)
         return problem
     except Exception as error:  # the cases after this one are still worth their time

@@ -181,10 +181,19 @@ class ServingRun(TypedDict):
     requests_per_s: Positive
     duration_s: Positive
     counters: Counters | None
+    texts: list[str]
     load_per_cpu: NotRequired[NotNegative]
 
 
 class ServingRuns(TypedDict):
+    """Timed runs of one side, and what came out.
+
+    ``tokens`` are the ids of each answer to the requests of this ``fingerprint``; ``texts`` of a
+    run are the hashes of its answers.
+    """
+
+    fingerprint: str
+    tokens: list[str]
     runs: list[ServingRun]
 
 

@@ -6,13 +6,15 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
+from functools import partial
 from importlib.util import find_spec
-from itertools import pairwise
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from sglang_prefix.cli.bench_kernel import finish, make_run
 from sglang_prefix.cli.output import JsonOption, console, fail
@@ -22,143 +24,68 @@ if TYPE_CHECKING:
 
 __all__ = ["serving"]
 
-# Of a server argument, the option of ours that takes its place.
-_OURS = {
-    "--model-path": "--model-path before --",
-    "--model": "--model-path before --",
-    "--tokenizer-path": "--tokenizer before --",
-    "--host": "nothing: servers listen on 127.0.0.1",
-    "--port": "--port before --",
-}
-# A backend in these, one that packs would be on both sides.
-_BACKENDS = ("--attention-backend", "--decode-attention-backend", "--prefill-attention-backend")
 _ENGINES = "Engines, with --engine"
 # Of servers and engines alike; all others are for the one or, in their own panel, the other.
 _FOR_BOTH = ("out", "seed", "report", "resume", "json_file", "engine")
+_engine_option = partial(Option, rich_help_panel=_ENGINES)
 
 
 def serving(
     ctx: typer.Context,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for the result, the plots and the logs.")
-    ] = None,
+    out: Annotated[Path | None, Option(help="Folder for all that is written.")] = None,
     server_args: Annotated[
         list[str] | None,
-        typer.Argument(metavar="-- SERVER_ARGS...", help="Of `sglang serve`, for both servers."),
+        Argument(metavar="-- SERVER_ARGS...", help="Of `sglang serve`, for both servers."),
     ] = None,
-    model_path: Annotated[
-        str | None, typer.Option(help="Model to serve. Default: a tiny random one, made in OUT.")
-    ] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="Default: the model's.")] = None,
-    stock_url: Annotated[
-        str | None, typer.Option(help="A stock server that runs, instead of starting one.")
-    ] = None,
+    model_path: Annotated[str | None, Option(help="Default: a tiny one, made in OUT.")] = None,
+    tokenizer: Annotated[str | None, Option(help="Default: the model's.")] = None,
+    stock_url: Annotated[str | None, Option(help="A stock server that runs already.")] = None,
     prefix_url: Annotated[
         str | None,
-        typer.Option(
-            "--prefix-url", "--base-url", help="A prefix server that runs, instead of starting one."
-        ),
+        Option("--prefix-url", "--base-url", help="A prefix server that runs already."),
     ] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Small sizes of all workloads: minutes on a CPU.")
-    ] = False,
-    workload: Annotated[
-        list[str] | None, typer.Option(help="May be repeated. Default: all in the file.")
-    ] = None,
-    workload_file: Annotated[
-        Path | None, typer.Option(help="Workloads in the format of ours.")
-    ] = None,
-    trace: Annotated[
-        Path | None, typer.Option(help="Requests to replay, JSON lines in Mooncake's format.")
-    ] = None,
-    trace_requests: Annotated[
-        int | None, typer.Option(min=1, help="Replay the first so many.")
-    ] = None,
+    quick: Annotated[bool, Option("--quick", help="Small sizes: minutes on a CPU.")] = False,
+    workload: Annotated[list[str] | None, Option(help="May be repeated. Default: all.")] = None,
+    workload_file: Annotated[Path | None, Option(help="Workloads in the format of ours.")] = None,
+    trace: Annotated[Path | None, Option(help="Requests to replay, as Mooncake's traces.")] = None,
+    trace_requests: Annotated[int | None, Option(min=1, help="Replay the first so many.")] = None,
     trace_block_tokens: Annotated[
         int | None,
-        typer.Option(min=1, max=512, help="Tokens of a block of 512; all lengths shrink alike."),
+        Option(min=1, max=512, help="Tokens of a block of 512; all lengths shrink alike."),
     ] = None,
-    trace_speed: Annotated[
-        float | None,
-        typer.Option(min=0.001, help="Replay so many times faster than recorded."),
-    ] = None,
-    repeats: Annotated[
-        int, typer.Option(min=1, help="Timed runs of each workload; the medians count.")
-    ] = 1,
-    seed: Annotated[
-        int | None,
-        typer.Option(min=0, help="Of all requests. Default: 0; with --engine a fresh one."),
-    ] = None,
+    trace_speed: Annotated[float | None, Option(min=0.001, help="1 is as recorded.")] = None,
+    repeats: Annotated[int, Option(min=1, help="Timed runs of each, whose median counts.")] = 1,
+    seed: Annotated[int | None, Option(min=0, help="Default: 0; with --engine a new one.")] = None,
     min_equal: Annotated[
         float | None,
-        typer.Option(
+        Option(
             min=0,
             max=1,
             help="Share of tokens before an answer's first difference that a comparison needs. "
             "Default: 1 in float32, 0.25 otherwise, where rounding differs.",
         ),
     ] = None,
-    port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="Of the servers. Default: a free one.")
-    ] = None,
-    start_timeout: Annotated[
-        float, typer.Option(min=1, help="Seconds that a server may take to start.")
-    ] = 900,
+    port: Annotated[int | None, Option(min=1, max=65535, help="Default: a free one.")] = None,
+    start_timeout: Annotated[float, Option(min=1, help="Seconds to start a server.")] = 900,
     workload_timeout: Annotated[
         float,
-        typer.Option(
-            min=1,
-            help="Seconds in which a server must answer all requests of a workload once, beside "
-            "the time over which a trace sends them.",
-        ),
+        Option(min=1, help="Seconds to answer a workload once, beside the length of a trace."),
     ] = 1800,
-    report: Annotated[
-        bool, typer.Option("--report/--no-report", help="Write OUT/report.html, with the plots.")
-    ] = True,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in OUT that was interrupted.")
-    ] = False,
+    report: Annotated[bool, Option("--report/--no-report", help="Write OUT/report.html.")] = True,
+    resume: Annotated[bool, Option("--resume", help="Go on with the run in OUT.")] = False,
     json_file: JsonOption = None,
     engine: Annotated[
         bool,
-        typer.Option(
-            "--engine",
-            rich_help_panel=_ENGINES,
-            help="Measure offline engines with a model of Llama-3.1-8B's shape on this GPU.",
-        ),
+        _engine_option("--engine", help="Offline engines with a model of Llama-3.1-8B's shape."),
     ] = False,
     model: Annotated[
-        Path | None,
-        typer.Option(
-            rich_help_panel=_ENGINES,
-            help="Folder for the model, 15 GB. Default: one in the temporary folder.",
-        ),
+        Path | None, _engine_option(help="Folder for the model, 15 GB. Default: a temporary one.")
     ] = None,
-    long_output: Annotated[
-        int, typer.Option(min=1, rich_help_panel=_ENGINES, help="Tokens of the long rollouts.")
-    ] = 8192,
-    only: Annotated[
-        str,
-        typer.Option(
-            rich_help_panel=_ENGINES, help="Regular expression that the names of cases contain."
-        ),
-    ] = "",
-    list_cases: Annotated[
-        bool,
-        typer.Option(
-            "--list", rich_help_panel=_ENGINES, help="Print the cases in order, run none."
-        ),
-    ] = False,
-    budget_s: Annotated[
-        float,
-        typer.Option(min=0, rich_help_panel=_ENGINES, help="Begin no case after these seconds."),
-    ] = 540,
-    dry: Annotated[
-        bool,
-        typer.Option(
-            "--dry", rich_help_panel=_ENGINES, help="A tiny model on the CPU: proves no speed."
-        ),
-    ] = False,
+    long_output: Annotated[int, _engine_option(min=1, help="Tokens of long rollouts.")] = 8192,
+    only: Annotated[str, _engine_option(help="Regular expression that names of cases hold.")] = "",
+    list_cases: Annotated[bool, _engine_option("--list", help="Print the cases only.")] = False,
+    budget_s: Annotated[float, _engine_option(min=0, help="Begin no case later.")] = 540,
+    dry: Annotated[bool, _engine_option("--dry", help="A tiny model on the CPU.")] = False,
 ) -> None:
     """Compare a stock server with a prefix server: TTFT, TPOT, ITL, throughput, KV read.
 
@@ -170,96 +97,53 @@ def serving(
     guard against waiting for the device.
     """
     _check_mode(ctx, engine)
-    command = ["sglang-prefix", *sys.argv[1:]]
     if list_cases:
-        from sglang_prefix.bench.serving.engines import DRY_STOCK
-        from sglang_prefix.bench.serving.loads import STOCK, dry_measurements, measurements
+        from sglang_prefix.bench.serving.loads import (
+            STOCK,
+            dry_measurements,
+            measurements,
+        )
 
-        found = dry_measurements(DRY_STOCK) if dry else measurements(tuple(STOCK), long_output)
+        found = dry_measurements() if dry else measurements(tuple(STOCK), long_output)
         typer.echo("\n".join(one.name for one in found))
         return
     if out is None:
         fail("--out is missing; legal: a folder for the result", 2)
-    if engine:
-        from sglang_prefix.bench.serving.engine_run import EngineRun
-
-        def make() -> BenchRun:
-            return EngineRun(
-                out,
-                command=command,
-                long_output=long_output,
-                model=model,
-                only=only,
-                seed=seed,
-                dry=dry,
-                resume=resume,
-            )
-
-        _finish(make_run(make, out), budget_s, json_file, report)
-        return
-    from sglang_prefix.bench.serving.plan import (
-        Plan,
-        choose_model,
-        choose_workloads,
-        make_folder,
-        server_arguments,
-    )
-    from sglang_prefix.bench.serving.run import Run
     from sglang_prefix.bench.serving.servers import ServerError
+
+    make = partial(_engine_run if engine else _server_run, ctx.params)
+    plots = find_spec("matplotlib") is not None
+    try:
+        run = make_run(make, out)
+        # Servers, client and engines end with us, however we end.
+        with _ended_by_signals():
+            screen = console(json_file)
+            finish(run, budget_s if engine else inf, screen, json_file, plots=plots, report=report)
+    except (ValueError, ServerError) as error:
+        fail(str(error))
+
+
+def _engine_run(chosen: dict[str, Any]) -> BenchRun:
+    from sglang_prefix.bench.serving.engine_run import EngineRun
+
+    names = ("long_output", "model", "only", "seed", "dry", "resume")
+    return EngineRun(
+        chosen["out"],
+        command=["sglang-prefix", *sys.argv[1:]],
+        **{name: chosen[name] for name in names},
+    )
+
+
+def _server_run(chosen: dict[str, Any]) -> BenchRun:
+    from sglang_prefix.bench.serving.plan import Plan
+    from sglang_prefix.bench.serving.run import Run
 
     if find_spec("matplotlib") is None:
         fail("the plots need matplotlib: pip install 'sglang-prefix[bench]'")
-    overrides = {
-        "requests": trace_requests,
-        "block_tokens": trace_block_tokens,
-        "speed": trace_speed,
-    }
-    urls = {
-        side: url.rstrip("/") if url else None
-        for side, url in (("stock", stock_url), ("prefix", prefix_url))
-    }
-    given = _check_server_arguments(server_args or [], urls)
-    try:
-        workloads, absent = choose_workloads(workload_file, quick, workload or [], trace, overrides)
-        make_folder(out)
-        served = model_path or choose_model(out, urls)
-        plan = Plan(
-            out=out,
-            model=served,
-            tokenizer=tokenizer,
-            workloads=workloads,
-            absent=absent,
-            trace=str(trace) if trace else None,
-            repeats=repeats,
-            seed=seed or 0,
-            quick=quick,
-            urls=urls,
-            server_args=server_arguments(served, tokenizer, seed or 0, given, urls),
-            port=port,
-            start_timeout_s=start_timeout,
-            workload_timeout_s=workload_timeout,
-            min_equal=min_equal,
-            command=command,
-        )
-        run = Run(plan, resume=resume)
-    except (ValueError, ServerError) as error:
-        fail(str(error))
-    except OSError as error:
-        fail(f"cannot write to {out}: {error.strerror or error}")
-    _finish(run, inf, json_file, report)
-
-
-def _finish(run: BenchRun, budget_s: float, json_file: str | None, report: bool) -> None:
-    """Run, show and write all; servers, client and engines end with us, however we end."""
-    from sglang_prefix.bench.serving.client import ClientError
-    from sglang_prefix.bench.serving.servers import ServerError
-
-    plots = find_spec("matplotlib") is not None
-    try:
-        with _ended_by_signals():
-            finish(run, budget_s, console(json_file), json_file, plots=plots, report=report)
-    except (ValueError, ServerError, ClientError) as error:
-        fail(str(error))
+    names = {field.name for field in fields(Plan)} & chosen.keys()
+    command = ["sglang-prefix", *sys.argv[1:]]
+    plan = Plan(command=command, **{name: chosen[name] for name in names})
+    return Run(plan, resume=chosen["resume"])
 
 
 def _check_mode(ctx: typer.Context, engine: bool) -> None:
@@ -271,21 +155,6 @@ def _check_mode(ctx: typer.Context, engine: bool) -> None:
         if source is not None and source.name != "DEFAULT":
             option = "arguments of servers" if name == "server_args" else parameter.opts[0]
             fail(f"{option}: only {'without' if engine else 'with'} --engine", 2)
-
-
-def _check_server_arguments(given: list[str], urls: dict[str, str | None]) -> list[str]:
-    words = [word for argument in given for word in argument.split("=", 1)]
-    for name, ours in _OURS.items():
-        if name in words:
-            fail(f"server argument {name} is set by this command; use {ours}", 2)
-    for name, value in pairwise(words):
-        if name in _BACKENDS and value == "prefix":
-            fail(f"server argument {name} prefix would be on both sides; leave it out", 2)
-        if (name, value) == ("--load-format", "dummy"):
-            fail("server argument --load-format dummy: equal tokens would prove nothing", 2)
-    if given and all(urls.values()):
-        fail("server arguments are for servers that this command starts; both run already", 2)
-    return given
 
 
 @contextmanager

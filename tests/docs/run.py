@@ -21,7 +21,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from sglang_prefix.bench.engine import free_port, kill_session
+from sglang_prefix.bench.child import kill_session
+from sglang_prefix.bench.engine import free_port
 from tests.docs.pages import ACTIVATE, ROOT, Block, Page
 
 __all__ = ["PATHS", "Outcome", "Reader", "chains"]

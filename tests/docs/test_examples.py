@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from sglang_prefix.bench.engine import kill_session
+from sglang_prefix.bench.child import kill_session
 from sglang_prefix.tiny_model import build_tiny_model
 from tests.docs.facts import problems
 from tests.docs.pages import ROOT, read_page

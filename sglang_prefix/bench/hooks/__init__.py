@@ -52,7 +52,7 @@ def patch_after_import(patches: Mapping[str, Patch]) -> None:
 
 
 class _PatchingFinder(importlib.abc.MetaPathFinder):
-    """Finds the modules that are patched."""
+    """Finds the modules that are patched, and patches each when its loader has run it."""
 
     def __init__(self) -> None:
         self.patches: dict[str, list[Patch]] = {}
@@ -64,20 +64,12 @@ class _PatchingFinder(importlib.abc.MetaPathFinder):
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path)
         if spec is not None and spec.loader is not None:
-            spec.loader = _PatchingLoader(spec.loader, self.patches[fullname])
+            load = spec.loader.exec_module
+
+            def load_and_patch(module: ModuleType) -> None:
+                load(module)
+                for patch in self.patches[fullname]:
+                    patch(module)
+
+            vars(spec.loader)["exec_module"] = load_and_patch
         return spec
-
-
-class _PatchingLoader(importlib.abc.Loader):
-    """Loads a module as its own loader does, then patches it."""
-
-    def __init__(self, loader: importlib.abc.Loader, patches: Sequence[Patch]) -> None:
-        self._loader, self._patches = loader, patches
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self._loader.exec_module(module)
-        for patch in self._patches:
-            patch(module)

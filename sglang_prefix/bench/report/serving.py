@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 from sglang_prefix.bench.report.section import Section, Verdict, left_cases, make_section
@@ -71,7 +72,7 @@ def _verdict(data: Data, metric: str) -> Verdict:
 def _stock_backend(data: Data) -> list[str]:
     """The attention backend that the stock server was told to use; else it chose one itself."""
     arguments = (data.get("stock") or {}).get("server_args", [])
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in pairwise([*arguments, ""]):
         option, _, value = argument.partition("=")
         if option == "--attention-backend" and (value or following):
             return [value or following]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from math import comb
 from statistics import fmean, median
 from typing import Any
@@ -30,6 +32,7 @@ MIN_PACKED_SHARE = 0.9
 _TIMES = tuple(f"{name}_ms" for name in METRICS)
 _RATES = ("output_tokens_per_s", "requests_per_s", "duration_s")
 _PATHS = ("packed", "stock", "fallback")
+_KV_TOKENS = ("read", "logical")
 _NO_RATIOS = dict.fromkeys((*METRICS, "throughput"))
 
 _LogProbs = Sequence[Sequence[Mapping[str, float]]]
@@ -38,11 +41,7 @@ _LogProbs = Sequence[Sequence[Mapping[str, float]]]
 def new_case(workload: Workload) -> dict[str, Any]:
     """A case of which nothing is measured yet."""
     return {
-        "name": workload.name,
-        "group": workload.group,
-        "about": workload.about,
-        "driver": workload.driver,
-        "parameters": dict(workload.parameters),
+        **asdict(workload),
         "requests": 0,
         "tokens_compared": 0,
         "tokens_equal": None,
@@ -67,17 +66,20 @@ def step_delta(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None
     added = counter_difference(before, after)
     return {
         "steps": {path: added.get(f"{path}_steps", 0) for path in _PATHS},
-        **{name: added.get(name, 0) for name in ("kv_tokens_read", "kv_tokens_logical")},
+        **{f"kv_tokens_{name}": added.get(f"kv_tokens_{name}", 0) for name in _KV_TOKENS},
         "reasons": added.get("stock_reasons", {}) | added.get("fallback_reasons", {}),
     }
 
 
-def aggregate(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def aggregate(raw: Mapping[str, Any]) -> dict[str, Any]:
     """One side of a case from its runs: the median over them of every time and rate.
 
     Args:
-        runs: at least one; each with times, rates and "counters" from :func:`step_delta`.
+        raw: "fingerprint" of the requests; "tokens", of each answer its ids in a line; "runs", at
+            least one, each with times, rates, "texts", the hash of each answer, and "counters"
+            from :func:`step_delta`.
     """
+    runs = raw["runs"]
     side: dict[str, Any] = {}
     for name in _TIMES:
         found = [run[name] for run in runs if run[name] is not None]
@@ -85,35 +87,23 @@ def aggregate(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         side[name] = {k: median(one[k] for one in found) for k in keys} if found else None
     for name in _RATES:
         side[name] = median(run[name] for run in runs)
+    side |= {"steps": None, "packed_share": None, "kv_read_ratio": None, "reasons": {}, "raw": raw}
     deltas = [run["counters"] for run in runs]
-    side |= {"steps": None, "packed_share": None, "kv_read_ratio": None, "reasons": {}}
     if all(delta is not None for delta in deltas):
         steps = {p: sum(delta["steps"][p] for delta in deltas) for p in _PATHS}
-        read, logical = (
-            sum(delta[name] for delta in deltas) for name in ("kv_tokens_read", "kv_tokens_logical")
-        )
-        reasons = {name for delta in deltas for name in delta["reasons"]}
+        read, logical = (sum(d[f"kv_tokens_{name}"] for d in deltas) for name in _KV_TOKENS)
         side["steps"] = steps
         side["packed_share"] = steps["packed"] / max(sum(steps.values()), 1)
         side["kv_read_ratio"] = read / logical if logical else None
-        side["reasons"] = {r: sum(d["reasons"].get(r, 0) for d in deltas) for r in sorted(reasons)}
-    side["raw"] = {"runs": [dict(run) for run in runs]}
+        side["reasons"] = dict(sum((Counter(d["reasons"]) for d in deltas), Counter()))
     return side
 
 
-def compare(
-    case: dict[str, Any],
-    outputs: Mapping[str, Mapping[str, Any]],
-    *,
-    repeats: int,
-    min_equal: float,
-) -> None:
+def compare(case: dict[str, Any], *, repeats: int, min_equal: float) -> None:
     """Decide whether a case is a comparison, and if so compare.
 
     Args:
-        case: with "sides"; the conclusions are written into it.
-        outputs: by side "tokens", the ids of each answer, "texts", of each run the hash of each
-            answer, and "fingerprint" of the requests.
+        case: with "sides" from :func:`aggregate`; the conclusions are written into it.
         repeats: runs that a side must have.
         min_equal: share of the tokens that must come before the first difference of an answer, 0
             to 1. With 1 the answers of the timed runs must be equal as well.
@@ -124,9 +114,7 @@ def compare(
     if missing:
         case["why_not"] = f"not run to its end: {' and '.join(missing)}"
         return
-    stock, prefix = (outputs[side] for side in SIDES)
-    _compare_tokens(case, stock["tokens"], prefix["tokens"])
-    case["why_not"] = _objection(case, stock, prefix, min_equal)
+    case["why_not"] = _objection(case, min_equal)
     if case["why_not"] is None:
         share = sides["prefix"]["packed_share"]
         ratios = _ratios(sides["stock"], sides["prefix"])
@@ -138,42 +126,37 @@ def compare(
             case |= {"is_comparison": True, "ratios": ratios}
 
 
-def _compare_tokens(
-    case: dict[str, Any], stock: Sequence[Sequence[int]], prefix: Sequence[Sequence[int]]
-) -> None:
-    pairs = list(zip(stock, prefix, strict=False))
-    case["requests"] = len(stock)
-    case["tokens_compared"] = sum(len(a) for a in stock)
+def _objection(case: dict[str, Any], min_equal: float) -> str | None:
+    """Compare the answers; why the sides cannot be compared, apart from what was packed."""
+    stock, prefix = (case["sides"][side]["raw"] for side in SIDES)
+    answers = [[line.split() for line in raw["tokens"]] for raw in (stock, prefix)]
+    pairs = list(zip(*answers, strict=False))
+    requests = len(stock["tokens"])
+    case["requests"] = requests
+    case["tokens_compared"] = sum(map(len, answers[0]))
     case["tokens_equal"] = sum(_common(a, b) for a, b in pairs)
     case["requests_equal"] = sum(a == b for a, b in pairs)
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    pairs = zip(a, b, strict=False)
-    return next((n for n, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
-
-
-def _objection(
-    case: Mapping[str, Any], stock: Mapping[str, Any], prefix: Mapping[str, Any], min_equal: float
-) -> str | None:
-    """Why the sides cannot be compared, apart from what was packed."""
-    requests = case["requests"]
     if stock["fingerprint"] != prefix["fingerprint"]:
         return "the sides did not get the same requests"
-    if len(prefix["tokens"]) != requests:
-        return f"{len(prefix['tokens'])} answers for {requests} requests"
+    texts = [run["texts"] for raw in (stock, prefix) for run in raw["runs"]]
+    wrong = [len(one) for one in (prefix["tokens"], *texts) if len(one) != requests]
+    if wrong:
+        return f"{wrong[0]} answers for {requests} requests"
     share = case["tokens_equal"] / max(case["tokens_compared"], 1)
-    if share < min_equal or (min_equal == 1 and case["requests_equal"] < requests):
-        unequal = requests - case["requests_equal"]
+    unequal = requests - case["requests_equal"]
+    if share < min_equal or (min_equal == 1 and unequal):
         return f"tokens differ in {unequal} of {requests} answers ({share:.0%} of tokens agree)"
-    if min_equal == 1:
-        runs = [texts for one in (stock, prefix) for texts in one["texts"]]
-        unequal = sum(len(set(answers)) > 1 for answers in zip(*runs, strict=True))
-        if unequal:
-            return f"answers of the timed runs differ in {unequal} of {requests} requests"
+    unequal = sum(len(set(said)) > 1 for said in zip(*texts, strict=True))
+    if min_equal == 1 and unequal:
+        return f"answers of the timed runs differ in {unequal} of {requests} requests"
     if case["sides"]["prefix"]["steps"] is None:
         return "the prefix server reported no counters"
     return None
+
+
+def _common(a: Sequence[str], b: Sequence[str]) -> int:
+    pairs = zip(a, b, strict=False)
+    return next((n for n, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
 
 
 def _ratios(stock: Mapping[str, Any], prefix: Mapping[str, Any]) -> dict[str, float | None]:

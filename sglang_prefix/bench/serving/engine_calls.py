@@ -1,7 +1,7 @@
 """What `bench serving --engine` asks of an engine: functions that run in its process.
 
-They take the engine first, then plain values: ``load`` is a `loads.Load` as a dictionary, ``seed``
-and ``vocab_size`` are of its prompts. See :class:`sglang_prefix.bench.engine.EngineProcess`.
+They take the engine, the prompts of a load as token ids, and what each request generates. See
+:class:`sglang_prefix.bench.engine.EngineProcess`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from random import Random
 from typing import Any
 
 from sglang_prefix.bench.engine import counter_difference, counters, flush
-from sglang_prefix.bench.serving.loads import Load, prompts
 
 __all__ = ["churn", "decode", "full_batch", "logprobs", "prepare"]
+
+Prompts = list[list[int]]
 
 _WARM_TOKENS = 8
 _TOP = 5
@@ -24,80 +25,70 @@ _TOP = 5
 _CHURN_FACTOR = 8
 
 
-def prepare(engine: Any, load: dict[str, Any], seed: int, vocab_size: int) -> None:
+def prepare(engine: Any, prompts: Prompts, tokens: int) -> None:
     """Empty the cache, fill it with the prompts of a load, decode a little at full batch."""
     flush(engine)
-    ids = prompts(Load.from_dict(load), vocab_size, seed)
-    distinct = [list(prompt) for prompt in dict.fromkeys(map(tuple, ids))]
-    _run(engine, [_generate(engine, prompt, 1) for prompt in distinct[:1]])
-    _run(engine, [_generate(engine, prompt, 1) for prompt in distinct[1:]])
-    _run(engine, [_generate(engine, prompt, _WARM_TOKENS) for prompt in ids])
+    distinct = [list(prompt) for prompt in dict.fromkeys(map(tuple, prompts))]
+    for some, num_tokens in ((distinct[:1], 1), (distinct[1:], 1), (prompts, _WARM_TOKENS)):
+        if some:
+            engine.generate(input_ids=some, sampling_params=_greedy(num_tokens))
 
 
-def decode(engine: Any, load: dict[str, Any], seed: int, vocab_size: int) -> dict[str, Any]:
+def decode(engine: Any, prompts: Prompts, tokens: int) -> dict[str, Any]:
     """Time the steps of a load at full batch; the last request reports every token."""
-    chosen = Load.from_dict(load)
-    *others, last = prompts(chosen, vocab_size, seed)
+    *others, last = prompts
     times: list[tuple[float, int]] = []
     before = counters(engine)
-    began = time.perf_counter()
-    work = [_generate(engine, prompt, chosen.output_tokens) for prompt in others]
-    work.append(_generate(engine, last, chosen.output_tokens, times=times))
+    work = [_generate(engine, prompt, tokens) for prompt in others]
+    work.append(_generate(engine, last, tokens, times))
     done = _run(engine, work)
-    seconds = time.perf_counter() - began
     return {
         "step_us": full_batch(times, [one["finished"] for one in done]),
-        "seconds": seconds,
         "cached_tokens": min(one["meta_info"]["cached_tokens"] for one in done),
-        "finish_spread_s": done[-1]["finished"] - min(one["finished"] for one in done),
         "counters": counter_difference(before, counters(engine)),
     }
 
 
-def logprobs(
-    engine: Any, load: dict[str, Any], seed: int, vocab_size: int, together: bool
-) -> dict[str, Any]:
+def logprobs(engine: Any, prompts: Prompts, tokens: int, together: bool) -> dict[str, Any]:
     """Greedy answers, all at once or one by one.
 
     Returns:
         "answers": by request and position the log probabilities of the first tokens, the chosen
         one first. "counters": what was added to them.
     """
-    chosen = Load.from_dict(load)
     before = counters(engine)
-    work = [
-        _generate(engine, prompt, chosen.output_tokens, logprobs=True)
-        for prompt in prompts(chosen, vocab_size, seed)
-    ]
-    done = _run(engine, work) if together else [_run(engine, [one])[0] for one in work]
+    asked = {"sampling_params": _greedy(tokens), "return_logprob": True, "top_logprobs_num": _TOP}
+    if together:
+        done = engine.generate(input_ids=prompts, **asked)
+    else:
+        done = [engine.generate(input_ids=prompt, **asked) for prompt in prompts]
     answers = []
     for one in done:
-        tokens = one["meta_info"]["output_token_logprobs"]
+        chosen = one["meta_info"]["output_token_logprobs"]
         tops = one["meta_info"]["output_top_logprobs"]
         # JSON has no integer keys.
         answers.append(
             [
                 {str(token[1]): token[0]} | {str(entry[1]): entry[0] for entry in top}
-                for token, top in zip(tokens, tops, strict=True)
+                for token, top in zip(chosen, tops, strict=True)
             ]
         )
     return {"answers": answers, "counters": counter_difference(before, counters(engine))}
 
 
-def churn(engine: Any, load: dict[str, Any], seed: int, vocab_size: int) -> dict[str, Any]:
+def churn(engine: Any, prompts: Prompts, tokens: int) -> dict[str, Any]:
     """Let requests of uneven lengths join as others leave, never more at once than in the load."""
-    chosen = Load.from_dict(load)
-    rng = Random(seed)
-    least, most = chosen.output_tokens // 2, chosen.output_tokens * 3 // 2
-    places = asyncio.Semaphore(chosen.num_requests)
+    rng = Random(str(prompts))
+    least, most = tokens // 2, tokens * 3 // 2
+    places = asyncio.Semaphore(len(prompts))
     before = counters(engine)
 
-    async def one(prompt: list[int], tokens: int) -> dict[str, Any]:
+    async def one(prompt: list[int], num_tokens: int) -> dict[str, Any]:
         async with places:
-            return await _generate(engine, prompt, tokens)
+            return await _generate(engine, prompt, num_tokens)
 
-    ids = prompts(chosen, vocab_size, seed) * _CHURN_FACTOR
-    done = _run(engine, [one(prompt, rng.randint(least, most)) for prompt in ids])
+    work = [one(prompt, rng.randint(least, most)) for prompt in prompts * _CHURN_FACTOR]
+    done = _run(engine, work)
     return {"requests": len(done), "counters": counter_difference(before, counters(engine))}
 
 
@@ -110,25 +101,21 @@ def _run(engine: Any, work: Sequence[Coroutine[Any, Any, dict[str, Any]]]) -> li
 
 
 async def _generate(
-    engine: Any,
-    prompt: list[int],
-    num_tokens: int,
-    *,
-    logprobs: bool = False,
-    times: list[tuple[float, int]] | None = None,
+    engine: Any, prompt: list[int], num_tokens: int, times: list[tuple[float, int]] | None = None
 ) -> dict[str, Any]:
     """One request, and when it was done; ``times`` gets (seconds, tokens so far) of each chunk."""
     answer = await engine.async_generate(
-        input_ids=prompt,
-        sampling_params={"temperature": 0, "max_new_tokens": num_tokens, "ignore_eos": True},
-        stream=times is not None,
-        **({"return_logprob": True, "top_logprobs_num": _TOP} if logprobs else {}),
+        input_ids=prompt, sampling_params=_greedy(num_tokens), stream=times is not None
     )
     if times is not None:
         async for chunk in answer:
             times.append((time.perf_counter(), chunk["meta_info"]["completion_tokens"]))
         answer = chunk
     return {"meta_info": answer["meta_info"], "finished": time.perf_counter()}
+
+
+def _greedy(num_tokens: int) -> dict[str, Any]:
+    return {"temperature": 0, "max_new_tokens": num_tokens, "ignore_eos": True}
 
 
 def full_batch(times: list[tuple[float, int]], finished: list[float]) -> list[float]:

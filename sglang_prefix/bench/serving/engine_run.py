@@ -20,7 +20,7 @@ from typing import Any
 
 from sglang_prefix.bench.run import BenchRun, Case
 from sglang_prefix.bench.serving.compare import compare_logprobs, decode_times, median_interval
-from sglang_prefix.bench.serving.engines import DRY_STOCK, Engines
+from sglang_prefix.bench.serving.engines import LLAMA_8B, TINY, Engines, write_plugin
 from sglang_prefix.bench.serving.loads import (
     OURS,
     STOCK,
@@ -28,8 +28,8 @@ from sglang_prefix.bench.serving.loads import (
     dry_measurements,
     measurements,
 )
-from sglang_prefix.bench.serving.model import LLAMA_8B, TINY, write_model, write_plugin
 from sglang_prefix.bench.serving.targets import evaluate
+from sglang_prefix.tiny_model import build_once
 
 __all__ = ["EngineRun", "measure_case"]
 
@@ -89,7 +89,7 @@ class EngineRun(BenchRun):
         self._measurements = self._measured_against(tuple(STOCK))
 
     def _measured_against(self, stock: Sequence[str]) -> list[Measurement]:
-        return dry_measurements(DRY_STOCK) if self._dry else measurements(stock, self._long_output)
+        return dry_measurements() if self._dry else measurements(stock, self._long_output)
 
     @property
     def order(self) -> list[str]:
@@ -117,7 +117,7 @@ class EngineRun(BenchRun):
         shared = Path(tempfile.gettempdir(), f"sglang-prefix-{os.getuid()}")
         self._engines = Engines(
             self._model or (folder if self._dry else shared) / "model",
-            self._shape["vocab_size"],
+            self._shape.vocab_size,
             self._measurements[0].backends[1],
             folder,
             self.data["seed"],
@@ -157,12 +157,11 @@ class EngineRun(BenchRun):
         import torch
 
         self.progress("model")
-        device = torch.device("cpu" if self._dry else "cuda")
-        written = write_model(self._engines.model, self._shape, device)
+        build_once(self._engines.model, self._shape, "cpu" if self._dry else "cuda")
         if not self._dry:
             torch.cuda.empty_cache()
         self.progress(one.kind)
-        return measure_case(one, self._engines) | {"model_written": written}
+        return measure_case(one, self._engines)
 
     def _expected_s(self, one: Measurement) -> float:
         if self._dry:
@@ -188,12 +187,13 @@ def measure_case(one: Measurement, engines: Engines) -> dict[str, Any]:
     """Run a case; engines that it leaves in an unknown state are stopped.
 
     Raises:
-        NotRunError: there was no time for it.
+        NotRunError, TimeoutError: it cannot be run, or there was no time for it.
+        ChildError: an engine failed.
     """
     try:
         described = engines.start(one.group, one.backends)
         for backend in one.backends:
-            engines.call(backend, "prepare", asdict(one.load))
+            engines.call(backend, "prepare", one.load)
         result = _KINDS[one.kind](one, engines)
     except BaseException:
         engines.stop()  # the next case gets fresh ones
@@ -213,7 +213,7 @@ def _decode(one: Measurement, engines: Engines) -> dict[str, Any]:
 
 
 def _decode_once(engines: Engines, backend: str, one: Measurement) -> dict[str, Any]:
-    return decode_times(engines.call(backend, "decode", asdict(one.load)), ours=backend == OURS)
+    return decode_times(engines.call(backend, "decode", one.load), ours=backend == OURS)
 
 
 def _alternate(one: Measurement, engines: Engines) -> dict[str, Any]:
@@ -223,7 +223,6 @@ def _alternate(one: Measurement, engines: Engines) -> dict[str, Any]:
         rounds.append({name: _decode_once(engines, name, one) for name in order})
     ours, stock = one.backends
     ratios = [found[ours]["tpot_us"] / found[stock]["tpot_us"] for found in rounds]
-    extra = [found[ours]["tpot_us"] - found[stock]["tpot_us"] for found in rounds]
     return {
         "status": "done",
         "rounds": rounds,
@@ -231,13 +230,11 @@ def _alternate(one: Measurement, engines: Engines) -> dict[str, Any]:
         "ratios": ratios,
         "ratio": median(ratios),
         "ratio_interval": median_interval(ratios),
-        "extra_us": median(extra),
-        "extra_us_interval": median_interval(extra),
     }
 
 
 def _logprobs(one: Measurement, engines: Engines) -> dict[str, Any]:
-    load = asdict(one.load)
+    load = one.load
     ours, stock = one.backends
     found = {name: engines.call(name, "logprobs", load, together=True) for name in one.backends}
     answers = {name: each["answers"] for name, each in found.items()}
@@ -264,7 +261,7 @@ def _churn(one: Measurement, engines: Engines) -> dict[str, Any]:
     if not engines.sync_file.exists():
         raise RuntimeError("the guard was not loaded: did Python start without sitecustomize?")
     before = json.loads(engines.sync_file.read_text())
-    found = engines.call(OURS, "churn", asdict(one.load))
+    found = engines.call(OURS, "churn", one.load)
     seen = json.loads(engines.sync_file.read_text())
     steps, counters = seen["steps"] - before["steps"], found["counters"]
     wrong = list(seen["raised"])

@@ -4,21 +4,36 @@ from __future__ import annotations
 
 import os
 import time
+import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sglang_prefix.bench.engine import EngineProcess, engine_environment
+from sglang_prefix.bench.child import ChildError
+from sglang_prefix.bench.engine import ROOT, EngineProcess, engine_environment
 from sglang_prefix.bench.run import NotRunError
-from sglang_prefix.bench.serving.loads import OURS, PAIR, SYNC
-from sglang_prefix.bench.serving.servers import cause_in
+from sglang_prefix.bench.serving.loads import DRY_STOCK, OURS, PAIR, SYNC, Load, prompts
 from sglang_prefix.bench.serving.sync_guard import SYNC_FILE
+from sglang_prefix.tiny_model import TinyModelConfig
 
-__all__ = ["DRY_STOCK", "Engines", "engine_arguments"]
+__all__ = ["LLAMA_8B", "TINY", "Engines", "engine_arguments", "write_plugin"]
 
-# On the CPU.
-DRY_STOCK = "torch_native"
+# Llama-3.1-8B but for its 128,256 tokens and 131,072 positions: those of random weights would cost
+# disk and time on both sides of a comparison alike.
+LLAMA_8B = TinyModelConfig(
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    vocab_size=32000,
+    context_length=65536,
+    dtype="bfloat16",
+    scales_with_inputs=True,
+)
+TINY = TinyModelConfig(scales_with_inputs=True)
+
 _CALLS = "sglang_prefix.bench.serving.engine_calls"
 _GUARD = "sglang_prefix.bench.serving.sync_guard"
 # Two engines of 14.5 GB of weights and 27 GiB of KV each.
@@ -37,7 +52,7 @@ class Engines:
         model: folder of the model.
         vocab_size: of the model.
         stock: backend that ours delegates to.
-        folder: for logs and the plugin, see `model.write_plugin`.
+        folder: for logs and the plugin, see `write_plugin`.
         seed: of prompts.
         dry: on the CPU.
         deadline: of `time.monotonic`, after which nothing is waited for; none at first.
@@ -51,12 +66,11 @@ class Engines:
     dry: bool
     deadline: float | None = None
 
-    def __post_init__(self) -> None:
-        self._group = ""
-        self._broken: dict[str, str] = {}
-        self._alive: dict[str, EngineProcess] = {}
-        self._starts = 0
-        self._free_bytes = 0
+    _group: str = ""
+    _starts: int = 0
+    _free_bytes: int = 0
+    _broken: dict[str, str] = field(default_factory=dict)
+    _alive: dict[str, EngineProcess] = field(default_factory=dict)
 
     @property
     def sync_file(self) -> Path:
@@ -74,43 +88,42 @@ class Engines:
             The description of each.
 
         Raises:
-            NotRunError: there was no time, or the group failed to start before in this run.
-            RuntimeError: an engine failed, in one line.
+            NotRunError: the group failed to start before in this run.
+            TimeoutError: there was no time for it.
+            ChildError: an engine failed.
         """
         if group in self._broken:
             raise NotRunError(f"engines {group} did not start before: {self._broken[group]}")
         if group != self._group:
             self.stop()
         self._group = group
-        new = [name for name in backends if name not in self._alive]
         if not self._alive and not self.dry:
             self._wait_for_memory()
         try:
-            for name in new:
-                self._alive[name] = self._start(name, group)
-            for name in new:
+            for name in backends:
+                if name not in self._alive:
+                    self._alive[name] = self._start(name)
+            for name in backends:
                 self._alive[name].wait_until_ready(self.deadline)
-        except TimeoutError as error:
-            raise NotRunError(str(error)) from None
-        except RuntimeError as error:
-            self._broken[group] = _in_one_line(error)
-            raise RuntimeError(self._broken[group]) from error
+        except ChildError as error:
+            self._broken[group] = error.summary
+            raise
         return {name: self._alive[name].description for name in backends}
 
-    def call(self, backend: str, function: str, load: dict[str, Any], **more: Any) -> Any:
+    def call(self, backend: str, function: str, load: Load, **more: Any) -> Any:
         """Have an engine run a function of `engine_calls` on a load.
 
         Raises:
-            NotRunError: there was no time for it.
-            RuntimeError: it failed; one line.
+            TimeoutError: there was no time for it.
+            ChildError: it failed.
         """
-        given = {"load": load, "seed": self.seed, "vocab_size": self.vocab_size, **more}
-        try:
-            return self._alive[backend].ask(f"{_CALLS}:{function}", self.deadline, **given)
-        except TimeoutError as error:
-            raise NotRunError(str(error)) from None
-        except RuntimeError as error:
-            raise RuntimeError(_in_one_line(error)) from error
+        return self._alive[backend].ask(
+            f"{_CALLS}:{function}",
+            self.deadline,
+            prompts=prompts(load, self.vocab_size, self.seed),
+            tokens=load.output_tokens,
+            **more,
+        )
 
     def stop(self) -> None:
         """End all engines."""
@@ -129,30 +142,24 @@ class Engines:
             time.sleep(0.5)
         self._free_bytes = max(self._free_bytes, free)
 
-    def _start(self, backend: str, group: str) -> EngineProcess:
+    def _start(self, backend: str) -> EngineProcess:
         self._starts += 1
         settings = {"HF_HUB_OFFLINE": "1"}
         hooks = []
         if backend == OURS:
             settings["SGLANG_PREFIX_STOCK_BACKEND"] = self.stock
-            if group == SYNC or self.dry:
+            if self._group == SYNC or self.dry:
                 hooks = [_GUARD]
                 settings[SYNC_FILE] = str(self.sync_file)
         if self.dry:
             settings["OMP_NUM_THREADS"] = "1"
         return EngineProcess(
-            engine_arguments(self.model, backend, group, dry=self.dry),
+            engine_arguments(self.model, backend, self._group, dry=self.dry),
             environment=engine_environment(
                 settings, hooks=hooks, paths=[self.folder / "plugin"], base=os.environ
             ),
-            log=self.folder / f"{self._starts}-{group}-{backend}.log",
+            log=self.folder / f"{self._starts}-{self._group}-{backend}.log",
         )
-
-
-def _in_one_line(error: RuntimeError) -> str:
-    """What an engine failed at, and of its log, which follows in the message, the cause."""
-    first, _, log = str(error).partition("\n")
-    return f"{first.removesuffix('; its log ends:')}: {cause_in(log)}"
 
 
 def engine_arguments(model: Path, backend: str, group: str, *, dry: bool) -> dict[str, Any]:
@@ -189,3 +196,27 @@ def engine_arguments(model: Path, backend: str, group: str, *, dry: bool) -> dic
     if group in (PAIR, SYNC):
         arguments["max_total_tokens"] = _PAIR_TOKENS
     return arguments
+
+
+def write_plugin(folder: Path) -> Path | None:
+    """Make our source tree a distribution to `importlib.metadata`, which SGLang asks for plugins.
+
+    Args:
+        folder: to be put on ``PYTHONPATH`` before any place where the package is installed.
+
+    Returns:
+        The ``.dist-info`` folder in it, with the name, version and entry points of pyproject.toml.
+        None in an installed wheel, which is a distribution already.
+    """
+    if not (ROOT / "pyproject.toml").is_file():
+        return None
+    project: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    name, version = project["name"], project["version"]
+    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir(parents=True, exist_ok=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    lines = []
+    for group, points in project["entry-points"].items():
+        lines += [f"[{group}]", *(f"{key} = {value}" for key, value in points.items()), ""]
+    (info / "entry_points.txt").write_text("\n".join(lines))
+    return info

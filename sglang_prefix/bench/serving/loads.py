@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 __all__ = [
+    "DRY_STOCK",
     "OURS",
     "PAIR",
     "STOCK",
@@ -26,6 +26,8 @@ STOCK = {
     "flashinfer": ("flashinfer",),
     "triton": ("sglang.srt.layers.attention.triton_backend",),
 }
+# On the CPU.
+DRY_STOCK = "torch_native"
 # Groups of engines that are alive together; PAIR is ours and the best stock backend.
 PAIR, SYNC = "pair", "sync"
 
@@ -46,17 +48,6 @@ class Load:
     num_requests: int
     levels: tuple[tuple[int, int], ...]
     output_tokens: int
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Load:
-        """The load that ``dataclasses.asdict`` was given, perhaps through JSON."""
-        levels = tuple((nodes, tokens) for nodes, tokens in values["levels"])
-        return cls(**{**values, "levels": levels})
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of each prompt."""
-        return sum(tokens for _, tokens in self.levels)
 
     @property
     def shares(self) -> bool:
@@ -91,21 +82,14 @@ class Measurement:
         return f"{self.group}/{self.load.name}"
 
 
-def rollouts(num_requests: int, prompt: int, output: int, name: str = "") -> Load:
-    """Samples of one prompt."""
-    name = name or f"rollouts-{num_requests}x{prompt // 1024}k"
-    return Load(name, num_requests, ((1, prompt),), output)
-
-
-UNRELATED = Load("unrelated", 64, ((64, 1536),), 128)
-AGENTS = Load("agents", 64, ((1, 4096), (4, 2048), (64, 256)), 256)
-FOREST = Load("logprobs", 16, ((1, 512), (4, 256), (16, 64)), 32)
-CHURN = Load("no-device-sync", 16, ((1, 4096), (4, 512), (16, 32)), 40)
-_WIDE, _SMALL, _LONG = (
-    rollouts(64, 8192, 512),
-    rollouts(16, 2048, 256),
-    rollouts(64, 32768, 512),
-)
+_UNRELATED = Load("unrelated", 64, ((64, 1536),), 128)
+_AGENTS = Load("agents", 64, ((1, 4096), (4, 2048), (64, 256)), 256)
+_FOREST = Load("logprobs", 16, ((1, 512), (4, 256), (16, 64)), 32)
+_CHURN = Load("no-device-sync", 16, ((1, 4096), (4, 512), (16, 32)), 40)
+# Samples of one prompt.
+_WIDE = Load("rollouts-64x8k", 64, ((1, 8192),), 512)
+_SMALL = Load("rollouts-16x2k", 16, ((1, 2048),), 256)
+_LONG = Load("rollouts-64x32k", 64, ((1, 32768),), 512)
 
 
 def measurements(stock: Sequence[str], long_output: int = 8192) -> list[Measurement]:
@@ -117,39 +101,36 @@ def measurements(stock: Sequence[str], long_output: int = 8192) -> list[Measurem
     """
     best, *others = stock
     both = (OURS, best)
-    many = rollouts(64, 1024, long_output, f"rollouts-64x1k-out{long_output}")
+    many = Load(f"rollouts-64x1k-out{long_output}", 64, ((1, 1024),), long_output)
     many_seconds = 20 + long_output / 60
     found = [
         Measurement("decode", PAIR, both, _WIDE, 40),
-        Measurement("alternate", PAIR, both, UNRELATED, 60),
+        Measurement("alternate", PAIR, both, _UNRELATED, 60),
         Measurement("decode", PAIR, both, _SMALL, 15),
-        Measurement("decode", PAIR, both, AGENTS, 25),
+        Measurement("decode", PAIR, both, _AGENTS, 25),
         Measurement("decode", PAIR, both, _LONG, 70),
-        Measurement("logprobs", PAIR, both, FOREST, 15),
+        Measurement("logprobs", PAIR, both, _FOREST, 15),
+        # Half of the memory would not hold the KV of these.
+        *(Measurement("decode", f"alone-{one}", (one,), many, many_seconds) for one in both),
+        Measurement("churn", SYNC, (OURS,), _CHURN, 30),
     ]
-    # Half of the memory would not hold the KV of these.
-    found += [Measurement("decode", f"alone-{name}", (name,), many, many_seconds) for name in both]
-    found.append(Measurement("churn", SYNC, (OURS,), CHURN, 30))
+    loads = {_WIDE: 30, _SMALL: 10, _AGENTS: 15, _LONG: 60, many: many_seconds}
     for name in others:
-        loads = ((_WIDE, 30), (_SMALL, 10), (AGENTS, 15), (_LONG, 60), (many, many_seconds))
-        found += [
-            Measurement("decode", f"alone-{name}", (name,), load, seconds)
-            for load, seconds in loads
-        ]
+        alone = f"alone-{name}", (name,)
+        found += [Measurement("decode", *alone, load, seconds) for load, seconds in loads.items()]
     return found
 
 
-def dry_measurements(stock: str) -> list[Measurement]:
+def dry_measurements(stock: str = DRY_STOCK) -> list[Measurement]:
     """The same kinds on the CPU, so small that they mean nothing; two engines run them all."""
     both = (OURS, stock)
-    wide = Load("rollouts-64x8k", 8, ((1, 512),), 12)
     agents = Load("agents", 6, ((1, 256), (2, 128), (6, 8)), 8)
     return [
-        Measurement("decode", PAIR, both, wide, 0),
-        Measurement("alternate", PAIR, both, Load("unrelated", 3, ((3, 40),), 6), 0, rounds=2),
-        Measurement("decode", PAIR, both, agents, 0),
-        Measurement("logprobs", PAIR, both, Load("logprobs", 4, ((1, 64), (2, 16), (4, 4)), 8), 0),
-        Measurement("churn", PAIR, (OURS,), Load("no-device-sync", 4, ((1, 64), (4, 8)), 6), 0),
+        Measurement("decode", PAIR, both, Load("rollouts-64x8k", 8, ((1, 512),), 12)),
+        Measurement("alternate", PAIR, both, Load("unrelated", 3, ((3, 40),), 6), rounds=2),
+        Measurement("decode", PAIR, both, agents),
+        Measurement("logprobs", PAIR, both, Load("logprobs", 4, ((1, 64), (2, 16), (4, 4)), 8)),
+        Measurement("churn", PAIR, (OURS,), Load("no-device-sync", 4, ((1, 64), (4, 8)), 6)),
     ]
 
 
@@ -158,8 +139,7 @@ def prompts(load: Load, vocab_size: int, seed: int) -> list[list[int]]:
     rng = random.Random(f"{seed} {load}")
     found: list[list[int]] = [[] for _ in range(load.num_requests)]
     for num_nodes, tokens in load.levels:
-        # Neither of the two tokens that a model may treat as its first and its last.
-        nodes = [rng.choices(range(2, vocab_size), k=tokens) for _ in range(num_nodes)]
+        nodes = [rng.choices(range(vocab_size), k=tokens) for _ in range(num_nodes)]
         for number, prompt in enumerate(found):
             prompt += nodes[number * num_nodes // load.num_requests]
     return found

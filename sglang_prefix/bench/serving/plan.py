@@ -1,133 +1,165 @@
-"""What a run of `bench serving` does: its settings, in order, from what the user chose."""
+"""What a run of `bench serving` does, from what the user chose."""
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from sglang_prefix import tiny_model
 from sglang_prefix.bench.serving.compare import SIDES
 from sglang_prefix.bench.serving.servers import RunningServer, describe
 from sglang_prefix.bench.serving.workloads import REGISTRY, Workload, load_workloads
 from sglang_prefix.bench.workloads.traces import read_trace
+from sglang_prefix.tiny_model import TinyModelConfig, build_once
 
-__all__ = ["Plan", "choose_model", "choose_workloads", "make_folder", "server_arguments", "steps"]
+__all__ = ["Plan", "choose_model"]
 
-# Of a model folder: without one of these it is not whole.
-_MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+# Of a server argument, the option of ours that takes its place.
+_OURS = {
+    "--model-path": "--model-path before --",
+    "--model": "--model-path before --",
+    "--tokenizer-path": "--tokenizer before --",
+    "--host": "nothing: servers listen on 127.0.0.1",
+    "--port": "--port before --",
+}
+# A backend in these, one that packs would be on both sides.
+_BACKENDS = ("--attention-backend", "--decode-attention-backend", "--prefill-attention-backend")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Plan:
-    """What is to be run.
+    """The options of the command, by its names for them, and what follows from them.
+
+    Raises:
+        ValueError: an option is not legal, or a file is not what it should be.
+        ServerError: a server that runs cannot be used.
+        OSError: ``out`` cannot be written.
 
     Attributes:
-        out: folder for everything that is written.
-        model: folder or name; tokenizer: the same, None for the model's.
+        command: what the user typed.
+        urls: by side, a server that runs; None to start one.
         workloads: at least one.
         absent: workloads that cannot be run, and why.
-        trace: file of a trace.
-        repeats: timed runs per workload and side.
-        seed: of the requests and the servers.
-        quick: whether the small sizes were taken.
-        urls: by side, a server that runs; None to start one.
-        server_args: by side, arguments of a server that is started.
-        port: of servers that are started; None to choose.
-        start_timeout_s: how long a server may take to start.
-        workload_timeout_s: how long requests may take to be made, or to be answered once; beyond
-            the time over which a trace sends them.
-        min_equal: share of tokens that must agree; None for all in float32, a quarter otherwise.
-        command: what the user typed.
+        arguments: by side, those of a server that is started; the user's last, so that they count.
     """
 
     out: Path
-    model: str
-    tokenizer: str | None
-    workloads: Sequence[Workload]
-    absent: dict[str, str]
-    trace: str | None
-    repeats: int
-    seed: int
-    quick: bool
-    urls: dict[str, str | None]
-    server_args: dict[str, list[str]]
-    port: int | None
-    start_timeout_s: float
-    workload_timeout_s: float
-    min_equal: float | None
-    command: list[str]
+    command: Sequence[str] = ()
+    server_args: Sequence[str] | None = None
+    model_path: str | None = None
+    tokenizer: str | None = None
+    stock_url: str | None = None
+    prefix_url: str | None = None
+    quick: bool = False
+    workload: Sequence[str] | None = None
+    workload_file: Path | None = None
+    trace: Path | None = None
+    trace_requests: int | None = None
+    trace_block_tokens: int | None = None
+    trace_speed: float | None = None
+    repeats: int = 1
+    seed: int | None = 0
+    min_equal: float | None = None
+    port: int | None = None
+    start_timeout: float = 900
+    workload_timeout: float = 1800
 
+    urls: dict[str, str | None] = field(init=False)
+    workloads: list[Workload] = field(init=False)
+    absent: dict[str, str] = field(init=False)
+    arguments: dict[str, list[str]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.seed = self.seed or 0
+        given = zip(SIDES, (self.stock_url, self.prefix_url), strict=True)
+        self.urls = {side: url.rstrip("/") if url else None for side, url in given}
+        self._check_server_args()
+        self._choose_workloads()
+        if self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"--out is {self.out}, which is a file; legal: a folder of results")
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.model_path = self.model_path or choose_model(self.out, self.urls)
+        both = self._common_arguments()
+        sides = {"stock": both, "prefix": [*both, "--decode-attention-backend", "prefix"]}
+        self.arguments = {side: [] if self.urls[side] else found for side, found in sides.items()}
+
+    @property
     def options(self) -> dict[str, Any]:
         """What a resumed run must have in common with its beginning."""
         return {
-            "model": self.model,
+            "model": self.model_path,
             "tokenizer": self.tokenizer,
             "urls": self.urls,
-            "workloads": [workload.as_dict() for workload in self.workloads],
-            "trace": self.trace,
+            "workloads": [[w.name, w.driver, dict(w.parameters)] for w in self.workloads],
+            "trace": str(self.trace) if self.trace else None,
             "repeats": self.repeats,
             "seed": self.seed,
             "quick": self.quick,
-            "server_args": self.server_args,
+            "server_args": self.arguments,
         }
 
+    def steps(self) -> Iterator[tuple[str, Workload, int]]:
+        """Side, workload and number of every timed run, in order.
 
-def steps(plan: Plan) -> Iterator[tuple[str, Workload, int]]:
-    """Side, workload and number of every timed run, in order.
-
-    A server that is started here serves all its runs before the next one starts. Two that run
-    already take turns, and take turns at being first.
-    """
-    rounds = range(plan.repeats)
-    if all(plan.urls.values()):
-        for workload in plan.workloads:
+        A server that is started here serves all its runs before the next one starts. Two that run
+        already take turns, and take turns at being first.
+        """
+        rounds = range(self.repeats)
+        if not all(self.urls.values()):
+            yield from ((side, w, n) for side in SIDES for w in self.workloads for n in rounds)
+            return
+        for workload in self.workloads:
             for number in rounds:
                 order = SIDES if number % 2 == 0 else SIDES[::-1]
                 yield from ((side, workload, number) for side in order)
-    else:
-        for side in SIDES:
-            yield from ((side, w, number) for w in plan.workloads for number in rounds)
 
+    def _check_server_args(self) -> None:
+        words = [word for argument in self.server_args or () for word in argument.split("=", 1)]
+        for name, ours in _OURS.items():
+            if name in words:
+                raise ValueError(f"server argument {name} is set by this command; use {ours}")
+        for name, value in pairwise(words):
+            if name in _BACKENDS and value == "prefix":
+                raise ValueError(f"server argument {name} prefix would be on both sides")
+            if (name, value) == ("--load-format", "dummy"):
+                raise ValueError(f"server argument {name} dummy: equal tokens would prove nothing")
+        if words and all(self.urls.values()):
+            raise ValueError("server arguments are for servers started here; both run already")
 
-def choose_workloads(
-    file: Path | None,
-    quick: bool,
-    names: list[str],
-    trace: Path | None,
-    overrides: dict[str, Any],
-) -> tuple[list[Workload], dict[str, str]]:
-    """The workloads that can be run, and why others cannot.
+    def _choose_workloads(self) -> None:
+        changes = {
+            "requests": self.trace_requests,
+            "block_tokens": self.trace_block_tokens,
+            "speed": self.trace_speed,
+        }
+        found = load_workloads(
+            self.workload_file or REGISTRY,
+            quick=self.quick,
+            names=self.workload or (),
+            overrides={name: value for name, value in changes.items() if value is not None},
+        )
+        if self.trace is not None:
+            read_trace(self.trace)  # for its errors, before anything is started
+        self.workloads = [one for one in found if one.driver != "trace" or self.trace is not None]
+        left = [one.name for one in found if one not in self.workloads]
+        self.absent = dict.fromkeys(left, "no --trace FILE was given")
+        if not self.workloads:
+            raise ValueError(f"--workload {', '.join(left)} needs --trace FILE")
 
-    Args:
-        file: of workloads; None for ours.
-        quick: the small sizes.
-        names: which; all if empty.
-        trace: file of a trace.
-        overrides: parameters of the trace replay; None keeps one.
+    def _common_arguments(self) -> list[str]:
+        import torch
 
-    Raises:
-        ValueError: a file holds none, or a name is not in it.
-    """
-    changed = {name: value for name, value in overrides.items() if value is not None}
-    found = load_workloads(file or REGISTRY, quick=quick, names=names, overrides={"trace": changed})
-    if trace is not None:
-        read_trace(trace)  # for its errors, before anything is started
-        return found, {}
-    without = [one for one in found if one.driver != "trace"]
-    absent = {one.name: "no --trace FILE was given" for one in found if one not in without}
-    if not without:
-        raise ValueError(f"--workload {', '.join(absent)} needs --trace FILE")
-    return without, absent
-
-
-def make_folder(out: Path) -> None:
-    """Make the folder of the results; ValueError if it is a file, OSError if it cannot be."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out is {out}, which is a file; legal: a folder, or a new one's name")
-    out.mkdir(parents=True, exist_ok=True)
+        found = ["--model-path", str(self.model_path), "--random-seed", str(self.seed)]
+        if self.tokenizer:
+            found += ["--tokenizer-path", self.tokenizer]
+        if not torch.cuda.is_available():
+            # Tokens can only be required to be equal where rounding hardly matters; the pool is
+            # bounded by tokens, the fraction only has to be enough.
+            found += ["--device", "cpu", "--dtype", "float32"]
+            found += ["--mem-fraction-static", "0.7", "--max-total-tokens", "65536"]
+        return [*found, *(self.server_args or ())]
 
 
 def choose_model(out: Path, urls: Mapping[str, str | None]) -> str:
@@ -140,49 +172,10 @@ def choose_model(out: Path, urls: Mapping[str, str | None]) -> str:
         if url is not None:
             return str(describe(RunningServer(side, url))["model"])
     folder = out / "tiny-model"
-    if folder.exists():
-        if lacking := [name for name in _MODEL_FILES if not (folder / name).is_file()]:
-            raise ValueError(
-                f"{folder} is not a whole model, it lacks {', '.join(lacking)}: remove it"
-            )
-        return str(folder)
     # As the demo's. Of more tokens, few are halves of characters: SGLang's tool takes the first
     # text for the first token.
-    config = tiny_model.TinyModelConfig(
+    config = TinyModelConfig(
         num_layers=2, num_heads=8, num_kv_heads=2, head_dim=64, vocab_size=4096
     )
-    with tempfile.TemporaryDirectory(prefix=".tiny-model-", dir=out) as beside:
-        whole = Path(beside, "model")
-        tiny_model.build_tiny_model(whole, config)
-        whole.rename(folder)
+    build_once(folder, config)
     return str(folder)
-
-
-def server_arguments(
-    model: str,
-    tokenizer: str | None,
-    seed: int,
-    given: list[str],
-    urls: Mapping[str, str | None],
-) -> dict[str, list[str]]:
-    """Arguments of both servers, the user's last so that they count.
-
-    Args:
-        model, tokenizer: folders or names; None for the model's tokenizer.
-        seed: of the servers.
-        given: what the user has for both.
-        urls: by side, a server that runs; it gets no arguments.
-    """
-    import torch
-
-    common = ["--model-path", model, "--random-seed", str(seed)]
-    if tokenizer:
-        common += ["--tokenizer-path", tokenizer]
-    if not torch.cuda.is_available():
-        # Tokens can only be required to be equal where rounding hardly matters; the pool is bounded
-        # by tokens, the fraction only has to be enough.
-        common += ["--device", "cpu", "--dtype", "float32"]
-        common += ["--mem-fraction-static", "0.7", "--max-total-tokens", "65536"]
-    both = [*common, *given]
-    found = {"stock": both, "prefix": [*both, "--decode-attention-backend", "prefix"]}
-    return {side: [] if urls[side] else arguments for side, arguments in found.items()}

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from typing_extensions import TypedDict
-
-from sglang_prefix.bench.results import ResultError, check_same, check_type, write_result
+from sglang_prefix.bench.child import ChildError, ChildProcess
+from sglang_prefix.bench.engine import engine_environment
+from sglang_prefix.bench.results import check_same, write_result
 from sglang_prefix.bench.run import BenchRun, Case
-from sglang_prefix.bench.serving.client import ClientError, ClientProcess, ClientTimeoutError
 from sglang_prefix.bench.serving.compare import SIDES, aggregate, compare, new_case, step_delta
-from sglang_prefix.bench.serving.plan import Plan, steps
+from sglang_prefix.bench.serving.plan import Plan
 from sglang_prefix.bench.serving.servers import (
     RunningServer,
     ServerError,
@@ -29,30 +25,15 @@ from sglang_prefix.bench.serving.servers import (
 )
 from sglang_prefix.bench.serving.workloads import Workload
 
-__all__ = ["OUTPUTS", "Run"]
+__all__ = ["Run"]
 
-# The answers of both sides, so that a side measured later can be compared with the other.
-OUTPUTS = "serving-tokens.json"
+_CLIENT = "sglang_prefix.bench.serving.drivers"
+_LOG = "client.log"
 # Where rounding may differ, so many tokens must come before an answer does. Broken attention leaves
 # the first token of each, which prefill makes, and a few by chance.
 _MIN_EQUAL_ROUNDED = 0.25
 # A server with a smaller KV pool keeps less of what is shared, and runs fewer requests at once.
 _MAX_POOL_DIFFERENCE = 0.01
-
-
-class Output(TypedDict):
-    """The answers of one side to one workload.
-
-    ``tokens`` are the ids of each answer to the requests of this ``fingerprint``, ``texts`` the
-    hashes of the answers of each timed run.
-    """
-
-    fingerprint: str
-    tokens: list[list[int]]
-    texts: list[list[str]]
-
-
-Outputs = dict[str, dict[Literal["stock", "prefix"], Output]]
 
 
 class Run(BenchRun):
@@ -72,33 +53,27 @@ class Run(BenchRun):
     def __init__(self, plan: Plan, *, resume: bool = False) -> None:
         self._plan = plan
         super().__init__(
-            plan.out, command=plan.command, options=plan.options(), seed=plan.seed, resume=resume
+            plan.out, command=plan.command, options=plan.options, seed=plan.seed or 0, resume=resume
         )
-        self._outputs_file = plan.out / OUTPUTS
-        self._outputs: dict[str, Any] = {}
+        self._wall_s = self.data["wall_s"] or 0.0
+        self._servers: dict[str, RunningServer] = {}
+        self._client: ChildProcess | None = None
+        self._prepared: dict[str, Any] = {}
+        self._tokens: dict[tuple[str, str], list[str]] = {}
         self._cases = {workload.name: new_case(workload) for workload in plan.workloads}
         if resume:
-            self._resume()
-        self._is_written = resume  # the file in the folder is of this run
-        self._wall_s = self.data["wall_s"] or 0.0
-        self._prepared: dict[str, Any] = {}
-        self._warm: set[tuple[str, str]] = set()
+            self._take_up()
+        has_gpu = self.data["environment"].get("gpu")
         for side in SIDES:
             known = self.data.get(side) or {}
-            self.data[side] = known | {"server_args": plan.server_args[side]}
+            self.data[side] = known | {"server_args": plan.arguments[side]}
         self.data |= {
             "absent": plan.absent,
-            "model": plan.model,
+            "model": plan.model_path,
             "dtype": self.data.get("dtype"),
             "method": {
-                "one_process": False,
                 "servers": "taking turns" if all(plan.urls.values()) else "one after the other",
-                "before_each_workload": "cache emptied; all its requests once, whose tokens are "
-                "compared; cache emptied again before each timed run",
-                "sampling": "greedy, end token ignored",
-                "server_environment": {}
-                if self.data["environment"].get("gpu")
-                else cpu_environment(),
+                "server_environment": {} if has_gpu else cpu_environment(),
             },
         }
         self.conclude()
@@ -113,7 +88,7 @@ class Run(BenchRun):
     @property
     def order(self) -> list[str]:
         """The steps that are left."""
-        return [f"{side}, {workload.name}" for side, workload, _ in self.pending()]
+        return [f"{side}, {workload.name}" for side, workload, _ in self._pending()]
 
     def problems(self) -> list[str]:
         """Cases whose tokens differ, or that nothing that shares was compared in any."""
@@ -126,136 +101,131 @@ class Run(BenchRun):
             return ["no workload that shares prefixes was packed: this run compares nothing"]
         return []
 
-    def _resume(self) -> None:
-        """Take up the runs in the file; what they come to is concluded again."""
-        options = self._plan.options().items()
-        check_same(self.path, self.data, {f"options.{name}": value for name, value in options})
-        self._outputs = _read_outputs(self._outputs_file)
-        for found in self.data["cases"]:
-            name = found["name"]
-            if name not in self._cases:
-                continue
-            self._cases[name]["requests"] = found["requests"]
-            for side, measured in found["sides"].items():
-                runs = measured.get("raw", {}).get("runs", [])
-                output = self._outputs.get(name, {}).get(side, {"texts": [], "tokens": []})
-                answers = {len(output["tokens"]), *map(len, output["texts"])}
-                if len(output["texts"]) < len(runs) or len(answers) > 1:
-                    raise ResultError(f"{self._outputs_file} lacks the answers of {side} to {name}")
-                if runs:
-                    flags = {"flags": measured.get("flags")}
-                    self._cases[name]["sides"][side] = aggregate(runs) | flags
-
-    def pending(self) -> list[tuple[str, Workload, int]]:
-        """The steps that are left."""
-        return [step for step in steps(self._plan) if step[2] >= len(self._runs(*step[:2]))]
-
-    def _runs(self, side: str, workload: Workload) -> list[dict[str, Any]]:
-        case = self._cases[workload.name]
-        runs: list[dict[str, Any]] = case["sides"].get(side, {}).get("raw", {}).get("runs", [])
-        return runs
-
     def run(
         self, budget_s: float, begin: Callable[[str], None], progress: Callable[[str], None]
     ) -> None:
         """Do what is left, without a budget; see :class:`BenchRun`.
 
         Raises:
-            ServerError: a server cannot be used; ClientError: the load generator failed. What was
-            measured before is in the file.
+            ServerError: a server cannot be used, or the load generator failed. What was measured
+                before is in the file.
         """
         self.progress = progress
-        pending = self.pending()
-        if not pending:
+        if not self._pending():
             return
-        servers: dict[str, RunningServer] = {}
         try:
-            with ExitStack() as stack:
-                stack.callback(lambda: _stop(servers))
-                self._run(pending, servers, stack, begin)
-        except KeyboardInterrupt:
-            if self._is_written:
-                raise
-            # A file of an earlier run is not this one's to go on with.
-            raise ServerError("interrupted; nothing was measured") from None
+            self._run(begin)
+        except ChildError as error:
+            raise ServerError(f"{error.summary}; its log: {self._plan.out / _LOG}") from None
+        finally:
+            if self._client is not None:
+                self._client.stop()
+            self._stop_servers()
         self._write()
 
-    def _run(
-        self,
-        pending: list[tuple[str, Workload, int]],
-        servers: dict[str, RunningServer],
-        stack: ExitStack,
-        begin: Callable[[str], None],
-    ) -> None:
+    def conclude(self) -> None:
+        """Compare the sides of all cases."""
+        exact = self.data["dtype"] in ("float32", "float")
+        given, default = self._plan.min_equal, 1.0 if exact else _MIN_EQUAL_ROUNDED
+        min_equal = default if given is None else given
+        for case in self._cases.values():
+            compare(case, repeats=self._plan.repeats, min_equal=min_equal)
+        left = (workload.name for _, workload, _ in self._pending())
+        self.data |= {
+            "not_run": dict.fromkeys(left, "interrupted"),
+            "min_equal": min_equal,
+            "cases": list(self._cases.values()),
+        }
+
+    def _take_up(self) -> None:
+        """Take up the runs in the file; what they come to is concluded again."""
+        options = self._plan.options.items()
+        check_same(self.path, self.data, {f"options.{name}": value for name, value in options})
+        for found in self.data["cases"]:
+            for side, measured in found["sides"].items():
+                raw = measured.get("raw")
+                if found["name"] in self._cases and raw and raw["runs"]:
+                    self._cases[found["name"]]["sides"][side] = aggregate(raw)
+
+    def _runs(self, side: str, name: str) -> list[dict[str, Any]]:
+        """What was measured of one side of a workload."""
+        sides = self._cases[name]["sides"]
+        return list(sides[side]["raw"]["runs"]) if side in sides else []
+
+    def _pending(self) -> list[tuple[str, Workload, int]]:
+        steps = self._plan.steps()
+        return [(side, w, n) for side, w, n in steps if n >= len(self._runs(side, w.name))]
+
+    def _write(self) -> None:
+        self.conclude()
+        self.data["wall_s"] = self._wall_s + time.monotonic() - self._began
+        write_result(self.path, self.data)
+
+    def _run(self, begin: Callable[[str], None]) -> None:
+        pending = self._pending()
+        first = pending[0][0]
         for side, url in self._plan.urls.items():
             if url is not None:
-                servers[side] = RunningServer(side, url)
-                self._describe(servers[side])
+                self._servers[side] = RunningServer(side, url)
+                self._describe(self._servers[side])
         # Before the first step: what was in the folder is not to be taken up as this run.
         self._write()
-        first = pending[0][0]
-        if first not in servers:
-            servers[first] = self._launch(first)  # and import SGLang here at the same time
-        client = self._client()
-        stack.callback(client.stop)
-        for name in dict.fromkeys(step[1].name for step in pending):
-            self.progress(f"{name}: making requests")
-            self._prepare(client, name, servers[first])
-        self._await(servers[first])
+        if first not in self._servers:
+            self._launch(first)  # and import SGLang in the client at the same time
+        self._client = self._start_client()
+        for workload in {step[1].name: step[1] for step in pending}.values():
+            self.progress(f"{workload.name}: making requests")
+            what = f"{workload.name}: its requests were not made"
+            found = self._ask("prepare", what, self._servers[first], workload=workload)
+            self._prepared[workload.name] = found
+        self._await(self._servers[first])
         for side, workload, number in pending:
             begin(f"{side}, {workload.name}")
-            if side not in servers:
-                _stop(servers)
-                servers[side] = self._launch(side)
-                self._await(servers[side])
-            self._step(client, servers[side], workload, number)
+            if side not in self._servers:
+                self._stop_servers()
+                self._launch(side)
+                self._await(self._servers[side])
+            self._step(self._servers[side], workload.name, number)
 
-    def _client(self) -> ClientProcess:
+    def _start_client(self) -> ChildProcess:
         plan = self._plan
         settings = {
-            "model": plan.model,
-            "tokenizer": plan.tokenizer or plan.model,
-            "trace": plan.trace,
+            "model": plan.model_path,
+            "tokenizer": plan.tokenizer or plan.model_path,
+            "trace": str(plan.trace) if plan.trace else None,
             "seed": plan.seed,
         }
-        return ClientProcess(plan.out / "client.log", settings)
+        return ChildProcess(
+            f"{_CLIENT}:start_client",
+            settings,
+            name="the client",
+            environment=engine_environment({}, base=os.environ),
+            log=plan.out / _LOG,
+        )
 
-    def _prepare(self, client: ClientProcess, name: str, server: RunningServer) -> None:
-        (workload,) = (w for w in self._plan.workloads if w.name == name)
-        limit = self._plan.workload_timeout_s
-        try:
-            self._prepared[name] = client.order(
-                "prepare",
-                limit_s=limit,
-                watch=server.raise_if_ended,
-                workload=workload.as_dict(),
-            )
-        except ClientTimeoutError:
-            raise ClientTimeoutError(
-                f"{name}: its requests were not made within {limit:g} s; --workload-timeout gives "
-                "them longer"
-            ) from None
-
-    def _launch(self, side: str) -> RunningServer:
-        plan = self._plan
-        log = plan.out / f"{side}-server.log"
-        variables = self.data["method"].get("server_environment")
-        return launch(side, plan.server_args[side], plan.port, log, variables)
+    def _launch(self, side: str) -> None:
+        plan, log = self._plan, self._plan.out / f"{side}-server.log"
+        variables = self.data["method"]["server_environment"]
+        self._servers[side] = launch(side, plan.arguments[side], plan.port, log, variables)
 
     def _await(self, server: RunningServer) -> None:
         if server.process is not None:
             self.progress("server: starting")
-            wait_until_ready(server, self._plan.start_timeout_s)
+            wait_until_ready(server, self._plan.start_timeout)
             self._describe(server)
+
+    def _stop_servers(self) -> None:
+        """Stop and remove those that were started here."""
+        for side in [side for side, one in self._servers.items() if one.process is not None]:
+            self._servers.pop(side).stop()
 
     def _describe(self, server: RunningServer) -> None:
         self.data[server.side] |= {"url": server.url, **describe(server)}
-        models = {self.data[side].get("model") for side in SIDES} - {None}
-        dtypes = {self.data[side].get("dtype") for side in SIDES} - {None}
-        for name, found in (("model", models), ("dtype", dtypes)):
+        for name in ("model", "dtype"):
+            found = {self.data[side].get(name) for side in SIDES} - {None}
             if len(found) > 1:
                 raise ServerError(f"the servers differ in {name}: {' and '.join(sorted(found))}")
-        self.data["dtype"] = next(iter(dtypes), None)
+            self.data[name] = next(iter(found), None)
         pools = [self.data[side].get("max_total_num_tokens") for side in SIDES]
         if all(pools) and max(pools) - min(pools) > _MAX_POOL_DIFFERENCE * max(pools):
             stock, prefix = pools
@@ -264,100 +234,57 @@ class Run(BenchRun):
                 f"{prefix} (prefix); give both the same --max-total-tokens"
             )
 
-    def _step(
-        self, client: ClientProcess, server: RunningServer, workload: Workload, number: int
-    ) -> None:
-        name, side = workload.name, server.side
-        try:
-            if (side, name) not in self._warm:
-                self.progress("tokens")
-                self._keep_tokens(name, side, self._order(client, "check", name, server))
-            self.progress(f"run {number + 1} of {self._plan.repeats}")
-            before = read_counters(server)
-            found = self._order(client, "measure", name, server)
-            found["counters"] = step_delta(before, read_counters(server))
+    def _step(self, server: RunningServer, name: str, number: int) -> None:
+        side = server.side
+        if (side, name) not in self._tokens:
+            self.progress("tokens")
+            found = self._send("check", name, server)
+            self._tokens[side, name] = [" ".join(map(str, answer)) for answer in found]
+        self.progress(f"run {number + 1} of {self._plan.repeats}")
+        before = read_counters(server)
+        run = self._send("measure", name, server, self._prepared[name]["replay_s"])
+        run |= {
+            "counters": step_delta(before, read_counters(server)),
+            "texts": [hashlib.sha256(t.encode()).hexdigest()[:16] for t in run["texts"]],
             # Shows whether other programs were running, which one side may have met more.
-            found["load_per_cpu"] = os.getloadavg()[0] / (os.cpu_count() or 1)
-        except ClientTimeoutError:
-            raise  # a server that hangs would not answer the next question either
-        except ClientError as error:
-            server.raise_if_dead()
-            raise ClientError(f"{side}, {name}: {error}") from None
-        texts = [hashlib.sha256(t.encode()).hexdigest()[:16] for t in found.pop("texts")]
-        output = self._outputs[name][side]
-        # A run whose file was not written, because the process ended, is run again.
-        output["texts"] = [*output["texts"][:number], texts]
-        side_now = aggregate([*self._runs(side, workload)[:number], found])
-        self._cases[name]["sides"][side] = side_now | {"flags": self._prepared[name]["flags"]}
+            "load_per_cpu": os.getloadavg()[0] / (os.cpu_count() or 1),
+        }
+        self._cases[name]["sides"][side] = aggregate(
+            {
+                "fingerprint": self._prepared[name]["fingerprint"],
+                "tokens": self._tokens[side, name],
+                "runs": [*self._runs(side, name), run],
+            }
+        )
         self._write()
 
-    def _order(self, client: ClientProcess, order: str, name: str, server: RunningServer) -> Any:
-        replay_s = self._prepared[name].get("replay_s", 0.0) if order == "measure" else 0.0
-        limit = self._plan.workload_timeout_s + replay_s
+    def _send(self, order: str, name: str, server: RunningServer, more_s: float = 0.0) -> Any:
+        """Have the client send a workload."""
+        what = f"{server.side}, {name}: the server at {server.url} did not answer all requests"
+        try:
+            return self._ask(order, what, server, more_s, name=name, url=server.url)
+        except ChildError as error:
+            server.raise_if_dead()
+            raise ServerError(f"{server.side}, {name}: {error.summary}") from None
+
+    def _ask(
+        self,
+        order: str,
+        what: str,
+        server: RunningServer,
+        more_s: float = 0.0,
+        **arguments: Any,
+    ) -> Any:
+        """Give the client an order, a method of `drivers.Client`, while a server lives."""
+        assert self._client is not None
+        limit = self._plan.workload_timeout + more_s
+        function = f"{_CLIENT}:Client.{order}"
         try:
             # Not `raise_if_dead`, which has an idle server generate a token, within the times.
-            return client.order(
-                order, limit_s=limit, watch=server.raise_if_ended, name=name, url=server.url
+            return self._client.ask(
+                function, time.monotonic() + limit, server.raise_if_ended, **arguments
             )
-        except ClientTimeoutError:
-            raise ClientTimeoutError(
-                f"{server.side}, {name}: the server at {server.url} did not answer all requests "
-                f"within {limit:g} s; --workload-timeout gives it longer"
+        except TimeoutError:
+            raise ServerError(
+                f"{what} within {limit:g} s; --workload-timeout gives it longer"
             ) from None
-
-    def _keep_tokens(self, name: str, side: str, tokens: list[list[int]]) -> None:
-        self._warm.add((side, name))
-        known = self._outputs.setdefault(name, {}).get(side, {"texts": []})
-        fingerprint = self._prepared[name]["fingerprint"]
-        self._outputs[name][side] = known | {"fingerprint": fingerprint, "tokens": tokens}
-        self._cases[name]["requests"] = len(tokens)
-
-    def min_equal(self) -> float:
-        """The share of tokens that must agree."""
-        if self._plan.min_equal is not None:
-            return self._plan.min_equal
-        return 1.0 if self.data["dtype"] in ("float32", "float") else _MIN_EQUAL_ROUNDED
-
-    def conclude(self) -> None:
-        """Compare the sides of all cases."""
-        for name, case in self._cases.items():
-            compare(
-                case,
-                self._outputs.get(name, {}),
-                repeats=self._plan.repeats,
-                min_equal=self.min_equal(),
-            )
-        left = (workload.name for _, workload, _ in self.pending())
-        self.data |= {
-            "not_run": dict.fromkeys(left, "interrupted"),
-            "min_equal": self.min_equal(),
-            "cases": list(self._cases.values()),
-        }
-
-    def _write(self) -> None:
-        self.conclude()
-        self.data["wall_s"] = self._wall_s + time.monotonic() - self._began
-        # In this order: tokens without their run are measured again, a run without its tokens
-        # could not be compared.
-        write_result(self._outputs_file, self._outputs)
-        write_result(self.path, self.data)
-        self._is_written = True
-
-
-def _read_outputs(path: Path) -> dict[str, Any]:
-    from pydantic import TypeAdapter
-
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ResultError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise ResultError(f"{path} is not JSON: {error}") from None
-    check_type(path, found, TypeAdapter(Outputs), "is not whole")
-    return found
-
-
-def _stop(servers: dict[str, RunningServer]) -> None:
-    """Stop and remove those that were started here."""
-    for side in [side for side, server in servers.items() if server.process is not None]:
-        servers.pop(side).stop()

@@ -1,8 +1,4 @@
-"""The two servers of `bench serving`: started here one at a time, or found running.
-
-As a program, ``python -m sglang_prefix.bench.serving.servers COMMAND``, it runs a server that ends
-with the process that started it.
-"""
+"""The two servers of `bench serving`: started here one at a time, or found running."""
 
 from __future__ import annotations
 
@@ -10,15 +6,12 @@ import contextlib
 import http.client
 import json
 import os
-import re
-import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +19,12 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
-from sglang_prefix.bench.engine import free_port, kill_session
+from sglang_prefix.bench.child import cause_in, kill_session, spawn
+from sglang_prefix.bench.engine import free_port, is_free
 
 __all__ = [
     "RunningServer",
     "ServerError",
-    "cause_in",
     "cpu_environment",
     "describe",
     "launch",
@@ -39,20 +32,19 @@ __all__ = [
     "wait_until_ready",
 ]
 
-_GUARD = (sys.executable, "-m", "sglang_prefix.bench.serving.servers")
 _SERVE = (sys.executable, "-m", "sglang_prefix.cli.main", "exec", "--", "sglang", "serve")
-
 _CALL_S = 60
 _END_S = 60.0
 _POLL_S = 0.3
 _HOST = "127.0.0.1"
-_CAUSE = re.compile(
-    r"^(?:\S+ )?(?:[\w.]*(?:Error|Exception)\b|.*\berror:).*|.*out of memory.*", re.I
+_DESCRIBED = (
+    *("dtype", "load_format", "attention_backend", "decode_attention_backend"),
+    "max_total_num_tokens",
 )
 
 
 class ServerError(RuntimeError):
-    """A server that cannot be used, in one line."""
+    """A server that cannot be used, or its client, in one line."""
 
 
 @dataclass(slots=True)
@@ -83,8 +75,6 @@ class RunningServer:
         if self.process is None:
             return
         kill_session(self.process)
-        if self.process.stdin is not None:
-            self.process.stdin.close()
         deadline = time.monotonic() + _END_S
         while left := _running_in_group(self.process.pid):
             if time.monotonic() > deadline:
@@ -97,7 +87,11 @@ class RunningServer:
     def raise_if_ended(self) -> None:
         """Raise ServerError if a server that was started here has ended; asks it nothing."""
         if self.process is not None and self.process.poll() is not None:
-            raise ServerError(f"the {self.side} server died with {_ending(self.process, self.log)}")
+            text = self.log.read_text(errors="replace") if self.log else ""
+            raise ServerError(
+                f"the {self.side} server ended with status {self.process.returncode}: "
+                f"{cause_in(text)}; its log: {self.log}"
+            )
 
     def raise_if_dead(self) -> None:
         """Raise ServerError if a server that was started here has ended, or another is silent."""
@@ -150,18 +144,11 @@ def launch(
     Raises:
         ServerError: the port is in use.
     """
-    if port is not None and not _is_free(port):
+    if port is not None and not is_free(port):
         raise ServerError(f"port {port} is in use; --port takes another, or none to choose one")
     port = free_port() if port is None else port
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [*_GUARD, *_SERVE, *arguments, "--host", _HOST, "--port", str(port)],
-            env=os.environ | (environment or {}),
-            stdin=subprocess.PIPE,  # its end is how the guard knows of ours
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    command = ["run", *_SERVE, *arguments, "--host", _HOST, "--port", str(port)]
+    process = spawn(command, os.environ | (environment or {}), log)
     return RunningServer(side, f"http://{_HOST}:{port}", log, process)
 
 
@@ -171,31 +158,18 @@ def wait_until_ready(server: RunningServer, timeout_s: float) -> None:
     Raises:
         ServerError: it ended, or does not answer in time.
     """
-    assert server.process is not None
     deadline = time.monotonic() + timeout_s
-    while not _is_healthy(server.url):
-        if server.process.poll() is not None:
-            ending = _ending(server.process, server.log)
-            raise ServerError(f"the {server.side} server did not start: it ended with {ending}")
+    while True:
+        with contextlib.suppress(OSError):
+            _get(f"{server.url}/health")
+            return
+        server.raise_if_ended()
         if time.monotonic() > deadline:
             raise ServerError(
                 f"the {server.side} server does not answer after {timeout_s:.0f} s; its log: "
                 f"{server.log}"
             )
         time.sleep(_POLL_S)
-
-
-def _ending(process: subprocess.Popen[bytes], log: Path | None) -> str:
-    text = log.read_text(errors="replace") if log else ""
-    return f"status {process.returncode}: {cause_in(text)}; its log: {log}"
-
-
-def cause_in(log: str) -> str:
-    """The line of a log that a user can act on: the last that names an error, or the last."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    causes = [line for line in lines if _CAUSE.match(line)]
-    found = [*lines[-1:], *causes[-1:]][-1:] or ["no output"]
-    return found[0][:300]
 
 
 def describe(server: RunningServer) -> dict[str, Any]:
@@ -220,27 +194,12 @@ def describe(server: RunningServer) -> dict[str, Any]:
             f"{server.url} has dummy weights, under which attention hardly matters: equal tokens "
             "would prove nothing; use real ones"
         )
-    path = model.get("model_path")
-    names = ("load_format", "attention_backend", "decode_attention_backend", "max_total_num_tokens")
     return {
-        "model": path,
-        "tokenizer": model.get("tokenizer_path") or path,
-        "dtype": _dtype(info.get("dtype"), path),
-        **{name: info.get(name) for name in names},
+        "model": model.get("model_path"),
+        "tokenizer": model.get("tokenizer_path") or model.get("model_path"),
         "sglang": info.get("version"),
+        **{name: info.get(name) for name in _DESCRIBED},
     }
-
-
-def _dtype(given: str | None, model: str | None) -> str | None:
-    """The data type that a server was given, and that of the model's file if it was "auto"."""
-    if given != "auto" or model is None:
-        return given
-    try:
-        config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not on this machine
-        return given
-    stored = config.get("dtype") or config.get("torch_dtype")
-    return f"auto (model: {stored})" if stored else given
 
 
 def read_counters(server: RunningServer) -> dict[str, Any] | None:
@@ -253,14 +212,12 @@ def read_counters(server: RunningServer) -> dict[str, Any] | None:
     if not states:
         return None
     total: dict[str, Any] = {}
-    for state in states:
-        for name, value in state.items():
-            if isinstance(value, dict) and name.endswith("_reasons"):
-                old = total.setdefault(name, {})
-                for reason, count in value.items():
-                    old[reason] = old.get(reason, 0) + count
-            elif name.endswith("_steps") or name.startswith("kv_tokens"):
-                total[name] = total.get(name, 0) + value
+    for name in states[0]:
+        values = [state[name] for state in states]
+        if name.endswith("_reasons"):
+            total[name] = dict(sum(map(Counter, values), Counter()))
+        elif name.endswith("_steps") or name.startswith("kv_tokens"):
+            total[name] = sum(values)
     return total
 
 
@@ -288,42 +245,3 @@ def _get(url: str) -> bytes:
     except (http.client.HTTPException, ValueError) as error:
         raise OSError(f"no HTTP server: {error}") from None
     return text
-
-
-def _is_healthy(url: str) -> bool:
-    try:
-        _get(f"{url}/health")
-    except OSError:
-        return False
-    return True
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((_HOST, port))
-        except OSError:
-            return False
-    return True
-
-
-def main() -> int:
-    """Run the server of the arguments and return its status, of a killed one as shells do.
-
-    Must lead a process group. When the other end of standard input closes, even because that
-    process was killed, the whole group is killed, server and all.
-    """
-
-    def die_with_parent() -> None:
-        sys.stdin.buffer.read()
-        os.killpg(0, signal.SIGKILL)
-
-    threading.Thread(target=die_with_parent, daemon=True).start()
-    status = subprocess.run(sys.argv[1:], stdin=subprocess.DEVNULL, check=False).returncode
-    return status if status >= 0 else 128 - status
-
-
-if __name__ == "__main__":
-    # Not `sys.exit`, which would wait for the thread that reads.
-    os._exit(main())

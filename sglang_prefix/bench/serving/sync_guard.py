@@ -22,6 +22,8 @@ from sglang_prefix.bench.hooks import patch_after_import
 __all__ = ["SYNC_FILE", "Guard", "patch"]
 
 SYNC_FILE = "SGLANG_PREFIX_SYNC_FILE"
+Context = contextlib.AbstractContextManager[None]
+
 _ENTRY_POINTS = ("init_forward_metadata", "init_forward_metadata_out_graph")
 
 
@@ -90,34 +92,35 @@ def patch(module: ModuleType) -> None:
     backend = module.PrefixAttnBackend
     plain_init = backend.__init__
 
+    def step(self: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Context:
+        # In a capture SGLang itself waits for the device.
+        if kwargs.get("in_capture") or any(args) or not forward_batch.forward_mode.is_decode():
+            return contextlib.nullcontext()
+        return guard.step()
+
+    def lift(*args: Any, **kwargs: Any) -> Context:
+        return guard.mode("default")
+
     @functools.wraps(plain_init)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         plain_init(self, *args, **kwargs)
         for name in _ENTRY_POINTS:
-            setattr(self.stock, name, lifted(getattr(self.stock, name)))
-
-    def lifted(method: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(method)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with guard.mode("default"):
-                return method(*args, **kwargs)
-
-        return call
-
-    def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(method)
-        def call(self: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
-            # In a capture SGLang itself waits for the device.
-            if kwargs.get("in_capture") or any(args) or not forward_batch.forward_mode.is_decode():
-                return method(self, forward_batch, *args, **kwargs)
-            with guard.step():
-                return method(self, forward_batch, *args, **kwargs)
-
-        return call
+            setattr(self.stock, name, _within(lift, getattr(self.stock, name)))
 
     backend.__init__ = init
     for name in _ENTRY_POINTS:
-        setattr(backend, name, guarded(getattr(backend, name)))
+        setattr(backend, name, _within(step, getattr(backend, name)))
+
+
+def _within(context: Callable[..., Context], method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method, called within a context that is made from its arguments."""
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with context(*args, **kwargs):
+            return method(*args, **kwargs)
+
+    return call
 
 
 if SYNC_FILE in os.environ:

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import Field, TypeAdapter, with_config
+from typing_extensions import TypedDict
 
+from sglang_prefix.bench.results import check_type
 from sglang_prefix.bench.workloads.traces import BLOCK_TOKENS, TraceRequest
 
 __all__ = [
-    "DRIVERS",
-    "GROUPS",
     "REGISTRY",
     "Forks",
     "Rollouts",
@@ -30,12 +31,13 @@ __all__ = [
 ]
 
 REGISTRY = Path(__file__).with_suffix(".json")
-GROUPS = ("shared-prefix", "random", "trace", "rollouts", "forks")
-_BENCH_SERVING = "bench_serving"
+
+_Count = Annotated[int, Field(gt=0)]
+_closed = with_config({"extra": "forbid"})
 
 
-@dataclass(frozen=True, slots=True)
-class Trace:
+@_closed
+class Trace(TypedDict):
     """A trace replay.
 
     Attributes:
@@ -46,69 +48,71 @@ class Trace:
         max_concurrency: requests in flight at most; later ones wait.
     """
 
-    requests: int
-    block_tokens: int
-    max_prompt_tokens: int
-    max_output_tokens: int
-    speed: float
-    max_concurrency: int
+    requests: _Count
+    block_tokens: Annotated[int, Field(gt=0, le=BLOCK_TOKENS)]
+    max_prompt_tokens: _Count
+    max_output_tokens: _Count
+    speed: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    max_concurrency: _Count
 
 
-@dataclass(frozen=True, slots=True)
-class Rollouts:
+@_closed
+class Rollouts(TypedDict):
     """``samples`` answers to each of ``prompts`` random prompts; lengths in tokens."""
 
-    prompts: int
-    samples: int
-    prompt_tokens: int
-    output_tokens: int
+    prompts: _Count
+    samples: _Count
+    prompt_tokens: _Count
+    output_tokens: _Count
 
 
-@dataclass(frozen=True, slots=True)
-class Forks:
+@_closed
+class Forks(TypedDict):
     """A tree of text: ``documents``, ``sections`` of each, ``questions`` to each section.
 
     Lengths in tokens; of text at least so many, since it ends with a sentence.
     """
 
-    documents: int
-    sections: int
-    questions: int
-    document_tokens: int
-    section_tokens: int
-    output_tokens: int
+    documents: _Count
+    sections: _Count
+    questions: _Count
+    document_tokens: _Count
+    section_tokens: _Count
+    output_tokens: _Count
 
 
-# What the parameters of a driver are; flags of SGLang's tool are read by that tool.
-DRIVERS: dict[str, type[Trace | Rollouts | Forks] | None] = {
-    _BENCH_SERVING: None,
+# By driver; flags of SGLang's tool are read by that tool.
+_PARAMETERS: dict[str, Any] = {
+    "bench_serving": dict[str, Any],
     "trace": Trace,
     "rollouts": Rollouts,
     "forks": Forks,
 }
 
 
+class _Entry(TypedDict):
+    """A workload in both sizes."""
+
+    name: str
+    group: Literal["shared-prefix", "random", "trace", "rollouts", "forks"]
+    driver: Literal["bench_serving", "trace", "rollouts", "forks"]
+    about: str
+    full: dict[str, Any]
+    quick: dict[str, Any]
+
+
+class _File(TypedDict):
+    workloads: Annotated[list[_Entry], Field(min_length=1)]
+
+
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """One workload at one size.
-
-    Attributes:
-        name: unique.
-        group: one of ``GROUPS``.
-        driver: one of ``DRIVERS``.
-        about: a few words.
-        parameters: what the driver takes.
-    """
+    """One workload at one size; ``parameters`` are what its driver takes."""
 
     name: str
     group: str
     driver: str
-    about: str
     parameters: Mapping[str, Any]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
 
 
 def load_workloads(
@@ -116,7 +120,7 @@ def load_workloads(
     *,
     quick: bool,
     names: Sequence[str] = (),
-    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> list[Workload]:
     """Read workloads.
 
@@ -124,61 +128,33 @@ def load_workloads(
         path: a file like `workloads.json` here.
         quick: the small size.
         names: which; all if empty.
-        overrides: by driver, parameters to replace.
+        overrides: parameters of trace replays to replace.
 
     Raises:
         ValueError: the file cannot be read, holds no such workloads, or a name is not in it.
     """
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))["workloads"]
-        found = [
-            _workload(entry, "quick" if quick else "full", overrides or {}) for entry in entries
-        ]
+        data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error.msg} at line {error.lineno}") from None
-    except (KeyError, TypeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a file of workloads: {error!r}") from None
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    check_type(path, data, TypeAdapter(_File), "is not a file of workloads")
+    found = []
+    for entry in data["workloads"]:
+        name, driver = entry["name"], entry["driver"]
+        parameters = entry["quick" if quick else "full"]
+        if driver == "trace":
+            parameters = parameters | (overrides or {})
+        check_type(path, parameters, TypeAdapter(_PARAMETERS[driver]), f"workload {name}")
+        found.append(Workload(name, entry["group"], driver, parameters))
     known = [workload.name for workload in found]
-    if not known or len(set(known)) < len(known):
-        raise ValueError(f"{path}: no workloads, or two of one name")
+    if len(set(known)) < len(known):
+        raise ValueError(f"{path}: two workloads of one name")
     for name in names:
         if name not in known:
             raise ValueError(f"--workload is {name}; legal: {', '.join(known)}")
     return [workload for workload in found if not names or workload.name in names]
-
-
-def _workload(
-    entry: Mapping[str, Any], size: str, overrides: Mapping[str, Mapping[str, Any]]
-) -> Workload:
-    name, driver, group = entry["name"], entry["driver"], entry["group"]
-    if driver not in DRIVERS:
-        raise ValueError(f"workload {name}: driver is {driver!r}; legal: {', '.join(DRIVERS)}")
-    if group not in GROUPS:
-        raise ValueError(f"workload {name}: group is {group!r}; legal: {', '.join(GROUPS)}")
-    parameters = {**entry[size], **overrides.get(driver, {})}
-    shape = DRIVERS[driver]
-    if shape is not None:
-        _check(name, parameters, shape)
-    return Workload(name, group, driver, entry["about"], parameters)
-
-
-def _check(name: str, parameters: Mapping[str, Any], shape: type[Trace | Rollouts | Forks]) -> None:
-    wanted = {field.name: field.type for field in fields(shape)}
-    if parameters.keys() != wanted.keys():
-        raise ValueError(f"workload {name}: its parameters must be {', '.join(wanted)}")
-    for key, value in parameters.items():
-        whole = wanted[key] == "int"
-        number = type(value) is int or (not whole and isinstance(value, float))
-        if not number or not 0 < value < float("inf"):
-            kind = "a whole number" if whole else "a number"
-            raise ValueError(f"workload {name}: {key} is {value!r}; legal: {kind} above 0")
-    if shape is Trace and parameters["block_tokens"] > BLOCK_TOKENS:
-        tokens = parameters["block_tokens"]
-        raise ValueError(f"workload {name}: block_tokens is {tokens}; legal: 1 to {BLOCK_TOKENS}")
 
 
 @dataclass(slots=True)
@@ -191,24 +167,17 @@ class TraceRow:
 
 
 def scale_trace(
-    trace: Sequence[TraceRequest],
-    token_ids: Sequence[int],
-    *,
-    block_tokens: int,
-    max_prompt_tokens: int,
-    max_output_tokens: int,
-    seed: int,
+    trace: Sequence[TraceRequest], token_ids: Sequence[int], shape: Trace, seed: int
 ) -> list[TraceRow]:
     """Turn a trace into requests with token ids.
 
     Args:
         trace: requests from `workloads.traces.read_trace`.
         token_ids: ids to draw from.
-        block_tokens: tokens of a block, 1 to 512; all lengths shrink in proportion.
-        max_prompt_tokens, max_output_tokens: longer prompts lose their end, so that what they share
-            stays shared; longer answers end sooner.
+        shape: of the replay. Longer prompts lose their end, so that what they share stays shared.
         seed: of the blocks; an id's block depends on nothing but the id and this.
     """
+    block_tokens = shape["block_tokens"]
     ids = np.asarray(token_ids)
     blocks: dict[int, list[int]] = {}
 
@@ -220,13 +189,13 @@ def scale_trace(
 
     rows = []
     for request in trace:
-        length = min(_scaled(request.input_length, block_tokens), max_prompt_tokens)
+        length = min(_scaled(request.input_length, block_tokens), shape["max_prompt_tokens"])
         prompt: list[int] = []
         for hash_id in request.hash_ids:
             if len(prompt) >= length:
                 break
             prompt += block(hash_id)
-        output = min(_scaled(request.output_length, block_tokens), max_output_tokens)
+        output = min(_scaled(request.output_length, block_tokens), shape["max_output_tokens"])
         # Two tokens at least: the first comes from prefill and says nothing about decode.
         rows.append(TraceRow(prompt[:length], max(output, 2), request.timestamp))
     return rows
