@@ -127,7 +127,8 @@ def _side(ratios: Result) -> Result:
     times: Result = {f"{m}_ms": {"median": ms, "p99": 2 * ms} for m, ms in medians.items()}
     times |= {"output_tokens_per_s": 400 * over.get("throughput", 1.0)}
     times |= {"requests_per_s": 1.0, "duration_s": 1.0}
-    return times | {"raw": {"runs": [times | {"counters": None, "load_per_cpu": 0.5}]}}
+    run = times | {"counters": None, "texts": [], "load_per_cpu": 0.5}
+    return times | {"raw": {"fingerprint": "", "tokens": [], "runs": [run]}}
 
 
 def engine_result() -> Result:

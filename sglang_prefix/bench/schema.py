@@ -36,6 +36,15 @@ class Target(TypedDict):
     meaning: str
 
 
+class Server(TypedDict):
+    """One of the two servers of `bench serving`."""
+
+    server_args: NotRequired[list[str]]
+    model: NotRequired[str | None]
+    dtype: NotRequired[str | None]
+    max_total_num_tokens: NotRequired[Count | None]
+
+
 class Result(TypedDict):
     """The envelope of all kinds, whose ``cases`` are those of :data:`CASES`.
 
@@ -59,6 +68,8 @@ class Result(TypedDict):
     limits: NotRequired[dict[str, NotNegative]]
     targets: NotRequired[dict[str, Target]]
     note: NotRequired[str]
+    stock: NotRequired[Server | None]
+    prefix: NotRequired[Server | None]
     cases: list[dict[str, Any]]
 
 
