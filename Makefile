@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test docs-check compat compat-version lint format bench-cpu clean
+.PHONY: help install demo test test-all docs-check compat compat-version lint format bench-cpu clean
 .PHONY: gpu-check gpu-bench gpu-tune gpu-serve
 .PHONY: gpu-check-dry gpu-bench-dry gpu-tune-dry gpu-serve-dry
 
@@ -61,11 +61,11 @@ format: install  ## Rewrite the sources in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench-cpu: install  ## Measure the CPU executor against SGLang's own decode, and the host's time
+bench-cpu: install  ## Measure the torch executor against SGLang's own decode, and the host's time
 	$(BIN)/sglang-prefix exec -- $(BIN)/sglang-prefix bench kernel --workload cpu --out build/cpu
 	$(BIN)/sglang-prefix exec -- $(BIN)/sglang-prefix bench host --out build/cpu
 
-# On a GPU host: its own python3 with torch, triton and numpy; nothing is installed.
+# On a GPU host: its own python3 with what CONTRIBUTING.md lists; nothing is installed.
 GPU_PYTHON ?= python3
 GPU_ENTRY := PYTHONPATH="$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/patches$${PYTHONPATH:+:$$PYTHONPATH}"
 GPU_OUT ?= build/gpu
@@ -99,5 +99,5 @@ gpu-serve-dry: install  ## The logic of gpu-serve with a tiny model, without a G
 	$(BIN)/sglang-prefix bench serving --engine --dry --out build/gpu-serve-dry $(GPU_ARGS)
 
 clean:  ## Remove the environment and everything that was built
-	rm -rf $(VENV) .venv-compat-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-compat-* build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -219,7 +219,7 @@ class PrefixDecodeWrapper:
                 request.
 
         Raises:
-            ValueError: lengths shrink, or pass the growth room ("plan again"), or ``new_slots``
+            ValueError: lengths shrink, or pass the reserved tail slots ("plan again"), or ``new_slots``
                 does not have one slot per new token. Nothing is changed then.
         """
         lens = self._checked_lengths(seq_lens)

@@ -64,7 +64,7 @@ class PlanCapacity:
 
     Attributes:
         batch_rows: requests, padding included.
-        plan_size: int32 values of a packed plan.
+        plan_size: int32 values of a serialised plan.
         slots: entries of ``kv_slots``.
         partials: partial results.
     """

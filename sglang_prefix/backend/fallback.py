@@ -119,9 +119,9 @@ def has_tensor_parallelism(model_runner: Any) -> bool:
 
 
 def captures_decode(model_runner: Any) -> bool:
-    """Whether SGLang captures decode steps of this runner in CUDA graphs."""
-    on_gpu = str(model_runner.device).startswith("cuda")
-    return on_gpu and not _decode_graphs_disabled(resolved_args(model_runner))
+    """Whether SGLang captures decode steps of this runner in graphs, CUDA's or another device's."""
+    on_device = not str(model_runner.device).startswith("cpu")
+    return on_device and not _decode_graphs_disabled(resolved_args(model_runner))
 
 
 _BLOCK_QUANTIZED = ("mxfp8", "nvfp4", "fp4_e2m1")

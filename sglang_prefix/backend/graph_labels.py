@@ -32,7 +32,12 @@ class GraphLabels:
         self._schedule = schedule
         self._has_one_label = False
         self._captured_size = 0
-        self.ranks_must_agree = False
+        self._is_parallel = False
+
+    @property
+    def ranks_must_agree(self) -> bool:
+        """Whether all ranks of a tensor-parallel group must choose the same of two graphs."""
+        return self._is_parallel and len(self.names) > 1
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -54,7 +59,7 @@ class GraphLabels:
         self._schedule.graph_labels = (PACKED, STOCK) if gate == "auto" else (PACKED,)
         # Ranks with batches of their own cannot agree on a label.
         self._has_one_label = has_dp_attention(model_runner)
-        self.ranks_must_agree = gate == "auto" and has_tensor_parallelism(model_runner)
+        self._is_parallel = has_tensor_parallelism(model_runner)
 
     def begin_captures(self, workspace: Workspace | None, max_batch_size: int) -> None:
         """Begin to capture graphs of up to ``max_batch_size`` requests.

@@ -49,7 +49,7 @@ def size_workspace(
     """Divide a budget between the slots and the partials of plans.
 
     Sharing only takes slots away: the packs of any plan hold no more slots than one pack per
-    request does. Nor does it add rows to the packed plan: every pack, split and row block has a
+    request does. Nor does it add rows to the serialised plan: every pack, split and row block has a
     partial of its own for each of its requests. So a plan fits if its partials are within
     ``max_partials`` and the lengths of its requests within the slots.
 

@@ -91,7 +91,7 @@ class PackedAttention:
         for plan in plans:
             self.executor.load(plan, *tables)
         need = self._buffers.capacity
-        # Other tile classes make other row blocks, so a packed plan may be larger.
+        # Other tile classes make other row blocks, so a serialised plan may be larger.
         size = max(need.batch_rows, padded_batch_size)
         self.executor = self._make(
             capacity=plan_buffers.PlanCapacity(size, 4 * need.plan_size, need.slots, need.partials)

@@ -77,7 +77,7 @@ def measure_planning(num_requests: int, rounds: int, seed: int) -> dict[str, Any
         # What loading a plan into the Triton executor costs the host, launches left out.
         "work_list": make_work_list,
         # A step that goes on as the one before: all of it in a graph.
-        "kept_step": batch.keep,
+        "reused_step": batch.keep,
     }
     timed = {name: partial(host_seconds, work) for name, work in stages.items()}
     seconds = interleaved(timed, rounds, warmups=2)

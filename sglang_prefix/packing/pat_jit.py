@@ -147,13 +147,13 @@ def cheapest_choices(
     for node in range(num_nodes - 1, -1, -1):
         for i in range(indptr[node], indptr[node + 1]):
             length = stop[node] - position[i]
-            stretch_bytes = length * token_bytes
+            segment_bytes = length * token_bytes
             kept_query_bytes = query_bytes + length * reread_bytes
             tails_kept, tails_folded = (
                 num_own[node] * kept_query_bytes,
-                num_own[node] * stretch_bytes,
+                num_own[node] * segment_bytes,
             )
-            split_cost = pack_bytes + stretch_bytes + min(tails_kept, tails_folded)
+            split_cost = pack_bytes + segment_bytes + min(tails_kept, tails_folded)
             fold_cost = tails_folded
             all_can_fold = True
             child = first_child[node]
