@@ -219,8 +219,8 @@ class PrefixDecodeWrapper:
                 request.
 
         Raises:
-            ValueError: lengths shrink, or pass the reserved tail slots ("plan again"), or ``new_slots``
-                does not have one slot per new token. Nothing is changed then.
+            ValueError: lengths shrink, or pass the reserved tail slots ("plan again"), or
+                ``new_slots`` does not have one slot per new token. Nothing is changed then.
         """
         lens = self._checked_lengths(seq_lens)
         if (lens < self._seq_lens).any():

@@ -145,14 +145,19 @@ def test_ranks_with_batches_of_their_own_need_a_workspace_for_every_batch() -> N
         graphs.backend.init_cuda_graph_state(100_000, 100_000)
 
 
+@pytest.mark.parametrize(
+    ("gate", "max_batch_size"), [("auto", MAX_BATCH_SIZE), ("always", 100_000)]
+)
 def test_a_rank_that_cannot_plan_does_not_choose_another_graph_than_the_others(
-    monkeypatch: pytest.MonkeyPatch,
+    gate: str, max_batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: Any) -> None:
         raise RuntimeError("raised on purpose by a test")
 
     monkeypatch.setattr(DecodePlanner, "prepare", fail)
-    alone, one_of_two = Graphs(), Graphs(tp_size=2)
+    alone, one_of_two = Graphs(gate), Graphs(gate, tp_size=2)
+    for graphs in (alone, one_of_two):
+        graphs.backend.init_cuda_graph_state(max_batch_size, max_batch_size)
     assert alone.replay(2, 2) == "stock"
     assert alone.counted["fallback_reasons"] == {"error": 1}
     with pytest.raises(RuntimeError, match="on purpose"):
