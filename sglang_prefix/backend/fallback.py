@@ -1,6 +1,6 @@
 """What the backend does not serve itself, and why: one table, and the tests that fill it in.
 
-Whatever is found here goes to the stock backend, is counted under its name, and is said once.
+A batch or layer that has one of these goes to stock, is counted under its name, and is said once.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ class KernelRun(BenchRun):
     def cases(self) -> list[Case]:
         """Small batches first, so that a budget leaves out the largest, except in a suite."""
         in_order = sorted(self._cases, key=lambda case: (case.rank, case.logical_elements))
-        # On a GPU the time goes into compiling, whatever the size.
+        # On a GPU compiling takes most of the time, at any size.
         expected = self._expected_s if self._host == "cpu" else None
         return [
             Case(c.name, c.group, partial(self._measure, c), expected and partial(expected, c))

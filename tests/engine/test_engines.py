@@ -13,9 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.conftest import Results
-from tests.engine.driver import SectionResult
-from tests.engine.evidence import (
+from tests.engine.comparisons import (
     LOGPROB_TOLERANCE,
     LOGPROB_TOLERANCE_BF16_CACHE,
     assert_evidence,
@@ -25,6 +23,8 @@ from tests.engine.evidence import (
     num_changed,
     num_retracted,
 )
+from tests.engine.conftest import Results
+from tests.engine.driver import SectionResult
 from tests.engine.releases import needs
 from tests.engine.scenarios import (
     CONTROLS,

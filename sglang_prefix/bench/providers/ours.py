@@ -18,7 +18,7 @@ from sglang_prefix.bench.workloads.inputs import AttentionInputs
 __all__ = ["Chain", "TorchOurs", "TritonOurs", "chains", "our_providers"]
 
 _USUAL = (LAUNCH_MODES[0], MERGE_MODES[0])
-# A usual depth; launches cost what they cost, whatever is attended to.
+# A usual depth. The cost of launches does not depend on the batch.
 _CHAIN_LAYERS = 32
 # Classes of rows in use, and the policy that leads to it on requests that share a short prefix:
 # packs of all of them beside their tails, or their tails alone.

@@ -22,7 +22,7 @@ from sglang_prefix.bench.tables import by_reason, is_losing, ratio_text
 __all__ = ["PAGE", "build_page", "section_of", "write_folder_page"]
 
 PAGE = "report.html"
-# What the bench commands write into a folder; whatever else is in it is not looked at.
+# What the bench commands write into a folder; other files in it are not read.
 _FOLDER_FILES = ("kernel.json", "serving.json", "engine.json", "tune.json", "host.json")
 _SECTIONS: dict[str, Callable[[Mapping[str, Any]], Section]] = {
     "bench-kernel": kernel_section,

@@ -62,7 +62,7 @@ class Run(BenchRun):
         self._tokens: dict[tuple[str, str], list[str]] = {}
         self._cases = {workload.name: new_case(workload) for workload in plan.workloads}
         if resume:
-            self._take_up()
+            self._load_resumable()
         has_gpu = self.data["environment"].get("gpu")
         for side in SIDES:
             known = self.data.get(side) or {}
@@ -137,7 +137,7 @@ class Run(BenchRun):
             "cases": list(self._cases.values()),
         }
 
-    def _take_up(self) -> None:
+    def _load_resumable(self) -> None:
         """Take up the runs in the file; what they come to is concluded again."""
         options = self._plan.options.items()
         check_same(self.path, self.data, {f"options.{name}": value for name, value in options})
