@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from sglang_prefix import sglang_environment as environment_module
 from sglang_prefix.cli import doctor
-from sglang_prefix.cli import exec as exec_module
-from sglang_prefix.cli.exec import SglKernel, sglang_environment, stand_in_root
 from sglang_prefix.cli.main import app
+from sglang_prefix.sglang_environment import SglKernel, sglang_environment, stand_in_root
 from sglang_prefix.tiny_model import TinyModelConfig, build_tiny_model
 
 CLI = [sys.executable, "-m", "sglang_prefix.cli.main"]
@@ -77,15 +77,15 @@ class TestExec:
         base: dict[str, str],
         expected: dict[str, str],
     ) -> None:
-        monkeypatch.setattr(exec_module, "has_gpu", lambda: has_gpu)
+        monkeypatch.setattr(environment_module, "has_gpu", lambda: has_gpu)
         assert sglang_environment(SglKernel(kind), base) == expected
 
     def test_a_failed_import_is_explained_by_the_missing_library(self) -> None:
         library = "libcuda.so.1: cannot open shared object file: No such file or directory"
         output = f"Traceback\nImportError:\n- ImportError: {library}\n- something else"
-        assert exec_module._cause(output) == f"ImportError: {library}"
-        assert exec_module._cause("Traceback\nValueError: no") == "ValueError: no"
-        assert exec_module._cause("") == ""
+        assert environment_module._cause(output) == f"ImportError: {library}"
+        assert environment_module._cause("Traceback\nValueError: no") == "ValueError: no"
+        assert environment_module._cause("") == ""
 
     def test_signals_reach_the_command_and_its_status_is_the_result(self, tmp_path: Path) -> None:
         numbers, noted = [str(int(number)) for number in SIGNALS], tmp_path / "noted"

@@ -18,6 +18,7 @@ from typing import Any
 
 from sglang_prefix.bench.child import ChildProcess
 from sglang_prefix.bench.hooks import hook_environment
+from sglang_prefix.sglang_environment import find_sgl_kernel, sglang_environment
 
 __all__ = [
     "EngineProcess",
@@ -95,8 +96,6 @@ def engine_environment(
         base: the environment to start from; None for this process's without what it sets for the
             backend, so that the backend runs as it comes.
     """
-    from sglang_prefix.cli.exec import find_sgl_kernel, sglang_environment
-
     if base is None:
         base = {k: v for k, v in os.environ.items() if not k.startswith("SGLANG_PREFIX_")}
     found = sglang_environment(find_sgl_kernel(), base)

@@ -18,9 +18,9 @@ from typing import Any
 
 import typer
 
-from sglang_prefix.cli.exec import SglKernel, find_sgl_kernel, sglang_environment
 from sglang_prefix.cli.output import JsonOption, console, say, write_json
 from sglang_prefix.config import BACKEND_NAME
+from sglang_prefix.sglang_environment import SglKernel, find_sgl_kernel, sglang_environment
 
 __all__ = ["METADATA_CHECKS", "SGLANG_CHECKS", "CheckError", "check_kernel", "doctor"]
 

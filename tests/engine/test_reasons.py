@@ -87,6 +87,11 @@ def test_decode_graphs_alone_are_no_reason_and_with_dp_attention_the_gate_can_be
     assert reason_of(SERVERS["dp-attention"] | {"gate": "always"}) is None
 
 
+@pytest.mark.parametrize(("device", "reason"), [("npu:0", "dp-attention"), ("cpu", None)])
+def test_any_device_but_the_cpu_may_have_decode_graphs(device: str, reason: str | None) -> None:
+    assert reason_of(SERVERS["dp-attention"] | {"device": device}) == reason
+
+
 @pytest.mark.parametrize("reason", VARIABLES)
 def test_environment_variables_that_go_to_stock(
     reason: str, monkeypatch: pytest.MonkeyPatch
