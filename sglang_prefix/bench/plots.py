@@ -40,8 +40,18 @@ _READS = {
     "kv_read_ratio": "KV tokens read / KV tokens, packed steps (stock: 1)",
     "packed_share": "decode steps that were packed",
 }
-_WIDTH, _ROW, _FRAME = 9.5, 0.30, 1.9  # inches
+_ROW, _FRAME = 0.30, 1.9  # inches
 _BAR = 0.62
+_STYLE: Any = {
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "figure.constrained_layout.use": True,
+    "font.size": 8,
+    # Outlines: a page from disk brings no fonts, and another's would not fit the boxes.
+    "svg.fonttype": "path",
+    # Names may have dollar signs, which do not enclose mathematics.
+    "text.parse_math": False,
+}
 
 
 def has_matplotlib() -> bool:
@@ -103,8 +113,7 @@ def roofline_figure(data: Data) -> Figure:
     _logarithmic(axes, "y")
     axes.set_xlabel("arithmetic intensity, FLOP per byte of KV")
     axes.set_ylabel("achieved, GFLOP/s")
-    axes.set_title(_title(data, "Roofline: decode attention"), loc="left", size=10)
-    axes.grid(alpha=0.25, which="both", lw=0.5)
+    axes.set_title(_title(data, "Roofline: decode attention"))
     return _with_legend(figure, axes, 2)
 
 
@@ -173,7 +182,7 @@ def serving_reads_figure(data: Data) -> Figure:
         bars = _bars(axes, cases, title, field, ["prefix"])
         values = [case["sides"]["prefix"].get(field) for case in cases]
         said = ["none" if value is None else f"{value:.2f}" for value in values]
-        axes.bar_label(bars, said, fontsize=8)
+        axes.bar_label(bars, said)
         axes.set_ylim(0, 1.15)
         axes.axhline(1, color=_STOCK, linewidth=1)
     figure.suptitle(_title(data, Path(str(data.get("model"))).name))
@@ -196,13 +205,11 @@ def _bars(
         for bar, case in zip(bars, cases, strict=True):
             bar.set_alpha(1.0 if case["is_comparison"] else 0.35)
     names = [case["name"] + ("" if case["is_comparison"] else " *") for case in cases]
-    axes.set_xticks(range(len(cases)), names, fontsize=8)
+    axes.set_xticks(range(len(cases)), names)
     if not all(case["is_comparison"] for case in cases):
-        axes.set_xlabel("* no comparison", fontsize=8)
-    axes.set_title(title, fontsize=10)
+        axes.set_xlabel("* no comparison")
+    axes.set_title(title)
     axes.set_ylim(bottom=0)
-    axes.grid(axis="y", linewidth=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
     return bars
 
 
@@ -245,40 +252,27 @@ def save_plots(data: Data, folder: str | os.PathLike[str]) -> list[Path]:
 
 def svg_text(draw: Callable[[Data], Figure], data: Data, salt: str) -> str:
     """A picture as the text of an SVG file, the same for the same data and salt."""
-    import matplotlib
+    from matplotlib import style
 
-    settings: dict[Any, Any] = {
-        "svg.hashsalt": salt,
-        # Outlines: a page from disk brings no fonts, and another's would not fit the boxes.
-        "svg.fonttype": "path",
-        # Names may have dollar signs, which do not enclose mathematics.
-        "text.parse_math": False,
-    }
     file = io.StringIO()
-    with matplotlib.rc_context(settings):
-        draw(data).savefig(
-            file, format="svg", metadata={"Date": None}, bbox_inches="tight", facecolor="white"
-        )
+    with style.context(["seaborn-v0_8-whitegrid", _STYLE | {"svg.hashsalt": salt}]):
+        draw(data).savefig(file, format="svg", metadata={"Date": None}, bbox_inches="tight")
     return file.getvalue()
 
 
 def _figure(height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
     from matplotlib.figure import Figure
 
-    width = _WIDTH if rows == columns == 1 else 11
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(10, height))
     return figure, figure.subplots(rows, columns)
 
 
 def _rows(data: Data, what: str, cases: Sequence[Data]) -> tuple[Figure, Axes]:
     """A figure with one row per case, the first on top."""
     figure, axes = _figure(_FRAME + _ROW * max(len(cases), 3))
-    axes.set_title(_title(data, f"{what}: decode attention"), loc="left", size=10)
-    axes.set_yticks(range(len(cases)), [case["name"] for case in cases], size=8)
+    axes.set_title(_title(data, f"{what}: decode attention"))
+    axes.set_yticks(range(len(cases)), [case["name"] for case in cases])
     axes.set_ylim(max(len(cases), 1) - 0.4, -0.6)
-    axes.grid(axis="x", alpha=0.25, lw=0.5)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
     if not cases:
         axes.text(0.5, 0.5, "nothing was measured", transform=axes.transAxes, ha="center")
     return figure, axes
@@ -315,14 +309,11 @@ def _stock_names(cases: Sequence[Data]) -> str:
 def _beside(axes: Axes, row: int, said: str, *, loses: bool = False) -> None:
     """A text right of the axes, in line with a row."""
     where, colour = axes.get_yaxis_transform(), _LOSING if loses else "black"
-    axes.text(1.01, row, said, transform=where, va="center", size=8, color=colour)
+    axes.text(1.01, row, said, transform=where, va="center", color=colour)
 
 
 def _with_legend(figure: Figure, axes: Axes, columns: int) -> Figure:
     """The figure with each label once, below it."""
     found = {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    handles, labels = [*found.values()], [*found]
-    figure.legend(
-        handles, labels, loc="outside lower left", ncols=columns, fontsize=8, frameon=False
-    )
+    figure.legend([*found.values()], [*found], loc="outside lower left", ncols=columns)
     return figure
