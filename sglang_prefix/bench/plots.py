@@ -31,14 +31,13 @@ _OURS, _LOSING, _STOCK, _PALE = "#0072b2", "#d55e00", "#888888", "#dddddd"
 _PARTS = {"plan": "#e69f00", "copy": "#cc79a7", "forward": "#0072b2", "merge": "#009e73"}
 _MARKS = {"pat": "o", "node": "s", "chunk": "^", "query": "x"}
 _SIDES = {"stock": _STOCK, "prefix": _OURS}
-_TIMES = {
-    "ttft_ms": "time to first token, ms",
-    "tpot_ms": "time per output token, ms",
-    "itl_ms": "time between tokens, ms",
-}
-_READS = {
-    "kv_read_ratio": "KV tokens read / KV tokens, packed steps (stock: 1)",
-    "packed_share": "decode steps that were packed",
+_PANELS = {
+    "ttft_ms": "time to first token, ms (less is better)",
+    "tpot_ms": "time per output token, ms (less is better)",
+    "itl_ms": "time between tokens, ms (less is better)",
+    "output_tokens_per_s": "output tokens per second (more is better)",
+    "kv_read_ratio": "KV tokens read / KV tokens, in packed steps",
+    "packed_share": "share of decode steps that were packed",
 }
 _ROW, _FRAME = 0.30, 1.9  # inches
 _BAR = 0.62
@@ -160,47 +159,28 @@ def byte_ratio_figure(data: Data) -> Figure:
     return _with_legend(figure, axes, 3)
 
 
-def serving_times_figure(data: Data) -> Figure:
-    """TTFT, TPOT, ITL (bars: median; lines: to the 99th percentile), output tokens per second.
+def serving_figure(data: Data) -> Figure:
+    """Servers: times (bars: median; lines: to the 99th percentile), tokens per second, reads.
 
     Workloads that are no comparison are drawn pale and marked with a star.
     """
-    figure, grid = _figure(7.0, 2, 2)
-    cases = [case for case in data["cases"] if case["sides"]]
-    for axes, (field, title) in zip(grid.flatten(), _TIMES.items(), strict=False):
-        _bars(axes, cases, f"{title} (less is better)", field)
-    _bars(grid[1][1], cases, "output tokens per second (more is better)", "output_tokens_per_s")
+    figure, grid = _figure(10.0, 3, 2)
+    for axes, (field, title) in zip(grid.flatten(), _PANELS.items(), strict=True):
+        _bars(axes, [case for case in data["cases"] if case["sides"]], title, field)
     figure.suptitle(_title(data, Path(str(data.get("model"))).name))
-    return _with_legend(figure, grid[1][1], 2)
+    return _with_legend(figure, grid[0][0], 2)
 
 
-def serving_reads_figure(data: Data) -> Figure:
-    """KV tokens read over KV tokens of all requests, and the share of decode steps packed."""
-    figure, grid = _figure(3.8, 1, 2)
-    cases = [case for case in data["cases"] if "prefix" in case["sides"]]
-    for axes, (field, title) in zip(grid, _READS.items(), strict=True):
-        bars = _bars(axes, cases, title, field, ["prefix"])
-        values = [case["sides"]["prefix"].get(field) for case in cases]
-        said = ["none" if value is None else f"{value:.2f}" for value in values]
-        axes.bar_label(bars, said)
-        axes.set_ylim(0, 1.15)
-        axes.axhline(1, color=_STOCK, linewidth=1)
-    figure.suptitle(_title(data, Path(str(data.get("model"))).name))
-    return figure
-
-
-def _bars(
-    axes: Axes, cases: Sequence[Data], title: str, field: str, sides: Sequence[str] = (*_SIDES,)
-) -> Any:
+def _bars(axes: Axes, cases: Sequence[Data], title: str, field: str) -> None:
     """A bar per case and side; of times a line from the median to the 99th percentile as well."""
-    width = 0.76 / len(sides)
-    for number, side in enumerate(sides):
+    width = 0.38
+    for left, (side, colour) in zip((-width / 2, width / 2), _SIDES.items(), strict=True):
         found = [case["sides"].get(side, {}).get(field) for case in cases]
         spreads = [each if isinstance(each, dict) else {"median": each} for each in found]
         heights = [spread["median"] or 0.0 for spread in spreads]
         tops = [spread.get("p99", spread["median"]) or 0.0 for spread in spreads]
-        xs = np.arange(len(cases)) + (number - (len(sides) - 1) / 2) * width
-        bars = axes.bar(xs, heights, width, color=_SIDES[side], label=side)
+        xs = np.arange(len(cases)) + left
+        bars = axes.bar(xs, heights, width, color=colour, label=side)
         axes.vlines(xs, heights, np.maximum(heights, tops), color="black", linewidth=0.8)
         for bar, case in zip(bars, cases, strict=True):
             bar.set_alpha(1.0 if case["is_comparison"] else 0.35)
@@ -210,7 +190,6 @@ def _bars(
         axes.set_xlabel("* no comparison")
     axes.set_title(title)
     axes.set_ylim(bottom=0)
-    return bars
 
 
 # By kind of result file and name of the picture's file. The first line of a function's docstring
@@ -222,10 +201,7 @@ PLOTS: dict[str, dict[str, Callable[[Data], Figure]]] = {
         "kernel-time-split": time_split_figure,
         "kernel-bytes": byte_ratio_figure,
     },
-    "bench-serving": {
-        "serving_times": serving_times_figure,
-        "serving_reads": serving_reads_figure,
-    },
+    "bench-serving": {"serving_times": serving_figure},
 }
 
 
