@@ -109,7 +109,7 @@ class TestShown:
         plots = shown.locator("figure.plot img").evaluate_all(
             "plots => plots.map(e => [e.alt, e.clientWidth, e.clientHeight, e.naturalWidth])"
         )
-        assert len(plots) == 5
+        assert len(plots) == 3
         for label, width, height, drawn in plots:
             assert label
             assert (width > 300, height > 100, drawn > 100) == (True, True, True), label
