@@ -331,17 +331,14 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("content", "complaint"),
         [
-            ("", "is not a result file: Expecting value"),
             (WHOLE[: len(WHOLE) // 2], "is not a result file"),
-            ("[" * 100_000, "is not a result file"),
             (WHOLE.replace('"ms"', '"m"'), "cases: 0.providers.torch_native.ms: Field required"),
-            (WHOLE.replace("tree-02", "tree-01"), "two cases are named 'pat-tree-01'"),
             (
                 ENGINE.replace("tpot_us", "tpot"),
                 "not a whole bench-engine file: KeyError: 'tpot_us'",
             ),
         ],
-        ids=["empty", "half-written", "deep", "no time", "twice", "timed without a time"],
+        ids=["half-written", "no time", "timed without a time"],
     )
     def test_a_bad_file_is_named_and_nothing_is_written(
         self, content: str, complaint: str, tmp_path: Path
