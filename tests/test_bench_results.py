@@ -161,7 +161,7 @@ def kernel_case(
     mib: int = 300,
 ) -> dict[str, Any]:
     """A measured case; kernel times in us; ours plan for 32 us of a step, others for as long."""
-    like = kernel_result()["cases"][0]
+    like: dict[str, Any] = kernel_result()["cases"][0]
     return like | {
         **{"name": name, "group": group, "heads": {"kv": kv}, "batch": batch},
         "bytes": {"ideal": mib << 20},
