@@ -27,21 +27,30 @@ __all__ = ["PLOTS", "has_matplotlib", "save_plots", "svg_text"]
 Data = Mapping[str, Any]
 
 # Colours of Okabe and Ito, told apart with any colour vision.
-_OURS, _LOSING, _STOCK, _PALE = "#0072b2", "#d55e00", "#888888", "#dddddd"
+_OURS, _LOSING, _STOCK = "#0072b2", "#d55e00", "#888888"
 _PARTS = {"plan": "#e69f00", "copy": "#cc79a7", "forward": "#0072b2", "merge": "#009e73"}
 _MARKS = {"pat": "o", "node": "s", "chunk": "^", "query": "x"}
 _SIDES = {"stock": _STOCK, "prefix": _OURS}
-_TIMES = {
-    "ttft_ms": "time to first token, ms",
-    "tpot_ms": "time per output token, ms",
-    "itl_ms": "time between tokens, ms",
+_PANELS = {
+    "ttft_ms": "time to first token, ms (less is better)",
+    "tpot_ms": "time per output token, ms (less is better)",
+    "itl_ms": "time between tokens, ms (less is better)",
+    "output_tokens_per_s": "output tokens per second (more is better)",
+    "kv_read_ratio": "KV tokens read / KV tokens, in packed steps",
+    "packed_share": "share of decode steps that were packed",
 }
-_READS = {
-    "kv_read_ratio": "KV tokens read / KV tokens, packed steps (stock: 1)",
-    "packed_share": "decode steps that were packed",
-}
-_WIDTH, _ROW, _FRAME = 9.5, 0.30, 1.9  # inches
+_ROW, _FRAME = 0.30, 1.9  # inches
 _BAR = 0.62
+_STYLE: Any = {
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "figure.constrained_layout.use": True,
+    "font.size": 8,
+    # Outlines: a page from disk brings no fonts, and another's would not fit the boxes.
+    "svg.fonttype": "path",
+    # Names may have dollar signs, which do not enclose mathematics.
+    "text.parse_math": False,
+}
 
 
 def has_matplotlib() -> bool:
@@ -49,16 +58,31 @@ def has_matplotlib() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def speedup_figure(data: Data) -> Figure:
-    """Speed-up of ours over the fastest stock kernel, per case; other policies as marks."""
+def steps_figure(data: Data) -> Figure:
+    """A decode step of ours, per case: speed-up over stock, where its time goes, KV bytes read.
+
+    On the CPU the merge is timed alone, after the step.
+    """
     ours = our_provider(data)
-    cases = [case for case in data["cases"] if over(case, ours, "stock")]
-    figure, axes = _rows(data, "Speed-up over stock", cases)
+    cases = [case for case in data["cases"] if ours in case["providers"]]
+    figure, panels = _figure(_FRAME + _ROW * max(len(cases), 3), 1, 3, width=16, sharey=True)
+    for axes, draw in zip(panels, (_draw_speedups, _draw_parts, _draw_bytes), strict=True):
+        draw(axes, cases, ours)
+    panels[0].set_yticks(range(len(cases)), [case["name"] for case in cases])
+    panels[0].set_ylim(max(len(cases), 1) - 0.4, -0.6)
+    figure.suptitle(_title(data, "Decode attention"))
+    return _with_legend(figure, 6)
+
+
+def _draw_speedups(axes: Axes, cases: Sequence[Data], ours: str | None) -> None:
+    """Bars of ours, which begin at 1; other policies as marks."""
     for row, case in enumerate(cases):
-        value, loses = over(case, ours, "stock") or 1.0, _loses(case, ours)
-        label, colour = ("slower", _LOSING) if loses else (ours, _OURS)
+        value = over(case, ours, "stock")
+        if value is None:
+            continue
+        label, colour = ("slower", _LOSING) if value < 1 else (ours, _OURS)
         axes.barh(row, value - 1, left=1, color=colour, height=_BAR, label=label)
-        _beside(axes, row, f"{value:.2f}x", loses=loses)
+        _beside(axes, row, f"{value:.2f}x", loses=value < 1)
         for name, other in of_kind(case, "ours").items():
             if name != ours:
                 mark, label = _MARKS.get(other["policy"], "d"), f"policy {other['policy']}"
@@ -67,7 +91,40 @@ def speedup_figure(data: Data) -> Figure:
     axes.axvline(1, color=_STOCK, lw=1.2)
     _logarithmic(axes, "x", base=2)
     axes.set_xlabel(f"time of the fastest stock kernel ({_stock_names(cases)}) / time of ours")
-    return _with_legend(figure, axes, 5)
+
+
+def _draw_parts(axes: Axes, cases: Sequence[Data], ours: str | None) -> None:
+    """Shares of the parts of a step."""
+    found = [case["providers"][ours] for case in cases]
+    # Of a GPU there is no time of the merge, which is launched with the forward pass.
+    is_split = any(mine.get("merge_ms") is not None for mine in found)
+    labels = {
+        "forward": "forward (run less merge)" if is_split else "forward with merge",
+        "merge": "merge (timed alone after the step)",
+    }
+    left = np.zeros(len(cases))
+    for part, colour in _PARTS.items():
+        shares = [100 * (mine.get(f"{part}_ms") or 0.0) / mine["ms"] for mine in found]
+        label = labels.get(part, part) if any(shares) else None
+        axes.barh(range(len(cases)), shares, _BAR, left, color=colour, label=label)
+        left += shares
+    for row, mine in enumerate(found):
+        _beside(axes, row, f"{mine['ms']:.2f} ms")
+    layers = max((case["layers"] for case in cases), default=1)
+    axes.set_xlabel(f"median of each part / median of the step, %; layers: {layers}")
+
+
+def _draw_bytes(axes: Axes, cases: Sequence[Data], ours: str | None) -> None:
+    """KV bytes that are stored (ideal) and that ours reads, over those that stock reads."""
+    rows = range(len(cases))
+    read = [100 * case["providers"][ours]["kv_read_ratio"] for case in cases]
+    ideal = [100 * case["bytes"]["ideal"] / case["bytes"]["logical"] for case in cases]
+    axes.barh(rows, read, _BAR, color=_OURS)
+    axes.plot(ideal, rows, "|", color="black", ms=13, mew=2, label="ideal: each token once")
+    for row, mine in enumerate(read):
+        _beside(axes, row, f"{mine:.1f}%")
+    axes.set_xlim(0, 105)
+    axes.set_xlabel("KV bytes, % of what every request reading its own takes, as stock does")
 
 
 def roofline_figure(data: Data) -> Figure:
@@ -90,7 +147,7 @@ def roofline_figure(data: Data) -> Figure:
             if name == ours:
                 axes.plot([read, ideal], [rate, rate], color=_OURS, lw=0.6)
                 axes.plot(ideal, rate, "o", color=_OURS, ms=6, mfc="none", label=best)
-                look = (slower, _LOSING) if _loses(case, ours) else look
+                look = (slower, _LOSING) if (over(case, ours, "stock") or 1.0) < 1 else look
             axes.plot(read, rate, "o", color=look[1], ms=5, label=look[0])
     bandwidths = sorted(c["bandwidth_gb_s"] for c in cases if c["bandwidth_gb_s"])
     if xs and bandwidths:
@@ -103,122 +160,51 @@ def roofline_figure(data: Data) -> Figure:
     _logarithmic(axes, "y")
     axes.set_xlabel("arithmetic intensity, FLOP per byte of KV")
     axes.set_ylabel("achieved, GFLOP/s")
-    axes.set_title(_title(data, "Roofline: decode attention"), loc="left", size=10)
-    axes.grid(alpha=0.25, which="both", lw=0.5)
-    return _with_legend(figure, axes, 2)
+    axes.set_title(_title(data, "Roofline: decode attention"))
+    return _with_legend(figure, 2)
 
 
-def time_split_figure(data: Data) -> Figure:
-    """Where a step of ours spends its time; on the CPU the merge is timed alone, after the step."""
-    ours, cases = _cases_of_ours(data)
-    figure, axes = _rows(data, "Time of a decode step", cases)
-    found = [case["providers"][ours] for case in cases]
-    # Of a GPU there is no time of the merge, which is launched with the forward pass.
-    is_split = any(mine.get("merge_ms") is not None for mine in found)
-    labels = {
-        "forward": "forward (run less merge)" if is_split else "forward with merge",
-        "merge": "merge (timed alone after the step)",
-    }
-    left = np.zeros(len(cases))
-    for part, colour in _PARTS.items():
-        shares = [100 * (mine.get(f"{part}_ms") or 0.0) / mine["ms"] for mine in found]
-        label = labels.get(part, part) if any(shares) else None
-        axes.barh(range(len(cases)), shares, _BAR, left, color=colour, label=label)
-        left += shares
-    for row, (case, mine) in enumerate(zip(cases, found, strict=True)):
-        loses = _loses(case, ours)
-        said = ", slower than stock" if loses else ""
-        _beside(axes, row, f"{mine['ms']:.2f} ms{said}", loses=loses)
-    layers = max((case["layers"] for case in cases), default=1)
-    axes.set_xlabel(f"median of each part / median of the step of {ours}, %; layers: {layers}")
-    return _with_legend(figure, axes, 4)
-
-
-def byte_ratio_figure(data: Data) -> Figure:
-    """KV bytes that are stored (ideal) and that ours reads, over those that stock reads."""
-    ours, cases = _cases_of_ours(data)
-    figure, axes = _rows(data, "KV bytes read", cases)
-    rows = range(len(cases))
-    read = [100 * case["providers"][ours]["kv_read_ratio"] for case in cases]
-    ideal = [100 * case["bytes"]["ideal"] / case["bytes"]["logical"] for case in cases]
-    stock = "logical: each request its own, as stock reads"
-    axes.barh(rows, [100] * len(cases), _BAR, color=_PALE, label=stock)
-    axes.barh(rows, read, _BAR, color=_OURS, label=f"read by {ours}")
-    axes.plot(ideal, rows, "|", color="black", ms=13, mew=2, label="ideal: each once")
-    for row, (mine, best) in enumerate(zip(read, ideal, strict=True)):
-        _beside(axes, row, f"{mine:.1f}%, ideal {best:.1f}%")
-    axes.set_xlabel("KV bytes, % of what every request reading its own takes")
-    return _with_legend(figure, axes, 3)
-
-
-def serving_times_figure(data: Data) -> Figure:
-    """TTFT, TPOT, ITL (bars: median; lines: to the 99th percentile), output tokens per second.
+def serving_figure(data: Data) -> Figure:
+    """Servers: times (bars: median; lines: to the 99th percentile), tokens per second, reads.
 
     Workloads that are no comparison are drawn pale and marked with a star.
     """
-    figure, grid = _figure(7.0, 2, 2)
-    cases = [case for case in data["cases"] if case["sides"]]
-    for axes, (field, title) in zip(grid.flatten(), _TIMES.items(), strict=False):
-        _bars(axes, cases, f"{title} (less is better)", field)
-    _bars(grid[1][1], cases, "output tokens per second (more is better)", "output_tokens_per_s")
+    figure, grid = _figure(10.0, 3, 2)
+    for axes, (field, title) in zip(grid.flatten(), _PANELS.items(), strict=True):
+        _bars(axes, [case for case in data["cases"] if case["sides"]], title, field)
     figure.suptitle(_title(data, Path(str(data.get("model"))).name))
-    return _with_legend(figure, grid[1][1], 2)
+    return _with_legend(figure, 2)
 
 
-def serving_reads_figure(data: Data) -> Figure:
-    """KV tokens read over KV tokens of all requests, and the share of decode steps packed."""
-    figure, grid = _figure(3.8, 1, 2)
-    cases = [case for case in data["cases"] if "prefix" in case["sides"]]
-    for axes, (field, title) in zip(grid, _READS.items(), strict=True):
-        bars = _bars(axes, cases, title, field, ["prefix"])
-        values = [case["sides"]["prefix"].get(field) for case in cases]
-        said = ["none" if value is None else f"{value:.2f}" for value in values]
-        axes.bar_label(bars, said, fontsize=8)
-        axes.set_ylim(0, 1.15)
-        axes.axhline(1, color=_STOCK, linewidth=1)
-    figure.suptitle(_title(data, Path(str(data.get("model"))).name))
-    return figure
-
-
-def _bars(
-    axes: Axes, cases: Sequence[Data], title: str, field: str, sides: Sequence[str] = (*_SIDES,)
-) -> Any:
+def _bars(axes: Axes, cases: Sequence[Data], title: str, field: str) -> None:
     """A bar per case and side; of times a line from the median to the 99th percentile as well."""
-    width = 0.76 / len(sides)
-    for number, side in enumerate(sides):
+    width = 0.38
+    for left, (side, colour) in zip((-width / 2, width / 2), _SIDES.items(), strict=True):
         found = [case["sides"].get(side, {}).get(field) for case in cases]
         spreads = [each if isinstance(each, dict) else {"median": each} for each in found]
         heights = [spread["median"] or 0.0 for spread in spreads]
         tops = [spread.get("p99", spread["median"]) or 0.0 for spread in spreads]
-        xs = np.arange(len(cases)) + (number - (len(sides) - 1) / 2) * width
-        bars = axes.bar(xs, heights, width, color=_SIDES[side], label=side)
+        xs = np.arange(len(cases)) + left
+        bars = axes.bar(xs, heights, width, color=colour, label=side)
         axes.vlines(xs, heights, np.maximum(heights, tops), color="black", linewidth=0.8)
         for bar, case in zip(bars, cases, strict=True):
             bar.set_alpha(1.0 if case["is_comparison"] else 0.35)
     names = [case["name"] + ("" if case["is_comparison"] else " *") for case in cases]
-    axes.set_xticks(range(len(cases)), names, fontsize=8)
+    axes.set_xticks(range(len(cases)), names)
     if not all(case["is_comparison"] for case in cases):
-        axes.set_xlabel("* no comparison", fontsize=8)
-    axes.set_title(title, fontsize=10)
+        axes.set_xlabel("* no comparison")
+    axes.set_title(title)
     axes.set_ylim(bottom=0)
-    axes.grid(axis="y", linewidth=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    return bars
 
 
 # By kind of result file and name of the picture's file. The first line of a function's docstring
 # says what its plot shows.
 PLOTS: dict[str, dict[str, Callable[[Data], Figure]]] = {
     "bench-kernel": {
-        "kernel-speedup": speedup_figure,
+        "kernel-steps": steps_figure,
         "kernel-roofline": roofline_figure,
-        "kernel-time-split": time_split_figure,
-        "kernel-bytes": byte_ratio_figure,
     },
-    "bench-serving": {
-        "serving_times": serving_times_figure,
-        "serving_reads": serving_reads_figure,
-    },
+    "bench-serving": {"serving_times": serving_figure},
 }
 
 
@@ -245,43 +231,21 @@ def save_plots(data: Data, folder: str | os.PathLike[str]) -> list[Path]:
 
 def svg_text(draw: Callable[[Data], Figure], data: Data, salt: str) -> str:
     """A picture as the text of an SVG file, the same for the same data and salt."""
-    import matplotlib
+    from matplotlib import style
 
-    settings: dict[Any, Any] = {
-        "svg.hashsalt": salt,
-        # Outlines: a page from disk brings no fonts, and another's would not fit the boxes.
-        "svg.fonttype": "path",
-        # Names may have dollar signs, which do not enclose mathematics.
-        "text.parse_math": False,
-    }
     file = io.StringIO()
-    with matplotlib.rc_context(settings):
-        draw(data).savefig(
-            file, format="svg", metadata={"Date": None}, bbox_inches="tight", facecolor="white"
-        )
+    with style.context(["seaborn-v0_8-whitegrid", _STYLE | {"svg.hashsalt": salt}]):
+        draw(data).savefig(file, format="svg", metadata={"Date": None}, bbox_inches="tight")
     return file.getvalue()
 
 
-def _figure(height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
+def _figure(
+    height: float, rows: int = 1, columns: int = 1, *, width: float = 10, sharey: bool = False
+) -> tuple[Figure, Any]:
     from matplotlib.figure import Figure
 
-    width = _WIDTH if rows == columns == 1 else 11
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns)
-
-
-def _rows(data: Data, what: str, cases: Sequence[Data]) -> tuple[Figure, Axes]:
-    """A figure with one row per case, the first on top."""
-    figure, axes = _figure(_FRAME + _ROW * max(len(cases), 3))
-    axes.set_title(_title(data, f"{what}: decode attention"), loc="left", size=10)
-    axes.set_yticks(range(len(cases)), [case["name"] for case in cases], size=8)
-    axes.set_ylim(max(len(cases), 1) - 0.4, -0.6)
-    axes.grid(axis="x", alpha=0.25, lw=0.5)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    if not cases:
-        axes.text(0.5, 0.5, "nothing was measured", transform=axes.transAxes, ha="center")
-    return figure, axes
+    figure = Figure(figsize=(width, height))
+    return figure, figure.subplots(rows, columns, sharey=sharey)
 
 
 def _logarithmic(axes: Axes, which: str, base: int = 10) -> None:
@@ -289,15 +253,6 @@ def _logarithmic(axes: Axes, which: str, base: int = 10) -> None:
     (axes.semilogx if which == "x" else axes.semilogy)(base=base)
     (axes.xaxis if which == "x" else axes.yaxis).set_major_formatter("{x:g}")
     axes.minorticks_off()
-
-
-def _cases_of_ours(data: Data) -> tuple[str | None, list[Data]]:
-    ours = our_provider(data)
-    return ours, [case for case in data["cases"] if ours in case["providers"]]
-
-
-def _loses(case: Data, ours: str | None) -> bool:
-    return (over(case, ours, "stock") or 1.0) < 1
 
 
 def _title(data: Data, what: str) -> str:
@@ -315,14 +270,14 @@ def _stock_names(cases: Sequence[Data]) -> str:
 def _beside(axes: Axes, row: int, said: str, *, loses: bool = False) -> None:
     """A text right of the axes, in line with a row."""
     where, colour = axes.get_yaxis_transform(), _LOSING if loses else "black"
-    axes.text(1.01, row, said, transform=where, va="center", size=8, color=colour)
+    axes.text(1.01, row, said, transform=where, va="center", color=colour)
 
 
-def _with_legend(figure: Figure, axes: Axes, columns: int) -> Figure:
-    """The figure with each label once, below it."""
-    found = {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    handles, labels = [*found.values()], [*found]
-    figure.legend(
-        handles, labels, loc="outside lower left", ncols=columns, fontsize=8, frameon=False
-    )
+def _with_legend(figure: Figure, columns: int) -> Figure:
+    """The figure with each label of its axes once, below them."""
+    found: dict[Any, Any] = {}
+    for axes in figure.axes:
+        handles, labels = axes.get_legend_handles_labels()
+        found |= dict(zip(labels, handles, strict=True))
+    figure.legend([*found.values()], [*found], loc="outside lower left", ncols=columns)
     return figure

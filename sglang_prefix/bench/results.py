@@ -123,7 +123,8 @@ def write_whole(target: Path, text: str) -> None:
     """
     beside = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        beside.write_text(text, encoding="utf-8")
+        # Half of a pair, as a file's name in a command line may have, is no character of UTF-8.
+        beside.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(beside, target)
     finally:
         beside.unlink(missing_ok=True)

@@ -60,7 +60,6 @@ def run_cases(
     order: Sequence[str] | None = None,
     began: float | None = None,
     begin: Callable[[Case], None] = lambda case: None,
-    finish: Callable[[Case, str | None], None] = lambda case, problem: None,
     conclude: Callable[[], None] = lambda: None,
 ) -> None:
     """Measure the cases that a result lacks, in order, and write its file after each.
@@ -77,7 +76,6 @@ def run_cases(
         budget_s: seconds from ``began`` on, by time.monotonic(); None for now.
         order: names in the order of the file; None for that of ``cases``.
         begin: is called with every case before it is measured or passed over.
-        finish: is called with every case and why it was not run or failed; None if it was measured.
         conclude: is called before the file is written, to derive what depends on all cases.
 
     Raises:
@@ -106,44 +104,41 @@ def run_cases(
             now = time.monotonic()
             needs = case.expected_s() if case.expected_s else max(recent[-3:])
             if lost:
-                problem: str | None = "the GPU is lost: nothing more can run in this process"
-                data["not_run"][case.name] = problem
+                data["not_run"][case.name] = "the GPU is lost: nothing more can run in this process"
             elif now - began + needs >= budget_s:
-                problem = f"not enough was left of the budget of {budget_s:g} s"
-                data["not_run"][case.name] = problem
+                left = f"not enough was left of the budget of {budget_s:g} s"
+                data["not_run"][case.name] = left
             else:
-                problem = _measure(case, data)
+                lost = not _measure(case, data) and _is_lost()
                 recent.append(time.monotonic() - now)
                 data["cases"].sort(key=lambda found: places.get(found["name"], len(places)))
-                lost = problem is not None and _is_lost()
-            finish(case, problem)
             write()
     except KeyboardInterrupt:
         write()  # for the time that the case had taken
         raise
 
 
-def _measure(case: Case, data: dict[str, Any]) -> str | None:
-    """Measure a case into the data; why it was not run or failed."""
+def _measure(case: Case, data: dict[str, Any]) -> bool:
+    """Measure a case into the data, or note there why not; whether it was measured."""
     _free_memory()
     began = time.monotonic()
     try:
         measured = case.measure()
     except (NotRunError, TimeoutError) as error:
-        problem = data["not_run"][case.name] = str(error)
-        return problem
+        data["not_run"][case.name] = str(error)
+        return False
     except Exception as error:  # the cases after this one are still worth their time
         reason = f"{type(error).__name__}: {error}".partition("\n")[0][:_LONGEST_REASON]
         if is_out_of_memory(error):
-            problem = data["not_run"][case.name] = f"out of memory: {reason}"
-            return problem
-        problem = data["failed"][case.name] = reason
-        del data["not_run"][case.name]
-        return problem
+            data["not_run"][case.name] = f"out of memory: {reason}"
+        else:
+            del data["not_run"][case.name]
+            data["failed"][case.name] = reason
+        return False
+    del data["not_run"][case.name]
     times = {"wall_s": time.monotonic() - began}
     data["cases"].append({"name": case.name, "group": case.group, **measured, **times})
-    del data["not_run"][case.name]
-    return None
+    return True
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -18,13 +18,14 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
 AtLeastOne = Annotated[int, Field(ge=1)]
+Words = Annotated[str, Field(min_length=1)]
 Reasons = dict[str, str]
 
 
 class Environment(TypedDict):
     """What numbers were measured on and with, see `results.environment`."""
 
-    device: str
+    device: Words
     versions: NotRequired[dict[str, str | None]]
 
 
@@ -55,7 +56,7 @@ class Result(TypedDict):
 
     schema: Literal[2]
     kind: str
-    created: str
+    created: Words
     command: list[str]
     options: dict[str, Any]
     seed: int | None
@@ -217,14 +218,19 @@ class ServingCase(Case):
 
     requests: int
     is_comparison: bool
+    why_not: NotRequired[str | None]
     sides: dict[str, ServingSide]
     ratios: dict[str, Positive | None]
+
+
+class NamedLoad(TypedDict):
+    name: str
 
 
 class EngineCase(Case):
     """Engines of SGLang itself, without a server, on a load."""
 
-    load: NotRequired[dict[str, Any]]
+    load: NotRequired[NamedLoad]
     measured: NotRequired[dict[str, dict[str, Any]]]
     stock: NotRequired[str]
     ratio: NotRequired[Positive]

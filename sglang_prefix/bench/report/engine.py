@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from sglang_prefix.bench.report.section import Section, Verdict, left_cases, make_section
+from sglang_prefix.bench.report.section import Section, Verdict, make_section
 from sglang_prefix.bench.tables import Cell, Column, Table, gain, number_text, tabulate, words
 
 __all__ = ["engine_section"]
@@ -25,8 +25,7 @@ def engine_section(data: Data) -> Section:
     verdict = Verdict(
         "the prefix backend",
         "the fastest stock backend in TPOT",
-        {case["name"]: case["over"] or case["why_not"] for case in [*loads, *turns]}
-        | left_cases(data),
+        {case["name"]: case["over"] or case["why_not"] for case in [*loads, *turns]},
         stock=sorted(stock - {_OURS}),
     )
     return make_section(
@@ -35,7 +34,6 @@ def engine_section(data: Data) -> Section:
         [*_load_tables(loads), *_other_tables(data)],
         verdicts=[verdict],
         absent="Absent backends",
-        not_compared={load["name"]: load["why_not"] for load in loads if load["why_not"]},
     )
 
 

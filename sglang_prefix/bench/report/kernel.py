@@ -13,7 +13,7 @@ from sglang_prefix.bench.comparison import (
     over_unshared,
     provider_of,
 )
-from sglang_prefix.bench.report.section import Section, Verdict, left_cases, make_section
+from sglang_prefix.bench.report.section import Section, Verdict, make_section
 from sglang_prefix.bench.tables import (
     Cell,
     Column,
@@ -52,7 +52,7 @@ def kernel_section(data: Data) -> Section:
         _provider_table(cases),
         _every_table(data["cases"]),
     ]
-    verdicts = _verdicts(data, cases, ours or "ours", peers)
+    verdicts = _verdicts(cases, ours or "ours", peers)
     return make_section("Attention kernels", data, tables, verdicts=verdicts)
 
 
@@ -79,14 +79,14 @@ def _compared(case: Data, ours: str | None, peers: Sequence[str]) -> dict[str, A
     }
 
 
-def _verdicts(data: Data, cases: Sequence[Data], ours: str, peers: Sequence[str]) -> list[Verdict]:
+def _verdicts(cases: Sequence[Data], ours: str, peers: Sequence[str]) -> list[Verdict]:
     stock = sorted({case["stock"]["name"] for case in cases if case["over"]["stock"]})
     backends = f" ({', '.join(stock)})" if stock else ""
 
     def against(kind: str, baseline: str) -> Verdict:
         found = {c["name"]: c["over"][kind] or _why_not(c, ours, kind) for c in cases}
         names = stock if kind == "stock" else ()
-        return Verdict(ours, baseline, found | left_cases(data), stock=names)
+        return Verdict(ours, baseline, found, stock=names)
 
     verdicts = [against("stock", f"the fastest stock backend{backends}")]
     verdicts += [against(peer, f"{peer}, kernels alone") for peer in peers]

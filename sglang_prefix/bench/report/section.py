@@ -22,7 +22,7 @@ from sglang_prefix.bench.tables import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Section", "Verdict", "left_cases", "make_section", "print_section"]
+__all__ = ["Section", "Verdict", "make_section", "print_section"]
 
 Data = Mapping[str, Any]
 
@@ -105,25 +105,32 @@ def make_section(
     environment: Mapping[str, Any] | None = None,
     warnings: Sequence[str] = (),
     absent: str = "Absent baselines",
-    not_compared: Mapping[str, str] | None = None,
 ) -> Section:
     """A section with what files of all kinds have: environment, warnings, targets, what is left.
 
     Args:
-        title, tables, verdicts: of the section; in a dry run nothing is a gain or a loss.
+        title, tables: of the section; in a dry run nothing is a gain or a loss.
+        verdicts: on the cases that were measured; of the first, the section says why there is no
+            comparison where there is none.
         data: of the file.
         environment, warnings: what its kind has beside those of all.
         absent: what that is which can be absent.
-        not_compared: cases that were measured and are no comparison, and why.
     """
-    refused = {name: f"not a comparison: {why}" for name, why in (not_compared or {}).items()}
+    left = _left_cases(data)
+    refused = {
+        name: f"not a comparison: {why}"
+        for verdict in verdicts[:1]
+        for name, why in verdict.not_compared.items()
+        if name not in data["not_run"] and name not in data["absent"]
+    }
     said = [*_warnings(data, absent), *(f"{name} is {why}." for name, why in refused.items())]
-    shown = [*_targets(data), *tables, *_left_out(data, refused)]
+    reasons = {name: f"absent: {reason}" for name, reason in data["absent"].items()}
+    shown = [*_targets(data), *tables, *_left_out(reasons | left | refused)]
     return Section(
         title,
         _environment(data, environment or {}),
         [*said, *warnings],
-        [] if data["dry"] else verdicts,
+        [] if data["dry"] else [replace(v, found={**v.found, **left}) for v in verdicts],
         [_toneless(table) for table in shown] if data["dry"] else shown,
     )
 
@@ -142,7 +149,7 @@ def print_section(section: Section, console: Console | None = None) -> None:
         console.print(warning, soft_wrap=True, highlight=False, markup=False)
 
 
-def left_cases(data: Data) -> dict[str, str]:
+def _left_cases(data: Data) -> dict[str, str]:
     """Cases that have no numbers, and why."""
     not_run = {name: f"not run: {reason}" for name, reason in data["not_run"].items()}
     failed = {name: f"failed: {reason}" for name, reason in data["failed"].items()}
@@ -193,20 +200,15 @@ def _warnings(data: Data, absent: str) -> list[str]:
     return said
 
 
-def _left_out(data: Data, refused: Mapping[str, str]) -> list[Table]:
+def _left_out(reasons: Mapping[str, str]) -> list[Table]:
     """What has no numbers: a missing row would look like a run that never meant to have it."""
 
-    def why(item: tuple[str, str]) -> Cell:
-        return words(item[1], is_loss=item[1].startswith("failed"))
+    def why(name: str) -> Cell:
+        return words(reasons[name], is_loss=reasons[name].startswith("failed"))
 
-    absent = {name: f"absent: {reason}" for name, reason in data["absent"].items()}
-    columns = [
-        Column("case", lambda item: item[0]),
-        Column("why it has no number", why),
-    ]
-    left = absent | left_cases(data) | dict(refused)
-    table = tabulate("Not measured or not compared", columns, left.items(), is_detail=True)
-    return [table] if left else []
+    columns = [Column("case", str), Column("why it has no number", why)]
+    table = tabulate("Not measured or not compared", columns, reasons, is_detail=True)
+    return [table] if reasons else []
 
 
 def _targets(data: Data) -> list[Table]:

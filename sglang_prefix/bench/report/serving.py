@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-from sglang_prefix.bench.report.section import Section, Verdict, left_cases, make_section
+from sglang_prefix.bench.report.section import Section, Verdict, make_section
 from sglang_prefix.bench.tables import NONE, Cell, Column, Table, gain, ratio_text, tabulate, words
 
 __all__ = ["serving_section"]
@@ -29,7 +29,6 @@ _BUSY = 2.0
 def serving_section(data: Data) -> Section:
     """What the file says."""
     arguments = {side: (data.get(side) or {}).get("server_args", []) for side in _SIDES}
-    refused = {c["name"]: _why_not(c) for c in data["cases"] if not c["is_comparison"]}
     return make_section(
         "Serving",
         data,
@@ -44,7 +43,6 @@ def serving_section(data: Data) -> Section:
         },
         warnings=_busy(data["cases"]),
         absent="Workloads not run",
-        not_compared={name: why for name, why in refused.items() if name not in data["not_run"]},
     )
 
 
@@ -62,7 +60,7 @@ def _verdict(data: Data, metric: str) -> Verdict:
     return Verdict(
         "the prefix server",
         f"the stock server in {_METRICS[metric][0]}",
-        found | left_cases(data) | absent,
+        found | absent,
         better="better than",
         worse="worse",
         stock=_stock_backend(data),
