@@ -6,7 +6,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from functools import partial
 from importlib.util import find_spec
 from math import inf
@@ -135,15 +134,9 @@ def _engine_run(chosen: dict[str, Any]) -> BenchRun:
 
 
 def _server_run(chosen: dict[str, Any]) -> BenchRun:
-    from sglang_prefix.bench.serving.plan import Plan
-    from sglang_prefix.bench.serving.run import Run
+    from sglang_prefix.bench.serving.run import ServingRun
 
-    if find_spec("matplotlib") is None:
-        fail("the plots need matplotlib: pip install 'sglang-prefix[bench]'")
-    names = {field.name for field in fields(Plan)} & chosen.keys()
-    command = ["sglang-prefix", *sys.argv[1:]]
-    plan = Plan(command=command, **{name: chosen[name] for name in names})
-    return Run(plan, resume=chosen["resume"])
+    return ServingRun(command=["sglang-prefix", *sys.argv[1:]], **chosen)
 
 
 def _check_mode(ctx: typer.Context, engine: bool) -> None:
