@@ -118,11 +118,6 @@ class Answer:
     text: str = ""
     ids: list[int] = field(default_factory=list)
 
-    def take(self, chunk: dict[str, Any]) -> None:
-        """Note a chunk of ``/generate``'s stream."""
-        self.chunks.append((time.perf_counter(), chunk["meta_info"]["completion_tokens"]))
-        self.text, self.ids = chunk["text"], chunk["output_ids"]
-
 
 def summarize(answers: Sequence[Answer], seconds: float) -> dict[str, Any]:
     """Aggregate as SGLang's bench_serving does.
@@ -377,7 +372,10 @@ async def _ask(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -
                 chunk = json.loads(line[len(b"data: ") :])
                 if "error" in chunk:
                     raise RuntimeError(f"the server failed: {str(chunk['error'])[:300]}")
-                answers[chunk.get("index", 0)].take(chunk)
+                answer = answers[chunk.get("index", 0)]
+                count = chunk["meta_info"]["completion_tokens"]
+                answer.chunks.append((time.perf_counter(), count))
+                answer.text, answer.ids = chunk["text"], chunk["output_ids"]
     if not all(a.chunks and len(a.ids) == a.chunks[-1][1] for a in answers):
         raise RuntimeError("the server ended a stream before the whole of every answer had come")
     return answers

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
-import json
 import os
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
+import requests
 
 from sglang_prefix.bench.child import cause_in, kill_session, spawn
 from sglang_prefix.bench.engine import counters, free_port, is_free
@@ -99,8 +96,10 @@ class RunningServer:
     def get(self, page: str) -> dict[str, Any]:
         """A page that is a JSON object; ServerError if it is not."""
         try:
-            found = json.loads(_get(f"{self.url}/{page}"))
-        except (OSError, ValueError) as error:
+            answer = requests.get(f"{self.url}/{page}", timeout=_CALL_S)
+            answer.raise_for_status()
+            found = answer.json()
+        except requests.RequestException as error:
             raise ServerError(f"{self.url}/{page} does not answer: {error}") from None
         if not isinstance(found, dict):
             raise ServerError(f"{self.url}/{page} is not SGLang's: no JSON object")
@@ -164,9 +163,9 @@ def wait_until_ready(server: RunningServer, timeout_s: float) -> None:
     """
     deadline = time.monotonic() + timeout_s
     while True:
-        with contextlib.suppress(OSError):
-            _get(f"{server.url}/health")
-            return
+        with contextlib.suppress(requests.RequestException):
+            if requests.get(f"{server.url}/health", timeout=_CALL_S).ok:
+                return
         server.raise_if_ended()
         if time.monotonic() > deadline:
             raise ServerError(
@@ -211,14 +210,3 @@ def read_counters(server: RunningServer) -> dict[str, Any] | None:
         ServerError: the server does not answer.
     """
     return counters(server) or None
-
-
-def _get(url: str) -> bytes:
-    try:
-        with urllib.request.urlopen(url, timeout=_CALL_S) as answer:
-            text: bytes = answer.read()
-    except urllib.error.URLError as error:
-        raise OSError(getattr(error.reason, "strerror", None) or str(error.reason)) from None
-    except (http.client.HTTPException, ValueError) as error:
-        raise OSError(f"no HTTP server: {error}") from None
-    return text
