@@ -425,13 +425,6 @@ def test_the_command_writes_plots_and_a_page_or_says_why_not(tmp_path: Path) -> 
     assert result.exit_code == 1
     assert str(tmp_path / "kernel.json") in result.output.strip().splitlines()[-1]
 
-    (tmp_path / "serving_times.svg").unlink()
-    (tmp_path / "serving_times.svg").mkdir()
-    result = bench("--resume")
-    assert result.exit_code == 1
-    assert f"plots cannot be written to {tmp_path}: Is a directory" in result.output
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
-
 
 def test_a_model_is_whole_or_not_there(tmp_path: Path) -> None:
     folder, config = tmp_path / "models" / "tiny", tiny_model.TinyModelConfig(num_layers=1)
