@@ -89,12 +89,17 @@ class ServingRun(BenchRun):
         self._wall_s = self.data["wall_s"] or 0.0
         self._servers: dict[str, RunningServer] = {}
         self._client: ChildProcess | None = None
+        self._checked: set[tuple[str, str]] = set()
         self._prepared: dict[str, Any] = {}
-        self._tokens: dict[tuple[str, str], list[str]] = {}
-        self._cases = {workload.name: new_case(workload) for workload in self._workloads}
+        # By side and workload what was measured, from which all else follows.
+        self._raw: dict[tuple[str, str], dict[str, Any]] = {
+            (s, w.name): {"runs": []} for s in SIDES for w in self._workloads
+        }
         if resume:
             check_same(self.path, self.data, {f"options.{n}": v for n, v in options.items()})
-            self._load_resumable()
+            for case in self.data["cases"]:
+                measured = {(side, case["name"]): one["raw"] for side, one in case["sides"].items()}
+                self._raw |= {key: raw for key, raw in measured.items() if key in self._raw}
         for side in SIDES:
             self.data[side] = (self.data.get(side) or {}) | {"server_args": arguments[side]}
         has_gpu = self.data["environment"].get("gpu")
@@ -186,30 +191,22 @@ class ServingRun(BenchRun):
         exact = self.data["dtype"] in ("float32", "float")
         given, default = self._chosen.min_equal, 1.0 if exact else _MIN_EQUAL_ROUNDED
         min_equal = default if given is None else given
-        for case in self._cases.values():
+        cases = []
+        for workload in self._workloads:
+            case = new_case(workload)
+            raw = {side: self._raw[side, workload.name] for side in SIDES}
+            case["sides"] = {side: aggregate(one) for side, one in raw.items() if one["runs"]}
             compare(case, repeats=self._chosen.repeats, min_equal=min_equal)
+            cases.append(case)
         left = (workload.name for _, workload, _ in self._pending())
         self.data |= {
             "not_run": dict.fromkeys(left, "interrupted"),
             "min_equal": min_equal,
-            "cases": list(self._cases.values()),
+            "cases": cases,
         }
 
-    def _load_resumable(self) -> None:
-        """Take up the runs in the file; what they come to is concluded again."""
-        for found in self.data["cases"]:
-            for side, measured in found["sides"].items():
-                raw = measured["raw"]
-                if found["name"] in self._cases and raw["runs"]:
-                    self._cases[found["name"]]["sides"][side] = aggregate(raw)
-
-    def _runs(self, side: str, name: str) -> list[dict[str, Any]]:
-        """What was measured of one side of a workload."""
-        sides = self._cases[name]["sides"]
-        return list(sides[side]["raw"]["runs"]) if side in sides else []
-
     def _pending(self) -> list[tuple[str, Workload, int]]:
-        return [(side, w, n) for side, w, n in self.steps() if n >= len(self._runs(side, w.name))]
+        return [(s, w, n) for s, w, n in self.steps() if n >= len(self._raw[s, w.name]["runs"])]
 
     def _write(self) -> None:
         self.conclude()
@@ -262,10 +259,12 @@ class ServingRun(BenchRun):
             )
 
     def _step(self, server: RunningServer, name: str, number: int) -> None:
-        side = server.side
-        if (side, name) not in self._tokens:
+        raw = self._raw[server.side, name]
+        if (server.side, name) not in self._checked:
             found = self._ask(server, "check", name, name=name, url=server.url)
-            self._tokens[side, name] = [" ".join(map(str, answer)) for answer in found]
+            raw["tokens"] = [" ".join(map(str, answer)) for answer in found]
+            raw["fingerprint"] = self._prepared[name]["fingerprint"]
+            self._checked.add((server.side, name))
         before = read_counters(server)
         run = self._ask(
             server,
@@ -281,13 +280,7 @@ class ServingRun(BenchRun):
             # Shows whether other programs were running, which one side may have met more.
             "load_per_cpu": os.getloadavg()[0] / (os.cpu_count() or 1),
         }
-        self._cases[name]["sides"][side] = aggregate(
-            {
-                "fingerprint": self._prepared[name]["fingerprint"],
-                "tokens": self._tokens[side, name],
-                "runs": [*self._runs(side, name), run],
-            }
-        )
+        raw["runs"].append(run)
         self._write()
 
     def _ask(
