@@ -1,14 +1,18 @@
-"""`bench serving` without SGLang: traces, workloads, conclusions, its file, what it writes."""
+"""`bench serving` without SGLang: traces, workloads, conclusions, its run and file."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from inspect import signature
+from math import inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import pytest
@@ -17,28 +21,18 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from sglang_prefix import tiny_model
-from sglang_prefix.bench import run as bench_run
+from sglang_prefix.bench.child import ChildError
 from sglang_prefix.bench.results import read_result
 from sglang_prefix.bench.serving import run as serving_run
-from sglang_prefix.bench.serving.compare import aggregate, compare, new_case
+from sglang_prefix.bench.serving.compare import aggregate, compare, new_case, step_delta
 from sglang_prefix.bench.serving.drivers import Answer, summarize
-from sglang_prefix.bench.serving.run import Run
-from sglang_prefix.bench.serving.servers import ServerError
+from sglang_prefix.bench.serving.run import ServingRun
+from sglang_prefix.bench.serving.servers import RunningServer, ServerError
 from sglang_prefix.bench.serving.workloads import Trace, Workload, load_workloads, scale_trace
 from sglang_prefix.bench.workloads.traces import TraceRequest
+from sglang_prefix.cli.bench_serving import serving
 from sglang_prefix.cli.main import app
-from tests.serving_runs import (
-    ROLLOUTS,
-    FakeClient,
-    a_run,
-    fake_servers,
-    fakes,  # noqa: F401
-    go,
-    measure,
-    plan,
-)
-
-pytest.importorskip("matplotlib", reason="the command needs matplotlib for its plots")
+from tests.replaced_values import replaced_values
 
 # -- traces and workloads -------------------------------------------------------------------------
 
@@ -58,8 +52,8 @@ def prompts_of(*requests: tuple[int, tuple[int, ...]], seed: int = 3, **changes:
     trace = [TraceRequest(0, length, 64, ids) for length, ids in requests]
     shape: Any = {**SHAPE, **changes}
     rows = scale_trace(trace, range(1000, 2000), shape, seed)
-    assert [row.output_len for row in rows] == [2] * len(trace)
-    return [row.prompt for row in rows]
+    assert [tokens for _, tokens, _ in rows] == [2] * len(trace)
+    return [prompt for prompt, _, _ in rows]
 
 
 def test_requests_that_begin_with_the_same_ids_begin_with_the_same_tokens() -> None:
@@ -80,20 +74,46 @@ def test_the_registry_has_every_group_in_both_sizes() -> None:
     for quick in (False, True):
         groups = {workload.group for workload in load_workloads(quick=quick)}
         assert groups == {"shared-prefix", "random", "trace", "rollouts", "forks"}
-    (one,) = load_workloads(quick=True, names=["trace"], overrides={"requests": 3})
-    assert one.parameters["requests"] == 3
+    (one,) = load_workloads(quick=True, names=["trace"])
+    assert one.parameters["requests"] == 16
 
 
 # -- conclusions -----------------------------------------------------------------------------------
 
 ANSWERS = ["1 2 3", "4 5 6"]
+COUNTERS = {
+    "packed_steps": 10,
+    "stock_steps": 2,
+    "fallback_steps": 0,
+    "stock_reasons": {"gate-no-gain": 2},
+    "fallback_reasons": {},
+    "kv_tokens_read": 100,
+    "kv_tokens_logical": 400,
+}
+
+
+def a_run(scale: float = 1.0, packed: int | None = None, stock: int = 0) -> dict[str, Any]:
+    """A timed run; ``packed`` and ``stock`` are its steps, None on a stock server."""
+    times = {f"{m}_ms": {"median": 10 * scale, "p99": 20 * scale} for m in ("ttft", "tpot", "itl")}
+    rates = {"output_tokens_per_s": 100 / scale, "requests_per_s": 1 / scale, "duration_s": scale}
+    counters = None
+    if packed is not None:
+        after = COUNTERS | {
+            "packed_steps": 10 + packed,
+            "stock_steps": 2 + stock,
+            "stock_reasons": {"gate-no-gain": 2 + stock},
+            "kv_tokens_read": 100 + packed,
+            "kv_tokens_logical": 400 + 4 * packed,
+        }
+        counters = step_delta(COUNTERS, after)
+    return {**times, **rates, "counters": counters, "texts": ["a", "b"]}
 
 
 def compared(
     prefix: dict[str, Any], min_equal: float = 1.0, texts: list[str] | None = None, **answers: Any
 ) -> dict[str, Any]:
     """A case whose sides have the same answers, but for ``answers`` and ``texts`` of ours."""
-    case = new_case(Workload("rollouts", "rollouts", "rollouts", ROLLOUTS))
+    case = new_case(Workload("rollouts", "rollouts", "rollouts", {}))
     said = {"fingerprint": "f", "tokens": ANSWERS}
     ours = prefix | {"texts": texts or ["a", "b"]}
     case["sides"] = {
@@ -180,30 +200,121 @@ def test_times_are_summed_up_as_bench_serving_does() -> None:
 
 # -- the run and its file --------------------------------------------------------------------------
 
+ROLLOUTS = {"prompts": 2, "samples": 2, "prompt_tokens": 8, "output_tokens": 4}
+ENTRY = {"name": "a", "group": "rollouts", "driver": "rollouts", "about": "", "full": ROLLOUTS}
+ENTRY |= {"quick": ROLLOUTS}
+DEFAULTS = {n: p.default for n, p in signature(serving).parameters.items() if n != "ctx"}
+
+
+class FakeClient:
+    """Answers what an SGLang client would.
+
+    Attributes:
+        fails_with: by what it is asked for, what it raises instead.
+        limits: of what the newest one was asked for, the seconds that it was given.
+    """
+
+    fails_with: ClassVar[dict[str, Exception]] = {}
+    limits: ClassVar[dict[str, int]]
+
+    def __init__(self, make: str, settings: dict[str, Any], **more: Any) -> None:
+        FakeClient.limits = {}
+
+    def ask(self, function: str, deadline: float, watch: Any, **arguments: Any) -> Any:
+        order = function.rpartition(".")[2]
+        url = arguments.get("url", "")
+        what = f"{order} {url} {arguments.get('name')}"
+        self.limits[what] = round(deadline - time.monotonic())
+        if what in self.fails_with:
+            raise self.fails_with[what]
+        if order == "prepare":
+            return {"fingerprint": "f", "replay_s": 100.0}
+        return [[1, 2], [3, 4]] if order == "check" else a_run(1.0 if url == "prefix" else 2.0)
+
+    def stop(self) -> None:
+        pass
+
+
+@contextmanager
+def fake_servers(**described: dict[str, Any]) -> Iterator[None]:
+    """No processes: servers answer at once, and pack everything.
+
+    Args:
+        described: by side, what the server is, beside a model "m" in float32.
+    """
+    packed = iter(range(0, 100_000, 10))
+
+    def counters(server: RunningServer) -> dict[str, Any] | None:
+        return COUNTERS | {"packed_steps": next(packed)} if server.side == "prefix" else None
+
+    def describe(server: RunningServer) -> dict[str, Any]:
+        return {"model": "m", "dtype": "float32"} | described.get(server.side, {})
+
+    with (
+        patch.object(serving_run, "ChildProcess", FakeClient),
+        patch.object(serving_run, "launch", lambda side, *_: RunningServer(side, side)),
+        patch.object(serving_run, "wait_until_ready", lambda *_: None),
+        patch.object(serving_run, "describe", describe),
+        patch.object(serving_run, "read_counters", counters),
+    ):
+        yield
+
+
+@pytest.fixture
+def fakes() -> Iterator[None]:
+    """See :func:`fake_servers`."""
+    with fake_servers():
+        yield
+
+
+def a_serving_run(out: Path, **changes: Any) -> ServingRun:
+    """A run of two workloads, "a" and "b"."""
+    out.mkdir(exist_ok=True)
+    file = out / "workloads.txt"
+    file.write_text(json.dumps({"workloads": [ENTRY, ENTRY | {"name": "b"}]}))
+    given = {"out": out, "model_path": "m", "workload_file": file, "workload_timeout": 9}
+    return ServingRun(command=[], **DEFAULTS | given | changes)
+
+
+def measure(run: ServingRun) -> dict[str, Any]:
+    run.run(inf, lambda name: None, lambda what: None)
+    return read_result(run.path, "bench-serving")
+
 
 @pytest.mark.usefixtures("fakes")
-def test_an_interrupted_run_keeps_what_it_has_and_goes_on(tmp_path: Path) -> None:
-    whole = go(plan(tmp_path / "whole", repeats=2))
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ChildError("gone", "log"), "prefix, b, run 1 of 2: gone; its log: "),
+        (TimeoutError(), "no answer to 'measure' within 109 s; --workload-timeout gives longer"),
+    ],
+)
+def test_an_interrupted_run_keeps_what_it_has_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, told: str
+) -> None:
+    whole = measure(a_serving_run(tmp_path / "whole", repeats=2))
     assert [case["is_comparison"] for case in whole["cases"]] == [True, True]
     assert whole["not_run"] == {}
-    FakeClient.begin(fails_at=5)
-    with pytest.raises(ServerError, match="prefix, a: gone"):
-        go(plan(tmp_path / "part", repeats=2))
+    monkeypatch.setattr(FakeClient, "fails_with", {"measure prefix b": error})
+    with pytest.raises(ServerError, match=told):
+        measure(a_serving_run(tmp_path / "part", repeats=2))
+    monkeypatch.undo()
     part = read_result(tmp_path / "part" / "serving.json")
-    assert list(part["not_run"]) == ["a", "b"]
-    assert [case["is_comparison"] for case in part["cases"]] == [False, False]
-    assert part["cases"][0]["why_not"] == "not run to its end: prefix"
-    assert len(part["cases"][0]["sides"]["prefix"]["raw"]["runs"]) == 1
-    FakeClient.begin()
-    resumed = go(plan(tmp_path / "part", repeats=2), resume=True)
-    assert FakeClient.measured == ("prefix a", "prefix b", "prefix b")
+    assert list(part["not_run"]) == ["b"]
+    assert [case["is_comparison"] for case in part["cases"]] == [True, False]
+    assert part["cases"][1]["why_not"] == "not run to its end: prefix"
+    resumed = measure(a_serving_run(tmp_path / "part", repeats=2, resume=True))
+    # Of what was asked for, only what was left, and its tokens.
+    assert FakeClient.limits == {"prepare  None": 9, "check prefix b": 9, "measure prefix b": 109}
     assert [case["ratios"] for case in resumed["cases"]] == [c["ratios"] for c in whole["cases"]]
-    assert go(plan(tmp_path / "part", repeats=2), resume=True) == resumed  # nothing is left
+    again = measure(a_serving_run(tmp_path / "part", repeats=2, resume=True))
+    assert again == resumed  # nothing is left
 
 
+@pytest.mark.usefixtures("fakes")
 def test_servers_in_turn_or_taking_turns(tmp_path: Path) -> None:
     def order(**changes: Any) -> list[str]:
-        found = plan(tmp_path, repeats=2, **changes).steps()
+        found = a_serving_run(tmp_path, repeats=2, **changes).steps()
         return [f"{side[0]}{workload.name}{number}" for side, workload, number in found]
 
     assert order() == ["sa0", "sa1", "sb0", "sb1", "pa0", "pa1", "pb0", "pb1"]
@@ -211,23 +322,43 @@ def test_servers_in_turn_or_taking_turns(tmp_path: Path) -> None:
     assert both == ["sa0", "pa0", "pa1", "sa1", "sb0", "pb0", "pb1", "sb1"]
 
 
+@pytest.mark.parametrize(
+    ("stock", "prefix", "told"),
+    [
+        ({"max_total_num_tokens": 1000}, {"max_total_num_tokens": 991}, None),
+        (
+            {"max_total_num_tokens": 1000},
+            {"max_total_num_tokens": 989},
+            r"KV pools hold: 1000 \(stock\) and 989 \(prefix\); give both the same",
+        ),
+        ({}, {"model": "n"}, "the servers differ in model: m and n"),
+        ({}, {"dtype": "bfloat16"}, "the servers differ in dtype: bfloat16 and float32"),
+    ],
+)
+def test_only_equal_servers_are_compared(
+    tmp_path: Path, stock: dict[str, Any], prefix: dict[str, Any], told: str | None
+) -> None:
+    refused = pytest.raises(ServerError, match=told) if told else nullcontext()
+    with fake_servers(stock=stock, prefix=prefix), refused:
+        run = a_serving_run(tmp_path, stock_url="stock", prefix_url="prefix")
+        assert measure(run)["not_run"] == {}
+
+
 @pytest.mark.usefixtures("fakes")
 def test_a_new_run_replaces_the_file_once_its_servers_answer(tmp_path: Path) -> None:
-    old = go(plan(tmp_path))
-    run = Run(plan(tmp_path, seed=1, stock_url="u"))
-    for error in (ServerError, KeyboardInterrupt):
-        with patch.object(serving_run, "describe", side_effect=error), pytest.raises(error):
+    old = measure(a_serving_run(tmp_path))
+    run = a_serving_run(tmp_path, seed=1, stock_url="u")
+    for function, seed in (("describe", old["seed"]), ("ChildProcess", 1)):
+        with (
+            patch.object(serving_run, function, side_effect=KeyboardInterrupt),
+            pytest.raises(KeyboardInterrupt),
+        ):
             measure(run)
-    assert read_result(tmp_path / "serving.json") == old
-    with (
-        patch.object(serving_run, "ChildProcess", side_effect=KeyboardInterrupt),
-        pytest.raises(KeyboardInterrupt),
-    ):
-        measure(run)
-    new = read_result(tmp_path / "serving.json", "bench-serving")
-    assert (new["seed"], list(new["not_run"])) == (1, ["a", "b"])
+        assert read_result(run.path)["seed"] == seed
+    assert list(read_result(run.path)["not_run"]) == ["a", "b"]
 
 
+# Another machine or software: tests/test_bench_kernel.py.
 @pytest.mark.usefixtures("fakes")
 @pytest.mark.parametrize(
     ("change", "name"),
@@ -239,59 +370,29 @@ def test_a_new_run_replaces_the_file_once_its_servers_answer(tmp_path: Path) -> 
         ({"repeats": 2}, "repeats"),
         ({"seed": 1}, "seed"),
         ({"server_args": ["-x"]}, "server_args"),
-        *(({}, name) for name in ("device", "cpu", "gpu", "threads", "commit", "versions")),
     ],
 )
 def test_a_run_is_not_resumed_as_another(tmp_path: Path, change: dict[str, Any], name: str) -> None:
-    there = dict(go(plan(tmp_path))["environment"])
-    if not change:
-        there[name] = {"sglang": "0"} if name == "versions" else "other"
-    again = plan(tmp_path, **change)
-    with (
-        patch.object(bench_run, "environment", lambda device: there),
-        pytest.raises(ValueError, match=rf"serving\.json cannot be resumed: its {name} is "),
-    ):
-        go(again, resume=True)
-    assert go(again)["not_run"] == {}  # a new run replaces the old one
+    measure(a_serving_run(tmp_path))
+    with pytest.raises(ValueError, match=rf"serving\.json cannot be resumed: its {name} is "):
+        a_serving_run(tmp_path, **change, resume=True)
 
 
 @pytest.fixture(scope="module")
-def finished() -> Iterator[str]:
-    """The file of a whole run."""
+def finished() -> Iterator[Any]:
+    """The result of a whole run."""
     with TemporaryDirectory() as folder, fake_servers():
-        go(plan(Path(folder)))
-        yield Path(folder, "serving.json").read_text()
-
-
-ANYTHING = st.one_of(
-    st.none(), st.booleans(), st.integers(-2, 2), st.floats(allow_nan=True), st.text(max_size=2)
-) | st.sampled_from([[], {}, [[1]], {"median": "fast"}])
-
-
-def replace_somewhere(data: st.DataObject, value: Any) -> None:
-    """Replace one value, at any depth, or take it away."""
-    while True:
-        keys = range(len(value)) if isinstance(value, list) else sorted(value)
-        key = data.draw(st.sampled_from(list(keys)))
-        inner = value[key]
-        if not isinstance(inner, list | dict) or not inner or data.draw(st.booleans()):
-            break
-        value = inner
-    if data.draw(st.booleans()):
-        value[key] = data.draw(ANYTHING)
-    else:
-        del value[key]
+        yield measure(a_serving_run(Path(folder)))
 
 
 @given(data=st.data())
-def test_a_changed_file_is_named_or_measured_again(finished: str, data: st.DataObject) -> None:
-    changed = json.loads(finished)
-    replace_somewhere(data, changed)
+def test_a_changed_file_is_named_or_measured_again(finished: Any, data: st.DataObject) -> None:
+    changed = data.draw(replaced_values(finished))
     with TemporaryDirectory() as folder, fake_servers():
         path = Path(folder, "serving.json")
         path.write_text(json.dumps(changed))
         try:
-            run = Run(plan(Path(folder)), resume=True)
+            run = a_serving_run(Path(folder), resume=True)
             measure(run)
         except ValueError as error:
             assert str(path) in str(error)  # noqa: PT017
@@ -324,13 +425,6 @@ def test_the_command_writes_plots_and_a_page_or_says_why_not(tmp_path: Path) -> 
     assert result.exit_code == 1
     assert str(tmp_path / "kernel.json") in result.output.strip().splitlines()[-1]
 
-    (tmp_path / "serving_times.svg").unlink()
-    (tmp_path / "serving_times.svg").mkdir()
-    result = bench("--resume")
-    assert result.exit_code == 1
-    assert f"plots cannot be written to {tmp_path}: Is a directory" in result.output
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
-
 
 def test_a_model_is_whole_or_not_there(tmp_path: Path) -> None:
     folder, config = tmp_path / "models" / "tiny", tiny_model.TinyModelConfig(num_layers=1)
@@ -352,7 +446,7 @@ def test_a_model_is_whole_or_not_there(tmp_path: Path) -> None:
 
 
 def test_bench_modules_import_without_sglang() -> None:
-    names = ("compare", "engine_run", "plan", "run", "servers", "workloads")
+    names = ("compare", "engine_run", "run", "servers", "workloads")
     imports = "; ".join(f"import sglang_prefix.bench.serving.{name}" for name in names)
     code = (
         f"{imports}; import sys; print([n for n in ('sglang', 'matplotlib') if n in sys.modules])"

@@ -1,4 +1,4 @@
-"""`bench serving` when an option, a file, a server, the client or SGLang is not as it should be."""
+"""`bench serving` when an option, a file, a server or SGLang is not as it should be."""
 
 from __future__ import annotations
 
@@ -20,8 +20,6 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 from typer.testing import CliRunner
 
-from sglang_prefix.bench.results import read_result
-from sglang_prefix.bench.serving import run as serving_run
 from sglang_prefix.bench.serving import servers as serving_servers
 from sglang_prefix.bench.serving.servers import (
     RunningServer,
@@ -32,17 +30,8 @@ from sglang_prefix.bench.serving.servers import (
     read_counters,
     wait_until_ready,
 )
+from sglang_prefix.bench.serving.workloads import REGISTRY
 from sglang_prefix.cli.main import app
-from tests.serving_runs import (
-    COUNTERS,
-    ENTRY,
-    ROLLOUTS,
-    FakeClient,
-    fake_servers,
-    fakes,  # noqa: F401
-    go,
-    plan,
-)
 
 pytest.importorskip("matplotlib", reason="the command needs matplotlib for its plots")
 
@@ -50,12 +39,15 @@ pytest.importorskip("matplotlib", reason="the command needs matplotlib for its p
 
 
 @contextlib.contextmanager
-def serve(**answers: Any) -> Iterator[str]:
-    """A server that answers with JSON by path; yields its URL."""
+def serve(answers: dict[str, Any]) -> Iterator[str]:
+    """A server that answers with JSON by path, or what no browser knows; yields its URL."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             found = answers.get(self.path[1:])
+            if isinstance(found, bytes):
+                self.wfile.write(found)
+                return
             self.send_response(404 if found is None else 200)
             self.end_headers()
             self.wfile.write(json.dumps(found).encode())
@@ -69,47 +61,27 @@ def serve(**answers: Any) -> Iterator[str]:
         server.shutdown()
 
 
-@contextlib.contextmanager
-def not_http() -> Iterator[str]:
-    """Something that listens and talks otherwise."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def answer() -> None:
-            with contextlib.suppress(OSError):
-                while True:
-                    connection, _ = listener.accept()
-                    with connection:
-                        connection.sendall(b"220 mail.example\r\n")
-
-        threading.Thread(target=answer, daemon=True).start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-
-
-@contextlib.contextmanager
-def nobody() -> Iterator[str]:
-    """A port that nothing listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-
-
-def info(*replicas: dict[str, Any], **fields: Any) -> dict[str, Any]:
+def pages(*replicas: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """Of a server with these counters of its replicas."""
     states = [{"sglang_prefix": [r]} if r else {} for r in replicas]
-    return {"dtype": "float32", "load_format": "auto", "internal_states": states} | fields
+    info = {"dtype": "float32", "load_format": "auto", "internal_states": states} | fields
+    return {"server_info": info, "model_info": {"model_path": "m"}}
 
 
 def workloads(*entries: dict[str, Any]) -> bytes:
     return json.dumps({"workloads": entries}).encode()
 
 
+(ENTRY,) = (e for e in json.loads(REGISTRY.read_text())["workloads"] if e["name"] == "rollouts")
+COUNTERS = {"packed_steps": 10, "stock_reasons": {"gate-no-gain": 2}, "num_packs": 3}
 REQUEST = {"timestamp": 3000, "input_length": 1100, "output_length": 64, "hash_ids": [0, 1]}
-# FILE is one with the content that follows, URL that of the server that does.
+# A port that nothing listens on: those below 1024 are given to no program that asks for any.
+NOBODY = "http://127.0.0.1:1"
+# FILE is one with the content that follows, URL that of a server with these pages.
 FAULTS: list[tuple[str, str, Any]] = [
     ("--workload nothing", "--workload is nothing; legal: shared-prefix, random", None),
     ("--workload trace", "needs --trace FILE", None),
-    ("-- --port 1", "server argument --port is set by this command; use --port before", None),
-    ("-- --attention-backend=prefix", "would be on both sides", None),
-    ("-- --load-format dummy", "equal tokens would prove nothing", None),
+    ("-- --port 1", "server argument --port is set by this command; see its options", None),
     ("--workload-file /nowhere.json", "/nowhere.json cannot be read", None),
     ("--stock-url http://h:1 --prefix-url http://h:2 -- -x", "both run already", None),
     ("--dry", "--dry: only with --engine", None),
@@ -126,26 +98,22 @@ FAULTS: list[tuple[str, str, Any]] = [
     ("--workload-file FILE", "group: Input should be", workloads(ENTRY | {"group": "other"})),
     (
         "--workload-file FILE",
-        "workload a: samples: Input should be greater than 0",
-        workloads(ENTRY | {"full": ROLLOUTS | {"samples": 0}}),
+        "workload rollouts: samples: Input should be greater than 0",
+        workloads(ENTRY | {"full": ENTRY["full"] | {"samples": 0}}),
     ),
     (
         "--workload-file FILE",
-        "workload a: prompts: Field required",
+        "workload rollouts: prompts: Field required",
         workloads(ENTRY | {"full": {"samples": 2}}),
     ),
     ("--workload-file FILE", "is not a file of workloads", workloads({"name": "r"})),
-    ("--prefix-url URL", "is no prefix server", serve(server_info=info({}), model_info={})),
-    ("--stock-url URL", "is no stock server", serve(server_info=info(COUNTERS), model_info={})),
-    (
-        "--stock-url URL",
-        "has dummy weights",
-        serve(server_info=info({}, load_format="dummy"), model_info={}),
-    ),
-    ("--stock-url URL", "server_info does not answer: Not Found", serve()),
-    ("--stock-url URL", "server_info is not SGLang's", serve(server_info=[], model_info=[])),
-    ("--stock-url URL", "server_info does not answer: no HTTP server", not_http()),
-    ("--stock-url URL", "server_info does not answer: Connection refused", nobody()),
+    ("--prefix-url URL", "is no prefix server", pages({})),
+    ("--stock-url URL", "is no stock server", pages(COUNTERS)),
+    ("--stock-url URL", "has dummy weights", pages({}, load_format="dummy")),
+    ("--stock-url URL", "server_info does not answer: 404 Client Error: Not Found", {}),
+    ("--stock-url URL", "server_info is not SGLang's", {"server_info": []}),
+    ("--stock-url URL", "BadStatusLine", {"server_info": b"220\r\n"}),
+    (f"--stock-url {NOBODY}", "Connection refused", None),
 ]
 
 
@@ -156,8 +124,7 @@ def test_what_is_wrong_is_told_in_one_line_and_nothing_is_written(
     file, out = tmp_path / "file", tmp_path / "out"
     if isinstance(given, bytes):
         file.write_bytes(given)
-    server = contextlib.nullcontext("") if given is None or file.exists() else given
-    with server as url:
+    with serve(given if isinstance(given, dict) else {}) as url:
         words = options.replace("FILE", str(file)).replace("URL", url).split()
         models = [] if "--engine" in words or "--dry" in words else ["--model-path", "m"]
         command = ["bench", "serving", "--out", str(out), *models, *words]
@@ -166,41 +133,19 @@ def test_what_is_wrong_is_told_in_one_line_and_nothing_is_written(
     (line,) = result.output.strip().splitlines()
     assert told in line
     assert str(file) in line or not file.exists()
-    assert url in line
+    assert url in line or "URL" not in options
     assert not (out / "serving.json").exists()
 
 
 def test_counters_of_replicas_are_added() -> None:
-    with serve(server_info=info(COUNTERS, COUNTERS), model_info={"model_path": "m"}) as url:
-        total = read_counters(RunningServer("prefix", url))
-        found = describe(RunningServer("prefix", url))
-    assert total is not None
-    assert total["packed_steps"] == 20
-    assert total["stock_reasons"] == {"gate-no-gain": 4}
-    assert (found["model"], found["tokenizer"], found["dtype"]) == ("m", "m", "float32")
-    with serve(server_info=info({})) as url:
+    with serve(pages(COUNTERS, COUNTERS)) as url:
+        server = RunningServer("prefix", url)
+        found = describe(server)
+        assert (found["model"], found["dtype"]) == ("m", "float32")
+        added = {"packed_steps": 20, "stock_reasons": {"gate-no-gain": 4}, "num_packs": 3}
+        assert read_counters(server) == added
+    with serve(pages({})) as url:
         assert read_counters(RunningServer("stock", url)) is None
-
-
-@pytest.mark.parametrize(
-    ("stock", "prefix", "told"),
-    [
-        ({"max_total_num_tokens": 1000}, {"max_total_num_tokens": 991}, None),
-        (
-            {"max_total_num_tokens": 1000},
-            {"max_total_num_tokens": 989},
-            r"KV pools hold: 1000 \(stock\) and 989 \(prefix\); give both the same",
-        ),
-        ({}, {"model": "n"}, "the servers differ in model: m and n"),
-        ({}, {"dtype": "bfloat16"}, "the servers differ in dtype: bfloat16 and float32"),
-    ],
-)
-def test_only_equal_servers_are_compared(
-    tmp_path: Path, stock: dict[str, Any], prefix: dict[str, Any], told: str | None
-) -> None:
-    refused = pytest.raises(ServerError, match=told) if told else contextlib.nullcontext()
-    with fake_servers(stock=stock, prefix=prefix), refused:
-        assert go(plan(tmp_path, stock_url="stock", prefix_url="prefix"))["not_run"] == {}
 
 
 # -- servers that are started ----------------------------------------------------------------------
@@ -247,8 +192,6 @@ def test_a_server_that_does_not_start_is_told_with_its_cause(
         wait_until_ready(server, timeout_s)
     assert told in str(error.value)
     assert str(error.value).endswith(f"its log: {tmp_path / 'log'}")
-    with pytest.raises(ServerError, match=r"ended with status|is dead: Connection refused"):
-        server.raise_if_dead()
 
 
 def test_a_port_in_use_is_named(tmp_path: Path) -> None:
@@ -289,35 +232,6 @@ def test_a_cpu_server_leaves_a_core_unless_the_user_says_otherwise(
     assert cpu_environment() == {}
 
 
-# -- the client ------------------------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("fakes")
-def test_the_workload_that_hangs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    limits = {}
-
-    class Hanging(FakeClient):
-        def ask(self, function: str, deadline: float, watch: Any, **arguments: Any) -> Any:
-            order = function.rpartition(".")[2]
-            limits[order] = round(deadline - time.monotonic())
-            if order == "measure" and arguments["name"] == "b":
-                raise TimeoutError
-            found = super().ask(function, deadline, watch, **arguments)
-            return found | {"replay_s": 100.0} if order == "prepare" else found
-
-    def no_question(server: RunningServer) -> None:
-        raise AssertionError("a server that hangs was asked")
-
-    monkeypatch.setattr(serving_run, "ChildProcess", Hanging)
-    monkeypatch.setattr(RunningServer, "raise_if_dead", no_question)
-    with pytest.raises(ServerError) as error:
-        go(plan(tmp_path))
-    told = "stock, b: the server at stock did not answer all requests within 109 s; "
-    assert str(error.value) == told + "--workload-timeout gives it longer"
-    assert limits == {"prepare": 9, "check": 9, "measure": 109}
-    assert len(read_result(tmp_path / "serving.json")["cases"][0]["sides"]) == 1  # a was kept
-
-
 # -- SGLang's internals ----------------------------------------------------------------------------
 
 
@@ -332,22 +246,14 @@ def test_flags_that_bench_serving_does_not_have_are_told() -> None:
 
 def test_internals_that_are_gone_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sglang.benchmark.serving", reason="SGLang's bench_serving is needed")
-    import sglang.benchmark.datasets
-    import sglang.benchmark.utils
     from sglang.benchmark import serving
     from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
 
     from prefix_patches import load_generator
 
-    touched = (
-        (serving, "get_dataset"),
-        (RuntimeEndpoint, "generate_stream"),
-        (sglang.benchmark.datasets, "DatasetRow"),
-        (sglang.benchmark.utils, "get_tokenizer"),
-    )
-    for owner, name in touched:
-        assert load_generator.missing() == []
-        with monkeypatch.context() as without:
-            without.delattr(owner, name)
-            (problem,) = load_generator.missing()
-        assert name in problem
+    assert load_generator.missing() == []
+    monkeypatch.delattr(serving, "get_dataset")
+    monkeypatch.delattr(RuntimeEndpoint, "generate")
+    first, second = load_generator.missing()
+    assert "serving.get_dataset" in first
+    assert "RuntimeEndpoint.generate" in second

@@ -2,7 +2,7 @@
 
 Why: both servers of a comparison must get the same requests as token ids, and the same requests
 once more to compare tokens; the tool can neither give its requests away nor take any. How requests
-are sent, timed and summed up stays the tool's; what the language sends, and when, the language's.
+are sent, timed and summed up stays the tool's; what the language asks for stays the language's.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import io
 import os
 import random
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 from unittest.mock import patch
 
@@ -29,16 +30,15 @@ __all__ = [
     "TOUCHED",
     "Namespace",
     "dataset_row",
+    "endpoint",
     "load_requests",
     "load_tokenizer",
     "missing",
     "parse",
     "run",
-    "streaming_endpoint",
 ]
 
 Namespace = argparse.Namespace
-Chunks = Iterator[tuple[str, dict[str, Any]]]
 
 _TOOL = "sglang.benchmark.serving"
 _ENDPOINT = "sglang.lang.backend.runtime_endpoint:RuntimeEndpoint"
@@ -56,9 +56,8 @@ TOUCHED = (
         why="makes the tool's requests; for the length of a run it gives those that it is handed",
     ),
     _touch(
-        f"{_TOOL}:get_mooncake_request_over_time",
-        why="the trace replay draws text from hash ids; for the length of a run it gives rows of "
-        "token ids",
+        f"{_TOOL}:get_request",
+        why="sends requests as fast as it may; those of a trace are sent at their times",
     ),
     _touch(
         "sglang.benchmark.datasets:DatasetRow",
@@ -73,13 +72,7 @@ TOUCHED = (
     _touch(
         f"{_ENDPOINT}.generate",
         why="the language asks for whole answers, in which the times of their tokens are lost",
-        parameters=("self", "s", "sampling_params"),
-        exact=True,
-    ),
-    _touch(
-        f"{_ENDPOINT}.generate_stream",
-        why="streams an answer instead",
-        releases=f"{RELEASES}, yields pairs of new text and meta information",
+        releases=f"{RELEASES}, with the prompt in `s.text_`",
         parameters=("self", "s", "sampling_params"),
         exact=True,
     ),
@@ -108,18 +101,16 @@ def parse(flags: Sequence[str]) -> Namespace:
     """
     serving = _module()
     found: list[Namespace] = []
-    said = tempfile.SpooledTemporaryFile(mode="w+")  # noqa: SIM115
-    with (
-        said,
-        patch.object(serving, "run_benchmark", found.append),
-        patch.object(sys, "argv", [_TOOL, *flags]),
-    ):
-        try:
-            with contextlib.redirect_stderr(said):
-                serving.cli_main()
-        except SystemExit:
-            said.seek(0)
-            raise ValueError(said.read().strip().splitlines()[-1]) from None
+    said = io.StringIO()
+    try:
+        with (
+            contextlib.redirect_stderr(said),
+            patch.object(serving, "run_benchmark", found.append),
+            patch.object(sys, "argv", [_TOOL, *flags]),
+        ):
+            serving.cli_main()
+    except SystemExit:
+        raise ValueError(said.getvalue().strip().splitlines()[-1]) from None
     (arguments,) = found
     arguments.tokenize_prompt = _takes_token_ids(arguments.dataset_name)
     return arguments
@@ -145,41 +136,30 @@ def load_requests(arguments: Namespace, tokenizer: Any) -> list[Any]:
     return rows
 
 
-def run(arguments: Namespace, rows: Sequence[Any]) -> dict[str, Any]:
-    """Send requests to the server that the flags name, and return what the tool found.
+def run(arguments: Namespace, rows: Sequence[Any], url: str, speed: float | None) -> dict[str, Any]:
+    """Send requests to a server, and return what the tool found.
 
     Args:
         arguments: from :func:`parse`.
-        rows: from :func:`load_requests`; with the data set "mooncake" objects that also have
-            ``timestamp``, in ms, which are sent at that time over the flag's slow-down factor.
+        rows: from :func:`load_requests` or :func:`dataset_row`.
+        url: of the server.
+        speed: to send each at its timestamp, so many times faster; None for as fast as the flags
+            allow.
     """
     serving = _module()
-    given: list[Any] = list(rows)
-    if arguments.dataset_name == "mooncake":
-        given = [_TraceRecord(row) for row in rows]
-
-    def replay(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-        return _over_time(rows, arguments.mooncake_slowdown_factor)
-
-    with patch.multiple(
-        serving, get_dataset=lambda *args: given, get_mooncake_request_over_time=replay
-    ):
-        found: dict[str, Any] = serving.run_benchmark(arguments)
+    changed: dict[str, Any] = {"get_dataset": lambda *args: list(rows)}
+    if speed is not None:
+        changed["get_request"] = lambda *args: _over_time(rows, speed)
+    given = Namespace(**{**vars(arguments), "base_url": url})
+    with patch.multiple(serving, **changed):
+        found: dict[str, Any] = serving.run_benchmark(given)
     return found
 
 
-class _TraceRecord(dict[str, Any]):
-    """What the tool reads of a trace before it asks for the rows, and (0.5.17) of rows later."""
-
-    def __init__(self, row: Any) -> None:
-        super().__init__(timestamp=row.timestamp, output_length=row.output_len)
-        self.__dict__.update(vars(row))
-
-
-async def _over_time(rows: Sequence[Any], slowdown: float) -> AsyncIterator[Any]:
+async def _over_time(rows: Sequence[Any], speed: float) -> AsyncIterator[Any]:
     begin = time.perf_counter()
     for row in rows:
-        due = begin + (row.timestamp - rows[0].timestamp) / 1000 * slowdown
+        due = begin + (row.timestamp - rows[0].timestamp) / 1000 / speed
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
         yield row
 
@@ -200,18 +180,18 @@ def load_tokenizer(name: str) -> Any:
     return get_tokenizer(name)
 
 
-def streaming_endpoint(url: str, gather: Callable[[Chunks], tuple[str, dict[str, Any]]]) -> Any:
-    """The language's server at a URL, each of whose answers is streamed.
+def endpoint(url: str, generate: Callable[[str, int], tuple[str, dict[str, Any]]]) -> Any:
+    """The language's server at a URL, whose answers come from ``generate``.
 
     Args:
         url: of the server.
-        gather: makes the text and the meta information of an answer from its chunks, new text and
-            meta information each. The request is sent when it asks for the first.
+        generate: called with a prompt and the number of tokens; returns the text of the answer
+            and its meta information.
     """
     from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
 
-    class Streaming(RuntimeEndpoint):  # type: ignore[misc, unused-ignore]
+    class Endpoint(RuntimeEndpoint):  # type: ignore[misc, unused-ignore]
         def generate(self, s: Any, sampling_params: Any) -> tuple[str, dict[str, Any]]:
-            return gather(self.generate_stream(s, sampling_params))
+            return generate(s.text_, sampling_params.max_new_tokens)
 
-    return Streaming(url)
+    return Endpoint(url)

@@ -143,9 +143,9 @@ def counters(engine: Any) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for state in engine.get_server_info()["internal_states"]:
-        states = state.get("sglang_prefix", [{}])
-        assert len(states) == 1, "one model runner of a rank has one backend"
-        for name, value in states[0].items():
+        # A rank has one for each model runner; the first is the target model's.
+        first, *_ = state.get("sglang_prefix") or [{}]
+        for name, value in first.items():
             if name in _NEWEST or name not in found:
                 found[name] = value
             elif isinstance(value, Mapping):  # counts by reason

@@ -6,7 +6,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from functools import partial
 from importlib.util import find_spec
 from math import inf
@@ -48,12 +47,6 @@ def serving(
     workload: Annotated[list[str] | None, Option(help="May be repeated. Default: all.")] = None,
     workload_file: Annotated[Path | None, Option(help="Workloads in the format of ours.")] = None,
     trace: Annotated[Path | None, Option(help="Requests to replay, as Mooncake's traces.")] = None,
-    trace_requests: Annotated[int | None, Option(min=1, help="Replay the first so many.")] = None,
-    trace_block_tokens: Annotated[
-        int | None,
-        Option(min=1, max=512, help="Tokens of a block of 512; all lengths shrink alike."),
-    ] = None,
-    trace_speed: Annotated[float | None, Option(min=0.001, help="1 is as recorded.")] = None,
     repeats: Annotated[int, Option(min=1, help="Timed runs of each, whose median counts.")] = 1,
     seed: Annotated[int | None, Option(min=0, help="Default: 0; with --engine a new one.")] = None,
     min_equal: Annotated[
@@ -135,15 +128,9 @@ def _engine_run(chosen: dict[str, Any]) -> BenchRun:
 
 
 def _server_run(chosen: dict[str, Any]) -> BenchRun:
-    from sglang_prefix.bench.serving.plan import Plan
-    from sglang_prefix.bench.serving.run import Run
+    from sglang_prefix.bench.serving.run import ServingRun
 
-    if find_spec("matplotlib") is None:
-        fail("the plots need matplotlib: pip install 'sglang-prefix[bench]'")
-    names = {field.name for field in fields(Plan)} & chosen.keys()
-    command = ["sglang-prefix", *sys.argv[1:]]
-    plan = Plan(command=command, **{name: chosen[name] for name in names})
-    return Run(plan, resume=chosen["resume"])
+    return ServingRun(command=["sglang-prefix", *sys.argv[1:]], **chosen)
 
 
 def _check_mode(ctx: typer.Context, engine: bool) -> None:

@@ -132,9 +132,14 @@ def test_the_server_script_adds_one_flag(tmp_path: Path) -> None:
 def test_the_comparison_run_calls_what_exists(tmp_path: Path) -> None:
     calls = tmp_path / "calls"
     stub(tmp_path / "sglang-prefix", f'echo "sglang-prefix $@" >> {calls}')
-    assert run_script("compare.sh", str(tmp_path / "out"), path=tmp_path).returncode == 0
+    done = run_script("compare.sh", "out", "--model-path", "tiny", path=tmp_path)
+    assert done.stdout.splitlines()[-1] == "open out/report.html"
     lines = calls.read_text().splitlines()
-    assert [line.split()[1] for line in lines] == ["bench", "bench", "report"]
+    assert lines == [
+        "sglang-prefix bench kernel --out out --quick",
+        "sglang-prefix bench serving --out out --quick --model-path tiny",
+        "sglang-prefix report out --out out/report.html",
+    ]
     (tmp_path / "page.md").write_text("```bash\n" + "\n".join(lines) + "\n```\n")
     found = problems([read_page(tmp_path / "page.md", tmp_path)])
     assert [problem for problem in found if "place on one machine" not in problem] == []

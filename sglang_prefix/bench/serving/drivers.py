@@ -4,7 +4,7 @@ SGLang's load generator needs SGLang to import, which on a host without a GPU ta
 kernels, and it prints a lot. So it runs in a process of its own: a :class:`Client` in a
 `bench.child.ChildProcess`.
 
-Every driver sends one set of requests in two ways: ``check`` for the token ids, which also warms
+Every driver sends one set of requests in two ways: ``ask`` for the token ids, which also warms
 the server up, and ``measure`` for the times. Sampling is greedy, so two servers must answer alike.
 """
 
@@ -14,7 +14,7 @@ import asyncio
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -28,23 +28,11 @@ from prefix_patches import load_generator
 from sglang_prefix.bench.serving.workloads import Forks, Rollouts, Trace, Workload, scale_trace
 from sglang_prefix.bench.workloads.traces import read_trace
 
-__all__ = [
-    "Answer",
-    "BenchServing",
-    "Client",
-    "Driver",
-    "ForkDriver",
-    "RolloutDriver",
-    "TraceDriver",
-    "start_client",
-    "summarize",
-]
+__all__ = ["Answer", "BenchServing", "Client", "Driver", "ForkDriver", "start_client", "summarize"]
 
-_FIELDS = ("ttft_ms", "tpot_ms", "itl_ms")
 _DOCUMENT = "Rule {n} of part {part}: an answer names its source and says when it is not sure. "
 _SECTION = "Note {n} on case {part}: read it as taken on that day, in this order. "
 _QUESTION = "\nQuestion {part}: what follows from note {n}, and for whom?\nAnswer:"
-_ANSWER = "sglang_prefix_answer"
 _FLUSH_TRIES = 100
 _FLUSH_PAUSE_S = 0.1
 
@@ -53,7 +41,8 @@ class Client:
     """Makes the requests of workloads and sends them.
 
     Args:
-        model: folder or name of the model; tokenizer: of its tokenizer.
+        model: folder or name of the model.
+        tokenizer: of its tokenizer; None for the model's.
         trace: file of a trace, or None.
         seed: of all requests.
 
@@ -62,9 +51,10 @@ class Client:
         ValueError: there is no tokenizer.
     """
 
-    def __init__(self, model: str, tokenizer: str, trace: str | None, seed: int) -> None:
+    def __init__(self, model: str, tokenizer: str | None, trace: str | None, seed: int) -> None:
         if missing := load_generator.missing():
             raise RuntimeError(f"this SGLang lacks {', '.join(missing)}")
+        tokenizer = tokenizer or model
         self.flags: dict[str, Any] = {"model": model, "tokenizer": tokenizer, "seed": seed}
         self.trace = trace or ""
         try:
@@ -89,12 +79,12 @@ class Client:
         return {"fingerprint": hashed, "replay_s": driver.replay_s}
 
     def check(self, name: str, url: str) -> list[list[int]]:
-        """Send a workload for its token ids, on an empty cache."""
+        """Send a workload on an empty cache; the token ids of its answers, in order."""
         _flush(url)
-        return self._drivers[name].check(url)
+        return [answer.ids for answer in self._drivers[name].ask(url)]
 
     def measure(self, name: str, url: str) -> dict[str, Any]:
-        """Send a workload for its times, on an empty cache."""
+        """Send a workload for its times, on an empty cache; see :func:`summarize`."""
         _flush(url)
         return self._drivers[name].measure(url)
 
@@ -128,11 +118,6 @@ class Answer:
     text: str = ""
     ids: list[int] = field(default_factory=list)
 
-    def take(self, chunk: dict[str, Any]) -> None:
-        """Note a chunk of ``/generate``'s stream."""
-        self.chunks.append((time.perf_counter(), chunk["meta_info"]["completion_tokens"]))
-        self.text, self.ids = chunk["text"], chunk.get("output_ids", [])
-
 
 def summarize(answers: Sequence[Answer], seconds: float) -> dict[str, Any]:
     """Aggregate as SGLang's bench_serving does.
@@ -144,7 +129,7 @@ def summarize(answers: Sequence[Answer], seconds: float) -> dict[str, Any]:
     Returns:
         Median and 99th percentile of the time to the first token, of the time per output token
         after it (one value per answer) and of the time between tokens (one value per token), in
-        ms; throughputs.
+        ms; throughputs; "texts" of the answers.
     """
     first = [a.chunks[0][0] - a.began for a in answers]
     per_token = [
@@ -159,9 +144,10 @@ def summarize(answers: Sequence[Answer], seconds: float) -> dict[str, Any]:
         for _ in range(has - had)
     ]
     tokens = sum(a.chunks[-1][1] for a in answers)
-    values = zip(_FIELDS, (first, per_token, between), strict=True)
     return {
-        **{name: _quantiles(found) for name, found in values},
+        "ttft_ms": _quantiles(first),
+        "tpot_ms": _quantiles(per_token),
+        "itl_ms": _quantiles(between),
         "output_tokens_per_s": tokens / seconds,
         "requests_per_s": len(answers) / seconds,
         "duration_s": seconds,
@@ -178,70 +164,75 @@ def _quantiles(seconds: Sequence[float]) -> dict[str, float] | None:
 
 
 class Driver:
-    """A set of requests that can be sent to any server, as bodies of ``/generate``.
+    """A set of requests that can be sent to any server.
+
+    Args:
+        requests: plain values, equal for equal requests; here bodies of ``/generate``.
+        concurrency: of them in flight at most; None for all at once.
 
     Attributes:
-        requests: plain values, equal for equal requests.
-        replay_s: seconds over which they are sent; 0 for at once.
+        replay_s: seconds over which they are sent.
     """
 
-    requests: list[Any]
     replay_s = 0.0
-    _concurrency: int | None = None
 
-    def check(self, url: str) -> list[list[int]]:
-        """Token ids of all answers, in the order of the requests."""
-        return [answer.ids for answer in self._ask(url, with_ids=True)]
+    def __init__(self, requests: list[Any], concurrency: int | None = None) -> None:
+        self.requests = requests
+        self._concurrency = concurrency
+
+    def ask(self, url: str) -> list[Answer]:
+        """All answers, in the order of the requests."""
+        return asyncio.run(_ask_all(url, self.requests, self._concurrency))
 
     def measure(self, url: str) -> dict[str, Any]:
-        """Times, as :func:`summarize` returns them, and "texts", the answers in the same order."""
+        """What :func:`summarize` returns."""
         began = time.perf_counter()
-        answers = self._ask(url, with_ids=False)
+        answers = self.ask(url)
         return summarize(answers, time.perf_counter() - began)
-
-    def _ask(self, url: str, *, with_ids: bool) -> list[Answer]:
-        return asyncio.run(_ask_all(url, self.requests, self._concurrency))
 
 
 class BenchServing(Driver):
-    """SGLang's bench_serving with one of its own data sets.
+    """SGLang's bench_serving with one of its own data sets, or with the client's trace.
 
     Args:
         client: whose tokenizer and seed it uses.
         flags: of the tool, without dashes.
+        trace: what to replay instead of a data set.
 
     Raises:
         ValueError: the tool refuses the flags.
     """
 
-    def __init__(self, client: Client, flags: dict[str, Any]) -> None:
-        given = {**flags, **client.flags, "warmup-requests": 0}
-        self._flags = [part for key, value in given.items() for part in (f"--{key}", str(value))]
-        self._flags += ["--flush-cache", "--disable-tqdm", "--output-details"]
-        arguments = self._arguments("http://127.0.0.1")
-        self._concurrency = arguments.max_concurrency
-        self._rows = self._make_rows(arguments, client)
-        self.requests = [_body(row.prompt, row.output_len) for row in self._rows]
-
-    def _make_rows(self, arguments: load_generator.Namespace, client: Client) -> list[Any]:
-        return load_generator.load_requests(arguments, client.tokenizer)
-
-    def _arguments(self, url: str) -> load_generator.Namespace:
-        return load_generator.parse([*self._flags, "--base-url", url, "--output-file", "/dev/null"])
+    def __init__(self, client: Client, flags: dict[str, Any], trace: Trace | None = None) -> None:
+        given = {**flags, **client.flags, "warmup-requests": 0, "output-file": "/dev/null"}
+        words = [part for key, value in given.items() for part in (f"--{key}", str(value))]
+        words += ["--flush-cache", "--disable-tqdm", "--output-details"]
+        self._arguments = load_generator.parse(words)
+        self._speed = trace["speed"] if trace else None
+        if trace is None:
+            self._rows = load_generator.load_requests(self._arguments, client.tokenizer)
+        else:
+            found = read_trace(client.trace)[: trace["requests"]]
+            scaled = scale_trace(found, client.token_ids, trace, client.flags["seed"])
+            self._rows = [load_generator.dataset_row(*row) for row in scaled]
+            self.replay_s = (found[-1].timestamp - found[0].timestamp) / 1000 / trace["speed"]
+        bodies = [_body(row.prompt, row.output_len) for row in self._rows]
+        super().__init__(bodies, self._arguments.max_concurrency)
 
     def measure(self, url: str) -> dict[str, Any]:
         """See :class:`Driver`; the times are the tool's."""
-        found = load_generator.run(self._arguments(url), self._rows)
+        found = load_generator.run(self._arguments, self._rows, url, self._speed)
         errors = [error for error in found["errors"] if error]
         if errors or found["completed"] < len(self._rows):
             why = errors[0].strip().splitlines()[-1] if errors else "no reason given"
             missing = len(self._rows) - found["completed"]
             raise RuntimeError(f"{missing} of {len(self._rows)} requests failed: {why}")
-        quantiles = {
-            name: {kind: found[f"{kind}_{name}"] for kind in ("median", "p99")} for name in _FIELDS
+        times = {
+            name: {kind: found[f"{kind}_{name}"] for kind in ("median", "p99")}
+            for name in ("ttft_ms", "tpot_ms", "itl_ms")
         }
         return {
-            **quantiles,
+            **times,
             "output_tokens_per_s": found["output_throughput"],
             "requests_per_s": found["request_throughput"],
             "duration_s": found["duration"],
@@ -250,46 +241,28 @@ class BenchServing(Driver):
         }
 
 
-class TraceDriver(BenchServing):
-    """bench_serving's replay of the client's trace, with the rows made here."""
-
-    def __init__(self, client: Client, shape: Trace) -> None:
-        self._shape, speed = shape, shape["speed"]
-        self._trace = read_trace(client.trace)[: shape["requests"]]
-        self.replay_s = (self._trace[-1].timestamp - self._trace[0].timestamp) / 1000 / speed
-        replay = {
-            "dataset-name": "mooncake",
-            "mooncake-slowdown-factor": 1 / speed,
-            "num-prompts": shape["requests"],
-            "max-concurrency": shape["max_concurrency"],
-        }
-        super().__init__(client, replay)
-
-    def _make_rows(self, arguments: load_generator.Namespace, client: Client) -> list[Any]:
-        rows = scale_trace(self._trace, client.token_ids, self._shape, client.flags["seed"])
-        make = load_generator.dataset_row
-        return [make(row.prompt, row.output_len, row.timestamp) for row in rows]
+def _trace(client: Client, shape: Trace) -> Driver:
+    """A replay of the client's trace; the data set that is named to the tool is not made."""
+    flags = {"dataset-name": "random-ids", "max-concurrency": shape["max_concurrency"]}
+    return BenchServing(client, flags, shape)
 
 
-class RolloutDriver(Driver):
-    """``n`` samples of random prompts through ``/generate``; all prompts at once.
+def _rollouts(client: Client, shape: Rollouts) -> Driver:
+    """``n`` samples of random prompts; all prompts at once.
 
-    bench_serving takes the samples of one stream for one answer, so this has its own client.
+    bench_serving takes the samples of one stream for one answer, so it cannot send them.
     """
-
-    def __init__(self, client: Client, shape: Rollouts) -> None:
-        rng, ids = np.random.default_rng(client.flags["seed"]), np.asarray(client.token_ids)
-        size = (shape["prompts"], shape["prompt_tokens"])
-        prompts = ids[rng.integers(len(ids), size=size)].tolist()
-        tokens, samples = shape["output_tokens"], shape["samples"]
-        self.requests = [_body(prompt, tokens, samples) for prompt in prompts]
+    rng, ids = np.random.default_rng(client.flags["seed"]), np.asarray(client.token_ids)
+    size = (shape["prompts"], shape["prompt_tokens"])
+    prompts = ids[rng.integers(len(ids), size=size)].tolist()
+    return Driver([_body(p, shape["output_tokens"], shape["samples"]) for p in prompts])
 
 
 class ForkDriver(Driver):
     """Trees of text through SGLang's frontend language; all documents at once.
 
-    The language has no load generator of its own. Its endpoint is extended so that every ``gen``
-    streams and its tokens are timed; what it sends is the language's.
+    The language has no load generator of its own, and asks for whole answers. So what it asks for
+    is sent, streamed and timed as the requests of the other drivers are.
     """
 
     def __init__(self, client: Client, shape: Forks) -> None:
@@ -303,7 +276,7 @@ class ForkDriver(Driver):
 
         sections = [fill(_SECTION, n, shape["section_tokens"]) for n in range(shape["sections"])]
         questions = [_QUESTION.format(part=q, n=7 * q) for q in range(shape["questions"])]
-        self.requests = [
+        trees = [
             {
                 "document": fill(_DOCUMENT, n, shape["document_tokens"]),
                 "sections": sections,
@@ -312,27 +285,32 @@ class ForkDriver(Driver):
             }
             for n in range(shape["documents"])
         ]
+        super().__init__(trees)
 
-    def _ask(self, url: str, *, with_ids: bool) -> list[Answer]:
+    def ask(self, url: str) -> list[Answer]:
+        """All answers, in the order of the leaves."""
         import sglang
 
-        endpoint = load_generator.streaming_endpoint(url, _timed)
+        def generate(prompt: str, tokens: int) -> tuple[str, dict[str, Any]]:
+            (answer,) = asyncio.run(_ask_all(url, [_body(prompt, tokens)], None))
+            return answer.text, {"answer": answer}
+
+        endpoint = load_generator.endpoint(url, generate)
         program = sglang.function(_tree)
-        jobs = [tree | {"ids": with_ids} for tree in self.requests]
-        with ThreadPoolExecutor(len(jobs)) as pool:
-            states = list(pool.map(lambda job: program.run(**job, backend=endpoint), jobs))
+        with ThreadPoolExecutor(len(self.requests)) as pool:
+            states = list(
+                pool.map(lambda tree: program.run(**tree, backend=endpoint), self.requests)
+            )
         for state in states:
             if (error := state.error()) is not None:
                 raise RuntimeError(f"the frontend language failed: {error}")
-        answers = [meta and meta[_ANSWER] for state in states for meta in state["answers"]]
-        if not all(answers):
+        found = [meta and meta["answer"] for state in states for meta in state["answers"]]
+        if not all(found):
             raise RuntimeError("the frontend language lost an answer: did the server fail?")
-        return answers
+        return found
 
 
-def _tree(
-    s: Any, document: str, sections: list[str], questions: list[str], tokens: int, ids: bool
-) -> None:
+def _tree(s: Any, document: str, sections: list[str], questions: list[str], tokens: int) -> None:
     """One document; all sections below it at once, all questions below each at once."""
     from sglang import gen
 
@@ -345,34 +323,15 @@ def _tree(
         below = branch.fork(len(questions))
         for question, leaf in zip(questions, below, strict=True):
             leaf += question
-            leaf += gen(
-                "answer",
-                max_tokens=tokens,
-                temperature=0,
-                ignore_eos=True,
-                return_logprob=ids or None,
-            )
+            leaf += gen("answer", max_tokens=tokens)
         leaves += list(below)
     s["answers"] = [leaf.get_meta_info("answer") for leaf in leaves]
 
 
-def _timed(chunks: Iterable[tuple[str, dict[str, Any]]]) -> tuple[str, dict[str, Any]]:
-    """An answer from its stream, which is also in its meta information."""
-    answer = Answer(time.perf_counter())
-    meta: dict[str, Any] = {}
-    for text, meta in chunks:
-        # Of each token its log probability, its id and, perhaps, its text.
-        ids = [token[1] for token in meta.get("output_token_logprobs") or ()]
-        answer.take({"text": answer.text + text, "output_ids": ids, "meta_info": meta})
-    if not answer.chunks:
-        raise RuntimeError("the server ended a stream before its first token")
-    return answer.text, {**meta, _ANSWER: answer}
-
-
 _DRIVERS: dict[str, Any] = {
     "bench_serving": BenchServing,
-    "trace": TraceDriver,
-    "rollouts": RolloutDriver,
+    "trace": _trace,
+    "rollouts": _rollouts,
     "forks": ForkDriver,
 }
 
@@ -413,7 +372,10 @@ async def _ask(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -
                 chunk = json.loads(line[len(b"data: ") :])
                 if "error" in chunk:
                     raise RuntimeError(f"the server failed: {str(chunk['error'])[:300]}")
-                answers[chunk.get("index", 0)].take(chunk)
-    if not all(answer.chunks and len(answer.ids) == answer.chunks[-1][1] for answer in answers):
+                answer = answers[chunk.get("index", 0)]
+                count = chunk["meta_info"]["completion_tokens"]
+                answer.chunks.append((time.perf_counter(), count))
+                answer.text, answer.ids = chunk["text"], chunk["output_ids"]
+    if not all(a.chunks and len(a.ids) == a.chunks[-1][1] for a in answers):
         raise RuntimeError("the server ended a stream before the whole of every answer had come")
     return answers

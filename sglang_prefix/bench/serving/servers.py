@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
-import json
 import os
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
+import requests
 
 from sglang_prefix.bench.child import cause_in, kill_session, spawn
-from sglang_prefix.bench.engine import free_port, is_free
+from sglang_prefix.bench.engine import counters, free_port, is_free
 
 __all__ = [
     "RunningServer",
@@ -37,10 +33,6 @@ _CALL_S = 60
 _END_S = 60.0
 _POLL_S = 0.3
 _HOST = "127.0.0.1"
-_DESCRIBED = (
-    *("dtype", "load_format", "attention_backend", "decode_attention_backend"),
-    "max_total_num_tokens",
-)
 
 
 class ServerError(RuntimeError):
@@ -93,25 +85,36 @@ class RunningServer:
                 f"{cause_in(text)}; its log: {self.log}"
             )
 
-    def raise_if_dead(self) -> None:
-        """Raise ServerError if a server that was started here has ended, or another is silent."""
-        self.raise_if_ended()
+    def get_server_info(self) -> dict[str, Any]:
+        """What it says of itself, as ``sglang.Engine.get_server_info`` does.
+
+        Raises:
+            ServerError: it does not answer.
+        """
+        return self.get("server_info")
+
+    def get(self, page: str) -> dict[str, Any]:
+        """A page that is a JSON object; ServerError if it is not."""
         try:
-            _get(f"{self.url}/health")
-        except OSError as error:
-            raise ServerError(f"the {self.side} server at {self.url} is dead: {error}") from None
+            answer = requests.get(f"{self.url}/{page}", timeout=_CALL_S)
+            answer.raise_for_status()
+            found = answer.json()
+        except requests.RequestException as error:
+            raise ServerError(f"{self.url}/{page} does not answer: {error}") from None
+        if not isinstance(found, dict):
+            raise ServerError(f"{self.url}/{page} is not SGLang's: no JSON object")
+        return found
 
 
 def _running_in_group(group: int) -> list[int]:
     """Processes of a group that have not ended; a zombie has when its last thread has."""
     found = []
-    for number in psutil.pids():
+    for process in psutil.process_iter():
         with contextlib.suppress(OSError, psutil.Error):
-            if os.getpgid(number) != group:
-                continue
-            process = psutil.Process(number)
-            if process.status() != psutil.STATUS_ZOMBIE or process.num_threads() > 1:
-                found.append(number)
+            if os.getpgid(process.pid) == group and (
+                process.status() != psutil.STATUS_ZOMBIE or process.num_threads() > 1
+            ):
+                found.append(process.pid)
     return found
 
 
@@ -160,9 +163,9 @@ def wait_until_ready(server: RunningServer, timeout_s: float) -> None:
     """
     deadline = time.monotonic() + timeout_s
     while True:
-        with contextlib.suppress(OSError):
-            _get(f"{server.url}/health")
-            return
+        with contextlib.suppress(requests.RequestException):
+            if requests.get(f"{server.url}/health", timeout=_CALL_S).ok:
+                return
         server.raise_if_ended()
         if time.monotonic() > deadline:
             raise ServerError(
@@ -176,72 +179,34 @@ def describe(server: RunningServer) -> dict[str, Any]:
     """What a server is, from its own pages, checked to be of its side.
 
     Returns:
-        "model", "tokenizer", "dtype", "load_format", "attention_backend",
-        "decode_attention_backend", "max_total_num_tokens" (of its KV pool) and "sglang", None for
-        what the pages lack.
+        "model", "sglang", "dtype", "attention_backend", "decode_attention_backend" and
+        "max_total_num_tokens" (of its KV pool), None for what the pages lack.
 
     Raises:
         ServerError: it does not answer, has dummy weights, or is of the other side.
     """
-    info = _call(server, "server_info")
-    model = _call(server, "model_info")
-    wants_prefix, is_prefix = server.side == "prefix", _states(info) != []
-    if wants_prefix != is_prefix:
-        what = "names no prefix backend" if wants_prefix else "names the prefix backend"
+    info = server.get_server_info()
+    is_prefix = bool(counters(server))
+    if is_prefix != (server.side == "prefix"):
+        what = "names the prefix backend" if is_prefix else "names no prefix backend"
         raise ServerError(f"{server.url} is no {server.side} server: its /server_info {what}")
     if info.get("load_format") == "dummy":
         raise ServerError(
             f"{server.url} has dummy weights, under which attention hardly matters: equal tokens "
             "would prove nothing; use real ones"
         )
+    names = ("dtype", "attention_backend", "decode_attention_backend", "max_total_num_tokens")
     return {
-        "model": model.get("model_path"),
-        "tokenizer": model.get("tokenizer_path") or model.get("model_path"),
+        "model": server.get("model_info").get("model_path"),
         "sglang": info.get("version"),
-        **{name: info.get(name) for name in _DESCRIBED},
+        **{name: info.get(name) for name in names},
     }
 
 
 def read_counters(server: RunningServer) -> dict[str, Any] | None:
-    """The backend's counters of the first rank; of data-parallel replicas the sum. None for stock.
+    """The backend's counters, of data-parallel replicas the sum; None for stock.
 
     Raises:
         ServerError: the server does not answer.
     """
-    states = _states(_call(server, "server_info"))
-    if not states:
-        return None
-    total: dict[str, Any] = {}
-    for name in states[0]:
-        values = [state[name] for state in states]
-        if name.endswith("_reasons"):
-            total[name] = dict(sum(map(Counter, values), Counter()))
-        elif name.endswith("_steps") or name.startswith("kv_tokens"):
-            total[name] = sum(values)
-    return total
-
-
-def _states(info: dict[str, Any]) -> list[dict[str, Any]]:
-    replicas = (state.get("sglang_prefix") for state in info.get("internal_states", []))
-    return [ranks[0] for ranks in replicas if ranks]
-
-
-def _call(server: RunningServer, path: str) -> dict[str, Any]:
-    try:
-        found = json.loads(_get(f"{server.url}/{path}"))
-    except (OSError, ValueError) as error:
-        raise ServerError(f"{server.url}/{path} does not answer: {error}") from None
-    if not isinstance(found, dict):
-        raise ServerError(f"{server.url}/{path} is not SGLang's: no JSON object")
-    return found
-
-
-def _get(url: str) -> bytes:
-    try:
-        with urllib.request.urlopen(url, timeout=_CALL_S) as answer:
-            text: bytes = answer.read()
-    except urllib.error.URLError as error:
-        raise OSError(getattr(error.reason, "strerror", None) or str(error.reason)) from None
-    except (http.client.HTTPException, ValueError) as error:
-        raise OSError(f"no HTTP server: {error}") from None
-    return text
+    return counters(server) or None

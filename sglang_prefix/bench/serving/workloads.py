@@ -6,6 +6,7 @@ that requests which begin with the same ids begin with the same tokens.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,6 @@ __all__ = [
     "Forks",
     "Rollouts",
     "Trace",
-    "TraceRow",
     "Workload",
     "load_workloads",
     "scale_trace",
@@ -116,11 +116,7 @@ class Workload:
 
 
 def load_workloads(
-    path: Path = REGISTRY,
-    *,
-    quick: bool,
-    names: Sequence[str] = (),
-    overrides: Mapping[str, Any] | None = None,
+    path: Path = REGISTRY, *, quick: bool, names: Sequence[str] = ()
 ) -> list[Workload]:
     """Read workloads.
 
@@ -128,7 +124,6 @@ def load_workloads(
         path: a file like `workloads.json` here.
         quick: the small size.
         names: which; all if empty.
-        overrides: parameters of trace replays to replace.
 
     Raises:
         ValueError: the file cannot be read, holds no such workloads, or a name is not in it.
@@ -144,8 +139,6 @@ def load_workloads(
     for entry in data["workloads"]:
         name, driver = entry["name"], entry["driver"]
         parameters = entry["quick" if quick else "full"]
-        if driver == "trace":
-            parameters = parameters | (overrides or {})
         check_type(path, parameters, TypeAdapter(_PARAMETERS[driver]), f"workload {name}")
         found.append(Workload(name, entry["group"], driver, parameters))
     known = [workload.name for workload in found]
@@ -157,19 +150,10 @@ def load_workloads(
     return [workload for workload in found if not names or workload.name in names]
 
 
-@dataclass(slots=True)
-class TraceRow:
-    """A request to send: token ids, tokens to generate, and when to send it in ms."""
-
-    prompt: list[int]
-    output_len: int
-    timestamp: float
-
-
 def scale_trace(
     trace: Sequence[TraceRequest], token_ids: Sequence[int], shape: Trace, seed: int
-) -> list[TraceRow]:
-    """Turn a trace into requests with token ids.
+) -> list[tuple[list[int], int, float]]:
+    """Turn a trace into requests with token ids: prompt, tokens to generate, when to send it in ms.
 
     Args:
         trace: requests from `workloads.traces.read_trace`.
@@ -177,29 +161,22 @@ def scale_trace(
         shape: of the replay. Longer prompts lose their end, so that what they share stays shared.
         seed: of the blocks; an id's block depends on nothing but the id and this.
     """
-    block_tokens = shape["block_tokens"]
-    ids = np.asarray(token_ids)
-    blocks: dict[int, list[int]] = {}
+    block_tokens, ids = shape["block_tokens"], np.asarray(token_ids)
 
+    @functools.cache
     def block(hash_id: int) -> list[int]:
-        if hash_id not in blocks:
-            drawn = np.random.default_rng([seed, hash_id]).integers(len(ids), size=block_tokens)
-            blocks[hash_id] = ids[drawn].tolist()
-        return blocks[hash_id]
+        drawn = np.random.default_rng([seed, hash_id]).integers(len(ids), size=block_tokens)
+        tokens: list[int] = ids[drawn].tolist()
+        return tokens
 
-    rows = []
+    def scaled(tokens: int) -> int:
+        return max(1, round(tokens * block_tokens / BLOCK_TOKENS))
+
+    rows: list[tuple[list[int], int, float]] = []
     for request in trace:
-        length = min(_scaled(request.input_length, block_tokens), shape["max_prompt_tokens"])
-        prompt: list[int] = []
-        for hash_id in request.hash_ids:
-            if len(prompt) >= length:
-                break
-            prompt += block(hash_id)
-        output = min(_scaled(request.output_length, block_tokens), shape["max_output_tokens"])
+        prompt = [token for hash_id in request.hash_ids for token in block(hash_id)]
+        length = min(scaled(request.input_length), shape["max_prompt_tokens"])
+        output = min(scaled(request.output_length), shape["max_output_tokens"])
         # Two tokens at least: the first comes from prefill and says nothing about decode.
-        rows.append(TraceRow(prompt[:length], max(output, 2), request.timestamp))
+        rows.append((prompt[:length], max(output, 2), request.timestamp))
     return rows
-
-
-def _scaled(tokens: int, block_tokens: int) -> int:
-    return max(1, round(tokens * block_tokens / BLOCK_TOKENS))
