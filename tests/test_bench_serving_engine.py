@@ -16,11 +16,18 @@ from typing import Any
 import pytest
 import torch
 
+from sglang_prefix.bench.engine import write_plugin
 from sglang_prefix.bench.serving import sync_guard
 from sglang_prefix.bench.serving.compare import compare_logprobs, decode_times, median_interval
 from sglang_prefix.bench.serving.engine_calls import full_batch
-from sglang_prefix.bench.serving.engines import LLAMA_8B, engine_arguments, write_plugin
-from sglang_prefix.bench.serving.loads import OURS, Load, measurements, prompts
+from sglang_prefix.bench.serving.loads import (
+    LLAMA_8B,
+    OURS,
+    Load,
+    engine_arguments,
+    measurements,
+    prompts,
+)
 from sglang_prefix.bench.serving.targets import NOT_PACKED, evaluate
 from sglang_prefix.tiny_model import build_once
 
@@ -52,8 +59,6 @@ def test_prompts_form_the_tree_and_are_the_same_everywhere() -> None:
     assert len(set(map(tuple, ids))) == 6
     assert ids == prompts(load, 100, 1)
     assert ids != prompts(load, 100, 2)
-    assert load.shares
-    assert not Load("unrelated", 6, ((6, 5),), 1).shares
 
 
 def test_only_steps_with_all_requests_count() -> None:

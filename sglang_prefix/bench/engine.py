@@ -10,6 +10,7 @@ import os
 import random
 import socket
 import time
+import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
@@ -28,6 +29,7 @@ __all__ = [
     "flush",
     "free_port",
     "is_free",
+    "write_plugin",
 ]
 
 ROOT = Path(__file__).parents[2]
@@ -104,6 +106,30 @@ def engine_environment(
     places = [*paths, *filter(None, [found.get("PYTHONPATH")]), *roots]
     found["PYTHONPATH"] = os.pathsep.join(map(str, places))
     return hook_environment(hooks, found | dict(settings))
+
+
+def write_plugin(folder: Path) -> Path | None:
+    """Make our source tree a distribution to `importlib.metadata`, which SGLang asks for plugins.
+
+    Args:
+        folder: to be put on ``PYTHONPATH`` before any place where the package is installed.
+
+    Returns:
+        The ``.dist-info`` folder in it, with the name, version and entry points of pyproject.toml.
+        None in an installed wheel, which is a distribution already.
+    """
+    if not (ROOT / "pyproject.toml").is_file():
+        return None
+    project: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    name, version = project["name"], project["version"]
+    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir(parents=True, exist_ok=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    lines = []
+    for group, points in project["entry-points"].items():
+        lines += [f"[{group}]", *(f"{key} = {value}" for key, value in points.items()), ""]
+    (info / "entry_points.txt").write_text("\n".join(lines))
+    return info
 
 
 def free_port() -> int:

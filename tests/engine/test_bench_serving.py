@@ -213,7 +213,6 @@ def test_engines_find_the_plugin_of_the_source_tree(dry: dict[str, Any]) -> None
 @pytest.mark.parametrize("load", ["rollouts-64x8k", "agents"])
 def test_shared_prompts_are_packed_and_timed(load: str, dry: dict[str, Any]) -> None:
     case = dry[load]
-    assert case["shares"]
     ours, stock = case["measured"]["prefix"], case["measured"]["torch_native"]
     assert ours["packed"]
     assert ours["counters"]["kv_read_ratio"] < 0.8
@@ -236,7 +235,6 @@ def test_log_probabilities_agree_and_wide_limits_are_not_why(dry: dict[str, Any]
 
 def test_both_sides_alternate(dry: dict[str, Any]) -> None:
     case = dry["unrelated"]
-    assert not case["shares"]
     assert [list(one) for one in case["rounds"]] == [
         ["torch_native", "prefix"],
         ["prefix", "torch_native"],
