@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_prefix.bench.child import ChildProcess
-from sglang_prefix.bench.hooks import hook_environment
+from sglang_prefix.bench.hooks import HOOKS_FOLDER, HOOKS_VARIABLE
 from sglang_prefix.sglang_environment import find_sgl_kernel, sglang_environment
 
 __all__ = [
@@ -104,8 +104,10 @@ def engine_environment(
     is_checkout = (ROOT / "kernels").is_dir()
     roots = (ROOT, ROOT / "kernels", ROOT / "patches") if is_checkout else ()
     places = [*paths, *filter(None, [found.get("PYTHONPATH")]), *roots]
-    found["PYTHONPATH"] = os.pathsep.join(map(str, places))
-    return hook_environment(hooks, found | dict(settings))
+    if hooks:
+        places.insert(0, HOOKS_FOLDER)
+        found[HOOKS_VARIABLE] = ",".join(hooks)
+    return found | {"PYTHONPATH": os.pathsep.join(map(str, places)), **settings}
 
 
 def write_plugin(folder: Path) -> Path | None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from sglang_prefix.bench.hooks import hook_environment
+from sglang_prefix.bench.engine import engine_environment
 from sglang_prefix.bench.results import read_result
 from sglang_prefix.bench.serving.loads import dry_measurements
 from sglang_prefix.bench.serving.targets import evaluate
@@ -62,21 +62,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "workloads.json").write_text(json.dumps(registry))
     command = [*BENCH, "--quick", "--out", str(root / "out")]
     command += ["--trace", str(root / "trace"), "--workload-file", str(root / "workloads.json")]
-    environment = {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    settings = {
         MODE_FILE: str(root / "mode"),
         HOLD_FILE: str(root / "never"),
         "HF_HUB_OFFLINE": "1",
         # Other workers may use the cores: threads that wait for one would spin meanwhile.
         "OMP_NUM_THREADS": "1",
     }
+    hooks = ["tests.engine.hooks.controls"]
     with (root / "stdout").open("wb") as stdout, (root / "stderr").open("wb") as stderr:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=stderr,
-            env=hook_environment(["tests.engine.hooks.controls"], os.environ | environment),
+            env=engine_environment(settings, hooks=hooks, base=os.environ),
         )
         try:
             break_decode_for_the_control(process, root)
