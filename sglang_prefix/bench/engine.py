@@ -28,6 +28,7 @@ __all__ = [
     "engine_environment",
     "flush",
     "free_port",
+    "greedy",
     "is_free",
     "write_plugin",
 ]
@@ -197,6 +198,11 @@ def counter_difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> d
     if found.get("kv_tokens_logical"):
         found["kv_read_ratio"] = found["kv_tokens_read"] / found["kv_tokens_logical"]
     return found
+
+
+def greedy(num_tokens: int) -> dict[str, Any]:
+    """Sampling parameters for an answer of this length without chance."""
+    return {"temperature": 0, "max_new_tokens": num_tokens, "ignore_eos": True}
 
 
 def flush(engine: Any) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from sglang_prefix.bench.engine import EngineProcess, counters, engine_environment
+from sglang_prefix.bench.engine import EngineProcess, counters, engine_environment, greedy
 from sglang_prefix.bench.hooks import step_clock
 from sglang_prefix.bench.run import BenchRun, Case
 from sglang_prefix.tiny_model import build_tiny_model
@@ -138,6 +138,5 @@ def decode_rollouts(engine: Any, num_requests: int) -> dict[str, Any]:
     ]
     prompts = [groups[request % GROUPS] for request in range(num_requests)]
     ends = [*ENDS_EARLY, *[NEW_TOKENS] * num_requests][:num_requests]
-    sampling = [{"temperature": 0, "max_new_tokens": n, "ignore_eos": True} for n in ends]
-    engine.generate(input_ids=prompts, sampling_params=sampling)
+    engine.generate(input_ids=prompts, sampling_params=[*map(greedy, ends)])
     return counters(engine)

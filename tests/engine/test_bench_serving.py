@@ -19,7 +19,7 @@ import pytest
 
 from sglang_prefix.bench.engine import engine_environment
 from sglang_prefix.bench.results import read_result
-from sglang_prefix.bench.serving.loads import dry_measurements
+from sglang_prefix.bench.serving.loads import measurements
 from sglang_prefix.bench.serving.targets import evaluate
 from sglang_prefix.bench.serving.workloads import REGISTRY
 from tests.engine.driver import HOLD_FILE, MODE_FILE
@@ -187,7 +187,7 @@ def dry(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("engines")
     stopped, _ = run_engines(folder, "--budget-s", "0")
     result, printed = run_engines(folder, "--resume")
-    names = [one.name for one in dry_measurements()]
+    names = [one.name for one in measurements(dry=True)]
     assert stopped["cases"] == []
     assert list(stopped["not_run"]) == names
     assert [case["name"] for case in result["cases"]] == names

@@ -31,7 +31,6 @@ from sglang_prefix.bench.serving.loads import (
     TINY,
     Load,
     Measurement,
-    dry_measurements,
     engine_arguments,
     measurements,
     prompts,
@@ -112,10 +111,7 @@ class EngineRun(BenchRun):
     def use(self, options: Mapping[str, Any]) -> None:
         """Read the length of the long rollouts."""
         self._long_output = options["long_output"]
-        self._measurements = self._measured_against(tuple(STOCK))
-
-    def _measured_against(self, stock: Sequence[str]) -> list[Measurement]:
-        return dry_measurements() if self._dry else measurements(stock, self._long_output)
+        self._measurements = measurements(long_output=self._long_output, dry=self._dry)
 
     @property
     def order(self) -> list[str]:
@@ -136,7 +132,8 @@ class EngineRun(BenchRun):
         if len(absent) == len(STOCK):
             raise ValueError(f"no backend of SGLang can be imported here: {absent}")
         self.data["absent"] = absent
-        self._measurements = self._measured_against([n for n in STOCK if n not in absent])
+        present = [name for name in STOCK if name not in absent]
+        self._measurements = measurements(present, long_output=self._long_output, dry=self._dry)
         write_plugin(self._folder / "plugin")
 
     def cases(self) -> list[Case]:

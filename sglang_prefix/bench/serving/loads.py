@@ -18,7 +18,6 @@ __all__ = [
     "TINY",
     "Load",
     "Measurement",
-    "dry_measurements",
     "engine_arguments",
     "measurements",
     "prompts",
@@ -110,13 +109,18 @@ _SMALL = Load("rollouts-16x2k", 16, ((1, 2048),), 256)
 _LONG = Load("rollouts-64x32k", 64, ((1, 32768),), 512)
 
 
-def measurements(stock: Sequence[str], long_output: int = 8192) -> list[Measurement]:
+def measurements(
+    stock: Sequence[str] = tuple(STOCK), *, long_output: int = 8192, dry: bool = False
+) -> list[Measurement]:
     """Measurements against the stock backends, the most valuable first, in the order of the run.
 
     Args:
         stock: names of the backends, the one that is expected to be the fastest first.
         long_output: tokens of the long rollouts.
+        dry: the same kinds on the CPU, so small that they mean nothing; two engines run them all.
     """
+    if dry:
+        return _dry_measurements()
     best, *others = stock
     both = (OURS, best)
     many = Load(f"rollouts-64x1k-out{long_output}", 64, ((1, 1024),), long_output)
@@ -139,9 +143,8 @@ def measurements(stock: Sequence[str], long_output: int = 8192) -> list[Measurem
     return found
 
 
-def dry_measurements(stock: str = DRY_STOCK) -> list[Measurement]:
-    """The same kinds on the CPU, so small that they mean nothing; two engines run them all."""
-    both = (OURS, stock)
+def _dry_measurements() -> list[Measurement]:
+    both = (OURS, DRY_STOCK)
     agents = Load("agents", 6, ((1, 256), (2, 128), (6, 8)), 8)
     return [
         Measurement("decode", PAIR, both, Load("rollouts-64x8k", 8, ((1, 512),), 12)),
