@@ -98,19 +98,16 @@ def has_ended(pid: int) -> bool:
     return False
 
 
-def test_it_calls_functions_with_the_engine_and_describes_it(engine: EngineProcess) -> None:
+def test_it_calls_functions_with_a_hooked_engine_and_describes_it(engine: EngineProcess) -> None:
     below = engine.ask("calls:pid_below")
     assert engine.ask("calls:pid_below", add=1) == below + 1
     assert engine.ask("sglang_prefix.bench.engine:counters") == {"plans": 3}
     assert engine.description["sglang"] == "0.0"
     assert engine.description["max_total_num_tokens"] == 8
+    assert engine.ask("calls:mark") == "plain first second"  # the hooks, in their order
     assert engine.description["arguments"]["nccl_port"] > engine.description["arguments"]["port"]
     engine.stop()
     assert has_ended(below)
-
-
-def test_hooks_patch_a_module_in_their_order(engine: EngineProcess) -> None:
-    assert engine.ask("calls:mark") == "plain first second"
 
 
 @pytest.mark.parametrize(

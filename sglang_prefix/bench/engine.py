@@ -10,6 +10,7 @@ import os
 import random
 import socket
 import time
+import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_prefix.bench.child import ChildProcess
-from sglang_prefix.bench.hooks import hook_environment
+from sglang_prefix.bench.hooks import HOOKS_FOLDER, HOOKS_VARIABLE
 from sglang_prefix.sglang_environment import find_sgl_kernel, sglang_environment
 
 __all__ = [
@@ -27,7 +28,9 @@ __all__ = [
     "engine_environment",
     "flush",
     "free_port",
+    "greedy",
     "is_free",
+    "write_plugin",
 ]
 
 ROOT = Path(__file__).parents[2]
@@ -102,8 +105,34 @@ def engine_environment(
     is_checkout = (ROOT / "kernels").is_dir()
     roots = (ROOT, ROOT / "kernels", ROOT / "patches") if is_checkout else ()
     places = [*paths, *filter(None, [found.get("PYTHONPATH")]), *roots]
-    found["PYTHONPATH"] = os.pathsep.join(map(str, places))
-    return hook_environment(hooks, found | dict(settings))
+    if hooks:
+        places.insert(0, HOOKS_FOLDER)
+        found[HOOKS_VARIABLE] = ",".join(hooks)
+    return found | {"PYTHONPATH": os.pathsep.join(map(str, places)), **settings}
+
+
+def write_plugin(folder: Path) -> Path | None:
+    """Make our source tree a distribution to `importlib.metadata`, which SGLang asks for plugins.
+
+    Args:
+        folder: to be put on ``PYTHONPATH`` before any place where the package is installed.
+
+    Returns:
+        The ``.dist-info`` folder in it, with the name, version and entry points of pyproject.toml.
+        None in an installed wheel, which is a distribution already.
+    """
+    if not (ROOT / "pyproject.toml").is_file():
+        return None
+    project: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    name, version = project["name"], project["version"]
+    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir(parents=True, exist_ok=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    lines = []
+    for group, points in project["entry-points"].items():
+        lines += [f"[{group}]", *(f"{key} = {value}" for key, value in points.items()), ""]
+    (info / "entry_points.txt").write_text("\n".join(lines))
+    return info
 
 
 def free_port() -> int:
@@ -169,6 +198,11 @@ def counter_difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> d
     if found.get("kv_tokens_logical"):
         found["kv_read_ratio"] = found["kv_tokens_read"] / found["kv_tokens_logical"]
     return found
+
+
+def greedy(num_tokens: int) -> dict[str, Any]:
+    """Sampling parameters for an answer of this length without chance."""
+    return {"temperature": 0, "max_new_tokens": num_tokens, "ignore_eos": True}
 
 
 def flush(engine: Any) -> None:

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from sglang_prefix.bench.engine import EngineProcess, counters, engine_environment
+from sglang_prefix.bench.engine import EngineProcess, counters, engine_environment, greedy
 from sglang_prefix.bench.hooks import step_clock
 from sglang_prefix.bench.run import BenchRun, Case
 from sglang_prefix.tiny_model import build_tiny_model
@@ -67,8 +67,7 @@ class HostRun(BenchRun):
 
 def _measure_engine(num_requests: int) -> dict[str, Any]:
     """Decode with the model's arithmetic on the CPU: what `schema.HostCase` has of a case."""
-    with tempfile.TemporaryDirectory() as folder:
-        found = _run(num_requests, Path(folder))
+    found, _ = _decode(num_requests, is_device_elsewhere=False)
     per_plan = 1e6 / found["plans"]
     times = {
         "step that reuses its plan (median)": found["reused_step_us"],
@@ -85,29 +84,9 @@ def _measure_host(num_requests: int) -> dict[str, Any]:
     Raises:
         RuntimeError: too few steps reused their plan for a median.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "times.json")
-        file.write_text("{}")
-        settings = {
-            step_clock.FILE_VARIABLE: str(file),
-            step_clock.BATCH_VARIABLE: str(num_requests),
-            "SGLANG_PREFIX_EXECUTOR": "triton",
-            "SGLANG_PREFIX_GATE": "always",
-            "TRITON_INTERPRET": "1",
-            "OMP_NUM_THREADS": "1",  # what is left of the device's work: copies and memory sets
-        }
-        # The option bounds graphs on the CPU.
-        found = _run(
-            num_requests,
-            Path(folder),
-            settings,
-            hooks=[step_clock.__name__],
-            torch_compile_max_bs=num_requests,
-        )
-        steps = json.loads(file.read_text())
-    num_reused = len(steps.get("reused", ()))
-    if num_reused < MIN_REUSED_STEPS:
-        raise RuntimeError(f"only {num_reused} steps reused their plan: not reported")
+    found, steps = _decode(num_requests, is_device_elsewhere=True)
+    if len(steps["reused"]) < MIN_REUSED_STEPS:
+        raise RuntimeError(f"only {len(steps['reused'])} steps reused their plan: not reported")
     times = {
         "step that reuses its plan, all hooks (median)": 1e6 * median(steps["reused"]),
         "step that plans, all hooks (median)": 1e6 * median(steps["planned"]),
@@ -115,17 +94,9 @@ def _measure_host(num_requests: int) -> dict[str, Any]:
     return {"num_requests": num_requests, "counters": found, "seconds": steps, "us": times}
 
 
-def _run(
-    num_requests: int,
-    folder: Path,
-    settings: Mapping[str, str] | None = None,
-    hooks: Sequence[str] = (),
-    **options: Any,
-) -> dict[str, Any]:
-    """Decode the rollouts in one engine; the backend's counters."""
-    build_tiny_model(folder / "model")
+def _decode(num_requests: int, *, is_device_elsewhere: bool) -> tuple[dict[str, Any], Any]:
+    """Decode the rollouts in one engine: the backend's counters, and what the clock has written."""
     arguments = {
-        "model_path": str(folder / "model"),
         "device": "cpu",
         "dtype": "float32",
         "attention_backend": "prefix",
@@ -133,12 +104,31 @@ def _run(
         "max_running_requests": num_requests,
         "mem_fraction_static": 0.7,
         "log_level": "error",
-        **options,
     }
-    environment = engine_environment({"HF_HUB_OFFLINE": "1", **(settings or {})}, hooks=hooks)
-    with EngineProcess(arguments, environment=environment, log=folder / "log") as engine:
-        found: dict[str, Any] = engine.ask(f"{__name__}:decode_rollouts", num_requests=num_requests)
-        return found
+    settings = {"HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryDirectory() as name:
+        model, times, log = (Path(name, part) for part in ("model", "times.json", "log"))
+        times.write_text('{"reused": []}')
+        if is_device_elsewhere:
+            arguments["torch_compile_max_bs"] = num_requests  # which bounds graphs on the CPU
+            settings |= {
+                step_clock.FILE_VARIABLE: str(times),
+                step_clock.BATCH_VARIABLE: str(num_requests),
+                "SGLANG_PREFIX_EXECUTOR": "triton",
+                "SGLANG_PREFIX_GATE": "always",
+                "TRITON_INTERPRET": "1",
+                "OMP_NUM_THREADS": "1",  # of the device's work, copies and memory sets are left
+            }
+        build_tiny_model(model)
+        with EngineProcess(
+            arguments | {"model_path": str(model)},
+            environment=engine_environment(
+                settings, hooks=[step_clock.__name__] if is_device_elsewhere else []
+            ),
+            log=log,
+        ) as engine:
+            found = engine.ask(f"{__name__}:decode_rollouts", num_requests=num_requests)
+            return found, json.loads(times.read_text())
 
 
 def decode_rollouts(engine: Any, num_requests: int) -> dict[str, Any]:
@@ -148,6 +138,5 @@ def decode_rollouts(engine: Any, num_requests: int) -> dict[str, Any]:
     ]
     prompts = [groups[request % GROUPS] for request in range(num_requests)]
     ends = [*ENDS_EARLY, *[NEW_TOKENS] * num_requests][:num_requests]
-    sampling = [{"temperature": 0, "max_new_tokens": n, "ignore_eos": True} for n in ends]
-    engine.generate(input_ids=prompts, sampling_params=sampling)
+    engine.generate(input_ids=prompts, sampling_params=[*map(greedy, ends)])
     return counters(engine)

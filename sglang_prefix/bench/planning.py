@@ -24,14 +24,15 @@ from sglang_prefix.backend.decode_batch import DecodeBatch
 from sglang_prefix.backend.decode_planner import DecodePlanner, LayerGroup
 from sglang_prefix.backend.path_cache import PathCache
 from sglang_prefix.bench.timing import host_seconds, interleaved
+from sglang_prefix.bench.workloads.trees import TreeBatch, pat_tree
 from sglang_prefix.forest import PathTable, PrefixForest
 from sglang_prefix.packing import CPU_PROFILE, GPU_PROFILE, AttentionShape
 from sglang_prefix.packing.planner import PackPlanner
 
 __all__ = ["measure_planning"]
 
-# Three levels: a root, branches below it, groups below each branch, requests below each group.
-ROOT, BRANCH, GROUP, PRIVATE = 512, 256, 128, 64
+# Of a root, the branches below it, the groups below each of those, and the requests.
+LEVEL_TOKENS = "512,256,128,64"
 SHAPE = AttentionShape(32, 8, 128, 128, 2, 2)
 
 
@@ -155,8 +156,12 @@ class _RadixTree:
         from sglang.srt.mem_cache.unified_cache.components import ComponentType
         from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-        length = ROOT + BRANCH + GROUP + PRIVATE
-        size = num_requests * length
+        branches = min(4, num_requests)
+        groups = max(num_requests // 8, branches)
+        tree = pat_tree(f"1,{branches},{groups},{num_requests}_{LEVEL_TOKENS}")
+        # Its slots differ from node to node: they serve as tokens.
+        tokens = TreeBatch.lay_out(tree, seed=seed).table
+        size, length = tokens.size, tokens.shape[1]
         kv_pool = MHATokenToKVPool(size, 1, torch.float16, 1, 16, 1, "cpu", False)
         pool = ReqToTokenPool(num_requests, length + 1, "cpu", False)
         allocator = TokenToKVPoolAllocator(size, torch.int64, "cpu", kv_pool, False)
@@ -169,28 +174,12 @@ class _RadixTree:
                 tree_components=(ComponentType.FULL,),
             )
         )
-        rng = np.random.default_rng(seed)
-
-        def draw(count: int) -> list[int]:
-            return [int(token) for token in rng.integers(0, 30_000, count)]
-
-        root = draw(ROOT)
-        branches = [draw(BRANCH) for _ in range(4)]
-        groups = [draw(GROUP) for _ in range(max(num_requests // 8, 1))]
         self.requests = []
-        for request in range(num_requests):
-            group = request // 8
-            tokens = root + branches[group % 4] + groups[group] + draw(PRIVATE)
-            key = RadixKey(array("q", tokens))
+        for request, row in enumerate(tokens):
+            key = RadixKey(array("q", row.tolist()))
             self.cache.insert(InsertParams(key=key, value=allocator.alloc(length)))
-            match = self.cache.match_prefix(MatchPrefixParams(key=key))
-            self.requests.append(
-                SimpleNamespace(
-                    last_node=match.last_device_node,
-                    retraction_count=0,
-                    kv=SimpleNamespace(cache_protected_len=length),
-                )
-            )
-            slots = self.cache.path_device_indices(match.last_device_node)
-            pool.req_to_token[request, :length] = slots.int()
+            node = self.cache.match_prefix(MatchPrefixParams(key=key)).last_device_node
+            kv = SimpleNamespace(cache_protected_len=length)
+            self.requests.append(SimpleNamespace(last_node=node, retraction_count=0, kv=kv))
+            pool.req_to_token[request, :length] = self.cache.path_device_indices(node).int()
         self.table = pool.req_to_token[:num_requests]

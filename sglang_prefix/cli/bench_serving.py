@@ -91,13 +91,9 @@ def serving(
     """
     _check_mode(ctx, engine)
     if list_cases:
-        from sglang_prefix.bench.serving.loads import (
-            STOCK,
-            dry_measurements,
-            measurements,
-        )
+        from sglang_prefix.bench.serving.loads import measurements
 
-        found = dry_measurements() if dry else measurements(tuple(STOCK), long_output)
+        found = measurements(long_output=long_output, dry=dry)
         typer.echo("\n".join(one.name for one in found))
         return
     if out is None:

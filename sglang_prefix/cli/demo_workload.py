@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from sglang_prefix.bench.engine import greedy
+
 __all__ = ["decode", "forked_prompts"]
 
 _RULE = "Rule {n}: an answer names its source, states its unit, and says when it is not sure. "
@@ -52,9 +54,9 @@ def decode(engine: Any, prompts: list[list[int]], new_tokens: int) -> tuple[list
     Prefill is the stock backend's on both sides; what is timed is decode at the full batch. Runs
     in the engine's process.
     """
-    sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
     outputs: dict[int, list[int]] = {}
     began = time.perf_counter()
+    sampling = greedy(new_tokens)
     for chunk in engine.generate(input_ids=prompts, sampling_params=sampling, stream=True):
         if chunk["index"] not in outputs:
             began = time.perf_counter()

@@ -9,33 +9,19 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
-__all__ = ["HOOKS_VARIABLE", "Patch", "hook_environment", "patch_after_import"]
+__all__ = ["HOOKS_FOLDER", "HOOKS_VARIABLE", "Patch", "patch_after_import"]
 
 # Names of modules, separated by commas.
 HOOKS_VARIABLE = "SGLANG_PREFIX_HOOKS"
-_FOLDER = Path(__file__).parent
+# First on PYTHONPATH, for its `sitecustomize`.
+HOOKS_FOLDER = Path(__file__).parent
 
 Patch = Callable[[ModuleType], None]
-
-
-def hook_environment(hooks: Sequence[str], base: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The environment in which every Python process loads some hooks.
-
-    Args:
-        hooks: names of modules, imported in this order.
-        base: the environment to start from; not changed. Its ``PYTHONPATH`` must lead to the hooks
-            wherever they are not installed, and may hold no ``sitecustomize`` of its own.
-    """
-    if not hooks:
-        return dict(base)
-    paths = [str(_FOLDER), *filter(None, [base.get("PYTHONPATH")])]
-    return {**base, HOOKS_VARIABLE: ",".join(hooks), "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def patch_after_import(patches: Mapping[str, Patch]) -> None:

@@ -13,7 +13,7 @@ from itertools import pairwise
 from random import Random
 from typing import Any
 
-from sglang_prefix.bench.engine import counter_difference, counters, flush
+from sglang_prefix.bench.engine import counter_difference, counters, flush, greedy
 
 __all__ = ["churn", "decode", "full_batch", "logprobs", "prepare"]
 
@@ -31,7 +31,7 @@ def prepare(engine: Any, prompts: Prompts, tokens: int) -> None:
     distinct = [list(prompt) for prompt in dict.fromkeys(map(tuple, prompts))]
     for some, num_tokens in ((distinct[:1], 1), (distinct[1:], 1), (prompts, _WARM_TOKENS)):
         if some:
-            engine.generate(input_ids=some, sampling_params=_greedy(num_tokens))
+            engine.generate(input_ids=some, sampling_params=greedy(num_tokens))
 
 
 def decode(engine: Any, prompts: Prompts, tokens: int) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def logprobs(engine: Any, prompts: Prompts, tokens: int, together: bool) -> dict
         one first. "counters": what was added to them.
     """
     before = counters(engine)
-    asked = {"sampling_params": _greedy(tokens), "return_logprob": True, "top_logprobs_num": _TOP}
+    asked = {"sampling_params": greedy(tokens), "return_logprob": True, "top_logprobs_num": _TOP}
     if together:
         done = engine.generate(input_ids=prompts, **asked)
     else:
@@ -105,17 +105,13 @@ async def _generate(
 ) -> dict[str, Any]:
     """One request, and when it was done; ``times`` gets (seconds, tokens so far) of each chunk."""
     answer = await engine.async_generate(
-        input_ids=prompt, sampling_params=_greedy(num_tokens), stream=times is not None
+        input_ids=prompt, sampling_params=greedy(num_tokens), stream=times is not None
     )
     if times is not None:
         async for chunk in answer:
             times.append((time.perf_counter(), chunk["meta_info"]["completion_tokens"]))
         answer = chunk
     return {"meta_info": answer["meta_info"], "finished": time.perf_counter()}
-
-
-def _greedy(num_tokens: int) -> dict[str, Any]:
-    return {"temperature": 0, "max_new_tokens": num_tokens, "ignore_eos": True}
 
 
 def full_batch(times: list[tuple[float, int]], finished: list[float]) -> list[float]:

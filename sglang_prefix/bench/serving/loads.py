@@ -5,16 +5,20 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sglang_prefix.tiny_model import TinyModelConfig
 
 __all__ = [
-    "DRY_STOCK",
+    "LLAMA_8B",
     "OURS",
-    "PAIR",
     "STOCK",
     "SYNC",
+    "TINY",
     "Load",
     "Measurement",
-    "dry_measurements",
+    "engine_arguments",
     "measurements",
     "prompts",
 ]
@@ -30,6 +34,24 @@ STOCK = {
 DRY_STOCK = "torch_native"
 # Groups of engines that are alive together; PAIR is ours and the best stock backend.
 PAIR, SYNC = "pair", "sync"
+# Llama-3.1-8B but for its 128,256 tokens and 131,072 positions: those of random weights would cost
+# disk and time on both sides of a comparison alike.
+LLAMA_8B = TinyModelConfig(
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    vocab_size=32000,
+    context_length=65536,
+    dtype="bfloat16",
+    scales_with_inputs=True,
+)
+TINY = TinyModelConfig(scales_with_inputs=True)
+# Two engines of 14.5 GB of weights and 27 GiB of KV each.
+_PAIR_TOKENS = 220_000
+_DRY_TOKENS = 4096
+_MAX_BATCH = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +70,6 @@ class Load:
     num_requests: int
     levels: tuple[tuple[int, int], ...]
     output_tokens: int
-
-    @property
-    def shares(self) -> bool:
-        """Whether requests have tokens in common."""
-        return self.levels[0][0] < self.num_requests
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +109,18 @@ _SMALL = Load("rollouts-16x2k", 16, ((1, 2048),), 256)
 _LONG = Load("rollouts-64x32k", 64, ((1, 32768),), 512)
 
 
-def measurements(stock: Sequence[str], long_output: int = 8192) -> list[Measurement]:
+def measurements(
+    stock: Sequence[str] = tuple(STOCK), *, long_output: int = 8192, dry: bool = False
+) -> list[Measurement]:
     """Measurements against the stock backends, the most valuable first, in the order of the run.
 
     Args:
         stock: names of the backends, the one that is expected to be the fastest first.
         long_output: tokens of the long rollouts.
+        dry: the same kinds on the CPU, so small that they mean nothing; two engines run them all.
     """
+    if dry:
+        return _dry_measurements()
     best, *others = stock
     both = (OURS, best)
     many = Load(f"rollouts-64x1k-out{long_output}", 64, ((1, 1024),), long_output)
@@ -121,9 +143,8 @@ def measurements(stock: Sequence[str], long_output: int = 8192) -> list[Measurem
     return found
 
 
-def dry_measurements(stock: str = DRY_STOCK) -> list[Measurement]:
-    """The same kinds on the CPU, so small that they mean nothing; two engines run them all."""
-    both = (OURS, stock)
+def _dry_measurements() -> list[Measurement]:
+    both = (OURS, DRY_STOCK)
     agents = Load("agents", 6, ((1, 256), (2, 128), (6, 8)), 8)
     return [
         Measurement("decode", PAIR, both, Load("rollouts-64x8k", 8, ((1, 512),), 12)),
@@ -143,3 +164,39 @@ def prompts(load: Load, vocab_size: int, seed: int) -> list[list[int]]:
         for number, prompt in enumerate(found):
             prompt += nodes[number * num_nodes // load.num_requests]
     return found
+
+
+def engine_arguments(model: Path, backend: str, group: str, *, dry: bool) -> dict[str, Any]:
+    """Keyword arguments of ``sglang.Engine``, the same for all backends of a group."""
+    arguments: dict[str, Any] = {
+        "model_path": str(model),
+        "skip_tokenizer_init": True,
+        "random_seed": 0,
+        "log_level": "info",
+        "page_size": 1,
+        "schedule_policy": "fcfs",
+        "max_running_requests": _MAX_BATCH,
+    }
+    if dry:
+        # SGLang 0.5.17 cannot have all of it on the CPU.
+        return arguments | {
+            "prefill_attention_backend": DRY_STOCK,
+            "decode_attention_backend": backend,
+            "device": "cpu",
+            "dtype": "float32",
+            "mem_fraction_static": 0.7,
+            "max_total_tokens": _DRY_TOKENS,
+        }
+    arguments |= {
+        "attention_backend": backend,
+        "dtype": "bfloat16",
+        "mem_fraction_static": 0.85,
+        "cuda_graph_max_bs_decode": _MAX_BATCH,
+        # Prefill is not measured, and its graphs take long to capture.
+        "disable_prefill_cuda_graph": True,
+        "sampling_backend": "pytorch",
+        "chunked_prefill_size": 8192,
+    }
+    if group in (PAIR, SYNC):
+        arguments["max_total_tokens"] = _PAIR_TOKENS
+    return arguments
