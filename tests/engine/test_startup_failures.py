@@ -52,9 +52,9 @@ def test_the_engine_ends_with_one_message(
 ) -> None:
     env, options, message = FAILURES[name]
     options = {"max_total_tokens": 2000, **options}
-    scenario = Scenario(models["llama"], (Section("none", ()),), options, env, ("failures",))
+    scenario = Scenario((Section("none", ()),), options, env, ("failures",))
     with pytest.raises(RuntimeError, match="engine ended"):
-        run_scenario(scenario, tmp_path / "engine")
+        run_scenario(scenario, models, tmp_path / "engine")
     log = (tmp_path / "engine" / "log").read_text(errors="replace")
     assert log.count(message) == 1
     if name == "symbol":
