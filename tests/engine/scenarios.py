@@ -40,7 +40,6 @@ POLICIES = ("query", "chunk", "node")
 IDENTICAL = (64, 60, 9)
 
 FOREST = Section("forest", workloads.forest())
-ABORTED = Section("aborted", workloads.aborted())
 GROVE = Section("grove", workloads.grove())
 CROWD = Section("crowd", workloads.crowd())
 ALIKE = Section("identical", workloads.identical(*IDENTICAL), one_batch=True)
@@ -65,7 +64,6 @@ STOCK = {"attention_backend": "torch_native", "max_total_tokens": 20000}
 OURS = {BACKEND_FLAG: "prefix", "max_total_tokens": 20000}
 # So small that requests are retracted: SGLang admits as if they were to generate four tokens.
 CROWDED = {"max_total_tokens": 760, "schedule_conservativeness": 0.01}
-CROWDED_PAGES = CROWDED | {"page_size": 16, "max_total_tokens": 800}
 RETRACT = {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "4"}
 VERIFY = {"SGLANG_PREFIX_VERIFY": "1"}
 # Policy "node" packs every node, however few tokens and requests it has.
@@ -104,7 +102,7 @@ def _main_sections() -> tuple[Section, ...]:
     forest = tuple(
         replace(s, max_ratio=ratios.get(s.name, s.max_ratio), like="forest") for s in forest
     )
-    others = (*_reads(0.6, ABORTED), *_reads(0.2, ALIKE), *_beams(0.6))
+    others = (*_reads(0.2, ALIKE), *_beams(0.6))
     controls = (s for section in (*others, CROWD) for s in _under(section, "zeros"))
     return (*forest, *others, *controls)
 
@@ -146,13 +144,14 @@ _RELOAD = Section("reload", (), steps=(("disk", "llama", "flush"),))
 
 # In `make test`.
 _DEFAULT = {
-    "stock": Scenario(
-        (FOREST, ABORTED, ALIKE, *((BEAMS,) if has("beams") else ()), CROWD), STOCK, hooks=()
-    ),
+    "stock": Scenario((FOREST, ALIKE, *((BEAMS,) if has("beams") else ()), CROWD), STOCK, hooks=()),
     "main": Scenario(_main_sections(), OURS),
     "pages": Scenario(
-        (*_reads(0.7, FOREST, MIXED), *_reads(0.6, ABORTED), *_reads(0.8, CROWD)),
-        OURS | CROWDED_PAGES | {"chunked_prefill_size": 64, "enable_mixed_chunk": True},
+        (*_reads(0.7, FOREST, MIXED), *_reads(0.8, CROWD)),
+        OURS
+        | CROWDED
+        | {"page_size": 16, "max_total_tokens": 800}
+        | {"chunked_prefill_size": 64, "enable_mixed_chunk": True},
         VERIFY | RETRACT | PAGES_ENV | NODES,
     ),
     # Two labels of graphs, in a model of which some layers are stock's in either; the gate flips.
@@ -186,14 +185,16 @@ _DEFAULT = {
 # In `make test-all` only: they repeat what the others show, or show it of a rarer set-up.
 EXTENDED = {
     "attention-backend small-pool": Scenario(
-        _reads(0.6, FOREST, ABORTED),
+        (*_reads(0.6, FOREST), *_reads(0.8, CROWD)),
         OURS | CROWDED,
-        VERIFY | RETRACT,
+        VERIFY | RETRACT | NODES,
     ),
-    "decode-backend page-16 no-overlap small-pool": Scenario(
-        (*_reads(0.7, FOREST), *_reads(0.6, ABORTED)),
-        {"decode_attention_backend": "prefix", "disable_overlap_schedule": True} | CROWDED_PAGES,
-        VERIFY | RETRACT | PAGES_ENV,
+    "decode-backend page-4 no-overlap small-pool": Scenario(
+        (*_reads(0.6, FOREST), *_reads(0.8, CROWD)),
+        {"decode_attention_backend": "prefix", "disable_overlap_schedule": True}
+        | CROWDED
+        | {"page_size": 4},
+        VERIFY | RETRACT | PAGES_ENV | NODES,
     ),
     "named-prefill chunk-64 mixed policy-chunk": Scenario(
         (*_reads(0.45, FOREST), *_beams(0.6), *_reads(0.45, MIXED)),
@@ -207,14 +208,6 @@ EXTENDED = {
         OURS | {"disable_overlap_schedule": True},
         VERIFY | {"SGLANG_PREFIX_POLICY": "query", "SGLANG_PREFIX_STOCK_BACKEND": "torch_native"},
     ),
-    **{
-        f"crowd page-{page_size} small-pool": Scenario(
-            _reads(0.8, CROWD),
-            OURS | CROWDED | {"max_total_tokens": 560, "page_size": page_size},
-            VERIFY | RETRACT | NODES,
-        )
-        for page_size in (1, 4)
-    },
     "trainer stock": Scenario(
         tuple(replace(section, max_ratio=None) for section in TRAINED),
         STOCK,
