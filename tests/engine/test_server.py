@@ -47,7 +47,7 @@ class Server:
     def generate(self, text: str, n: int, max_new_tokens: int) -> list[dict[str, Any]]:
         """Parallel samples of a prompt, all alike."""
         sampling = {"n": n, "temperature": 0, "max_new_tokens": max_new_tokens, "ignore_eos": True}
-        body = {"text": text, "sampling_params": sampling}
+        body: dict[str, Any] = {"text": text, "sampling_params": sampling}
         answer = requests.post(f"{self.url}/generate", json=body, timeout=CALL_S)
         found: list[dict[str, Any]] = answer.json()
         return found
