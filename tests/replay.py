@@ -15,7 +15,7 @@ import torch
 
 from prefix_kernels.launch import recorded
 
-__all__ = ["Address", "Recording", "launch_key", "record"]
+__all__ = ["Address", "Recording", "launch_key", "record", "thaw"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +55,7 @@ class Recording:
     def replay(self, upto: int | None = None) -> None:
         """Launch everything again, or the first ``upto`` launches, as an aborted replay does."""
         for kernel, grid, arguments in self.launches[:upto]:
-            kernel[grid](
-                **{
-                    name: value.tensor() if isinstance(value, Address) else value
-                    for name, value in arguments.items()
-                }
-            )
+            kernel[grid](**thaw(arguments))
 
     def addresses(self) -> set[int]:
         """Everything that the launches point at."""
@@ -70,6 +65,14 @@ class Recording:
             for value in arguments.values()
             if isinstance(value, Address)
         }
+
+
+def thaw(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a recorded launch, with the memory at its addresses."""
+    return {
+        name: value.tensor() if isinstance(value, Address) else value
+        for name, value in arguments.items()
+    }
 
 
 def record(step: Callable[[], object]) -> Recording:

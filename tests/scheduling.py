@@ -22,7 +22,15 @@ from sglang_prefix.packing import CPU_PROFILE, AttentionShape
 from sglang_prefix.packing.planner import RESERVED_TAIL_SLOTS, PackPlanner
 from tests.attention import assert_close
 
-__all__ = ["NUM_ROWS", "SHAPES", "Request", "Scheduler", "Step", "make_request"]
+__all__ = [
+    "NUM_ROWS",
+    "SHAPES",
+    "Request",
+    "Scheduler",
+    "Step",
+    "make_forward_batch",
+    "make_request",
+]
 
 Request = Any  # SGLang's ``Req``, with the ``tokens`` that it holds KV of
 
@@ -42,6 +50,33 @@ def make_request(row: int, tokens: Sequence[int], node: Any = None, owned: int =
     req.last_node, req.tokens = node, list(tokens)
     req.kv.req_pool_idx, req.kv.cache_protected_len = row, owned
     return req
+
+
+def make_forward_batch(
+    mode: str, rows: Sequence[int], lens: Sequence[int], new_slots: Sequence[int], pads: int = 0
+) -> Any:
+    """SGLang's view of a batch, as far as attention reads it.
+
+    Args:
+        mode: of the forward pass.
+        rows: of ``req_to_token``.
+        lens: tokens of each row, the new one included.
+        new_slots: of the new tokens.
+        pads: rows of padding behind them.
+    """
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+
+    seq_lens = [*lens, *[1] * pads]
+    return ForwardBatch(
+        forward_mode=ForwardMode[mode],
+        batch_size=len(seq_lens),
+        input_ids=torch.zeros(len(seq_lens), dtype=torch.int64),
+        req_pool_indices=torch.tensor([*rows, *[0] * pads], dtype=torch.int64),
+        seq_lens=torch.tensor(seq_lens, dtype=torch.int64),
+        seq_lens_cpu=torch.tensor(seq_lens, dtype=torch.int64),
+        seq_lens_sum=sum(seq_lens),
+        out_cache_loc=torch.tensor([*new_slots, *[0] * pads], dtype=torch.int64),
+    )
 
 
 class Step(NamedTuple):
@@ -252,21 +287,11 @@ class Scheduler:
     ) -> Any:
         """A forward batch of ``held``; behind it stands a schedule batch of ``reqs``, if any."""
         from sglang.srt.managers.schedule_batch import ScheduleBatch
-        from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 
         rows = [req.kv.req_pool_idx for req in held]
         lens = [len(req.tokens) for req in held]
         new_slots = [int(self.table[row, n - 1]) for row, n in zip(rows, lens, strict=True)]
-        forward_batch = ForwardBatch(
-            forward_mode=ForwardMode[mode],
-            batch_size=len(rows) + pads,
-            input_ids=torch.zeros(len(rows) + pads, dtype=torch.int64),
-            req_pool_indices=torch.tensor(rows + [0] * pads, dtype=torch.int64),
-            seq_lens=torch.tensor(lens + [1] * pads, dtype=torch.int64),
-            seq_lens_cpu=torch.tensor(lens + [1] * pads, dtype=torch.int64),
-            seq_lens_sum=sum(lens) + pads,
-            out_cache_loc=torch.tensor(new_slots + [0] * pads, dtype=torch.int64),
-        )
+        forward_batch = make_forward_batch(mode, rows, lens, new_slots, pads)
         if reqs is not None:
             batch: Any = ScheduleBatch(reqs=list(reqs), tree_cache=self.cache)
             batch.req_pool_indices_cpu = torch.tensor(rows, dtype=torch.int64)

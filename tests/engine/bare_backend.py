@@ -11,6 +11,7 @@ import torch
 
 from prefix_kernels.oracle import decode_attention_oracle
 from sglang_prefix.config import PrefixConfig
+from tests.scheduling import make_forward_batch
 
 __all__ = [
     "LENGTHS",
@@ -94,26 +95,17 @@ class Bench:
         self.batch = self._fill()
 
     def _fill(self) -> Any:
-        from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
-
         slots = torch.randperm(1999)[: SHARED + sum(n - SHARED for n in LENGTHS)] + 1
         shared, own = slots[:SHARED], slots[SHARED:]
         for row, tail in enumerate(torch.split(own, [n - SHARED for n in LENGTHS]), start=1):
             self.requests.req_to_token[row, : SHARED + len(tail)] = torch.cat((shared, tail)).int()
-        lengths, rows = torch.tensor(LENGTHS), torch.arange(1, len(LENGTHS) + 1)
         for layer in self.layers:
             k, v = torch.randn(2, len(slots), NUM_KV_HEADS, HEAD_DIM)
             self.pool.set_kv_buffer(layer, slots, k, v)
-        return ForwardBatch(
-            forward_mode=ForwardMode.DECODE,
-            batch_size=len(LENGTHS),
-            input_ids=torch.zeros(len(LENGTHS), dtype=torch.int64),
-            req_pool_indices=rows,
-            seq_lens=lengths,
-            seq_lens_cpu=lengths,
-            seq_lens_sum=int(lengths.sum()),
-            out_cache_loc=self.requests.req_to_token[rows, lengths - 1].long(),
-        )
+        rows = range(1, len(LENGTHS) + 1)
+        table = self.requests.req_to_token
+        new_slots = [int(table[row, n - 1]) for row, n in zip(rows, LENGTHS, strict=True)]
+        return make_forward_batch("DECODE", rows, LENGTHS, new_slots)
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:

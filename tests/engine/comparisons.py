@@ -13,7 +13,6 @@ from tests.engine.driver import SectionResult
 __all__ = [
     "LOGPROB_TOLERANCE",
     "LOGPROB_TOLERANCE_BF16_CACHE",
-    "assert_evidence",
     "assert_packed",
     "assert_same",
     "changes_half",
@@ -26,26 +25,6 @@ __all__ = [
 LOGPROB_TOLERANCE = 1e-4
 # With a bfloat16 cache such a difference now and then rounds a value to its neighbour, 2**-8 away.
 LOGPROB_TOLERANCE_BF16_CACHE = 2e-3
-
-
-def assert_evidence(
-    ours: SectionResult,
-    stock: SectionResult,
-    control: SectionResult,
-    max_ratio: float,
-    tolerance: float = LOGPROB_TOLERANCE,
-) -> None:
-    """Ours gave stock's answers, really packed, on a workload where attention decides them.
-
-    Args:
-        ours, stock: the workload under both.
-        control: the same requests with our decode broken on purpose.
-        max_ratio: the workload's ``kv_read_ratio`` must be below this.
-        tolerance: on each logprob.
-    """
-    assert_same(ours, stock, tolerance)
-    assert_packed(ours.counters, max_ratio)
-    assert changes_half(control, stock)
 
 
 def assert_packed(counters: Mapping[str, Any], max_ratio: float) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from tests.engine.driver import ScenarioResult, run_scenario
 from tests.engine.models import write_models
-from tests.engine.scenarios import EXTENDED, build
+from tests.engine.scenarios import EXTENDED, SCENARIOS
 
 Results = Callable[[str], ScenarioResult]
 
@@ -28,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A test that looks at an engine of `make test-all` is extended."""
     for item in items:
-        if not EXTENDED.isdisjoint(n for m in item.iter_markers("scenarios") for n in m.args):
+        if any(name in EXTENDED for m in item.iter_markers("scenarios") for name in m.args):
             item.add_marker("extended")
 
 
@@ -52,11 +52,11 @@ def results(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Results]:
     """Result of a scenario by name; raises what its engine failed with."""
-    scenarios, folder = build(models), tmp_path_factory.mktemp("engines")
+    folder = tmp_path_factory.mktemp("engines")
     pool = ThreadPoolExecutor(CONCURRENT)
 
     def submit(name: str) -> Future[ScenarioResult]:
-        return pool.submit(run_scenario, scenarios[name], folder / name.replace(" ", "-"))
+        return pool.submit(run_scenario, SCENARIOS[name], models, folder / name.replace(" ", "-"))
 
     futures = {name: submit(name) for name in request.config.stash[_needed]}
     yield lambda name: futures[name].result()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,9 @@ class Section:
         name: key of the result.
         requests: what is sent.
         mode: what ``hooks/controls.py`` does meanwhile.
+        max_ratio: the share of the KV tokens that our decode may read at most. Such a section is
+            compared with stock and with a control, see ``comparison`` in ``scenarios.py``.
+        like: the section whose stock answers and control are this one's, too; itself if empty.
         one_batch: send all at once behind a prefill that keeps the scheduler busy, so that they
             are prefilled in one batch.
         logprobs: ask for them; SGLang then mixes no prefill into a decode batch.
@@ -62,12 +65,15 @@ class Section:
         hold: the decode pass before which the scheduler is held until the first of ``steps`` has
             reached it; all engines then do the steps at the same tokens. Needs the hooks. 0 takes
             the steps before the requests are sent.
-        steps: what a trainer does to the engine meanwhile, see ``trainer.py``.
+        steps: what a trainer does to the engine meanwhile, see ``trainer.py``; names of models
+            stand for their folders.
     """
 
     name: str
     requests: tuple[Request, ...]
     mode: str = "none"
+    max_ratio: float | None = None
+    like: str = ""
     one_batch: bool = False
     logprobs: bool = True
     input_logprobs: bool = False
@@ -80,18 +86,20 @@ class Scenario:
     """One engine start.
 
     Attributes:
-        model: folder of the model.
         sections: run one after the other.
         engine: keyword arguments of ``sglang.Engine``.
         env: environment variables.
         hooks: modules of ``tests.engine.hooks`` that are loaded in the engine's processes.
+        model: one of ``models.py``.
+        needs: a feature of ``releases.py`` without which nothing is compared.
     """
 
-    model: str
     sections: tuple[Section, ...]
-    engine: Mapping[str, Any] = field(default_factory=dict)
+    engine: Mapping[str, Any]
     env: Mapping[str, str] = field(default_factory=dict)
-    hooks: tuple[str, ...] = ()
+    hooks: tuple[str, ...] = ("controls",)
+    model: str = "llama"
+    needs: str | None = None
 
 
 @dataclass(frozen=True)
@@ -112,15 +120,19 @@ class SectionResult:
 
 @dataclass(frozen=True)
 class ScenarioResult:
-    """What came out of an engine: its sections by name, its log, the seconds that it took."""
+    """What came out of an engine: its sections by name, and its log."""
 
     sections: dict[str, SectionResult]
     log: str
-    seconds: float
 
 
-def run_scenario(scenario: Scenario, folder: Path) -> ScenarioResult:
+def run_scenario(scenario: Scenario, models: Mapping[str, str], folder: Path) -> ScenarioResult:
     """Run a scenario in a fresh process and wait for it.
+
+    Args:
+        scenario: what to run.
+        models: folder of each model and adapter.
+        folder: is made, for the log and for what steers the hooks.
 
     Raises:
         RuntimeError: the engine failed; the message ends with its log.
@@ -132,7 +144,7 @@ def run_scenario(scenario: Scenario, folder: Path) -> ScenarioResult:
     settings |= {MODE_FILE: str(mode), HOLD_FILE: str(hold)}
     hooks = [f"tests.engine.hooks.{name}" for name in scenario.hooks]
     options = {
-        "model_path": scenario.model,
+        "model_path": models[scenario.model],
         "device": "cpu",
         "dtype": "float32",
         "mem_fraction_static": 0.7,  # the pool is bounded by tokens; this only has to be enough
@@ -140,20 +152,24 @@ def run_scenario(scenario: Scenario, folder: Path) -> ScenarioResult:
         # One batch for the plug, as the default has it in 0.5.23; in 0.5.17 that is 2048.
         "chunked_prefill_size": 4096,
         "log_level": "info",
+        **scenario.engine,
     }
-    began = time.monotonic()
-    deadline = began + TIMEOUT_S
+    if adapters := {r.lora for section in scenario.sections for r in section.requests if r.lora}:
+        options["lora_paths"] = {name: models[name] for name in sorted(adapters)}
+    deadline = time.monotonic() + TIMEOUT_S
     environment = engine_environment(settings, hooks=hooks)
-    with EngineProcess(options | dict(scenario.engine), environment=environment, log=log) as engine:
+    with EngineProcess(options, environment=environment, log=log) as engine:
         engine.wait_until_ready(deadline)
         # With SGLang's dummy weights a zeroed attention gives the same tokens.
         assert engine.description["load_format"] == "auto"
         sections = {}
         for section in scenario.sections:
             mode.write_text(section.mode)
-            found = engine.ask(f"{__name__}:run_section", deadline, section=section, hold=hold)
+            steps = tuple(tuple(models.get(word, word) for word in step) for step in section.steps)
+            stepping = replace(section, steps=steps)
+            found = engine.ask(f"{__name__}:run_section", deadline, section=stepping, hold=hold)
             sections[section.name] = SectionResult(**found)
-    return ScenarioResult(sections, log.read_text(errors="replace"), time.monotonic() - began)
+    return ScenarioResult(sections, log.read_text(errors="replace"))
 
 
 # In the engine's process.

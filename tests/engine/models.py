@@ -25,7 +25,7 @@ MODELS = {
     "qwen3": TinyModelConfig(),
 }
 
-# Adapters of "llama": names, and folders below that of the model.
+# Adapters of "llama".
 ADAPTERS = ("adapter-a", "adapter-b")
 RANK = 8
 # Wide enough to change the tokens, as the model's own weights are.
@@ -33,13 +33,13 @@ ADAPTER_STD = 0.2
 
 
 def write_models(folder: Path) -> dict[str, str]:
-    """Write all models below a folder; return where each is."""
+    """Write all models and adapters below a folder; return where each is."""
     for name, config in MODELS.items():
         build_tiny_model(folder / name, config)
     turn_into_qwen3(folder / "qwen3")
     for seed, name in enumerate(ADAPTERS):
-        write_adapter(folder / "llama" / name, MODELS["llama"], seed)
-    return {name: str(folder / name) for name in MODELS}
+        write_adapter(folder / name, MODELS["llama"], seed)
+    return {name: str(folder / name) for name in (*MODELS, *ADAPTERS)}
 
 
 def turn_into_qwen3(folder: Path) -> None:
@@ -84,7 +84,7 @@ def write_adapter(folder: Path, config: TinyModelConfig, seed: int) -> None:
     adapter = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(folder.parent),
+        "base_model_name_or_path": str(folder.parent / "llama"),
         "r": RANK,
         "lora_alpha": RANK,
         "lora_dropout": 0.0,

@@ -17,7 +17,6 @@ _SINCE = {
     "flush-while-paused": ("0.5.21", "flushing the cache while retracted requests wait"),
     "pages-on-cpu": ("0.5.22", "a page size above 1 on the CPU"),
     "any-name-on-cpu": ("0.5.22", "--attention-backend prefix on the CPU"),
-    "shared-prefixes-as-tokens": ("0.5.23", "sending generated shared prefixes as token ids"),
 }
 
 

@@ -7,9 +7,8 @@ engine shows that the two are the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import NamedTuple
 
 from tests.engine import workloads
 from tests.engine.driver import Scenario, Section
@@ -24,34 +23,31 @@ __all__ = [
     "HOLD",
     "IDENTICAL",
     "POLICIES",
+    "RETRACT",
     "ROLLOUTS",
+    "SCENARIOS",
     "TRAINED",
-    "VARIANTS",
-    "build",
+    "Comparison",
+    "Run",
+    "comparison",
 ]
 
 # Ways to break our decode; ways to make it raise; packing policies other than the default.
 CONTROLS = ("zeros", "newest", "page")
 ERRORS = ("plan-error", "run-error")
 POLICIES = ("query", "chunk", "node")
-
-FOREST = Section("forest", workloads.forest())
-ABORTED = Section("aborted", workloads.aborted())
-# The forest without logprobs, for which prefill and decode share a batch when the engine mixes.
-MIXED = replace(FOREST, name="mixed", logprobs=False)
-GROVE = Section("grove", workloads.grove())
-CROWD = Section("crowd", workloads.crowd())
 # Requests, tokens of the prompt, tokens to generate.
 IDENTICAL = (64, 60, 9)
+
+FOREST = Section("forest", workloads.forest())
+GROVE = Section("grove", workloads.grove())
+CROWD = Section("crowd", workloads.crowd())
 ALIKE = Section("identical", workloads.identical(*IDENTICAL), one_batch=True)
 BEAMS = Section("beams", workloads.beams(), one_batch=True)
-# Sections of beam search, where SGLang has it.
-SEARCH = (BEAMS,) if has("beams") else ()
+# The forest without logprobs, for which prefill and decode share a batch when the engine mixes.
+MIXED = replace(FOREST, name="mixed", like="forest", logprobs=False)
 
-ROLLOUTS = Section("undisturbed", workloads.rollouts(), one_batch=True)
-# The decode pass before which a trainer steps in; the shortest request has 15.
-HOLD = 6
-RETRACT_ALL, IN_PLACE, CONTINUE = ("pause", "retract"), ("pause", "in_place"), ("continue",)
+ROLLOUTS = Section("undisturbed", workloads.rollouts(), max_ratio=0.6, one_batch=True)
 ADAPTED = replace(
     ROLLOUTS,
     name="adapters",
@@ -60,13 +56,18 @@ ADAPTED = replace(
         for i, request in enumerate(ROLLOUTS.requests)
     ),
 )
+# The decode pass before which a trainer steps in; the shortest request has 15.
+HOLD = 6
+RETRACT_ALL, IN_PLACE, CONTINUE = ("pause", "retract"), ("pause", "in_place"), ("continue",)
 
-ROOMY = {"max_total_tokens": 20000}
+STOCK = {"attention_backend": "torch_native", "max_total_tokens": 20000}
+OURS = {BACKEND_FLAG: "prefix", "max_total_tokens": 20000}
 # So small that requests are retracted: SGLang admits as if they were to generate four tokens.
 CROWDED = {"max_total_tokens": 760, "schedule_conservativeness": 0.01}
-CROWDED_PAGES = CROWDED | {"page_size": 16, "max_total_tokens": 800}
 RETRACT = {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "4"}
 VERIFY = {"SGLANG_PREFIX_VERIFY": "1"}
+# Policy "node" packs every node, however few tokens and requests it has.
+NODES = {"SGLANG_PREFIX_POLICY": "node"}
 # The kernels on the CPU; SGLang's own CPU engine runs no Triton kernel.
 INTERPRETED = {"TRITON_INTERPRET": "1", "SGLANG_PREFIX_EXECUTOR": "triton"}
 # Tensor parallelism on a CPU without NUMA nodes.
@@ -74,88 +75,61 @@ TWO_RANKS = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", "SGLANG_NCCL_SO_PATH": "/none
 
 
 def _under(section: Section, *modes: str) -> tuple[Section, ...]:
-    """A section once for each mode, named "SECTION MODE"."""
-    return tuple(replace(section, name=f"{section.name} {mode}", mode=mode) for mode in modes)
+    """A section once for each mode, named "SECTION MODE", of which nothing is asked yet."""
+    return tuple(
+        replace(section, name=f"{section.name} {mode}", mode=mode, max_ratio=None) for mode in modes
+    )
 
 
-def _compared(section: Section, *modes: str) -> tuple[Section, ...]:
+def _reads(max_ratio: float, *sections: Section) -> tuple[Section, ...]:
+    """Sections that are compared with stock, and whose decode must share KV."""
+    return tuple(replace(section, max_ratio=max_ratio) for section in sections)
+
+
+def _compared(section: Section, max_ratio: float, *modes: str) -> tuple[Section, ...]:
     """A section, its stock answers and its control, in one engine."""
-    return (section, *_under(section, "stock", "zeros", *modes))
+    return (*_reads(max_ratio, section), *_under(section, "stock", "zeros", *modes))
 
 
-def _ours(**options: Any) -> dict[str, Any]:
-    return {BACKEND_FLAG: "prefix", **ROOMY} | options
+def _beams(max_ratio: float) -> tuple[Section, ...]:
+    """Beam search, where SGLang has it."""
+    return _reads(max_ratio, BEAMS) if has("beams") else ()
 
 
-# Engines that run the forest, and other sections of the stock engine.
-VARIANTS: dict[str, tuple[dict[str, Any], dict[str, str], tuple[Section, ...]]] = {
-    "pages": (
-        {BACKEND_FLAG: "prefix", "chunked_prefill_size": 64, "enable_mixed_chunk": True}
-        | CROWDED_PAGES,
-        # Policy "node" packs every node, however few tokens and requests it has.
-        VERIFY | RETRACT | PAGES_ENV | {"SGLANG_PREFIX_POLICY": "node"},
-        (FOREST, MIXED, ABORTED, CROWD),
-    ),
-    "attention-backend small-pool": (
-        {BACKEND_FLAG: "prefix", **CROWDED},
-        VERIFY | RETRACT,
-        (FOREST, ABORTED),
-    ),
-    "decode-backend page-16 no-overlap small-pool": (
-        {"decode_attention_backend": "prefix", "disable_overlap_schedule": True} | CROWDED_PAGES,
-        VERIFY | RETRACT | PAGES_ENV,
-        (FOREST, ABORTED),
-    ),
-    "named-prefill chunk-64 mixed policy-chunk": (
-        {
-            "prefill_attention_backend": "torch_native",
-            "decode_attention_backend": "prefix",
-            "chunked_prefill_size": 64,
-            "enable_mixed_chunk": True,
-            **ROOMY,
-        },
-        VERIFY | {"SGLANG_PREFIX_POLICY": "chunk"},
-        (FOREST, *SEARCH, MIXED),
-    ),
-    "no-radix-cache": (_ours(disable_radix_cache=True), VERIFY, (FOREST,)),
-    "named-stock no-overlap policy-query": (
-        _ours(disable_overlap_schedule=True),
-        VERIFY | {"SGLANG_PREFIX_POLICY": "query", "SGLANG_PREFIX_STOCK_BACKEND": "torch_native"},
-        (FOREST, *SEARCH),
-    ),
-    **{
-        f"crowd page-{page_size} small-pool": (
-            _ours(**CROWDED | {"max_total_tokens": 560}, page_size=page_size),
-            VERIFY | RETRACT | {"SGLANG_PREFIX_POLICY": "node"},
-            (CROWD,),
-        )
-        for page_size in (1, 4)
-    },
-}
+def _main_sections() -> tuple[Section, ...]:
+    forest = _compared(FOREST, 0.45, *CONTROLS[1:], *ERRORS, *POLICIES, "compare-plans")
+    ratios = {"forest query": 1.001, "forest chunk": 0.5, "forest node": 0.5}
+    forest = tuple(
+        replace(s, max_ratio=ratios.get(s.name, s.max_ratio), like="forest") for s in forest
+    )
+    others = (*_reads(0.2, ALIKE), *_beams(0.6))
+    controls = (s for section in (*others, CROWD) for s in _under(section, "zeros"))
+    return (*forest, *others, *controls)
 
 
-def _trainer_sections(llama: str, other: str) -> tuple[Section, ...]:
-    """What a trainer does, with two models of one shape; the first is loaded at the start."""
+def _trained_sections() -> tuple[Section, ...]:
+    """What a trainer does to rollouts."""
     # Before, SGLang refuses to flush while requests wait, retracted or not.
     flush = "flush" if has("flush-while-paused") else "keep"
     # Another id for the second sample of a prompt: results of aborted requests are named so.
     with_aborted = tuple(
         replace(r, rid="r2 aborted") if r.rid == "r2" else r for r in ROLLOUTS.requests
     )
+    rollouts = replace(ROLLOUTS, like="undisturbed")
 
     def stepping(name: str, *steps: Step) -> Section:
-        return replace(ROLLOUTS, name=name, hold=HOLD, steps=steps)
+        return replace(rollouts, name=name, hold=HOLD, steps=steps)
 
     found = [
         ROLLOUTS,
-        replace(ROLLOUTS, name="all logprobs", input_logprobs=True),
+        replace(rollouts, name="all logprobs", input_logprobs=True),
         stepping("paused in place", IN_PLACE, CONTINUE),
         stepping("paused and retracted", RETRACT_ALL, CONTINUE),
         replace(stepping("sample aborted", ("abort", "r2 aborted")), requests=with_aborted),
         # Only KV of the new weights, then KV of two models in one row, then new KV again.
-        stepping("weights from disk", RETRACT_ALL, ("disk", other, flush), CONTINUE),
-        stepping("weights as tensors", IN_PLACE, ("tensor", llama, "keep"), CONTINUE),
-        stepping("weights broadcast", RETRACT_ALL, ("distributed", other, flush), CONTINUE),
+        stepping("weights from disk", RETRACT_ALL, ("disk", "other", flush), CONTINUE),
+        stepping("weights as tensors", IN_PLACE, ("tensor", "llama", "keep"), CONTINUE),
+        stepping("weights broadcast", RETRACT_ALL, ("distributed", "other", flush), CONTINUE),
         replace(stepping("memory released", ("release",), ("resume",)), hold=0),
     ]
     if has("flush-while-paused"):
@@ -164,105 +138,144 @@ def _trainer_sections(llama: str, other: str) -> tuple[Section, ...]:
     return tuple(found)
 
 
-# Names of what is compared in the trainer's engine.
-TRAINED = tuple(section.name for section in _trainer_sections("", ""))
+TRAINED = _trained_sections()
+_TRAINED_STOCK = tuple(section for one in TRAINED for section in _under(one, "stock"))
+_RELOAD = Section("reload", (), steps=(("disk", "llama", "flush"),))
 
-
-def build(models: Mapping[str, str]) -> dict[str, Scenario]:
-    """All scenarios.
-
-    Args:
-        models: folder of each of ``MODELS``.
-    """
-    llama, sliding, scales, qwen3 = (
-        models[name] for name in ("llama", "sliding", "scales", "qwen3")
-    )
-    everything = (FOREST, ABORTED, ALIKE, *SEARCH)
-    stock = {"attention_backend": "torch_native", **ROOMY}
-    main = _compared(FOREST, *CONTROLS[1:], *ERRORS, *POLICIES, "compare-plans")
-    main += (*everything[1:], *(s for section in everything[1:] for s in _under(section, "zeros")))
-    main += _under(CROWD, "zeros")
-    found = {
-        "stock": Scenario(llama, (*everything, CROWD), stock),
-        "main": Scenario(llama, main, _ours(), hooks=("controls",)),
-        "graphs": Scenario(
-            sliding,
-            _compared(GROVE, "packed"),
-            _ours(),
-            VERIFY | INTERPRETED,
-            ("controls", "graphs"),
-        ),
-        # SGLang has no length for padding rows of torch_native.
-        "dp-attention": Scenario(
-            qwen3,
-            _compared(FOREST),
-            _ours(tp_size=2, dp_size=2, enable_dp_attention=True, disable_overlap_schedule=True),
-            VERIFY | TWO_RANKS,
-            ("controls", "cpu"),
-        ),
-    }
-    trained = _trainer_sections(llama, models["other"])
-    reload = replace(ROLLOUTS, name="reload", requests=(), steps=(("disk", llama, "flush"),))
-    in_stock = tuple(s for section in trained for s in _under(section, "stock"))
-    found["trainer"] = Scenario(
-        llama,
-        (*_under(ROLLOUTS, "zeros"), *in_stock, reload, *trained),
-        _ours(),
+# In `make test`.
+_DEFAULT = {
+    "stock": Scenario((FOREST, ALIKE, *((BEAMS,) if has("beams") else ()), CROWD), STOCK, hooks=()),
+    "main": Scenario(_main_sections(), OURS),
+    "pages": Scenario(
+        (*_reads(0.7, FOREST, MIXED), *_reads(0.8, CROWD)),
+        OURS
+        | CROWDED
+        | {"page_size": 16, "max_total_tokens": 800}
+        | {"chunked_prefill_size": 64, "enable_mixed_chunk": True},
+        VERIFY | RETRACT | PAGES_ENV | NODES,
+    ),
+    # Two labels of graphs, in a model of which some layers are stock's in either; the gate flips.
+    "graphs": Scenario(
+        (GROVE, *_under(GROVE, "stock", "zeros", "packed")),
+        OURS,
+        VERIFY | INTERPRETED,
+        ("controls", "graphs"),
+        model="sliding",
+    ),
+    # SGLang has no length for padding rows of torch_native. Before this release, our backend needs
+    # one of SGLang's to prefill with, and the pair of them cannot pad there.
+    "dp-attention": Scenario(
+        _compared(FOREST, 0.75),
+        OURS
+        | {"tp_size": 2, "dp_size": 2}
+        | {"enable_dp_attention": True, "disable_overlap_schedule": True},
+        VERIFY | TWO_RANKS,
+        ("controls", "cpu"),
+        model="qwen3",
+        needs="any-name-on-cpu",
+    ),
+    "trainer": Scenario(
+        (*_under(ROLLOUTS, "zeros"), *_TRAINED_STOCK, _RELOAD, *TRAINED),
+        OURS,
         VERIFY,
         ("controls", "cpu"),
-    )
-    for name, (engine, env, sections) in VARIANTS.items():
-        found[name] = Scenario(llama, sections, engine, env, ("controls",))
-    always = {"SGLANG_PREFIX_GATE": "always"}
-    adapters = {
-        "enable_lora": True,
-        "lora_paths": {name: f"{llama}/{name}" for name in ADAPTERS},
-        "max_loras_per_batch": 3,
-        "lora_backend": "torch_native",
-    }
-    return found | {
-        "trainer stock": Scenario(llama, trained, stock, hooks=("controls", "cpu")),
-        "gate-never": Scenario(llama, (FOREST,), _ours(), {"SGLANG_PREFIX_GATE": "never"}),
-        "triton": Scenario(
-            llama, _compared(GROVE), _ours(), VERIFY | INTERPRETED, hooks=("controls",)
-        ),
-        "graphs of one kind": Scenario(
-            llama,
-            _compared(GROVE),
-            _ours(),
-            VERIFY | INTERPRETED | always,
-            ("controls", "graphs"),
-        ),
-        "tp-2": Scenario(
-            llama, _compared(FOREST), _ours(tp_size=2), VERIFY | TWO_RANKS, ("controls",)
-        ),
-        "sliding": Scenario(sliding, _compared(FOREST), _ours(), VERIFY, ("controls",)),
-        # Three requests with the same adapter are too few for the default policy to pack on a CPU.
-        "lora": Scenario(
-            llama,
-            (*_compared(ADAPTED), *_under(ROLLOUTS, "stock")),
-            _ours(**adapters),
-            VERIFY | {"SGLANG_PREFIX_POLICY": "node"},
-            ("controls", "cpu"),
-        ),
-        # SGLang loads KV scales with a quantisation scheme only, which it has none of for float32,
-        # and the scheme asks for an FP8 cache, which SGLang has on a CPU with AMX only.
-        "scales": Scenario(
-            scales,
-            _compared(FOREST, "scales"),
-            _ours(kv_cache_dtype="bfloat16"),
-            VERIFY,
-            ("controls", "cpu"),
-        ),
-    }
-
+    ),
+}
 
 # In `make test-all` only: they repeat what the others show, or show it of a rarer set-up.
-EXTENDED = frozenset(build(dict.fromkeys(("llama", "other", "sliding", "scales", "qwen3"), ""))) - {
-    "stock",
-    "main",
-    "pages",
-    "graphs",
-    "dp-attention",
-    "trainer",
+EXTENDED = {
+    "attention-backend small-pool": Scenario(
+        (*_reads(0.6, FOREST), *_reads(0.8, CROWD)),
+        OURS | CROWDED,
+        VERIFY | RETRACT | NODES,
+    ),
+    "decode-backend page-4 no-overlap small-pool": Scenario(
+        (*_reads(0.6, FOREST), *_reads(0.8, CROWD)),
+        {"decode_attention_backend": "prefix", "disable_overlap_schedule": True}
+        | CROWDED
+        | {"page_size": 4},
+        VERIFY | RETRACT | PAGES_ENV | NODES,
+    ),
+    "named-prefill chunk-64 mixed policy-chunk": Scenario(
+        (*_reads(0.45, FOREST), *_beams(0.6), *_reads(0.45, MIXED)),
+        {"prefill_attention_backend": "torch_native", "decode_attention_backend": "prefix"}
+        | {"chunked_prefill_size": 64, "enable_mixed_chunk": True, "max_total_tokens": 20000},
+        VERIFY | {"SGLANG_PREFIX_POLICY": "chunk"},
+    ),
+    "no-radix-cache": Scenario(_reads(1.001, FOREST), OURS | {"disable_radix_cache": True}, VERIFY),
+    "named-stock no-overlap policy-query": Scenario(
+        (*_reads(1.001, FOREST), *_beams(1.001)),
+        OURS | {"disable_overlap_schedule": True},
+        VERIFY | {"SGLANG_PREFIX_POLICY": "query", "SGLANG_PREFIX_STOCK_BACKEND": "torch_native"},
+    ),
+    "trainer stock": Scenario(
+        tuple(replace(section, max_ratio=None) for section in TRAINED),
+        STOCK,
+        hooks=("controls", "cpu"),
+    ),
+    "gate-never": Scenario((FOREST,), OURS, {"SGLANG_PREFIX_GATE": "never"}),
+    "triton": Scenario(_compared(GROVE, 0.6), OURS, VERIFY | INTERPRETED),
+    "graphs of one kind": Scenario(
+        _compared(GROVE, 0.6),
+        OURS,
+        VERIFY | INTERPRETED | {"SGLANG_PREFIX_GATE": "always"},
+        ("controls", "graphs"),
+    ),
+    "tp-2": Scenario(_compared(FOREST, 0.5), OURS | {"tp_size": 2}, VERIFY | TWO_RANKS),
+    "sliding": Scenario(_compared(FOREST, 0.45), OURS, VERIFY, model="sliding"),
+    # Three requests with the same adapter are too few for the default policy to pack on a CPU.
+    "lora": Scenario(
+        (*_compared(ADAPTED, 0.6), *_under(ROLLOUTS, "stock")),
+        OURS | {"enable_lora": True, "max_loras_per_batch": 3, "lora_backend": "torch_native"},
+        VERIFY | NODES,
+        ("controls", "cpu"),
+    ),
+    # SGLang loads KV scales with a quantisation scheme only, which it has none of for float32,
+    # and the scheme asks for an FP8 cache, which SGLang has on a CPU with AMX only.
+    "scales": Scenario(
+        _compared(FOREST, 0.5, "scales"),
+        OURS | {"kv_cache_dtype": "bfloat16"},
+        VERIFY,
+        ("controls", "cpu"),
+        model="scales",
+        needs="kv-scales",
+    ),
 }
+
+SCENARIOS = _DEFAULT | EXTENDED
+
+
+class Run(NamedTuple):
+    """A section in an engine."""
+
+    engine: str
+    section: str
+
+
+class Comparison(NamedTuple):
+    """What shows that a section got stock's answers, on requests whose answers attention decides.
+
+    ``control`` ran the requests of ``uncontrolled`` under a broken decode.
+    """
+
+    ours: Run
+    stock: Run
+    control: Run
+    uncontrolled: Run
+
+
+def comparison(engine: str, section: Section) -> Comparison:
+    """What a section is compared with: runs of its own engine if there are, else of others."""
+    runs = {Run(name, s.name) for name, scenario in SCENARIOS.items() for s in scenario.sections}
+    like = section.like or section.name
+
+    def first(*choices: Run) -> Run:
+        return next(run for run in choices if run in runs)
+
+    uncontrolled = first(Run(engine, f"{like} stock"), Run("stock", like))
+    return Comparison(
+        ours=Run(engine, section.name),
+        stock=first(Run(engine, f"{section.name} stock"), uncontrolled),
+        control=first(Run(engine, f"{like} zeros"), Run("main", f"{like} zeros")),
+        uncontrolled=uncontrolled,
+    )

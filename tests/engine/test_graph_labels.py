@@ -13,6 +13,7 @@ from sglang_prefix.backend.decode_planner import DecodePlanner
 from sglang_prefix.config import PrefixConfig
 from sglang_prefix.gate import Decision
 from tests.engine.bare_backend import NUM_KV_HEADS, NUM_QO_HEADS, make_layer, make_runner
+from tests.scheduling import make_forward_batch
 
 MAX_BATCH_SIZE = 8  # that the workspace is sure to hold
 
@@ -72,19 +73,12 @@ class Graphs:
         """What the graph runner hands over; padding rows at the end."""
         from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-        lens = torch.ones(batch_size, dtype=torch.int64)
-        return SimpleNamespace(
-            batch_size=batch_size,
-            num_padding=batch_size - num_requests,
-            forward_mode=ForwardMode.DECODE,
-            actual_forward_mode=ForwardMode[mode],
-            req_pool_indices=torch.zeros(batch_size, dtype=torch.int64),
-            seq_lens=lens,
-            seq_lens_cpu=lens,
-            seq_lens_sum=batch_size,
-            out_cache_loc=torch.zeros(batch_size, dtype=torch.int64),
-            spec_info=None,
-        )
+        num_padding = batch_size - num_requests
+
+        rows, lens, new_slots = ([n] * num_requests for n in (0, 1, 0))
+        view = make_forward_batch("DECODE", rows, lens, new_slots, num_padding)
+        view.num_padding, view.actual_forward_mode = num_padding, ForwardMode[mode]
+        return view
 
     def capture(self, label: str, batch_size: int) -> None:
         self.schedule.graph_label = label

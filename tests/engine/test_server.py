@@ -8,25 +8,23 @@ import os
 import re
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import pytest
+import requests
 from prometheus_client.parser import text_string_to_metric_families
 from typer.testing import CliRunner
 
-from sglang_prefix.bench.serving.servers import (
-    RunningServer,
-    launch,
-    wait_until_ready,
-)
+from sglang_prefix.bench.engine import counter_difference
+from sglang_prefix.bench.serving.servers import RunningServer, launch, wait_until_ready
 from sglang_prefix.cli.main import app
 from sglang_prefix.explain.record import read_record
 from sglang_prefix.explain.segments import explain
-from tests.engine.releases import BACKEND_FLAG, has
+from tests.engine.comparisons import assert_packed
+from tests.engine.releases import BACKEND_FLAG
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -42,38 +40,33 @@ class Server:
     def __init__(self, running: RunningServer, model: str) -> None:
         self.running, self.url, self.model = running, running.url, model
 
-    def call(self, path: str, body: dict[str, Any] | None = None) -> bytes:
-        """The answer to a request: GET, or POST of a body."""
-        data = None if body is None else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(self.url + path, data, headers)
-        with urllib.request.urlopen(request, timeout=CALL_S) as answer:
-            text: bytes = answer.read()
-        return text
+    def get(self, path: str) -> str:
+        """A page."""
+        return requests.get(self.url + path, timeout=CALL_S).text
 
     def generate(self, text: str, n: int, max_new_tokens: int) -> list[dict[str, Any]]:
         """Parallel samples of a prompt, all alike."""
         sampling = {"n": n, "temperature": 0, "max_new_tokens": max_new_tokens, "ignore_eos": True}
-        answer = self.call("/generate", {"text": text, "sampling_params": sampling})
-        found: list[dict[str, Any]] = json.loads(answer)
+        body: dict[str, Any] = {"text": text, "sampling_params": sampling}
+        answer = requests.post(f"{self.url}/generate", json=body, timeout=CALL_S)
+        found: list[dict[str, Any]] = answer.json()
         return found
 
     def counters(self) -> dict[str, Any]:
         """All counters of the backend."""
-        (backend,) = json.loads(self.call("/server_info"))["internal_states"][0]["sglang_prefix"]
+        (backend,) = json.loads(self.get("/server_info"))["internal_states"][0]["sglang_prefix"]
         return dict(backend)
 
     def metrics(self) -> dict[str, float]:
-        """Our metrics by name, labels other than those that we add summed over."""
-        found: dict[str, float] = {}
-        for family in text_string_to_metric_families(self.call("/metrics").decode()):
-            for sample in family.samples:
-                if sample.name.startswith("sglang_prefix_") and sample.name.endswith("_total"):
-                    path = sample.labels.get("path", sample.labels.get("reason"))
-                    name = sample.name + (f"/{path}" if path else "")
-                    found[name] = found.get(name, 0.0) + sample.value
-                    assert sample.labels["model_name"] == self.model
-                    assert sample.labels["tp_rank"] == "0"
+        """Our totals by name and the label that we add."""
+        families = text_string_to_metric_families(self.get("/metrics"))
+        samples = [s for f in families for s in f.samples if s.name.startswith("sglang_prefix_")]
+        found = {}
+        for sample in (s for s in samples if s.name.endswith("_total")):
+            assert sample.labels.pop("model_name") == self.model
+            assert sample.labels.pop("tp_rank") == "0"
+            ours = [sample.labels[name] for name in ("path", "reason") if name in sample.labels]
+            found["/".join([sample.name, *ours])] = sample.value
         return found
 
     @contextlib.contextmanager
@@ -81,12 +74,7 @@ class Server:
         """A block that is packed, and reads less KV than ``max_ratio``."""
         before = self.counters()
         yield
-        after = self.counters()
-        added = {name: after[name] - before[name] for name in after if name.endswith("_steps")}
-        others = added["stock_steps"] + added["fallback_steps"]
-        assert added["packed_steps"] >= max(1, 0.9 * (added["packed_steps"] + others))
-        read, logical = (after[n] - before[n] for n in ("kv_tokens_read", "kv_tokens_logical"))
-        assert read / logical < max_ratio
+        assert_packed(counter_difference(before, self.counters()), max_ratio)
 
 
 @pytest.fixture(scope="module")
@@ -129,16 +117,6 @@ def test_parallel_samples_share_their_prompt(server: Server) -> None:
     assert len({tuple(answer["output_ids"]) for answer in answers}) == 1
 
 
-def test_chat_completions_share_their_prompt(server: Server) -> None:
-    message = {"role": "user", "content": "Name a tree that keeps its leaves. " * 14}
-    body = {"model": server.model, "messages": [message], "n": 6, "temperature": 0}
-    with server.shares(0.4):
-        answer = server.call("/v1/chat/completions", body | {"max_tokens": 20, "ignore_eos": True})
-    texts = [choice["message"]["content"] for choice in json.loads(answer)["choices"]]
-    assert len(texts) == 6
-    assert len(set(texts)) == 1
-
-
 def test_explain_shows_the_last_plan(server: Server, tmp_path: Path) -> None:
     server.generate("Roots drink first. " * 30, 5, 12)
     target, picture = tmp_path / "plan.json", tmp_path / "plan.svg"
@@ -156,24 +134,6 @@ def test_explain_shows_the_last_plan(server: Server, tmp_path: Path) -> None:
     assert f"node 0: {node.tokens:,} tokens, 5 readers" in shown.output
     # Counts, and not a word of the prompt.
     assert "Roots" not in target.read_text() + json.dumps(counters)
-
-
-@pytest.mark.extended  # `test_bench_serving.py` has the same load and more
-def test_bench_serving_with_shared_prefixes(server: Server, tmp_path: Path) -> None:
-    report = tmp_path / "report.jsonl"
-    flags = f"""
-        --backend sglang --base-url {server.url}
-        --model {server.model} --tokenizer {server.model}
-        --dataset-name generated-shared-prefix --gsp-num-groups 2 --gsp-prompts-per-group 8
-        --gsp-system-prompt-len 400 --gsp-question-len 16 --gsp-output-len 24
-        --num-prompts 16 --request-rate inf --max-concurrency 16 --seed 1 --flush-cache
-        --output-file {report}
-    """.split()
-    if has("shared-prefixes-as-tokens"):
-        flags.append("--tokenize-prompt")
-    with server.shares(0.4):
-        run_program("-m", "sglang.bench_serving", *flags)
-    assert json.loads(report.read_text().splitlines()[-1])["completed"] == 16
 
 
 def test_the_counters_stand_on_metrics_and_move(server: Server) -> None:

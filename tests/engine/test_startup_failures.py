@@ -13,48 +13,42 @@ from tests.engine.bare_backend import make_runner
 from tests.engine.driver import Scenario, Section, run_scenario
 from tests.engine.releases import BACKEND_FLAG, has
 
-# Environment, engine arguments, message.
-FAILURES: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
+# Hooks, engine arguments, messages.
+FAILURES: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
+    # Says that an exception of our factory ends the engine; `test_plugin.py` has the others.
     "symbol": (
-        {"SGLANG_PREFIX_TEST_WITHOUT_INIT_NEW": "1"},
+        ("failures",),
         {BACKEND_FLAG: "prefix"},
         "RuntimeError: sglang-prefix cannot attach to SGLang",
     ),
-    "version": (
-        {"SGLANG_PREFIX_TEST_VERSION": "0.6.1"},
-        {BACKEND_FLAG: "prefix"},
-        "RuntimeError: sglang-prefix needs SGLang >=0.5.17,<0.6, but SGLang 0.6.1 is installed",
-    ),
     # SGLang's own message.
     "deterministic": (
-        {},
+        (),
         {"attention_backend": "prefix", "enable_deterministic_inference": True},
         "but you explicitly specified 'prefix'",
     ),
 }
 if not has("any-name-on-cpu"):
     FAILURES["prefill"] = (
-        {},
+        (),
         {"attention_backend": "prefix"},
         "ValueError: --attention-backend prefix does not work on the CPU with SGLang",
     )
-# One says that an exception of our factory ends the engine; the others differ by where it is made.
-ENGINES = [
-    pytest.param(name, marks=[] if name == "symbol" else pytest.mark.extended) for name in FAILURES
-]
 
 
 @pytest.mark.engine
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if n == "symbol" else pytest.mark.extended) for n in FAILURES],
+)
 def test_the_engine_ends_with_one_message(
     name: str, models: dict[str, str], tmp_path: Path
 ) -> None:
-    env, options, message = FAILURES[name]
-    options = {"max_total_tokens": 2000, **options}
-    scenario = Scenario(models["llama"], (Section("none", ()),), options, env, ("failures",))
+    hooks, options, message = FAILURES[name]
+    scenario = Scenario((Section("none", ()),), {"max_total_tokens": 2000, **options}, hooks=hooks)
     with pytest.raises(RuntimeError, match="engine ended"):
-        run_scenario(scenario, tmp_path / "engine")
+        run_scenario(scenario, models, tmp_path / "engine")
     log = (tmp_path / "engine" / "log").read_text(errors="replace")
     assert log.count(message) == 1
     if name == "symbol":

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import contextlib
+import copy
+from collections.abc import Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,132 +37,117 @@ async def take_steps(engine: Any, steps: Sequence[Step], hold: Path) -> None:
     """
     while hold.exists() and not hold.with_suffix(".reached").exists():
         await asyncio.sleep(0.01)
-    first = asyncio.create_task(_take(engine, steps[0]))
+    caller = copy.copy(engine)
+    caller.loop = _LoopOfAnotherThread(engine.loop)
+    first = asyncio.create_task(asyncio.to_thread(_take, caller, steps[0]))
     await asyncio.sleep(ARRIVAL_S)
     hold.unlink(missing_ok=True)
     await first
     for step in steps[1:]:
         await asyncio.sleep(ARRIVAL_S)
-        await _take(engine, step)
+        await asyncio.to_thread(_take, caller, step)
 
 
-async def _take(engine: Any, step: Step) -> None:
+class _LoopOfAnotherThread:
+    """Lets the methods of an engine be called while its loop runs requests."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+
+    def run_until_complete(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """The coroutine's result."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+
+def _take(engine: Any, step: Step) -> None:
     from sglang.srt.managers import io_struct
 
-    manager = engine.tokenizer_manager
-    match tuple(step):
+    manager, wait_for = engine.tokenizer_manager, engine.loop.run_until_complete
+    match step:
         case ("pause", mode):
-            await manager.pause_generation(io_struct.PauseGenerationReqInput(mode=mode))
+            wait_for(manager.pause_generation(io_struct.PauseGenerationReqInput(mode=mode)))
         case ("continue",):
-            await manager.continue_generation(io_struct.ContinueGenerationReqInput())
+            wait_for(manager.continue_generation(io_struct.ContinueGenerationReqInput()))
         case ("flush",):
-            _check(await manager.flush_cache())
+            _check(engine.flush_cache())
         case ("disk", model, cache):
             update = io_struct.UpdateWeightFromDiskReqInput(
                 model_path=model, flush_cache=cache == "flush"
             )
-            _check(await manager.update_weights_from_disk(update))
+            _check(wait_for(manager.update_weights_from_disk(update)))
         case ("tensor", model, cache):
-            await _in_session(manager, _send_weights(manager, model, cache == "flush"))
+            weights = list(_weights(model).items())
+            with _session(engine):
+                _check(engine.update_weights_from_tensor(weights, flush_cache=cache == "flush"))
         case ("distributed", model, cache):
-            await _in_session(manager, _broadcast_weights(manager, model, cache == "flush"))
+            with _session(engine):
+                _broadcast_weights(engine, _weights(model), cache == "flush")
         case ("release",):
-            await manager.release_memory_occupation(io_struct.ReleaseMemoryOccupationReqInput())
+            engine.release_memory_occupation()
         case ("resume",):
-            await manager.resume_memory_occupation(io_struct.ResumeMemoryOccupationReqInput())
+            engine.resume_memory_occupation()
         case ("abort", rid):
-            manager.abort_request(rid)
+
+            async def abort() -> None:
+                manager.abort_request(rid)
+
+            wait_for(abort())
         case _:
             raise ValueError(f"step {step!r} is not known")
 
 
 def _check(answer: Any) -> None:
-    if isinstance(answer, tuple):
-        success, message, *_ = answer
-    else:
-        success, message = answer.success, getattr(answer, "message", answer)
-    assert success, message
+    success = answer[0] if isinstance(answer, tuple) else answer.success
+    assert success, answer
 
 
-async def _in_session(manager: Any, update: Any) -> None:
-    """Update in between the calls that later releases ask for."""
-    from sglang.srt.managers import io_struct
-
-    has_sessions = hasattr(io_struct, "BeginWeightUpdateReqInput")
+@contextlib.contextmanager
+def _session(engine: Any) -> Iterator[None]:
+    """Between the calls that later releases ask for."""
+    has_sessions = hasattr(engine, "begin_weight_update")
     if has_sessions:
-        _check(await manager.begin_weight_update(io_struct.BeginWeightUpdateReqInput(), None))
-    await update
+        _check(engine.begin_weight_update())
+    yield
     if has_sessions:
-        _check(await manager.end_weight_update(io_struct.EndWeightUpdateReqInput(), None))
+        _check(engine.end_weight_update())
 
 
-async def _send_weights(manager: Any, model: str, flush: bool) -> None:
-    from sglang.srt.managers import io_struct
-    from sglang.srt.utils import MultiprocessingSerializer
-
-    weights = list(_weights(model).items())
-    _check(
-        await manager.update_weights_from_tensor(
-            io_struct.UpdateWeightsFromTensorReqInput(
-                serialized_named_tensors=[MultiprocessingSerializer.serialize(weights)],
-                flush_cache=flush,
-            ),
-            None,
-        )
-    )
-
-
-async def _broadcast_weights(manager: Any, model: str, flush: bool) -> None:
+def _broadcast_weights(engine: Any, weights: dict[str, Any], flush: bool) -> None:
     """As the trainer of a process group of two; the engine's only rank is the other."""
     import torch
-    from sglang.srt.managers import io_struct
     from sglang.srt.utils.common import init_custom_process_group
 
-    weights = _weights(model)
     port = free_port()
-    name = f"weights-{port}"  # a name can be given once
-    joined = asyncio.create_task(
-        manager.init_weights_update_group(
-            io_struct.InitWeightsUpdateGroupReqInput(
-                master_address="127.0.0.1",
-                master_port=port,
-                rank_offset=1,
-                world_size=2,
-                group_name=name,
-                backend="gloo",
-            ),
-            None,
+    group_name = f"weights-{port}"  # a name can be given once
+    with ThreadPoolExecutor(1) as pool:
+        joined = pool.submit(
+            engine.init_weights_update_group,
+            master_address="127.0.0.1",
+            master_port=port,
+            rank_offset=1,
+            world_size=2,
+            group_name=group_name,
+            backend="gloo",
         )
-    )
-    await asyncio.sleep(0)
-    group = await asyncio.to_thread(
-        init_custom_process_group,
-        backend="gloo",
-        init_method=f"tcp://127.0.0.1:{port}",
-        world_size=2,
-        rank=0,
-        group_name=name,
-    )
-    _check(await joined)
-    updated = asyncio.create_task(
-        manager.update_weights_from_distributed(
-            io_struct.UpdateWeightsFromDistributedReqInput(
-                names=list(weights),
-                dtypes=[str(weight.dtype).removeprefix("torch.") for weight in weights.values()],
-                shapes=[list(weight.shape) for weight in weights.values()],
-                group_name=name,
-                flush_cache=flush,
-            ),
-            None,
+        group = init_custom_process_group(
+            backend="gloo",
+            init_method=f"tcp://127.0.0.1:{port}",
+            world_size=2,
+            rank=0,
+            group_name=group_name,
         )
-    )
-
-    def broadcast() -> None:
+        _check(joined.result())
+        updated = pool.submit(
+            engine.update_weights_from_distributed,
+            names=list(weights),
+            dtypes=[str(weight.dtype).removeprefix("torch.") for weight in weights.values()],
+            shapes=[list(weight.shape) for weight in weights.values()],
+            group_name=group_name,
+            flush_cache=flush,
+        )
         for weight in weights.values():
             torch.distributed.broadcast(weight, src=0, group=group)
-
-    await asyncio.to_thread(broadcast)
-    _check(await updated)
+        _check(updated.result())
 
 
 def _weights(model: str) -> dict[str, Any]:

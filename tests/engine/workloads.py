@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from tests.engine.driver import Request
 
-__all__ = ["aborted", "beams", "crowd", "forest", "grove", "identical", "rollouts"]
+__all__ = ["beams", "crowd", "forest", "grove", "identical", "rollouts"]
 
 
 def _tokens(rng: random.Random, count: int) -> tuple[int, ...]:
@@ -48,19 +48,6 @@ def grove() -> tuple[Request, ...]:
     prompts = [prompts[0], prompts[1] + _tokens(rng, 4), prompts[2][:130], _tokens(rng, 25)]
     second = [Request(f"h{i}", p, 5 + 3 * i, after=2) for i, p in enumerate(prompts)]
     return (*first, *second)
-
-
-def aborted() -> tuple[Request, ...]:
-    """Two waves over two branches; every third request is aborted and comes again, same id."""
-    rng = random.Random(2)
-    system = _tokens(rng, 280)
-    branches = [system + _tokens(rng, 40) for _ in range(2)]
-    prompts = [branches[i % 2] + _tokens(rng, 2 + 3 * i) for i in range(8)]
-    prompts += [_tokens(rng, 40), _tokens(rng, 21)]
-    first = [Request(f"d{i}", p, 14 + 3 * i) for i, p in enumerate(prompts)]
-    late = [Request(f"e{i}", (*p, i), 20 + 2 * i, after=3) for i, p in enumerate(prompts)]
-    cut = [replace(r, max_new_tokens=60, abort_after=5) for r in (*first, *late)[::3]]
-    return (*cut, *first, *late)
 
 
 def crowd(count: int = 240) -> tuple[Request, ...]:

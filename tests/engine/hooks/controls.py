@@ -149,21 +149,17 @@ def watch_plan(module: ModuleType) -> None:
     """Plan with the policy that the mode names; note every plan."""
     planner_class = module.PackPlanner
     plan = planner_class.plan
-    others: dict[tuple[Any, str], Any] = {}
 
     def watched(self: Any, forest: Any) -> Any:
         now, planner = mode(), self
-        if now in POLICIES and self.policy_name != now:
-            key = self, now
-            if key not in others:
-                others[key] = planner_class(
-                    self.costs.shape,
-                    self.costs.device,
-                    policy=now,
-                    max_partials=self.max_partials,
-                    reserved_tail_slots=self.reserved_tail_slots,
-                )
-            planner = others[key]
+        if now in POLICIES:
+            planner = planner_class(
+                self.costs.shape,
+                self.costs.device,
+                policy=now,
+                max_partials=self.max_partials,
+                reserved_tail_slots=self.reserved_tail_slots,
+            )
         made = plan(planner, forest)
         STEP.plans.append((planner, forest, made))
         return made

@@ -11,8 +11,7 @@ second one, so that the graphs of both kinds are replayed.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -25,77 +24,25 @@ BATCH_SIZES = (2, 4, 10)
 _OF_THE_RUN = ("q_ptr", "out_ptr")
 
 
-class FrozenLaunches:
-    """Records the launches of a capture, and puts them in the place of those of a replay."""
-
-    def __init__(self) -> None:
-        self._recording: list[Any] | None = None
-        self._replaying: Iterator[Any] | None = None
-
-    @contextlib.contextmanager
-    def recording(self) -> Iterator[list[Any]]:
-        """Keep every launch."""
-        self._recording = []
-        try:
-            yield self._recording
-        finally:
-            self._recording = None
-
-    @contextlib.contextmanager
-    def replaying(self, recorded: list[Any]) -> Iterator[None]:
-        """Replace every launch by the recorded one; there must be as many."""
-        self._replaying = iter(recorded)
-        try:
-            yield
-            left = list(self._replaying)
-        finally:
-            self._replaying = None
-        assert not left, f"{len(left)} recorded launches were not replayed"
-
-    def wrap(self, launch: Callable[..., None]) -> Callable[..., None]:
-        """A launch function under our control."""
-
-        def frozen(kernel: Any, grid: Any, **arguments: Any) -> None:
-            if self._recording is not None:
-                self._recording.append((kernel, grid, freeze(arguments)))
-            if self._replaying is not None:
-                recorded_kernel, grid, recorded = next(self._replaying)
-                assert kernel is recorded_kernel
-                fresh = {name: arguments[name] for name in _OF_THE_RUN if name in arguments}
-                arguments = thaw(recorded) | fresh
-            launch(kernel, grid, **arguments)
-
-        return frozen
+# Launches of the replay under way that are still to come; none outside of replays.
+_replayed: list[Any] | None = None
 
 
-def freeze(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments with tensors reduced to their addresses."""
-    import torch
+def freeze_launches(module: ModuleType) -> None:
+    """Where kernels are launched: in a replay, launch what was recorded."""
+    launch = vars(module)["launch"]
 
-    from tests.replay import Address
+    def frozen(kernel: Any, grid: Any, **arguments: Any) -> None:
+        from tests.replay import thaw
 
-    return {
-        name: Address.of(value) if isinstance(value, torch.Tensor) else value
-        for name, value in arguments.items()
-    }
+        if _replayed is not None:
+            recorded_kernel, grid, recorded = _replayed.pop(0)
+            assert kernel is recorded_kernel
+            fresh = {name: arguments[name] for name in _OF_THE_RUN if name in arguments}
+            arguments = thaw(recorded) | fresh
+        launch(kernel, grid, **arguments)
 
-
-def thaw(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments with the memory at the recorded addresses."""
-    from tests.replay import Address
-
-    return {
-        name: value.tensor() if isinstance(value, Address) else value
-        for name, value in arguments.items()
-    }
-
-
-LAUNCHES = FrozenLaunches()
-
-
-def wrap_launch(module: ModuleType) -> None:
-    """Where kernels are launched."""
-    vars(module)["launch"] = LAUNCHES.wrap(vars(module)["launch"])
+    vars(module)["launch"] = frozen
 
 
 class FrozenGraphs(GraphBackend):
@@ -103,17 +50,24 @@ class FrozenGraphs(GraphBackend):
 
     def capture(self, shape_key: Any, forward_fn: Callable[[], Any]) -> Any:
         """The function, and its launches."""
-        with LAUNCHES.recording() as launches:
-            forward_fn()
+        from tests.replay import record
+
+        launches = record(forward_fn).launches
         say(f"captured {shape_key} with {len(launches)} launches")
         return forward_fn, launches
 
     def replay(self, shape_key: Any, static_forward_batch: Any, **kwargs: Any) -> Any:
         """Run what was captured over what stands in the static buffers."""
+        global _replayed
         forward_fn, launches = self.captured[shape_key]
         say(f"replay {shape_key.variant_label} {shape_key.size}")
-        with LAUNCHES.replaying(launches):
-            return forward_fn()
+        _replayed = list(launches)
+        try:
+            out = forward_fn()
+            assert not _replayed, f"{len(_replayed)} recorded launches were not replayed"
+        finally:
+            _replayed = None
+        return out
 
 
 class FlippingGate:
@@ -139,4 +93,4 @@ def flip_the_gate(module: ModuleType) -> None:
 
 
 run_graphs_on_cpu(FrozenGraphs, BATCH_SIZES)
-patch_after_import({"prefix_kernels.launch": wrap_launch, "sglang_prefix.gate": flip_the_gate})
+patch_after_import({"prefix_kernels.launch": freeze_launches, "sglang_prefix.gate": flip_the_gate})
