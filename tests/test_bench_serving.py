@@ -74,8 +74,8 @@ def test_the_registry_has_every_group_in_both_sizes() -> None:
     for quick in (False, True):
         groups = {workload.group for workload in load_workloads(quick=quick)}
         assert groups == {"shared-prefix", "random", "trace", "rollouts", "forks"}
-    (one,) = load_workloads(quick=True, names=["trace"])
-    assert one.parameters["requests"] == 16
+    (one,) = load_workloads(quick=True, names=["trace"], overrides={"requests": 3})
+    assert one.parameters["requests"] == 3
 
 
 # -- conclusions -----------------------------------------------------------------------------------

@@ -47,6 +47,12 @@ def serving(
     workload: Annotated[list[str] | None, Option(help="May be repeated. Default: all.")] = None,
     workload_file: Annotated[Path | None, Option(help="Workloads in the format of ours.")] = None,
     trace: Annotated[Path | None, Option(help="Requests to replay, as Mooncake's traces.")] = None,
+    trace_requests: Annotated[int | None, Option(min=1, help="Replay the first so many.")] = None,
+    trace_block_tokens: Annotated[
+        int | None,
+        Option(min=1, max=512, help="Tokens of a block of 512; all lengths shrink alike."),
+    ] = None,
+    trace_speed: Annotated[float | None, Option(min=0.001, help="1 is as recorded.")] = None,
     repeats: Annotated[int, Option(min=1, help="Timed runs of each, whose median counts.")] = 1,
     seed: Annotated[int | None, Option(min=0, help="Default: 0; with --engine a new one.")] = None,
     min_equal: Annotated[

@@ -312,8 +312,17 @@ def _check_server_args(arguments: Sequence[str], both_run: bool) -> None:
 
 def _choose_workloads(chosen: Any) -> tuple[list[Workload], dict[str, str]]:
     """At least one workload; those that cannot be run, and why."""
-    file = chosen.workload_file or REGISTRY
-    found = load_workloads(file, quick=chosen.quick, names=chosen.workload or ())
+    changes = {
+        "requests": chosen.trace_requests,
+        "block_tokens": chosen.trace_block_tokens,
+        "speed": chosen.trace_speed,
+    }
+    found = load_workloads(
+        chosen.workload_file or REGISTRY,
+        quick=chosen.quick,
+        names=chosen.workload or (),
+        overrides={name: value for name, value in changes.items() if value is not None},
+    )
     if chosen.trace is not None:
         read_trace(chosen.trace)  # for its errors, before anything is started
         return found, {}

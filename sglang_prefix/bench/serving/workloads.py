@@ -116,7 +116,11 @@ class Workload:
 
 
 def load_workloads(
-    path: Path = REGISTRY, *, quick: bool, names: Sequence[str] = ()
+    path: Path = REGISTRY,
+    *,
+    quick: bool,
+    names: Sequence[str] = (),
+    overrides: Mapping[str, Any] | None = None,
 ) -> list[Workload]:
     """Read workloads.
 
@@ -124,6 +128,7 @@ def load_workloads(
         path: a file like `workloads.json` here.
         quick: the small size.
         names: which; all if empty.
+        overrides: parameters of trace replays to replace.
 
     Raises:
         ValueError: the file cannot be read, holds no such workloads, or a name is not in it.
@@ -139,6 +144,8 @@ def load_workloads(
     for entry in data["workloads"]:
         name, driver = entry["name"], entry["driver"]
         parameters = entry["quick" if quick else "full"]
+        if driver == "trace":
+            parameters = parameters | (overrides or {})
         check_type(path, parameters, TypeAdapter(_PARAMETERS[driver]), f"workload {name}")
         found.append(Workload(name, entry["group"], driver, parameters))
     known = [workload.name for workload in found]
