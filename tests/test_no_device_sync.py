@@ -123,5 +123,5 @@ def test_control_a_planted_wait_is_seen(what: str, monkeypatch: pytest.MonkeyPat
         load(self, plan, table, rows, **options)
 
     monkeypatch.setattr(TritonExecutor, "load", waiting)
-    with pytest.raises((RuntimeError, TypeError), match="(?i)meta|device"):
+    with pytest.raises((RuntimeError, TypeError), match=r"(?i)meta|device"):
         requests_come_and_go(DeviceScheduler(), False)
