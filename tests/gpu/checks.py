@@ -19,7 +19,7 @@ from sglang_prefix.bench.workloads.registry import Heads
 from sglang_prefix.bench.workloads.trees import Tree, random_tree, shared_then_private
 from sglang_prefix.packing import GPU_PROFILE, DeviceProfile
 from tests.gpu.conftest import Setting
-from tests.gpu.variants import EAGER, Modes, Variant
+from tests.gpu.variants import EAGER, TORCH, Modes, Variant
 
 __all__ = [
     "Errors",
@@ -39,12 +39,22 @@ Errors = dict[str, float]
 Note = Callable[[str, Any], None]
 
 
-def check(variant: Variant, setting: Setting, record_property: Note) -> None:
-    """Run a variant in all its modes, launches fitted to the plan and fixed as for a graph."""
+def check(
+    variant: Variant, setting: Setting, record_property: Note, *, with_torch: bool = False
+) -> None:
+    """Run a variant in all its modes, launches fitted to the plan and fixed as for a graph.
+
+    Args:
+        variant, setting: what, and where.
+        record_property: is told the largest error of each run.
+        with_torch: run it by the torch executor as well.
+    """
     errors: Errors = {}
     inputs = variant.inputs(setting.device, setting.seed)
     with setting.verdict():
-        for policy, modes, fixed in variant.runs(few=setting.dry):
+        runs = variant.runs(few=setting.dry)
+        runs += [(policy, TORCH, False) for policy in variant.policies if with_torch]
+        for policy, modes, fixed in runs:
             name = "/".join((policy, *modes)) + ("/fixed" if fixed else "")
             if variant.steps and errors:  # the run before has grown them
                 inputs = variant.inputs(setting.device, setting.seed)
@@ -74,7 +84,8 @@ def note_error(
 def run(attention: PackedAttention, inputs: AttentionInputs, outputs: Outputs) -> None:
     """Launch a layer over poison."""
     outputs.poison()
-    attention.poison_partials()
+    if attention.executor.name == "triton":
+        attention.poison_partials()
     inputs.run(attention.executor, outputs)
 
 
@@ -92,10 +103,9 @@ def planned(
         inputs.heads.shape(inputs.q.dtype, inputs.k.dtype),
         inputs.q.device,
         policy=policy,
-        mode=modes[0],
-        merge=modes[1],
         profile=variant.profile,
         reserved_tail_slots=16,
+        **({"executor": "torch"} if modes == TORCH else {"mode": modes[0], "merge": modes[1]}),
     )
     plan = attention.plan(inputs.batch.forest())
     tables, size = (inputs.req_to_token, inputs.req_pool_indices), len(inputs.q)
