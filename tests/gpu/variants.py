@@ -108,7 +108,7 @@ class Variant:
         """
         if self.modes == ALL_MODES:
             every = list(product(self.policies, self.modes, (False, True)))
-            return every[::5] if few else every
+            return every[::3] if few else every
         pairs = product(self.policies, enumerate(self.modes))
         return [(policy, modes, index == 0) for policy, (index, modes) in pairs]
 
