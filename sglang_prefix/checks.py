@@ -77,9 +77,8 @@ def check_device(device: str | torch.device) -> torch.device:
 
 def check_scale(name: str, value: float) -> float:
     """A finite number above 0."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise ValueError(f"{name}={value!r}; legal: a finite number above 0")
-    if not math.isfinite(value) or value <= 0:
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value <= 0:
         raise ValueError(f"{name}={value!r}; legal: a finite number above 0")
     return float(value)
 
@@ -117,42 +116,43 @@ def check_tensor(
     device: torch.device,
 ) -> None:
     """A tensor has exactly this shape, dtype and device; -1 in the shape matches nothing."""
-    if not isinstance(tensor, torch.Tensor):
-        raise ValueError(f"{name} is a {type(tensor).__name__}; legal: a torch.Tensor")
+    _check_kind(name, tensor, (dtype,), device)
     if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; legal: {shape}")
-    if tensor.dtype != dtype:
-        raise ValueError(f"{name} has dtype {tensor.dtype}; legal: {dtype}")
-    if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}; legal: {device}")
+        raise _shape_error(name, tensor, shape)
 
 
 def check_index(name: str, tensor: torch.Tensor, length: int | None = None) -> None:
     """A one-dimensional int32 or int64 tensor, of a given length where one is given."""
-    if not isinstance(tensor, torch.Tensor):
-        raise ValueError(f"{name} is a {type(tensor).__name__}; legal: a torch.Tensor")
-    if tensor.dtype not in _INDEX_DTYPES:
-        raise ValueError(f"{name} has dtype {tensor.dtype}; legal: torch.int32, torch.int64")
+    _check_kind(name, tensor, _INDEX_DTYPES)
     if tensor.dim() != 1 or (length is None and not len(tensor)):
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; legal: [B] with B of at least 1")
+        raise _shape_error(name, tensor, "[B] with B of at least 1")
     if length is not None and len(tensor) != length:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; legal: [{length}]")
+        raise _shape_error(name, tensor, f"[{length}]")
 
 
 def check_table(req_to_token: torch.Tensor, device: torch.device) -> None:
     """``req_to_token`` is a two-dimensional index tensor on the device."""
-    if not isinstance(req_to_token, torch.Tensor):
-        raise ValueError(f"req_to_token is a {type(req_to_token).__name__}; legal: a torch.Tensor")
+    _check_kind("req_to_token", req_to_token, _INDEX_DTYPES, device)
     if req_to_token.dim() != 2:
-        raise ValueError(
-            f"req_to_token has shape {tuple(req_to_token.shape)}; legal: [rows, context]"
-        )
-    if req_to_token.dtype not in _INDEX_DTYPES:
-        raise ValueError(
-            f"req_to_token has dtype {req_to_token.dtype}; legal: torch.int32, torch.int64"
-        )
-    if req_to_token.device != device:
-        raise ValueError(f"req_to_token is on {req_to_token.device}; legal: {device}")
+        raise _shape_error("req_to_token", req_to_token, "[rows, context]")
+
+
+def _check_kind(
+    name: str,
+    tensor: torch.Tensor,
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device | None = None,
+) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{name} is a {type(tensor).__name__}; legal: a torch.Tensor")
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{name} has dtype {tensor.dtype}; legal: {', '.join(map(str, dtypes))}")
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}; legal: {device}")
+
+
+def _shape_error(name: str, tensor: torch.Tensor, legal: object) -> ValueError:
+    return ValueError(f"{name} has shape {tuple(tensor.shape)}; legal: {legal}")
 
 
 def check_lengths(lens: IntArray, context: int) -> None:

@@ -36,7 +36,6 @@ __all__ = [
     "build_executor",
     "load",
     "make_case",
-    "poison_partials",
 ]
 
 IntArray = NDArray[np.int64]
@@ -169,7 +168,9 @@ class Loaded:
         """Run the layer on poisoned memory."""
         case = self.case
         out, lse = outputs or case.poisoned_outputs()
-        poison_partials(self.executor)
+        if isinstance(self.executor, TritonExecutor):
+            self.executor.buffers.partial_out.fill_(torch.nan)
+            self.executor.buffers.partial_lse.fill_(torch.nan)
         params = AttentionParams(case.sm_scale, **case.options)
         self.executor.run(case.q, case.k_cache, case.v_cache, out, lse, params)
         return out, lse
@@ -203,13 +204,6 @@ def load(
         plan, case.req_to_token, case.req_pool_indices, padded_batch_size=padded_batch_size
     )
     return Loaded(case, plan, executor)
-
-
-def poison_partials(executor: PlanExecutor) -> None:
-    """Fill the partial results of the kernels with NaN."""
-    if isinstance(executor, TritonExecutor):
-        executor.buffers.partial_out.fill_(torch.nan)
-        executor.buffers.partial_lse.fill_(torch.nan)
 
 
 def tolerances_of(executor: PlanExecutor) -> Mapping[torch.dtype, tuple[float, float]]:

@@ -1,21 +1,19 @@
-"""Launches without a GPU: what a CUDA graph keeps of a step, and what Triton compiles a kernel for.
-
-A recording holds no tensor and no plan, so a replay sees exactly what a replayed graph would see:
-whatever stands at the recorded addresses.
-"""
+"""Launches without a GPU: what a graph keeps of a tensor, and what Triton compiles a kernel for."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from prefix_kernels.launch import recorded
 
-__all__ = ["Address", "Recording", "launch_key", "record", "thaw"]
+__all__ = ["Address", "launch_key", "record", "thaw"]
+
+Launch = tuple[Any, tuple[int, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,33 +36,20 @@ class Address:
         return torch.frombuffer(memory, dtype=torch.uint8).view(self.dtype)
 
 
-@dataclass(slots=True)
-class Recording:
-    """The launches of a step in their order."""
+def record(step: Callable[[], object]) -> list[Launch]:
+    """Kernel, grid and arguments of what ``step`` launches, its tensors by address only."""
+    launches: list[Launch] = []
 
-    launches: list[tuple[Any, tuple[int, ...], dict[str, Any]]] = field(default_factory=list)
-
-    def add(self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
-        """Keep a launch, its tensors by address only."""
+    def add(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
         frozen = {
             name: Address.of(value) if isinstance(value, torch.Tensor) else value
             for name, value in arguments.items()
         }
-        self.launches.append((kernel, grid, frozen))
+        launches.append((kernel, grid, frozen))
 
-    def replay(self, upto: int | None = None) -> None:
-        """Launch everything again, or the first ``upto`` launches, as an aborted replay does."""
-        for kernel, grid, arguments in self.launches[:upto]:
-            kernel[grid](**thaw(arguments))
-
-    def addresses(self) -> set[int]:
-        """Everything that the launches point at."""
-        return {
-            value.pointer
-            for _, _, arguments in self.launches
-            for value in arguments.values()
-            if isinstance(value, Address)
-        }
+    with recorded(add):
+        step()
+    return launches
 
 
 def thaw(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -73,14 +58,6 @@ def thaw(arguments: dict[str, Any]) -> dict[str, Any]:
         name: value.tensor() if isinstance(value, Address) else value
         for name, value in arguments.items()
     }
-
-
-def record(step: Callable[[], object]) -> Recording:
-    """Run ``step`` and keep what it launched."""
-    recording = Recording()
-    with recorded(recording.add):
-        step()
-    return recording
 
 
 def launch_key(kernel: Any, arguments: dict[str, Any]) -> tuple[Any, ...]:

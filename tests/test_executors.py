@@ -1,14 +1,13 @@
 """Every executor against the float64 oracle: each element of output and lse, in every way to run.
 
 The kernels run in Triton's interpreter. What only the wrapper asks of executors, growth by
-different amounts and lengths for one call, is here for triton and in test_wrapper.py for torch.
+different amounts and lengths for one call, is in test_wrapper.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +18,6 @@ from hypothesis import strategies as st
 from prefix_kernels.plan_buffers import PlanCapacity, serialize_plan
 from prefix_kernels.torch_executor import TorchExecutor
 from prefix_kernels.triton_executor import TritonExecutor
-from sglang_prefix import PrefixDecodeWrapper
 from sglang_prefix.packing import POLICIES
 from tests.attention import (
     SPLITS,
@@ -31,15 +29,16 @@ from tests.attention import (
     build_executor,
     load,
     make_case,
-    tolerances_of,
 )
 from tests.forests import Batch, Fork, batches, build_batch, comb_batch, random_batch
+from tests.gpu.checks import Note, check
+from tests.gpu.conftest import Setting
+from tests.gpu.variants import Variant, variants
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
-GROUPS = (1, 2, 3, 5, 7, 8, 16)
+GROUPS = (1, 2, 3, 5, 7, 8, 16, 128)
 HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256), (64, 96))
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 PROFILES = (WHOLE, SPLITS)
 
 every_way = pytest.mark.parametrize("way", WAYS)
@@ -55,6 +54,14 @@ def dtypes_of(way: str) -> list[torch.dtype]:
     return [torch.float32, torch.float16] + [torch.bfloat16] * (way == "torch")
 
 
+@pytest.mark.parametrize("variant", variants(dry=True), ids=lambda variant: variant.name)
+def test_variants(variant: Variant, pytestconfig: pytest.Config, record_property: Note) -> None:
+    """What `make gpu-check` checks: head dims, groups, dtypes, scales, caps, padding, same bits."""
+    seed = int(pytestconfig.option.hypothesis_seed)
+    setting = Setting(torch.device("cpu"), seed, dry=True, control=False)
+    check(variant, setting, record_property, with_torch=True)
+
+
 @every_way
 @given(data=st.data(), batch=batches(max_requests=8, max_tokens=80), seed=st.integers(0, 1 << 16))
 def test_generated_batches(way: str, data: st.DataObject, batch: Batch, seed: int) -> None:
@@ -65,61 +72,11 @@ def test_generated_batches(way: str, data: st.DataObject, batch: Batch, seed: in
         head_dim=dims[0],
         v_head_dim=dims[1],
         dtype=data.draw(st.sampled_from(dtypes_of(way))),
+        kv_dtype=data.draw(st.sampled_from([None, torch.float8_e4m3fn, torch.float8_e5m2])),
         seed=seed,
     )
     policy, profile = data.draw(st.sampled_from([*POLICIES])), data.draw(st.sampled_from(PROFILES))
     load(case, way, policy, profile).check()
-
-
-@few_ways
-@pytest.mark.parametrize("dims", HEAD_DIMS, ids=str)
-def test_head_dims(way: str, dims: tuple[int, int]) -> None:
-    batch = random_batch(3, num_requests=7, max_tokens=80, page_size=16)
-    for dtype in dtypes_of(way):
-        case = make_case(batch, group=4, head_dim=dims[0], v_head_dim=dims[1], dtype=dtype)
-        loaded = load(case, way, "node", SPLITS)
-        assert loaded.plan.num_shared_packs
-        loaded.check()
-
-
-@few_ways
-@pytest.mark.parametrize("group", [*GROUPS, 128])
-def test_group_sizes(way: str, group: int) -> None:
-    """Also one KV head for 128 query heads: several row blocks already for one request."""
-    batch = random_batch(group, num_requests=6, max_tokens=60, page_size=4)
-    for num_kv_heads in (1, 3) if group < 128 else (1,):
-        case = make_case(batch, num_kv_heads=num_kv_heads, group=group, head_dim=32)
-        load(case, way, "node", SPLITS).check()
-
-
-@few_ways
-@pytest.mark.parametrize("kv_dtype", FP8, ids=str)
-def test_fp8_caches_with_scales_per_layer_and_head(way: str, kv_dtype: torch.dtype) -> None:
-    batch = random_batch(2, num_requests=5, max_tokens=60, page_size=16)
-    for k_scale, v_scale in (
-        (1.0, 1.0),
-        (0.37, 2.5),
-        (torch.tensor(0.37), torch.tensor(2.5)),
-        (torch.tensor([0.4, 1.7]), torch.tensor([3.0, 0.2])),
-        (0.6, torch.tensor([3.0, 0.2])),
-    ):
-        options = {"k_scale": k_scale, "v_scale": v_scale}
-        for dtype in dtypes_of(way):
-            case = make_case(batch, group=4, dtype=dtype, kv_dtype=kv_dtype, options=options)
-            loaded = load(case, way, "pat", SPLITS)
-            (out, lse), (expected, expected_lse) = loaded.run(), case.oracle()
-            # The kernels' tolerances are for values of v of up to some 4.
-            scale = 1 if way == "torch" else 3
-            found, wanted = (out / scale, lse), (expected / scale, expected_lse)
-            assert_close(found, wanted, tolerances_of(loaded.executor))
-
-
-@few_ways
-@pytest.mark.parametrize("logit_cap", [0.5, 30.0])
-def test_logit_cap(way: str, logit_cap: float) -> None:
-    batch = random_batch(4, num_requests=8, max_tokens=90)
-    options = {"logit_cap": logit_cap, "k_scale": torch.tensor([0.5, 2.0]), "v_scale": 1.5}
-    load(make_case(batch, group=3, options=options), way, "pat", SPLITS).check()
 
 
 @few_ways
@@ -188,54 +145,6 @@ def test_tails_grow_token_by_token(way: str, batch: Batch, data: st.DataObject) 
         for _ in range(data.draw(st.integers(1, 2)) if way != "torch" else 1):
             loaded.executor.append(lens.to(dtype), slots.to(dtype))
         loaded.check()
-
-
-@given(batch=batches(max_requests=4, max_tokens=40, growth=8), data=st.data())
-def test_the_wrapper_lets_tails_grow_by_any_amounts(batch: Batch, data: st.DataObject) -> None:
-    """For one call from the table, or for good without it, also from an empty tail."""
-    case = make_case(batch, num_kv_heads=1, head_dim=16)
-    policy = data.draw(st.sampled_from([*POLICIES]))
-    wrapper = PrefixDecodeWrapper(2, 1, 16, dtype=torch.float32, executor="triton", policy=policy)
-    wrapper.plan(case.req_to_token, case.req_pool_indices, case.seq_lens)
-
-    def check(lens: torch.Tensor, **options: Any) -> None:
-        out, lse = case.poisoned_outputs()
-        wrapper.run(case.q, case.k_cache, case.v_cache, out=out, lse=lse, **options)
-        assert_close((out, lse), case.oracle(lens))
-
-    size = len(batch.seq_lens)
-    for _ in range(2):
-        in_use = case.seq_lens
-        steps = st.lists(st.integers(0, 4), min_size=size, max_size=size)
-        lens, slots = case.grow(data.draw(st.one_of(st.just([1] * size), steps)))
-        check(lens, seq_lens=lens)
-        check(in_use)
-        wrapper.advance(lens, slots)
-        check(lens)
-
-
-@every_way
-def test_padding_rows_get_zeros(way: str) -> None:
-    """A graph is captured for more rows than a batch has."""
-    case = make_case(random_batch(14, num_requests=5, max_tokens=60), head_dim=16)
-    expected = case.oracle()
-    case.q = torch.cat((case.q, torch.full((3, *case.q.shape[1:]), torch.nan)))
-    loaded = load(case, way, "node", SPLITS, padded_batch_size=8)
-    assert loaded.executor.padded_batch_size == 8
-    out, lse = loaded.run()
-    assert_close((out[:5], lse[:5]), expected)
-    assert (out[5:] == 0).all()
-    assert (lse[5:] == -torch.inf).all()
-
-
-@every_way
-def test_the_same_plan_and_inputs_give_the_same_bits(way: str) -> None:
-    case = make_case(random_batch(11, num_requests=8, max_tokens=60), group=4, head_dim=32)
-    for policy in ("pat", "node"):
-        loaded = load(case, way, policy, SPLITS)
-        runs = [loaded.run(), loaded.run(), load(case, way, policy, SPLITS).run()]
-        for again in runs[1:]:
-            assert all(torch.equal(*pair) for pair in zip(runs[0], again, strict=True))
 
 
 @every_way

@@ -95,7 +95,7 @@ def test_a_dry_run_stops_with_its_budget_resumes_and_passes(tmp_path: Path) -> N
     assert set(done["not_run"]) == {"sanitizer/memcheck", "sanitizer/racecheck"}
     cases = {case["name"]: case for case in done["cases"]}
     assert list(cases) == [name for name in stopped["not_run"] if name in cases]
-    assert len(cases["policies-and-modes"]["errors"]) == 7
+    assert len(cases["policies-and-modes"]["errors"]) == 11
     assert "one prefix" in cases["graph/fused/in_kernel"]["errors"]
 
 

@@ -171,34 +171,6 @@ def test_packs_hold_more_than_64_rows() -> None:
         assert np.diff(packs.query_indptr).tolist() == [256]
 
 
-def test_a_short_shared_segment_is_not_worth_a_pack() -> None:
-    forest = build_batch([Fork(0, 0, 2000), Fork(0, 3, 2000)]).forest()
-    costs = CostModel(shape(), CPU_PROFILE)
-    assert not len(pat.pack_pat(forest, costs).start)
-    assert len(POLICIES["node"](forest, costs).start) == 1
-
-
-def test_folding_counts_bytes_not_tokens() -> None:
-    """Two requests over one segment, a pack for free: shared from the length that pays for it.
-
-    Sharing saves one pass over the segment and costs two queries and partials. PAT's rule has
-    that at 4 tokens a query for every head shape and KV dtype.
-    """
-    for group in (2, 8):
-        for kv_itemsize in (1, 2):
-            costs = CostModel(
-                shape(group, kv_itemsize=kv_itemsize),
-                replace(FREE_PACKS, reread_cost=0.0),
-            )
-            s = costs.shape
-            token = s.num_kv_heads * 2 * s.head_dim * kv_itemsize + 4
-            query = s.num_qo_heads * (s.head_dim * 2 + (s.head_dim + 1) * 8)
-            worth = 2 * query // token + 1
-            for length, packs in ((worth - 1, 0), (worth + 1, 1)):
-                forest = build_batch([Fork(0, 0, length + 9), Fork(0, length, 9)]).forest()
-                assert len(pat.pack_pat(forest, costs).start) == packs, (group, kv_itemsize)
-
-
 @pytest.mark.parametrize(("tree", "ideal"), PAT_TREES.items())
 def test_published_trees(tree: str, ideal: float) -> None:
     """``node`` reads every token once, and ``pat`` moves no more bytes for any model's heads."""

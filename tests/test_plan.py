@@ -23,10 +23,9 @@ from sglang_prefix.packing import (
     DeviceProfile,
     policy_named,
 )
-from sglang_prefix.packing.layout import CostedPlan
+from sglang_prefix.packing.layout import CostedPlan, choose_num_splits
 from sglang_prefix.packing.packs import Packs
 from sglang_prefix.packing.planner import RESERVED_TAIL_SLOTS, PackPlanner
-from sglang_prefix.packing.splits import choose_num_splits
 from tests.forests import Batch, Fork, batches, build_batch, comb_batch, random_batch
 from tests.pack_reference import cost_models
 

@@ -84,8 +84,8 @@ def test_every_plan_of_a_sure_batch_fits(classes: tuple[int, ...], policy: str, 
         for num_requests in (rows, 3):
             batch = random_batch(seed, num_requests=num_requests, max_tokens=context_len)
             plan = planner.plan(batch.forest())
-            work = build_work_list(plan, shape.group_size, list(classes))
-            packed = serialize_plan(plan, [work.items], work.partials, rows)
+            items, partials = build_work_list(plan, shape.group_size, list(classes))
+            packed = serialize_plan(plan, [items], partials, rows)
             need = PlanCapacity(rows, len(packed), plan.num_slots, plan.num_partials)
             assert workspace.capacity.holds(need)
 

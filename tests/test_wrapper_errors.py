@@ -283,20 +283,6 @@ def test_advance(
     refused(wrapper, case, says, lambda: wrapper.advance(**{**arguments, argument: value}))
 
 
-@pytest.mark.parametrize("slot", [-1, SLOTS, 1 << 30])
-def test_slots_outside_the_cache(case: AttentionCase, slot: int) -> None:
-    """The caches are first seen by run, so run is where their size is known."""
-    wrapper = make_wrapper()
-    table = case.req_to_token.clone()
-    table[case.req_pool_indices[1], 852] = slot
-    says = rf"req_to_token.* reach {slot}; legal: 0 to {SLOTS - 1}"
-    with pytest.raises(ValueError, match=says):  # noqa: PT012, either call may refuse it
-        wrapper.plan(table, case.req_pool_indices, case.seq_lens)
-        wrapper.run(case.q, case.k_cache, case.v_cache)
-    wrapper.plan(case.req_to_token, case.req_pool_indices, case.seq_lens)
-    assert_runs(wrapper, case)
-
-
 @pytest.mark.parametrize("slot", [-1, SLOTS])
 def test_slots_outside_the_cache_in_a_longer_call(
     wrapper: PrefixDecodeWrapper, case: AttentionCase, slot: int

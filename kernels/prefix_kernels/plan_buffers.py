@@ -9,7 +9,7 @@ by a kernel, once per plan, and appended to by another, once per step.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -58,8 +58,7 @@ _COPY_BLOCK = 1024
 _APPEND_BLOCK = 128
 
 
-@dataclass(frozen=True, slots=True)
-class PlanCapacity:
+class PlanCapacity(NamedTuple):
     """What the buffers hold.
 
     Attributes:
@@ -76,11 +75,11 @@ class PlanCapacity:
 
     def holds(self, other: PlanCapacity) -> bool:
         """Whether a plan of size ``other`` fits."""
-        return all(getattr(self, f.name) >= getattr(other, f.name) for f in fields(self))
+        return all(mine >= need for mine, need in zip(self, other, strict=True))
 
     def grown_to(self, other: PlanCapacity) -> PlanCapacity:
         """The least capacity, in powers of two, that is no smaller than either."""
-        sizes = (max(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        sizes = map(max, self, other)
         return PlanCapacity(*(1 << max(size - 1, 0).bit_length() for size in sizes))
 
 

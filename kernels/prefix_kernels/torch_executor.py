@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from prefix_kernels.executor import AttentionParams, PlanExecutor
 from prefix_kernels.plan import AttentionShape, PackPlan
-from prefix_kernels.torch_packs import Block, TorchPack, copy_slots, prepare_packs
+from prefix_kernels.torch_packs import Span, TorchPack, copy_slots, prepare_packs
 
 __all__ = ["TorchExecutor", "merge_partials"]
 
@@ -151,7 +151,7 @@ class TorchExecutor(PlanExecutor):
     def _attend(
         self,
         pack: TorchPack,
-        blocks: list[Block],
+        blocks: list[Span],
         rows: torch.Tensor,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
@@ -187,7 +187,7 @@ class TorchExecutor(PlanExecutor):
     def _read_block(
         self,
         pack: TorchPack,
-        block: Block,
+        block: Span,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:

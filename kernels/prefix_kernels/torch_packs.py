@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from prefix_kernels.plan import PackPlan, split_bounds
 
-__all__ = ["Block", "TorchPack", "copy_slots", "prepare_packs"]
+__all__ = ["Span", "TorchPack", "copy_slots", "prepare_packs"]
 
 IntArray = NDArray[np.int64]
 
@@ -29,20 +29,11 @@ MIN_BLOCK_TOKENS = 256
 MIN_RUN_TOKENS = 256
 
 
-@dataclass(slots=True)
-class Run:
+class Span(NamedTuple):
     """Tokens ``[begin, end)`` of a pack; ``first_slot`` is -1 where slots are scattered."""
 
     begin: int
     end: int
-    first_slot: int
-
-
-class Block(NamedTuple):
-    """Tokens ``[low, high)`` of a pack, taken in one go; ``first_slot`` as in :class:`Run`."""
-
-    low: int
-    high: int
     first_slot: int
 
 
@@ -57,8 +48,8 @@ class TorchPack:
         num_splits: splits of the pack.
         planned_length: tokens when the plan was made.
         partials: per split, the partials of its queries, like ``queries``.
-        runs: of the planned tokens.
-        blocks: per split, of the tokens that the pack holds now.
+        runs: spans of the planned tokens whose slots are consecutive, or scattered.
+        blocks: per split, spans taken in one go, of the tokens that the pack holds now.
     """
 
     queries: torch.Tensor | int
@@ -67,8 +58,8 @@ class TorchPack:
     num_splits: int
     planned_length: int
     partials: Sequence[torch.Tensor | int]
-    runs: list[Run] = field(default_factory=list)
-    blocks: list[list[Block]] = field(default_factory=list)
+    runs: list[Span] = field(default_factory=list)
+    blocks: list[list[Span]] = field(default_factory=list)
 
     def cut(self, length: int, num_qo_heads: int) -> None:
         """Cut the pack, of ``length`` tokens now, into its splits, and those into blocks."""
@@ -80,15 +71,15 @@ class TorchPack:
             for split in range(self.num_splits)
         ]
 
-    def _grown_runs(self, length: int) -> list[Run]:
+    def _grown_runs(self, length: int) -> list[Span]:
         """The runs of ``length`` tokens; what a tail has gained counts as scattered."""
         if length <= self.planned_length:
             return self.runs
         if self.planned_length < MIN_RUN_TOKENS:
-            return [Run(0, length, -1)]
+            return [Span(0, length, -1)]
         if self.runs[-1].first_slot < 0:
-            return [*self.runs[:-1], Run(self.runs[-1].begin, length, -1)]
-        return [*self.runs, Run(self.planned_length, length, -1)]
+            return [*self.runs[:-1], self.runs[-1]._replace(end=length)]
+        return [*self.runs, Span(self.planned_length, length, -1)]
 
 
 def prepare_packs(plan: PackPlan, kv_slots: torch.Tensor) -> list[TorchPack]:
@@ -126,7 +117,7 @@ def prepare_packs(plan: PackPlan, kv_slots: torch.Tensor) -> list[TorchPack]:
         _find_runs(packs, plan, kv_slots.numpy())
     else:
         for pack in packs:
-            pack.runs = [Run(0, pack.planned_length, -1)]
+            pack.runs = [Span(0, pack.planned_length, -1)]
     return packs
 
 
@@ -141,26 +132,26 @@ def _find_runs(packs: list[TorchPack], plan: PackPlan, slots: IntArray) -> None:
     for p, pack in enumerate(packs):
         if first_break[p] >= last_break[p]:  # one segment, or no token yet
             slot = first_slot[p] if pack.planned_length else -1
-            pack.runs = [Run(0, pack.planned_length, slot)]
+            pack.runs = [Span(0, pack.planned_length, slot)]
             continue
         cuts = (breaks[first_break[p] : last_break[p]] - pack.slot_offset).tolist()
         pack.runs = _long_runs([0, *cuts, pack.planned_length], slots, pack.slot_offset)
 
 
-def _long_runs(edges: list[int], slots: IntArray, offset: int) -> list[Run]:
+def _long_runs(edges: list[int], slots: IntArray, offset: int) -> list[Span]:
     """Turn the edges between consecutive segments into runs, short ones gathered together."""
-    runs: list[Run] = []
+    runs: list[Span] = []
     for begin, end in pairwise(edges):
         if end - begin >= MIN_RUN_TOKENS:
-            runs.append(Run(begin, end, int(slots[offset + begin])))
+            runs.append(Span(begin, end, int(slots[offset + begin])))
         elif runs and runs[-1].first_slot < 0:
-            runs[-1].end = end
+            runs[-1] = runs[-1]._replace(end=end)
         else:
-            runs.append(Run(begin, end, -1))
+            runs.append(Span(begin, end, -1))
     return runs
 
 
-def _blocks(runs: list[Run], begin: int, end: int, size: int) -> list[Block]:
+def _blocks(runs: list[Span], begin: int, end: int, size: int) -> list[Span]:
     """Blocks of at most ``size`` tokens that cover tokens [begin, end) of a pack."""
     found = []
     for run in runs:
@@ -168,7 +159,7 @@ def _blocks(runs: list[Run], begin: int, end: int, size: int) -> list[Block]:
         while low < stop:
             high = min(low + size, stop)
             first_slot = run.first_slot + low - run.begin if run.first_slot >= 0 else -1
-            found.append(Block(low, high, first_slot))
+            found.append(Span(low, high, first_slot))
             low = high
     return found
 

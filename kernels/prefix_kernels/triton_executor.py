@@ -27,7 +27,7 @@ from prefix_kernels.tiles import (
     next_power_of_two,
     widest_block,
 )
-from prefix_kernels.work_list import build_work_list
+from prefix_kernels.work_list import TILE_CLASS_FIELD, build_work_list
 
 __all__ = ["LAUNCH_MODES", "MERGE_MODES", "TritonExecutor"]
 
@@ -147,17 +147,17 @@ class TritonExecutor(PlanExecutor):
             facts = PlanFacts.of(plan, group_size)
         launches = choose_launches(facts, self._tile_shape, self._mode)
         block_rows = [tile.block_m for one in launches for tile in one.tiles]
-        work = build_work_list(plan, group_size, block_rows)
+        items, partials = build_work_list(plan, group_size, block_rows)
         if len(launches) == 1:
-            lists = [work.items]
+            lists = [items]
         else:
-            lists = [work.items[work.tile_class == one.work_list] for one in launches]
+            lists = [items[items[:, TILE_CLASS_FIELD] == one.work_list] for one in launches]
         self._launches = []
-        for one, items in zip(launches, lists, strict=True):
-            num_tiles = None if is_fixed else len(items) * self.shape.num_kv_heads
+        for one, own in zip(launches, lists, strict=True):
+            num_tiles = None if is_fixed else len(own) * self.shape.num_kv_heads
             num_programs = one.num_programs(self._tile_shape, self._num_sms, num_tiles)
             self._launches.append((one, num_programs))
-        serialized = serialize_plan(plan, lists, work.partials, padded_batch_size)
+        serialized = serialize_plan(plan, lists, partials, padded_batch_size)
         self._buffers.load(plan, serialized, req_to_token, req_pool_indices, padded_batch_size)
         self._num_slots = plan.num_slots
         self._needs_merge = (

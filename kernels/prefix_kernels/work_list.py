@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
 from prefix_kernels.plan import PackPlan
 
-__all__ = ["ITEM_FIELDS", "WorkList", "build_work_list", "tile_classes"]
+__all__ = ["ITEM_FIELDS", "TILE_CLASS_FIELD", "build_work_list", "tile_classes"]
 
 IntArray = NDArray[np.int64]
+Int32Array = NDArray[np.int32]
 
 # Fields of an item, in this order:
 #   0  index of the pack's first query in `queries`
@@ -24,22 +23,7 @@ IntArray = NDArray[np.int64]
 #   7  splits of the pack
 #   8  tile class
 ITEM_FIELDS = 9
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class WorkList:
-    """Work items and what they refer to, ready for the device.
-
-    Attributes:
-        items: [n, ITEM_FIELDS] int32, of all tile classes together, the longest work first.
-        tile_class: [n] class of each item.
-        partials: int32, the plan's ``partial_index``; -1 where the request has no other partial,
-            so that its result goes straight to the output.
-    """
-
-    items: NDArray[np.int32]
-    tile_class: IntArray
-    partials: NDArray[np.int32]
+TILE_CLASS_FIELD = 8
 
 
 def tile_classes(qo_rows: IntArray, block_rows: list[int]) -> IntArray:
@@ -52,13 +36,20 @@ def tile_classes(qo_rows: IntArray, block_rows: list[int]) -> IntArray:
     return np.minimum(np.searchsorted(block_rows, qo_rows), len(block_rows) - 1)
 
 
-def build_work_list(plan: PackPlan, group_size: int, block_rows: list[int]) -> WorkList:
-    """List the row blocks of all splits of all packs.
+def build_work_list(
+    plan: PackPlan, group_size: int, block_rows: list[int]
+) -> tuple[Int32Array, Int32Array]:
+    """List the row blocks of all splits of all packs, ready for the device.
 
     Args:
         plan: the plan.
         group_size: query heads per KV head.
         block_rows: rows of each tile class, ascending.
+
+    Returns:
+        The items [n, ITEM_FIELDS] of all tile classes together, the longest work first; and the
+        plan's ``partial_index``, with -1 where the request has no other partial, so that its
+        result goes straight to the output.
     """
     num_queries = plan.query_indptr[1:] - plan.query_indptr[:-1]
     rows = num_queries * group_size
@@ -87,10 +78,9 @@ def build_work_list(plan: PackPlan, group_size: int, block_rows: list[int]) -> W
     items[:, 5] = tokens[pack]
     items[:, 6] = split
     items[:, 7] = plan.num_splits[pack]
-    tile_class = pack_class[pack]
-    items[:, 8] = tile_class
+    items[:, TILE_CLASS_FIELD] = pack_class[pack]
 
     first_partial = plan.request_indptr[:-1]
     target = np.arange(plan.num_partials, dtype=np.int32)
     target[first_partial[plan.request_indptr[1:] - first_partial == 1]] = -1
-    return WorkList(items, tile_class, target[plan.partial_index])
+    return items, target[plan.partial_index]

@@ -57,8 +57,8 @@ def measure_planning(num_requests: int, rounds: int, seed: int) -> dict[str, Any
         return PrefixForest.from_path_table(table, path_of, limits, lens)
 
     def make_work_list() -> NDArray[np.int32]:
-        work = build_work_list(gpu_plan, SHAPE.group_size, list(FUSED_ROWS))
-        return serialize_plan(gpu_plan, [work.items], work.partials, num_requests)
+        items, partials = build_work_list(gpu_plan, SHAPE.group_size, list(FUSED_ROWS))
+        return serialize_plan(gpu_plan, [items], partials, num_requests)
 
     forest = make_forest()
     planner = PackPlanner(SHAPE, CPU_PROFILE)

@@ -16,9 +16,8 @@ from sglang_prefix.packing import (
     DeviceProfile,
     policy_named,
 )
-from sglang_prefix.packing.layout import CostedPlan
+from sglang_prefix.packing.layout import CostedPlan, choose_num_splits
 from sglang_prefix.packing.packs import Packs
-from sglang_prefix.packing.splits import choose_num_splits
 
 __all__ = ["RESERVED_TAIL_SLOTS", "PackPlanner", "profile_for", "warm_up"]
 

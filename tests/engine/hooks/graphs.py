@@ -52,7 +52,7 @@ class FrozenGraphs(GraphBackend):
         """The function, and its launches."""
         from tests.replay import record
 
-        launches = record(forward_fn).launches
+        launches = record(forward_fn)
         say(f"captured {shape_key} with {len(launches)} launches")
         return forward_fn, launches
 
