@@ -261,4 +261,4 @@ def test_providers_that_run_here_agree_with_the_oracle(tree: str) -> None:
         for part in provider.step_parts:
             getattr(provider, part)()
         w.out.fill_(torch.nan)
-        assert check(provider.run(w.k[0], w.v[0])) < 1e-5, provider.policy
+        assert check(provider.run(w.k[0], w.v[0])) < 1e-5, provider.facts

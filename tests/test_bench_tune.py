@@ -129,7 +129,7 @@ def test_the_fastest_is_taken_where_it_gains_enough(
     [
         ({"kind": "gpu-check"}, "kind is 'gpu-check'; legal: 'bench-tune'"),
         ({"dry": False}, "must stand in the repository"),
-        ({"arch": "sm_89"}, "NVIDIA H200 is sm_89, which has no audit; legal: sm_80, sm_90"),
+        ({"arch": "sm_89"}, "arch of NVIDIA H200 is 'sm_89'; legal: sm_80, sm_90"),
     ],
 )
 def test_what_no_table_is_made_of(changes: dict[str, Any], complaint: str, tmp_path: Path) -> None:

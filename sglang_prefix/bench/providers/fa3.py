@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from sglang_prefix.bench.providers.base import PagedProvider
+from sglang_prefix.bench.providers.base import Provider
 from sglang_prefix.bench.workloads.inputs import AttentionInputs
 
 __all__ = ["FlashAttention3"]
 
 
-class FlashAttention3(PagedProvider):
+class FlashAttention3(Provider):
     """FA3's decode with the scheduler metadata of a step."""
 
     name = "fa3"

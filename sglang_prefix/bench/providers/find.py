@@ -29,7 +29,7 @@ def find_providers(
 
     Args:
         device: where they are to run.
-        host: of :data:`~sglang_prefix.bench.providers.base.HOSTS`.
+        host: of those that a provider names.
 
     Returns:
         Providers by name; reasons by name.

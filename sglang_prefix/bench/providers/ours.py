@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -33,13 +33,13 @@ class _Ours(Provider):
 
     def __init__(self, inputs: AttentionInputs, policy: str, **options: Any) -> None:
         super().__init__(inputs)
-        self.policy = policy
         shape = inputs.heads.shape(inputs.q.dtype, inputs.k.dtype)
         self._attention = PackedAttention(
             shape, inputs.q.device, executor=self.executor, policy=policy, **options
         )
         self.plan()
-        self.num_packs, self.kv_tokens_read = self._plan.num_packs, self._plan.kv_tokens_read
+        self.kv_tokens_read = self._plan.kv_tokens_read
+        self.facts |= {"policy": policy, "packs": self._plan.num_packs}
 
     def plan(self) -> None:
         """Pack the batch anew, as the backend does when it changes."""
@@ -93,7 +93,7 @@ class TritonOurs(_Ours):
     """
 
     executor = "triton"
-    parts_alone: tuple[str, ...] = ("append",)
+    parts_alone: ClassVar[Sequence[str]] = ("append",)
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class TritonOurs(_Ours):
         fixed: bool = True,
     ) -> None:
         super().__init__(inputs, policy, mode=mode, merge=merge)
-        self.mode, self.merge_mode, self.fixed = mode, merge, fixed
+        self.facts |= {"mode": mode, "merge": merge, "fixed": fixed}
         tables, size = (inputs.req_to_token, inputs.req_pool_indices), inputs.batch.batch_size
         if fixed:
             self._attention.fix_capacity([self._plan], *tables, padded_batch_size=size)
@@ -125,7 +125,7 @@ class Chain(TritonOurs):
     """
 
     kind = "chain"
-    parts_alone: tuple[str, ...] = ()
+    parts_alone = ()
 
     def __init__(
         self, inputs: AttentionInputs, mode: str, merge: str, used: str, *, layers: int
@@ -151,7 +151,7 @@ def our_providers(
 
     Args:
         policies: names.
-        host: of :data:`~sglang_prefix.bench.providers.base.HOSTS`.
+        host: of those that a provider names.
         all_launches: on the Triton executor every launch and merge mode of the first policy, too,
             and every launch mode of the others.
         fitted: the first one with launches fitted to the plan, too, which are compiled for every
