@@ -151,8 +151,8 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     [
         (["--tree", "1,8_512"], "tree '1,8_512': 2 levels of nodes but 1 of tokens; legal:"),
         (["--trace", "/nowhere.jsonl"], "trace /nowhere.jsonl cannot be read: No such file"),
-        (["--policy", "best"], "--policy is 'best'; legal: pat, node, chunk, query"),
-        (["--dtype", "int8"], "--dtype is 'int8'; legal: bfloat16, float16, float32"),
+        (["--policy", "best"], "policy 'best'; legal: pat, node, chunk, query"),
+        (["--dtype", "int8"], "'int8' is not one of 'bfloat16', 'float16', 'float32'"),
         (["--heads", "8:3"], "heads '8:3'; legal: QO:KV"),
         (["--workload", "nothing-like-it"], "matches no case; legal: a file (chain, chunk, "),
         (["--workload", "("], "workload '(' is no regular expression"),
@@ -174,16 +174,18 @@ def test_bad_input_is_one_line_and_writes_nothing(
 
 
 @pytest.mark.usefixtures("no_sglang")
-def test_what_cannot_be_written_beside_the_result_is_one_line_each(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("blocked", "what"), [("kernel-speedup.svg", "plots"), ("report.html", "the page")]
+)
+def test_what_cannot_be_written_beside_the_result_is_one_line(
+    blocked: str, what: str, tmp_path: Path
+) -> None:
     # Whoever runs the tests may not replace a folder by a file; root may write anywhere else.
-    for name in (*(f"{each}.svg" for each in plots.PLOTS["bench-kernel"]), "report.html"):
-        (tmp_path / name).mkdir()
+    (tmp_path / blocked).mkdir()
     done = bench(tmp_path, *TREES, *SMALL, "--policy", "pat")
     assert done.exit_code == 1
-    assert done.stderr.splitlines() == [
-        f"sglang-prefix: plots cannot be written to {tmp_path}: Is a directory",
-        f"sglang-prefix: {tmp_path}/report.html cannot be written: Is a directory",
-    ]
+    message = f"sglang-prefix: {what} cannot be written to {tmp_path}: Is a directory\n"
+    assert done.stderr == message
     assert len(read_result(tmp_path / "kernel.json")["cases"]) == 2
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 
