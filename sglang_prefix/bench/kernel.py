@@ -112,14 +112,10 @@ class KernelRun(BenchRun):
             if self._host == "cpu":
                 raise NotRunError("needs a GPU: launches are measured")
             return chains(dry=dry)
-        # Launches fitted to a plan are compiled for every length of pack: only where that tells
-        # something.
-        fitted = case.is_of_suite and case.page_size == 1 and case.heads.kv in (1, 8)
         ours = our_providers(
             policies,
             self._host,
             all_launches=case.is_of_suite,
-            fitted=fitted and case.group in ("rollouts", "fixed", "trees"),
             dry=dry,
         )
         return {**self._others, **ours}

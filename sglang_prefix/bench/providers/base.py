@@ -42,9 +42,8 @@ class Provider(ABC):
         executor: what runs it; empty for one of its own.
         step_parts: methods that are called once per step before the layers, and timed.
         parts_alone: methods that are timed alone, after the step, and are no part of it.
-        facts: what the result says of ours: "policy", "mode", "merge" and "fixed", whether its
-            buffers and launches are those of a graph that serves any plan of the batch size, of
-            our executors; "packs" of the plan.
+        facts: what the result says of ours: "policy", "mode" and "merge" of our executors,
+            "packs" of the plan.
         layers: of one step; None for as many as have KV of their own.
         kv_tokens_read: per layer.
     """
@@ -62,7 +61,7 @@ class Provider(ABC):
         self.inputs = inputs
         self.page_size = inputs.batch.page_size
         self.kv_tokens_read = inputs.logical_tokens
-        self.facts: dict[str, Any] = dict.fromkeys(("policy", "mode", "merge", "fixed", "packs"))
+        self.facts: dict[str, Any] = dict.fromkeys(("policy", "mode", "merge", "packs"))
 
     @classmethod
     def unavailable(cls, device: torch.device) -> str | None:
