@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
@@ -25,8 +23,8 @@ from sglang_prefix.bench.results import read_result
 from sglang_prefix.bench.run import NotRunError
 from sglang_prefix.bench.workloads.inputs import AttentionInputs
 from sglang_prefix.cli.main import app
+from tests.bare_host import run_bare
 
-ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 TREES = ("--tree", "1,4_64,16", "--tree", "3_32")
 SMALL = ("--heads", "4:2:16", "--rounds", "2", "--threads", "1")
@@ -71,9 +69,8 @@ def test_a_quick_run_against_sglang(tmp_path: Path) -> None:
     assert data["options"]["quick"] is True
     assert data["not_run"] == data["failed"] == {}
     assert data["environment"]["threads"] == 1
-    for name in ("sglang-triton", "flashinfer", "fa3", "flashinfer-cascade", "fasttree"):
-        assert data["absent"][name] == "needs a GPU"
-        assert f"{name}: needs a GPU" in result.stderr
+    assert data["absent"]["flashinfer"] == "needs a GPU"
+    assert "flashinfer: needs a GPU" in result.stderr
     names = [case["name"] for case in data["cases"]]
     assert names == ["uneven/24-requests/4:2:16", "fixed/8x512+32/4:2:16"]
     for case in data["cases"]:
@@ -132,9 +129,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     path = tmp_path / "kernel.json"
     for key, value, what in (
-        ("environment", {"cpu": "another"}, "its cpu is 'another', here it is "),
         ("environment", {"commit": "1234567"}, "its commit is '1234567', here it is "),
-        ("environment", {"versions": {}}, "its versions is {}, here it is "),
         ("options", {"no such": 1}, "options: KernelOptions.__init__() got an unexpected"),
     ):
         path.write_text(json.dumps(data | {key: data[key] | value}))
@@ -258,15 +253,9 @@ def test_forward_is_what_is_left_of_the_run(
     assert kernel._forward_ms([run] * 3, merge and [merge] * 3) == forward_ms
 
 
-BARE = """
-import os, sys
+DRY_RUNS = """
+import os
 os.environ["TRITON_INTERPRET"] = "1"
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        absent = {"pydantic", "pydantic_core", "sglang", "matplotlib", "psutil", "transformers"}
-        if name.split(".")[0] in absent:
-            raise ImportError(f"{name} is not on a GPU host")
-sys.meta_path.insert(0, Absent())
 from dataclasses import asdict
 from pathlib import Path
 import sglang_prefix.bench.engine
@@ -290,15 +279,8 @@ run.run(0, print, print)
 
 @pytest.mark.slow
 def test_a_gpu_host_needs_neither_pydantic_nor_sglang(tmp_path: Path) -> None:
-    path = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels", "patches"))
-    run = subprocess.run(
-        [sys.executable, "-c", BARE, tmp_path],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    status, printed = run_bare(DRY_RUNS, tmp_path)
+    assert status == 0, printed
     data = read_result(tmp_path / "kernel.json")
     names = [case["name"] for case in data["cases"]]
     assert names == ["fixed/8x512+32/8:1:16", "fixed/8x512+32/8:1:16/page16"]
