@@ -144,7 +144,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--tree", "1,8_512"], "tree '1,8_512': 2 levels of nodes but 1 of tokens; legal:"),
+        (["--tree", "1,8_512"], "tree '1,8_512'; legal: nodes of each level"),
         (["--trace", "/nowhere.jsonl"], "trace /nowhere.jsonl cannot be read: No such file"),
         (["--policy", "best"], "policy 'best'; legal: pat, node, chunk, query"),
         (["--dtype", "int8"], "'int8' is not one of 'bfloat16', 'float16', 'float32'"),

@@ -97,22 +97,14 @@ def test_heads_are_read_and_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "what"),
+    "text",
     [
-        ("1,8", "0 '_' instead of one"),
-        ("1_2_3", "2 '_' instead of one"),
-        ("1,8_512", "2 levels of nodes but 1 of tokens"),
-        ("1,x_512,1", r"nodes of level 2 are 'x'"),
-        ("1,8_512,", r"tokens of level 2 are ''"),
-        ("1,8_512,0", r"tokens of level 2 are '0'"),
-        ("-1_5", r"nodes of level 1 are '-1'"),
-        ("99999999_5", "nodes of level 1"),
-        ("1_٣", "tokens of level 1"),
-        ("8,1_5,5", "level 2 has 1 nodes below 8"),
+        *("1,8", "1_2_3", "1,8_512", "1_5,5", "1,x_512,1", "1,8_512,", "_", "1,8_512,0", "0_5"),
+        *("-1_5", "1_-5", "99999999_5", "1_99999999999", "1_٣", "1_ 5", "8,1_5,5"),
     ],
 )
-def test_malformed_trees_are_refused_with_the_place(text: str, what: str) -> None:
-    with pytest.raises(ValueError, match=f"tree '.*': {what}.*; legal: .*1,8,512_512,512,256"):
+def test_malformed_trees_are_refused_with_what_is_legal(text: str) -> None:
+    with pytest.raises(ValueError, match=r"tree '.*'; legal: nodes .*1,8,512_512,512,256"):
         pat_tree(text)
 
 
