@@ -55,7 +55,7 @@ class Stock(TorchOurs):
 def no_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
     stock = partial(Stock, policy="query")
     monkeypatch.setattr(
-        kernel, "find_providers", lambda device, host: ({"stock": stock}, {"other": "not here"})
+        kernel, "find_providers", lambda host: ({"stock": stock}, {"other": "not here"})
     )
 
 
@@ -238,7 +238,7 @@ def test_ours_being_wrong_ends_the_command_with_its_name(
 def test_a_missing_sglang_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "prefix_patches.stock_backend", None)
     sglang._torch_native.cache_clear()
-    makers, absent = find_providers(CPU, "cpu")
+    makers, absent = find_providers("cpu")
     assert makers == {}
     assert "stock_backend" in absent["sglang-torch-native"]
 

@@ -215,7 +215,7 @@ def test_fasttree_is_given_the_tree(
     folder = tmp_path_factory.mktemp("kernel_bench")
     (folder / "fasttree.py").write_text(FAKE_FASTTREE)
     monkeypatch.setenv(FOLDER_VARIABLE, str(folder))
-    assert FastTree.unavailable(torch.device("cuda")) is None
+    assert FastTree.unavailable() is None
     assert_right(FastTree(inputs_of(tree)))
     with pytest.raises(NotRunError, match="requests end inside shared nodes"):
         FastTree(inputs_of("uneven", 16))
@@ -223,7 +223,7 @@ def test_fasttree_is_given_the_tree(
 
 def test_what_cannot_be_used_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
-    assert FastTree.unavailable(torch.device("cuda")) == f"{FOLDER_VARIABLE} names no folder"
+    assert FastTree.unavailable() == f"{FOLDER_VARIABLE} names no folder"
     reason = import_reason("a_module_that_is_nowhere")
     assert reason is not None
     assert reason.startswith("a_module_that_is_nowhere: ModuleNotFoundError: ")
@@ -231,7 +231,7 @@ def test_what_cannot_be_used_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("host", ["cpu", "interpreter"])
 def test_every_provider_is_here_or_says_why_not(host: str) -> None:
-    makers, absent = find_providers(torch.device("cpu"), host)
+    makers, absent = find_providers(host)
     names = {*makers, *absent}
     assert names == {
         *("sglang-torch-native", "sglang-intel-amx", "sglang-triton"),

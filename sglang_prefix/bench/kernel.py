@@ -62,7 +62,7 @@ class KernelRun(BenchRun):
         """Look for kernels of others, which imports SGLang, and measure the device's limits."""
         self._device = torch.device(self.data["environment"]["device"])
         self._host = "interpreter" if self.options.dry else self._device.type
-        self._others, self.data["absent"] = find_providers(self._device, self._host)
+        self._others, self.data["absent"] = find_providers(self._host)
         self._clock = clock_for(self._device, dry=self.options.dry)
         if self.options.quick:
             self._clock.seconds = min(self._clock.seconds, _QUICK_SECONDS)

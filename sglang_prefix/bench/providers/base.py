@@ -64,7 +64,7 @@ class Provider(ABC):
         self.facts: dict[str, Any] = dict.fromkeys(("policy", "mode", "merge", "packs"))
 
     @classmethod
-    def unavailable(cls, device: torch.device) -> str | None:
+    def unavailable(cls) -> str | None:
         """Why it cannot be used on this host; None if it can."""
         return import_reason(*cls.modules)
 

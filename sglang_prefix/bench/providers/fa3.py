@@ -22,9 +22,9 @@ class FlashAttention3(Provider):
     modules = ("sgl_kernel.flash_attn",)
 
     @classmethod
-    def unavailable(cls, device: torch.device) -> str | None:
-        reason = super().unavailable(device)
-        if reason is None and torch.cuda.get_device_capability(device)[0] != 9:
+    def unavailable(cls) -> str | None:
+        reason = super().unavailable()
+        if reason is None and torch.cuda.get_device_capability()[0] != 9:
             return "needs compute capability 9.x"
         return reason
 
