@@ -8,12 +8,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from itertools import pairwise
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from prefix_kernels.oracle import decode_attention_oracle
 from sglang_prefix.bench.providers import flashinfer, ours
 from sglang_prefix.bench.providers.base import Provider, import_reason
 from sglang_prefix.bench.providers.fa3 import FlashAttention3
@@ -59,13 +60,10 @@ def attend(
     q: torch.Tensor, caches: tuple[torch.Tensor, torch.Tensor], slots: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One request's heads over the slots given: output and natural-log lse."""
-    group = q.shape[0] // caches[0].shape[-2]
-    k, v = (
-        cache.reshape(-1, *cache.shape[2:])[slots].double().repeat_interleave(group, 1)
-        for cache in caches
-    )
-    scores = torch.einsum("hd,thd->ht", q.double(), k) * scale
-    return torch.einsum("ht,thd->hd", scores.softmax(-1), v), scores.logsumexp(-1)
+    k, v = (cache.reshape(-1, *cache.shape[-2:]) for cache in caches)
+    row, length = torch.zeros(1, dtype=torch.int64), torch.tensor([len(slots)])
+    out, lse = decode_attention_oracle(q[None], k, v, slots[None], row, length, sm_scale=scale)
+    return out[0], lse[0]
 
 
 class PagedDecode:
@@ -94,18 +92,12 @@ class PagedDecode:
         return out
 
 
-class Level:
-    """One level's prefill wrapper inside the cascade."""
-
-    _backend = "auto"
-
-
 class Cascade:
     """FlashInfer's MultiLevelCascadeAttentionWrapper, as far as we use it."""
 
     def __init__(self, num_levels: int, workspace: object, layout: str) -> None:
         assert layout == "NHD"
-        self._batch_prefill_wrappers = [Level() for _ in range(num_levels)]
+        self._batch_prefill_wrappers = [SimpleNamespace(_backend="auto") for _ in range(num_levels)]
 
     def plan(self, *given: Any, **options: Any) -> None:
         assert {level._backend for level in self._batch_prefill_wrappers} == {"fa2"}
@@ -186,6 +178,7 @@ def test_the_right_kv_is_asked_for(kind: type[Provider], tree: str, page_size: i
 
 FAKE_FASTTREE = """
 import torch
+from tests.test_bench_providers import attend
 
 class FastTreeParams:
     TSQs, TSKs = None, None
@@ -211,9 +204,7 @@ def fasttree_decode(q, k, v, out, entries, lengths, q_tiles, kv_tiles, sm_scale)
     for b, length in enumerate(lengths):
         slots = entries[at : at + length].long()
         at += length
-        keys, values = (c[slots].double().repeat_interleave(4, 1) for c in (k, v))
-        scores = torch.einsum("hd,thd->ht", q[b].double(), keys) * sm_scale
-        out[b] = torch.einsum("ht,thd->hd", scores.softmax(-1), values)
+        out[b] = attend(q[b], (k, v), slots, sm_scale)[0]
 """
 
 
@@ -224,7 +215,7 @@ def test_fasttree_is_given_the_tree(
     folder = tmp_path_factory.mktemp("kernel_bench")
     (folder / "fasttree.py").write_text(FAKE_FASTTREE)
     monkeypatch.setenv(FOLDER_VARIABLE, str(folder))
-    assert FastTree.unavailable(torch.device("cuda")) is None
+    assert FastTree.unavailable() is None
     assert_right(FastTree(inputs_of(tree)))
     with pytest.raises(NotRunError, match="requests end inside shared nodes"):
         FastTree(inputs_of("uneven", 16))
@@ -232,7 +223,7 @@ def test_fasttree_is_given_the_tree(
 
 def test_what_cannot_be_used_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
-    assert FastTree.unavailable(torch.device("cuda")) == f"{FOLDER_VARIABLE} names no folder"
+    assert FastTree.unavailable() == f"{FOLDER_VARIABLE} names no folder"
     reason = import_reason("a_module_that_is_nowhere")
     assert reason is not None
     assert reason.startswith("a_module_that_is_nowhere: ModuleNotFoundError: ")
@@ -240,7 +231,7 @@ def test_what_cannot_be_used_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("host", ["cpu", "interpreter"])
 def test_every_provider_is_here_or_says_why_not(host: str) -> None:
-    makers, absent = find_providers(torch.device("cpu"), host)
+    makers, absent = find_providers(host)
     names = {*makers, *absent}
     assert names == {
         *("sglang-torch-native", "sglang-intel-amx", "sglang-triton"),
@@ -261,4 +252,4 @@ def test_providers_that_run_here_agree_with_the_oracle(tree: str) -> None:
         for part in provider.step_parts:
             getattr(provider, part)()
         w.out.fill_(torch.nan)
-        assert check(provider.run(w.k[0], w.v[0])) < 1e-5, provider.policy
+        assert check(provider.run(w.k[0], w.v[0])) < 1e-5, provider.facts

@@ -53,8 +53,11 @@ def kernel_cases(options: KernelOptions) -> list[KernelCase]:
     """The cases of a run in order; names are unique.
 
     Raises:
-        ValueError: a tree, a trace, heads or a workload are not legal; one line.
+        ValueError: a policy, a tree, a trace, heads or a workload are not legal; one line.
     """
+    for policy in options.policies:
+        if policy not in POLICIES:
+            raise ValueError(f"policy {policy!r}; legal: {', '.join(POLICIES)}")
     cases = _under(options, [*_tree_cases(options), *_trace_cases(options)])
     if options.workloads or not cases:
         cases += _registry_cases(options)

@@ -21,7 +21,7 @@ from sglang_prefix.bench.providers.find import find_providers
 from sglang_prefix.bench.providers.ours import chains, our_providers
 from sglang_prefix.bench.run import BenchRun, Case, NotRunError
 from sglang_prefix.bench.targets import evaluate
-from sglang_prefix.bench.timing import Clock, clock_for, interleaved
+from sglang_prefix.bench.timing import Clock, clock_for, interleaved, prepare_each
 from sglang_prefix.bench.workloads.inputs import AttentionInputs, OutputCheck
 from sglang_prefix.bench.workloads.registry import KernelCase
 
@@ -31,7 +31,6 @@ _QUICK_SECONDS = 3.0
 # On a GPU a step is as many layers as hold KV of their own in this many bytes, up to a usual depth.
 _GPU_LAYERS = 32
 _GPU_KV_BYTES = 6 << 30
-_LONGEST_REASON = 300
 _READ = "streaming read"
 _OUR_PREFIXES = ("torch/", "triton/", "chain/")
 
@@ -63,7 +62,7 @@ class KernelRun(BenchRun):
         """Look for kernels of others, which imports SGLang, and measure the device's limits."""
         self._device = torch.device(self.data["environment"]["device"])
         self._host = "interpreter" if self.options.dry else self._device.type
-        self._others, self.data["absent"] = find_providers(self._device, self._host)
+        self._others, self.data["absent"] = find_providers(self._host)
         self._clock = clock_for(self._device, dry=self.options.dry)
         if self.options.quick:
             self._clock.seconds = min(self._clock.seconds, _QUICK_SECONDS)
@@ -113,14 +112,10 @@ class KernelRun(BenchRun):
             if self._host == "cpu":
                 raise NotRunError("needs a GPU: launches are measured")
             return chains(dry=dry)
-        # Launches fitted to a plan are compiled for every length of pack: only where that tells
-        # something.
-        fitted = case.is_of_suite and case.page_size == 1 and case.heads.kv in (1, 8)
         ours = our_providers(
             policies,
             self._host,
             all_launches=case.is_of_suite,
-            fitted=fitted and case.group in ("rollouts", "fixed", "trees"),
             dry=dry,
         )
         return {**self._others, **ours}
@@ -131,20 +126,15 @@ class KernelRun(BenchRun):
             most = CPU_MAX_TOKENS
         if most is not None and tokens > most:
             raise NotRunError(f"{tokens} KV tokens, over --max-tokens {most}")
-        needed = tokens * case.heads.token_elements * getattr(torch, case.dtype).itemsize
-        free = _free_bytes(self._device)
-        if needed > free // 2:
-            raise NotRunError(
-                f"{needed >> 20} MiB of KV, over half of the {free >> 20} MiB that are free"
-            )
+        if self._device.type == "cpu":  # where an allocation does not fail, but what holds it dies
+            import psutil  # type: ignore[import-untyped]
 
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    import psutil  # type: ignore[import-untyped]
-
-    return int(psutil.virtual_memory().available)
+            needed = tokens * case.heads.token_elements * getattr(torch, case.dtype).itemsize
+            free = psutil.virtual_memory().available
+            if needed > free // 2:
+                raise NotRunError(
+                    f"{needed >> 20} MiB of KV, over half of the {free >> 20} MiB that are free"
+                )
 
 
 class _Timed:
@@ -248,20 +238,9 @@ def measure_case(
     )
     progress("oracle")
     check = OutputCheck(inputs, seed)
-    ready: dict[str, _Timed] = {}
-    absent: dict[str, str] = {}
-    failed: dict[str, str] = {}
-    for name, make in makers.items():
-        progress(f"checking {name}")
-        try:
-            ready[name] = _Timed(make, inputs, check, clock)
-        except NotRunError as error:
-            absent[name] = str(error)
-        except Exception as error:  # of anyone's kernel: the others are still worth their time
-            clock.synchronize()  # raises again where the device itself is lost
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-            failed[name] = reason[:_LONGEST_REASON]
-    works = {name: timed.step for name, timed in ready.items()}
+    timed = {name: partial(_Timed, make, inputs, check, clock) for name, make in makers.items()}
+    ready, absent, failed = prepare_each(timed, clock, progress)
+    works = {name: one.step for name, one in ready.items()}
     steps = interleaved(
         {**works, _READ: lambda: {_READ: clock.bandwidth()}},
         rounds or clock.rounds_within(),
@@ -320,11 +299,8 @@ def _facts(
     kernel_us = 1e3 * ms["run"] / (provider.layers or inputs.num_layers)
     return {
         "kind": provider.kind,
-        "executor": provider.executor,
-        "policy": provider.policy,
-        "mode": provider.mode,
-        "merge": provider.merge_mode,
-        "fixed": provider.fixed,
+        "executor": provider.executor or provider.name,
+        **provider.facts,
         "ms": ms["step"],
         "raw_ms": raw_ms["step"],
         "plan_ms": ms.get("plan"),
@@ -336,7 +312,6 @@ def _facts(
         "over_floor": None if provider.kind == "chain" else kernel_us / floor_us,
         "bytes_read": provider.kv_tokens_read * inputs.token_bytes,
         "kv_read_ratio": provider.kv_tokens_read / inputs.logical_tokens,
-        "packs": provider.num_packs,
         "max_abs_error": timed.error,
     }
 

@@ -106,7 +106,6 @@ class KernelProvider(TypedDict):
     policy: str | None
     mode: str | None
     merge: str | None
-    fixed: bool | None
     ms: Positive
     raw_ms: list[float]
     plan_ms: float | None

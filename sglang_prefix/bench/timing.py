@@ -6,9 +6,8 @@ from __future__ import annotations
 
 import random
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
@@ -16,15 +15,9 @@ import triton
 import triton.language as tl
 
 from sglang_prefix.bench.graphs import capture
+from sglang_prefix.bench.run import NotRunError
 
-__all__ = [
-    "Clock",
-    "CpuClock",
-    "GpuClock",
-    "clock_for",
-    "host_seconds",
-    "interleaved",
-]
+__all__ = ["Clock", "GpuClock", "clock_for", "host_seconds", "interleaved", "prepare_each"]
 
 Work = Callable[[], object]
 T = TypeVar("T")
@@ -39,6 +32,7 @@ _EMPTY_LAUNCHES = 64
 # (floats per iteration of a program, warps, programs per SM); the fastest counts.
 _STREAM_CONFIGS = ((4096, 4, 8), (8192, 8, 4), (16384, 8, 4))
 _LIMIT_TRIES = 5
+_LONGEST_REASON = 300
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -92,6 +86,41 @@ def interleaved(
     return {name: [results[name] for results in found] for name in works}
 
 
+def prepare_each(
+    makers: Mapping[str, Callable[[], T]],
+    clock: Clock,
+    progress: Callable[[str], None] = lambda what: None,
+) -> tuple[dict[str, T], dict[str, str], dict[str, str]]:
+    """Make what is to be timed; one that cannot be made leaves the others their time.
+
+    Args:
+        makers: by name. One may raise NotRunError where it does not apply, and any other error
+            where it fails.
+        clock: of the device.
+        progress: is told which one it is.
+
+    Returns:
+        What was made; why others do not apply; why others failed.
+
+    Raises:
+        RuntimeError: the device itself is lost.
+    """
+    ready: dict[str, T] = {}
+    absent: dict[str, str] = {}
+    failed: dict[str, str] = {}
+    for name, make in makers.items():
+        progress(f"checking {name}")
+        try:
+            ready[name] = make()
+        except NotRunError as error:
+            absent[name] = str(error)
+        except Exception as error:  # of anyone's kernel
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            failed[name] = reason[:_LONGEST_REASON]
+        clock.synchronize()
+    return ready, absent, failed
+
+
 def host_seconds(work: Work) -> float:
     """Seconds of a work by the host's clock."""
     began = time.perf_counter()
@@ -99,49 +128,37 @@ def host_seconds(work: Work) -> float:
     return time.perf_counter() - began
 
 
-class Clock(ABC):
-    """What the benchmarks ask of a clock.
+class Clock:
+    """The host's clock around direct calls; the base of the others.
 
     Args:
         device: where work runs.
+        dry: nothing is a measurement: one round of everything.
 
     Attributes:
-        dry: nothing is a measurement: one round of everything.
         repeats: how often a very short work is put into one replay.
         rounds: least and most of one case.
         seconds: for the rounds of one case, if their number is not given.
         planned_rounds: rounds in which what is done once per step is done anew.
     """
 
-    dry = False
     repeats = 1
     rounds = (3, 15)
     seconds = 8.0
     planned_rounds = 1 << 30
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, *, dry: bool = False) -> None:
+        self.device, self.dry = device, dry
+        if dry:
+            self.rounds = (1, 1)
 
-    @abstractmethod
     def replayable(self, work: Work) -> Work:
         """``work`` in the form that is timed; its launches only, where it is captured."""
+        return work
 
-    @abstractmethod
     def seconds_of(self, replay: Work) -> float:
         """Run a replay on a device whose caches hold nothing of use to it."""
-
-    @abstractmethod
-    def bandwidth(self) -> float:
-        """Bytes per second of a read of a buffer that is larger than any cache."""
-
-    @abstractmethod
-    def limits(self, dtype: torch.dtype) -> dict[str, float]:
-        """Measured here and now, the fastest of some tries: what `schema.Limits` has.
-
-        Args:
-            dtype: of the matrices on a GPU. On the CPU our executor computes in float32 whatever
-                the caches hold.
-        """
+        return host_seconds(replay)
 
     def host_seconds_of(self, work: Work) -> float:
         """Run work of the host; the device's share of it included."""
@@ -155,36 +172,18 @@ class Clock(ABC):
 
     def synchronize(self) -> None:
         """Wait for the device; raises where it is lost."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def rounds_within(self, seconds: float | None = None) -> Callable[[float], int]:
-        """Of one round's seconds, how many fit into ``seconds``, those of the clock if None."""
-        seconds = self.seconds if seconds is None else seconds
-        least, most = self.rounds
-        return lambda one: min(max(int(seconds / max(one, 1e-9)), least), most)
-
-
-class CpuClock(Clock):
-    """The host's clock around direct calls."""
-
-    def __init__(self, device: torch.device, *, dry: bool = False) -> None:
-        super().__init__(device)
-        self.dry = dry
-        if dry:
-            self.rounds = (1, 1)
-        self._stream = torch.ones(4096 if dry else _STREAM_BYTES["cpu"] // 4)
-
-    def replayable(self, work: Work) -> Work:
-        return work
-
-    def seconds_of(self, replay: Work) -> float:
-        return host_seconds(replay)
 
     def bandwidth(self) -> float:
+        """Bytes per second of a read of a buffer that is larger than any cache."""
         return self._stream.nbytes / host_seconds(self._stream.sum)
 
     def limits(self, dtype: torch.dtype) -> dict[str, float]:
+        """Measured here and now, the fastest of some tries: "limits" of a result.
+
+        Args:
+            dtype: of the matrices on a GPU. On the CPU our executor computes in float32 whatever
+                the caches hold.
+        """
         if self.dry:
             self._try_kernels()
         size = 64 if self.dry else _MATRIX_SIZE["cpu"]
@@ -194,6 +193,16 @@ class CpuClock(Clock):
             "flop_per_s": 2 * size**3 / min(host_seconds(product) for _ in range(_LIMIT_TRIES)),
             "empty_launch_us": 0.0,
         }
+
+    def rounds_within(self, seconds: float | None = None) -> Callable[[float], int]:
+        """Of one round's seconds, how many fit into ``seconds``, those of the clock if None."""
+        seconds = self.seconds if seconds is None else seconds
+        least, most = self.rounds
+        return lambda one: min(max(int(seconds / max(one, 1e-9)), least), most)
+
+    @cached_property
+    def _stream(self) -> torch.Tensor:
+        return torch.ones(4096 if self.dry else _STREAM_BYTES["cpu"] // 4)
 
     def _try_kernels(self) -> None:
         """Show in the interpreter that the kernels of the GPU's limits run."""
@@ -226,6 +235,9 @@ class GpuClock(Clock):
     def seconds_of(self, replay: Work) -> float:
         self._read(self._flush_buffer, *_STREAM_CONFIGS[0])
         return self._events(replay)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.device)
 
     def bandwidth(self) -> float:
         return self._bandwidth  # as in `limits`: steady, unlike a CPU's
@@ -264,7 +276,7 @@ class GpuClock(Clock):
         began.record()
         work()
         ended.record()
-        torch.cuda.synchronize(self.device)
+        self.synchronize()
         return float(began.elapsed_time(ended)) / 1e3
 
 
@@ -274,4 +286,4 @@ def _event() -> Any:
 
 def clock_for(device: torch.device, *, dry: bool = False) -> Clock:
     """The clock of a device."""
-    return GpuClock(device) if device.type == "cuda" else CpuClock(device, dry=dry)
+    return GpuClock(device) if device.type == "cuda" else Clock(device, dry=dry)

@@ -17,7 +17,6 @@ import torch
 
 from prefix_kernels.launch import launch
 from prefix_kernels.tiles import (
-    ARCHS,
     TABLE,
     TileConfig,
     TileShape,
@@ -30,8 +29,8 @@ from sglang_prefix.bench.graphs import launches_of
 from sglang_prefix.bench.packed_attention import PackedAttention
 from sglang_prefix.bench.results import read_result, write_whole
 from sglang_prefix.bench.run import BenchRun, Case, NotRunError
-from sglang_prefix.bench.timing import Clock, clock_for, interleaved
-from sglang_prefix.bench.workloads.inputs import AttentionInputs, MismatchError, OutputCheck
+from sglang_prefix.bench.timing import Clock, clock_for, interleaved, prepare_each
+from sglang_prefix.bench.workloads.inputs import AttentionInputs, OutputCheck
 from sglang_prefix.bench.workloads.registry import Heads
 from sglang_prefix.bench.workloads.trees import Tree, pat_tree, shared_then_private
 from sglang_prefix.packing import GPU_PROFILE
@@ -161,6 +160,22 @@ class TileWork:
         compiled = kernel[grid](**one.keywords)
         return getattr(compiled, "n_regs", 0), getattr(compiled, "n_spills", 0)
 
+    def prepare(self, tile: TileConfig, clock: Clock) -> tuple[dict[str, Any], Callable[[], float]]:
+        """Compile and check a tile: what the result has of it, and what times its launch once.
+
+        Raises:
+            NotRunError: it is too large for this device, or spills.
+            MismatchError: see :meth:`check`.
+        """
+        try:
+            registers, spills = self.compile(tile)
+        except Exception as error:  # the driver's, or the compiler's
+            raise NotRunError(f"{type(error).__name__}: {error}"[:500]) from None
+        if spills:
+            raise NotRunError(f"spills, {spills} by the driver's count")
+        facts = {"tile": asdict(tile), "registers": registers, "error": self.check(tile)}
+        return facts, partial(clock.seconds_of, clock.replayable(self.forward(tile)))
+
     def check(self, tile: TileConfig) -> float:
         """The largest error of an element, all launches made, that of the row class with a tile.
 
@@ -190,31 +205,15 @@ def _tree(num_packs: int, tokens: int, requests: int) -> Tree:
 
 def measure_tiles(work: TileWork, clock: Clock) -> dict[str, Any]:
     """Compile, check and time the tiles of a pack shape: what `schema.TuneCase` has."""
-    checked: dict[str, dict[str, Any]] = {}
-    works: dict[str, Callable[[], float]] = {}
-    absent: dict[str, str] = {}
-    failed: dict[str, str] = {}
-    for tile in work.tiles:
-        name = _name(tile)
-        try:
-            registers, spills = work.compile(tile)
-            if spills:
-                absent[name] = f"spills, {spills} by the driver's count"
-                continue
-            error = work.check(tile)
-            works[name] = partial(clock.seconds_of, clock.replayable(work.forward(tile)))
-            checked[name] = {"tile": asdict(tile), "registers": registers, "error": error}
-        except MismatchError as mismatch:
-            failed[name] = str(mismatch)
-        except Exception as error:  # one tile too large for this device: the others are not
-            clock.synchronize()  # raises again where the device itself is lost
-            absent[name] = f"{type(error).__name__}: {error}"[:500]
+    makers = {_name(tile): partial(work.prepare, tile, clock) for tile in work.tiles}
+    ready, absent, failed = prepare_each(makers, clock)
+    tiles = {name: facts for name, (facts, _) in ready.items()}
+    works = {name: seconds_of for name, (_, seconds_of) in ready.items()}
     rounds = clock.rounds_within(_SECONDS_PER_CASE)
     for name, seconds in interleaved(works, rounds, warmups=int(not clock.dry)).items():
-        checked[name] |= {
+        tiles[name] |= {
             "kernel_us": median(seconds) * 1e6,
             "raw_us": [one * 1e6 for one in seconds],
-            "bytes_per_s": work.kv_bytes / median(seconds),
         }
     fields = ("head_dim", "v_head_dim", "q_itemsize", "kv_itemsize")
     return {
@@ -223,7 +222,7 @@ def measure_tiles(work: TileWork, clock: Clock) -> dict[str, Any]:
         "tokens_per_pack": work.tokens,
         "kv_bytes": work.kv_bytes,
         "formula": _name(work.tiles[0]),
-        "tiles": checked,
+        "tiles": tiles,
         "absent": absent,
         "failed": failed,
     }
@@ -290,8 +289,6 @@ def write_table(result_file: Path, table: Path = TABLE) -> str:
     if not data["dry"] and not path.is_relative_to(_ROOT):
         raise ValueError(f"{result_file} must stand in the repository, under {_ROOT}")
     name, arch = data["device_name"], data["arch"]
-    if arch not in ARCHS:
-        raise ValueError(f"{name} is {arch}, which has no audit; legal: {', '.join(ARCHS)}")
     content = json.loads(table.read_text()) if table.exists() else {}
     tiles = [tile for case in data["cases"] if (tile := _faster_tile(case))]
     content[name] = {

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 
 from sglang_prefix.bench.workloads.inputs import AttentionInputs
 
-__all__ = ["HOSTS", "PagedProvider", "Provider", "ProviderMaker", "import_reason"]
-
-# Where a provider can run: the CPU, Triton's interpreter on it (dry runs), a GPU.
-HOSTS = ("cpu", "interpreter", "cuda")
+__all__ = ["Provider", "ProviderMaker", "import_reason"]
 
 
 def import_reason(*modules: str) -> str | None:
@@ -40,16 +37,13 @@ class Provider(ABC):
         name: of the ones of others.
         kind: "ours"; "stock", a decode kernel that SGLang itself would use; "peer", of another
             project; "chain", launches whose output means nothing and is not checked.
-        hosts: those of :data:`HOSTS` that it can run on.
+        hosts: where it can run: "cpu", "interpreter" (Triton's, in dry runs), "cuda".
         modules: what it imports.
-        executor: what runs it.
-        policy: of ours.
-        mode, merge_mode: of our Triton executor.
-        fixed: whether its buffers and launches are those of a graph that serves any plan of the
-            batch size.
+        executor: what runs it; empty for one of its own.
         step_parts: methods that are called once per step before the layers, and timed.
         parts_alone: methods that are timed alone, after the step, and are no part of it.
-        num_packs: of our plan.
+        facts: what the result says of ours: "policy", "mode" and "merge" of our executors,
+            "packs" of the plan.
         layers: of one step; None for as many as have KV of their own.
         kv_tokens_read: per layer.
     """
@@ -58,23 +52,19 @@ class Provider(ABC):
     kind: ClassVar[str]
     hosts: ClassVar[tuple[str, ...]] = ("cuda",)
     modules: ClassVar[tuple[str, ...]] = ()
-    executor: str = ""
-    policy: str | None = None
-    mode: str | None = None
-    merge_mode: str | None = None
-    fixed: bool | None = None
-    step_parts: tuple[str, ...] = ("plan",)
-    parts_alone: tuple[str, ...] = ()
-    num_packs: int | None = None
+    executor: ClassVar[str] = ""
+    step_parts: ClassVar[Sequence[str]] = ("plan",)
+    parts_alone: ClassVar[Sequence[str]] = ()
     layers: int | None = None
 
     def __init__(self, inputs: AttentionInputs) -> None:
         self.inputs = inputs
-        self.executor = self.executor or self.name
+        self.page_size = inputs.batch.page_size
         self.kv_tokens_read = inputs.logical_tokens
+        self.facts: dict[str, Any] = dict.fromkeys(("policy", "mode", "merge", "packs"))
 
     @classmethod
-    def unavailable(cls, device: torch.device) -> str | None:
+    def unavailable(cls) -> str | None:
         """Why it cannot be used on this host; None if it can."""
         return import_reason(*cls.modules)
 
@@ -88,22 +78,14 @@ class Provider(ABC):
         for layer in range(self.layers or w.num_layers):
             self.run(w.k[layer % w.num_layers], w.v[layer % w.num_layers])
 
-
-# Makes a provider for a batch; raises NotRunError where it cannot run such a batch.
-ProviderMaker = Callable[[AttentionInputs], Provider]
-
-
-class PagedProvider(Provider):
-    """A kernel that reads pages through indices: [pages, page size, Hkv, D] caches."""
-
-    def __init__(self, inputs: AttentionInputs) -> None:
-        super().__init__(inputs)
-        self.page_size = inputs.batch.page_size
-
     def pages(self, cache: torch.Tensor) -> torch.Tensor:
-        """A cache [slots, Hkv, D] as pages."""
+        """A cache [slots, Hkv, D] as [pages, page size, Hkv, D]."""
         return cache.view(-1, self.page_size, *cache.shape[1:])
 
     def page_numbers(self, slots: torch.Tensor) -> torch.Tensor:
         """Of slots, each the first of its page, on the device."""
         return slots if self.page_size == 1 else slots // self.page_size
+
+
+# Makes a provider for a batch; raises NotRunError where it cannot run such a batch.
+ProviderMaker = Callable[[AttentionInputs], Provider]

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from sglang_prefix.bench.providers.base import PagedProvider
+from sglang_prefix.bench.providers.base import Provider
 from sglang_prefix.bench.workloads.inputs import AttentionInputs
 
 __all__ = ["FlashAttention3"]
 
 
-class FlashAttention3(PagedProvider):
+class FlashAttention3(Provider):
     """FA3's decode with the scheduler metadata of a step."""
 
     name = "fa3"
@@ -22,9 +22,9 @@ class FlashAttention3(PagedProvider):
     modules = ("sgl_kernel.flash_attn",)
 
     @classmethod
-    def unavailable(cls, device: torch.device) -> str | None:
-        reason = super().unavailable(device)
-        if reason is None and torch.cuda.get_device_capability(device)[0] != 9:
+    def unavailable(cls) -> str | None:
+        reason = super().unavailable()
+        if reason is None and torch.cuda.get_device_capability()[0] != 9:
             return "needs compute capability 9.x"
         return reason
 

@@ -44,7 +44,7 @@ class FastTree(Provider):
     kind = "peer"
 
     @classmethod
-    def unavailable(cls, device: torch.device) -> str | None:
+    def unavailable(cls) -> str | None:
         folder = os.environ.get(FOLDER_VARIABLE)
         if not folder:
             return f"{FOLDER_VARIABLE} names no folder"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from sglang_prefix.bench.providers.base import Provider, ProviderMaker
 from sglang_prefix.bench.providers.fa3 import FlashAttention3
 from sglang_prefix.bench.providers.fasttree import FastTree
@@ -20,16 +18,13 @@ _OTHERS: tuple[type[Provider], ...] = (
 _ABSENT = {"sglang-intel-amx": "needs sgl_kernel's AMX kernels; this command does not call them"}
 
 
-def find_providers(
-    device: torch.device, host: str
-) -> tuple[dict[str, ProviderMaker], dict[str, str]]:
+def find_providers(host: str) -> tuple[dict[str, ProviderMaker], dict[str, str]]:
     """Kernels of others: how to make those that are here, and why the rest are absent.
 
     Imports SGLang, which takes seconds, and what else there is.
 
     Args:
-        device: where they are to run.
-        host: of :data:`~sglang_prefix.bench.providers.base.HOSTS`.
+        host: of those that a provider names.
 
     Returns:
         Providers by name; reasons by name.
@@ -37,11 +32,8 @@ def find_providers(
     makers: dict[str, ProviderMaker] = {}
     absent = dict(_ABSENT)
     for provider in _OTHERS:
-        if host in provider.hosts:
-            reason = provider.unavailable(device)
-        else:
-            is_on_gpu = "cuda" in provider.hosts
-            reason = "needs a GPU" if is_on_gpu else "SGLang's CPU backend; needs a run on a CPU"
+        elsewhere = "needs a GPU" if "cuda" in provider.hosts else "needs a run on a CPU"
+        reason = provider.unavailable() if host in provider.hosts else elsewhere
         if reason is None:
             makers[provider.name] = provider
         else:

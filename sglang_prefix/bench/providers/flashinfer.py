@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sglang_prefix.bench.providers.base import PagedProvider
+from sglang_prefix.bench.providers.base import Provider
 from sglang_prefix.bench.run import NotRunError
 from sglang_prefix.bench.workloads.inputs import AttentionInputs
 
@@ -24,7 +24,7 @@ def _workspace(device: torch.device) -> torch.Tensor:
     return torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
 
-class _FlashInfer(PagedProvider):
+class _FlashInfer(Provider):
     """What both ask for: lists of pages, heads, and types."""
 
     modules = ("flashinfer",)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -22,7 +22,7 @@ _USUAL = (LAUNCH_MODES[0], MERGE_MODES[0])
 _CHAIN_LAYERS = 32
 # Classes of rows in use, and the policy that leads to it on requests that share a short prefix:
 # packs of all of them beside their tails, or their tails alone.
-_CHAIN_POLICIES = {"none": "query", "one": "query", "all": "node", "fitted": "query"}
+_CHAIN_POLICIES = {"none": "query", "one": "query", "all": "node"}
 
 
 class _Ours(Provider):
@@ -33,13 +33,13 @@ class _Ours(Provider):
 
     def __init__(self, inputs: AttentionInputs, policy: str, **options: Any) -> None:
         super().__init__(inputs)
-        self.policy = policy
         shape = inputs.heads.shape(inputs.q.dtype, inputs.k.dtype)
         self._attention = PackedAttention(
             shape, inputs.q.device, executor=self.executor, policy=policy, **options
         )
         self.plan()
-        self.num_packs, self.kv_tokens_read = self._plan.num_packs, self._plan.kv_tokens_read
+        self.kv_tokens_read = self._plan.kv_tokens_read
+        self.facts |= {"policy": policy, "packs": self._plan.num_packs}
 
     def plan(self) -> None:
         """Pack the batch anew, as the backend does when it changes."""
@@ -84,16 +84,10 @@ class TorchOurs(_Ours):
 
 
 class TritonOurs(_Ours):
-    """The Triton executor in one launch mode and merge mode.
-
-    Args:
-        inputs: of the case.
-        policy, mode, merge: names.
-        fixed: buffers and launches as in a served graph; else fitted to the plan.
-    """
+    """The Triton executor in one launch mode and merge mode, launched as in a served graph."""
 
     executor = "triton"
-    parts_alone: tuple[str, ...] = ("append",)
+    parts_alone: ClassVar[Sequence[str]] = ("append",)
 
     def __init__(
         self,
@@ -101,14 +95,11 @@ class TritonOurs(_Ours):
         policy: str,
         mode: str = _USUAL[0],
         merge: str = _USUAL[1],
-        *,
-        fixed: bool = True,
     ) -> None:
         super().__init__(inputs, policy, mode=mode, merge=merge)
-        self.mode, self.merge_mode, self.fixed = mode, merge, fixed
+        self.facts |= {"mode": mode, "merge": merge}
         tables, size = (inputs.req_to_token, inputs.req_pool_indices), inputs.batch.batch_size
-        if fixed:
-            self._attention.fix_capacity([self._plan], *tables, padded_batch_size=size)
+        self._attention.fix_capacity([self._plan], *tables, padded_batch_size=size)
         # The newest token again: the same lengths, the same slots.
         self._newest = inputs.newest_slots()
 
@@ -121,16 +112,16 @@ class Chain(TritonOurs):
     """Layers that differ in what their launches find to do; nothing is compared.
 
     "none" minus nothing is the price of empty launches and of the fork and join; the modes differ
-    in how many they make. "fitted" launches what one class needs and nothing else.
+    in how many they make.
     """
 
     kind = "chain"
-    parts_alone: tuple[str, ...] = ()
+    parts_alone = ()
 
     def __init__(
         self, inputs: AttentionInputs, mode: str, merge: str, used: str, *, layers: int
     ) -> None:
-        super().__init__(inputs, _CHAIN_POLICIES[used], mode, merge, fixed=used != "fitted")
+        super().__init__(inputs, _CHAIN_POLICIES[used], mode, merge)
         self.layers, self._is_empty = layers, used == "none"
 
     def copy(self) -> None:
@@ -144,18 +135,15 @@ def our_providers(
     host: str,
     *,
     all_launches: bool = False,
-    fitted: bool = False,
     dry: bool = False,
 ) -> dict[str, ProviderMaker]:
     """Ours by name, the first policy first.
 
     Args:
         policies: names.
-        host: of :data:`~sglang_prefix.bench.providers.base.HOSTS`.
+        host: of those that a provider names.
         all_launches: on the Triton executor every launch and merge mode of the first policy, too,
             and every launch mode of the others.
-        fitted: the first one with launches fitted to the plan, too, which are compiled for every
-            length of pack.
         dry: no other policy than the first one in other modes.
     """
     if host == "cpu":
@@ -170,9 +158,6 @@ def our_providers(
         if wanted and (mode, merge) != _USUAL:
             name = f"triton/{policy}/{mode}/{merge}"
             makers[name] = partial(TritonOurs, policy=policy, mode=mode, merge=merge)
-    if fitted:
-        name = f"triton/{first}/{'/'.join(_USUAL)}/fitted"
-        makers[name] = partial(TritonOurs, policy=first, fixed=False)
     return makers
 
 

@@ -32,7 +32,7 @@ class SglangTorchNative(Provider):
     step_parts = ()
 
     @classmethod
-    def unavailable(cls, device: torch.device) -> str | None:
+    def unavailable(cls) -> str | None:
         try:
             _torch_native()
         except Exception as error:  # SGLang raises what it likes when it loads
@@ -61,7 +61,7 @@ class SglangTriton(Provider):
     hosts = ("cuda", "interpreter")
 
     @classmethod
-    def unavailable(cls, device: torch.device) -> str | None:
+    def unavailable(cls) -> str | None:
         return import_reason(_DECODE, _METADATA, _indices_module())
 
     def __init__(self, inputs: AttentionInputs) -> None:

@@ -18,8 +18,8 @@ __all__ = ["Tree", "TreeBatch", "pat_tree", "random_tree", "shared_then_private"
 
 IntArray = NDArray[np.int64]
 
-# What a level of a tree in PAT's notation counts, and what it must stay below.
-_UNITS = (("nodes", 1 << 16), ("tokens", 1 << 31))
+# What a level of a tree in PAT's notation must stay below.
+_MAX_NODES, _MAX_TOKENS = 1 << 16, 1 << 31
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -189,9 +189,18 @@ def pat_tree(text: str) -> Tree:
     benchmark/run_kernel_bench.sh).
 
     Raises:
-        ValueError: the text is malformed; one line that says where and what is legal.
+        ValueError: the text is malformed; one line that says what is legal.
     """
-    counts, lengths = _parse_levels(text)
+    words = [part.split(",") for part in text.split("_")]
+    # Not int() alone, which takes " 1" and digits of other scripts.
+    good = len(words) == 2 and all(w.isascii() and w.isdigit() for part in words for w in part)
+    counts, lengths = ([int(word) for word in part] for part in words) if good else ([0], [0])
+    good = len(counts) == len(lengths) and counts[0] > 0 and counts == sorted(counts)
+    if not (good and counts[-1] < _MAX_NODES and 0 < min(lengths) <= max(lengths) < _MAX_TOKENS):
+        raise ValueError(
+            f"tree {text!r}; legal: nodes of each level, never fewer than above, '_', and tokens "
+            "of each level, as in '1,8,512_512,512,256'"
+        )
     parents, at = [np.full(counts[0], -1)], 0
     for above, count in pairwise(counts):
         parents.append(at + np.arange(count) * above // count)
@@ -199,35 +208,6 @@ def pat_tree(text: str) -> Tree:
     batch = counts[-1]
     length = np.repeat(lengths, counts).astype(np.int64)
     return Tree(np.concatenate(parents), length, at + np.arange(batch), np.zeros(batch, np.int64))
-
-
-def _parse_levels(text: str) -> tuple[list[int], list[int]]:
-    """Nodes and tokens of every level."""
-
-    def refuse(what: str) -> ValueError:
-        return ValueError(
-            f"tree {text!r}: {what}; legal: nodes of each level, '_', tokens of each level, as in "
-            "'1,8,512_512,512,256'"
-        )
-
-    parts = text.split("_")
-    if len(parts) != 2:
-        raise refuse(f"{len(parts) - 1} '_' instead of one")
-    numbers: list[list[int]] = []
-    for part, (unit, limit) in zip(parts, _UNITS, strict=True):
-        words = part.split(",")
-        for level, word in enumerate(words, 1):
-            # Not int() alone, which takes "1_0", " 1" and digits of other scripts.
-            if not (word.isascii() and word.isdigit() and 0 < int(word) < limit):
-                raise refuse(f"{unit} of level {level} are {word!r}")
-        numbers.append([int(word) for word in words])
-    counts, lengths = numbers
-    if len(counts) != len(lengths):
-        raise refuse(f"{len(counts)} levels of nodes but {len(lengths)} of tokens")
-    for level, (above, count) in enumerate(pairwise(counts), 2):
-        if count < above:
-            raise refuse(f"level {level} has {count} nodes below {above}: some have no child")
-    return counts, lengths
 
 
 def shared_then_private(batch: int, shared: int, private: int) -> Tree:
