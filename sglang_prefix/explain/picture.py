@@ -38,9 +38,8 @@ _LINE_HEIGHT = 17
 _ROWS_HEIGHT, _MAX_ROW = 460, 22.0
 # Width between two positions where something begins or ends.
 _MIN_WIDTH = 24.0
-# Thinner boxes are nothing but colour; thinner tails are drawn as one.
+# Thinner boxes are nothing but colour.
 _MIN_OUTLINED = 3.0
-_MIN_TAIL = 3.0
 
 _TEMPLATE = Path(__file__).with_name("page.html.j2")
 
@@ -188,18 +187,14 @@ class _Canvas:
         self._y += _LINE_HEIGHT
 
     def tails(self) -> None:
-        """What requests hold alone, and what they read for themselves: pale; thin ones as one."""
-        together = groupby(
-            self._tails, key=lambda t: t.parent if self._row < _MIN_TAIL else t.begin
-        )
-        for _, found in together:
-            tails = list(found)
-            path = f"M{self._x(tails[0].pack_start):.1f} {self._y + tails[0].begin * self._row:.2f}"
+        """What requests hold alone, and what they read for themselves: pale, by their parents."""
+        style = {"stroke": _LINE} if self._row >= _MIN_OUTLINED else {}
+        for _, found in groupby(self._tails, key=lambda tail: tail.parent):
+            tails, path = list(found), ""
             for tail in tails:
-                path += f"H{self._x(tail.stop):.1f}V{self._y + tail.end * self._row:.2f}"
-            for tail in reversed(tails):
-                path += f"H{self._x(tail.pack_start):.1f}V{self._y + tail.begin * self._row:.2f}"
-            _title(self._add("path", d=path + "Z", fill=_PALE, stroke=_LINE), _said(tails))
+                left, top = self._x(tail.pack_start), self._y + tail.begin * self._row
+                path += f"M{left:.1f} {top:.2f}H{self._x(tail.stop):.1f}v{self._row:.2f}H{left:.1f}Z"
+            _title(self._add("path", d=path, fill=_PALE, **style), _said(tails))
 
     def packs(self) -> None:
         """Shared packs, a colour for each; broken lines where one is cut into splits."""

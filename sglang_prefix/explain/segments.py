@@ -103,14 +103,13 @@ class Explanation:
         """The record with what was found out about it; readable as a record."""
         plan = self.plan
         packs = [
-            {"start": start, "end": end, "num_splits": splits, "requests": queries.tolist()}
-            for start, end, splits, queries in zip(
-                plan.pack_start.tolist(),
-                plan.pack_end.tolist(),
-                plan.num_splits.tolist(),
-                map(plan.pack_queries, range(plan.num_packs)),
-                strict=True,
-            )
+            {
+                "start": int(plan.pack_start[pack]),
+                "end": int(plan.pack_end[pack]),
+                "num_splits": int(plan.num_splits[pack]),
+                "requests": plan.pack_queries(pack).tolist(),
+            }
+            for pack in range(plan.num_packs)
         ]
         explanation = {
             "stats": asdict(self.stats),

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
-from urllib.request import urlopen
 
 import numpy as np
+import requests
 
 from sglang_prefix.explain.record import Answer, Neighbours, PlanRecord, ShapePlan, find_plan
 from sglang_prefix.explain.segments import tile_shape
@@ -163,20 +161,21 @@ def plan_of_server(base_url: str) -> PlanRecord:
     """
     url = base_url.rstrip("/") + "/server_info"
     try:
-        with urlopen(url, timeout=_SERVER_TIMEOUT_S) as answer:
-            data = json.load(answer)
-    except HTTPError as error:
-        raise ValueError(f"{url} answers {error.code} {error.reason}") from None
-    except OSError as error:
-        reason = getattr(error, "reason", error)
-        raise ValueError(f"no server answers at {url}: {reason}") from None
-    except (HTTPException, ValueError, RecursionError) as error:
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{url}: not an answer of SGLang's ({said})") from None
+        answer = requests.get(url, timeout=_SERVER_TIMEOUT_S)
+        answer.raise_for_status()
+        data = answer.json()
+    except (requests.ConnectionError, requests.Timeout) as error:
+        raise ValueError(f"no server answers at {url}: {_one_line(error)}") from None
+    except (requests.RequestException, RecursionError) as error:
+        raise ValueError(f"{url}: not an answer of SGLang's ({_one_line(error)})") from None
     try:
-        return PlanRecord.from_dict(find_plan(data))
+        return find_plan(data)
     except ValueError as error:
         raise ValueError(f"{url}: {error}") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _check_batch(count: int, what: str) -> None:
