@@ -354,7 +354,6 @@ class TestCommand:
             ("--tree 1_2 --plan x", "given: --tree and --plan; legal: one of"),
             ("--tree 1,8_512", "2 levels of nodes but 1 of tokens"),
             ("--tree 1,8_512,-3", "tokens of level 2"),
-            ("--tree 1,20000_5,5", "20,000 requests; legal: up to 16,384"),
             ("--tree 1_2 --heads 6,4,8", "--heads is 6,4,8; legal: QO,KV,DIM"),
             ("--tree 1_2 --heads 8,2", "--heads is 8,2; legal"),
             ("--tree 1_2 --dtype x", "'--dtype': 'x' is not one of 'float32', 'bf"),

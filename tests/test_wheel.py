@@ -101,9 +101,3 @@ def test_what_runs_is_in_the_wheel(code: str, says: str, python: Path, tmp_path:
     said, where = run(*command, cwd=tmp_path).splitlines()[-1].split()
     assert said == says
     assert Path(where).is_relative_to(python.parents[1])
-
-
-def test_the_command_starts(python: Path, tmp_path: Path) -> None:
-    printed = run(python.parent / "sglang-prefix", "--help", cwd=tmp_path)
-    for command in ("exec", "doctor", "tiny-model", "demo", "report"):
-        assert command in printed

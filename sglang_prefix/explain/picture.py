@@ -14,7 +14,7 @@ from xml.etree import ElementTree as ET
 import numpy as np
 
 from prefix_kernels.plan import split_bounds
-from sglang_prefix.explain.format import amount, plural
+from sglang_prefix.explain.format import plural
 from sglang_prefix.explain.segments import Explanation, Segment
 from sglang_prefix.explain.text import (
     Row,
@@ -194,7 +194,8 @@ class _Canvas:
             for tail in tails:
                 left, top = self._x(tail.pack_start), self._y + tail.begin * self._row
                 path += f"M{left:.1f} {top:.2f}H{self._x(tail.stop):.1f}v{self._row:.2f}H{left:.1f}Z"
-            _title(self._add("path", d=path, fill=_PALE, **style), _said(tails))
+            shape = self._add("path", d=path, fill=_PALE, **style)
+            _title(shape, "\n".join(row_of(tails).lines))
 
     def packs(self) -> None:
         """Shared packs, a colour for each; broken lines where one is cut into splits."""
@@ -217,14 +218,14 @@ class _Canvas:
             box = self._box(*place, fill="white", fill_opacity="0", stroke=_INK)
             if not node.packs:
                 box.set("stroke-dasharray", "4 3")
-            _title(box, _said([node]))
+            _title(box, "\n".join(row_of([node]).lines))
             self._label(node)
 
     def _label(self, node: Segment) -> None:
         left, right = self._x(node.start), self._x(node.stop)
         height = node.num_readers * self._row
         long = f"{plural(node.tokens, 'token')}, {plural(node.num_readers, 'reader')}"
-        for text in (long, f"{amount(node.tokens)} x {node.num_readers}"):
+        for text in (long, f"{node.tokens:,} x {node.num_readers}"):
             if len(text) * _LETTER + 6 < right - left and height >= 13:
                 middle = self._y + node.begin * self._row + height / 2 + 4
                 style = {"text_anchor": "middle", "pointer_events": "none"}
@@ -246,7 +247,7 @@ class _Canvas:
         for position, x in zip(self._breaks, self._at, strict=True):
             if x - last > 52:
                 anchor = "end" if x > _WIDTH - 40 else "middle"
-                self._text(x, self._y, amount(position), text_anchor=anchor)
+                self._text(x, self._y, f"{position:,}", text_anchor=anchor)
                 last = x
         self._line(
             "KV position; a row is a request, a colour is a pack that is read once for its rows, "
@@ -262,11 +263,9 @@ class _Canvas:
         for row in rows_of(self._explanation):
             indent = 8 + 18 * row.depth
             if row.segments:
-                text = f"{row.what}; {row.how}; {row.how_much}"
+                text = "; ".join(row.lines[:2])
                 self._line(text, indent, fill=_row_colour(row), font_weight="600")
-                self._line(row.why, indent + 18)
-            else:
-                self._line(row.what, indent + 18)
+            self._line(row.lines[-1], indent + 18)
         for note in self._explanation.notes:
             self._line(note)
 
@@ -275,12 +274,6 @@ class _Canvas:
         self._svg.set("viewBox", f"0 0 {_WIDTH} {self._y + 14:.0f}")
         self._svg.set("width", str(_WIDTH))
         return self._svg
-
-
-def _said(segments: list[Segment]) -> str:
-    """What the mouse shows of segments that are drawn as one."""
-    row = row_of(segments)
-    return "\n".join((row.what, row.how, row.how_much, row.why))
 
 
 def _title(element: ET.Element, text: str) -> None:

@@ -28,8 +28,6 @@ __all__ = [
 
 _ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
-# Larger forests are planned, but a list of what was decided would be of no use.
-_MAX_REQUESTS = 16_384
 _SERVER_TIMEOUT_S = 10
 
 
@@ -72,12 +70,11 @@ def plan_of_tree(text: str, setting: Setting) -> PlanRecord:
     """Plan a tree ``n1,n2,.._l1,l2,..``: level k has ``n_k`` nodes of ``l_k`` tokens.
 
     Raises:
-        ValueError: the tree is malformed, or has too many requests.
+        ValueError: the tree is malformed.
     """
     from sglang_prefix.bench.workloads.trees import pat_tree
 
     tree = pat_tree(text)
-    _check_batch(len(tree.leaf), f"tree {text!r}")
     paths = []
     for request in range(len(tree.leaf)):
         nodes = tree.path(request)
@@ -98,7 +95,6 @@ def plan_of_prompts(path: Path, tokenizer: str, setting: Setting) -> PlanRecord:
         OSError: the file cannot be read.
     """
     prompts = read_prompts(path)
-    _check_batch(len(prompts), str(path))
     ids = [*map(load_tokenizer(tokenizer).encode, prompts)]
     lens = [len(row) for row in ids]
     if not all(lens):
@@ -176,11 +172,6 @@ def plan_of_server(base_url: str) -> PlanRecord:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-def _check_batch(count: int, what: str) -> None:
-    if count > _MAX_REQUESTS:
-        raise ValueError(f"{what} has {count:,} requests; legal: up to {_MAX_REQUESTS:,}")
 
 
 def _plan(forest: PrefixForest, source: str, setting: Setting) -> PlanRecord:

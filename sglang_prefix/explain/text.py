@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sglang_prefix.backend.fallback import REASONS
-from sglang_prefix.explain.format import amount, plural, size
+from sglang_prefix.explain.format import plural, size
 from sglang_prefix.explain.segments import Explanation, Segment
 
 if TYPE_CHECKING:
@@ -67,9 +67,12 @@ class Row:
         return size(saved) if saved else ""
 
     @property
-    def how_much(self) -> str:
-        """What is read of it, and what is saved."""
-        return f"reads {self.reads}" + (f", saves {self.saves}" if self.saves else "")
+    def lines(self) -> list[str]:
+        """What it is, how and how much of it is read, and why; of what is not shown the first."""
+        if not self.segments:
+            return [self.what]
+        saved = f", saves {self.saves}" if self.saves else ""
+        return [self.what, f"{self.how}; reads {self.reads}{saved}", self.why]
 
 
 def row_of(segments: list[Segment], depth: int = 0) -> Row:
@@ -182,7 +185,7 @@ def batch_line(explanation: Explanation) -> str:
     if shape.v_head_dim != shape.head_dim:
         dims += f"/{shape.v_head_dim}"
     return (
-        f"{plural(plan.batch_size, 'request')}, {amount(explanation.stats.kv_tokens_logical)} KV "
+        f"{plural(plan.batch_size, 'request')}, {explanation.stats.kv_tokens_logical:,} KV "
         f"tokens; policy {explanation.shape_plan.policy} for {device.name}, "
         f"{shape.num_qo_heads} query and {shape.num_kv_heads} KV heads of {dims}, "
         f"{8 * shape.kv_itemsize}-bit KV, page size {record.page_size}"
@@ -225,7 +228,7 @@ def totals(explanation: Explanation) -> list[tuple[str, str, str, float]]:
         ("this plan", stats.kv_tokens_read, stats.kv_read_ratio),
         ("every token once", stats.kv_tokens_unique, stats.kv_unique_ratio),
     )
-    return [(name, amount(n), size(n * token_bytes), share) for name, n, share in rows]
+    return [(name, f"{n:,}", size(n * token_bytes), share) for name, n, share in rows]
 
 
 def print_explanation(explanation: Explanation, out: Console) -> None:
@@ -250,12 +253,11 @@ def _tree(explanation: Explanation) -> Tree:
     top = Tree(Text(f"{explanation.record.source}: {batch_line(explanation)}", "bold"))
     branches = [top]
     for row in rows_of(explanation):
-        label = Text(row.what, "dim")
+        styles = ["dim"]
         if row.segments:
             is_node, is_read = row.segments[0].is_node, bool(row.segments[0].packs)
-            label = Text(row.what, "bold" if is_node else "")
-            label.append(f"\n{row.how}; {row.how_much}", "green" if is_node and is_read else "")
-            label.append(f"\n{row.why}", "dim")
+            styles = ["bold" if is_node else "", "green" if is_node and is_read else "", "dim"]
+        label = Text("\n").join(map(Text, row.lines, styles))
         del branches[row.depth + 1 :]
         branches.append(branches[-1].add(label))
     return top
