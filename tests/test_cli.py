@@ -340,13 +340,3 @@ class TestTinyModel:
         assert model.config.layer_types == ["sliding_attention", "full_attention"]
         assert model.config.sliding_window == 16
         assert str(model.dtype) == f"torch.{config.dtype}"
-
-    def test_cache_scales_are_in_the_checkpoint(self, tmp_path: Path) -> None:
-        build_tiny_model(tmp_path, TinyModelConfig(kv_scales=((0.5, 2.0), (3.0, 0.25))))
-        from safetensors import safe_open
-
-        with safe_open(tmp_path / "model.safetensors", "np") as weights:
-            scale = weights.get_tensor("model.layers.1.self_attn.k_scale")
-        assert float(scale) == 3.0
-        scheme = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
-        assert scheme["kv_cache_scheme"]["num_bits"] == 8

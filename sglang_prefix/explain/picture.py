@@ -15,7 +15,7 @@ import numpy as np
 
 from prefix_kernels.plan import split_bounds
 from sglang_prefix.explain.format import plural
-from sglang_prefix.explain.segments import Explanation, Segment
+from sglang_prefix.explain.segments import Explanation, Pack, Segment
 from sglang_prefix.explain.text import (
     Row,
     batch_line,
@@ -31,7 +31,7 @@ __all__ = ["draw", "html_page", "svg_picture"]
 _WIDTH = 1000
 _MARGIN = 64
 _FONT = "system-ui, sans-serif"
-_INK, _PALE, _LINE = "#1d2330", "#e9ebef", "#a9b0bd"
+_INK, _PALE, _LINE, _OURS = "#1d2330", "#e9ebef", "#a9b0bd", "#94bee6"
 _LETTER = 6.1  # width of a letter at 11 px, on average
 _LINE_HEIGHT = 17
 # Height of all rows together, and of one.
@@ -75,9 +75,9 @@ def html_page(explanation: Explanation) -> str:
     return page
 
 
-def _pack_colour(pack: int) -> str:
+def _pack_colour(pack: Pack) -> str:
     """A colour for a shared pack; neighbours differ by the golden angle."""
-    red, green, blue = colorsys.hls_to_rgb((0.58 + pack * 0.381966) % 1, 0.74, 0.62)
+    red, green, blue = colorsys.hls_to_rgb((0.58 + pack.index * 0.381966) % 1, 0.74, 0.62)
     return "#" + "".join(f"{round(255 * share):02x}" for share in (red, green, blue))
 
 
@@ -118,7 +118,7 @@ class _Canvas:
 
     def __init__(self, explanation: Explanation) -> None:
         self._explanation = explanation
-        self._forest, self._plan = explanation.forest, explanation.plan
+        self._forest = explanation.forest
         self._svg = ET.Element(
             "svg", {"xmlns": "http://www.w3.org/2000/svg", "font-family": _FONT, "font-size": "11"}
         )
@@ -181,7 +181,7 @@ class _Canvas:
         self._line(batch_line(self._explanation))
         self._line(gate_line(self._explanation))
         for name, tokens, num_bytes, share in totals(self._explanation):
-            fill = _pack_colour(0) if name == "this plan" else _LINE
+            fill = _OURS if name == "this plan" else _LINE
             label = f"{tokens} KV tokens, {num_bytes}: {name}"
             self._line(label, fill=fill, width=max(share * 420, 1))
         self._y += _LINE_HEIGHT
@@ -193,22 +193,24 @@ class _Canvas:
             tails, path = list(found), ""
             for tail in tails:
                 left, top = self._x(tail.pack_start), self._y + tail.begin * self._row
-                path += f"M{left:.1f} {top:.2f}H{self._x(tail.stop):.1f}v{self._row:.2f}H{left:.1f}Z"
+                path += (
+                    f"M{left:.1f} {top:.2f}H{self._x(tail.stop):.1f}v{self._row:.2f}H{left:.1f}Z"
+                )
             shape = self._add("path", d=path, fill=_PALE, **style)
             _title(shape, "\n".join(row_of(tails).lines))
 
     def packs(self) -> None:
         """Shared packs, a colour for each; broken lines where one is cut into splits."""
-        plan, place = self._plan, np.argsort(self._forest.order)
-        for pack in range(plan.num_shared_packs):
-            start, stop = int(plan.pack_start[pack]), int(plan.pack_end[pack])
-            rows, splits = np.sort(place[plan.pack_queries(pack)]), int(plan.num_splits[pack])
+        place = np.argsort(self._forest.order)
+        for pack in (pack for node in self._nodes for pack in node.packs):
+            length, rows = pack.end - pack.start, np.sort(place[pack.requests])
+            said = f"pack {pack.index}: {plural(length, 'token')}, {len(rows)} readers"
+            style = {"fill": _pack_colour(pack), "stroke": "white"}
             for run in np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1):
                 begin, end = int(run[0]), int(run[-1]) + 1
-                box = self._box(start, stop, begin, end, fill=_pack_colour(pack), stroke="white")
-                _title(box, f"pack {pack}: {plural(stop - start, 'token')}, {len(rows)} readers")
-                for split in range(1, splits):
-                    cut = start + split_bounds(stop - start, splits, split)[0]
+                _title(self._box(pack.start, pack.end, begin, end, **style), said)
+                for split in range(1, pack.num_splits):
+                    cut = pack.start + split_bounds(length, pack.num_splits, split)[0]
                     self._box(cut, cut, begin, end, fill=_INK, fill_opacity="0.35")
 
     def nodes(self) -> None:

@@ -104,17 +104,18 @@ def _how(segments: list[Segment]) -> str:
     """By which packs segments are read."""
     first = segments[0]
     if first.is_node:
-        packs = sorted(pack for segment in segments for pack in segment.packs)
-        text = f"pack {packs[0]}" if len(packs) == 1 else f"{len(packs)} packs"
-        if first.pack_readers < first.num_readers:
-            text += f" of {first.pack_readers} of {first.num_readers} readers"
+        packs = [pack for segment in segments for pack in segment.packs]
+        text = f"pack {packs[0].index}" if len(packs) == 1 else f"{len(packs)} packs"
+        num_together = len(packs[0].requests)
+        if num_together < first.num_readers:
+            text += f" of {num_together} of {first.num_readers} readers"
     else:
         text = "own pass" + (" each" if len(segments) > 1 else "")
     if first.takes_over:
         text += f" from {_count([segment.takes_over for segment in segments], 'token')} above"
-    if first.tile:
-        text += ", tile {} x {}".format(*first.tile)
-    return text + f", {_count([segment.num_splits for segment in segments], 'split')}"
+    if first.packs[0].tile:
+        text += ", tile {} x {}".format(*first.packs[0].tile)
+    return text + f", {_count([segment.packs[0].num_splits for segment in segments], 'split')}"
 
 
 def _count(numbers: list[int], noun: str) -> str:
@@ -167,11 +168,12 @@ def _forms(segments: list[Segment], below: dict[int, list[int]]) -> tuple[list[i
     number_of: dict[object, int] = {}
     forms, num_nodes = [0] * len(segments), [0] * len(segments)
     for index, segment in reversed([*enumerate(segments)]):
-        form: object = (len(segment.packs), segment.takes_over > 0, segment.tile)
+        first = segment.packs[0] if segment.packs else None
+        form: object = (len(segment.packs), segment.takes_over > 0, first and first.tile)
         if segment.is_node:
             children = Counter(forms[child] for child in below[index])
-            readers = segment.num_readers, segment.pack_readers, segment.num_splits
-            form = (segment.tokens, *readers, form, frozenset(children.items()))
+            packed = first and (len(first.requests), first.num_splits)
+            form = (segment.tokens, segment.num_readers, packed, form, frozenset(children.items()))
             num_nodes[index] = 1 + sum(num_nodes[child] for child in below[index])
         forms[index] = number_of.setdefault(form, len(number_of))
     return forms, num_nodes
