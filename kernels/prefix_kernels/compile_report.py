@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,37 +138,10 @@ class KernelReport:
             _MAX_WARPS_PER_SM // self.variant.tile.num_warps,
         )
 
-    @property
-    def uses_mma(self) -> bool:
-        """Whether the binary uses the matrix unit."""
-        return bool(self.instructions)
-
     def as_dict(self) -> dict[str, Any]:
-        """One flat object, as JSON has it."""
-        variant, narrow = self.variant, self.variant.narrow_tile
-        return {
-            "kernel": variant.kernel,
-            "arch": self.arch,
-            "head_dim": variant.head_dim,
-            "dtype": variant.dtype,
-            "kv_dtype": variant.kv_dtype,
-            "group_size": variant.group_size,
-            "merge": variant.merge,
-            "block_m": variant.tile.block_m,
-            "block_n": variant.tile.block_n,
-            "narrow_block_m": narrow.block_m if narrow else None,
-            "narrow_block_n": narrow.block_n if narrow else None,
-            "num_warps": variant.tile.num_warps,
-            "num_stages": variant.tile.num_stages,
-            "registers": self.registers,
-            "spill_bytes": self.spill_bytes,
-            "shared_bytes": self.shared_bytes,
-            "shared_limit": self.shared_limit,
-            "programs_per_sm": self.programs_per_sm,
-            "uses_mma": self.uses_mma,
-            "instructions": list(self.instructions),
-            "async_copy_bytes": list(self.async_copy_bytes),
-        }
+        """One object, as JSON has it, with one for each tile in it."""
+        report = asdict(self)
+        return report.pop("variant") | report | {"programs_per_sm": self.programs_per_sm}
 
 
 def legal_dtypes(arch: str) -> tuple[tuple[str, str], ...]:
@@ -313,17 +286,17 @@ def _compile(variant: KernelVariant, arch: str) -> KernelReport:
         target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32),
         options=options,
     )
-    registers, stack, instructions = _inspect(compiled.asm["cubin"])
     copies = {int(size, 16) for size in _ASYNC_COPY.findall(compiled.asm["ptx"])}
+    usage, sass = _disassemble(compiled.asm["cubin"])
     return KernelReport(
         variant,
         arch,
-        registers,
-        stack,
-        int(compiled.metadata.shared),
-        ARCHS[arch],
-        instructions,
-        tuple(sorted(copies)),
+        registers=int(usage[1]),
+        spill_bytes=int(usage[2]),
+        shared_bytes=int(compiled.metadata.shared),
+        shared_limit=ARCHS[arch],
+        instructions=tuple(sorted(set(_MATRIX_INSTRUCTION.findall(sass)))),
+        async_copy_bytes=tuple(sorted(copies)),
     )
 
 
@@ -369,8 +342,8 @@ def _arguments(variant: KernelVariant) -> tuple[Any, dict[str, str], dict[str, A
     return pack_forward_kernel, pointers, constants
 
 
-def _inspect(cubin: bytes) -> tuple[int, int, tuple[str, ...]]:
-    """Registers and stack bytes per thread of a binary, and its matrix instructions."""
+def _disassemble(cubin: bytes) -> tuple[re.Match[str], str]:
+    """Registers and stack bytes per thread of a binary, and its text."""
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -382,5 +355,4 @@ def _inspect(cubin: bytes) -> tuple[int, int, tuple[str, ...]]:
     usage = re.search(r"REG:(\d+) STACK:(\d+)", printed)
     if usage is None:
         raise RuntimeError(f"cuobjdump printed no resource usage: {printed[:1000]}")
-    instructions = tuple(sorted(set(_MATRIX_INSTRUCTION.findall(printed))))
-    return int(usage.group(1)), int(usage.group(2)), instructions
+    return usage, printed

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["amount", "plural", "size"]
-
-
-def amount(number: int) -> str:
-    """A whole number with separators."""
-    return f"{number:,}"
+__all__ = ["plural", "size"]
 
 
 def plural(number: int, noun: str) -> str:

@@ -6,7 +6,6 @@ anyway; it becomes a record when somebody asks ``GET /server_info``, and not bef
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +16,7 @@ if TYPE_CHECKING:
     from sglang_prefix.backend.decode_planner import LayerGroup
     from sglang_prefix.forest import PrefixForest
 
-__all__ = ["MAX_BYTES", "LastPlan"]
-
-# JSON of a record that is shown; 1,024 requests, the largest batch, need a tenth of it.
-MAX_BYTES = 400_000
+__all__ = ["LastPlan"]
 
 
 class LastPlan:
@@ -56,34 +52,31 @@ class LastPlan:
         self._kept = (forest, groups, reason, predicted_us, page_size, padded_batch_size)
 
     def as_dict(self) -> dict[str, Any] | None:
-        """The record of what was kept; None if nothing was, and a reason if it is too large."""
+        """The record of what was kept; None if nothing was."""
         if self._kept is None:
             return None
         forest, groups, reason, predicted_us, page_size, padded_batch_size = self._kept
         # In other cases the newest prediction may be an earlier batch's.
         predicted = predicted_us if reason in (None, "gate-no-gain") else (None, None)
         on_gpu = any(group.workspace is not None for group in groups)
-        shown = PlanRecord(
+        return PlanRecord(
             source="last plan of a running server",
             page_size=page_size,
             neighbours=Neighbours.of(forest),
-            plans=tuple(map(_plan_of, groups)),
+            plans=tuple(_plan_of(group) for group in groups),
             answer=Answer(self._config.gate, reason, *predicted),
             launch_mode=self._config.launch_mode,
             graph_rows=padded_batch_size if on_gpu else None,
             gpu=_gpu_name() if on_gpu else None,
         ).as_dict()
-        size = len(json.dumps(shown))
-        if size > MAX_BYTES:
-            return {"left_out": f"the last plan has {size:,} bytes; shown: up to {MAX_BYTES:,}"}
-        return shown
 
 
 def _plan_of(group: LayerGroup) -> ShapePlan:
     planner = group.planner
     costs = planner.costs
-    made_for = (planner.policy_name, planner.max_partials, costs.shape, costs.device)
-    return ShapePlan(group.num_layers, *made_for)
+    return ShapePlan(
+        group.num_layers, planner.policy_name, planner.max_partials, costs.shape, costs.device
+    )
 
 
 def _gpu_name() -> str | None:

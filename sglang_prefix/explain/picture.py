@@ -14,8 +14,8 @@ from xml.etree import ElementTree as ET
 import numpy as np
 
 from prefix_kernels.plan import split_bounds
-from sglang_prefix.explain.format import amount, plural
-from sglang_prefix.explain.segments import Explanation, Segment
+from sglang_prefix.explain.format import plural
+from sglang_prefix.explain.segments import Explanation, Pack, Segment
 from sglang_prefix.explain.text import (
     Row,
     batch_line,
@@ -31,16 +31,15 @@ __all__ = ["draw", "html_page", "svg_picture"]
 _WIDTH = 1000
 _MARGIN = 64
 _FONT = "system-ui, sans-serif"
-_INK, _PALE, _LINE = "#1d2330", "#e9ebef", "#a9b0bd"
+_INK, _PALE, _LINE, _OURS = "#1d2330", "#e9ebef", "#a9b0bd", "#94bee6"
 _LETTER = 6.1  # width of a letter at 11 px, on average
 _LINE_HEIGHT = 17
 # Height of all rows together, and of one.
 _ROWS_HEIGHT, _MAX_ROW = 460, 22.0
 # Width between two positions where something begins or ends.
 _MIN_WIDTH = 24.0
-# Thinner boxes are nothing but colour; thinner tails are drawn as one.
+# Thinner boxes are nothing but colour.
 _MIN_OUTLINED = 3.0
-_MIN_TAIL = 3.0
 
 _TEMPLATE = Path(__file__).with_name("page.html.j2")
 
@@ -76,9 +75,9 @@ def html_page(explanation: Explanation) -> str:
     return page
 
 
-def _pack_colour(pack: int) -> str:
+def _pack_colour(pack: Pack) -> str:
     """A colour for a shared pack; neighbours differ by the golden angle."""
-    red, green, blue = colorsys.hls_to_rgb((0.58 + pack * 0.381966) % 1, 0.74, 0.62)
+    red, green, blue = colorsys.hls_to_rgb((0.58 + pack.index * 0.381966) % 1, 0.74, 0.62)
     return "#" + "".join(f"{round(255 * share):02x}" for share in (red, green, blue))
 
 
@@ -119,7 +118,7 @@ class _Canvas:
 
     def __init__(self, explanation: Explanation) -> None:
         self._explanation = explanation
-        self._forest, self._plan = explanation.forest, explanation.plan
+        self._forest = explanation.forest
         self._svg = ET.Element(
             "svg", {"xmlns": "http://www.w3.org/2000/svg", "font-family": _FONT, "font-size": "11"}
         )
@@ -182,37 +181,36 @@ class _Canvas:
         self._line(batch_line(self._explanation))
         self._line(gate_line(self._explanation))
         for name, tokens, num_bytes, share in totals(self._explanation):
-            fill = _pack_colour(0) if name == "this plan" else _LINE
+            fill = _OURS if name == "this plan" else _LINE
             label = f"{tokens} KV tokens, {num_bytes}: {name}"
             self._line(label, fill=fill, width=max(share * 420, 1))
         self._y += _LINE_HEIGHT
 
     def tails(self) -> None:
-        """What requests hold alone, and what they read for themselves: pale; thin ones as one."""
-        together = groupby(
-            self._tails, key=lambda t: t.parent if self._row < _MIN_TAIL else t.begin
-        )
-        for _, found in together:
-            tails = list(found)
-            path = f"M{self._x(tails[0].pack_start):.1f} {self._y + tails[0].begin * self._row:.2f}"
+        """What requests hold alone, and what they read for themselves: pale, by their parents."""
+        style = {"stroke": _LINE} if self._row >= _MIN_OUTLINED else {}
+        for _, found in groupby(self._tails, key=lambda tail: tail.parent):
+            tails, path = list(found), ""
             for tail in tails:
-                path += f"H{self._x(tail.stop):.1f}V{self._y + tail.end * self._row:.2f}"
-            for tail in reversed(tails):
-                path += f"H{self._x(tail.pack_start):.1f}V{self._y + tail.begin * self._row:.2f}"
-            _title(self._add("path", d=path + "Z", fill=_PALE, stroke=_LINE), _said(tails))
+                left, top = self._x(tail.pack_start), self._y + tail.begin * self._row
+                path += (
+                    f"M{left:.1f} {top:.2f}H{self._x(tail.stop):.1f}v{self._row:.2f}H{left:.1f}Z"
+                )
+            shape = self._add("path", d=path, fill=_PALE, **style)
+            _title(shape, "\n".join(row_of(tails).lines))
 
     def packs(self) -> None:
         """Shared packs, a colour for each; broken lines where one is cut into splits."""
-        plan, place = self._plan, np.argsort(self._forest.order)
-        for pack in range(plan.num_shared_packs):
-            start, stop = int(plan.pack_start[pack]), int(plan.pack_end[pack])
-            rows, splits = np.sort(place[plan.pack_queries(pack)]), int(plan.num_splits[pack])
+        place = np.argsort(self._forest.order)
+        for pack in (pack for node in self._nodes for pack in node.packs):
+            length, rows = pack.end - pack.start, np.sort(place[pack.requests])
+            said = f"pack {pack.index}: {plural(length, 'token')}, {len(rows)} readers"
+            style = {"fill": _pack_colour(pack), "stroke": "white"}
             for run in np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1):
                 begin, end = int(run[0]), int(run[-1]) + 1
-                box = self._box(start, stop, begin, end, fill=_pack_colour(pack), stroke="white")
-                _title(box, f"pack {pack}: {plural(stop - start, 'token')}, {len(rows)} readers")
-                for split in range(1, splits):
-                    cut = start + split_bounds(stop - start, splits, split)[0]
+                _title(self._box(pack.start, pack.end, begin, end, **style), said)
+                for split in range(1, pack.num_splits):
+                    cut = pack.start + split_bounds(length, pack.num_splits, split)[0]
                     self._box(cut, cut, begin, end, fill=_INK, fill_opacity="0.35")
 
     def nodes(self) -> None:
@@ -222,14 +220,14 @@ class _Canvas:
             box = self._box(*place, fill="white", fill_opacity="0", stroke=_INK)
             if not node.packs:
                 box.set("stroke-dasharray", "4 3")
-            _title(box, _said([node]))
+            _title(box, "\n".join(row_of([node]).lines))
             self._label(node)
 
     def _label(self, node: Segment) -> None:
         left, right = self._x(node.start), self._x(node.stop)
         height = node.num_readers * self._row
         long = f"{plural(node.tokens, 'token')}, {plural(node.num_readers, 'reader')}"
-        for text in (long, f"{amount(node.tokens)} x {node.num_readers}"):
+        for text in (long, f"{node.tokens:,} x {node.num_readers}"):
             if len(text) * _LETTER + 6 < right - left and height >= 13:
                 middle = self._y + node.begin * self._row + height / 2 + 4
                 style = {"text_anchor": "middle", "pointer_events": "none"}
@@ -251,7 +249,7 @@ class _Canvas:
         for position, x in zip(self._breaks, self._at, strict=True):
             if x - last > 52:
                 anchor = "end" if x > _WIDTH - 40 else "middle"
-                self._text(x, self._y, amount(position), text_anchor=anchor)
+                self._text(x, self._y, f"{position:,}", text_anchor=anchor)
                 last = x
         self._line(
             "KV position; a row is a request, a colour is a pack that is read once for its rows, "
@@ -267,11 +265,9 @@ class _Canvas:
         for row in rows_of(self._explanation):
             indent = 8 + 18 * row.depth
             if row.segments:
-                text = f"{row.what}; {row.how}; {row.how_much}"
+                text = "; ".join(row.lines[:2])
                 self._line(text, indent, fill=_row_colour(row), font_weight="600")
-                self._line(row.why, indent + 18)
-            else:
-                self._line(row.what, indent + 18)
+            self._line(row.lines[-1], indent + 18)
         for note in self._explanation.notes:
             self._line(note)
 
@@ -280,12 +276,6 @@ class _Canvas:
         self._svg.set("viewBox", f"0 0 {_WIDTH} {self._y + 14:.0f}")
         self._svg.set("width", str(_WIDTH))
         return self._svg
-
-
-def _said(segments: list[Segment]) -> str:
-    """What the mouse shows of segments that are drawn as one."""
-    row = row_of(segments)
-    return "\n".join((row.what, row.how, row.how_much, row.why))
 
 
 def _title(element: ET.Element, text: str) -> None:

@@ -35,26 +35,31 @@ class NodeChoice(NamedTuple):
     Attributes:
         start: first position that the node's requests read together or each for themselves;
             before the node's own start if it reads tokens of nodes above itself.
-        keeps: whether there is a pack from ``start`` on.
-        pack_bytes, fold_bytes: with that pack; without it, infinite where that was no choice,
-            because the node is too long for one below to be worth reading again.
-        takes_over: whether the node reads the tokens from ``start`` on itself although its parent
-            has a pack that it could join.
-        own_bytes, join_bytes: the two sides of that; NaN where there is no such pack.
-        tails_fold: whether requests that end here read the tokens from ``start`` on themselves.
-        tail_fold_bytes, tail_join_bytes: the two sides of that, for one of them.
+        pack_bytes, fold_bytes: with a pack from ``start`` on; without it, infinite where that was
+            no choice, because the node is too long for one below to be worth reading again.
+        own_bytes, join_bytes: if the node reads the tokens from ``start`` on itself, or joins its
+            parent's pack over them; NaN where the parent has none.
+        tail_own_bytes, tail_join_bytes: the same for one request that ends here, and the pack from
+            ``start`` on.
     """
 
     start: int
-    keeps: bool
     pack_bytes: float
     fold_bytes: float
-    takes_over: bool
     own_bytes: float
     join_bytes: float
-    tails_fold: bool
-    tail_fold_bytes: float
+    tail_own_bytes: float
     tail_join_bytes: float
+
+    @property
+    def keeps(self) -> bool:
+        """Whether there is a pack from ``start`` on."""
+        return self.pack_bytes < self.fold_bytes
+
+    @property
+    def takes_over(self) -> bool:
+        """Whether the node reads tokens above itself although it could join a pack over them."""
+        return self.own_bytes < self.join_bytes
 
 
 def pat_choices(forest: PrefixForest, costs: CostModel) -> list[NodeChoice]:
@@ -64,26 +69,25 @@ def pat_choices(forest: PrefixForest, costs: CostModel) -> list[NodeChoice]:
     token, _, query, reread = model
     candidates = candidate_starts(*tree, forest.node_start, forest.node_parent, *model)
     indptr, position, origin = candidates
-    keeps, tails_fold, folds, pack_bytes, fold_bytes, join_bytes = cheapest_choices(
+    keeps, _, folds, pack_bytes, fold_bytes, join_bytes = cheapest_choices(
         *tree, forest.node_stop, forest.node_parent, *candidates, *model
     )
     chosen = indptr[:-1].copy()
     found = []
     for node, above in enumerate(forest.node_parent.tolist()):
-        takes_over, own, join = False, np.nan, np.nan
+        own = join = np.nan
         if above >= 0:
             first, last = int(indptr[node]) + 1, int(indptr[node + 1])
             same = int(candidate_from(int(chosen[above]), first, last, origin))
             if same >= 0 and keeps[origin[same]]:
-                takes_over, join = bool(folds[same]), join_bytes[same]
-                own = min(pack_bytes[same], fold_bytes[same])
+                own, join = min(pack_bytes[same], fold_bytes[same]), join_bytes[same]
             if same >= 0 and folds[same]:
                 chosen[node] = same
         i = int(chosen[node])
         length = int(forest.node_stop[node] - position[i])
-        pack = bool(keeps[i]), float(pack_bytes[i]), float(fold_bytes[i])
-        tail = bool(tails_fold[i]), length * token, query + length * reread
-        found.append(NodeChoice(int(position[i]), *pack, takes_over, own, join, *tail))
+        pack = float(pack_bytes[i]), float(fold_bytes[i])
+        tail = length * token, query + length * reread
+        found.append(NodeChoice(int(position[i]), *pack, own, join, *tail))
     return found
 
 
@@ -142,12 +146,12 @@ def _why_node(choice: NodeChoice, tokens_above: int, num_below: int) -> str:
 def _why_tail(choice: NodeChoice, tokens_above: int) -> str:
     """Why a tail begins where it does under ``pat``; the choice is that of the node above it."""
     above = f"reads the {plural(tokens_above, 'token')} above itself"
-    own, join = size(choice.tail_fold_bytes), size(choice.tail_join_bytes)
-    if not choice.tails_fold:
-        return f"joins the pack above: {join} more moved, against {own} to read its tokens alone"
-    if choice.keeps:
+    own, join = size(choice.tail_own_bytes), size(choice.tail_join_bytes)
+    if not choice.keeps:
+        return f"{above}: there is no pack"
+    if choice.tail_own_bytes < choice.tail_join_bytes:
         return f"{above}: {own} moved, against {join} more in the pack above"
-    return f"{above}: there is no pack"
+    return f"joins the pack above: {join} more moved, against {own} to read its tokens alone"
 
 
 def notes_of(

@@ -225,19 +225,19 @@ def read_record(path: Path) -> PlanRecord:
         OSError: it cannot be read.
     """
     try:
-        return PlanRecord.from_dict(find_plan(json.loads(path.read_text(encoding="utf-8"))))
+        return find_plan(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def find_plan(data: Any) -> Mapping[str, Any]:
-    """The plan in a record, or in what a server says of itself.
+def find_plan(data: Any) -> PlanRecord:
+    """The plan in a record that was read, or in what a server says of itself.
 
     Raises:
         ValueError: there is none; the message says what to do about it.
     """
     if isinstance(data, Mapping) and data.get("kind") == _KIND:
-        return data
+        return PlanRecord.from_dict(data)
     try:
         reports = [
             dict(r) for state in data["internal_states"] for r in state.get("sglang_prefix", ())
@@ -246,15 +246,11 @@ def find_plan(data: Any) -> Mapping[str, Any]:
         raise ValueError("there is no plan in it") from None
     if not reports:
         raise ValueError("the server does not run the attention backend prefix")
-    shown = [report["last_plan"] for report in reports if "last_plan" in report]
-    if not shown:
+    if not any("last_plan" in report for report in reports):
         raise ValueError(
             "the server keeps no plan; start it with SGLANG_PREFIX_KEEP_PLAN=1 in its environment"
         )
-    plans = [plan for plan in shown if isinstance(plan, Mapping)]
-    if not plans:
-        raise ValueError("the server has not planned a decode batch yet; send requests first")
-    found = next((plan for plan in plans if "left_out" not in plan), None)
+    found = next((plan for report in reports if (plan := report.get("last_plan"))), None)
     if found is None:
-        raise ValueError(str(plans[0]["left_out"]))
-    return found
+        raise ValueError("the server has not planned a decode batch yet; send requests first")
+    return PlanRecord.from_dict(found)

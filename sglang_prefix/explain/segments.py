@@ -15,7 +15,27 @@ from sglang_prefix.explain.record import PlanRecord, ShapePlan
 from sglang_prefix.forest import PrefixForest
 from sglang_prefix.packing.layout import CostedPlan, PlanStats
 
-__all__ = ["Explanation", "Segment", "explain", "tile_shape"]
+__all__ = ["Explanation", "Pack", "Segment", "explain", "tile_shape"]
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """A pack of the plan.
+
+    Attributes:
+        index: its number there.
+        start, end: the positions that it reads.
+        requests: batch rows that read them together.
+        num_splits: splits that it is cut into.
+        tile: rows and KV tokens of the tile that computes it; None where there are no tiles.
+    """
+
+    index: int
+    start: int
+    end: int
+    requests: list[int]
+    num_splits: int
+    tile: tuple[int, int] | None
 
 
 @dataclass(slots=True)
@@ -28,13 +48,8 @@ class Segment:
         parent: the node above it, -1 for none.
         start, stop: its positions.
         begin, end: its requests are ``forest.order[begin:end]``.
-        packs: the packs that end in it; empty if others below read its tokens.
-        pack_start: where the first of them begins; before ``start`` if it reads tokens of nodes
-            above, too.
-        pack_readers: requests in the first of them.
-        num_splits: splits of the first of them.
-        tile: rows and KV tokens of the tile that computes it; None where there are no tiles.
-        tokens_read: reads of the tokens of this segment, by whichever packs.
+        packs: those that end in it; empty if others below read its tokens.
+        tokens_read: reads of the tokens of this segment, by all packs.
         bytes_read, bytes_saved: of K, V and slot indices in one layer; saved against every
             request reading for itself.
         why: why it is packed so, for people.
@@ -47,11 +62,7 @@ class Segment:
     stop: int
     begin: int
     end: int
-    packs: list[int] = field(default_factory=list)
-    pack_start: int = 0
-    pack_readers: int = 0
-    num_splits: int = 0
-    tile: tuple[int, int] | None = None
+    packs: list[Pack] = field(default_factory=list)
     tokens_read: int = 0
     bytes_read: int = 0
     bytes_saved: int = 0
@@ -68,13 +79,14 @@ class Segment:
         return self.end - self.begin
 
     @property
-    def takes_over(self) -> int:
-        """Tokens above this segment that its own pack reads."""
-        return max(0, self.start - self.pack_start) if self.packs else 0
+    def pack_start(self) -> int:
+        """Where its first pack begins; before ``start`` if it reads tokens of nodes above, too."""
+        return self.packs[0].start if self.packs else self.start
 
-    def as_dict(self) -> dict[str, Any]:
-        """As values that JSON has."""
-        return asdict(self) | {"tokens": self.tokens, "readers": self.num_readers}
+    @property
+    def takes_over(self) -> int:
+        """Tokens above this segment that its first pack reads."""
+        return max(0, self.start - self.pack_start)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,24 +113,10 @@ class Explanation:
 
     def as_dict(self) -> dict[str, Any]:
         """The record with what was found out about it; readable as a record."""
-        plan = self.plan
-        packs = [
-            {"start": start, "end": end, "num_splits": splits, "requests": queries.tolist()}
-            for start, end, splits, queries in zip(
-                plan.pack_start.tolist(),
-                plan.pack_end.tolist(),
-                plan.num_splits.tolist(),
-                map(plan.pack_queries, range(plan.num_packs)),
-                strict=True,
-            )
-        ]
         explanation = {
             "stats": asdict(self.stats),
-            "kv_token_bytes": plan.costs.shape.kv_token_bytes,
             "notes": self.notes,
-            "packs": packs,
-            "nodes": [segment.as_dict() for segment in self.segments if segment.is_node],
-            "tails": [segment.as_dict() for segment in self.segments if not segment.is_node],
+            "segments": [asdict(segment) for segment in self.segments],
         }
         return self.record.as_dict() | {"explanation": explanation}
 
@@ -138,7 +136,7 @@ def explain(record: PlanRecord) -> Explanation:
     has_bound = shape_plan.max_partials is not None
     ample = replace(shape_plan, max_partials=None).plan(forest) if has_bound else plan
     segments = _segments(forest)
-    _add_packs(segments, forest, plan, _tiles(record, plan))
+    _add_packs(segments, forest, plan, _packs(record, plan))
     token_bytes = plan.costs.shape.kv_token_bytes
     reasons = reasons_of(forest, shape_plan.policy, plan, ample)
     for segment, why in zip(segments, reasons, strict=True):
@@ -165,35 +163,26 @@ def _segments(forest: PrefixForest) -> list[Segment]:
     segments = []
     for number, (index, parent, start, stop, begin, end) in enumerate(rows):
         is_node = number < forest.num_nodes
-        segments.append(Segment(is_node, index, parent, start, stop, begin, end, pack_start=start))
+        segments.append(Segment(is_node, index, parent, start, stop, begin, end))
     return segments
 
 
 def _add_packs(
-    segments: list[Segment],
-    forest: PrefixForest,
-    plan: CostedPlan,
-    tiles: list[tuple[int, int] | None],
+    segments: list[Segment], forest: PrefixForest, plan: CostedPlan, packs: list[Pack]
 ) -> None:
     """Give every pack to the segment that it ends in, and count what it reads on its way up."""
     place = np.argsort(forest.order)
-    for pack, tile in enumerate(tiles):
-        start, end = int(plan.pack_start[pack]), int(plan.pack_end[pack])
-        queries = plan.pack_queries(pack)
-        number = forest.num_nodes + int(place[queries[0]])
-        if pack < plan.num_shared_packs:
+    for pack in packs:
+        number = forest.num_nodes + int(place[pack.requests[0]])
+        if pack.index < plan.num_shared_packs:
             number = segments[number].parent
-            while segments[number].start >= end:
+            while segments[number].start >= pack.end:
                 number = segments[number].parent
-        segment = segments[number]
-        if not segment.packs:
-            segment.pack_start, segment.pack_readers, segment.tile = start, len(queries), tile
-            segment.num_splits = int(plan.num_splits[pack])
-        segment.packs.append(pack)
-        blocks = plan.costs.row_blocks(len(queries))
-        while number >= 0 and start < segments[number].stop:
+        segments[number].packs.append(pack)
+        blocks = plan.costs.row_blocks(len(pack.requests))
+        while number >= 0 and pack.start < segments[number].stop:
             segment = segments[number]
-            read = min(end, segment.stop) - max(start, segment.start)
+            read = min(pack.end, segment.stop) - max(pack.start, segment.start)
             segment.tokens_read += blocks * read
             number = segment.parent
 
@@ -208,6 +197,15 @@ def tile_shape(shape: AttentionShape, gpu: str | None) -> TileShape:
     if not row_classes(found):
         raise ValueError(f"no tile of the Triton kernels is for v_head_dim {shape.v_head_dim:,}")
     return found
+
+
+def _packs(record: PlanRecord, plan: CostedPlan) -> list[Pack]:
+    """The packs of a plan, in its order."""
+    numbers = range(plan.num_packs)
+    columns = (plan.pack_start, plan.pack_end, plan.num_splits)
+    starts, ends, splits = (column.tolist() for column in columns)
+    requests = [plan.pack_queries(pack).tolist() for pack in numbers]
+    return [*map(Pack, numbers, starts, ends, requests, splits, _tiles(record, plan))]
 
 
 def _tiles(record: PlanRecord, plan: CostedPlan) -> list[tuple[int, int] | None]:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
-from urllib.request import urlopen
 
 import numpy as np
+import requests
 
 from sglang_prefix.explain.record import Answer, Neighbours, PlanRecord, ShapePlan, find_plan
 from sglang_prefix.explain.segments import tile_shape
@@ -30,8 +28,6 @@ __all__ = [
 
 _ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
-# Larger forests are planned, but a list of what was decided would be of no use.
-_MAX_REQUESTS = 16_384
 _SERVER_TIMEOUT_S = 10
 
 
@@ -74,12 +70,11 @@ def plan_of_tree(text: str, setting: Setting) -> PlanRecord:
     """Plan a tree ``n1,n2,.._l1,l2,..``: level k has ``n_k`` nodes of ``l_k`` tokens.
 
     Raises:
-        ValueError: the tree is malformed, or has too many requests.
+        ValueError: the tree is malformed.
     """
     from sglang_prefix.bench.workloads.trees import pat_tree
 
     tree = pat_tree(text)
-    _check_batch(len(tree.leaf), f"tree {text!r}")
     paths = []
     for request in range(len(tree.leaf)):
         nodes = tree.path(request)
@@ -100,7 +95,6 @@ def plan_of_prompts(path: Path, tokenizer: str, setting: Setting) -> PlanRecord:
         OSError: the file cannot be read.
     """
     prompts = read_prompts(path)
-    _check_batch(len(prompts), str(path))
     ids = [*map(load_tokenizer(tokenizer).encode, prompts)]
     lens = [len(row) for row in ids]
     if not all(lens):
@@ -163,25 +157,21 @@ def plan_of_server(base_url: str) -> PlanRecord:
     """
     url = base_url.rstrip("/") + "/server_info"
     try:
-        with urlopen(url, timeout=_SERVER_TIMEOUT_S) as answer:
-            data = json.load(answer)
-    except HTTPError as error:
-        raise ValueError(f"{url} answers {error.code} {error.reason}") from None
-    except OSError as error:
-        reason = getattr(error, "reason", error)
-        raise ValueError(f"no server answers at {url}: {reason}") from None
-    except (HTTPException, ValueError, RecursionError) as error:
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{url}: not an answer of SGLang's ({said})") from None
+        answer = requests.get(url, timeout=_SERVER_TIMEOUT_S)
+        answer.raise_for_status()
+        data = answer.json()
+    except (requests.ConnectionError, requests.Timeout) as error:
+        raise ValueError(f"no server answers at {url}: {_one_line(error)}") from None
+    except (requests.RequestException, RecursionError) as error:
+        raise ValueError(f"{url}: not an answer of SGLang's ({_one_line(error)})") from None
     try:
-        return PlanRecord.from_dict(find_plan(data))
+        return find_plan(data)
     except ValueError as error:
         raise ValueError(f"{url}: {error}") from None
 
 
-def _check_batch(count: int, what: str) -> None:
-    if count > _MAX_REQUESTS:
-        raise ValueError(f"{what} has {count:,} requests; legal: up to {_MAX_REQUESTS:,}")
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _plan(forest: PrefixForest, source: str, setting: Setting) -> PlanRecord:

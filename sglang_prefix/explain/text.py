@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sglang_prefix.backend.fallback import REASONS
-from sglang_prefix.explain.format import amount, plural, size
+from sglang_prefix.explain.format import plural, size
 from sglang_prefix.explain.segments import Explanation, Segment
 
 if TYPE_CHECKING:
@@ -67,9 +67,12 @@ class Row:
         return size(saved) if saved else ""
 
     @property
-    def how_much(self) -> str:
-        """What is read of it, and what is saved."""
-        return f"reads {self.reads}" + (f", saves {self.saves}" if self.saves else "")
+    def lines(self) -> list[str]:
+        """What it is, how and how much of it is read, and why; of what is not shown the first."""
+        if not self.segments:
+            return [self.what]
+        saved = f", saves {self.saves}" if self.saves else ""
+        return [self.what, f"{self.how}; reads {self.reads}{saved}", self.why]
 
 
 def row_of(segments: list[Segment], depth: int = 0) -> Row:
@@ -101,17 +104,18 @@ def _how(segments: list[Segment]) -> str:
     """By which packs segments are read."""
     first = segments[0]
     if first.is_node:
-        packs = sorted(pack for segment in segments for pack in segment.packs)
-        text = f"pack {packs[0]}" if len(packs) == 1 else f"{len(packs)} packs"
-        if first.pack_readers < first.num_readers:
-            text += f" of {first.pack_readers} of {first.num_readers} readers"
+        packs = [pack for segment in segments for pack in segment.packs]
+        text = f"pack {packs[0].index}" if len(packs) == 1 else f"{len(packs)} packs"
+        num_together = len(packs[0].requests)
+        if num_together < first.num_readers:
+            text += f" of {num_together} of {first.num_readers} readers"
     else:
         text = "own pass" + (" each" if len(segments) > 1 else "")
     if first.takes_over:
         text += f" from {_count([segment.takes_over for segment in segments], 'token')} above"
-    if first.tile:
-        text += ", tile {} x {}".format(*first.tile)
-    return text + f", {_count([segment.num_splits for segment in segments], 'split')}"
+    if first.packs[0].tile:
+        text += ", tile {} x {}".format(*first.packs[0].tile)
+    return text + f", {_count([segment.packs[0].num_splits for segment in segments], 'split')}"
 
 
 def _count(numbers: list[int], noun: str) -> str:
@@ -164,11 +168,12 @@ def _forms(segments: list[Segment], below: dict[int, list[int]]) -> tuple[list[i
     number_of: dict[object, int] = {}
     forms, num_nodes = [0] * len(segments), [0] * len(segments)
     for index, segment in reversed([*enumerate(segments)]):
-        form: object = (len(segment.packs), segment.takes_over > 0, segment.tile)
+        first = segment.packs[0] if segment.packs else None
+        form: object = (len(segment.packs), segment.takes_over > 0, first and first.tile)
         if segment.is_node:
             children = Counter(forms[child] for child in below[index])
-            readers = segment.num_readers, segment.pack_readers, segment.num_splits
-            form = (segment.tokens, *readers, form, frozenset(children.items()))
+            packed = first and (len(first.requests), first.num_splits)
+            form = (segment.tokens, segment.num_readers, packed, form, frozenset(children.items()))
             num_nodes[index] = 1 + sum(num_nodes[child] for child in below[index])
         forms[index] = number_of.setdefault(form, len(number_of))
     return forms, num_nodes
@@ -182,7 +187,7 @@ def batch_line(explanation: Explanation) -> str:
     if shape.v_head_dim != shape.head_dim:
         dims += f"/{shape.v_head_dim}"
     return (
-        f"{plural(plan.batch_size, 'request')}, {amount(explanation.stats.kv_tokens_logical)} KV "
+        f"{plural(plan.batch_size, 'request')}, {explanation.stats.kv_tokens_logical:,} KV "
         f"tokens; policy {explanation.shape_plan.policy} for {device.name}, "
         f"{shape.num_qo_heads} query and {shape.num_kv_heads} KV heads of {dims}, "
         f"{8 * shape.kv_itemsize}-bit KV, page size {record.page_size}"
@@ -225,7 +230,7 @@ def totals(explanation: Explanation) -> list[tuple[str, str, str, float]]:
         ("this plan", stats.kv_tokens_read, stats.kv_read_ratio),
         ("every token once", stats.kv_tokens_unique, stats.kv_unique_ratio),
     )
-    return [(name, amount(n), size(n * token_bytes), share) for name, n, share in rows]
+    return [(name, f"{n:,}", size(n * token_bytes), share) for name, n, share in rows]
 
 
 def print_explanation(explanation: Explanation, out: Console) -> None:
@@ -250,12 +255,11 @@ def _tree(explanation: Explanation) -> Tree:
     top = Tree(Text(f"{explanation.record.source}: {batch_line(explanation)}", "bold"))
     branches = [top]
     for row in rows_of(explanation):
-        label = Text(row.what, "dim")
+        styles = ["dim"]
         if row.segments:
             is_node, is_read = row.segments[0].is_node, bool(row.segments[0].packs)
-            label = Text(row.what, "bold" if is_node else "")
-            label.append(f"\n{row.how}; {row.how_much}", "green" if is_node and is_read else "")
-            label.append(f"\n{row.why}", "dim")
+            styles = ["bold" if is_node else "", "green" if is_node and is_read else "", "dim"]
+        label = Text("\n").join(map(Text, row.lines, styles))
         del branches[row.depth + 1 :]
         branches.append(branches[-1].add(label))
     return top

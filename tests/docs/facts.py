@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tests.docs.pages import ACTIVATE, ROOT, Page, read_page
+from tests.docs.pages import ROOT, Page, read_page
 
 __all__ = ["problems"]
 
@@ -24,9 +24,6 @@ SOURCES = ("sglang_prefix", "kernels", "patches")
 _OURS = re.compile(
     r"(?:sglang_prefix|kernels|patches|tests|benchmarks|examples|docs|\.ci)/[\w./-]*"
 )
-# The pages that people begin with, and commands that come from our environment.
-_ENTRIES = (Path("README.md"), Path("docs/quickstart.md"))
-_TAKEN = re.compile(r"^(?:sglang|python)\b", re.MULTILINE)
 _OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 
 
@@ -34,7 +31,7 @@ def problems(pages: Sequence[Page]) -> list[str]:
     """Everything that is wrong with the pages, but for what running them shows."""
     found = []
     for page in pages:
-        for check in (links, paths, tests_named, variables, metrics, commands, tables, activation):
+        for check in (links, paths, tests_named, variables, metrics, commands, tables):
             for line, what in check(page):
                 found.append(f"{page.path}{f':{line}' if line else ''}: {what}")
     return found + list(unlisted(pages))
@@ -98,19 +95,6 @@ def metrics(page: Page) -> Problems:
         counters = set(BackendCounters().as_dict()) - {code for _, code in page.code}
         for name in sorted((made - named) | counters):
             yield 0, f"the table lacks {name}"
-
-
-def activation(page: Page) -> Problems:
-    """Where people begin, a block says how to activate `.venv` before one takes commands from it.
-
-    Blocks that are not run here stand for other environments.
-    """
-    for block in (b for b in page.blocks if b.language == "bash" and page.path in _ENTRIES):
-        if ACTIVATE in block.text:
-            return
-        if block.kind in ("run", "server") and _TAKEN.search(block.text):
-            yield block.line, f"nothing above says `{ACTIVATE}`"
-            return
 
 
 def commands(page: Page) -> Problems:

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import ast
 import re
-import textwrap
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,14 +124,8 @@ def _unique(slug: str, taken: list[str]) -> str:
 
 
 def _read_example(file: Path, root: Path) -> Page:
-    """The commands in a program's docstring, a block for each indented stretch."""
-    text = file.read_text(encoding="utf-8")
-    path = file.relative_to(root)
+    """The commands in a program's docstring, as one block that is not run: pages have the same."""
+    text, path = file.read_text(encoding="utf-8"), file.relative_to(root)
     docstring = ast.get_docstring(ast.parse(text)) or ""
-    blocks = (Block(f"{path}:1", 1, "bash", part, "run") for part in _indented(docstring))
-    return Page(path, tuple(blocks), text=docstring)
-
-
-def _indented(text: str) -> Iterator[str]:
-    for part in re.findall(r"::\n\n((?:(?: {4}.*)?\n)+)", text + "\n"):
-        yield textwrap.dedent(part).strip() + "\n"
+    commands = "\n".join(line.strip() for line in docstring.splitlines() if line.startswith("    "))
+    return Page(path, (Block(f"{path}:1", 1, "bash", commands, "text"),), text=docstring)

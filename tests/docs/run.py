@@ -31,13 +31,6 @@ PORT = "30000"
 START_S, BLOCK_S = 400, 300
 SERVER_OPTIONS = "--enable-metrics --max-total-tokens 20000 --mem-fraction-static 0.3"
 SERVER_OPTIONS += " --sleep-on-idle --random-seed 0"
-# Commands of examples' docstrings that this module does not run, and what does.
-ELSEWHERE = {
-    "pip install": "skip: installs packages",
-    "examples/serve.sh": "the server that runs already",
-    "examples/offline_rollouts.py": "tested by tests/engine/test_server.py",
-    "examples/router_workers.py": "tested by tests/docs/test_examples.py",
-}
 # Where programs that run outside our environment find us.
 PATHS = os.pathsep.join(
     [str(ROOT), str(ROOT / "kernels"), str(ROOT / "patches"), os.environ.get("PYTHONPATH", "")]
@@ -93,16 +86,11 @@ class Reader:
             return ("ran", "") if same else ("failed", f"it prints:\n{self.printed[-1]}")
         if block.kind == "server":
             return self._serve(block.text)
-        text = block.text
-        if block.where.startswith("examples/"):
-            text, elsewhere = _without_elsewhere(text)
-            if not text:
-                return "not run", elsewhere
-        if self._done.issuperset(text.splitlines()):
+        if self._done.issuperset(block.text.splitlines()):
             return "not run", "repeats another page"
-        self._done.update(text.splitlines())
-        problem = self._wait_for_server() if PORT in text and self._server else ""
-        return ("failed", problem) if problem else self._run(block.language, text)
+        self._done.update(block.text.splitlines())
+        problem = self._wait_for_server() if PORT in block.text and self._server else ""
+        return ("failed", problem) if problem else self._run(block.language, block.text)
 
     def counters(self) -> dict[str, Any]:
         """What the server's backend has counted."""
@@ -181,14 +169,3 @@ def chains(pages: Iterable[Page]) -> list[Sequence[Block]]:
             found.append([block])
     first = 1 + next((i for i, c in enumerate(found) if c[0].kind == "server"), -1)
     return [*found[:first], *sorted(found[first:], key=lambda chain: PORT in chain[0].text)]
-
-
-def _without_elsewhere(text: str) -> tuple[str, str]:
-    """The commands to run here, and what runs the last of the others."""
-    kept, reason = [], ""
-    for line in text.splitlines():
-        found = [why for part, why in ELSEWHERE.items() if part in line]
-        reason = found[0] if found else reason
-        kept += [] if found else [line]
-    is_set_up = all(line.startswith("sglang-prefix tiny-model") for line in kept)
-    return ("" if is_set_up else "\n".join(kept) + "\n"), reason

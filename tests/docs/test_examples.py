@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
+import importlib
 import os
 import re
 import stat
@@ -11,10 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -58,64 +54,31 @@ def test_requests_of_one_prefix_meet_on_one_worker(tmp_path: Path) -> None:
     assert max(ratios) < 0.5
 
 
-class Router(ThreadingHTTPServer):
-    """Counts a request a while after it came, and answers all once the last has come."""
+def test_a_prefix_is_sent_once_the_router_counts_those_before_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A router counts a request a while after it came, and answers all once the last has come."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    example = importlib.import_module("router_workers")
+    seen: list[tuple[str, int]] = []
+    counted: list[str] = []
+    lock, whole = threading.Lock(), threading.Event()
 
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.lock, self.whole = threading.Lock(), threading.Event()
-        self.counted = 0
-        self.seen: list[tuple[str, int]] = []
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Router
-
-    def do_GET(self) -> None:
-        half = self.server.counted // 2
-        self._say({"workers": [{"load": half}, {"load": self.server.counted - half}]})
-
-    def do_POST(self) -> None:
-        prompt = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["text"]
-        with self.server.lock:
-            self.server.seen.append((prompt, self.server.counted))
-            if len(self.server.seen) == len(PREFIXES) * QUESTIONS:
-                self.server.whole.set()
+    def generate(_: str, prompt: str, __: int) -> None:
+        with lock:
+            seen.append((prompt, len(counted)))
+            if len(seen) == len(PREFIXES) * QUESTIONS:
+                whole.set()
         time.sleep(0.05)
-        with self.server.lock:
-            self.server.counted += 1
-        assert self.server.whole.wait(20)
-        self._say({"text": ""})
+        counted.append(prompt)
+        assert whole.wait(20)
 
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def _say(self, data: dict[str, Any]) -> None:
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(json.dumps(data).encode())
-
-
-@pytest.fixture
-def router() -> Iterator[Router]:
-    with Router() as one:
-        threading.Thread(target=one.serve_forever, daemon=True).start()
-        yield one
-        one.shutdown()
-
-
-def test_a_prefix_is_sent_once_the_router_counts_those_before_it(router: Router) -> None:
-    spec = importlib.util.spec_from_file_location("router_workers", EXAMPLES / "router_workers.py")
-    assert spec is not None
-    assert spec.loader is not None
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    example.ask_questions(f"http://127.0.0.1:{router.server_port}", PREFIXES, QUESTIONS, 4)
-    first = router.seen[: len(PREFIXES)]
+    monkeypatch.setattr(example, "generate", generate)
+    monkeypatch.setattr(example, "running", lambda _: len(counted))
+    example.ask_questions("http://router", PREFIXES, QUESTIONS, 4)
+    first = seen[: len(PREFIXES)]
     assert first == [(f"{prefix}Question 0?", i) for i, prefix in enumerate(PREFIXES)]
-    others = {prompt for prompt, _ in router.seen[len(PREFIXES) :]}
+    others = {prompt for prompt, _ in seen[len(PREFIXES) :]}
     assert others == {f"{prefix}Question {i}?" for prefix in PREFIXES for i in (1, 2)}
 
 
