@@ -47,7 +47,8 @@ def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
     Raises:
         OSError: it cannot be written. What was there before still is.
     """
-    data = content.encode() if isinstance(content, str) else content
+    # Half of a pair, as a name in a command line may have, is no character of UTF-8.
+    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     target = Path(path)
     before = _status(target)
     if _is_stream(target, before):

@@ -48,13 +48,9 @@ def test_follows_links(tmp_path: Path, exists: bool) -> None:
     assert (folder / "real").read_text() == "after"
 
 
-def test_what_cannot_be_encoded_leaves_the_file_as_it_was(tmp_path: Path) -> None:
-    target = tmp_path / "file"
-    target.write_text("before")
-    with pytest.raises(UnicodeEncodeError):
-        write_file(target, "\ud800")
-    assert target.read_text() == "before"
-    assert listing(tmp_path) == ["file"]
+def test_what_is_no_character_is_escaped(tmp_path: Path) -> None:
+    write_file(tmp_path / "file", "ä\ud800")
+    assert (tmp_path / "file").read_text() == "ä\\ud800"
 
 
 def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path) -> None:

@@ -21,8 +21,7 @@ def our_provider(data: Case) -> str | None:
     """
     policy = next(iter(data.get("options", {}).get("policies", [])), _DEFAULT_POLICY)
     ours = [pair for case in data["cases"] for pair in of_kind(case, "ours").items()]
-    # A launch that is fitted to its plan cannot stand in a CUDA graph.
-    default = [(n, p) for n, p in ours if p.get("policy") == policy and p.get("fixed") is not False]
+    default = [(n, p) for n, p in ours if p.get("policy") == policy]
     times: dict[str, list[float]] = {}
     for name, provider in default or ours:
         times.setdefault(name, []).append(provider["kernel_us"] or provider["ms"])
@@ -63,7 +62,7 @@ def over_unshared(case: Case, ours: str | None) -> float | None:
     mine = provider_of(case, ours)
     if not mine or mine.get("policy") == _UNSHARED:
         return None
-    same = ("executor", "mode", "merge", "fixed")
+    same = ("executor", "mode", "merge")
     for other in of_kind(case, "ours").values():
         if other.get("policy") == _UNSHARED and all(other.get(k) == mine.get(k) for k in same):
             return float(other["ms"] / mine["ms"])

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sglang_prefix.bench.comparison import fastest, of_kind, our_provider, over, provider_of
-from sglang_prefix.bench.results import write_whole
+from sglang_prefix.files import write_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -224,7 +224,7 @@ def save_plots(data: Data, folder: str | os.PathLike[str]) -> list[Path]:
     paths = []
     for name, draw in PLOTS.get(data["kind"], {}).items():
         path = Path(folder) / f"{name}.svg"
-        write_whole(path, svg_text(draw, data, name))
+        write_file(path, svg_text(draw, data, name))
         paths.append(path)
     return paths
 

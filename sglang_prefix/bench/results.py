@@ -11,11 +11,12 @@ import json
 import os
 import platform
 import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from sglang_prefix.files import write_file
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -27,13 +28,11 @@ __all__ = [
     "check_result",
     "check_same",
     "check_type",
-    "check_writable",
     "environment",
     "new_result",
     "read_result",
     "same_environment",
     "write_result",
-    "write_whole",
 ]
 
 SCHEMA = 2
@@ -112,32 +111,7 @@ def write_result(path: str | os.PathLike[str], data: Mapping[str, Any]) -> None:
     target = Path(path)
     text = json.dumps(data, indent=1, allow_nan=False) + "\n"
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(target, text)
-
-
-def write_whole(target: Path, text: str) -> None:
-    """Write a text file whole or not at all: to a file beside it, which then takes its place.
-
-    Raises:
-        OSError: it cannot be written; what was there before still is.
-    """
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        # Half of a pair, as a file's name in a command line may have, is no character of UTF-8.
-        beside.write_text(text, encoding="utf-8", errors="backslashreplace")
-        os.replace(beside, target)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def check_writable(path: Path) -> None:
-    """Find out before a run, not after it, whether its file can be written.
-
-    Raises:
-        OSError: it cannot.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=path.parent).close()
+    write_file(target, text)
 
 
 def read_result(path: str | os.PathLike[str], kind: str | None = None) -> dict[str, Any]:

@@ -13,13 +13,13 @@ from typing import Any, ClassVar
 
 from sglang_prefix.bench.results import (
     check_same,
-    check_writable,
     environment,
     new_result,
     read_result,
     same_environment,
     write_result,
 )
+from sglang_prefix.files import check_writable
 
 __all__ = ["BenchRun", "Case", "NotRunError", "is_out_of_memory", "run_cases"]
 
@@ -209,6 +209,7 @@ class BenchRun(ABC):
         here = environment("cpu" if dry else device)
         if data:
             check_same(self.path, data, {**same_environment(here), "dry": dry})
+        folder.mkdir(parents=True, exist_ok=True)
         check_writable(self.path)
         self.data: dict[str, Any] = data or new_result(
             self.kind, command=command, options=options, seed=seed, environment=here, dry=dry

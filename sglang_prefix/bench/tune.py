@@ -27,12 +27,13 @@ from prefix_kernels.tiles import (
 from prefix_kernels.triton_executor import TritonExecutor
 from sglang_prefix.bench.graphs import launches_of
 from sglang_prefix.bench.packed_attention import PackedAttention
-from sglang_prefix.bench.results import read_result, write_whole
+from sglang_prefix.bench.results import read_result
 from sglang_prefix.bench.run import BenchRun, Case, NotRunError
 from sglang_prefix.bench.timing import Clock, clock_for, interleaved, prepare_each
 from sglang_prefix.bench.workloads.inputs import AttentionInputs, OutputCheck
 from sglang_prefix.bench.workloads.registry import Heads
 from sglang_prefix.bench.workloads.trees import Tree, pat_tree, shared_then_private
+from sglang_prefix.files import write_file
 from sglang_prefix.packing import GPU_PROFILE
 
 __all__ = ["TABLE", "PackShape", "TileWork", "TuneRun", "pack_shapes", "write_table"]
@@ -303,7 +304,7 @@ def write_table(result_file: Path, table: Path = TABLE) -> str:
         load_tuned_tiles(trial)
     finally:
         trial.unlink(missing_ok=True)
-    write_whole(table, text)
+    write_file(table, text)
     return (
         f"{table}: {len(tiles)} tiles for {name}. Next: sglang-prefix kernels --arch {arch}, which "
         "says whether all variants with them are free of spills; then commit both files"

@@ -132,12 +132,12 @@ def _is_given(context: typer.Context, name: str) -> bool:
 
 def write_picture(explanation: Explanation, path: Path, kind: str) -> None:
     """Write "svg" or "html" whole or not at all; ends the command where that fails."""
-    from sglang_prefix.bench.results import write_whole
     from sglang_prefix.explain.picture import html_page, svg_picture
+    from sglang_prefix.files import write_file
 
     text = html_page(explanation) if kind == "html" else svg_picture(explanation)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, text)
+        write_file(path, text)
     except OSError as error:
         fail(f"cannot write {path}: {error.strerror}")

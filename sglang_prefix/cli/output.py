@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperCommand
+
+from sglang_prefix.files import write_file
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -86,7 +87,7 @@ def write_json(data: Mapping[str, Any] | Sequence[Any], target: str | None) -> N
         sys.stdout.write(text)
         return
     try:
-        Path(target).write_text(text, encoding="utf-8")
+        write_file(target, text)
     except OSError as error:
         fail(f"cannot write {target}: {error.strerror}")
 

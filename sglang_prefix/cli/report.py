@@ -32,7 +32,7 @@ def report(
     benchmarks. The page needs nothing from the network.
     """
     from sglang_prefix.bench.report import ResultError, build_page, find_sources
-    from sglang_prefix.bench.results import write_whole
+    from sglang_prefix.files import write_file
 
     try:
         sources, left_out = find_sources(results)
@@ -42,7 +42,7 @@ def report(
     except ResultError as error:
         fail(" ".join(str(error).split()))
     try:
-        write_whole(out, page)
+        write_file(out, page)
     except OSError as error:
         fail(f"cannot write {out}: {error.strerror}")
     screen = console()

@@ -16,8 +16,9 @@ from sglang_prefix.bench.report.section import Section, Verdict
 from sglang_prefix.bench.report.serving import serving_section
 from sglang_prefix.bench.report.sources import Source, find_sources
 from sglang_prefix.bench.report.uncompared import check_section, host_section, tune_section
-from sglang_prefix.bench.results import ResultError, write_whole
+from sglang_prefix.bench.results import ResultError
 from sglang_prefix.bench.tables import by_reason, is_losing, ratio_text
+from sglang_prefix.files import write_file
 
 __all__ = ["PAGE", "build_page", "section_of", "write_folder_page"]
 
@@ -52,7 +53,7 @@ def write_folder_page(folder: Path, *, plots: bool) -> Path:
     """
     sources, _ = find_sources([path for name in _FOLDER_FILES if (path := folder / name).is_file()])
     out = folder / PAGE
-    write_whole(out, build_page(sources, title="sglang-prefix results", plots=plots))
+    write_file(out, build_page(sources, title="sglang-prefix results", plots=plots))
     return out
 
 
