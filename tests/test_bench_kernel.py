@@ -170,7 +170,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
 
 @pytest.mark.usefixtures("no_sglang")
 @pytest.mark.parametrize(
-    ("blocked", "what"), [("kernel-speedup.svg", "plots"), ("report.html", "the page")]
+    ("blocked", "what"), [("kernel-steps.svg", "plots"), ("report.html", "the page")]
 )
 def test_what_cannot_be_written_beside_the_result_is_one_line(
     blocked: str, what: str, tmp_path: Path
