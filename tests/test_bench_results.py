@@ -115,13 +115,13 @@ def test_a_result_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        ("{", "is not a result file: Expecting property name.*"),
-        (b"\xff\xff", "is not a result file: 'utf-8' codec can't decode"),
+        ("{", "is not a result file: it is not JSON: Expecting property name.*"),
+        (b"\xff\xff", "is not a result file: it is not UTF-8 text"),
         ("[]", "schema is None; legal: 2"),
         ('{"schema": 1, "kind": "bench-host"}', "schema is 1; legal: 2"),
         ('{"schema": 2, "kind": "bench-kernel"}', "kind is 'bench-kernel'; legal: 'bench-host'"),
         ('{"schema": 2, "kind": "bench-host"}', "is not a whole bench-host file: created: Field"),
-        (json.dumps(result(wall_s=1)).replace(": 1,", ": NaN,"), "NaN is no number of JSON"),
+        (json.dumps(result(wall_s=1)).replace(": 1,", ": NaN,"), "NaN is no number"),
         ("[" * 100_000, "is not a result file"),
         (json.dumps(result(cases=[{}])), "cases: 0.name: Field required"),
         (json.dumps(result(cases=[TWICE, TWICE])), "two cases are named 'a'"),

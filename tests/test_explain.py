@@ -9,6 +9,7 @@ import re
 import socket
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree as ET
 
@@ -21,6 +22,7 @@ from typer.testing import CliRunner, Result
 
 from sglang_prefix.cli.main import app
 from sglang_prefix.config import PrefixConfig
+from sglang_prefix.explain import sources
 from sglang_prefix.explain.last_plan import LastPlan
 from sglang_prefix.explain.picture import draw, html_page, svg_picture
 from sglang_prefix.explain.reasons import pat_choices
@@ -383,6 +385,17 @@ class TestCommand:
         file = tmp_path / "prompts"
         file.write_text(text)
         assert str(file) in failed("--prompts", file, "--tokenizer", "x")
+
+    def test_prompts_that_would_make_too_large_a_table(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """One of 16 KiB would make 16 KiB wide rows of all others."""
+        file = tmp_path / "prompts"
+        file.write_text("\n".join(["a" * (1 << 14), *"b" * (1 << 12)]))
+        tokenizer = SimpleNamespace(encode=lambda text: [*text.encode()])
+        monkeypatch.setattr(sources, "load_tokenizer", lambda name: tokenizer)
+        message = failed("--prompts", file, "--tokenizer", "x")
+        assert "4,097 prompts of up to 16,384 tokens; legal: up to 33,554,432" in message
 
     @pytest.mark.parametrize("said", [b"SSH-2.0", b"", HTTP, HTTP + b"[" * 100_000, CUT])
     def test_something_else_listens_there(self, said: bytes) -> None:

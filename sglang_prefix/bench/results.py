@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sglang_prefix.files import write_file
+from sglang_prefix.files import read_json, write_file
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -125,18 +125,14 @@ def read_result(path: str | os.PathLike[str], kind: str | None = None) -> dict[s
         ResultError: it cannot be read or is not a whole result file.
     """
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_no_number)
+        data = read_json(path)
     except OSError as error:
         raise ResultError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ResultError(f"{path} is not a result file: {error}") from None
     check_result(path, data, kind)
     found: dict[str, Any] = data
     return found
-
-
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
 
 
 def check_result(path: str | os.PathLike[str], data: Any, kind: str | None = None) -> None:

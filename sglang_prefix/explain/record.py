@@ -18,6 +18,7 @@ import numpy as np
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from prefix_kernels.tiles import LAUNCH_MODES
+from sglang_prefix.files import read_json
 from sglang_prefix.forest import PrefixForest
 from sglang_prefix.packing import POLICIES, AttentionShape, DeviceProfile
 from sglang_prefix.packing.layout import CostedPlan
@@ -225,8 +226,8 @@ def read_record(path: Path) -> PlanRecord:
         OSError: it cannot be read.
     """
     try:
-        return find_plan(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, RecursionError) as error:
+        return find_plan(read_json(path))
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 

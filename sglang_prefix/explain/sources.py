@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import requests
 
 from sglang_prefix.explain.record import Answer, Neighbours, PlanRecord, ShapePlan, find_plan
 from sglang_prefix.explain.segments import tile_shape
+from sglang_prefix.files import parse_json, read_text
 from sglang_prefix.forest import PrefixForest, RadixPath
 from sglang_prefix.packing import AttentionShape
 
@@ -29,6 +29,8 @@ __all__ = [
 _ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 _SERVER_TIMEOUT_S = 10
+# Prompts stand in a table as wide as the longest: 256 of 128k tokens, in 256 MiB.
+_MAX_TABLE = 1 << 25
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,11 @@ def plan_of_prompts(path: Path, tokenizer: str, setting: Setting) -> PlanRecord:
     lens = [len(row) for row in ids]
     if not all(lens):
         raise ValueError(f"{path}: prompt {lens.index(0) + 1} has no tokens")
+    if len(lens) * max(lens) > _MAX_TABLE:
+        raise ValueError(
+            f"{path} has {len(lens):,} prompts of up to {max(lens):,} tokens; legal: up to "
+            f"{_MAX_TABLE:,} in number times length"
+        )
     forest = forest_of_prompts(ids, 1, page_size=setting.page_size)
     return _plan(forest, f"first decode step of {len(ids)} prompts in {path}", setting)
 
@@ -138,10 +145,10 @@ def read_prompts(path: Path) -> list[str]:
         OSError: the file cannot be read.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
         is_list = text.lstrip().startswith("[")
         lines = [line for line in text.splitlines() if line.strip()]
-        prompts: Any = json.loads(text) if is_list else lines
+        prompts: Any = parse_json(text) if is_list else lines
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if not prompts or not all(isinstance(prompt, str) and prompt for prompt in prompts):

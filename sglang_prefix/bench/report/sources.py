@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_prefix.bench.results import KINDS, ResultError, read_result
+from sglang_prefix.files import read_json
 
 __all__ = ["Source", "find_sources"]
 
@@ -72,7 +72,7 @@ def _files_at(place: Path) -> list[tuple[Path, str]]:
 
 def _may_be_result(path: Path) -> bool:
     try:
-        data = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        data = read_json(path)
+    except (OSError, ValueError):
         return True
     return isinstance(data, dict) and "kind" in data

@@ -7,7 +7,6 @@ that requests which begin with the same ids begin with the same tokens.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing_extensions import TypedDict
 
 from sglang_prefix.bench.results import check_type
 from sglang_prefix.bench.workloads.traces import BLOCK_TOKENS, TraceRequest
+from sglang_prefix.files import read_json
 
 __all__ = [
     "REGISTRY",
@@ -134,11 +134,11 @@ def load_workloads(
         ValueError: the file cannot be read, holds no such workloads, or a name is not in it.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        raise ValueError(f"{path}: {error}") from None
     check_type(path, data, TypeAdapter(_File), "is not a file of workloads")
     found = []
     for entry in data["workloads"]:
