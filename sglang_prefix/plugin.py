@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sglang_prefix.config import BACKEND_NAME
+from sglang_prefix.config import BACKEND_NAME, PrefixConfig
 
 if TYPE_CHECKING:
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
     from sglang.srt.model_executor.model_runner import ModelRunner
+
+    from prefix_patches.resolution import StockChoice
 
 __all__ = ["create_prefix_backend", "register"]
 
@@ -24,10 +26,23 @@ def register() -> None:
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
     from sglang.srt.server_args import ATTENTION_BACKEND_CHOICES, add_attention_backend_choices
 
+    from prefix_patches.resolution import resolve_without
+
+    resolve_without(BACKEND_NAME, _named_stock, _check_choice)
     # The factory goes first: a name that can be chosen but not built would be the worse half.
     register_attention_backend(BACKEND_NAME)(create_prefix_backend)
     if BACKEND_NAME not in ATTENTION_BACKEND_CHOICES:
         add_attention_backend_choices([BACKEND_NAME])
+
+
+def _named_stock() -> str | None:
+    return PrefixConfig.from_env().stock_backend
+
+
+def _check_choice(choice: StockChoice) -> None:
+    from sglang_prefix.backend.stock_rules import check_model
+
+    check_model(choice.architecture, choice.decode, uses_mla=choice.uses_mla)
 
 
 def create_prefix_backend(runner: ModelRunner) -> AttentionBackend:

@@ -5,7 +5,14 @@ Called by the backend factory, in the processes that use the backend and in no o
 
 from __future__ import annotations
 
-from prefix_patches import graph_labels, kv_pool, observability, schedule_context, stock_backend
+from prefix_patches import (
+    attention_layers,
+    graph_labels,
+    kv_pool,
+    observability,
+    schedule_context,
+    stock_backend,
+)
 from prefix_patches.versions import check_sglang_version
 
 __all__ = ["TOUCHED", "install", "missing_symbols"]
@@ -18,6 +25,7 @@ TOUCHED = (
     *observability.TOUCHED,
     *stock_backend.TOUCHED,
     *kv_pool.TOUCHED,
+    *attention_layers.TOUCHED,
 )
 
 

@@ -10,10 +10,18 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-__all__ = ["RELEASES", "Touch"]
+__all__ = ["RELEASES", "Touch", "optional_module"]
 
 RELEASES = "0.5.17 to 0.5.23"  # those whose source was read for what we touch
 _MARKER = "_sglang_prefix_patch"
+
+
+def optional_module(module: str) -> Any:
+    """A module of SGLang that not every release has, else None."""
+    try:
+        return import_module(module)
+    except ImportError:
+        return None
 
 
 @dataclass(frozen=True, slots=True)

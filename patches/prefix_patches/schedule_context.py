@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from weakref import WeakSet
 
@@ -18,6 +18,7 @@ from prefix_patches.patch import RELEASES, Touch
 
 __all__ = [
     "BATCH_ATTRIBUTE",
+    "PASSED_BY",
     "TOUCHED",
     "ScheduleContext",
     "ensure_schedule_context",
@@ -26,6 +27,9 @@ __all__ = [
 
 # Of a forward batch: its schedule batch.
 BATCH_ATTRIBUTE = "_sglang_prefix_schedule_batch"
+# Passes that generate tokens and are no decode, by SGLang's name of their mode: under the decode
+# flag they never reach our backend.
+PASSED_BY = {"TARGET_VERIFY": "speculative-verify", "DLLM_EXTEND": "diffusion"}
 # Of a request: its number of retractions when it last decoded.
 _SETTLED_ATTRIBUTE = "_sglang_prefix_settled"
 # Of a model runner: its schedule context.
@@ -45,6 +49,8 @@ class ScheduleContext:
         graph_labels: the labels under which each decode graph is captured, see
             `graph_labels.py`; none where graphs hold nothing of ours.
         graph_label: the label being captured, or chosen for the step under way.
+        on_passed_by: called with the reason, a value of :data:`PASSED_BY`, for every pass that
+            generates tokens and is no decode.
         seconds: host time that publishing a batch took, for each of the newest passes.
 
     A request is settled once it has decoded since it was last prefilled or retracted. Only then is
@@ -58,6 +64,7 @@ class ScheduleContext:
         self.epoch = 0
         self.graph_labels: tuple[str, ...] = ()
         self.graph_label = ""
+        self.on_passed_by: Callable[[str], None] | None = None
         self.seconds: deque[float] = deque(maxlen=500)
 
     def push(self, forward_batch: Any) -> Any:
@@ -65,8 +72,11 @@ class ScheduleContext:
         began = time.perf_counter()
         previous = self.batch
         self.batch = getattr(forward_batch, BATCH_ATTRIBUTE, None)
-        if not forward_batch.forward_mode.is_decode():
+        mode = forward_batch.forward_mode
+        if not mode.is_decode():
             self.epoch += 1
+            if self.on_passed_by is not None and mode.name in PASSED_BY:
+                self.on_passed_by(PASSED_BY[mode.name])
             # In a mixed batch the requests that decode are not inserted into the tree again.
             decoding = {id(req) for req in getattr(self.batch, "decoding_reqs", None) or ()}
             for req in getattr(self.batch, "reqs", None) or ():

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from prefix_patches.patch import RELEASES, Touch
+from prefix_patches.patch import RELEASES, Touch, optional_module
+from prefix_patches.resolution import stock_choice
 
 __all__ = [
     "TOUCHED",
@@ -44,7 +45,7 @@ def resolved_args(model_runner: Any) -> Any:
     settings are used.
     """
     for home in _RESOLVERS:
-        resolve = getattr(_optional(home), "resolved_view", None)
+        resolve = getattr(optional_module(home), "resolved_view", None)
         if resolve is not None:
             return resolve(model_runner.server_args)
     return model_runner.server_args
@@ -53,13 +54,15 @@ def resolved_args(model_runner: Any) -> Any:
 def default_stock_name(model_runner: Any, own_name: str) -> str:
     """The stock backend that SGLang would have used for this runner's decode.
 
-    That is what the user named with ``--attention-backend``, if it is not us, else the default of
+    From 0.5.20 on that is what it has chosen without our name (`resolution.py`). Before, it is what the user named with ``--attention-backend``, if it is not us, else the default of
     the architecture; on the CPU ``intel_amx`` where there is AMX and ``torch_native`` elsewhere.
     The default comes from ``get_default_attn_backend(server_args, use_mla, model_config)`` in
     ``arg_groups/model_override_base.py`` from 0.5.19 on, from the method
     ``ServerArgs._get_default_attn_backend(use_mla, model_config)`` in 0.5.17 and 0.5.18. When both
     are gone, the backend factory fails.
     """
+    if (choice := stock_choice(model_runner.server_args)) is not None:
+        return choice.decode
     server_args = resolved_args(model_runner)
     if server_args.attention_backend not in (None, own_name):
         return str(server_args.attention_backend)
@@ -68,16 +71,16 @@ def default_stock_name(model_runner: Any, own_name: str) -> str:
 
         return "intel_amx" if cpu_has_amx_support() else "torch_native"
     args, model = model_runner.server_args, model_runner.model_config
-    choose = getattr(_optional(_OVERRIDES), "get_default_attn_backend", None)
+    choose = getattr(optional_module(_OVERRIDES), "get_default_attn_backend", None)
     if choose is not None:
         return str(choose(args, model_runner.use_mla_backend, model))
     return str(args._get_default_attn_backend(model_runner.use_mla_backend, model))
 
 
 def prefill_name(model_runner: Any, own_name: str) -> str | None:
-    """The backend that serves prefill where the user named one, else None for our delegate."""
+    """The backend that serves prefill beside ours; None if our delegate does."""
     args = resolved_args(model_runner)
-    named = getattr(args, "prefill_attention_backend", None)
+    named = getattr(args, "prefill_attention_backend", None) or args.attention_backend
     return None if named in (None, own_name) else str(named)
 
 
@@ -94,6 +97,12 @@ def build_stock(model_runner: Any, name: str, own_name: str) -> Any:
             f"SGLANG_PREFIX_STOCK_BACKEND={name!r} is not a stock attention backend of this "
             f"SGLang; legal: {', '.join(legal)}"
         )
+    # From 0.5.18 on runners bear the names while their backends are built, and stock backends and
+    # what wraps ours (hybrid models on Blackwell) look for names that they know. SGLang puts its
+    # own back when all are built.
+    for half in ("prefill_attention_backend_str", "decode_attention_backend_str"):
+        if getattr(model_runner, half, None) == own_name:
+            setattr(model_runner, half, name)
     return backends[name](model_runner)
 
 
@@ -128,10 +137,3 @@ def torch_native_decode() -> Callable[..., None]:
         run(q, out, k, v, *table, scaling=scaling, enable_gqa=q.shape[1] != k.shape[1])
 
     return decode
-
-
-def _optional(module: str) -> Any:
-    try:
-        return import_module(module)
-    except ImportError:
-        return None

@@ -113,6 +113,7 @@ class PrefixAttnBackend(DelegatingBackend):
         self._stock_is_ready = False  # the stock backend has prepared this step
         self._failed = False  # a failure has been logged with its traceback
         report_with(self._report)
+        self._schedule.on_passed_by = self._count_passed_by
         if self._server_reason is None:
             self._serve(model_runner, stock_name, config)
             append_with(self._log_text)
@@ -120,7 +121,7 @@ class PrefixAttnBackend(DelegatingBackend):
 
     def _serve(self, model_runner: Any, stock_name: str, config: PrefixConfig) -> None:
         if not self._layers.groups:
-            self._server_reason = "no-layer"
+            self._server_reason = "no-layer" if self._layers.num_layers else "no-attention"
             return
         if captures_decode(model_runner):
             if self._layers.executor_names != ["triton"]:
@@ -276,6 +277,14 @@ class PrefixAttnBackend(DelegatingBackend):
             self.counters.count_stock_step(step.reason)
         elif self._planner is not None:
             self._planner.count_step()
+        if self._metrics is not None:
+            self._metrics.update(self.counters)
+
+    def _count_passed_by(self, reason: str) -> None:
+        """Count a pass that generates tokens on the stock backend and is no decode step."""
+        self._end_step()
+        self.counters.say(reason)
+        self.counters.count_stock_step(reason)
         if self._metrics is not None:
             self._metrics.update(self.counters)
 

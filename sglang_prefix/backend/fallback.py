@@ -33,7 +33,6 @@ REASONS = {
     "torch-compile": "--enable-torch-compile has not been tried with our kernels",
     "pd-multiplexing": "--enable-pdmux shares the GPU between prefill and decode",
     "draft-model": "this is the draft model of speculative decoding",
-    "mla": "the model uses multi-head latent attention",
     "encoder-decoder": "the model is an encoder-decoder",
     "deterministic": "--enable-deterministic-inference needs results that no other request affects",
     "metadata-glue-graph": "SGLANG_ENABLE_METADATA_GLUE_GRAPH replays metadata without Python",
@@ -42,7 +41,8 @@ REASONS = {
     "kv-dtype": "the KV cache dtype is not one that the executors read",
     "kv-quantized": "the KV cache is quantised in blocks",
     "cpu-graph": "--enable-torch-compile captures decode on the CPU",
-    "no-layer": "no attention layer of the model is supported",
+    "no-layer": "every attention layer of the model is stock's, each for the reason given above",
+    "no-attention": "the model has no RadixAttention layer that could be found",
     # One layer: the others are packed all the same.
     "sliding-window": "the layer attends to a window only",
     "cross-attention": "the layer attends to an encoder",
@@ -59,6 +59,9 @@ REASONS = {
     "SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND=python can",
     "two-batch-overlap": "two-batch overlap splits the batch in two",
     "speculative": "the batch carries speculative state",
+    # One pass that stock takes before it could come to us.
+    "speculative-verify": "the target model checks the tokens of a draft, several per request",
+    "diffusion": "a diffusion model denoises a block of tokens per request",
     # One call.
     "other-batch": "the call has another number of queries than the batch that was planned",
     "error": "planning or running failed; see the traceback in the log",
@@ -77,7 +80,6 @@ def server_reason(model_runner: Any, gate: str) -> str | None:
     found = {
         "gate-never": gate == "never",
         "draft-model": model_runner.is_draft_worker,
-        "mla": model_runner.use_mla_backend,
         "encoder-decoder": getattr(model_runner.model_config, "is_encoder_decoder", False),
         "deterministic": getattr(args, "enable_deterministic_inference", False),
         "metadata-glue-graph": _is_set("SGLANG_ENABLE_METADATA_GLUE_GRAPH"),

@@ -13,6 +13,7 @@ from sglang.srt.layers.radix_attention import RadixAttention
 
 from prefix_kernels.executor import choose_executor, make_executor
 from prefix_kernels.plan import AttentionShape
+from prefix_patches.attention_layers import attention_layers
 from prefix_patches.kv_pool import applies_kv_scales
 from sglang_prefix.backend.decode_planner import LayerGroup
 from sglang_prefix.backend.fallback import REASONS, layer_reason
@@ -104,7 +105,7 @@ def find_layers(
         ValueError: the executor cannot take the model's tensors, or the workspace is too small.
     """
     pool = model_runner.token_to_kv_pool
-    layers = [m for m in model_runner.model.modules() if isinstance(m, RadixAttention)]
+    layers = attention_layers(model_runner.model)
     reasons = {
         layer.layer_id: layer_reason(
             layer,

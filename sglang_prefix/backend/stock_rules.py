@@ -10,7 +10,21 @@ from packaging.version import Version
 
 from prefix_patches.stock_backend import prefill_name, resolved_args
 
-__all__ = ["check_cpu_prefill", "check_stock_rules"]
+__all__ = ["REFUSED", "check_cpu_prefill", "check_model", "check_stock_rules"]
+
+# Models whose decode is no call of ours: the model itself asks for the backend's name, and hands
+# over what only the backends that it knows understand. By the stock backend that SGLang chooses,
+# by architecture, and "mla". A table of docs/compatibility.md says the same of families.
+REFUSED = {
+    "mla": "has multi-head latent attention, whose code path follows the backend's name",
+    "dsa": "picks the tokens that it attends to",
+    "nsa": "picks the tokens that it attends to",
+    "dsv4": "picks the tokens that it attends to",
+    "qsa": "picks the tokens that it attends to",
+    "minicpm_flashattn": "picks the tokens that it attends to",
+    "minicpm_flashinfer": "picks the tokens that it attends to",
+    "InklingForConditionalGeneration": "accepts the backends fa4 and triton only",
+}
 
 # From SGLang's argument resolution (arg_groups/overrides.py, 0.5.23): page sizes to which it
 # snaps ``--page-size`` when one of these is named. It does not know them behind our name.
@@ -47,12 +61,36 @@ def check_cpu_prefill(model_runner: Any, own_name: str) -> None:
         )
 
 
+def check_model(architecture: str, stock_name: str, *, uses_mla: bool) -> None:
+    """Refuse a model of which nothing could be packed, and which our name would break.
+
+    Args:
+        architecture: as the model's configuration names it.
+        stock_name: the backend that SGLang runs it on.
+        uses_mla: whether it has multi-head latent attention.
+
+    Raises:
+        ValueError: the message says how to serve it.
+    """
+    keys = (stock_name, "mla" if uses_mla else "", architecture)
+    if why := next((REFUSED[key] for key in keys if key in REFUSED), None):
+        raise ValueError(
+            f"the attention backend prefix cannot serve {architecture}, which {why}. Start without "
+            f"it: SGLang then decodes with {stock_name}"
+        )
+
+
 def check_stock_rules(stock_name: str, model_runner: Any) -> None:
-    """Refuse a page size or KV dtype that the stock backend cannot serve.
+    """Refuse a model, page size or KV dtype that the stock backend cannot serve under our name.
+
+    SGLang 0.5.20 and later have looked at all of them already, see `prefix_patches/resolution.py`.
 
     Raises:
         ValueError: the message names the flag to change, and the other way out.
     """
+    if model_runner.use_mla_backend and not model_runner.is_draft_worker:
+        architecture = model_runner.model_config.hf_config.architectures[0]
+        check_model(architecture, stock_name, uses_mla=True)
     other = "or name another stock backend in SGLANG_PREFIX_STOCK_BACKEND"
     sizes = PAGE_SIZES.get(stock_name)
     if sizes and model_runner.page_size not in sizes:
