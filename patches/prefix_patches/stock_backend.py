@@ -54,8 +54,9 @@ def resolved_args(model_runner: Any) -> Any:
 def default_stock_name(model_runner: Any, own_name: str) -> str:
     """The stock backend that SGLang would have used for this runner's decode.
 
-    From 0.5.20 on that is what it has chosen without our name (`resolution.py`). Before, it is what the user named with ``--attention-backend``, if it is not us, else the default of
-    the architecture; on the CPU ``intel_amx`` where there is AMX and ``torch_native`` elsewhere.
+    From 0.5.20 on that is what it has chosen without our name (`resolution.py`). Before, it is what
+    the user named with ``--attention-backend``, if it is not us, else the default of the
+    architecture; on the CPU ``intel_amx`` where there is AMX and ``torch_native`` elsewhere.
     The default comes from ``get_default_attn_backend(server_args, use_mla, model_config)`` in
     ``arg_groups/model_override_base.py`` from 0.5.19 on, from the method
     ``ServerArgs._get_default_attn_backend(use_mla, model_config)`` in 0.5.17 and 0.5.18. When both

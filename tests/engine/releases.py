@@ -14,6 +14,7 @@ _SINCE = {
     "olmo3": ("0.5.18", "loading Olmo 3"),
     "beams": ("0.5.19", "beam search"),
     "kv-scales": ("0.5.19", "loading the KV scales of a compressed-tensors checkpoint"),
+    "resolution-hooks": ("0.5.20", "a way into SGLang's resolution of its arguments"),
     "flush-while-paused": ("0.5.21", "flushing the cache while retracted requests wait"),
     "pages-on-cpu": ("0.5.22", "a page size above 1 on the CPU"),
     "any-name-on-cpu": ("0.5.22", "--attention-backend prefix on the CPU"),

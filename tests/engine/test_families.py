@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterator
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from sglang_prefix.backend.stock_rules import REFUSED
+from prefix_patches.resolution import stock_choice
 from sglang_prefix.plugin import register
-from tests.engine.releases import has
+from tests.docs.pages import ROOT
+from tests.engine.releases import needs
 
 BASE = {
     "hidden_size": 64,
@@ -70,11 +72,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen3_5MoeForCausalLM": ("qwen3_5_moe_text", MOE | LINEAR),
     "GptOssForCausalLM": ("gpt_oss", MOE | WINDOWS),
     "Gemma3ForCausalLM": ("gemma3_text", WINDOWS),
-    "Gemma4ForCausalLM": ("gemma4_text", WINDOWS | {"global_head_dim": 32}),
+    "Gemma4ForCausalLM": ("gemma4_text", WINDOWS | {"global_head_dim": 16}),
     "DeepseekV3ForCausalLM": ("deepseek_v3", MLA),
     "DeepseekV32ForCausalLM": ("deepseek_v32", MLA | INDEX),
-    "DeepseekV4ForCausalLM": ("deepseek_v4", MLA | INDEX),
-    "KimiK25ForConditionalGeneration": ("kimi_k25", MLA),
+    "DeepseekV4ForCausalLM": ("deepseek_v4", MLA | INDEX | {"sliding_window": 128, "compress_ratios": [0, 0, 4, 128]}),
+    "KimiK25ForConditionalGeneration": ("kimi_k25", {"text_config": BASE | MLA}),
     "Glm4ForCausalLM": ("glm4", {}),
     "Glm4MoeForCausalLM": ("glm4_moe", MOE),
     "GlmMoeDsaForCausalLM": ("glm_moe_dsa", MLA | INDEX),
@@ -87,7 +89,170 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Ernie4_5_MoeForCausalLM": ("ernie4_5_moe", MOE),
     "HunYuanDenseV1ForCausalLM": ("hunyuan_v1_dense", {}),
     "HunYuanMoEV1ForCausalLM": ("hunyuan_v1_moe", MOE),
-    "Step3p5ForCausalLM": ("step3p5", MOE),
-    "MiMoForCausalLM": ("mimo", {}),
-    "MiMoV2FlashForCausalLM": ("mimo_v2_flash", MOE),
+    "Step3p5ForCausalLM": ("step3p5", WINDOWS),
+    "MiMoForCausalLM": ("qwen2", {}),
+    "MiMoV2FlashForCausalLM": ("mimo_v2_flash", {"hybrid_layer_pattern": [1, 0, 1, 0]}),
 }
+# Whose decode is not ours to take.
+UNSERVED = (
+    "DeepseekV3ForCausalLM",
+    "DeepseekV32ForCausalLM",
+    "DeepseekV4ForCausalLM",
+    "KimiK25ForConditionalGeneration",
+    "GlmMoeDsaForCausalLM",
+)
+CUDA = {"is_cuda": True, "has_flashinfer": True}
+# Device, its compute capability, and what SGLang asks its platform.
+HARDWARE: dict[str, tuple[str, tuple[int, int], dict[str, Any]]] = {
+    "cpu": ("cpu", (0, 0), {}),
+    "sm80": ("cuda", (8, 0), CUDA),
+    "sm90": ("cuda", (9, 0), CUDA | {"is_sm90": True, "is_hopper_with_cuda_12_3": True}),
+    "sm100": (
+        "cuda",
+        (10, 0),
+        CUDA | {"is_sm100": True, "is_blackwell": True, "is_sm100_or_sm110": True},
+    ),
+}
+NAMES = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
+
+pytestmark = needs("resolution-hooks")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A folder with a configuration of each model, and our name known to SGLang."""
+    register()
+    return {name: write_config(name, tmp_path_factory.mktemp(name)) for name in MODELS}
+
+
+def write_config(architecture: str, folder: Path) -> str:
+    model_type, more = MODELS[architecture]
+    whole = more if "text_config" in more else BASE | more
+    config = whole | {"architectures": [architecture], "model_type": model_type}
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+class Resolved:
+    """What SGLang resolves for a model on some hardware.
+
+    Attributes:
+        fields: all settings by name, as text; one that says how SGLang refused, if it did.
+        names: of the backends for prefill and decode.
+        choice: what we noted as the stock backends.
+    """
+
+    def __init__(self, folder: str, hardware: str, monkeypatch: pytest.MonkeyPatch, **args: Any):
+        from sglang.srt.arg_groups.arg_utils import record_fields
+        from sglang.srt.arg_groups.overrides import attention_backends_of, resolved_view
+        from sglang.srt.runtime_context import override_platform
+        from sglang.srt.server_args import ServerArgs
+
+        device, capability, facts = HARDWARE[hardware]
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: capability)
+        typed = ServerArgs(
+            model_path=folder, device=device, random_seed=1, skip_tokenizer_init=True, **args
+        )
+        self.choice, self.names = None, ("", "")
+        try:
+            with override_platform(**facts):
+                typed.resolve_once()
+        except AssertionError as error:
+            self.fields = {"refused": str(error)}
+            return
+        there = pickle.loads(pickle.dumps(typed))  # as it comes to a scheduler
+        view = resolved_view(there)
+        fields = [field.name for field in record_fields(type(there))]
+        self.fields = {name: repr(getattr(view, name)) for name in fields}
+        self.choice, self.names = stock_choice(there), attention_backends_of(view)
+
+    @property
+    def others(self) -> dict[str, str]:
+        """The settings that do not name an attention backend."""
+        return {name: value for name, value in self.fields.items() if name not in NAMES}
+
+
+@pytest.mark.parametrize("hardware", HARDWARE)
+@pytest.mark.parametrize("model", [name for name in MODELS if name not in UNSERVED])
+def test_with_our_name_sglang_chooses_what_it_chooses_without_it(
+    model: str, hardware: str, folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock = Resolved(folders[model], hardware, monkeypatch)
+    half = Resolved(folders[model], hardware, monkeypatch, decode_attention_backend="prefix")
+    whole = Resolved(folders[model], hardware, monkeypatch, attention_backend="prefix")
+    assert half.others == whole.others == stock.others
+    if "refused" in stock.fields:  # some hybrid models on a CPU
+        return
+    assert half.names == (stock.names[0], "prefix")
+    assert whole.names == ("prefix", "prefix")
+    for found in (half.choice, whole.choice):
+        assert found is not None
+        assert (found.prefill, found.decode) == stock.names
+        assert found.architecture == model
+
+
+@pytest.mark.parametrize("hardware", ["sm80", "sm90", "sm100"])
+@pytest.mark.parametrize("model", UNSERVED)
+def test_models_of_which_nothing_can_be_packed_are_refused_in_one_line(
+    model: str, hardware: str, folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock = Resolved(folders[model], hardware, monkeypatch).names[1]
+    for flag in ("attention_backend", "decode_attention_backend"):
+        with pytest.raises(ValueError, match=f"cannot serve {model}, which ") as failure:
+            Resolved(folders[model], hardware, monkeypatch, **{flag: "prefix"})
+        assert str(failure.value).endswith(f"SGLang then decodes with {stock}")
+        assert "\n" not in str(failure.value)
+
+
+def test_what_the_user_names_is_kept(
+    folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama = folders["LlamaForCausalLM"]
+    ours: Any = {"decode_attention_backend": "prefix"}
+    beside = Resolved(llama, "sm100", monkeypatch, attention_backend="triton", **ours)
+    assert beside.names == ("triton", "prefix")
+    assert beside.choice is not None
+    assert beside.choice.decode == "triton"
+    other = Resolved(llama, "sm100", monkeypatch, prefill_attention_backend="flashinfer", **ours)
+    assert other.names == ("flashinfer", "prefix")
+    assert other.choice is not None
+    assert other.choice.decode == "trtllm_mha"
+    # Somebody else's decode: our name stands for prefill, and is left as it is.
+    theirs = {"attention_backend": "prefix", "decode_attention_backend": "triton"}
+    assert Resolved(llama, "sm80", monkeypatch, **theirs).names == ("prefix", "triton")
+
+
+def test_a_stock_backend_that_the_user_names_to_us_stands_in_for_our_name(
+    folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama = folders["LlamaForCausalLM"]
+    stock = Resolved(llama, "sm90", monkeypatch, decode_attention_backend="trtllm_mha")
+    assert stock.fields["page_size"] == "64"  # which SGLang snaps for this backend
+    monkeypatch.setenv("SGLANG_PREFIX_STOCK_BACKEND", "trtllm_mha")
+    ours = Resolved(llama, "sm90", monkeypatch, decode_attention_backend="prefix")
+    assert ours.others == stock.others
+    assert ours.names == ("fa3", "prefix")
+    whole = Resolved(llama, "sm90", monkeypatch, attention_backend="prefix")
+    assert whole.choice is not None
+    assert (whole.choice.prefill, whole.choice.decode) == ("trtllm_mha", "trtllm_mha")
+
+
+@pytest.mark.parametrize("flag", ["attention_backend", "decode_attention_backend"])
+def test_the_draft_model_runs_on_what_sglang_would_have_used(
+    flag: str, folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama = folders["LlamaForCausalLM"]
+    draft: Any = {"speculative_algorithm": "STANDALONE", "speculative_draft_model_path": llama}
+    stock = Resolved(llama, "sm90", monkeypatch, **draft)
+    ours = Resolved(llama, "sm90", monkeypatch, **{flag: "prefix"}, **draft)
+    named = ours.others | {"speculative_draft_attention_backend": "None"}
+    assert named == stock.others
+    assert ours.fields["speculative_draft_attention_backend"] == repr(stock.names[1])
+
+
+def test_a_page_says_of_every_family_whether_it_is_served() -> None:
+    text = (ROOT / "docs/compatibility.md").read_text()
+    rows = re.findall(r"^\| [^|]+ \| ([^|]*`\w+`[^|]*) \| (\w+)", text, re.MULTILINE)
+    said = {name: word for names, word in rows for name in re.findall(r"`(\w+)`", names)}
+    assert said.keys() == MODELS.keys()
+    assert {name for name, word in said.items() if word == "refused"} == set(UNSERVED)
