@@ -88,9 +88,10 @@ def check_stock_rules(stock_name: str, model_runner: Any) -> None:
     Raises:
         ValueError: the message names the flag to change, and the other way out.
     """
-    if model_runner.use_mla_backend and not model_runner.is_draft_worker:
+    uses_mla = model_runner.use_mla_backend
+    if (uses_mla or stock_name in REFUSED) and not model_runner.is_draft_worker:
         architecture = model_runner.model_config.hf_config.architectures[0]
-        check_model(architecture, stock_name, uses_mla=True)
+        check_model(architecture, stock_name, uses_mla=uses_mla)
     other = "or name another stock backend in SGLANG_PREFIX_STOCK_BACKEND"
     sizes = PAGE_SIZES.get(stock_name)
     if sizes and model_runner.page_size not in sizes:

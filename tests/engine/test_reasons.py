@@ -10,15 +10,17 @@ import pytest
 import torch
 
 from prefix_kernels.torch_executor import TorchExecutor
+from prefix_patches.attention_layers import attention_layers
+from prefix_patches.schedule_context import PASSED_BY
 from sglang_prefix.backend import backend as backend_module
 from sglang_prefix.backend.fallback import GATE_REASONS, REASONS, layer_reason, server_reason
 from sglang_prefix.config import PrefixConfig
 from tests.engine.bare_backend import Bench, make_layer, make_runner
+from tests.scheduling import make_forward_batch
 
 # What differs from a server that packs, from a layer that is packed, from a batch that is.
 SERVERS: dict[str, dict[str, Any]] = {
     "draft-model": {"is_draft_worker": True},
-    "mla": {"use_mla_backend": True},
     "encoder-decoder": {"model_config": SimpleNamespace(is_encoder_decoder=True)},
     "deterministic": {"args": {"enable_deterministic_inference": True}},
     "context-parallel": {"args": {"dcp_size": 2}},
@@ -61,7 +63,7 @@ ELSEWHERE = {
     "no-request-info": "test_decode_planner",
     "no-radix-paths": "test_decode_planner",
 }
-HERE = {"no-layer", "cuda-graph", "other-batch"}
+HERE = {"no-layer", "no-attention", "cuda-graph", "other-batch", *PASSED_BY.values()}
 
 
 def reason_of(changes: dict[str, Any]) -> str | None:
@@ -132,6 +134,37 @@ def test_a_server_without_a_layer_of_ours_or_with_graphs_on_the_torch_executor_g
         assert "0 of 1 layers, executor none" in text
         assert text.endswith(f"graph labels none, inactive: {REASONS[reason]}")
     assert f"layers [0] are stock's ({REASONS['sliding-window']})" in caplog.text
+
+
+def test_a_model_without_layers_of_sglangs_is_told_from_one_whose_layers_are_all_stocks() -> None:
+    assert build([])._server_reason == "no-attention"
+
+
+def test_layers_that_stand_beside_a_models_modules_are_found() -> None:
+    # As SGLang's `TransformersForCausalLM` keeps them.
+    layers = [make_layer(i) for i in range(2)]
+    model = torch.nn.Module()
+    inner: Any = torch.nn.Module()
+    model.inner = inner
+    inner.attention_instances = dict(enumerate(layers))
+    assert attention_layers(model) == layers
+    model.first = layers[0]
+    assert sorted(layer.layer_id for layer in attention_layers(model)) == [0, 1]
+
+
+@pytest.mark.parametrize("mode", PASSED_BY)
+def test_passes_that_go_by_us_are_counted(mode: str, caplog: pytest.LogCaptureFixture) -> None:
+    bench = Bench()
+    schedule = bench.backend._schedule
+    with bench.step():
+        bench.decode(bench.layers[0])
+    for passing in (mode, "EXTEND", mode):
+        batch = make_forward_batch(passing, [1, 2], [5, 6], [4, 5])
+        schedule.pop(schedule.push(batch))
+    counted = bench.backend._report()
+    assert counted["fallback_reasons"] == {PASSED_BY[mode]: 2}
+    assert counted["packed_steps"] == 1
+    assert caplog.text.count(REASONS[PASSED_BY[mode]]) == 1
 
 
 @pytest.mark.parametrize("name", BATCHES)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ import torch
 
 from tests.engine.bare_backend import make_runner
 from tests.engine.driver import Scenario, Section, run_scenario
+from tests.engine.families import write_config
 from tests.engine.releases import BACKEND_FLAG, has
 
 # Hooks, engine arguments, messages.
@@ -21,13 +25,13 @@ FAILURES: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
         {BACKEND_FLAG: "prefix"},
         "RuntimeError: sglang-prefix cannot attach to SGLang",
     ),
-    # SGLang's own message.
-    "deterministic": (
+}
+if not has("resolution-hooks"):  # SGLang's own message
+    FAILURES["deterministic"] = (
         (),
         {"attention_backend": "prefix", "enable_deterministic_inference": True},
         "but you explicitly specified 'prefix'",
-    ),
-}
+    )
 if not has("any-name-on-cpu"):
     FAILURES["prefill"] = (
         (),
@@ -135,6 +139,35 @@ def test_our_name_alone_does_not_do_for_prefill_on_the_cpu_of_older_releases(
         return
     with pytest.raises(ValueError, match="use --decode-attention-backend prefix"):
         stock_rules.check_cpu_prefill(runner, "prefix")
+
+
+@pytest.mark.parametrize(
+    ("stock_name", "changes"), [("fa3", {"use_mla_backend": True}), ("dsv4", {}), ("dsa", {})]
+)
+def test_models_that_nobody_refused_before_are_refused_by_the_factory(
+    stock_name: str, changes: dict[str, Any]
+) -> None:
+    from sglang_prefix.backend.stock_rules import check_stock_rules
+
+    config = SimpleNamespace(hf_config=SimpleNamespace(architectures=["DeepseekV3ForCausalLM"]))
+    runner = make_runner(model_config=config, **changes)
+    with pytest.raises(ValueError, match="prefix cannot serve DeepseekV3ForCausalLM, which "):
+        check_stock_rules(stock_name, runner)
+    runner.is_draft_worker = True  # which runs on a backend of its own, and packs nothing
+    check_stock_rules(stock_name, runner)
+
+
+def test_a_model_is_refused_by_the_command_before_anything_is_launched(tmp_path: Path) -> None:
+    folder = write_config("DeepseekV3ForCausalLM", tmp_path)
+    sglang = str(Path(sys.executable).with_name("sglang"))
+    command = [sglang, "serve", "--model-path", folder]
+    command += ["--device", "cpu", "--skip-tokenizer-init", "--decode-attention-backend", "prefix"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode != 0
+    said = ended.stdout + ended.stderr
+    assert said.count("prefix cannot serve DeepseekV3ForCausalLM") == 1
+    *_, last = said.strip().splitlines()
+    assert last.endswith("Start without it: SGLang then decodes with torch_native")
 
 
 FORWARD_BATCH = "sglang.srt.model_executor.forward_batch_info.ForwardBatch"
