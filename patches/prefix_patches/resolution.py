@@ -9,6 +9,7 @@ we delegate to.
 The way in is SGLang's own: plugins may wrap named steps of the resolution
 (``arg_groups/resolution_hooks.py``, 0.5.20 to 0.5.23). Before 0.5.20 there is none. The rules then
 meet our name, and `stock_backend.default_stock_name` asks SGLang for the default of its hardware.
+When a step or a function of it is gone, registration fails, and SGLang refuses our name as unknown.
 """
 
 from __future__ import annotations

@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from prefix_patches.resolution import stock_choice
+from prefix_patches.stock_backend import build_stock
 from sglang_prefix.plugin import register
 from tests.docs.pages import ROOT
+from tests.engine.bare_backend import make_runner
 from tests.engine.families import MODELS, UNSERVED, write_config
 from tests.engine.releases import needs
 
@@ -160,9 +162,32 @@ def test_the_draft_model_runs_on_what_sglang_would_have_used(
     assert ours.fields["speculative_draft_attention_backend"] == repr(stock.names[1])
 
 
+def test_deterministic_inference_is_resolved_as_without_us(
+    folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama, asked = folders["LlamaForCausalLM"], {"enable_deterministic_inference": True}
+    stock = Resolved(llama, "sm90", monkeypatch, **asked)
+    ours = Resolved(llama, "sm90", monkeypatch, attention_backend="prefix", **asked)
+    assert ours.others == stock.others
+    assert ours.names == ("prefix", "prefix")
+    assert ours.fields["enable_deterministic_inference"] == "True"  # a reason to leave decode alone
+
+
+def test_stock_backends_and_what_wraps_ours_find_a_name_that_they_know() -> None:
+    names: Any = {"decode_attention_backend_str": "prefix", "prefill_attention_backend_str": "fa3"}
+    runner = make_runner(**names)
+    build_stock(runner, "torch_native", "prefix")
+    assert runner.decode_attention_backend_str == "torch_native"
+    assert runner.prefill_attention_backend_str == "fa3"
+    assert not hasattr(make_runner(), "decode_attention_backend_str")  # before 0.5.18
+
+
 def test_a_page_says_of_every_family_whether_it_is_served() -> None:
-    text = (ROOT / "docs/compatibility.md").read_text()
+    page = (ROOT / "docs/compatibility.md").read_text()
+    _, _, text = page.partition("## Model families")
+    text, _, _ = text.partition("\n## ")
     rows = re.findall(r"^\| [^|]+ \| ([^|]*`\w+`[^|]*) \| (\w+)", text, re.MULTILINE)
+    assert {word for _, word in rows} == {"packed", "partly", "stock", "refused"}
     said = {name: word for names, word in rows for name in re.findall(r"`(\w+)`", names)}
     assert said.keys() == MODELS.keys()
     assert {name for name, word in said.items() if word == "refused"} == set(UNSERVED)
