@@ -41,7 +41,7 @@ REASONS = {
     "kv-dtype": "the KV cache dtype is not one that the executors read",
     "kv-quantized": "the KV cache is quantised in blocks",
     "cpu-graph": "--enable-torch-compile captures decode on the CPU",
-    "no-layer": "every attention layer of the model is stock's, each for the reason given above",
+    "no-layer": "every attention layer of the model is stock's; delegated_layers says why",
     "no-attention": "the model has no RadixAttention layer that could be found",
     # One layer: the others are packed all the same.
     "sliding-window": "the layer attends to a window only",

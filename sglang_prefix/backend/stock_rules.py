@@ -12,9 +12,10 @@ from prefix_patches.stock_backend import prefill_name, resolved_args
 
 __all__ = ["REFUSED", "check_cpu_prefill", "check_model", "check_stock_rules"]
 
-# Models whose decode is no call of ours: the model itself asks for the backend's name, and hands
-# over what only the backends that it knows understand. By the stock backend that SGLang chooses,
-# by architecture, and "mla". A table of docs/compatibility.md says the same of families.
+# Models of which nothing could be packed. Most ask for the backend's name themselves, and hand over
+# what only the backends that they know understand: 0.5.23, models/deepseek_v2.py and
+# deepseek_common/attention_backend_handler.py, inkling_common/attn.py. By the stock backend that
+# SGLang chooses, by architecture, and "mla". docs/compatibility.md has the families.
 REFUSED = {
     "mla": "has multi-head latent attention, whose code path follows the backend's name",
     "dsa": "picks the tokens that it attends to",

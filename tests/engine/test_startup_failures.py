@@ -157,6 +157,14 @@ def test_models_that_nobody_refused_before_are_refused_by_the_factory(
     check_stock_rules(stock_name, runner)
 
 
+def test_a_model_can_be_refused_by_its_architecture() -> None:
+    from sglang_prefix.backend.stock_rules import check_model
+
+    check_model("LlamaForCausalLM", "fa4", uses_mla=False)
+    with pytest.raises(ValueError, match="Inkling.* accepts the backends fa4 and triton only"):
+        check_model("InklingForConditionalGeneration", "fa4", uses_mla=False)
+
+
 def test_a_model_is_refused_by_the_command_before_anything_is_launched(tmp_path: Path) -> None:
     folder = write_config("DeepseekV3ForCausalLM", tmp_path)
     sglang = str(Path(sys.executable).with_name("sglang"))
