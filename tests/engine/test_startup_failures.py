@@ -161,7 +161,7 @@ def test_a_model_can_be_refused_by_its_architecture() -> None:
     from sglang_prefix.backend.stock_rules import check_model
 
     check_model("LlamaForCausalLM", "fa4", uses_mla=False)
-    with pytest.raises(ValueError, match="Inkling.* accepts the backends fa4 and triton only"):
+    with pytest.raises(ValueError, match=r"Inkling.* accepts the backends fa4 and triton only"):
         check_model("InklingForConditionalGeneration", "fa4", uses_mla=False)
 
 
