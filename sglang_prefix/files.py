@@ -18,6 +18,7 @@ from typing import Any
 __all__ = [
     "MAX_READ_BYTES",
     "MAX_VALUES",
+    "check_folder",
     "check_writable",
     "parse_json",
     "read_json",
@@ -82,6 +83,24 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     beside = _name_beside(target)
     beside.open("xb").close()
     beside.unlink()
+
+
+def check_folder(path: str | os.PathLike[str]) -> None:
+    """Find out whether a folder is there, or can be made, and takes files; leaves nothing.
+
+    Raises:
+        OSError: it is something else, or cannot be made or written to.
+    """
+    # Not `resolve`, which raises RuntimeError for links that lead to each other.
+    folder, missing = Path(os.path.realpath(path)), list[str]()
+    while _status(folder) is None:
+        missing.append(folder.name)
+        folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    for name in missing:
+        check_writable(folder / name)  # for its length, too
+    check_writable(folder / "x")
 
 
 def _status(target: Path) -> os.stat_result | None:

@@ -16,7 +16,7 @@ from sglang_prefix.bench.workloads.registry import (
 from sglang_prefix.bench.workloads.traces import read_trace, trace_batches
 from sglang_prefix.bench.workloads.trees import pat_tree
 
-__all__ = ["CPU_MAX_TOKENS", "POLICIES", "KernelOptions", "kernel_cases"]
+__all__ = ["CPU_MAX_TOKENS", "POLICIES", "KernelOptions", "compile_pattern", "kernel_cases"]
 
 CPU_MAX_TOKENS = 1 << 18
 POLICIES = ("pat", "node", "chunk", "query")
@@ -124,12 +124,7 @@ def _registry_cases(options: KernelOptions) -> list[KernelCase]:
     files = f"a file ({', '.join(registry_names())}), or a regular expression"
     names = [text for text in options.workloads if text in registry_names()]
     asked = [text for text in options.workloads if text not in names]
-    try:
-        patterns = [re.compile(text) for text in asked]
-    except re.error as error:
-        raise ValueError(
-            f"workload {error.pattern!r} is no regular expression: {error.msg}; legal: {files}"
-        ) from None
+    patterns = [compile_pattern("--workload", text, files) for text in asked]
     default = ["gpu"] if options.dry else ["quick"] if options.quick else _DEFAULT_FILES
     cases = [case for name in names or default for case in load_registry(name)]
     # Each batch with its first heads before any has its second.
@@ -141,6 +136,21 @@ def _registry_cases(options: KernelOptions) -> list[KernelCase]:
             "case contains"
         )
     return cases
+
+
+def compile_pattern(option: str, text: str, legal: str) -> re.Pattern[str]:
+    """A regular expression of a user's.
+
+    Raises:
+        ValueError: it is none; one line.
+    """
+    try:
+        return re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
+        reason = getattr(error, "msg", None) or "it repeats or nests too much"
+        raise ValueError(
+            f"{option} is {text!r}, no regular expression: {reason}; legal: {legal}"
+        ) from None
 
 
 def _check_pages(cases: Sequence[KernelCase], page_size: int) -> None:
