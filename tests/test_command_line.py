@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 import pytest
 import typer
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_prefix.cli.main import app
@@ -35,8 +35,9 @@ WORK = (
     "sglang_prefix.cli.demo._run_engine",
     "sglang_prefix.cli.doctor._examine",
     "sglang_prefix.cli.kernels.compile_report.compile_variants",
+    "sglang_prefix.api_key.requests.request",
     "sglang_prefix.explain.sources.load_tokenizer",
-    "sglang_prefix.tiny_model._write_weights",
+    "sglang_prefix.tiny_model._write",
     "os.execve",
 )
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "cpu"
@@ -56,7 +57,7 @@ EXPLAINED = {
     "--prompts": ["--tokenizer=t"],
     "--plan": [],
     "--base-url": [],
-    "--tokenizer": ["--prompts=a file"],
+    "--tokenizer": ["--prompts=prompts"],
     "--api-key": ["--base-url=http://127.0.0.1:1"],
 }
 
@@ -189,6 +190,8 @@ ODD = [
 ]  # fmt: skip
 
 
+# There are many places.
+@settings(max_examples=settings().max_examples // 2)
 @given(data=st.data())
 @pytest.mark.parametrize("place", OTHERS, ids=named)
 def test_a_value_is_refused_or_reaches_the_work(place: Place, data: st.DataObject) -> None:
@@ -197,6 +200,7 @@ def test_a_value_is_refused_or_reaches_the_work(place: Place, data: st.DataObjec
     values = data.draw(st.lists(texts, min_size=1, max_size=3 if can_repeat else 1))
     with empty_folder() as folder:
         (folder / "there").mkdir()
+        (folder / "prompts").write_text("a\nb")
         (folder / "a file").write_text("[" * 100_000)
         (folder / "link").symlink_to("link")
         before = sorted(folder.iterdir())

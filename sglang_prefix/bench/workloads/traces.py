@@ -80,6 +80,8 @@ def _parse(line: str, where: str) -> TraceRequest:
         data = json.loads(line.rstrip())
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: {error.msg} at column {error.colno}; legal: JSON") from None
+    except (ValueError, RecursionError):  # more digits than Python reads, or nested too deep
+        raise ValueError(f"{where}: too large or too deep; legal: numbers in one object") from None
     if not isinstance(data, dict):
         raise ValueError(f"{where}: no JSON object; legal: an object with hash_ids")
     for name, least in (("timestamp", 0), ("input_length", 1), ("output_length", 1)):
