@@ -8,8 +8,8 @@ Start a server first, then run this against it::
     examples/serve.sh
     python examples/agents_with_tools.py --base-url http://127.0.0.1:30000
 
-A server that was started with ``--api-key`` wants its key: in ``--api-key``, or in the environment as
-``SGLANG_API_KEY`` or ``OPENAI_API_KEY``.
+A server that was started with ``--api-key`` wants its key: in ``--api-key``, or in the environment
+as ``SGLANG_API_KEY`` or ``OPENAI_API_KEY``.
 
 The tools really run. Which one is called is what the model says, in a line such as
 ``CALL price oak``; where it says nothing of the kind, as a random model will, the agent's own plan

@@ -7,8 +7,8 @@ Start a server first, then run this against it::
 
 ``exec`` is for hosts without a GPU, where the frontend language does not import without it.
 
-A server that was started with ``--api-key`` wants its key: in ``--api-key``, or in the environment as
-``SGLANG_API_KEY`` or ``OPENAI_API_KEY``.
+A server that was started with ``--api-key`` wants its key: in ``--api-key``, or in the environment
+as ``SGLANG_API_KEY`` or ``OPENAI_API_KEY``.
 """
 
 from __future__ import annotations

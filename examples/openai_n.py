@@ -5,8 +5,8 @@ Start a server first, then run this against it::
     examples/serve.sh
     python examples/openai_n.py --base-url http://127.0.0.1:30000 --n 8
 
-A server that was started with ``--api-key`` wants its key: in ``--api-key``, or in the environment as
-``SGLANG_API_KEY`` or ``OPENAI_API_KEY``.
+A server that was started with ``--api-key`` wants its key: in ``--api-key``, or in the environment
+as ``SGLANG_API_KEY`` or ``OPENAI_API_KEY``.
 """
 
 from __future__ import annotations

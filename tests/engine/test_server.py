@@ -151,20 +151,21 @@ def test_explain_shows_the_last_plan(server: Server, tmp_path: Path) -> None:
     assert str(KEY.value) not in target.read_text() + picture.read_text() + shown.output
 
 
-def test_a_wrong_key_or_none_is_told_in_one_line(server: Server) -> None:
-    for given, told in (
-        ([], "it wants a key; legal: one in --api-key or SGLANG_API_KEY or OPENAI_"),
-        (
-            ["--api-key", "wrong"],
-            "the key of --api-key is not its own; legal: its key, in --api-key",
-        ),
-    ):
-        run = ["explain", "--base-url", server.url, *given]
-        refused = CliRunner().invoke(app, run)
-        assert refused.exit_code == 2
-        (line,) = refused.stderr.splitlines()
-        assert told in line
-        assert "wrong" not in line
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ([], "wants a key; legal: one in --api-key or SGLANG_API_KEY or OPENAI_API_KEY"),
+        (["--api-key", "wrong"], "the key of --api-key is not its own; legal: its key, in --api-k"),
+    ],
+)
+def test_a_wrong_key_or_none_is_told_in_one_line(
+    server: Server, given: list[str], told: str
+) -> None:
+    refused = CliRunner().invoke(app, ["explain", "--base-url", server.url, *given])
+    assert refused.exit_code == 2
+    (line,) = refused.stderr.splitlines()
+    assert told in line
+    assert "wrong" not in line
 
 
 def test_the_load_generator_sends_the_key(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

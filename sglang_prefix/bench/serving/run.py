@@ -309,7 +309,8 @@ def _check_server_args(arguments: Sequence[str], both_run: bool) -> None:
     for name in (argument.partition("=")[0] for argument in arguments):
         if name in _SET_HERE:
             raise ValueError(f"server argument {name} is set by this command; see its options")
-        if name in _NEEDLESS:
+        # SGLang takes a beginning for the whole.
+        if len(name) > len("--ap") and any(one.startswith(name) for one in _NEEDLESS):
             raise ValueError(f"server argument {name}: legal: none; servers started here need none")
     if arguments and both_run:
         raise ValueError("server arguments are for servers started here; both run already")
