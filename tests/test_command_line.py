@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 from unittest.mock import patch
 
 import pytest
@@ -145,6 +145,13 @@ def assert_refused(place: Place, result: Outcome) -> None:
     assert line.startswith("sglang-prefix: ")
     assert place[2] in line
     assert os.listdir() == []
+
+
+def test_stock_backends_are_sglangs() -> None:
+    """Those of NVIDIA's GPUs, of which alone the gate has the limits."""
+    choices = pytest.importorskip("sglang.srt.server_args").ATTENTION_BACKEND_CHOICES
+    (place,) = (place for place in PLACES if place[2] == "--stock-backend")
+    assert set(get_args(place[1].type_descriptor.annotation)) <= set(choices)
 
 
 def test_all_commands_are_found() -> None:
