@@ -3,6 +3,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Rebuilt when the requirements change; everything else is editable.
 STAMP := $(VENV)/.installed
+# setuptools warns of every editable install of a project with several source roots; no setting of
+# a project turns it off.
+PIP_INSTALL := -W 'ignore:Editable installation' -m pip install -q
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all docs-check compat compat-version lint format bench-cpu clean
@@ -15,7 +18,7 @@ help:  ## Show this list
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test,bench,dev]'
+	$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[test,bench,dev]'
 	@touch $@
 
 install: $(STAMP)  ## Make .venv with SGLang, this package (editable) and all tools
@@ -47,7 +50,7 @@ compat-version:
 .venv-compat-%/.installed: pyproject.toml | compat-version
 	$(PYTHON) -m venv .venv-compat-$*
 	.venv-compat-$*/bin/python -m pip install -q --upgrade pip
-	.venv-compat-$*/bin/python -m pip install -q --no-deps 'sglang==$*' -e .
+	.venv-compat-$*/bin/python $(PIP_INSTALL) --no-deps 'sglang==$*' -e .
 	.venv-compat-$*/bin/python .ci/compat.py requirements > .venv-compat-$*/requirements.txt
 	.venv-compat-$*/bin/python -m pip install -q -r .venv-compat-$*/requirements.txt
 	@touch $@

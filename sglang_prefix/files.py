@@ -12,12 +12,14 @@ import json
 import os
 import secrets
 import stat
+import tempfile
 from pathlib import Path
 from typing import Any
 
 __all__ = [
     "MAX_READ_BYTES",
     "MAX_VALUES",
+    "check_folder",
     "check_writable",
     "parse_json",
     "read_json",
@@ -76,12 +78,32 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     target = Path(path)
     before = _status(target)
     if _is_stream(target, before):
+        if before is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         return
     target = Path(os.path.realpath(target))
     _refuse(target, before)
     beside = _name_beside(target)
     beside.open("xb").close()
     beside.unlink()
+
+
+def check_folder(path: str | os.PathLike[str]) -> None:
+    """Find out whether a folder is there, or can be made, and takes files; leaves nothing.
+
+    Raises:
+        OSError: it is something else, or cannot be made or written to.
+    """
+    # Not `resolve`, which raises RuntimeError for links that lead to each other.
+    folder, missing = Path(os.path.realpath(path)), list[str]()
+    while _status(folder) is None:
+        missing.append(folder.name)
+        folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    if any(len(os.fsencode(name)) > os.pathconf(folder, "PC_NAME_MAX") for name in missing):
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+    tempfile.TemporaryFile(dir=folder).close()
 
 
 def _status(target: Path) -> os.stat_result | None:

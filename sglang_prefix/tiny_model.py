@@ -7,16 +7,40 @@ tokens would prove nothing.
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 import tempfile
 from dataclasses import dataclass
-from math import sqrt
+from math import isfinite, sqrt
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-__all__ = ["Arch", "Dtype", "TinyModelConfig", "build_once", "build_tiny_model"]
+__all__ = [
+    "MAX_CONTEXT",
+    "MAX_HEADS",
+    "MAX_HEAD_DIM",
+    "MAX_HIDDEN",
+    "MAX_LAYERS",
+    "MAX_PARAMETERS",
+    "MAX_STD",
+    "MAX_VOCAB",
+    "Arch",
+    "Dtype",
+    "TinyModelConfig",
+    "build_once",
+    "build_tiny_model",
+]
 
 Arch = Literal["llama", "olmo3", "gemma2"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+
+# Beyond any model's. What the numbers make together has a bound of its own: the parameters of an 8B
+# model, whose shape `bench serving --engine` builds.
+MAX_HIDDEN, MAX_HEADS, MAX_HEAD_DIM, MAX_LAYERS = 1 << 16, 1 << 10, 1 << 10, 1 << 10
+MAX_VOCAB, MAX_CONTEXT, MAX_STD = 1 << 20, 1 << 24, 100.0
+MAX_PARAMETERS = 1 << 33
+_MAX_SEED = 1 << 63
 
 _BOS, _EOS = "<|bos|>", "<|eos|>"
 _NUM_BYTES = 256
@@ -73,11 +97,14 @@ class TinyModelConfig:
     scales_with_inputs: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "context_length"):
-            _require(name, getattr(self, name), getattr(self, name) > 0, "positive")
+        for name, most in _MOST.items():
+            value = getattr(self, name)
+            _require(name, value, value is None or 0 < value <= most, f"between 1 and {most}")
         _require("arch", self.arch, self.arch in get_args(Arch), f"one of {get_args(Arch)}")
         _require("dtype", self.dtype, self.dtype in get_args(Dtype), f"one of {get_args(Dtype)}")
-        _require("std", self.std, self.std > 0, "positive")
+        is_legal = isfinite(self.std) and 0 < self.std <= MAX_STD
+        _require("std", self.std, is_legal, f"above 0 and up to {MAX_STD:g}")
+        _require("seed", self.seed, 0 <= self.seed < _MAX_SEED, "between 0 and 2**63 - 1")
         legal = f"a multiple of num_kv_heads ({self.num_kv_heads})"
         _require("num_heads", self.num_heads, self.num_heads % self.num_kv_heads == 0, legal)
         if self.head_dim is None:
@@ -85,7 +112,8 @@ class TinyModelConfig:
             _require("hidden_size", self.hidden_size, self.hidden_size % self.num_heads == 0, legal)
         width = self.resolved_head_dim
         # Rotary embeddings turn pairs of channels.
-        _require("head_dim", width, width > 0 and width % 2 == 0, "positive and even")
+        fits = 0 < width <= MAX_HEAD_DIM and width % 2 == 0
+        _require("head_dim", width, fits, f"even, and between 2 and {MAX_HEAD_DIM}")
         legal = f"at least {_NUM_NAMED_TOKENS}"
         _require("vocab_size", self.vocab_size, self.vocab_size >= _NUM_NAMED_TOKENS, legal)
         if self.sliding_window is not None:
@@ -97,17 +125,49 @@ class TinyModelConfig:
         if self.kv_scales is not None:
             fits = self.arch == "llama" and len(self.kv_scales) == self.num_layers
             _require("kv_scales", self.kv_scales, fits, "one pair per layer, and only with llama")
+        legal = f"up to {MAX_PARAMETERS:,}: choose a smaller hidden size, vocabulary or depth"
+        _require("the number of parameters", self._size, self._size <= MAX_PARAMETERS, legal)
 
     @property
     def resolved_head_dim(self) -> int:
         """Channels per head, given or derived."""
         return self.head_dim if self.head_dim is not None else self.hidden_size // self.num_heads
 
+    @property
+    def resolved_intermediate_size(self) -> int:
+        """Channels of the MLP, given or derived."""
+        return self.intermediate_size or 2 * self.hidden_size
+
+    @property
+    def _size(self) -> int:
+        """Parameters but for the norms, which are too few to count."""
+        attention = 2 * (self.num_heads + self.num_kv_heads) * self.resolved_head_dim
+        layer = self.hidden_size * (attention + 3 * self.resolved_intermediate_size)
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.arch == "gemma2" else 2)
+        return self.num_layers * layer + embeddings
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the weights, nearly."""
+        return self._size * (4 if self.dtype == "float32" else 2)
+
+
+_MOST = {
+    "hidden_size": MAX_HIDDEN,
+    "num_layers": MAX_LAYERS,
+    "num_heads": MAX_HEADS,
+    "num_kv_heads": MAX_HEADS,
+    "vocab_size": MAX_VOCAB,
+    "context_length": MAX_CONTEXT,
+    "sliding_window": MAX_CONTEXT,
+    "intermediate_size": MAX_VOCAB,
+}
+
 
 def build_tiny_model(
     directory: Path | str, config: TinyModelConfig | None = None, device: str = "cpu"
 ) -> int:
-    """Write a model that SGLang and transformers load without network.
+    """Write a model that SGLang and transformers load without network, whole or not at all.
 
     Args:
         directory: made if it does not exist; files of the same names are replaced.
@@ -116,12 +176,54 @@ def build_tiny_model(
 
     Returns:
         The number of parameters.
+
+    Raises:
+        OSError: it cannot be written, or the disk or the memory does not hold it.
     """
+    config = config or TinyModelConfig()
+    folder = Path(os.path.realpath(directory))
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    _check_room(folder.parents[len(missing) - 1] if missing else folder, config, device)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        # On the same file system, from which files are moved in place.
+        with tempfile.TemporaryDirectory(prefix=".tiny-model-", dir=folder) as beside:
+            num_parameters = _write(Path(beside), config, device)
+            files = list(Path(beside).iterdir())
+            for target in (folder / file.name for file in files):
+                if target.is_dir():
+                    raise IsADirectoryError(errno.EISDIR, f"{target.name} is a folder")
+            for file in files:
+                os.replace(file, folder / file.name)
+    except BaseException:
+        for made in missing:
+            made.rmdir()
+        raise
+    return num_parameters
+
+
+def _check_room(folder: Path, config: TinyModelConfig, device: str) -> None:
+    """Raise OSError if the disk, or the memory for weights on the CPU, is too small."""
+    import psutil  # type: ignore[import-untyped]
+
+    free = shutil.disk_usage(folder).free
+    if config.num_bytes > free:
+        raise OSError(errno.ENOSPC, f"{_size(config.num_bytes)} of weights, {_size(free)} free")
+    free = psutil.virtual_memory().available
+    # Of each matrix the drawn values, in float32, stand beside all that there are already.
+    if device == "cpu" and config.num_bytes > free // 2:
+        needs = f"{_size(config.num_bytes)} of weights, over half of the {_size(free)} of memory"
+        raise OSError(errno.ENOMEM, f"{needs} that are free")
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / (1 << 20):,.0f} MiB"
+
+
+def _write(folder: Path, config: TinyModelConfig, device: str) -> int:
+    """Write all files; the number of parameters."""
     from transformers import GenerationConfig
 
-    config = config or TinyModelConfig()
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
     num_parameters = _write_weights(folder, config, device)
     GenerationConfig(
         bos_token_id=_NUM_BYTES, eos_token_id=_NUM_BYTES + 1, do_sample=False
@@ -161,6 +263,7 @@ def _require(name: str, value: object, holds: bool, legal: str) -> None:
 
 def _write_weights(folder: Path, config: TinyModelConfig, device: str) -> int:
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
@@ -192,7 +295,10 @@ def _write_weights(folder: Path, config: TinyModelConfig, device: str) -> int:
         weights[f"{prefix}.v_scale"] = torch.tensor(v_scale)
     # Not `save`, which would hold a large model twice.
     path = folder / "model.safetensors"
-    save_file(weights, path, metadata={"format": "pt"})
+    try:
+        save_file(weights, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error)) from None
     path.chmod(0o644)  # it was readable by the owner alone
     return num_parameters
 
@@ -212,7 +318,7 @@ def _architecture(config: TinyModelConfig) -> Any:
     common: dict[str, Any] = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size or 2 * config.hidden_size,
+        "intermediate_size": config.resolved_intermediate_size,
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,

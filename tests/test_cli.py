@@ -5,14 +5,16 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -227,8 +229,8 @@ class TestDoctor:
             assert json.loads(file.read_text()) == result
             file.unlink()
         done = invoke("doctor", "--json", nowhere)
-        assert done.exit_code == 1
-        assert f"cannot write {nowhere}" in done.stderr
+        assert done.exit_code == 2
+        assert f"'--json': {nowhere}: No such file or directory; legal: a file" in done.stderr
 
 
 def test_a_crashing_examination_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,9 +297,9 @@ class TestTinyModel:
     def test_what_is_in_the_way_is_left_alone(self, tmp_path: Path) -> None:
         mine = tmp_path / "mine.txt"
         mine.write_text("mine")
-        for target, message in ((tmp_path, "--force"), (mine, "cannot write to")):
+        for target, message in ((tmp_path, "--force"), (mine, "Not a directory; legal: a fold")):
             refused = invoke("tiny-model", target)
-            assert refused.exit_code == 1
+            assert refused.exit_code == 2
             assert message in refused.stderr
             assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
         forced = invoke("tiny-model", tmp_path, "--force")
@@ -308,13 +310,17 @@ class TestTinyModel:
     @pytest.mark.parametrize(
         ("options", "complaint"),
         [
-            ("--heads 6 --kv-heads 4", "num_heads is 6"),
-            ("--hidden-size 100", "hidden_size is 100"),
-            ("--head-dim 7", "head_dim is 7"),
-            ("--vocab-size 100", "vocab_size is 100"),
-            ("--layers 0", "num_layers is 0"),
-            ("--std 0", "std is 0"),
-            ("--sliding-window 8", "sliding_window is 8"),
+            ("--heads 6 --kv-heads 4", "--heads is 6"),
+            ("--hidden-size 100", "--hidden-size is 100"),
+            ("--head-dim 7", "--head-dim is 7"),
+            ("--vocab-size 100", "--vocab-size is 100"),
+            ("--layers 0", "'--layers': "),
+            ("--std 0", "'--std': "),
+            ("--std inf", "'--std': "),
+            ("--seed 1180591620717411303424", "'--seed': "),
+            ("--hidden-size 1099511627776", "legal: 1 to 65536"),
+            ("--hidden-size 65536 --head-dim 64 --layers 64", "the number of parameters is 1"),
+            ("--sliding-window 8", "--sliding-window is 8"),
             ("--dtype int8", "int8"),
         ],
     )
@@ -323,6 +329,32 @@ class TestTinyModel:
         assert done.exit_code == 2
         assert complaint in done.stderr
         assert not (tmp_path / "model").exists()
+
+    def test_a_disk_that_is_full_midway_leaves_nothing(self, tmp_path: Path) -> None:
+        """Files are limited to what the configuration needs, and the weights do not."""
+        limit = f"ulimit -f 64; exec {' '.join(CLI)} tiny-model"
+        for target in ("new/model", "."):
+            command = ["bash", "-c", f"{limit} {target}"]
+            done = subprocess.run(command, capture_output=True, text=True, env=QUICK, cwd=tmp_path)
+            assert done.returncode == 1, done.stderr
+            (line,) = done.stderr.splitlines()
+            assert line.startswith(f"sglang-prefix: cannot write to {target}: ")
+            assert list(tmp_path.iterdir()) == []
+
+    def test_what_the_disk_or_the_memory_cannot_hold_is_not_begun(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        config = TinyModelConfig(num_layers=1)
+        parameters = build_tiny_model(tmp_path / "a", config)
+        assert 0.98 * 4 * parameters < config.num_bytes <= 4 * parameters
+        free = SimpleNamespace(free=config.num_bytes - 1, available=2 * config.num_bytes - 1)
+        for owner, name in ((shutil, "disk_usage"), (psutil, "virtual_memory")):
+            with monkeypatch.context() as patched:
+                patched.setattr(owner, name, lambda *_: free)
+                done = invoke("tiny-model", tmp_path / "b", "--layers", "1")
+            assert done.exit_code == 1
+            assert "of weights, " in done.stderr
+            assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
     @pytest.mark.parametrize(
         "config",

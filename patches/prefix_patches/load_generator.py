@@ -180,13 +180,16 @@ def load_tokenizer(name: str) -> Any:
     return get_tokenizer(name)
 
 
-def endpoint(url: str, generate: Callable[[str, int], tuple[str, dict[str, Any]]]) -> Any:
+def endpoint(
+    url: str, generate: Callable[[str, int], tuple[str, dict[str, Any]]], key: str | None
+) -> Any:
     """The language's server at a URL, whose answers come from ``generate``.
 
     Args:
         url: of the server.
         generate: called with a prompt and the number of tokens; returns the text of the answer
             and its meta information.
+        key: that the server wants.
     """
     from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
 
@@ -194,4 +197,4 @@ def endpoint(url: str, generate: Callable[[str, int], tuple[str, dict[str, Any]]
         def generate(self, s: Any, sampling_params: Any) -> tuple[str, dict[str, Any]]:
             return generate(s.text_, sampling_params.max_new_tokens)
 
-    return Endpoint(url)
+    return Endpoint(url, api_key=key)

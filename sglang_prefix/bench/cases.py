@@ -16,7 +16,7 @@ from sglang_prefix.bench.workloads.registry import (
 from sglang_prefix.bench.workloads.traces import read_trace, trace_batches
 from sglang_prefix.bench.workloads.trees import pat_tree
 
-__all__ = ["CPU_MAX_TOKENS", "POLICIES", "KernelOptions", "kernel_cases"]
+__all__ = ["CPU_MAX_TOKENS", "POLICIES", "KernelOptions", "compile_pattern", "kernel_cases"]
 
 CPU_MAX_TOKENS = 1 << 18
 POLICIES = ("pat", "node", "chunk", "query")
@@ -57,7 +57,7 @@ def kernel_cases(options: KernelOptions) -> list[KernelCase]:
     """
     for policy in options.policies:
         if policy not in POLICIES:
-            raise ValueError(f"policy {policy!r}; legal: {', '.join(POLICIES)}")
+            raise ValueError(f"--policy is {policy!r}; legal: {', '.join(POLICIES)}")
     cases = _under(options, [*_tree_cases(options), *_trace_cases(options)])
     if options.workloads or not cases:
         cases += _registry_cases(options)
@@ -112,7 +112,7 @@ def _trace_cases(options: KernelOptions) -> Iterator[KernelCase]:
             most = options.max_tokens or CPU_MAX_TOKENS
             batches = trace_batches(requests, options.trace_batches, most)
         except ValueError as error:
-            raise ValueError(f"trace {path}: {error}; legal: a larger --max-tokens") from None
+            raise ValueError(f"--trace {path}: {error}; legal: a larger --max-tokens") from None
         for batch in batches:
             name = f"{stem}@{batch.moment_ms / 1e3:.0f}s"
             note = f"{batch.left_out} more ran at that moment but did not fit into --max-tokens"
@@ -124,12 +124,7 @@ def _registry_cases(options: KernelOptions) -> list[KernelCase]:
     files = f"a file ({', '.join(registry_names())}), or a regular expression"
     names = [text for text in options.workloads if text in registry_names()]
     asked = [text for text in options.workloads if text not in names]
-    try:
-        patterns = [re.compile(text) for text in asked]
-    except re.error as error:
-        raise ValueError(
-            f"workload {error.pattern!r} is no regular expression: {error.msg}; legal: {files}"
-        ) from None
+    patterns = [compile_pattern("--workload", text, files) for text in asked]
     default = ["gpu"] if options.dry else ["quick"] if options.quick else _DEFAULT_FILES
     cases = [case for name in names or default for case in load_registry(name)]
     # Each batch with its first heads before any has its second.
@@ -137,16 +132,31 @@ def _registry_cases(options: KernelOptions) -> list[KernelCase]:
     cases = [c for c in cases if not patterns or any(p.search(c.name) for p in patterns)]
     if not cases:
         raise ValueError(
-            f"workload {', '.join(asked)!r} matches no case; legal: {files} that the name of a "
+            f"--workload {', '.join(asked)!r} matches no case; legal: {files} that the name of a "
             "case contains"
         )
     return cases
+
+
+def compile_pattern(option: str, text: str, legal: str) -> re.Pattern[str]:
+    """A regular expression of a user's.
+
+    Raises:
+        ValueError: it is none; one line.
+    """
+    try:
+        return re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
+        reason = getattr(error, "msg", None) or "it repeats or nests too much"
+        raise ValueError(
+            f"{option} is {text!r}, no regular expression: {reason}; legal: {legal}"
+        ) from None
 
 
 def _check_pages(cases: Sequence[KernelCase], page_size: int) -> None:
     for case in cases:
         if tokens := case.tree.undivided_by(page_size):
             raise ValueError(
-                f"page size {page_size} does not divide the {tokens} tokens of a shared node of "
+                f"--page-size {page_size} does not divide the {tokens} tokens of a shared node of "
                 f"{case.name}; legal: a divisor"
             )

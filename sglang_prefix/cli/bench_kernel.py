@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
 
 import typer
 
-from sglang_prefix.cli.output import JsonOption, console, fail, write_json
+from sglang_prefix.cli.command import typed_command
+from sglang_prefix.cli.options import (
+    MAX_REPEATS,
+    MAX_REQUESTS,
+    MAX_SECONDS,
+    MAX_SEED,
+    MAX_TOKENS,
+    JsonOption,
+    PageSize,
+    folder_to_write,
+    is_given,
+    readable_file,
+    writable_file,
+)
+from sglang_prefix.cli.output import complain, console, fail, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,18 +39,24 @@ R = TypeVar("R", bound="BenchRun")
 
 _INTERRUPTED = 130
 _BUDGET_S, _QUICK_BUDGET_S = 600.0, 240.0
+_MAX_MOMENTS, _MAX_THREADS = 1000, 1024
 # What a resumed run may be told anew: none of it changes what its numbers mean.
 _WITH_RESUME = ("ctx", "out", "resume", "budget_s", "json_file", "plots", "report")
 
-Out = Annotated[Path | None, typer.Option(help="Folder for the result file, plots and page.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="Folder for the result file, plots and page.", callback=folder_to_write),
+]
 Budget = Annotated[
     float | None,
-    typer.Option(min=0, help="Time for the run. Default: 600.", show_default=False),
+    typer.Option(
+        min=0, max=MAX_SECONDS, help="Time for the run. Default: 600.", show_default=False
+    ),
 ]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with the run in --out, under its options.")
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Of all inputs.")]
+Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of all inputs.")]
 Dry = Annotated[
     bool,
     typer.Option("--dry", help="Tiny shapes in Triton's interpreter: shows the logic, no speed."),
@@ -75,9 +94,12 @@ def kernel(
             "--trace",
             metavar="FILE",
             help="Batches from a trace in Mooncake's format, .jsonl or .jsonl.gz; may be repeated.",
+            callback=readable_file,
         ),
     ] = None,
-    trace_batches: Annotated[int, typer.Option(min=1, help="Moments of a trace.")] = 3,
+    trace_batches: Annotated[
+        int, typer.Option(min=1, max=_MAX_MOMENTS, help="Moments of a trace.")
+    ] = 3,
     policies: Annotated[
         list[str] | None,
         typer.Option("--policy", help="pat, node, chunk or query; may be repeated. Default: all."),
@@ -91,27 +113,34 @@ def kernel(
     dtype: Annotated[
         Literal["bfloat16", "float16", "float32"], typer.Option(help="Of queries and KV.")
     ] = "bfloat16",
-    page_size: Annotated[int, typer.Option(min=1, help="Tokens per page of the KV pool.")] = 1,
+    page_size: PageSize = 1,
     rounds: Annotated[
         int | None,
-        typer.Option(min=1, help="Timed rounds per case. Default: as many as fit."),
+        typer.Option(
+            min=1, max=MAX_REPEATS, help="Timed rounds per case. Default: as many as fit."
+        ),
     ] = None,
     seed: Seed = 0,
     max_tokens: Annotated[
         int | None,
         typer.Option(
             min=1,
+            max=MAX_TOKENS,
             help="KV tokens that a batch may store; trace batches are cut to it. Default: 262144, "
             "on a GPU what its memory holds.",
         ),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Of torch on the CPU. Default: torch's own choice.")
+        int | None,
+        typer.Option(
+            min=1, max=_MAX_THREADS, help="Of torch on the CPU. Default: torch's own choice."
+        ),
     ] = None,
     budget_s: Annotated[
         float | None,
         typer.Option(
             min=0,
+            max=MAX_SECONDS,
             help="Time for the run; small batches come first. Default: 600, with --quick 240.",
             show_default=False,
         ),
@@ -162,12 +191,18 @@ def tune(
     write_table: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Measure nothing: take this result file into --table instead."
+            metavar="FILE",
+            help="Measure nothing: take this result file into --table instead.",
+            callback=readable_file,
         ),
     ] = None,
     table: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Table of tiles. Default: the installed one."),
+        typer.Option(
+            metavar="FILE",
+            help="Table of tiles. Default: the installed one.",
+            callback=writable_file,
+        ),
     ] = None,
     json_file: JsonOption = None,
 ) -> None:
@@ -195,9 +230,15 @@ def host(
     out: Out = None,
     requests: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Of a batch that is planned; may be repeated. Default: 256, 1024"),
+        typer.Option(
+            min=1,
+            max=MAX_REQUESTS,
+            help="Of a batch that is planned; may be repeated. Default: 256, 1024",
+        ),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds of planning.")] = 50,
+    rounds: Annotated[
+        int, typer.Option(min=1, max=MAX_REPEATS, help="Timed rounds of planning.")
+    ] = 50,
     engine: Annotated[
         bool, typer.Option(help="Run real engines, too: two starts, about a minute.")
     ] = True,
@@ -233,8 +274,9 @@ def _start(
     """A run, new or resumed, in the folder that the user names."""
     if out is None:
         fail("--out is missing; legal: a folder for the result file", 2)
-    command = ["sglang-prefix", *sys.argv[1:]]
-    run = make_run(lambda: kind(out, command=command, options=options, resume=resume, **more), out)
+    run = make_run(
+        lambda: kind(out, command=typed_command(), options=options, resume=resume, **more), out
+    )
     if resume:
         _check_resume(ctx, run)
     return run
@@ -267,10 +309,8 @@ def _check_resume(ctx: typer.Context, run: BenchRun) -> None:
     was = {**run.data["options"], "seed": run.data["seed"], "dry": run.data["dry"]}
     for parameter in ctx.command.params:
         name = parameter.name or ""
-        # By name: typer may bring a click of its own.
-        source = ctx.get_parameter_source(name)
-        is_given = source and source.name == "COMMANDLINE" and name not in _WITH_RESUME
-        if is_given and was.get(name) != _given(ctx, name):
+        is_new = is_given(ctx, name) and name not in _WITH_RESUME
+        if is_new and was.get(name) != _given(ctx, name):
             flag, folder = parameter.opts[0], run.path.parent
             fail(f"{flag} with --resume: the run in {folder} has its own; legal: without", 2)
 
@@ -313,7 +353,7 @@ def finish(
     if interrupted:
         problems.append(f"interrupted; --resume --out {run.path.parent} goes on")
     for problem in problems[:-1]:
-        typer.echo(f"sglang-prefix: {problem}", err=True)
+        complain(problem)
     if problems:
         fail(problems[-1], _INTERRUPTED if interrupted else 1)
 

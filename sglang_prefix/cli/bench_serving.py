@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,7 +15,19 @@ import typer
 from typer import Argument, Option
 
 from sglang_prefix.cli.bench_kernel import finish, make_run
-from sglang_prefix.cli.output import JsonOption, console, fail
+from sglang_prefix.cli.command import typed_command
+from sglang_prefix.cli.options import (
+    MAX_REPEATS,
+    MAX_SECONDS,
+    MAX_SEED,
+    ApiKeyOption,
+    JsonOption,
+    folder_to_write,
+    loadable_model,
+    readable_file,
+    server_url,
+)
+from sglang_prefix.cli.output import console, fail
 
 if TYPE_CHECKING:
     from sglang_prefix.bench.run import BenchRun
@@ -26,35 +37,64 @@ __all__ = ["serving"]
 _ENGINES = "Engines, with --engine"
 # Of servers and engines alike; all others are for the one or, in their own panel, the other.
 _FOR_BOTH = ("out", "seed", "report", "resume", "json_file", "engine")
+# Of a trace, and of the engines' model, whose context is 65536.
+_MAX_TRACE, _MAX_OUTPUT = 1_000_000, 60_000
 _engine_option = partial(Option, rich_help_panel=_ENGINES)
 
 
 def serving(
     ctx: typer.Context,
-    out: Annotated[Path | None, Option(help="Folder for all that is written.")] = None,
+    out: Annotated[
+        Path | None, Option(help="Folder for all that is written.", callback=folder_to_write)
+    ] = None,
     server_args: Annotated[
         list[str] | None,
         Argument(metavar="-- SERVER_ARGS...", help="Of `sglang serve`, for both servers."),
     ] = None,
-    model_path: Annotated[str | None, Option(help="Default: a tiny one, made in OUT.")] = None,
-    tokenizer: Annotated[str | None, Option(help="Default: the model's.")] = None,
-    stock_url: Annotated[str | None, Option(help="A stock server that runs already.")] = None,
+    model_path: Annotated[
+        str | None, Option(help="Default: a tiny one, made in OUT.", callback=loadable_model)
+    ] = None,
+    tokenizer: Annotated[
+        str | None, Option(help="Default: the model's.", callback=loadable_model)
+    ] = None,
+    stock_url: Annotated[
+        str | None, Option(help="A stock server that runs already.", callback=server_url)
+    ] = None,
     prefix_url: Annotated[
         str | None,
-        Option("--prefix-url", "--base-url", help="A prefix server that runs already."),
+        Option(
+            "--prefix-url",
+            "--base-url",
+            help="A prefix server that runs already.",
+            callback=server_url,
+        ),
     ] = None,
+    api_key: ApiKeyOption = None,
     quick: Annotated[bool, Option("--quick", help="Small sizes: minutes on a CPU.")] = False,
     workload: Annotated[list[str] | None, Option(help="May be repeated. Default: all.")] = None,
-    workload_file: Annotated[Path | None, Option(help="Workloads in the format of ours.")] = None,
-    trace: Annotated[Path | None, Option(help="Requests to replay, as Mooncake's traces.")] = None,
-    trace_requests: Annotated[int | None, Option(min=1, help="Replay the first so many.")] = None,
+    workload_file: Annotated[
+        Path | None, Option(help="Workloads in the format of ours.", callback=readable_file)
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        Option(help="Requests to replay, as Mooncake's traces.", callback=readable_file),
+    ] = None,
+    trace_requests: Annotated[
+        int | None, Option(min=1, max=_MAX_TRACE, help="Replay the first so many.")
+    ] = None,
     trace_block_tokens: Annotated[
         int | None,
         Option(min=1, max=512, help="Tokens of a block of 512; all lengths shrink alike."),
     ] = None,
-    trace_speed: Annotated[float | None, Option(min=0.001, help="1 is as recorded.")] = None,
-    repeats: Annotated[int, Option(min=1, help="Timed runs of each, whose median counts.")] = 1,
-    seed: Annotated[int | None, Option(min=0, help="Default: 0; with --engine a new one.")] = None,
+    trace_speed: Annotated[
+        float | None, Option(min=0.001, max=1000, help="1 is as recorded.")
+    ] = None,
+    repeats: Annotated[
+        int, Option(min=1, max=MAX_REPEATS, help="Timed runs of each, whose median counts.")
+    ] = 1,
+    seed: Annotated[
+        int | None, Option(min=0, max=MAX_SEED, help="Default: 0; with --engine a new one.")
+    ] = None,
     min_equal: Annotated[
         float | None,
         Option(
@@ -65,10 +105,16 @@ def serving(
         ),
     ] = None,
     port: Annotated[int | None, Option(min=1, max=65535, help="Default: a free one.")] = None,
-    start_timeout: Annotated[float, Option(min=1, help="Seconds to start a server.")] = 900,
+    start_timeout: Annotated[
+        float, Option(min=1, max=MAX_SECONDS, help="Seconds to start a server.")
+    ] = 900,
     workload_timeout: Annotated[
         float,
-        Option(min=1, help="Seconds to answer a workload once, beside the length of a trace."),
+        Option(
+            min=1,
+            max=MAX_SECONDS,
+            help="Seconds to answer a workload once, beside the length of a trace.",
+        ),
     ] = 1800,
     report: Annotated[bool, Option("--report/--no-report", help="Write OUT/report.html.")] = True,
     resume: Annotated[bool, Option("--resume", help="Go on with the run in OUT.")] = False,
@@ -78,12 +124,19 @@ def serving(
         _engine_option("--engine", help="Offline engines with a model of Llama-3.1-8B's shape."),
     ] = False,
     model: Annotated[
-        Path | None, _engine_option(help="Folder for the model, 15 GB. Default: a temporary one.")
+        Path | None,
+        _engine_option(
+            help="Folder for the model, 15 GB. Default: a temporary one.", callback=folder_to_write
+        ),
     ] = None,
-    long_output: Annotated[int, _engine_option(min=1, help="Tokens of long rollouts.")] = 8192,
+    long_output: Annotated[
+        int, _engine_option(min=1, max=_MAX_OUTPUT, help="Tokens of long rollouts.")
+    ] = 8192,
     only: Annotated[str, _engine_option(help="Regular expression that names of cases hold.")] = "",
     list_cases: Annotated[bool, _engine_option("--list", help="Print the cases only.")] = False,
-    budget_s: Annotated[float, _engine_option(min=0, help="Begin no case later.")] = 540,
+    budget_s: Annotated[
+        float, _engine_option(min=0, max=MAX_SECONDS, help="Begin no case later.")
+    ] = 540,
     dry: Annotated[bool, _engine_option("--dry", help="A tiny model on the CPU.")] = False,
 ) -> None:
     """Compare a stock server with a prefix server: TTFT, TPOT, ITL, throughput, KV read.
@@ -124,7 +177,7 @@ def _engine_run(chosen: dict[str, Any]) -> BenchRun:
     names = ("long_output", "model", "only", "seed", "dry", "resume")
     return EngineRun(
         chosen["out"],
-        command=["sglang-prefix", *sys.argv[1:]],
+        command=typed_command(),
         **{name: chosen[name] for name in names},
     )
 
@@ -132,7 +185,7 @@ def _engine_run(chosen: dict[str, Any]) -> BenchRun:
 def _server_run(chosen: dict[str, Any]) -> BenchRun:
     from sglang_prefix.bench.serving.run import ServingRun
 
-    return ServingRun(command=["sglang-prefix", *sys.argv[1:]], **chosen)
+    return ServingRun(command=typed_command(), **chosen)
 
 
 def _check_mode(ctx: typer.Context, engine: bool) -> None:

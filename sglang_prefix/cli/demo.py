@@ -8,14 +8,21 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from sglang_prefix.bench.engine import EngineProcess, engine_environment
 from sglang_prefix.bench.hooks import zeros
 from sglang_prefix.cli.demo_workload import forked_prompts
-from sglang_prefix.cli.output import JsonOption, console, fail, say, write_json
+from sglang_prefix.cli.options import (
+    MAX_REPEATS,
+    MAX_REQUESTS,
+    JsonOption,
+    loadable_model,
+    picture_to_write,
+)
+from sglang_prefix.cli.output import console, fail, say, write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,6 +35,8 @@ _READ_SLACK = 1.5
 _MIN_PACKED_SHARE = 0.9
 _MIN_CHANGED_SHARE = 0.5
 _PICTURES = (".html", ".svg")
+# Of the tiny model's KV on the CPU, 2 GiB; the longest question has fewer than 128.
+_MAX_PROMPT, _MAX_BATCH_TOKENS, _QUESTION_TOKENS = 1 << 15, 1 << 20, 128
 _DECODE = "sglang_prefix.cli.demo_workload:decode"
 _COUNTERS = "sglang_prefix.bench.engine:counters"
 _HOW_TO_READ = """
@@ -38,16 +47,25 @@ once for all of them. Below are the requests, with what each holds alone.
 
 def demo(
     model_path: Annotated[
-        str | None, typer.Option(help="Model to run. Default: a tiny random one, made here.")
-    ] = None,
-    requests: Annotated[int, typer.Option(min=16, help="Requests in the batch.")] = 16,
-    system_tokens: Annotated[int, typer.Option(min=1500)] = 1536,
-    branch_tokens: Annotated[int, typer.Option(min=16)] = 256,
-    branches: Annotated[int, typer.Option(min=2, help="Forks below the system prompt.")] = 4,
-    new_tokens: Annotated[int, typer.Option(min=32)] = 32,
-    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds; the median counts.")] = 3,
-    dtype: Annotated[
         str | None,
+        typer.Option(
+            help="Model to run. Default: a tiny random one, made here.", callback=loadable_model
+        ),
+    ] = None,
+    requests: Annotated[
+        int, typer.Option(min=16, max=MAX_REQUESTS, help="Requests in the batch.")
+    ] = 16,
+    system_tokens: Annotated[int, typer.Option(min=1500, max=_MAX_PROMPT)] = 1536,
+    branch_tokens: Annotated[int, typer.Option(min=16, max=_MAX_PROMPT)] = 256,
+    branches: Annotated[
+        int, typer.Option(min=2, max=MAX_REQUESTS, help="Forks below the system prompt.")
+    ] = 4,
+    new_tokens: Annotated[int, typer.Option(min=32, max=_MAX_PROMPT)] = 32,
+    rounds: Annotated[
+        int, typer.Option(min=1, max=MAX_REPEATS, help="Timed rounds; the median counts.")
+    ] = 3,
+    dtype: Annotated[
+        Literal["auto", "half", "float16", "bfloat16", "float", "float32"] | None,
         typer.Option(
             help="Default: float32 on the CPU, where tokens must be equal; auto, the model's, on "
             "a GPU."
@@ -56,7 +74,9 @@ def demo(
     picture: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Draw the last batch: FILE.html, a page, or FILE.svg, a picture."
+            metavar="FILE",
+            help="Draw the last batch: FILE.html, a page, or FILE.svg, a picture.",
+            callback=picture_to_write,
         ),
     ] = None,
     json_file: JsonOption = None,
@@ -65,19 +85,26 @@ def demo(
 
     Ends with a tree of the last batch: what it shares, and how it was packed.
     """
+    if picture is not None and picture.suffix not in _PICTURES:
+        fail(f"--picture is {picture}; legal: a name that ends in {' or '.join(_PICTURES)}", 2)
+
+    longest = system_tokens + branch_tokens + _QUESTION_TOKENS + new_tokens
+    if max(requests, branches) * longest > _MAX_BATCH_TOKENS:
+        fail(
+            f"--requests is {requests} and --branches {branches}, of up to {longest:,} tokens; "
+            f"legal: up to {_MAX_BATCH_TOKENS:,} tokens in all",
+            2,
+        )
     import torch
 
     from sglang_prefix.explain.sources import load_tokenizer
 
-    if picture is not None and picture.suffix not in _PICTURES:
-        fail(f"--picture is {picture}; legal: a name that ends in {' or '.join(_PICTURES)}", 2)
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = dtype or ("float32" if device == "cpu" else "auto")
+    kind = dtype or ("float32" if device == "cpu" else "auto")
     out = console(json_file)
     with tempfile.TemporaryDirectory(prefix="sglang-prefix-demo-") as folder:
         root = Path(folder)
-        model = model_path or _make_model(root / "model")
+        model = model_path or _make_model(root / "model", longest)
         try:
             tokenizer = load_tokenizer(model)
         except ValueError as error:
@@ -92,7 +119,7 @@ def demo(
         arguments = {
             "model_path": model,
             "device": device,
-            "dtype": dtype,
+            "dtype": kind,
             "random_seed": 0,
             "log_level": "warning",
         }
@@ -108,8 +135,8 @@ def demo(
         arguments["decode_attention_backend"] = "prefix"
         prefix = _run_engine(root, "prefix", arguments, prompts, new_tokens, rounds, out)
     model = model_path or "tiny random model"
-    report = {"device": device, "backend": "prefix", "model": model, "dtype": dtype}
-    report |= _compare(stock, prefix, prompts, new_tokens, must_be_equal=dtype == "float32")
+    report = {"device": device, "backend": "prefix", "model": model, "dtype": kind}
+    report |= _compare(stock, prefix, prompts, new_tokens, must_be_equal=kind == "float32")
     _print_table(report, out)
     _show_last_plan(report, picture, out)
     write_json(report, json_file)
@@ -117,11 +144,12 @@ def demo(
         fail("; ".join(report["problems"]))
 
 
-def _make_model(directory: Path) -> str:
+def _make_model(directory: Path, longest: int) -> str:
     """A model of few weights and much attention, so that decode attention is what takes time."""
     from sglang_prefix.tiny_model import TinyModelConfig, build_tiny_model
 
-    config = TinyModelConfig(num_layers=2, num_heads=8, num_kv_heads=2, head_dim=64)
+    default = TinyModelConfig(num_layers=2, num_heads=8, num_kv_heads=2, head_dim=64)
+    config = replace(default, context_length=max(longest, default.context_length))
     build_tiny_model(directory, config)
     return str(directory)
 

@@ -18,7 +18,8 @@ from typing import Any
 
 import typer
 
-from sglang_prefix.cli.output import JsonOption, console, say, write_json
+from sglang_prefix.cli.options import JsonOption
+from sglang_prefix.cli.output import console, say, write_json
 from sglang_prefix.config import BACKEND_NAME
 from sglang_prefix.sglang_environment import SglKernel, find_sgl_kernel, sglang_environment
 

@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from sglang_prefix.cli.output import JsonOption, console, fail, say, write_json
+from sglang_prefix.api_key import ApiKey
+from sglang_prefix.cli.options import (
+    MAX_PAGE,
+    ApiKeyOption,
+    JsonOption,
+    is_given,
+    loadable_model,
+    picture_to_write,
+    readable_file,
+    server_url,
+)
+from sglang_prefix.cli.output import console, fail, say, write_json
 
 if TYPE_CHECKING:
     from sglang_prefix.explain.segments import Explanation
@@ -30,22 +41,33 @@ def explain(
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Prompts, one per line or as a JSON list of texts."),
+        typer.Option(
+            metavar="FILE",
+            help="Prompts, one per line or as a JSON list of texts.",
+            callback=readable_file,
+        ),
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(metavar="PATH", help="Tokenizer, or model, for --prompts.")
+        str | None,
+        typer.Option(
+            metavar="PATH", help="Tokenizer, or model, for --prompts.", callback=loadable_model
+        ),
     ] = None,
     base_url: Annotated[
         str | None,
         typer.Option(
             metavar="URL",
             help="The last plan of a server that was started with SGLANG_PREFIX_KEEP_PLAN=1.",
+            callback=server_url,
         ),
     ] = None,
+    api_key: ApiKeyOption = None,
     plan: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="A plan that --json wrote, or a saved answer of /server_info."
+            metavar="FILE",
+            help="A plan that --json wrote, or a saved answer of /server_info.",
+            callback=readable_file,
         ),
     ] = None,
     heads: Annotated[
@@ -55,7 +77,7 @@ def explain(
         Literal["float32", "bfloat16", "float16"],
         typer.Option(help="Of q and of the KV cache."),
     ] = "bfloat16",
-    page_size: Annotated[int, typer.Option(min=1, help="Tokens per KV page.")] = 1,
+    page_size: Annotated[int, typer.Option(min=1, max=MAX_PAGE, help="Tokens per KV page.")] = 1,
     policy: Annotated[
         Literal["pat", "node", "chunk", "query"], typer.Option(help="How requests are packed.")
     ] = "pat",
@@ -64,19 +86,25 @@ def explain(
         typer.Option(help="cuda is this machine's GPU. Default: what is here."),
     ] = None,
     stock_backend: Annotated[
-        str, typer.Option(metavar="NAME", help="What the gate compares with.")
+        Literal["fa3", "fa4", "flashinfer", "triton", "trtllm_mha", "flex_attention"],
+        typer.Option(help="What the gate compares with."),
     ] = "fa3",
     svg: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the picture as SVG.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the picture as SVG.", callback=picture_to_write),
     ] = None,
     html: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write picture and tables as one HTML page."),
+        typer.Option(
+            metavar="FILE",
+            help="Write picture and tables as one HTML page.",
+            callback=picture_to_write,
+        ),
     ] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Show which KV a batch shares, how it is packed, and why."""
-    given = {f"--{name.replace('_', '-')}" for name in context.params if _is_given(context, name)}
+    given = {f"--{name.replace('_', '-')}" for name in context.params if is_given(context, name)}
     named = [name for name in _SOURCES if name in given]
     extra = [name for name in _OF_A_NEW_PLAN if name in given]
     if len(named) != 1:
@@ -86,6 +114,8 @@ def explain(
         fail("--prompts needs --tokenizer PATH", 2)
     if tokenizer is not None and prompts is None:
         fail("--tokenizer goes with --prompts alone", 2)
+    if api_key is not None and base_url is None:
+        fail("--api-key goes with --base-url alone", 2)
     if extra and (base_url or plan):
         names = ", ".join(extra)
         fail(f"{names}: a plan that was made has its own; legal with --tree, --prompts", 2)
@@ -102,7 +132,7 @@ def explain(
 
     try:
         if base_url is not None:
-            record = plan_of_server(base_url)
+            record = plan_of_server(base_url, ApiKey.find(api_key))
         elif plan is not None:
             record = read_record(plan)
         else:
@@ -123,11 +153,6 @@ def explain(
         write_picture(explanation, path, "svg" if path is svg else "html")
         say(out, f"picture: {path}")
     write_json(explanation.as_dict(), json_file)
-
-
-def _is_given(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
 
 
 def write_picture(explanation: Explanation, path: Path, kind: str) -> None:

@@ -17,7 +17,8 @@ from prefix_kernels.compile_report import (
     legal_dtypes,
 )
 from prefix_kernels.tiles import MERGE_MODES
-from sglang_prefix.cli.output import JsonOption, console, fail, write_json
+from sglang_prefix.cli.options import JsonOption
+from sglang_prefix.cli.output import complain, console, fail, write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,13 +28,19 @@ __all__ = ["kernels"]
 
 # Columns of the table in a file or a pipe, where nothing says how wide a line may be.
 _FILE_WIDTH = 120
+# Heads per KV head of any model, rounded up; a compiler takes some 500 MB.
+_MAX_GROUP, _MAX_JOBS = 256, 256
 
 
 def kernels(
     arch: Annotated[str, typer.Option(help=f"One of {', '.join(ARCHS)}.")],
     head_dim: Annotated[
         list[int] | None,
-        typer.Option(help=f"May be repeated. Default: {', '.join(map(str, HEAD_DIMS))}."),
+        typer.Option(
+            min=min(HEAD_DIMS),
+            max=max(HEAD_DIMS),
+            help=f"May be repeated. Default: {', '.join(map(str, HEAD_DIMS))}.",
+        ),
     ] = None,
     dtype: Annotated[
         list[str] | None,
@@ -47,9 +54,12 @@ def kernels(
         list[str] | None,
         typer.Option(help=f"May be repeated. Default: {' and '.join(MERGE_MODES)}."),
     ] = None,
-    group_size: Annotated[int, typer.Option(min=1, help="Query heads per KV head.")] = 4,
+    group_size: Annotated[
+        int, typer.Option(min=1, max=_MAX_GROUP, help="Query heads per KV head.")
+    ] = 4,
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Compilers at work. Default: one per CPU.")
+        int | None,
+        typer.Option(min=1, max=_MAX_JOBS, help="Compilers at work. Default: one per CPU."),
     ] = None,
     json_file: JsonOption = None,
 ) -> None:
@@ -76,7 +86,9 @@ def kernels(
     write_json([report.as_dict() for report in reports], json_file)
     problems = compile_report.find_problems(reports)
     if problems:
-        fail("\nsglang-prefix: ".join(problems))
+        for problem in problems[:-1]:
+            complain(problem)
+        fail(problems[-1])
 
 
 def _check(

@@ -6,12 +6,12 @@ import typer
 
 from sglang_prefix.cli.bench_kernel import host, kernel, tune
 from sglang_prefix.cli.bench_serving import serving
+from sglang_prefix.cli.command import Command, ExecCommand, Group, JsonCommand
 from sglang_prefix.cli.demo import demo
 from sglang_prefix.cli.doctor import doctor
 from sglang_prefix.cli.exec import exec_command
 from sglang_prefix.cli.explain import explain
 from sglang_prefix.cli.kernels import kernels
-from sglang_prefix.cli.output import Command, JsonCommand
 from sglang_prefix.cli.report import report
 from sglang_prefix.cli.tiny_model import tiny_model
 
@@ -19,6 +19,7 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="sglang-prefix",
+    cls=Group,
     help="Decode attention for SGLang that reads a shared prefix once.",
     no_args_is_help=True,
     add_completion=False,
@@ -26,7 +27,8 @@ app = typer.Typer(
 )
 
 # Options behind CMD are CMD's own, with or without `--` before it.
-app.command("exec", cls=Command, context_settings={"allow_interspersed_args": False})(exec_command)
+_OWN_OPTIONS = {"allow_interspersed_args": False}
+app.command("exec", cls=ExecCommand, context_settings=_OWN_OPTIONS)(exec_command)
 app.command("doctor", cls=JsonCommand)(doctor)
 app.command("tiny-model", cls=JsonCommand)(tiny_model)
 app.command("demo", cls=JsonCommand)(demo)
@@ -35,6 +37,7 @@ app.command("kernels", cls=JsonCommand)(kernels)
 app.command("report", cls=Command)(report)
 
 bench_app = typer.Typer(
+    cls=Group,
     help="Compare with stock SGLang on this machine; results are JSON files and plots.",
     no_args_is_help=True,
 )

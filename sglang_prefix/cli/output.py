@@ -5,60 +5,20 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
-from typer.core import TyperCommand
 
 from sglang_prefix.files import write_file
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Command", "JsonCommand", "JsonOption", "console", "fail", "say", "write_json"]
+__all__ = ["FLAG", "STDOUT", "complain", "console", "fail", "say", "write_json"]
 
-_FLAG = "--json"
-_STDOUT = "-"
-
-JsonOption = Annotated[
-    str | None,
-    typer.Option(
-        _FLAG,
-        metavar="[FILE]",
-        help="Write the result as JSON to FILE, or to standard output without FILE.",
-    ),
-]
-
-
-class Command(TyperCommand):
-    """A command that says in one line which of its options is wrong, and what is legal."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """As typer does, but without its frame around what is wrong."""
-        try:
-            return super().parse_args(ctx, args)
-        except Exception as error:
-            say = getattr(error, "format_message", None)  # of usage errors alone
-            if say is None:
-                raise
-            fail(say().replace("Value error, ", ""), 2)
-
-
-class JsonCommand(Command):
-    """A command whose `--json` may stand without a value; pass it as `cls` with `JsonOption`."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Give a bare `--json` its value, since typer has no options with an optional one."""
-        return super().parse_args(ctx, _with_json_value(args))
-
-
-def _with_json_value(args: list[str]) -> list[str]:
-    completed = list(args)
-    for index, argument in enumerate(args):
-        after = args[index + 1] if index + 1 < len(args) else "--"
-        if argument == _FLAG and after.startswith("-") and after != _STDOUT:
-            completed[index] = f"{_FLAG}={_STDOUT}"
-    return completed
+FLAG, STDOUT = "--json", "-"
+# Of a message, which may quote what a user gave; what is longer loses its middle.
+_MAX_CHARACTERS = 2000
 
 
 def console(json_target: str | None = None) -> Console:
@@ -70,7 +30,7 @@ def console(json_target: str | None = None) -> Console:
     """
     from rich.console import Console
 
-    return Console(stderr=json_target == _STDOUT)
+    return Console(stderr=json_target == STDOUT)
 
 
 def say(out: Console, text: str) -> None:
@@ -83,7 +43,7 @@ def write_json(data: Mapping[str, Any] | Sequence[Any], target: str | None) -> N
     if target is None:
         return
     text = json.dumps(data, indent=2) + "\n"
-    if target == _STDOUT:
+    if target == STDOUT:
         sys.stdout.write(text)
         return
     try:
@@ -92,7 +52,16 @@ def write_json(data: Mapping[str, Any] | Sequence[Any], target: str | None) -> N
         fail(f"cannot write {target}: {error.strerror}")
 
 
+def complain(message: str) -> None:
+    """Print what is wrong on standard error, in one line whatever it quotes."""
+    if len(message) > _MAX_CHARACTERS:
+        half = _MAX_CHARACTERS // 2
+        message = f"{message[:half]} … {message[-half:]}"
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+    typer.echo(f"sglang-prefix: {line}", err=True)
+
+
 def fail(message: str, status: int = 1) -> NoReturn:
     """End the command with one line on standard error."""
-    typer.echo(f"sglang-prefix: {message}", err=True)
+    complain(message)
     raise typer.Exit(status)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sglang_prefix.cli.options import existing_path, writable_file
 from sglang_prefix.cli.output import console, fail
 
 if TYPE_CHECKING:
@@ -18,9 +19,15 @@ __all__ = ["report"]
 def report(
     results: Annotated[
         list[Path],
-        typer.Argument(metavar="DIR|FILE...", help="Result files, or folders that hold them."),
+        typer.Argument(
+            metavar="DIR|FILE...",
+            help="Result files, or folders that hold them.",
+            callback=existing_path,
+        ),
     ],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The page to write.")],
+    out: Annotated[
+        Path, typer.Option(metavar="FILE", help="The page to write.", callback=writable_file)
+    ],
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "sglang-prefix results",
     plots: Annotated[
         bool, typer.Option("--plots/--no-plots", help="Draw the plots; needs matplotlib.")
@@ -54,10 +61,6 @@ def report(
 
 
 def _check_target(out: Path, sources: list[Source]) -> None:
-    if out.is_dir():
-        fail(f"--out is {out}, a folder; legal: a file to write", 2)
-    if not out.parent.is_dir():
-        fail(f"--out is {out}; there is no folder {out.parent}", 2)
     if out.resolve() in {source.path for source in sources}:
         fail(f"--out is {out}, one of the result files; legal: another file", 2)
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import requests
 
+from sglang_prefix.api_key import ApiKey, ask, why_failed
 from sglang_prefix.explain.record import Answer, Neighbours, PlanRecord, ShapePlan, find_plan
 from sglang_prefix.explain.segments import tile_shape
 from sglang_prefix.files import parse_json, read_text
@@ -26,6 +27,7 @@ __all__ = [
     "plan_of_tree",
 ]
 
+_MAX_HEADS = 1 << 16
 _ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 _SERVER_TIMEOUT_S = 10
@@ -59,8 +61,11 @@ def parse_heads(heads: str, dtype: str) -> AttentionShape:
     Raises:
         ValueError: it is something else; the message says what is legal.
     """
-    numbers = [int(n) if n.isascii() and n.isdigit() else 0 for n in heads.split(",")]
-    if len(numbers) not in (3, 4) or 0 in numbers or numbers[0] % numbers[1]:
+    words = heads.split(",")
+    # Of more digits than Python reads none is legal.
+    numbers = [int(n) if n.isascii() and n.isdigit() and len(n) < 9 else 0 for n in words]
+    is_legal = len(numbers) in (3, 4) and all(0 < number < _MAX_HEADS for number in numbers)
+    if not is_legal or numbers[0] % numbers[1]:
         raise ValueError(
             f"--heads is {heads}; legal: QO,KV,DIM or QO,KV,DIM,V, where QO is a multiple of KV"
         )
@@ -156,21 +161,23 @@ def read_prompts(path: Path) -> list[str]:
     return list(prompts)
 
 
-def plan_of_server(base_url: str) -> PlanRecord:
-    """The last plan of a running server.
+def plan_of_server(base_url: str, key: ApiKey) -> PlanRecord:
+    """The last plan of a running server, to which ``key`` opens.
 
     Raises:
         ValueError: nobody answers there, or the server shows no plan; the message says how.
     """
     url = base_url.rstrip("/") + "/server_info"
     try:
-        answer = requests.get(url, timeout=_SERVER_TIMEOUT_S)
-        answer.raise_for_status()
-        data = answer.json()
+        data = ask(url, key, timeout_s=_SERVER_TIMEOUT_S).json()
     except (requests.ConnectionError, requests.Timeout) as error:
-        raise ValueError(f"no server answers at {url}: {_one_line(error)}") from None
+        why = why_failed(error, url, key)
+        raise ValueError(f"--base-url: no server answers at {url}: {why}") from None
+    except requests.HTTPError as error:
+        raise ValueError(f"--base-url {url}: {why_failed(error, url, key)}") from None
     except (requests.RequestException, RecursionError) as error:
-        raise ValueError(f"{url}: not an answer of SGLang's ({_one_line(error)})") from None
+        why = f"not an answer of SGLang's ({_one_line(error)})"
+        raise ValueError(f"--base-url {url}: {why}") from None
     try:
         return find_plan(data)
     except ValueError as error:

@@ -2,7 +2,7 @@
 
 SGLang's load generator needs SGLang to import, which on a host without a GPU takes the stand-in
 kernels, and it prints a lot. So it runs in a process of its own: a :class:`Client` in a
-`bench.child.ChildProcess`.
+`bench.child.ChildProcess`. The key of a server comes with the environment, where the tool looks.
 
 Every driver sends one set of requests in two ways: ``ask`` for the token ids, which also warms
 the server up, and ``measure`` for the times. Sampling is greedy, so two servers must answer alike.
@@ -25,6 +25,7 @@ import numpy as np
 import requests
 
 from prefix_patches import load_generator
+from sglang_prefix.api_key import ApiKey, ask, why_failed
 from sglang_prefix.bench.serving.workloads import Forks, Rollouts, Trace, Workload, scale_trace
 from sglang_prefix.bench.workloads.traces import read_trace
 
@@ -35,6 +36,7 @@ _SECTION = "Note {n} on case {part}: read it as taken on that day, in this order
 _QUESTION = "\nQuestion {part}: what follows from note {n}, and for whom?\nAnswer:"
 _FLUSH_TRIES = 100
 _FLUSH_PAUSE_S = 0.1
+_ADMIN_KEY = "A server started with --admin-api-key opens it to that key alone: start without"
 
 
 class Client:
@@ -96,9 +98,16 @@ def start_client(**settings: Any) -> tuple[Client, dict[str, Any]]:
 
 def _flush(url: str) -> None:
     """Empty a server's cache; it is not idle at once when the last answer is out."""
+    key = ApiKey.find()
     for _ in range(_FLUSH_TRIES):
-        if requests.post(f"{url}/flush_cache", timeout=60).status_code == 200:
+        try:
+            ask(f"{url}/flush_cache", key, timeout_s=60, method="POST")
             return
+        except requests.HTTPError as error:
+            if error.response is not None and error.response.status_code in (401, 403):
+                why = why_failed(error, url, key)
+                # SGLang then wants that one for this call, and the other for all others.
+                raise RuntimeError(f"{url}/flush_cache: {why}. {_ADMIN_KEY}") from None
         time.sleep(_FLUSH_PAUSE_S)
     raise RuntimeError(f"{url} would not empty its cache: does it serve other requests?")
 
@@ -295,7 +304,7 @@ class ForkDriver(Driver):
             (answer,) = asyncio.run(_ask_all(url, [_body(prompt, tokens)], None))
             return answer.text, {"answer": answer}
 
-        endpoint = load_generator.endpoint(url, generate)
+        endpoint = load_generator.endpoint(url, generate, ApiKey.find().value)
         program = sglang.function(_tree)
         with ThreadPoolExecutor(len(self.requests)) as pool:
             states = list(
@@ -349,7 +358,9 @@ async def _ask_all(
     """Answers to all requests, in order; never more than ``concurrency`` in flight."""
     # Requests wait as long as the server needs; lines of long answers are long.
     timeout = aiohttp.ClientTimeout(total=None)
-    async with aiohttp.ClientSession(timeout=timeout, read_bufsize=2**23) as session:
+    async with aiohttp.ClientSession(
+        timeout=timeout, read_bufsize=2**23, headers=ApiKey.find().headers
+    ) as session:
         places = asyncio.Semaphore(concurrency or len(bodies))
 
         async def ask(body: dict[str, Any]) -> list[Answer]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from sglang_prefix.bench.cases import compile_pattern
 from sglang_prefix.bench.child import ChildError
 from sglang_prefix.bench.engine import EngineProcess, engine_environment, write_plugin
 from sglang_prefix.bench.run import BenchRun, Case, NotRunError
@@ -88,7 +88,8 @@ class EngineRun(BenchRun):
         dry: bool = False,
         resume: bool = False,
     ) -> None:
-        self._only, self._dry = only, dry
+        self._dry = dry
+        self._only = compile_pattern("--only", only, "one that names of cases hold")
         super().__init__(
             folder,
             command=command,
@@ -112,6 +113,9 @@ class EngineRun(BenchRun):
         """Read the length of the long rollouts."""
         self._long_output = options["long_output"]
         self._measurements = measurements(long_output=self._long_output, dry=self._dry)
+        if not any(self._only.search(name) for name in self.order):
+            names = ", ".join(self.order)
+            raise ValueError(f"--only is {self._only.pattern}; legal: a part of one of {names}")
 
     @property
     def order(self) -> list[str]:
@@ -141,7 +145,7 @@ class EngineRun(BenchRun):
         return [
             Case(one.name, one.group, partial(self._measure, one), partial(self._expected_s, one))
             for one in self._measurements
-            if re.search(self._only, one.name)
+            if self._only.search(one.name)
         ]
 
     def run(
@@ -158,8 +162,8 @@ class EngineRun(BenchRun):
         """Evaluate the targets."""
         self.data["targets"] = evaluate(self.data["cases"])
         for name in self.data["not_run"]:
-            if not re.search(self._only, name):
-                self.data["not_run"][name] = f"not chosen by --only {self._only}"
+            if not self._only.search(name):
+                self.data["not_run"][name] = f"not chosen by --only {self._only.pattern}"
 
     def own_failures(self, case: Mapping[str, Any]) -> Mapping[str, str]:
         """What a check found."""

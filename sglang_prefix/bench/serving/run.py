@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from sglang_prefix.api_key import ApiKey
 from sglang_prefix.bench.child import ChildError, ChildProcess
 from sglang_prefix.bench.engine import engine_environment
 from sglang_prefix.bench.results import check_same, write_result
@@ -42,6 +43,8 @@ _MAX_POOL_DIFFERENCE = 0.01
 _TINY = TinyModelConfig(num_layers=2, num_heads=8, num_kv_heads=2, head_dim=64, vocab_size=4096)
 # Arguments of a server for which this command has options, or that it chooses.
 _SET_HERE = ("--model-path", "--model", "--tokenizer-path", "--host", "--port")
+# A server that is started here listens to this host alone; a key would stand in the result file.
+_NEEDLESS = ("--api-key", "--admin-api-key")
 
 
 class ServingRun(BenchRun):
@@ -65,9 +68,10 @@ class ServingRun(BenchRun):
         self._chosen = given = SimpleNamespace(**chosen)
         urls = zip(SIDES, (given.stock_url, given.prefix_url), strict=True)
         self._urls: dict[str, str | None] = {side: url and url.rstrip("/") for side, url in urls}
+        self._key = ApiKey.find(given.api_key)
         _check_server_args(given.server_args or (), all(self._urls.values()))
         self._workloads, absent = _choose_workloads(given)
-        model = given.model_path or _choose_model(given.out, self._urls)
+        model = given.model_path or _choose_model(given.out, self._urls, self._key)
         both = _server_arguments(model, given)
         sides = {"stock": both, "prefix": [*both, "--decode-attention-backend", "prefix"]}
         arguments = {side: [] if self._urls[side] else sides[side] for side in SIDES}
@@ -168,7 +172,7 @@ class ServingRun(BenchRun):
         try:
             for side, url in self._urls.items():
                 if url is not None:
-                    self._servers[side] = RunningServer(side, url)
+                    self._servers[side] = RunningServer(side, url, key=self._key)
                     self._describe(self._servers[side])
             # Before the first step: what was in the folder is not to be taken up as this run.
             self._write()
@@ -220,7 +224,7 @@ class ServingRun(BenchRun):
             f"{_CLIENT}:start_client",
             settings,
             name="the client",
-            environment=engine_environment({}, base=os.environ),
+            environment=engine_environment(self._key.environment, base=os.environ),
             log=self.path.with_name(_LOG),
         )
 
@@ -306,6 +310,9 @@ def _check_server_args(arguments: Sequence[str], both_run: bool) -> None:
     for name in (argument.partition("=")[0] for argument in arguments):
         if name in _SET_HERE:
             raise ValueError(f"server argument {name} is set by this command; see its options")
+        # SGLang takes a beginning for the whole.
+        if len(name) > len("--ap") and any(one.startswith(name) for one in _NEEDLESS):
+            raise ValueError(f"server argument {name}: legal: none; servers started here need none")
     if arguments and both_run:
         raise ValueError("server arguments are for servers started here; both run already")
 
@@ -333,11 +340,11 @@ def _choose_workloads(chosen: Any) -> tuple[list[Workload], dict[str, str]]:
     return [one for one in found if one.name not in absent], absent
 
 
-def _choose_model(out: Path, urls: Mapping[str, str | None]) -> str:
+def _choose_model(out: Path, urls: Mapping[str, str | None], key: ApiKey) -> str:
     """The model of a server that runs, or a tiny one with real random weights."""
     for side, url in urls.items():
         if url is not None:
-            return str(describe(RunningServer(side, url))["model"])
+            return str(describe(RunningServer(side, url, key=key))["model"])
     folder = out / "tiny-model"
     build_once(folder, _TINY)
     return str(folder)

@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import requests
 
+from sglang_prefix.api_key import ApiKey, ask, why_failed
 from sglang_prefix.bench.child import cause_in, kill_session, spawn
 from sglang_prefix.bench.engine import counters, free_port, is_free
 
@@ -48,12 +49,14 @@ class RunningServer:
         url: without a slash at the end.
         log: its log, if it was started here.
         process: leader of its process group, if it was started here.
+        key: with which it is asked.
     """
 
     side: str
     url: str
     log: Path | None = None
     process: subprocess.Popen[bytes] | None = None
+    key: ApiKey = field(default_factory=ApiKey)
 
     def stop(self) -> None:
         """End a server that was started here, with all its processes; another is left alone.
@@ -95,14 +98,14 @@ class RunningServer:
 
     def get(self, page: str) -> dict[str, Any]:
         """A page that is a JSON object; ServerError if it is not."""
+        url = f"{self.url}/{page}"
         try:
-            answer = requests.get(f"{self.url}/{page}", timeout=_CALL_S)
-            answer.raise_for_status()
-            found = answer.json()
+            found = ask(url, self.key, timeout_s=_CALL_S).json()
         except requests.RequestException as error:
-            raise ServerError(f"{self.url}/{page} does not answer: {error}") from None
+            why = why_failed(error, url, self.key)
+            raise ServerError(f"{url} does not answer: {why}") from None
         if not isinstance(found, dict):
-            raise ServerError(f"{self.url}/{page} is not SGLang's: no JSON object")
+            raise ServerError(f"{url} is not SGLang's: no JSON object")
         return found
 
 

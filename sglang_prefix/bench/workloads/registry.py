@@ -44,11 +44,13 @@ class Heads:
             ValueError: the text is malformed, or the heads do not divide.
         """
         words = text.split(":")
-        good = len(words) in (2, 3) and all(w.isascii() and w.isdigit() for w in words)
+        good = len(words) in (2, 3) and all(
+            w.isascii() and w.isdigit() and len(w) < 9 for w in words
+        )
         numbers = [int(word) for word in words] if good else [0]
         if not all(0 < number < 1 << 16 for number in numbers) or numbers[0] % numbers[1]:
             raise ValueError(
-                f"heads {text!r}; legal: QO:KV or QO:KV:DIM, with QO a multiple of KV, as in "
+                f"--heads is {text!r}; legal: QO:KV or QO:KV:DIM, with QO a multiple of KV, as in "
                 "'32:8:128'"
             )
         qo, kv, dim = (*numbers, _HEAD_DIM)[:3]

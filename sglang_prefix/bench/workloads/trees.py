@@ -18,8 +18,10 @@ __all__ = ["Tree", "TreeBatch", "pat_tree", "random_tree", "shared_then_private"
 
 IntArray = NDArray[np.int64]
 
-# What a level of a tree in PAT's notation must stay below.
+# What a level of a tree in PAT's notation must stay below: nodes, and tokens down to it. Slots are
+# numbered with 32 bits.
 _MAX_NODES, _MAX_TOKENS = 1 << 16, 1 << 31
+_MAX_LEVELS = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -192,14 +194,15 @@ def pat_tree(text: str) -> Tree:
         ValueError: the text is malformed; one line that says what is legal.
     """
     words = [part.split(",") for part in text.split("_")]
-    # Not int() alone, which takes " 1" and digits of other scripts.
-    good = len(words) == 2 and all(w.isascii() and w.isdigit() for part in words for w in part)
+    # Not int() alone, which takes " 1" and digits of other scripts; and not too many of them.
+    good = len(words) == 2 and len(words[0]) <= _MAX_LEVELS
+    good = good and all(w.isascii() and w.isdigit() and len(w) < 12 for part in words for w in part)
     counts, lengths = ([int(word) for word in part] for part in words) if good else ([0], [0])
     good = len(counts) == len(lengths) and counts[0] > 0 and counts == sorted(counts)
-    if not (good and counts[-1] < _MAX_NODES and 0 < min(lengths) <= max(lengths) < _MAX_TOKENS):
+    if not (good and counts[-1] < _MAX_NODES and min(lengths) > 0 and sum(lengths) < _MAX_TOKENS):
         raise ValueError(
-            f"tree {text!r}; legal: nodes of each level, never fewer than above, '_', and tokens "
-            "of each level, as in '1,8,512_512,512,256'"
+            f"--tree is {text!r}; legal: nodes of each level, never fewer than above, '_', and "
+            "tokens of each level, as in '1,8,512_512,512,256'"
         )
     parents, at = [np.full(counts[0], -1)], 0
     for above, count in pairwise(counts):
