@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 from weakref import WeakSet
 
+from prefix_patches.attributes import ModelRunner, Request, ScheduleBatch
 from prefix_patches.patch import RELEASES, Touch
 
 __all__ = [
@@ -54,7 +55,7 @@ class ScheduleContext:
 
     def __init__(self) -> None:
         _CONTEXTS.add(self)
-        self.batch: Any = None
+        self.batch: ScheduleBatch | None = None
         self.epoch = 0
         self.graph_labels: tuple[str, ...] = ()
         self.graph_label = ""
@@ -75,14 +76,17 @@ class ScheduleContext:
         self.seconds.append(time.perf_counter() - began)
         return previous
 
-    def settled(self, reqs: Sequence[Any]) -> list[bool]:
+    def settled(self, reqs: Sequence[Request]) -> list[bool]:
         """Of each request, whether its row is known to hold the tree's slots."""
         try:  # twice as fast as asking with a default, and the usual case
-            return [req._sglang_prefix_settled == req.retraction_count for req in reqs]
+            return [
+                req._sglang_prefix_settled == req.retraction_count  # type: ignore[attr-defined]
+                for req in reqs
+            ]
         except AttributeError:
             return [getattr(req, _SETTLED_ATTRIBUTE, -1) == req.retraction_count for req in reqs]
 
-    def settle(self, reqs: Iterable[Any]) -> None:
+    def settle(self, reqs: Iterable[Request]) -> None:
         """Note that these requests have been launched in a decode step."""
         for req in reqs:
             setattr(req, _SETTLED_ATTRIBUTE, req.retraction_count)
@@ -92,13 +96,13 @@ class ScheduleContext:
         self.batch = previous
 
 
-def schedule_context_of(model_runner: Any) -> ScheduleContext | None:
+def schedule_context_of(model_runner: ModelRunner) -> ScheduleContext | None:
     """The schedule of a model runner; None for one that does not use our backend."""
     found: ScheduleContext | None = vars(model_runner).get(_CONTEXT_ATTRIBUTE)
     return found
 
 
-def ensure_schedule_context(model_runner: Any) -> ScheduleContext:
+def ensure_schedule_context(model_runner: ModelRunner) -> ScheduleContext:
     """The schedule of a model runner, a new one where there is none."""
     found = schedule_context_of(model_runner) or ScheduleContext()
     setattr(model_runner, _CONTEXT_ATTRIBUTE, found)

@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable
 from importlib import import_module
+from importlib.metadata import version
 from typing import Any
 
 import torch
 
+from prefix_patches.attributes import (
+    ModelRunner,
+    ServerArgs,
+    is_newer_than_read,
+    missing_attributes,
+    missing_of,
+)
 from prefix_patches.patch import RELEASES, Touch
 
 __all__ = [
     "TOUCHED",
     "build_stock",
+    "check_attributes",
     "default_stock_name",
+    "lacks_attributes",
     "prefill_name",
     "resolved_args",
+    "runs_dp_attention",
     "torch_native_decode",
 ]
 
 _REGISTRY = "sglang.srt.layers.attention.attention_registry"
 _OVERRIDES = "sglang.srt.arg_groups.model_override_base"
+logger = logging.getLogger(__name__)
 _RESOLVERS = ("sglang.srt.arg_groups.overrides", _OVERRIDES)
 
 TOUCHED = (
@@ -34,7 +47,7 @@ TOUCHED = (
 )
 
 
-def resolved_args(model_runner: Any) -> Any:
+def resolved_args(model_runner: ModelRunner) -> ServerArgs:
     """The runner's settings, with everything that SGLang resolved on top of them.
 
     ``model_runner.server_args`` holds what the operator typed; what SGLang decided on top of it
@@ -46,11 +59,42 @@ def resolved_args(model_runner: Any) -> Any:
     for home in _RESOLVERS:
         resolve = getattr(_optional(home), "resolved_view", None)
         if resolve is not None:
-            return resolve(model_runner.server_args)
-    return model_runner.server_args
+            return resolve(model_runner.server_args)  # type: ignore[no-any-return]
+    return model_runner.server_args  # type: ignore[no-any-return]
 
 
-def default_stock_name(model_runner: Any, own_name: str) -> str:
+def runs_dp_attention(args: ServerArgs) -> bool:
+    """Whether ranks decode batches of their own, by resolved settings."""
+    if not hasattr(args, "attn_dp_size"):  # before 0.5.22
+        return args.enable_dp_attention
+    # A process that joins such a server later is a rank of it, in a group of its own.
+    return args.attn_dp_size > 1 or args.ep_join_mode == "scale"
+
+
+def lacks_attributes(model_runner: ModelRunner) -> list[str]:
+    """Attributes of `attributes.py` that SGLang's classes or this runner's objects do not have."""
+    args = resolved_args(model_runner)
+    missing = [*missing_attributes(), *missing_of(ModelRunner, model_runner)]
+    return [*missing, *missing_of(ServerArgs, args)]
+
+
+def check_attributes(model_runner: ModelRunner) -> None:
+    """See to it that nothing that we read is missing, or say so where the release is a new one.
+
+    Raises:
+        RuntimeError: something is missing in a release that was read for it.
+    """
+    missing = lacks_attributes(model_runner)
+    if not missing:
+        return
+    release = version("sglang")
+    problem = f"SGLang {release} lacks {', '.join(missing)}, which sglang-prefix reads"
+    if not is_newer_than_read(release):
+        raise RuntimeError(problem)
+    logger.warning("prefix attention: %s: nothing is packed", problem)
+
+
+def default_stock_name(model_runner: ModelRunner, own_name: str) -> str:
     """The stock backend that SGLang would have used for this runner's decode.
 
     That is what the user named with ``--attention-backend``, if it is not us, else the default of
@@ -74,14 +118,14 @@ def default_stock_name(model_runner: Any, own_name: str) -> str:
     return str(args._get_default_attn_backend(model_runner.use_mla_backend, model))
 
 
-def prefill_name(model_runner: Any, own_name: str) -> str | None:
+def prefill_name(model_runner: ModelRunner, own_name: str) -> str | None:
     """The backend that serves prefill where the user named one, else None for our delegate."""
     args = resolved_args(model_runner)
-    named = getattr(args, "prefill_attention_backend", None)
+    named = args.prefill_attention_backend
     return None if named in (None, own_name) else str(named)
 
 
-def build_stock(model_runner: Any, name: str, own_name: str) -> Any:
+def build_stock(model_runner: ModelRunner, name: str, own_name: str) -> Any:
     """Build the stock backend ``name`` for a runner.
 
     Raises:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from importlib.metadata import version
-from typing import Any
 
 import torch
 from packaging.version import Version
 
+from prefix_patches.attributes import ModelRunner
 from prefix_patches.stock_backend import prefill_name, resolved_args
 
 __all__ = ["check_cpu_prefill", "check_stock_rules"]
@@ -27,7 +27,7 @@ PAGE_SIZES = {
 _KV_DTYPES_REFUSED = {"fa3": (torch.float8_e5m2,)}
 
 
-def check_cpu_prefill(model_runner: Any, own_name: str) -> None:
+def check_cpu_prefill(model_runner: ModelRunner, own_name: str) -> None:
     """Refuse ``--attention-backend prefix`` on the CPU where SGLang would prefill with Triton.
 
     Before 0.5.22 SGLang decides by the prefill backend's name alone whether to launch its Triton
@@ -47,7 +47,7 @@ def check_cpu_prefill(model_runner: Any, own_name: str) -> None:
         )
 
 
-def check_stock_rules(stock_name: str, model_runner: Any) -> None:
+def check_stock_rules(stock_name: str, model_runner: ModelRunner) -> None:
     """Refuse a page size or KV dtype that the stock backend cannot serve.
 
     Raises:
