@@ -87,14 +87,16 @@ class ServerArgs(Protocol):
     Before 0.5.19 the arguments themselves are resolved; since then they stay as they were typed.
     """
 
+    _get_default_attn_backend: Annotated[
+        Any, Only("<0.5.19", "a function of that name in `stock_backend` is asked")
+    ]
     attention_backend: str | None
     attn_dp_size: Annotated[
-        int, Only(">=0.5.22", "`dp_size` is the width where `enable_dp_attention` is set")
+        int, Only(">=0.5.22", "`enable_dp_attention` says whether it is more than one")
     ]
     cuda_graph_config: CudaGraphConfig | None  # None only where no model was named
     dcp_size: int
     disaggregation_mode: str
-    dp_size: int
     enable_deterministic_inference: bool
     enable_dp_attention: Annotated[
         bool, Only("<0.5.22", "resolved to False and soon removed; `attn_dp_size` is the width")

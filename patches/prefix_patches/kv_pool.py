@@ -31,10 +31,13 @@ def is_block_quantized(pool: KVPool) -> bool:
 
     Not every pool has both marks. The KV dtype is checked beside them.
     """
-    return any(
-        _value(inner, "is_quantized_kv_cache") or _value(inner, "k_scale_buffer") is not None
-        for inner in _inner_pools(pool)
-    )
+    return any(_has_block_scales(inner) for inner in _inner_pools(pool))
+
+
+def _has_block_scales(pool: KVPool) -> bool:
+    mark = getattr(pool, "is_quantized_kv_cache", False)
+    is_marked = mark() if callable(mark) else mark
+    return bool(is_marked) or getattr(pool, "k_scale_buffer", None) is not None
 
 
 def is_slot_major(pool: KVPool) -> bool:
@@ -43,13 +46,8 @@ def is_slot_major(pool: KVPool) -> bool:
 
 
 def _inner_pools(pool: KVPool) -> list[KVPool]:
-    inner = [getattr(pool, name, None) for name in ("full_kv_pool", "swa_kv_pool")]
+    inner = (getattr(pool, "full_kv_pool", None), getattr(pool, "swa_kv_pool", None))
     return [pool, *(found for found in inner if found is not None)]
-
-
-def _value(pool: KVPool, name: str) -> Any:
-    found = getattr(pool, name, None)
-    return found() if callable(found) else found
 
 
 def applies_kv_scales(pool: KVPool) -> bool:

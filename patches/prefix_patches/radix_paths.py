@@ -112,6 +112,6 @@ def owned_lengths(reqs: Sequence[Request]) -> list[int]:
     ``req.kv.cache_protected_len`` from 0.5.19 on; ``req.cache_protected_len`` before, where
     ``req.kv`` holds other things. All requests of a process are of one release.
     """
-    if reqs and hasattr(getattr(reqs[0], "kv", None), "cache_protected_len"):
+    if reqs and hasattr(reqs[0].kv, "cache_protected_len"):
         return [req.kv.cache_protected_len for req in reqs]
     return [req.cache_protected_len for req in reqs]

@@ -65,14 +65,11 @@ class ScheduleContext:
         """Publish the batch behind ``forward_batch``; return what was published before."""
         began = time.perf_counter()
         previous = self.batch
-        self.batch = getattr(forward_batch, BATCH_ATTRIBUTE, None)
+        self.batch = vars(forward_batch).get(BATCH_ATTRIBUTE)
         if not forward_batch.forward_mode.is_decode():
             self.epoch += 1
-            # In a mixed batch the requests that decode are not inserted into the tree again.
-            decoding = {id(req) for req in getattr(self.batch, "decoding_reqs", None) or ()}
-            for req in getattr(self.batch, "reqs", None) or ():
-                if id(req) not in decoding:
-                    vars(req).pop(_SETTLED_ATTRIBUTE, None)
+            if self.batch is not None:
+                _unsettle(self.batch)
         self.seconds.append(time.perf_counter() - began)
         return previous
 
@@ -84,7 +81,7 @@ class ScheduleContext:
                 for req in reqs
             ]
         except AttributeError:
-            return [getattr(req, _SETTLED_ATTRIBUTE, -1) == req.retraction_count for req in reqs]
+            return [vars(req).get(_SETTLED_ATTRIBUTE, -1) == req.retraction_count for req in reqs]
 
     def settle(self, reqs: Iterable[Request]) -> None:
         """Note that these requests have been launched in a decode step."""
@@ -94,6 +91,15 @@ class ScheduleContext:
     def pop(self, previous: Any) -> None:
         """Undo :meth:`push`; passes may nest."""
         self.batch = previous
+
+
+def _unsettle(batch: ScheduleBatch) -> None:
+    """Forget what is known of the rows of requests that are prefilled."""
+    # In a mixed batch the requests that decode are not inserted into the tree again.
+    decoding = {id(req) for req in batch.decoding_reqs or ()}
+    for req in batch.reqs or ():
+        if id(req) not in decoding:
+            vars(req).pop(_SETTLED_ATTRIBUTE, None)
 
 
 def schedule_context_of(model_runner: ModelRunner) -> ScheduleContext | None:

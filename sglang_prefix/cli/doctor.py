@@ -204,9 +204,10 @@ def _registration() -> str:
 
 
 def _patched_symbols() -> str:
+    from prefix_patches.attributes import missing_attributes
     from prefix_patches.install import missing_symbols
 
-    missing = missing_symbols()
+    missing = [*missing_symbols(), *missing_attributes()]
     if missing:
         raise CheckError(
             f"this SGLang lacks {', '.join(missing)}",

@@ -31,7 +31,7 @@ FAILURES: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
 if not has("any-name-on-cpu"):
     FAILURES["prefill"] = (
         (),
-        {"attention_backend": "prefix"},
+        "--attention-backend prefix",
         "ValueError: --attention-backend prefix does not work on the CPU with SGLang",
     )
 
@@ -115,21 +115,21 @@ def test_the_rules_of_a_stock_backend_name_the_flag(
 
 
 @pytest.mark.parametrize(
-    ("release", "args", "fits"),
+    ("release", "flags", "fits"),
     [
-        ("0.5.21", {"attention_backend": "prefix"}, False),
-        ("0.5.21", {"attention_backend": "prefix", "prefill_attention_backend": "triton"}, True),
-        ("0.5.21", {"decode_attention_backend": "prefix"}, True),
-        ("0.5.22", {"attention_backend": "prefix"}, True),
+        ("0.5.21", "--attention-backend prefix", False),
+        ("0.5.21", "--attention-backend prefix --prefill-attention-backend triton", True),
+        ("0.5.21", "--decode-attention-backend prefix", True),
+        ("0.5.22", "--attention-backend prefix", True),
     ],
 )
 def test_our_name_alone_does_not_do_for_prefill_on_the_cpu_of_older_releases(
-    release: str, args: dict[str, str], fits: bool, monkeypatch: pytest.MonkeyPatch
+    release: str, flags: str, fits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sglang_prefix.backend import stock_rules
 
     monkeypatch.setattr(stock_rules, "version", lambda _: release)
-    runner = make_runner(args=args)
+    runner = make_runner(flags=flags)
     if fits:
         stock_rules.check_cpu_prefill(runner, "prefix")
         return
