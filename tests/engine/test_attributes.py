@@ -213,7 +213,7 @@ def test_every_read_is_on_the_list_and_no_default_hides_a_rename(path: Path) -> 
                 assert known, f"{where}: getattr of a computed name"
                 if isinstance(name, ast.Constant):
                     legal = optional_names() | SYMBOLS
-                    assert name.value in legal, f"{where}: {name.value} may not be absent"
+                    assert name.value in legal, f"{where}: {name.value!r} may not be absent"
             case ast.Attribute(value=ast.Name(variable), attr=name, ctx=ast.Load()):
                 view = VARIABLES.get(variable)
                 if view is not None and not name.startswith("_sglang_prefix"):

@@ -31,7 +31,7 @@ FAILURES: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
 if not has("any-name-on-cpu"):
     FAILURES["prefill"] = (
         (),
-        "--attention-backend prefix",
+        {"attention_backend": "prefix"},
         "ValueError: --attention-backend prefix does not work on the CPU with SGLang",
     )
 
