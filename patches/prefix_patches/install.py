@@ -5,10 +5,22 @@ Called by the backend factory, in the processes that use the backend and in no o
 
 from __future__ import annotations
 
+import logging
+from importlib.metadata import version
+
 from prefix_patches import graph_labels, kv_pool, observability, schedule_context, stock_backend
+from prefix_patches.attributes import (
+    ModelRunner,
+    ServerArgs,
+    is_newer_than_read,
+    missing_attributes,
+    missing_of,
+)
 from prefix_patches.versions import check_sglang_version
 
-__all__ = ["TOUCHED", "install", "missing_symbols"]
+__all__ = ["TOUCHED", "check_attributes", "install", "lacks_attributes", "missing_symbols"]
+
+logger = logging.getLogger(__name__)
 
 # Without any of these the backend does not start. The touches of `load_generator` concern `bench
 # serving` alone, which checks them itself.
@@ -42,3 +54,24 @@ def install() -> None:
         touch.install()
         if not touch.installed():
             raise RuntimeError(f"sglang-prefix: the patch {touch.name} did not take effect")
+
+
+def lacks_attributes(model_runner: ModelRunner) -> list[str]:
+    """Attributes of `attributes.py` that SGLang's classes or this runner's objects do not have."""
+    args = stock_backend.resolved_args(model_runner)
+    missing = [*missing_attributes(), *missing_of(ModelRunner, model_runner)]
+    return [*missing, *missing_of(ServerArgs, args)]
+
+
+def check_attributes(model_runner: ModelRunner) -> None:
+    """See to it that nothing that we read is missing, or say so where the release is a new one.
+
+    Raises:
+        RuntimeError: something is missing in a release that was read for it.
+    """
+    missing = ", ".join(lacks_attributes(model_runner))
+    release = version("sglang")
+    if missing and not is_newer_than_read(release):
+        raise RuntimeError(f"SGLang {release} lacks {missing}, which sglang-prefix reads")
+    if missing:
+        logger.warning("prefix attention: SGLang %s lacks %s: nothing is packed", release, missing)

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable
 from importlib import import_module
-from importlib.metadata import version
 from typing import Any
 
 import torch
 
-from prefix_patches.attributes import (
-    ModelRunner,
-    ServerArgs,
-    is_newer_than_read,
-    missing_attributes,
-    missing_of,
-)
+from prefix_patches.attributes import ModelRunner, ServerArgs
 from prefix_patches.patch import RELEASES, Touch
 
 __all__ = [
     "TOUCHED",
     "build_stock",
-    "check_attributes",
     "default_stock_name",
-    "lacks_attributes",
     "prefill_name",
     "resolved_args",
     "runs_dp_attention",
@@ -34,7 +24,6 @@ __all__ = [
 
 _REGISTRY = "sglang.srt.layers.attention.attention_registry"
 _OVERRIDES = "sglang.srt.arg_groups.model_override_base"
-logger = logging.getLogger(__name__)
 _RESOLVERS = ("sglang.srt.arg_groups.overrides", _OVERRIDES)
 
 TOUCHED = (
@@ -69,29 +58,6 @@ def runs_dp_attention(args: ServerArgs) -> bool:
         return args.enable_dp_attention
     # A process that joins such a server later is a rank of it, in a group of its own.
     return args.attn_dp_size > 1 or args.ep_join_mode == "scale"
-
-
-def lacks_attributes(model_runner: ModelRunner) -> list[str]:
-    """Attributes of `attributes.py` that SGLang's classes or this runner's objects do not have."""
-    args = resolved_args(model_runner)
-    missing = [*missing_attributes(), *missing_of(ModelRunner, model_runner)]
-    return [*missing, *missing_of(ServerArgs, args)]
-
-
-def check_attributes(model_runner: ModelRunner) -> None:
-    """See to it that nothing that we read is missing, or say so where the release is a new one.
-
-    Raises:
-        RuntimeError: something is missing in a release that was read for it.
-    """
-    missing = lacks_attributes(model_runner)
-    if not missing:
-        return
-    release = version("sglang")
-    problem = f"SGLang {release} lacks {', '.join(missing)}, which sglang-prefix reads"
-    if not is_newer_than_read(release):
-        raise RuntimeError(problem)
-    logger.warning("prefix attention: %s: nothing is packed", problem)
 
 
 def default_stock_name(model_runner: ModelRunner, own_name: str) -> str:

@@ -12,13 +12,12 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
 from prefix_kernels.executor import AttentionParams
 from prefix_patches.attributes import AttentionLayer, ForwardBatch, ModelRunner, ReplayView
-from prefix_patches.install import install
+from prefix_patches.install import check_attributes, install
 from prefix_patches.kv_pool import applies_kv_scales, write_kv
 from prefix_patches.observability import append_with, report_with
 from prefix_patches.schedule_context import ensure_schedule_context
 from prefix_patches.stock_backend import (
     build_stock,
-    check_attributes,
     default_stock_name,
     prefill_name,
 )

@@ -9,8 +9,9 @@ import os
 from collections.abc import Collection
 
 from prefix_patches.attributes import AttentionLayer, ForwardBatch, ModelRunner, ReplayView
+from prefix_patches.install import lacks_attributes
 from prefix_patches.kv_pool import is_block_quantized, is_slot_major
-from prefix_patches.stock_backend import lacks_attributes, resolved_args, runs_dp_attention
+from prefix_patches.stock_backend import resolved_args, runs_dp_attention
 from sglang_prefix.checks import KV_DTYPES, Q_DTYPES
 
 __all__ = [

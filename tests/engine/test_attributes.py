@@ -11,7 +11,7 @@ from typing import Protocol, get_type_hints
 
 import pytest
 
-from prefix_patches import attributes, stock_backend
+from prefix_patches import attributes, install, stock_backend
 from prefix_patches.attributes import HOMES, Only, declared, missing_attributes
 from sglang_prefix.backend import fallback
 from sglang_prefix.cli.doctor import SGLANG_CHECKS, CheckError
@@ -25,7 +25,7 @@ DP_ATTENTION = "--tp-size 2 --dp-size 2 --enable-dp-attention"
 
 def test_the_installed_release_has_what_the_list_says() -> None:
     assert missing_attributes() == ()
-    assert stock_backend.lacks_attributes(make_runner()) == []
+    assert install.lacks_attributes(make_runner()) == []
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_an_attribute_that_is_gone_ends_the_start_and_doctor_names_it(
     renamed: pytest.MonkeyPatch,
 ) -> None:
     with pytest.raises(RuntimeError, match=f"^SGLang .* lacks {RENAMED}, which sglang-prefix"):
-        stock_backend.check_attributes(make_runner())
+        install.check_attributes(make_runner())
     with pytest.raises(CheckError, match=RENAMED):
         SGLANG_CHECKS["patched symbols"]()
 
@@ -108,7 +108,7 @@ def test_an_object_without_what_its_class_has_ends_the_start() -> None:
     runner = make_runner()
     del runner.page_size
     with pytest.raises(RuntimeError, match=r"lacks ModelRunner\.page_size"):
-        stock_backend.check_attributes(runner)
+        install.check_attributes(runner)
 
 
 def test_a_release_that_nobody_has_read_packs_nothing_where_something_is_gone(
@@ -119,9 +119,9 @@ def test_a_release_that_nobody_has_read_packs_nothing_where_something_is_gone(
     from sglang_prefix.backend.backend import PrefixAttnBackend
     from sglang_prefix.config import PrefixConfig
 
-    renamed.setattr(stock_backend, "version", lambda _: "0.5.24")
+    renamed.setattr(install, "version", lambda _: "0.5.24")
     runner = make_runner([make_layer(0)])
-    stock_backend.check_attributes(runner)
+    install.check_attributes(runner)
     stock = TorchNativeAttnBackend(runner)
     backend = PrefixAttnBackend(runner, stock, "torch_native", PrefixConfig())
     assert backend._server_reason == "unknown-attributes"
