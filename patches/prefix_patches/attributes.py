@@ -148,6 +148,12 @@ class KVPool(Protocol):
     def set_kv_buffer(self, layer: Any, location: Any, *tensors: Any) -> None: ...
 
 
+class KVWriteLocation(Protocol):
+    """SGLang's ``KVWriteLoc``: where the KV of a step goes."""
+
+    for_layer: Annotated[Any, Only(">=0.5.22", "it is made of the slots alone")]
+
+
 class WrappingPool(Protocol):
     """A pool of pools: one for full attention, one for sliding windows."""
 
@@ -204,6 +210,30 @@ class ForwardMode(Protocol):
 
     def is_decode(self) -> bool: ...
     def is_idle(self) -> bool: ...
+
+
+class Backend(Protocol):
+    """SGLang's base class of attention backends: what we override of it, and call of the stock's.
+
+    If one of these had another name, SGLang would call the new one, and a graph would be replayed
+    with another batch's plan.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any: ...
+    def forward_decode(self, *args: Any, **kwargs: Any) -> Any: ...
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None: ...
+    def init_forward_metadata(self, forward_batch: Any) -> None: ...
+    def init_forward_metadata_in_graph(self, forward_batch: Any) -> None: ...
+    def init_forward_metadata_out_graph(
+        self, forward_batch: Any, in_capture: bool = False
+    ) -> None: ...
+
+
+class GraphRunner(Protocol):
+    """What captures decode, and replays it."""
+
+    capture_forward_mode: ForwardMode
+    model_runner: ModelRunner
 
 
 class _Rows(Protocol):
@@ -288,10 +318,15 @@ HOMES: dict[type, str] = {
     PhaseConfig: "sglang.srt.model_executor.cuda_graph_config:PhaseConfig",
     ModelConfig: "sglang.srt.configs.model_config:ModelConfig",
     KVPool: "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool",
+    KVWriteLocation: "sglang.srt.mem_cache.memory_pool:KVWriteLoc",
     WrappingPool: "sglang.srt.mem_cache.swa_memory_pool:SWAKVPool",
     ReqToTokenPool: "sglang.srt.mem_cache.memory_pool:ReqToTokenPool",
     ModelRunner: "sglang.srt.model_executor.model_runner:ModelRunner",
     AttentionLayer: "sglang.srt.layers.radix_attention:RadixAttention",
+    Backend: "sglang.srt.layers.attention.base_attn_backend:AttentionBackend",
+    GraphRunner: (
+        "sglang.srt.model_executor.runner.decode_cuda_graph_runner:DecodeCudaGraphRunner"
+    ),
     ForwardMode: "sglang.srt.model_executor.forward_batch_info:ForwardMode",
     ForwardBatch: "sglang.srt.model_executor.forward_batch_info:ForwardBatch",
     ReplayView: ("sglang.srt.model_executor.runner.decode_cuda_graph_runner:build_replay_fb_view"),

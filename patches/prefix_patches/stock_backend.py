@@ -24,7 +24,7 @@ __all__ = [
 
 _REGISTRY = "sglang.srt.layers.attention.attention_registry"
 _OVERRIDES = "sglang.srt.arg_groups.model_override_base"
-_RESOLVERS = ("sglang.srt.arg_groups.overrides", _OVERRIDES)
+_RESOLUTION = "sglang.srt.arg_groups.overrides"
 
 TOUCHED = (
     Touch(
@@ -32,6 +32,12 @@ TOUCHED = (
         why="with `--attention-backend prefix` SGLang builds no stock backend itself",
         releases=f"{RELEASES}, a dict from names to factories",
         kind=dict,
+    ),
+    Touch(
+        f"{_RESOLUTION}:resolved_view",
+        why="settings as they were typed are not those that SGLang runs with",
+        releases=f"{RELEASES}; defined in `model_override_base.py` from 0.5.19 on",
+        parameters=("server_args",),
     ),
 )
 
@@ -41,15 +47,10 @@ def resolved_args(model_runner: ModelRunner) -> ServerArgs:
 
     ``model_runner.server_args`` holds what the operator typed; what SGLang decided on top of it
     (deterministic inference implied by another flag, graphs switched off, a model's own attention
-    backend) comes from ``resolved_view(server_args)``: in ``arg_groups/overrides.py`` from 0.5.17
-    on, defined in ``arg_groups/model_override_base.py`` from 0.5.19 on. When it is gone, the typed
-    settings are used.
+    backend) comes from ``resolved_view``.
     """
-    for home in _RESOLVERS:
-        resolve = getattr(_optional(home), "resolved_view", None)
-        if resolve is not None:
-            return resolve(model_runner.server_args)  # type: ignore[no-any-return]
-    return model_runner.server_args  # type: ignore[no-any-return]
+    resolved: ServerArgs = import_module(_RESOLUTION).resolved_view(model_runner.server_args)
+    return resolved
 
 
 def runs_dp_attention(args: ServerArgs) -> bool:

@@ -166,7 +166,7 @@ OTHERS = {"attributes.py", "delegation.py", "load_generator.py", "patch.py"}
 READERS = [path for path in READERS if path.name not in OTHERS]
 # Names that are no attributes of objects: of modules and classes, declared beside the code that
 # looks for them, and of an enumeration's member.
-SYMBOLS = {"resolved_view", "get_default_attn_backend", "for_layer", "resolve_once", "value"}
+SYMBOLS = {"get_default_attn_backend", "value"}
 # What our code calls SGLang's objects.
 VARIABLES = {
     "args": attributes.ServerArgs,
