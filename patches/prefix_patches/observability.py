@@ -67,9 +67,9 @@ def metric_labels(model_runner: ModelRunner) -> dict[str, str] | None:
     0.5.17 to 0.5.23. When one is gone, our counters are not exported, and the log says so.
     """
     args = resolved_args(model_runner)
-    if not args.enable_metrics or model_runner.is_draft_worker:
-        return None
     try:
+        if not args.enable_metrics or model_runner.is_draft_worker:
+            return None
         from sglang.srt.runtime_context import get_parallel
 
         ranks: ParallelContext = get_parallel()
@@ -84,10 +84,10 @@ def metric_labels(model_runner: ModelRunner) -> dict[str, str] | None:
         }
         if getattr(ranks, "dp_rank", None) is not None:
             labels["dp_rank"] = ranks.dp_rank
+        labels |= args.extra_metric_labels or {}
     except (ImportError, AttributeError, AssertionError) as error:
         logger.warning("prefix attention: no metrics, SGLang's labels are not there (%s)", error)
         return None
-    labels |= args.extra_metric_labels or {}
     return {name: str(value) for name, value in labels.items()}
 
 

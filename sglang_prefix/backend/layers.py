@@ -106,6 +106,8 @@ def find_layers(
     """
     pool = model_runner.token_to_kv_pool
     layers = [m for m in model_runner.model.modules() if isinstance(m, RadixAttention)]
+    if not serve:
+        return ModelLayers(len(layers), {}, {}, [])
     reasons = {
         layer.layer_id: layer_reason(
             layer,
@@ -116,8 +118,6 @@ def find_layers(
         for layer in layers
     }
     delegated = {layer_id: reason for layer_id, reason in reasons.items() if reason}
-    if not serve:
-        return ModelLayers(len(layers), delegated, {}, [])
     shape_of = {
         layer: _shape_of(layer, model_runner.dtype, pool.dtype)
         for layer in layers
