@@ -2,8 +2,8 @@
 
 Each class below stands for one of SGLang's and names what we read of it, nothing else. Whoever
 takes such an object says so with the class, so the type checker refuses an attribute that is not
-here. The list is compared with the installed SGLang before the backend is built, and by
-``sglang-prefix doctor``.
+here. `install.py` compares the list with the installed SGLang before the backend is built, and
+``sglang-prefix doctor`` does.
 
 Absence is never a default. An attribute that a release should have and has not
 
@@ -17,20 +17,11 @@ What only some releases have carries an :class:`Only`, which says what its absen
 
 from __future__ import annotations
 
-import dis
-import functools
-import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
-from types import FunctionType
-from typing import Annotated, Any, Protocol, get_type_hints
+from typing import Annotated, Any, Protocol
 
 import torch
-from packaging.specifiers import SpecifierSet
-from packaging.version import Version
-
-from prefix_patches.patch import RELEASES, resolve
 
 __all__ = [
     "HOMES",
@@ -49,10 +40,6 @@ __all__ = [
     "ServerArgs",
     "TreeNode",
     "WrappingPool",
-    "declared",
-    "is_newer_than_read",
-    "missing_attributes",
-    "missing_of",
 ]
 
 
@@ -337,63 +324,3 @@ HOMES: dict[type, str] = {
     TreeCache: "sglang.srt.mem_cache.unified_radix_cache:UnifiedRadixCache",
     TreeCore: "sglang.srt.mem_cache.unified_cache.unified_tree_core:UnifiedTreeCore",
 }
-
-
-def declared(view: type, release: str) -> set[str]:
-    """Attributes of a class above that a release has."""
-    number = Version(release).base_version  # a nightly build is the release that it comes before
-    names = set()
-    for name, hint in get_type_hints(view, include_extras=True).items():
-        only = [mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Only)]
-        if all(SpecifierSet(mark.releases).contains(number) for mark in only):
-            names.add(name)
-    methods = (vars(cls).items() for cls in view.__mro__ if cls not in (Protocol, object))
-    public = {n for items in methods for n, v in items if inspect.isfunction(v) and n[0] != "_"}
-    return names | public
-
-
-def is_newer_than_read(release: str) -> bool:
-    """Whether a release is newer than those whose source was read for what we touch."""
-    newest = Version(RELEASES.split()[-1])
-    return Version(Version(release).base_version) > newest
-
-
-@functools.cache
-def missing_attributes() -> tuple[str, ...]:
-    """Declared attributes that SGLang's classes lack, as dotted names. Imports SGLang."""
-    release = version("sglang")
-    missing = []
-    for view, symbol in HOMES.items():
-        try:
-            found = _names_of(resolve(symbol))
-        except (ImportError, AttributeError) as error:
-            missing.append(f"{symbol.replace(':', '.')} ({error})")
-            continue
-        lacking = sorted(declared(view, release) - found)
-        missing += [f"{symbol.partition(':')[2]}.{name}" for name in lacking]
-    return tuple(missing)
-
-
-def missing_of(view: type, instance: object) -> list[str]:
-    """Declared attributes that an object lacks, of which its class promised that it has them."""
-    names = declared(view, version("sglang"))
-    return [f"{view.__name__}.{name}" for name in sorted(names) if not hasattr(instance, name)]
-
-
-def _names_of(home: Any) -> set[Any]:
-    """What a class defines or assigns anywhere, or what a function passes on by keyword."""
-    if isinstance(home, FunctionType):
-        # One tuple of names where there are few, a string each where there are many.
-        constants = home.__code__.co_consts
-        return {n for c in constants for n in (c if isinstance(c, tuple) else (c,))}
-    names: set[Any] = set()
-    for cls in home.__mro__:
-        names |= set(vars(cls)) | set(inspect.get_annotations(cls))
-        for function in _functions_of(cls):
-            code = inspect.unwrap(function).__code__
-            names |= {i.argval for i in dis.get_instructions(code) if i.opname == "STORE_ATTR"}
-    return names
-
-
-def _functions_of(cls: type) -> Iterator[Callable[..., Any]]:
-    return (value for value in vars(cls).values() if isinstance(value, FunctionType))

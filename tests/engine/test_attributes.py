@@ -12,7 +12,8 @@ from typing import Protocol, get_type_hints
 import pytest
 
 from prefix_patches import attributes, install, stock_backend
-from prefix_patches.attributes import HOMES, Only, declared, missing_attributes
+from prefix_patches.attributes import HOMES, Only
+from prefix_patches.install import declared, missing_attributes
 from sglang_prefix.backend import fallback
 from sglang_prefix.cli.doctor import SGLANG_CHECKS, CheckError
 from tests.engine.bare_backend import make_layer, make_runner
@@ -125,7 +126,8 @@ def test_a_release_that_nobody_has_read_packs_nothing_where_something_is_gone(
     stock = TorchNativeAttnBackend(runner)
     backend = PrefixAttnBackend(runner, stock, "torch_native", PrefixConfig())
     assert backend._server_reason == "unknown-attributes"
-    assert f"SGLang 0.5.24 lacks {RENAMED}" in caplog.text
+    (said,) = (text for text in caplog.messages if "SGLang 0.5.24 lacks" in text)
+    assert RENAMED in said
 
 
 @pytest.mark.parametrize(
@@ -133,7 +135,7 @@ def test_a_release_that_nobody_has_read_packs_nothing_where_something_is_gone(
     [("0.5.17", False), ("0.5.23", False), ("0.5.23.post1", False), ("0.5.24.dev3+g1", True)],
 )
 def test_a_newer_release_is_told_from_one_that_was_read(release: str, is_newer: bool) -> None:
-    assert attributes.is_newer_than_read(release) is is_newer
+    assert install.is_newer_than_read(release) is is_newer
 
 
 @pytest.mark.parametrize(
@@ -160,9 +162,9 @@ READERS = [
     ROOT / "sglang_prefix" / "plugin.py",
     *sorted((ROOT / "patches" / "prefix_patches").glob("*.py")),
 ]
-# `patch.py` and `attributes.py` look up symbols, `delegation.py` hands everything over, and
+# `patch.py` and `install.py` look up symbols, `delegation.py` hands everything over, and
 # `load_generator.py` has symbols of its own.
-OTHERS = {"attributes.py", "delegation.py", "load_generator.py", "patch.py"}
+OTHERS = {"attributes.py", "install.py", "delegation.py", "load_generator.py", "patch.py"}
 READERS = [path for path in READERS if path.name not in OTHERS]
 # Names that are no attributes of objects: of modules and classes, declared beside the code that
 # looks for them, and of an enumeration's member.
