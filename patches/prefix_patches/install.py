@@ -71,8 +71,8 @@ def install() -> None:
 def lacks_attributes(model_runner: ModelRunner) -> list[str]:
     """Attributes of `attributes.py` that SGLang's classes or this runner's objects do not have."""
     args = stock_backend.resolved_args(model_runner)
-    missing = [*missing_attributes(), *_missing_of(ModelRunner, model_runner)]
-    return [*missing, *_missing_of(ServerArgs, args)]
+    of_objects = [*_missing_of(ModelRunner, model_runner), *_missing_of(ServerArgs, args)]
+    return list(dict.fromkeys([*missing_attributes(), *of_objects]))
 
 
 def check_attributes(model_runner: ModelRunner) -> None:
