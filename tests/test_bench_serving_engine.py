@@ -10,7 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -257,10 +257,13 @@ if found:
 
 # -- the guard against waiting for the device ------------------------------------------------------
 
-DECODE, EXTEND = (
-    SimpleNamespace(forward_mode=SimpleNamespace(is_decode=lambda decodes=decodes: decodes))
-    for decodes in (True, False)
-)
+
+@pytest.fixture(scope="module")
+def batches() -> dict[str, Any]:
+    """A forward batch of SGLang's per mode; made before a host seems to have a GPU."""
+    from tests.scheduling import make_forward_batch
+
+    return {mode: make_forward_batch(mode, (1,), (1,), (0,)) for mode in ("DECODE", "EXTEND")}
 
 
 class Backend:
@@ -309,12 +312,18 @@ def guarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Backend:
 
 
 @pytest.mark.parametrize(
-    ("batch", "in_capture", "mode"),
-    [(DECODE, False, "error"), (DECODE, True, "default"), (EXTEND, False, "default")],
+    ("forward_mode", "in_capture", "mode"),
+    [("DECODE", False, "error"), ("DECODE", True, "default"), ("EXTEND", False, "default")],
 )
 def test_decode_is_guarded_captures_prefill_and_stock_are_not(
-    guarded: Backend, tmp_path: Path, batch: Any, in_capture: bool, mode: str
+    batches: dict[str, Any],
+    guarded: Backend,
+    tmp_path: Path,
+    forward_mode: str,
+    in_capture: bool,
+    mode: str,
 ) -> None:
+    batch = batches[forward_mode]
     guarded.init_forward_metadata_out_graph(batch, in_capture)
     guarded.init_forward_metadata_out_graph(batch, in_capture=in_capture)
     assert (guarded.modes, guarded.stock.modes) == ([mode] * 2, ["default"] * 2)
@@ -324,10 +333,12 @@ def test_decode_is_guarded_captures_prefill_and_stock_are_not(
     assert json.loads(file.read_text()) == seen if mode == "error" else not file.exists()
 
 
-def test_control_a_wait_is_told_of_and_goes_on(guarded: Backend, tmp_path: Path) -> None:
+def test_control_a_wait_is_told_of_and_goes_on(
+    batches: dict[str, Any], guarded: Backend, tmp_path: Path
+) -> None:
     guarded.waits = True
     with pytest.raises(RuntimeError, match="synchronizing"):
-        guarded.init_forward_metadata_out_graph(DECODE)
+        guarded.init_forward_metadata_out_graph(batches["DECODE"])
     assert mode_now() == "default"
     seen = json.loads((tmp_path / "sync.json").read_text())
     assert seen["raised"] == ["RuntimeError: called a synchronizing CUDA operation"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,8 +21,12 @@ _rng = random.Random(0)
 SYSTEM = [_rng.randrange(256) for _ in range(50)]
 # Of equal length, so that a plan kept when two requests change places fits but for its slots.
 A, B, C, D = ([*SYSTEM, i, *range(12)] for i in range(4))
-# A radix cache without the methods that our adapters know.
-CANNOT_BE_ASKED = SimpleNamespace(tree_core=object())
+
+
+class CannotBeAsked:
+    """A radix cache whose core has none of the methods that our adapters know."""
+
+    tree_core = object()
 
 
 def plans_of(scheduler: Scheduler, reqs: list[Request], steps: int = 3) -> list[int]:
@@ -240,7 +243,7 @@ def test_a_tree_that_cannot_be_asked_has_its_rows_compared() -> None:
     scheduler = Scheduler()
     reqs = scheduler.prefill(A, B)
     scheduler.publish(*reqs)
-    scheduler.cache = CANNOT_BE_ASKED
+    scheduler.cache = CannotBeAsked()
     # Rows are what they are, so that the first step shares as well; its plan is still not reused.
     for plans in (1, 1, 0, 0):
         assert scheduler.decode(reqs)[:2] == (plans, scheduler.distinct_slots(reqs))
@@ -267,7 +270,7 @@ def test_a_row_is_shared_no_further_than_the_tree_can_show() -> None:
 def test_rows_are_not_compared_on_a_device(published: bool, reason: str) -> None:
     scheduler = Scheduler()
     reqs = scheduler.start(A, B)
-    scheduler.cache = CANNOT_BE_ASKED
+    scheduler.cache = CannotBeAsked()
     scheduler.run_pass("EXTEND", [])
     counted = scheduler.counted()
     scheduler.planner.req_to_token = torch.empty(0, device="meta")

@@ -26,7 +26,6 @@ from sglang_prefix.bench.engine import (
 # An engine with one more process, as SGLang's has its scheduler.
 STAND_IN = """
 import subprocess, sys
-from types import SimpleNamespace
 
 __version__ = "0.0"
 MARK = "plain"
@@ -37,11 +36,10 @@ class Engine:
         if arguments.get("fails"):
             raise ValueError("no such model")
         self.below = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-        self.server_args = SimpleNamespace(load_format="auto")
         self.state = {"internal_states": [{"sglang_prefix": [{"plans": 3}]}]}
 
     def get_server_info(self):
-        return self.state | {"max_total_num_tokens": 8}
+        return self.state | {"max_total_num_tokens": 8, "load_format": "auto"}
 """
 CALLS = """
 import time

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ import pytest
 from prefix_patches.radix_paths import path_reader
 from sglang_prefix.backend.path_cache import FoundPaths, PathCache
 from sglang_prefix.forest import PrefixForest
-from tests.scheduling import Request, Scheduler
+from tests.scheduling import Request, Scheduler, make_request
 
 CORES = ("rust", "python")
 SYSTEM = tuple(range(40))
@@ -141,43 +140,47 @@ def test_ids_of_a_tree_that_was_reset_are_not_found(scheduler: Scheduler) -> Non
 
 
 class CountedTree:
-    """A tree of known paths, and how often it was asked."""
+    """A tree of SGLang's, and how often it was asked."""
 
-    def __init__(self, paths: dict[int, tuple[tuple[int, ...], tuple[int, ...]]]) -> None:
-        self.paths, self.calls = paths, 0
-        self.tree_core = SimpleNamespace(collect_path_info=self._collect)
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._collect, self.calls = scheduler.cache.tree_core.collect_path_info, 0
+        self.tree_core = self
 
-    def _collect(self, ids: list[int]) -> list[list[Any]]:
+    def collect_path_info(self, ids: list[int]) -> Any:
         self.calls += 1
-        return [
-            [SimpleNamespace(node_id=n, path_end=e) for n, e in zip(*self.paths[i], strict=True)]
-            for i in ids
-        ]
+        return self._collect(ids)
 
 
-def at(*nodes: Any) -> list[Any]:
-    return [SimpleNamespace(last_node=node) for node in nodes]
+def test_another_tree_with_the_same_ids_is_asked_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two trees of SGLang's Rust core give the same ids to nodes that end elsewhere."""
+    monkeypatch.setenv("SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND", "rust")
+    cache, one, other = PathCache(), Scheduler(), Scheduler()
+    (short,), (long,) = published(one, SYSTEM[:10]), published(other, SYSTEM)
+    assert short.last_node == long.last_node
+    trees = CountedTree(one), CountedTree(other)
+    for tree, req in ((0, short), (0, short), (1, long), (0, short)):
+        found = look_up(cache, trees[tree], [req])
+        assert found.table.ends.tolist() == [len(req.tokens)]
+    assert [tree.calls for tree in trees] == [2, 1]
 
 
-def test_another_tree_with_the_same_ids_is_asked_itself() -> None:
-    one, other = CountedTree({1: ((1,), (4,))}), CountedTree({1: ((7, 1), (2, 4))})
-    cache = PathCache()
-    for tree, expected in ((one, [1]), (one, [1]), (other, [7, 1]), (one, [1])):
-        assert look_up(cache, tree, at(1)).table.node_ids.tolist() == expected
-    assert (one.calls, other.calls) == (2, 1)
+def test_what_is_no_stable_id_is_asked_for_each_time(scheduler: Scheduler) -> None:
+    from sglang.srt.mem_cache.radix_cache import RadixCache, TreeNode
+    from sglang.srt.session.streaming_session import _VirtualNode
 
-
-def test_what_is_no_stable_id_is_asked_for_each_time() -> None:
     # The virtual node of a session, whose path is empty.
-    tree, cache, virtual = CountedTree({1: ((1,), (4,))}), PathCache(), object()
+    (req,), cache, tree = published(scheduler, SYSTEM), PathCache(), CountedTree(scheduler)
+    virtual = make_request(9, (), _VirtualNode())
     for calls in (1, 2):
-        found = look_up(cache, tree, at(virtual, 1))
-        assert found.table.lengths[found.path_of].tolist() == [0, 4]
+        found = look_up(cache, tree, [virtual, req])
+        assert found.table.lengths[found.path_of].tolist() == [0, len(SYSTEM)]
         assert tree.calls == calls
     # A node of a tree of linked nodes, whose ids SGLang hands out again.
-    node = SimpleNamespace(id=3, key=[0] * 4, parent=SimpleNamespace(parent=None))
+    node, linked = TreeNode(), object.__new__(RadixCache)
+    node.parent = TreeNode()
     for length in (4, 6):
         node.key = [0] * length
-        assert look_up(cache, SimpleNamespace(), at(node)).table.ends.tolist() == [length]
+        assert look_up(cache, linked, [make_request(9, (), node)]).table.ends.tolist() == [length]
     # A tree that cannot be read has no paths.
-    assert PathCache().look_up(SimpleNamespace(tree_core=object()), at(1)) is None
+    tree.tree_core = object()  # type: ignore[assignment]
+    assert PathCache().look_up(tree, [req]) is None

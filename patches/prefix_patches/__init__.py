@@ -10,6 +10,7 @@
 ``kv_pool``           what a KV pool holds, and writing to it
 ``observability``     the decode log line, ``/server_info``, the labels of metrics
 ``load_generator``    SGLang's own load generator and frontend language, for ``bench serving``
+``attributes``        what is read of SGLang's objects, and in which releases it is there
 ``install``           checks and applies what the backend needs
 ====================  ========================================================================
 """

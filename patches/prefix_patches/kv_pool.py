@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from prefix_patches.attributes import AttentionLayer, ForwardBatch, KVPool
 from prefix_patches.patch import RELEASES, Touch
 
 __all__ = ["TOUCHED", "applies_kv_scales", "is_block_quantized", "is_slot_major", "write_kv"]
@@ -25,39 +26,42 @@ TOUCHED = (
 )
 
 
-def is_block_quantized(pool: Any) -> bool:
+def is_block_quantized(pool: KVPool) -> bool:
     """Whether values are stored with a scale per block (FP4, MXFP8), beside the layer's scales.
 
-    Reads ``is_quantized_kv_cache`` and ``k_scale_buffer``; of 0.5.17 to 0.5.23 not every pool has
-    both. Where they are gone the pool counts as plain, which the KV dtype check still guards.
+    Not every pool has both marks. The KV dtype is checked beside them.
     """
-    return any(
-        _value(inner, "is_quantized_kv_cache") or _value(inner, "k_scale_buffer") is not None
-        for inner in _inner_pools(pool)
-    )
+    return any(_has_block_scales(inner) for inner in _inner_pools(pool))
 
 
-def is_slot_major(pool: Any) -> bool:
+def _has_block_scales(pool: KVPool) -> bool:
+    mark = getattr(pool, "is_quantized_kv_cache", False)
+    is_marked = mark() if callable(mark) else mark
+    return bool(is_marked) or getattr(pool, "k_scale_buffer", None) is not None
+
+
+def is_slot_major(pool: KVPool) -> bool:
     """Whether K and V are laid out as [slot, head, dim]; a pool without ``kv_cache_layout`` is."""
     return all(getattr(inner, "kv_cache_layout", "nhd") == "nhd" for inner in _inner_pools(pool))
 
 
-def _inner_pools(pool: Any) -> list[Any]:
-    inner = [getattr(pool, name, None) for name in ("full_kv_pool", "swa_kv_pool")]
+def _inner_pools(pool: KVPool) -> list[KVPool]:
+    inner = (getattr(pool, "full_kv_pool", None), getattr(pool, "swa_kv_pool", None))
     return [pool, *(found for found in inner if found is not None)]
 
 
-def _value(pool: Any, name: str) -> Any:
-    found = getattr(pool, name, None)
-    return found() if callable(found) else found
-
-
-def applies_kv_scales(pool: Any) -> bool:
+def applies_kv_scales(pool: KVPool) -> bool:
     """Whether the pool holds k and v divided by the layer's scales."""
     return pool.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
-def write_kv(pool: Any, layer: Any, forward_batch: Any, k: torch.Tensor, v: torch.Tensor) -> None:
+def write_kv(
+    pool: KVPool,
+    layer: AttentionLayer,
+    forward_batch: ForwardBatch,
+    k: torch.Tensor,
+    v: torch.Tensor,
+) -> None:
     """Write the new tokens' K and V of one layer.
 
     The scales are handed over only where the pool stores 8-bit floats, as stock backends do: the
@@ -74,7 +78,7 @@ def write_kv(pool: Any, layer: Any, forward_batch: Any, k: torch.Tensor, v: torc
 
 
 @functools.cache
-def _write_location() -> Callable[[Any, Any], Any]:
+def _write_location() -> Callable[[ForwardBatch, AttentionLayer], Any]:
     """What makes a ``KVWriteLoc`` of a forward batch and a layer."""
     location_class: Any = import_module(_POOLS).KVWriteLoc
     if hasattr(location_class, "for_layer"):

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from prefix_patches.attributes import ModelRunner, ParallelContext
 from prefix_patches.patch import RELEASES, Touch
 from prefix_patches.stock_backend import resolved_args
 
@@ -57,7 +58,7 @@ def _get_internal_state(original: Any, self: Any, *args: Any, **kwargs: Any) -> 
     return result
 
 
-def metric_labels(model_runner: Any) -> dict[str, str] | None:
+def metric_labels(model_runner: ModelRunner) -> dict[str, str] | None:
     """Labels for the metrics of this rank; None where it exports none.
 
     Our counters stand on ``/metrics`` beside SGLang's and are joined with them by their labels, and
@@ -66,14 +67,13 @@ def metric_labels(model_runner: Any) -> dict[str, str] | None:
     0.5.17 to 0.5.23. When one is gone, our counters are not exported, and the log says so.
     """
     args = resolved_args(model_runner)
-    if not getattr(args, "enable_metrics", False) or model_runner.is_draft_worker:
-        return None
     try:
+        if not args.enable_metrics or model_runner.is_draft_worker:
+            return None
         from sglang.srt.runtime_context import get_parallel
 
-        ranks = get_parallel()
-        everyone = getattr(args, "enable_metrics_for_all_schedulers", False)
-        if ranks.attn_tp_rank != 0 and not everyone:
+        ranks: ParallelContext = get_parallel()
+        if ranks.attn_tp_rank != 0 and not args.enable_metrics_for_all_schedulers:
             return None
         labels = {
             "model_name": args.served_model_name,
@@ -84,10 +84,10 @@ def metric_labels(model_runner: Any) -> dict[str, str] | None:
         }
         if getattr(ranks, "dp_rank", None) is not None:
             labels["dp_rank"] = ranks.dp_rank
+        labels |= args.extra_metric_labels or {}
     except (ImportError, AttributeError, AssertionError) as error:
         logger.warning("prefix attention: no metrics, SGLang's labels are not there (%s)", error)
         return None
-    labels |= getattr(args, "extra_metric_labels", None) or {}
     return {name: str(value) for name, value in labels.items()}
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-__all__ = ["RELEASES", "Touch", "optional_module"]
+__all__ = ["RELEASES", "Touch", "optional_module", "resolve"]
 
 RELEASES = "0.5.17 to 0.5.23"  # those whose source was read for what we touch
 _MARKER = "_sglang_prefix_patch"
@@ -22,6 +22,12 @@ def optional_module(module: str) -> Any:
         return import_module(module)
     except ImportError:
         return None
+
+
+def resolve(symbol: str) -> Any:
+    """What ``module:name`` or ``module:Class.name`` is. Raises ImportError or AttributeError."""
+    module, _, path = symbol.partition(":")
+    return functools.reduce(getattr, path.split("."), import_module(module))
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,10 +22,12 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
+from prefix_patches.attributes import Request
+
 __all__ = ["NO_PATH", "Path", "owned_lengths", "path_reader", "tree_with_stable_ids"]
 
 Path = tuple[tuple[int, ...], tuple[int, ...]]
-PathReader = Callable[[Sequence[Any]], list[Path]]
+PathReader = Callable[[Sequence[Request]], list[Path]]
 
 # Of a request that holds no node of a tree.
 NO_PATH: Path = ((), ())
@@ -49,7 +51,7 @@ def path_reader(tree_cache: Any) -> PathReader | None:
     return lambda reqs: [_path_of(look_up(n)) if type(n) is int else NO_PATH for n in _nodes(reqs)]
 
 
-def _nodes(reqs: Sequence[Any]) -> list[Any]:
+def _nodes(reqs: Sequence[Request]) -> list[Any]:
     """Of each request its last node: an id where there is a tree core, else the node itself.
 
     A streaming session may hold a virtual node, which is no id and has no path. A cache without a
@@ -58,7 +60,7 @@ def _nodes(reqs: Sequence[Any]) -> list[Any]:
     return [req.last_node for req in reqs]
 
 
-def _collect_paths(collect: Callable[[list[int]], Any], reqs: Sequence[Any]) -> list[Path]:
+def _collect_paths(collect: Callable[[list[int]], Any], reqs: Sequence[Request]) -> list[Path]:
     """Per id, ``collect`` returns records of ``node_id`` and ``path_end``, without the root.
 
     An unknown id raises KeyError.
@@ -74,12 +76,18 @@ def _collect_paths(collect: Callable[[list[int]], Any], reqs: Sequence[Any]) -> 
     return [found.get(node, NO_PATH) if type(node) is int else NO_PATH for node in nodes]
 
 
-def _read_linked_nodes(reqs: Sequence[Any]) -> list[Path]:
+def _read_linked_nodes(reqs: Sequence[Request]) -> list[Path]:
     return [_path_of(node) for node in _nodes(reqs)]
 
 
 def _path_of(node: Any) -> Path:
-    """Path of a node with ``parent``, ``key`` and ``id``, from below the root down."""
+    """Path of a node with ``parent``, ``key`` and ``id``, from below the root down.
+
+    Raises:
+        TypeError: it is an id, whose tree cannot be asked for the node.
+    """
+    if type(node) is int:
+        raise TypeError(f"node {node} is an id, and SGLang's tree has no tree_core to ask for it")
     ids: list[int] = []
     lengths: list[int] = []
     while getattr(node, "parent", None) is not None:
@@ -98,12 +106,12 @@ def tree_with_stable_ids(tree_cache: Any) -> Any:
     return core if hasattr(core, "collect_path_info") else None
 
 
-def owned_lengths(reqs: Sequence[Any]) -> list[int]:
+def owned_lengths(reqs: Sequence[Request]) -> list[int]:
     """Tokens at the start of each request's row that the tree owns.
 
     ``req.kv.cache_protected_len`` from 0.5.19 on; ``req.cache_protected_len`` before, where
     ``req.kv`` holds other things. All requests of a process are of one release.
     """
-    if reqs and hasattr(getattr(reqs[0], "kv", None), "cache_protected_len"):
+    if reqs and hasattr(reqs[0].kv, "cache_protected_len"):
         return [req.kv.cache_protected_len for req in reqs]
     return [req.cache_protected_len for req in reqs]

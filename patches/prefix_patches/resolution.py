@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from prefix_patches.attributes import ServerArgs
 from prefix_patches.patch import optional_module
 
 __all__ = ["StockChoice", "resolve_without", "stock_choice"]
@@ -26,7 +27,6 @@ __all__ = ["StockChoice", "resolve_without", "stock_choice"]
 # Steps of the resolution. Before the first nothing reads the names of attention backends; behind
 # the last only the fused kernels of AMD and NVIDIA do, and those must see that we decode.
 _FIRST, _LAST = "handle_model_source_paths", "handle_model_capability_adjustments"
-_FLAGS = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
 # What our declarations are filed under in SGLang's list of them.
 _SOURCE = "sglang-prefix"
 # Of a `ServerArgs`: its choice. It travels to the schedulers with SGLang's own bookkeeping.
@@ -49,7 +49,7 @@ class StockChoice:
     uses_mla: bool
 
 
-def stock_choice(server_args: Any) -> StockChoice | None:
+def stock_choice(server_args: ServerArgs) -> StockChoice | None:
     """What SGLang has chosen for these arguments; None where nobody asked it (before 0.5.20)."""
     found: StockChoice | None = getattr(server_args, _CHOICE_ATTRIBUTE, None)
     return found
@@ -75,16 +75,20 @@ def resolve_without(
     from sglang.srt.arg_groups.overrides import attention_backends_of, declare_resolution
 
     @hooks.register_resolution_hook(_FIRST)  # type: ignore[untyped-decorator]
-    def hide(server_args: Any, previous: Callable[[Any], None]) -> None:
+    def hide(server_args: ServerArgs, previous: Callable[[ServerArgs], None]) -> None:
         # The record keeps what the operator typed; resolution reads declarations over it.
         if attention_backends_of(server_args)[1] == own_name:
-            ours = [flag for flag in _FLAGS if getattr(server_args, flag) == own_name]
-            stock = named_stock()
-            declare_resolution(server_args, _SOURCE, **dict.fromkeys(ours, stock))
+            typed = {
+                "attention_backend": server_args.attention_backend,
+                "prefill_attention_backend": server_args.prefill_attention_backend,
+                "decode_attention_backend": server_args.decode_attention_backend,
+            }
+            ours = [flag for flag, name in typed.items() if name == own_name]
+            declare_resolution(server_args, _SOURCE, **dict.fromkeys(ours, named_stock()))
         previous(server_args)
 
     @hooks.register_resolution_hook(_LAST)  # type: ignore[untyped-decorator]
-    def show(server_args: Any, previous: Callable[[Any], None]) -> None:
+    def show(server_args: ServerArgs, previous: Callable[[ServerArgs], None]) -> None:
         previous(server_args)
         prefill, decode = attention_backends_of(server_args)
         if decode == own_name:
@@ -95,7 +99,7 @@ def resolve_without(
             declare_resolution(server_args, _SOURCE, **declared)
 
 
-def _choice_of(server_args: Any) -> StockChoice:
+def _choice_of(server_args: ServerArgs) -> StockChoice:
     from sglang.srt.arg_groups.overrides import (
         attention_backends_of,
         model_config_of,
@@ -109,7 +113,7 @@ def _choice_of(server_args: Any) -> StockChoice:
 
 
 def _declarations(
-    server_args: Any, choice: StockChoice, own_name: str, *, whole: bool
+    server_args: ServerArgs, choice: StockChoice, own_name: str, *, whole: bool
 ) -> dict[str, Any]:
     """The flags with our name in them again, and with the draft model on the stock backend."""
     from sglang.srt.arg_groups.overrides import resolved_view

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from weakref import WeakSet
 
+from prefix_patches.attributes import ModelRunner, Request, ScheduleBatch
 from prefix_patches.patch import RELEASES, Touch
 
 __all__ = [
@@ -60,7 +61,7 @@ class ScheduleContext:
 
     def __init__(self) -> None:
         _CONTEXTS.add(self)
-        self.batch: Any = None
+        self.batch: ScheduleBatch | None = None
         self.epoch = 0
         self.graph_labels: tuple[str, ...] = ()
         self.graph_label = ""
@@ -71,28 +72,28 @@ class ScheduleContext:
         """Publish the batch behind ``forward_batch``; return what was published before."""
         began = time.perf_counter()
         previous = self.batch
-        self.batch = getattr(forward_batch, BATCH_ATTRIBUTE, None)
+        self.batch = vars(forward_batch).get(BATCH_ATTRIBUTE)
         mode = forward_batch.forward_mode
         if not mode.is_decode():
             self.epoch += 1
             if self.on_passed_by is not None and mode.name in PASSED_BY:
                 self.on_passed_by(PASSED_BY[mode.name])
-            # In a mixed batch the requests that decode are not inserted into the tree again.
-            decoding = {id(req) for req in getattr(self.batch, "decoding_reqs", None) or ()}
-            for req in getattr(self.batch, "reqs", None) or ():
-                if id(req) not in decoding:
-                    vars(req).pop(_SETTLED_ATTRIBUTE, None)
+            if self.batch is not None:
+                _unsettle(self.batch)
         self.seconds.append(time.perf_counter() - began)
         return previous
 
-    def settled(self, reqs: Sequence[Any]) -> list[bool]:
+    def settled(self, reqs: Sequence[Request]) -> list[bool]:
         """Of each request, whether its row is known to hold the tree's slots."""
         try:  # twice as fast as asking with a default, and the usual case
-            return [req._sglang_prefix_settled == req.retraction_count for req in reqs]
+            return [
+                req._sglang_prefix_settled == req.retraction_count  # type: ignore[attr-defined]
+                for req in reqs
+            ]
         except AttributeError:
-            return [getattr(req, _SETTLED_ATTRIBUTE, -1) == req.retraction_count for req in reqs]
+            return [vars(req).get(_SETTLED_ATTRIBUTE, -1) == req.retraction_count for req in reqs]
 
-    def settle(self, reqs: Iterable[Any]) -> None:
+    def settle(self, reqs: Iterable[Request]) -> None:
         """Note that these requests have been launched in a decode step."""
         for req in reqs:
             setattr(req, _SETTLED_ATTRIBUTE, req.retraction_count)
@@ -102,13 +103,22 @@ class ScheduleContext:
         self.batch = previous
 
 
-def schedule_context_of(model_runner: Any) -> ScheduleContext | None:
+def _unsettle(batch: ScheduleBatch) -> None:
+    """Forget what is known of the rows of requests that are prefilled."""
+    # In a mixed batch the requests that decode are not inserted into the tree again.
+    decoding = {id(req) for req in batch.decoding_reqs or ()}
+    for req in batch.reqs or ():
+        if id(req) not in decoding:
+            vars(req).pop(_SETTLED_ATTRIBUTE, None)
+
+
+def schedule_context_of(model_runner: ModelRunner) -> ScheduleContext | None:
     """The schedule of a model runner; None for one that does not use our backend."""
     found: ScheduleContext | None = vars(model_runner).get(_CONTEXT_ATTRIBUTE)
     return found
 
 
-def ensure_schedule_context(model_runner: Any) -> ScheduleContext:
+def ensure_schedule_context(model_runner: ModelRunner) -> ScheduleContext:
     """The schedule of a model runner, a new one where there is none."""
     found = schedule_context_of(model_runner) or ScheduleContext()
     setattr(model_runner, _CONTEXT_ATTRIBUTE, found)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from prefix_patches.attributes import ModelRunner, ServerArgs
 from prefix_patches.patch import RELEASES, Touch, optional_module
 from prefix_patches.resolution import stock_choice
 
@@ -18,12 +19,13 @@ __all__ = [
     "default_stock_name",
     "prefill_name",
     "resolved_args",
+    "runs_dp_attention",
     "torch_native_decode",
 ]
 
 _REGISTRY = "sglang.srt.layers.attention.attention_registry"
 _OVERRIDES = "sglang.srt.arg_groups.model_override_base"
-_RESOLVERS = ("sglang.srt.arg_groups.overrides", _OVERRIDES)
+_RESOLUTION = "sglang.srt.arg_groups.overrides"
 
 TOUCHED = (
     Touch(
@@ -32,26 +34,35 @@ TOUCHED = (
         releases=f"{RELEASES}, a dict from names to factories",
         kind=dict,
     ),
+    Touch(
+        f"{_RESOLUTION}:resolved_view",
+        why="settings as they were typed are not those that SGLang runs with",
+        releases=f"{RELEASES}; defined in `model_override_base.py` from 0.5.19 on",
+        parameters=("server_args",),
+    ),
 )
 
 
-def resolved_args(model_runner: Any) -> Any:
+def resolved_args(model_runner: ModelRunner) -> ServerArgs:
     """The runner's settings, with everything that SGLang resolved on top of them.
 
     ``model_runner.server_args`` holds what the operator typed; what SGLang decided on top of it
     (deterministic inference implied by another flag, graphs switched off, a model's own attention
-    backend) comes from ``resolved_view(server_args)``: in ``arg_groups/overrides.py`` from 0.5.17
-    on, defined in ``arg_groups/model_override_base.py`` from 0.5.19 on. When it is gone, the typed
-    settings are used.
+    backend) comes from ``resolved_view``.
     """
-    for home in _RESOLVERS:
-        resolve = getattr(optional_module(home), "resolved_view", None)
-        if resolve is not None:
-            return resolve(model_runner.server_args)
-    return model_runner.server_args
+    resolved: ServerArgs = import_module(_RESOLUTION).resolved_view(model_runner.server_args)
+    return resolved
 
 
-def default_stock_name(model_runner: Any, own_name: str) -> str:
+def runs_dp_attention(args: ServerArgs) -> bool:
+    """Whether ranks decode batches of their own, by resolved settings."""
+    if not hasattr(args, "attn_dp_size"):  # before 0.5.22
+        return args.enable_dp_attention
+    # A process that joins such a server later is a rank of it, in a group of its own.
+    return args.attn_dp_size > 1 or args.ep_join_mode == "scale"
+
+
+def default_stock_name(model_runner: ModelRunner, own_name: str) -> str:
     """The stock backend that SGLang would have used for this runner's decode.
 
     From 0.5.20 on that is what it has chosen without our name (`resolution.py`). Before, it is what
@@ -78,14 +89,14 @@ def default_stock_name(model_runner: Any, own_name: str) -> str:
     return str(args._get_default_attn_backend(model_runner.use_mla_backend, model))
 
 
-def prefill_name(model_runner: Any, own_name: str) -> str | None:
+def prefill_name(model_runner: ModelRunner, own_name: str) -> str | None:
     """The backend that serves prefill beside ours; None if our delegate does."""
     args = resolved_args(model_runner)
-    named = getattr(args, "prefill_attention_backend", None) or args.attention_backend
+    named = args.prefill_attention_backend or args.attention_backend
     return None if named in (None, own_name) else str(named)
 
 
-def build_stock(model_runner: Any, name: str, own_name: str) -> Any:
+def build_stock(model_runner: ModelRunner, name: str, own_name: str) -> Any:
     """Build the stock backend ``name`` for a runner.
 
     Raises:
@@ -101,9 +112,10 @@ def build_stock(model_runner: Any, name: str, own_name: str) -> Any:
     # From 0.5.18 on runners bear the names while their backends are built, and stock backends and
     # what wraps ours (hybrid models on Blackwell) look for names that they know. SGLang puts its
     # own back when all are built.
-    for half in ("prefill_attention_backend_str", "decode_attention_backend_str"):
-        if getattr(model_runner, half, None) == own_name:
-            setattr(model_runner, half, name)
+    if getattr(model_runner, "prefill_attention_backend_str", None) == own_name:
+        model_runner.prefill_attention_backend_str = name
+    if getattr(model_runner, "decode_attention_backend_str", None) == own_name:
+        model_runner.decode_attention_backend_str = name
     return backends[name](model_runner)
 
 

@@ -9,14 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
-from sglang.srt.layers.radix_attention import RadixAttention
 
 from prefix_kernels.executor import AttentionParams
-from prefix_patches.install import install
+from prefix_patches.attributes import AttentionLayer, ForwardBatch, ModelRunner, ReplayView
+from prefix_patches.install import check_attributes, install
 from prefix_patches.kv_pool import applies_kv_scales, write_kv
 from prefix_patches.observability import append_with, report_with
 from prefix_patches.schedule_context import ensure_schedule_context
-from prefix_patches.stock_backend import build_stock, default_stock_name, prefill_name
+from prefix_patches.stock_backend import (
+    build_stock,
+    default_stock_name,
+    prefill_name,
+)
 from sglang_prefix.backend.counters import BackendCounters
 from sglang_prefix.backend.decode_batch import DecodeBatch
 from sglang_prefix.backend.decode_planner import DecodePlanner, LayerGroup
@@ -45,7 +49,7 @@ __all__ = ["PrefixAttnBackend", "create_backend"]
 logger = logging.getLogger(__name__)
 
 
-def create_backend(model_runner: Any) -> PrefixAttnBackend:
+def create_backend(model_runner: ModelRunner) -> PrefixAttnBackend:
     """Build the backend for one model runner: settings, patches, stock backend, ours.
 
     Raises:
@@ -55,6 +59,7 @@ def create_backend(model_runner: Any) -> PrefixAttnBackend:
     config = PrefixConfig.from_env()
     logger.info("prefix attention: settings %s", config)
     install()
+    check_attributes(model_runner)
     check_cpu_prefill(model_runner, BACKEND_NAME)
     stock_name = config.stock_backend or default_stock_name(model_runner, BACKEND_NAME)
     check_stock_rules(stock_name, model_runner)
@@ -90,7 +95,11 @@ class PrefixAttnBackend(DelegatingBackend):
     """
 
     def __init__(
-        self, model_runner: Any, stock: AttentionBackend, stock_name: str, config: PrefixConfig
+        self,
+        model_runner: ModelRunner,
+        stock: AttentionBackend,
+        stock_name: str,
+        config: PrefixConfig,
     ) -> None:
         super().__init__(stock)
         self.token_to_kv_pool = model_runner.token_to_kv_pool
@@ -119,7 +128,7 @@ class PrefixAttnBackend(DelegatingBackend):
             append_with(self._log_text)
         self._layers.log_startup(config, stock_name, self._labels.names, self._server_reason)
 
-    def _serve(self, model_runner: Any, stock_name: str, config: PrefixConfig) -> None:
+    def _serve(self, model_runner: ModelRunner, stock_name: str, config: PrefixConfig) -> None:
         if not self._layers.groups:
             self._server_reason = "no-layer" if self._layers.num_layers else "no-attention"
             return
@@ -144,7 +153,7 @@ class PrefixAttnBackend(DelegatingBackend):
             seconds = warm_up(self._planner, self._layers.group_of, self._run, model_runner.dtype)
             logger.info("prefix attention: kernels compiled and run once in %.1f s", seconds)
 
-    def init_forward_metadata(self, forward_batch: Any) -> None:
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Eager entry point: decide who serves the batch, and prepare it."""
         self._end_step()
         self._step, self._stock_is_ready = NO_STEP, False
@@ -164,7 +173,9 @@ class PrefixAttnBackend(DelegatingBackend):
         self.stock.init_cuda_graph_state(max_bs, max_num_tokens)
         self._labels.begin_captures(self._layers.workspace, max_bs)
 
-    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+    def init_forward_metadata_out_graph(
+        self, forward_batch: ForwardBatch | ReplayView, in_capture: bool = False
+    ) -> None:
         """Outside the graph, before it is captured or replayed: choose the graph, fill buffers."""
         self._end_step()
         self._step, self._stock_is_ready = NO_STEP, False
@@ -176,7 +187,7 @@ class PrefixAttnBackend(DelegatingBackend):
         if self._needs_stock():
             self._prepare_stock(forward_batch, in_capture=in_capture)
 
-    def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
+    def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
         """Inside the graph, before the model: tails grow by this step's slots."""
         if self._step.packed and self._planner is not None:
             self._planner.append(DecodeBatch(forward_batch, None, in_graph=True))
@@ -188,8 +199,8 @@ class PrefixAttnBackend(DelegatingBackend):
         q: torch.Tensor,
         k: torch.Tensor | None,
         v: torch.Tensor | None,
-        layer: RadixAttention,
-        forward_batch: Any,
+        layer: AttentionLayer,
+        forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
         **kwargs: Any,
     ) -> Any:
@@ -203,8 +214,8 @@ class PrefixAttnBackend(DelegatingBackend):
         q: torch.Tensor,
         k: torch.Tensor | None,
         v: torch.Tensor | None,
-        layer: RadixAttention,
-        forward_batch: Any,
+        layer: AttentionLayer,
+        forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
         **kwargs: Any,
     ) -> Any:
@@ -229,6 +240,9 @@ class PrefixAttnBackend(DelegatingBackend):
     def _plan(self, batch: DecodeBatch) -> str | None:
         """Prepare a batch of requests; why it is the stock backend's, None if it is packed."""
         reason = self._server_reason or batch_reason(batch.forward_batch)
+        if reason is None and batch.in_graph and not self._labels.names:
+            # After a switch of PD roles SGLang captures what it was started not to capture.
+            reason = "late-graph"
         if reason is None:
             assert self._planner is not None
             try:
@@ -297,7 +311,7 @@ class PrefixAttnBackend(DelegatingBackend):
             self.counters.say(reason)
 
     def _group_for(
-        self, q: torch.Tensor, layer: RadixAttention, kwargs: dict[str, Any]
+        self, q: torch.Tensor, layer: AttentionLayer, kwargs: dict[str, Any]
     ) -> LayerGroup | None:
         """What runs a layer in this step; None if the stock backend does."""
         group = self._layers.group_of.get(layer)
@@ -314,7 +328,7 @@ class PrefixAttnBackend(DelegatingBackend):
             return None
         return group
 
-    def _delegate(self, layer: RadixAttention, unknown: list[str]) -> None:
+    def _delegate(self, layer: AttentionLayer, unknown: list[str]) -> None:
         """Leave a layer to the stock backend for good: the model will pass this at every step.
 
         Found out in the first decode step, or in a warm-up before the first graph is captured.
@@ -330,7 +344,7 @@ class PrefixAttnBackend(DelegatingBackend):
         if not self._layers.group_of:
             self._server_reason = "no-layer"
 
-    def _run(self, group: LayerGroup, q: torch.Tensor, layer: RadixAttention) -> torch.Tensor:
+    def _run(self, group: LayerGroup, q: torch.Tensor, layer: AttentionLayer) -> torch.Tensor:
         q = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         out = q.new_empty(q.shape[0], layer.tp_q_head_num, layer.v_head_dim)
         scaled = applies_kv_scales(self.token_to_kv_pool)
@@ -353,7 +367,9 @@ class PrefixAttnBackend(DelegatingBackend):
         """Whether the stock backend has a part in this step."""
         return not self._step.packed or bool(self._layers.delegated)
 
-    def _prepare_stock(self, forward_batch: Any, *, in_capture: bool | None = None) -> None:
+    def _prepare_stock(
+        self, forward_batch: ForwardBatch | ReplayView, *, in_capture: bool | None = None
+    ) -> None:
         """Let the stock backend prepare the step, once, in the way that the step began.
 
         Args:

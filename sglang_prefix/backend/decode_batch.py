@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from prefix_patches.attributes import ForwardBatch, ReplayView, Request, ScheduleBatch
+
 __all__ = ["DecodeBatch"]
 
 IntArray = NDArray[np.int64]
@@ -25,20 +27,20 @@ class DecodeBatch(NamedTuple):
         in_graph: the step is a graph's, so its tails grow inside the graph.
     """
 
-    forward_batch: Any
-    schedule_batch: Any
+    forward_batch: ForwardBatch | ReplayView
+    schedule_batch: ScheduleBatch | None
     in_graph: bool = False
 
     @property
     def padded_batch_size(self) -> int:
         """Rows of q and of the outputs, padding included."""
-        return self.forward_batch.batch_size  # type: ignore[no-any-return]
+        return self.forward_batch.batch_size
 
     @property
     def num_requests(self) -> int:
         """Rows that are not padding of a graph."""
         batch = self.forward_batch
-        return int(batch.batch_size - getattr(batch, "num_padding", 0))
+        return batch.batch_size - int(getattr(batch, "num_padding", 0))
 
     @property
     def is_idle(self) -> bool:
@@ -47,29 +49,30 @@ class DecodeBatch(NamedTuple):
         return mode is not None and bool(mode.is_idle())
 
     @property
-    def reqs(self) -> list[Any]:
+    def reqs(self) -> list[Request]:
         """SGLang's requests; none where no schedule batch is known."""
         return [] if self.schedule_batch is None else self.schedule_batch.reqs
 
     @property
     def tree_cache(self) -> Any:
         """SGLang's prefix cache of a batch that has requests."""
+        assert self.schedule_batch is not None
         return self.schedule_batch.tree_cache
 
     @property
     def req_pool_indices(self) -> torch.Tensor:
         """[padded_batch_size] rows of ``req_to_token``, on the device."""
-        return self.forward_batch.req_pool_indices  # type: ignore[no-any-return]
+        return self.forward_batch.req_pool_indices
 
     @property
     def seq_lens(self) -> torch.Tensor:
         """[padded_batch_size] lengths, the new token included, on the device."""
-        return self.forward_batch.seq_lens  # type: ignore[no-any-return]
+        return self.forward_batch.seq_lens
 
     @property
     def new_slots(self) -> torch.Tensor:
         """[padded_batch_size] slots of the new tokens, on the device."""
-        return self.forward_batch.out_cache_loc  # type: ignore[no-any-return]
+        return self.forward_batch.out_cache_loc
 
     @property
     def pool_indices(self) -> torch.Tensor | None:
@@ -77,11 +80,13 @@ class DecodeBatch(NamedTuple):
 
         SGLang makes a new tensor whenever one changes.
         """
-        found = getattr(self.schedule_batch, "req_pool_indices_cpu", None)
+        batch = self.schedule_batch
+        assert batch is not None
+        found = batch.req_pool_indices_cpu
         if found is None:
-            found = self.schedule_batch.req_pool_indices
+            found = batch.req_pool_indices
             return found if found.device.type == "cpu" else None
-        return found  # type: ignore[no-any-return]
+        return found
 
     @property
     def sum_of_lengths(self) -> int:
@@ -92,7 +97,7 @@ class DecodeBatch(NamedTuple):
         lens = self.host_lengths(self.padded_batch_size)
         return -1 if lens is None else int(lens.sum())
 
-    def is_of(self, reqs: list[Any], padded_batch_size: int, sum_of_lengths: int) -> bool:
+    def is_of(self, reqs: list[Request], padded_batch_size: int, sum_of_lengths: int) -> bool:
         """Whether it is a batch of these requests, in this order, with lengths of this sum."""
         return (
             self.schedule_batch is not None
@@ -103,7 +108,7 @@ class DecodeBatch(NamedTuple):
 
     def host_lengths(self, num_requests: int) -> IntArray | None:
         """Lengths [num_requests] where the CPU knows them, else None."""
-        lens = getattr(self.forward_batch, "seq_lens_cpu", None)
+        lens = self.forward_batch.seq_lens_cpu
         if lens is None:
             lens = self.forward_batch.seq_lens
         if lens.device.type != "cpu":

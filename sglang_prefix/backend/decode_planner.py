@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from prefix_kernels.executor import PlanExecutor
 from prefix_kernels.plan import PackPlan, verify_plan, verify_slots
+from prefix_patches.attributes import Request
 from prefix_patches.radix_paths import owned_lengths
 from prefix_patches.schedule_context import ScheduleContext
 from sglang_prefix.backend.counters import BackendCounters
@@ -70,7 +71,7 @@ class _Planned:
     kv_tokens_read: int = 0
     kv_tokens_logical: int = 0
     gain_us: float = 0.0
-    reqs: list[Any] | None = None
+    reqs: list[Request] | None = None
     epoch: int = -1
     max_steps: int = 0
     pool_indices: torch.Tensor | None = None
@@ -297,7 +298,7 @@ class DecodePlanner:
         )
 
     def _forest_from_paths(
-        self, batch: DecodeBatch, reqs: list[Any], settled: list[bool], lens: IntArray
+        self, batch: DecodeBatch, reqs: list[Request], settled: list[bool], lens: IntArray
     ) -> PrefixForest | None:
         """Forest from the tree, or None if this tree cannot be read on the CPU."""
         known = reqs if all(settled) else list(compress(reqs, settled))

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
-from typing import Any
 
+from prefix_patches.attributes import AttentionLayer, ForwardBatch, ModelRunner, ReplayView
+from prefix_patches.install import lacks_attributes
 from prefix_patches.kv_pool import is_block_quantized, is_slot_major
-from prefix_patches.stock_backend import resolved_args
+from prefix_patches.stock_backend import resolved_args, runs_dp_attention
 from sglang_prefix.checks import KV_DTYPES, Q_DTYPES
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
 
 REASONS = {
     # The whole server: nothing is ever packed.
+    "unknown-attributes": "this SGLang is newer than this package, and lacks what we read of it",
     "gate-never": "SGLANG_PREFIX_GATE=never",
     "cuda-graph": "the executor cannot run in decode graphs; --disable-cuda-graph packs",
     "dp-attention": "ranks with batches of their own may not choose between graphs; "
@@ -63,6 +65,7 @@ REASONS = {
     "speculative-verify": "the target model checks the tokens of a draft, several per request",
     "diffusion": "a diffusion model denoises a block of tokens per request",
     # One call.
+    "late-graph": "SGLang has captured its graphs after the start, without our kernels",
     "other-batch": "the call has another number of queries than the batch that was planned",
     "error": "planning or running failed; see the traceback in the log",
     "workspace": "the plan is larger than the workspace; SGLANG_PREFIX_WORKSPACE_MIB raises it",
@@ -73,35 +76,36 @@ REASONS = {
 GATE_REASONS = ("gate-never", "gate-nothing-shared", "gate-no-gain")
 
 
-def server_reason(model_runner: Any, gate: str) -> str | None:
+def server_reason(model_runner: ModelRunner, gate: str) -> str | None:
     """Why nothing on this runner is packed, as a key of :data:`REASONS`; None to go ahead."""
+    if lacks_attributes(model_runner):
+        return "unknown-attributes"
     args, pool = resolved_args(model_runner), model_runner.token_to_kv_pool
     device = str(model_runner.device)
     found = {
         "gate-never": gate == "never",
         "draft-model": model_runner.is_draft_worker,
-        "encoder-decoder": getattr(model_runner.model_config, "is_encoder_decoder", False),
-        "deterministic": getattr(args, "enable_deterministic_inference", False),
+        "encoder-decoder": model_runner.model_config.is_encoder_decoder,
+        "deterministic": args.enable_deterministic_inference,
         "metadata-glue-graph": _is_set("SGLANG_ENABLE_METADATA_GLUE_GRAPH"),
-        "context-parallel": (getattr(args, "dcp_size", 1) or 1) > 1,
-        "kv-quantized": is_block_quantized(pool)
-        or getattr(args, "kv_cache_dtype", None) in _BLOCK_QUANTIZED,
+        "context-parallel": args.dcp_size > 1,
+        "kv-quantized": is_block_quantized(pool) or args.kv_cache_dtype in _BLOCK_QUANTIZED,
         "kv-layout": not is_slot_major(pool) or _is_set("SGLANG_USE_HND_KVCACHE"),
         "kv-dtype": pool.dtype not in KV_DTYPES or model_runner.dtype not in Q_DTYPES,
         "dp-attention": gate == "auto"
         and has_dp_attention(model_runner)
         and captures_decode(model_runner),
-        "torch-compile": device != "cpu" and bool(getattr(args, "enable_torch_compile", False)),
-        "two-batch-overlap": bool(getattr(args, "enable_two_batch_overlap", False)),
-        "pd-multiplexing": bool(getattr(args, "enable_pdmux", False)),
-        "cpu-graph": device == "cpu" and bool(getattr(args, "enable_torch_compile", False)),
+        "torch-compile": device != "cpu" and args.enable_torch_compile,
+        "two-batch-overlap": args.enable_two_batch_overlap,
+        "pd-multiplexing": args.enable_pdmux,
+        "cpu-graph": device == "cpu" and args.enable_torch_compile,
     }
     return next((reason for reason, holds in found.items() if holds), None)
 
 
-def batch_reason(forward_batch: Any) -> str | None:
+def batch_reason(forward_batch: ForwardBatch | ReplayView) -> str | None:
     """Why a decode batch is left to the stock backend unseen; None to plan it."""
-    if getattr(forward_batch, "spec_info", None) is not None:
+    if forward_batch.spec_info is not None:
         return "speculative"
     # The halves come to backends of their own, with the schedule batch of the whole (to 0.5.23).
     is_half = getattr(forward_batch, "tbo_parent_token_range", None)
@@ -110,23 +114,27 @@ def batch_reason(forward_batch: Any) -> str | None:
     return None
 
 
-def has_dp_attention(model_runner: Any) -> bool:
+def has_dp_attention(model_runner: ModelRunner) -> bool:
     """Whether the ranks of this server decode batches of their own."""
-    return bool(getattr(resolved_args(model_runner), "enable_dp_attention", False))
+    return runs_dp_attention(resolved_args(model_runner))
 
 
-def has_tensor_parallelism(model_runner: Any) -> bool:
+def has_tensor_parallelism(model_runner: ModelRunner) -> bool:
     """Whether several ranks compute each layer together."""
-    return int(getattr(resolved_args(model_runner), "tp_size", 1)) > 1
+    return resolved_args(model_runner).tp_size > 1
 
 
-def captures_decode(model_runner: Any) -> bool:
-    """Whether SGLang captures decode steps of this runner in graphs, CUDA's or another device's."""
+def captures_decode(model_runner: ModelRunner) -> bool:
+    """Whether SGLang captures decode steps of this runner in graphs, CUDA's or another device's.
+
+    It asks the graph configuration and nothing else, into which ``--disable-cuda-graph`` has gone.
+    """
+    config = resolved_args(model_runner).cuda_graph_config
     on_device = not str(model_runner.device).startswith("cpu")
-    return on_device and not _decode_graphs_disabled(resolved_args(model_runner))
+    return on_device and (config is None or config.decode.backend != "disabled")
 
 
-_BLOCK_QUANTIZED = ("mxfp8", "nvfp4", "fp4_e2m1")
+_BLOCK_QUANTIZED = ("mxfp8", "nvfp4", "fp4_e2m1", "fp4_mx_block16")
 # These compute neither prefill nor decode with a cap (0.5.17 to 0.5.23). A capped decode after an
 # uncapped prefill would be neither stock's result nor the model's.
 _IGNORE_LOGIT_CAP = {"torch_native", "flex_attention", "trtllm_mha"}
@@ -136,7 +144,7 @@ _IGNORE_KV_SCALES = {"torch_native", "flex_attention"}
 
 
 def layer_reason(
-    layer: Any, stock_names: Collection[str], *, kv_is_8_bit: bool, same_dtype: bool
+    layer: AttentionLayer, stock_names: Collection[str], *, kv_is_8_bit: bool, same_dtype: bool
 ) -> str | None:
     """Why a ``RadixAttention`` layer is left to the stock backend; None if it is packed.
 
@@ -170,12 +178,3 @@ def layer_reason(
 
 def _is_set(name: str) -> bool:
     return os.environ.get(name, "").lower() in ("1", "true", "yes", "y", "on")
-
-
-def _decode_graphs_disabled(args: Any) -> bool:
-    """``--disable-cuda-graph``, or the decode phase of the graph configuration switched off."""
-    if getattr(args, "disable_cuda_graph", False):
-        return True
-    config = getattr(args, "cuda_graph_config", None)
-    backend = getattr(getattr(config, "decode", None), "backend", None)
-    return str(getattr(backend, "value", backend)).lower() == "disabled"

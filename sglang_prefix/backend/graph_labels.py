@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
+from prefix_patches.attributes import ModelRunner
 from prefix_patches.schedule_context import ScheduleContext
 from sglang_prefix.backend.fallback import has_dp_attention, has_tensor_parallelism
 from sglang_prefix.backend.workspace import Workspace
@@ -54,7 +54,7 @@ class GraphLabels:
         """Whether the graph being captured is to hold our kernels."""
         return self._schedule.graph_label == PACKED
 
-    def use(self, model_runner: Any, gate: str) -> None:
+    def use(self, model_runner: ModelRunner, gate: str) -> None:
         """Capture decode graphs with our kernels, and also without if the gate may choose stock."""
         self._schedule.graph_labels = (PACKED, STOCK) if gate == "auto" else (PACKED,)
         # Ranks with batches of their own cannot agree on a label.

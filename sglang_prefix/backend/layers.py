@@ -14,6 +14,7 @@ from sglang.srt.layers.radix_attention import RadixAttention
 from prefix_kernels.executor import choose_executor, make_executor
 from prefix_kernels.plan import AttentionShape
 from prefix_patches.attention_layers import attention_layers
+from prefix_patches.attributes import AttentionLayer, ModelRunner
 from prefix_patches.kv_pool import applies_kv_scales
 from sglang_prefix.backend.decode_planner import LayerGroup
 from sglang_prefix.backend.fallback import REASONS, layer_reason
@@ -91,7 +92,7 @@ class ModelLayers:
 
 
 def find_layers(
-    model_runner: Any, stock_names: set[str], config: PrefixConfig, *, serve: bool
+    model_runner: ModelRunner, stock_names: set[str], config: PrefixConfig, *, serve: bool
 ) -> ModelLayers:
     """Find a model's attention layers, and build what runs those that are not delegated.
 
@@ -106,6 +107,8 @@ def find_layers(
     """
     pool = model_runner.token_to_kv_pool
     layers = attention_layers(model_runner.model)
+    if not serve:
+        return ModelLayers(len(layers), {}, {}, [])
     reasons = {
         layer.layer_id: layer_reason(
             layer,
@@ -116,8 +119,6 @@ def find_layers(
         for layer in layers
     }
     delegated = {layer_id: reason for layer_id, reason in reasons.items() if reason}
-    if not serve:
-        return ModelLayers(len(layers), delegated, {}, [])
     shape_of = {
         layer: _shape_of(layer, model_runner.dtype, pool.dtype)
         for layer in layers
@@ -133,7 +134,11 @@ def find_layers(
 
 
 def _build_group(
-    model_runner: Any, shape: AttentionShape, config: PrefixConfig, num_layers: int, num_groups: int
+    model_runner: ModelRunner,
+    shape: AttentionShape,
+    config: PrefixConfig,
+    num_layers: int,
+    num_groups: int,
 ) -> LayerGroup:
     device = model_runner.req_to_token_pool.req_to_token.device
     kv_dtype = model_runner.token_to_kv_pool.dtype
@@ -158,23 +163,23 @@ def _build_group(
 
 
 def _workspace_of(
-    model_runner: Any, shape: AttentionShape, config: PrefixConfig, num_groups: int
+    model_runner: ModelRunner, shape: AttentionShape, config: PrefixConfig, num_groups: int
 ) -> Workspace:
     from prefix_kernels.tiles import TileShape, widest_block
 
     # Batches are padded to multiples of what parallelism asks for.
-    padded = -(-int(model_runner.req_to_token_pool.size) // 64) * 64
+    padded = -(-model_runner.req_to_token_pool.size // 64) * 64
     return size_workspace(
         shape,
         max_batch_size=min(padded, _MAX_BATCH_SIZE),
-        context_len=int(model_runner.model_config.context_len),
+        context_len=model_runner.model_config.context_len,
         reserved_tail_slots=RESERVED_TAIL_SLOTS,
         max_block_rows=widest_block(config.launch_mode, TileShape.of(shape)),
         budget=config.workspace_mib * 2**20 // num_groups,
     )
 
 
-def _shape_of(layer: RadixAttention, q_dtype: torch.dtype, kv_dtype: torch.dtype) -> AttentionShape:
+def _shape_of(layer: AttentionLayer, q_dtype: torch.dtype, kv_dtype: torch.dtype) -> AttentionShape:
     return AttentionShape(
         layer.tp_q_head_num,
         layer.tp_k_head_num,

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from prefix_patches.attributes import ModelRunner
 from prefix_patches.observability import metric_labels
 from sglang_prefix.backend.counters import BackendCounters
 
@@ -80,7 +81,7 @@ class PrefixMetrics:
             self._shown[key] = value
 
 
-def metrics_of(model_runner: Any) -> PrefixMetrics | None:
+def metrics_of(model_runner: ModelRunner) -> PrefixMetrics | None:
     """Metrics of this process, if this rank exports any and no other backend of it does."""
     labels = metric_labels(model_runner)
     if labels is None:

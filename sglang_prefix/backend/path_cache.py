@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from prefix_patches.attributes import Request
 from prefix_patches.radix_paths import path_reader, tree_with_stable_ids
 from sglang_prefix.forest import PathTable
 
@@ -58,7 +59,7 @@ class PathCache:
         self._row_of: dict[int, int] = {}
         self._table = PathTable.of(())
 
-    def look_up(self, tree_cache: Any, reqs: Sequence[Any]) -> FoundPaths | None:
+    def look_up(self, tree_cache: Any, reqs: Sequence[Request]) -> FoundPaths | None:
         """Paths of requests that hold nodes of a tree; None if the tree cannot be read.
 
         Reads the CPU only.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from importlib.metadata import version
-from typing import Any
 
 import torch
 from packaging.version import Version
 
+from prefix_patches.attributes import ModelRunner
 from prefix_patches.stock_backend import prefill_name, resolved_args
 
 __all__ = ["REFUSED", "check_cpu_prefill", "check_model", "check_stock_rules"]
@@ -42,7 +42,7 @@ PAGE_SIZES = {
 _KV_DTYPES_REFUSED = {"fa3": (torch.float8_e5m2,)}
 
 
-def check_cpu_prefill(model_runner: Any, own_name: str) -> None:
+def check_cpu_prefill(model_runner: ModelRunner, own_name: str) -> None:
     """Refuse ``--attention-backend prefix`` on the CPU where SGLang would prefill with Triton.
 
     Before 0.5.22 SGLang decides by the prefill backend's name alone whether to launch its Triton
@@ -81,7 +81,7 @@ def check_model(architecture: str, stock_name: str, *, uses_mla: bool) -> None:
         )
 
 
-def check_stock_rules(stock_name: str, model_runner: Any) -> None:
+def check_stock_rules(stock_name: str, model_runner: ModelRunner) -> None:
     """Refuse a model, page size or KV dtype that the stock backend cannot serve under our name.
 
     SGLang 0.5.20 and later have looked at all of them already, see `prefix_patches/resolution.py`.

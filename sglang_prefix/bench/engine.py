@@ -220,13 +220,14 @@ def start_engine(arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     import sglang
 
     engine: Any = sglang.Engine(**arguments)
+    info = engine.get_server_info()
     points = entry_points(group="sglang.srt.plugins", name="prefix")
     return engine, {
         "sglang": sglang.__version__,
         "started_s": time.perf_counter() - began,
         "arguments": arguments,
         "settings": {k: v for k, v in os.environ.items() if k.startswith("SGLANG_")},
-        "max_total_num_tokens": engine.get_server_info()["max_total_num_tokens"],
-        "load_format": engine.server_args.load_format,
+        "max_total_num_tokens": info["max_total_num_tokens"],
+        "load_format": info["load_format"],
         "plugin": [str(getattr(point.dist, "_path", "")) for point in points],
     }

@@ -205,9 +205,9 @@ def _registration() -> str:
 
 
 def _patched_symbols() -> str:
-    from prefix_patches.install import missing_symbols
+    from prefix_patches.install import missing_attributes, missing_symbols
 
-    missing = missing_symbols()
+    missing = [*missing_symbols(), *missing_attributes()]
     if missing:
         raise CheckError(
             f"this SGLang lacks {', '.join(missing)}",

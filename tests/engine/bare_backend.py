@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from prefix_kernels.oracle import decode_attention_oracle
 from sglang_prefix.config import PrefixConfig
+from tests.engine.server_args import model_folder, server_args
 from tests.scheduling import make_forward_batch
 
 __all__ = [
@@ -42,19 +42,21 @@ def make_runner(
     *,
     kv_dtype: torch.dtype = torch.float32,
     context_len: int = 64,
-    args: dict[str, Any] | None = None,
+    flags: str = "",
     **changes: Any,
 ) -> Any:
-    """What our backend reads of a model runner; nothing in it goes to stock.
+    """SGLang's model runner, with what our backend reads of it; nothing in it goes to stock.
 
     Args:
         layers: attention layers of the model.
         kv_dtype: of the KV cache.
         context_len: tokens of the longest request.
-        args: server arguments that are not as SGLang sets them.
+        flags: of the server, resolved by SGLang.
         changes: other attributes of the runner.
     """
+    from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
+    from sglang.srt.model_executor.model_runner import ModelRunner
 
     plain = {
         "token_to_kv_pool": MHATokenToKVPool(
@@ -62,15 +64,21 @@ def make_runner(
         ),
         "req_to_token_pool": ReqToTokenPool(8, context_len, "cpu", False),
         "model": torch.nn.ModuleList(layers),
-        "server_args": SimpleNamespace(**{"attention_backend": None} | (args or {})),
-        "model_config": SimpleNamespace(context_len=context_len, is_encoder_decoder=False),
+        "server_args": server_args(flags),
+        "model_config": ModelConfig(model_folder(), context_length=context_len),
         "is_draft_worker": False,
         "use_mla_backend": False,
         "device": "cpu",
         "dtype": torch.float32,
         "page_size": 1,
+        "prefill_attention_backend_str": "torch_native",
+        "decode_attention_backend_str": "prefix",
     }
-    return SimpleNamespace(**plain | changes)
+    # Its own initialisation would load the model and start the ranks.
+    runner: Any = object.__new__(ModelRunner)
+    for name, value in (plain | changes).items():
+        setattr(runner, name, value)
+    return runner
 
 
 class Bench:

@@ -17,6 +17,7 @@ _SINCE = {
     "resolution-hooks": ("0.5.20", "a way into SGLang's resolution of its arguments"),
     "flush-while-paused": ("0.5.21", "flushing the cache while retracted requests wait"),
     "pages-on-cpu": ("0.5.22", "a page size above 1 on the CPU"),
+    "attn-dp-size": ("0.5.22", "--attn-dp-size"),
     "any-name-on-cpu": ("0.5.22", "--attention-backend prefix on the CPU"),
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from sglang_prefix.gate import Decision
 from tests.engine.bare_backend import NUM_KV_HEADS, NUM_QO_HEADS, make_layer, make_runner
 from tests.scheduling import make_forward_batch
 
+DP_ATTENTION = "--tp-size 2 --dp-size 2 --enable-dp-attention"
 MAX_BATCH_SIZE = 8  # that the workspace is sure to hold
 
 
@@ -31,33 +31,42 @@ class FixedGate:
         """Nothing to do."""
 
 
+def recording_stock(prepared: list[tuple[str, int]]) -> Any:
+    """A stock backend that notes how it is prepared for graphs, and computes nothing."""
+    from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+
+    class Stock(AttentionBackend):
+        def forward(self, q: Any, *args: Any, **kwargs: Any) -> Any:
+            return q
+
+        def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+            """Nothing to do."""
+
+        def init_forward_metadata_out_graph(self, batch: Any, in_capture: bool = False) -> None:
+            prepared.append(("capture" if in_capture else "replay", batch.batch_size))
+
+    return Stock()
+
+
 class Graphs:
     """A backend whose decode is captured, and SGLang's views of batches.
 
     Args:
         gate: the setting.
-        args: what SGLang's settings say.
+        flags: of the server.
         windows: layers with a sliding window, which are the stock backend's.
     """
 
-    def __init__(self, gate: str = "auto", *, windows: int = 0, **args: Any) -> None:
+    def __init__(self, gate: str = "auto", *, windows: int = 0, flags: str = "") -> None:
         self.layers = [
             make_layer(i, sliding_window_size=16 if i < windows else -1) for i in range(2)
         ]
         self.prepared: list[tuple[str, int]] = []  # how the stock backend was prepared
-        stock: Any = SimpleNamespace(
-            forward=lambda q, *args, **kwargs: q,
-            init_cuda_graph_state=lambda max_bs, tokens: None,
-            init_forward_metadata_out_graph=self._prepare,
-            init_forward_metadata_in_graph=lambda batch: None,
-        )
+        stock = recording_stock(self.prepared)
         config = PrefixConfig(gate=gate, executor="triton", workspace_mib=8)
-        runner = make_runner(self.layers, args=args)
+        runner = make_runner(self.layers, flags=flags)
         self.backend = backend_module.PrefixAttnBackend(runner, stock, "torch_native", config)
         self.schedule = self.backend._schedule
-
-    def _prepare(self, batch: Any, in_capture: bool = False) -> None:
-        self.prepared.append(("capture" if in_capture else "replay", batch.batch_size))
 
     @property
     def counted(self) -> dict[str, Any]:
@@ -112,29 +121,29 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> type[FixedGate]:
 
 
 @pytest.mark.parametrize(
-    ("gate", "max_batch_size", "args", "labels"),
+    ("gate", "max_batch_size", "flags", "labels"),
     [
-        ("auto", MAX_BATCH_SIZE, {}, ["packed", "stock"]),
-        ("auto", 100_000, {}, ["packed", "stock"]),
-        ("always", MAX_BATCH_SIZE, {}, ["packed"]),
+        ("auto", MAX_BATCH_SIZE, "", ["packed", "stock"]),
+        ("auto", 100_000, "", ["packed", "stock"]),
+        ("always", MAX_BATCH_SIZE, "", ["packed"]),
         # A batch that outgrows the workspace needs a graph, too.
-        ("always", 100_000, {}, ["packed", "stock"]),
-        ("never", MAX_BATCH_SIZE, {}, []),
+        ("always", 100_000, "", ["packed", "stock"]),
+        ("never", MAX_BATCH_SIZE, "", []),
         # A graph's all-reduce reads what the same graph of the other ranks wrote.
-        ("auto", MAX_BATCH_SIZE, {"enable_dp_attention": True}, []),
-        ("always", MAX_BATCH_SIZE, {"enable_dp_attention": True}, ["packed"]),
+        ("auto", MAX_BATCH_SIZE, DP_ATTENTION, []),
+        ("always", MAX_BATCH_SIZE, DP_ATTENTION, ["packed"]),
     ],
 )
 def test_labels_follow_the_setting_the_workspace_and_the_ranks(
-    gate: str, max_batch_size: int, args: dict[str, Any], labels: list[str]
+    gate: str, max_batch_size: int, flags: str, labels: list[str]
 ) -> None:
-    graphs = Graphs(gate, **args)
+    graphs = Graphs(gate, flags=flags)
     graphs.backend.init_cuda_graph_state(max_batch_size, max_batch_size)
     assert graphs.labels == labels
 
 
 def test_ranks_with_batches_of_their_own_need_a_workspace_for_every_batch() -> None:
-    graphs = Graphs("always", enable_dp_attention=True)
+    graphs = Graphs("always", flags=DP_ATTENTION)
     with pytest.raises(ValueError, match="change SGLANG_PREFIX_WORKSPACE_MIB"):
         graphs.backend.init_cuda_graph_state(100_000, 100_000)
 
@@ -149,7 +158,7 @@ def test_a_rank_that_cannot_plan_does_not_choose_another_graph_than_the_others(
         raise RuntimeError("raised on purpose by a test")
 
     monkeypatch.setattr(DecodePlanner, "prepare", fail)
-    alone, one_of_two = Graphs(gate), Graphs(gate, tp_size=2)
+    alone, one_of_two = Graphs(gate), Graphs(gate, flags="--tp-size 2")
     for graphs in (alone, one_of_two):
         graphs.backend.init_cuda_graph_state(max_batch_size, max_batch_size)
     assert alone.replay(2, 2) == "stock"
@@ -238,3 +247,19 @@ def test_arguments_found_in_a_warm_up_delegate_their_layers_and_nothing_else() -
     assert counted["delegated_layers"] == {"0": "unknown-argument"}
     assert graphs.backend.counters.decode_steps == 0
     assert graphs.backend._step.packed
+
+
+def test_graphs_that_sglang_captures_after_the_start_are_stock(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A prefill server that becomes a decode server: it was started not to capture decode."""
+    monkeypatch.setattr(backend_module, "captures_decode", lambda runner: False)
+    graphs = Graphs("always")
+    graphs.backend.init_cuda_graph_state(4, 4)
+    graphs.capture("", 4)
+    assert not graphs.backend._step.packed
+    graphs.replay(2, 4)
+    assert not graphs.backend._step.packed
+    # Without the second one, the graph would read what was left of another batch.
+    assert graphs.prepared == [("capture", 4), ("replay", 4)]
+    assert graphs.counted["fallback_reasons"] == {"late-graph": 1}

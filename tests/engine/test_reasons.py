@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,17 +20,24 @@ from tests.scheduling import make_forward_batch
 # What differs from a server that packs, from a layer that is packed, from a batch that is.
 SERVERS: dict[str, dict[str, Any]] = {
     "draft-model": {"is_draft_worker": True},
-    "encoder-decoder": {"model_config": SimpleNamespace(is_encoder_decoder=True)},
-    "deterministic": {"args": {"enable_deterministic_inference": True}},
-    "context-parallel": {"args": {"dcp_size": 2}},
-    "kv-quantized": {"args": {"kv_cache_dtype": "fp4_e2m1"}},
-    "kv-layout": {"token_to_kv_pool": SimpleNamespace(dtype=torch.float32, kv_cache_layout="hnd")},
+    "encoder-decoder": {"model_config.is_encoder_decoder": True},
+    "deterministic": {
+        "flags": "--attention-backend triton --decode-attention-backend prefix "
+        "--enable-deterministic-inference"
+    },
+    "context-parallel": {"flags": "--tp-size 2 --dcp-size 2"},
+    "kv-quantized": {"token_to_kv_pool": "MHATokenToKVPoolMXFP8"},
+    "kv-layout": {"token_to_kv_pool.kv_cache_layout": "hnd"},
     "kv-dtype": {"dtype": torch.float64},
-    "cpu-graph": {"args": {"enable_torch_compile": True}},
-    "torch-compile": {"device": "cuda", "args": {"enable_torch_compile": True}},
-    "two-batch-overlap": {"args": {"enable_two_batch_overlap": True}},
-    "pd-multiplexing": {"args": {"enable_pdmux": True}},
-    "dp-attention": {"device": "cuda", "args": {"enable_dp_attention": True}, "gate": "auto"},
+    "cpu-graph": {"flags": "--enable-torch-compile"},
+    "torch-compile": {"device": "cuda", "flags": "--enable-torch-compile"},
+    "two-batch-overlap": {"flags": "--enable-two-batch-overlap"},
+    "pd-multiplexing": {"flags": "--enable-pdmux"},
+    "dp-attention": {
+        "device": "cuda",
+        "flags": "--tp-size 2 --dp-size 2 --enable-dp-attention",
+        "gate": "auto",
+    },
     "gate-never": {"gate": "never"},
 }
 VARIABLES = {
@@ -42,7 +48,7 @@ SCALED = {"k_scale": torch.ones(()), "v_scale": torch.ones(())}
 LAYERS: dict[str, dict[str, Any]] = {
     "sliding-window": {"sliding_window_size": 64},
     "cross-attention": {"is_cross_attention": True},
-    "attention-type": {"attn_type": SimpleNamespace(value="encoder_only")},
+    "attention-type": {"attn_type": "ENCODER_ONLY"},
     "position-encoding": {"use_irope": True},
     "logit-capping": {"logit_cap": 30.0},
     "kv-scales": {"kv_is_8_bit": True, **SCALED},
@@ -55,6 +61,8 @@ BATCHES: dict[str, tuple[str, Any]] = {
 }
 # Reasons that need more than one changed value, and where they are.
 ELSEWHERE = {
+    "unknown-attributes": "test_attributes",
+    "late-graph": "test_graph_labels",
     "error": "test_kv_write",
     "unknown-argument": "test_kv_write",
     "workspace": "test_graph_labels",
@@ -67,9 +75,25 @@ HERE = {"no-layer", "no-attention", "cuda-graph", "other-batch", *PASSED_BY.valu
 
 
 def reason_of(changes: dict[str, Any]) -> str | None:
+    """Of a server that packs but for these changes; a dot leads into an object of its runner."""
     changes = dict(changes)
     gate = changes.pop("gate", "always")
-    return server_reason(make_runner(**changes), gate)
+    inner = {name: changes.pop(name) for name in list(changes) if "." in name}
+    if pool := changes.pop("token_to_kv_pool", None):
+        changes["token_to_kv_pool"] = make_pool(pool)
+    runner = make_runner(**changes)
+    for path, value in inner.items():
+        owner, _, name = path.partition(".")
+        assert hasattr(getattr(runner, owner), name)
+        setattr(getattr(runner, owner), name, value)
+    return server_reason(runner, gate)
+
+
+def make_pool(name: str) -> Any:
+    """A pool of SGLang's that stores values with a scale per block."""
+    from sglang.srt.mem_cache import memory_pool
+
+    return getattr(memory_pool, name)(64, 1, torch.float8_e4m3fn, 2, 64, 1, "cpu", False)
 
 
 def test_every_reason_has_a_test() -> None:
@@ -109,15 +133,17 @@ def test_layers_that_go_to_stock(reason: str | None) -> None:
     layer = make_layer(0)
     for name, value in changes.items():
         assert hasattr(layer, name)
-        setattr(layer, name, value)
+        setattr(layer, name, type(layer.attn_type)[value] if name == "attn_type" else value)
     found = layer_reason(layer, {"torch_native"}, kv_is_8_bit=is_8_bit, same_dtype=True)
     assert found == reason
 
 
 def build(layers: list[Any]) -> Any:
     """A backend whose stock backend is never called."""
-    stock: Any = SimpleNamespace(init_forward_metadata=lambda batch: None)
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+
     runner = make_runner(layers)
+    stock = TorchNativeAttnBackend(runner)
     config = PrefixConfig(executor="torch", gate="always")
     return backend_module.PrefixAttnBackend(runner, stock, "triton", config)
 

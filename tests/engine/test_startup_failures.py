@@ -6,7 +6,6 @@ import inspect
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -119,21 +118,21 @@ def test_the_rules_of_a_stock_backend_name_the_flag(
 
 
 @pytest.mark.parametrize(
-    ("release", "args", "fits"),
+    ("release", "flags", "fits"),
     [
-        ("0.5.21", {"attention_backend": "prefix"}, False),
-        ("0.5.21", {"attention_backend": "prefix", "prefill_attention_backend": "triton"}, True),
-        ("0.5.21", {"decode_attention_backend": "prefix"}, True),
-        ("0.5.22", {"attention_backend": "prefix"}, True),
+        ("0.5.21", "--attention-backend prefix", False),
+        ("0.5.21", "--attention-backend prefix --prefill-attention-backend triton", True),
+        ("0.5.21", "--decode-attention-backend prefix", True),
+        ("0.5.22", "--attention-backend prefix", True),
     ],
 )
 def test_our_name_alone_does_not_do_for_prefill_on_the_cpu_of_older_releases(
-    release: str, args: dict[str, str], fits: bool, monkeypatch: pytest.MonkeyPatch
+    release: str, flags: str, fits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sglang_prefix.backend import stock_rules
 
     monkeypatch.setattr(stock_rules, "version", lambda _: release)
-    runner = make_runner(args=args)
+    runner = make_runner(flags=flags)
     if fits:
         stock_rules.check_cpu_prefill(runner, "prefix")
         return
@@ -149,8 +148,8 @@ def test_models_that_nobody_refused_before_are_refused_by_the_factory(
 ) -> None:
     from sglang_prefix.backend.stock_rules import check_stock_rules
 
-    config = SimpleNamespace(hf_config=SimpleNamespace(architectures=["DeepseekV3ForCausalLM"]))
-    runner = make_runner(model_config=config, **changes)
+    runner = make_runner(**changes)
+    runner.model_config.hf_config.architectures = ["DeepseekV3ForCausalLM"]
     with pytest.raises(ValueError, match="prefix cannot serve DeepseekV3ForCausalLM, which "):
         check_stock_rules(stock_name, runner)
     runner.is_draft_worker = True  # which runs on a backend of its own, and packs nothing
