@@ -145,7 +145,7 @@ class TestSegments:
         assert {segment.why for segment in explanation.segments} == {
             "nothing is shared, so that the plan fits into the workspace"
         }
-        with pytest.raises(ValueError, match="the last batch was not planned: max_partials=7"):
+        with pytest.raises(ValueError, match="the batch cannot be planned: max_partials=7"):
             of_forest(forest, room=7)
 
 
