@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import stat
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,8 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     target = Path(path)
     before = _status(target)
     if _is_stream(target, before):
+        if before is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         return
     target = Path(os.path.realpath(target))
     _refuse(target, before)
@@ -98,9 +101,9 @@ def check_folder(path: str | os.PathLike[str]) -> None:
         folder = folder.parent
     if not folder.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-    for name in missing:
-        check_writable(folder / name)  # for its length, too
-    check_writable(folder / "x")
+    if any(len(os.fsencode(name)) > os.pathconf(folder, "PC_NAME_MAX") for name in missing):
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+    tempfile.TemporaryFile(dir=folder).close()
 
 
 def _status(target: Path) -> os.stat_result | None:

@@ -144,16 +144,19 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--tree", "1,8_512"], "tree '1,8_512'; legal: nodes of each level"),
-        (["--trace", "/nowhere.jsonl"], "trace /nowhere.jsonl cannot be read: No such file"),
-        (["--policy", "best"], "policy 'best'; legal: pat, node, chunk, query"),
+        (["--tree", "1,8_512"], "--tree is '1,8_512'; legal: nodes of each level"),
+        (["--trace", "/nowhere.jsonl"], "'--trace': /nowhere.jsonl: No such file"),
+        (["--policy", "best"], "--policy is 'best'; legal: pat, node, chunk, query"),
         (["--dtype", "int8"], "'int8' is not one of 'bfloat16', 'float16', 'float32'"),
-        (["--heads", "8:3"], "heads '8:3'; legal: QO:KV"),
+        (["--heads", "8:3"], "--heads is '8:3'; legal: QO:KV"),
         (["--workload", "nothing-like-it"], "matches no case; legal: a file (chain, chunk, "),
-        (["--workload", "("], "workload '(' is no regular expression"),
-        (["--tree", "1,2_3,4", "--page-size", "16"], "page size 16 does not divide the 3 tokens"),
+        (["--workload", "("], "--workload is '(', no regular expression: missing )"),
+        (["--tree", "1,2_3,4", "--page-size", "16"], "--page-size 16 does not divide the 3 tokens"),
         (["--resume"], "kernel.json cannot be read: No such file"),
-        (["--out", "/dev/null/below", *TREES], "--out /dev/null/below cannot be written: "),
+        (
+            ["--out", "/dev/null/below", *TREES],
+            "'--out': /dev/null/below: Not a dir",
+        ),
         (["--quick"], "plots need matplotlib: pip install 'sglang-prefix[bench]'"),
     ],
 )

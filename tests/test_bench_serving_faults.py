@@ -82,7 +82,7 @@ FAULTS: list[tuple[str, str, Any]] = [
     ("--workload nothing", "--workload is nothing; legal: shared-prefix, random", None),
     ("--workload trace", "needs --trace FILE", None),
     ("-- --port 1", "server argument --port is set by this command; see its options", None),
-    ("--workload-file /nowhere.json", "/nowhere.json cannot be read", None),
+    ("--workload-file /nowhere.json", "/nowhere.json: No such file", None),
     ("--stock-url http://h:1 --prefix-url http://h:2 -- -x", "both run already", None),
     ("--dry", "--dry: only with --engine", None),
     ("--engine --quick", "--quick: only without --engine", None),

@@ -104,7 +104,7 @@ def test_heads_are_read_and_refused() -> None:
     ],
 )
 def test_malformed_trees_are_refused_with_what_is_legal(text: str) -> None:
-    with pytest.raises(ValueError, match=r"tree '.*'; legal: nodes .*1,8,512_512,512,256"):
+    with pytest.raises(ValueError, match=r"--tree is '.*'; legal: nodes .*1,8,512_512,512,256"):
         pat_tree(text)
 
 

@@ -227,8 +227,8 @@ class TestDoctor:
             assert json.loads(file.read_text()) == result
             file.unlink()
         done = invoke("doctor", "--json", nowhere)
-        assert done.exit_code == 1
-        assert f"cannot write {nowhere}" in done.stderr
+        assert done.exit_code == 2
+        assert f"'--json': {nowhere}: No such file or directory; legal: a file" in done.stderr
 
 
 def test_a_crashing_examination_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,9 +295,9 @@ class TestTinyModel:
     def test_what_is_in_the_way_is_left_alone(self, tmp_path: Path) -> None:
         mine = tmp_path / "mine.txt"
         mine.write_text("mine")
-        for target, message in ((tmp_path, "--force"), (mine, "cannot write to")):
+        for target, message in ((tmp_path, "--force"), (mine, "Not a directory; legal: a fold")):
             refused = invoke("tiny-model", target)
-            assert refused.exit_code == 1
+            assert refused.exit_code == 2
             assert message in refused.stderr
             assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
         forced = invoke("tiny-model", tmp_path, "--force")
@@ -308,13 +308,17 @@ class TestTinyModel:
     @pytest.mark.parametrize(
         ("options", "complaint"),
         [
-            ("--heads 6 --kv-heads 4", "num_heads is 6"),
-            ("--hidden-size 100", "hidden_size is 100"),
-            ("--head-dim 7", "head_dim is 7"),
-            ("--vocab-size 100", "vocab_size is 100"),
-            ("--layers 0", "num_layers is 0"),
-            ("--std 0", "std is 0"),
-            ("--sliding-window 8", "sliding_window is 8"),
+            ("--heads 6 --kv-heads 4", "--heads is 6"),
+            ("--hidden-size 100", "--hidden-size is 100"),
+            ("--head-dim 7", "--head-dim is 7"),
+            ("--vocab-size 100", "--vocab-size is 100"),
+            ("--layers 0", "'--layers': "),
+            ("--std 0", "'--std': "),
+            ("--std inf", "'--std': "),
+            ("--seed 1180591620717411303424", "'--seed': "),
+            ("--hidden-size 1099511627776", "legal: 1 to 65536"),
+            ("--hidden-size 65536 --head-dim 64 --layers 64", "number of parameters is 8"),
+            ("--sliding-window 8", "--sliding-window is 8"),
             ("--dtype int8", "int8"),
         ],
     )

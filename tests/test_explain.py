@@ -348,15 +348,15 @@ class TestCommand:
         assert html.read_text().startswith("<!DOCTYPE html>")
         assert f"picture: {svg}" in done.stdout
         done = run("--tree", "1,8_512,256", "--svg", in_the_way)
-        assert done.exit_code == 1
-        assert f"cannot write {in_the_way}" in done.stderr
+        assert done.exit_code == 2
+        assert f"'--svg': {in_the_way}: Is a directory; legal: a file" in done.stderr
         assert {*tmp_path.rglob("*.*")} == {svg, html, in_the_way}
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
             ("", "given: nothing; legal: one of --tree, --prompts, --base-url, --plan"),
-            ("--tree 1_2 --plan x", "given: --tree and --plan; legal: one of"),
+            ("--tree 1_2 --plan /dev/null", "given: --tree and --plan; legal: one of"),
             ("--tree 1,8_512", "legal: nodes of each level"),
             ("--tree 1,8_512,-3", "legal: nodes of each level"),
             ("--tree 1_2 --heads 6,4,8", "--heads is 6,4,8; legal: QO,KV,DIM"),
@@ -368,13 +368,19 @@ class TestCommand:
             ("--tree 1_2 --page-size 0", "'--page-size': Input should be greater"),
             ("--tree 1_2 --nonsense", "No such option: --nonsense"),
             ("--tree 1_2 --tokenizer x", "--tokenizer goes with --prompts"),
-            ("--prompts x", "--prompts needs --tokenizer"),
-            ("--prompts /nowhere --tokenizer x", "cannot read /nowhere"),
-            ("--plan /nowhere", "cannot read /nowhere"),
-            ("--plan x --heads 8,2,64", "--heads: a plan that was made has its own"),
+            ("--prompts /dev/null", "--prompts needs --tokenizer"),
+            ("--prompts /nowhere --tokenizer x", "'--prompts': /nowhere: No such file"),
+            ("--plan /nowhere", "'--plan': /nowhere: No such file or directory; legal: a file"),
+            ("--plan /dev/null --heads 8,2,64", "--heads: a plan that was made has its own"),
             ("--base-url http://127.0.0.1:9", "no server answers at http://127.0.0.1:9"),
-            ("--base-url nonsense", "nonsense/server_info"),
-            ("--base-url http://HOST:PORT", "http://HOST:PORT/server_info: not an answer"),
+            (
+                "--base-url nonsense",
+                "'--base-url': nonsense is no address; legal: http://HOST:PORT",
+            ),
+            (
+                "--base-url http://HOST:PORT",
+                "http://HOST:PORT is no address; legal: http://HOST:PORT",
+            ),
         ],
     )
     def test_mistakes_are_one_clear_line(self, arguments: str, message: str) -> None:

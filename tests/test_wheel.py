@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"sglang_prefix": ROOT, "prefix_kernels": ROOT / "kernels"}
 PACKAGES |= {"prefix_patches": ROOT / "patches", "sgl_kernel_cpu": ROOT / "patches"}

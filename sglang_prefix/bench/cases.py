@@ -57,7 +57,7 @@ def kernel_cases(options: KernelOptions) -> list[KernelCase]:
     """
     for policy in options.policies:
         if policy not in POLICIES:
-            raise ValueError(f"policy {policy!r}; legal: {', '.join(POLICIES)}")
+            raise ValueError(f"--policy is {policy!r}; legal: {', '.join(POLICIES)}")
     cases = _under(options, [*_tree_cases(options), *_trace_cases(options)])
     if options.workloads or not cases:
         cases += _registry_cases(options)
@@ -112,7 +112,7 @@ def _trace_cases(options: KernelOptions) -> Iterator[KernelCase]:
             most = options.max_tokens or CPU_MAX_TOKENS
             batches = trace_batches(requests, options.trace_batches, most)
         except ValueError as error:
-            raise ValueError(f"trace {path}: {error}; legal: a larger --max-tokens") from None
+            raise ValueError(f"--trace {path}: {error}; legal: a larger --max-tokens") from None
         for batch in batches:
             name = f"{stem}@{batch.moment_ms / 1e3:.0f}s"
             note = f"{batch.left_out} more ran at that moment but did not fit into --max-tokens"
@@ -132,7 +132,7 @@ def _registry_cases(options: KernelOptions) -> list[KernelCase]:
     cases = [c for c in cases if not patterns or any(p.search(c.name) for p in patterns)]
     if not cases:
         raise ValueError(
-            f"workload {', '.join(asked)!r} matches no case; legal: {files} that the name of a "
+            f"--workload {', '.join(asked)!r} matches no case; legal: {files} that the name of a "
             "case contains"
         )
     return cases
@@ -157,6 +157,6 @@ def _check_pages(cases: Sequence[KernelCase], page_size: int) -> None:
     for case in cases:
         if tokens := case.tree.undivided_by(page_size):
             raise ValueError(
-                f"page size {page_size} does not divide the {tokens} tokens of a shared node of "
+                f"--page-size {page_size} does not divide the {tokens} tokens of a shared node of "
                 f"{case.name}; legal: a divisor"
             )

@@ -91,7 +91,7 @@ def demo(
     longest = system_tokens + branch_tokens + _QUESTION_TOKENS + new_tokens
     if max(requests, branches) * longest > _MAX_BATCH_TOKENS:
         fail(
-            f"--requests is {requests} and --branches {branches}, of up to {longest:,} tokens each; "
+            f"--requests is {requests} and --branches {branches}, of up to {longest:,} tokens; "
             f"legal: up to {_MAX_BATCH_TOKENS:,} tokens in all",
             2,
         )

@@ -36,7 +36,11 @@ def kernels(
     arch: Annotated[str, typer.Option(help=f"One of {', '.join(ARCHS)}.")],
     head_dim: Annotated[
         list[int] | None,
-        typer.Option(help=f"May be repeated. Default: {', '.join(map(str, HEAD_DIMS))}."),
+        typer.Option(
+            min=min(HEAD_DIMS),
+            max=max(HEAD_DIMS),
+            help=f"May be repeated. Default: {', '.join(map(str, HEAD_DIMS))}.",
+        ),
     ] = None,
     dtype: Annotated[
         list[str] | None,

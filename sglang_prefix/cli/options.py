@@ -28,7 +28,7 @@ __all__ = [
     "ApiKeyOption",
     "JsonOption",
     "PageSize",
-    "checked",
+    "existing_path",
     "folder_to_write",
     "is_given",
     "loadable_model",
@@ -49,13 +49,15 @@ MAX_REQUESTS = 1 << 14
 MAX_PAGE = 1 << 16
 # That slots with 32 bits can number.
 MAX_TOKENS = (1 << 31) - 1
+_MODEL_FILES = ("config.json", "params.json", "tokenizer_config.json", "tokenizer.json")
 
 
-def checked(check: Callable[[T], object]) -> Callable[[Any], Any]:
+def checked(check: Callable[[T], object], legal: str = "") -> Callable[[Any], Any]:
     """A callback of an option that checks every value that is given.
 
     Args:
-        check: raises ValueError or OSError, whose messages need not name the option.
+        check: raises ValueError, whose message says what is legal, or OSError.
+        legal: what to say is legal after an OSError.
     """
 
     def callback(value: Any) -> Any:
@@ -64,7 +66,7 @@ def checked(check: Callable[[T], object]) -> Callable[[Any], Any]:
                 try:
                     check(one)
                 except OSError as error:
-                    raise BadParameter(f"{one}: {error.strerror}; legal: {_LEGAL[check]}") from None
+                    raise BadParameter(f"{one}: {error.strerror}; legal: {legal}") from None
                 except ValueError as error:
                     raise BadParameter(str(error)) from None
         return value
@@ -119,7 +121,8 @@ def _check_model(name: str) -> None:
         if not is_connector and path.suffix not in (".gguf", ".json"):
             raise ValueError(f"{name} is no model; legal: {legal}")
         return
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(name)
@@ -127,22 +130,13 @@ def _check_model(name: str) -> None:
         raise ValueError(f"{name}: there is no such folder; legal: {legal}") from None
 
 
-_MODEL_FILES = ("config.json", "params.json", "tokenizer_config.json", "tokenizer.json")
-_LEGAL: dict[Any, str] = {
-    _check_readable: "a file to read",
-    check_writable: "a file to write",
-    _check_json_target: "a file to write, or - for standard output",
-    _check_picture: "a file to write",
-    check_folder: "a folder of yours, or the name of one that can be made",
-    _check_model: "a model's folder, or its name on the Hugging Face hub",
-}
-
-readable_file = checked(_check_readable)
-writable_file = checked(check_writable)
-picture_to_write = checked(_check_picture)
-folder_to_write = checked(check_folder)
+readable_file = checked(_check_readable, "a file to read")
+existing_path = checked(Path.stat, "a file or a folder")
+writable_file = checked(check_writable, "a file to write")
+picture_to_write = checked(_check_picture, "a file to write")
+folder_to_write = checked(check_folder, "a folder of yours, or the name of a new one")
 server_url = checked(_check_url)
-loadable_model = checked(_check_model)
+loadable_model = checked(_check_model, "a model's folder, or its name on the Hugging Face hub")
 
 JsonOption = Annotated[
     str | None,
@@ -150,7 +144,7 @@ JsonOption = Annotated[
         FLAG,
         metavar="[FILE]",
         help="Write the result as JSON to FILE, or to standard output without FILE.",
-        callback=checked(_check_json_target),
+        callback=checked(_check_json_target, "a file to write, or - for standard output"),
     ),
 ]
 ApiKeyOption = Annotated[

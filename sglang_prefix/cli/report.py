@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sglang_prefix.cli.options import checked, writable_file
+from sglang_prefix.cli.options import existing_path, writable_file
 from sglang_prefix.cli.output import console, fail
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def report(
         typer.Argument(
             metavar="DIR|FILE...",
             help="Result files, or folders that hold them.",
-            callback=checked(Path.stat),
+            callback=existing_path,
         ),
     ],
     out: Annotated[

@@ -76,7 +76,9 @@ def tiny_model(
         names = {field.name for field in fields(TinyModelConfig)}
         config = TinyModelConfig(**{k: v for k, v in context.params.items() if k in names})
         if not force and directory.is_dir() and any(directory.iterdir()):
-            fail(f"{directory} is not empty; --force writes into it all the same")
+            fail(
+                f"DIR is {directory}, not empty; legal: an empty folder or a new one, or --force", 2
+            )
         num_parameters = build_tiny_model(directory, config)
     except ValueError as error:
         options = {parameter.name: parameter.opts[0] for parameter in context.command.params}

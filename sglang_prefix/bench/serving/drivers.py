@@ -104,7 +104,7 @@ def _flush(url: str) -> None:
             ask(f"{url}/flush_cache", key, timeout_s=60, method="POST")
             return
         except requests.HTTPError as error:
-            if error.response.status_code in (401, 403):
+            if error.response is not None and error.response.status_code in (401, 403):
                 why = why_failed(error, url, key)
                 # SGLang then wants that one for this call, and the other for all others.
                 raise RuntimeError(f"{url}/flush_cache: {why}. {_ADMIN_KEY}") from None

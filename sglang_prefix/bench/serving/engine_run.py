@@ -115,9 +115,7 @@ class EngineRun(BenchRun):
         self._measurements = measurements(long_output=self._long_output, dry=self._dry)
         if not any(self._only.search(name) for name in self.order):
             names = ", ".join(self.order)
-            raise ValueError(
-                f"--only is {self._only.pattern}; legal: one that a name holds: {names}"
-            )
+            raise ValueError(f"--only is {self._only.pattern}; legal: a part of one of {names}")
 
     @property
     def order(self) -> list[str]:

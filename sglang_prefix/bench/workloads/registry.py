@@ -50,7 +50,7 @@ class Heads:
         numbers = [int(word) for word in words] if good else [0]
         if not all(0 < number < 1 << 16 for number in numbers) or numbers[0] % numbers[1]:
             raise ValueError(
-                f"heads {text!r}; legal: QO:KV or QO:KV:DIM, with QO a multiple of KV, as in "
+                f"--heads is {text!r}; legal: QO:KV or QO:KV:DIM, with QO a multiple of KV, as in "
                 "'32:8:128'"
             )
         qo, kv, dim = (*numbers, _HEAD_DIM)[:3]

@@ -64,14 +64,14 @@ def read_trace(path: str | os.PathLike[str]) -> list[TraceRequest]:
         with opener(path, "rt", encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    requests.append(_parse(line, f"trace {path}, line {number}"))
+                    requests.append(_parse(line, f"--trace {path}, line {number}"))
     except UnicodeDecodeError:
-        raise ValueError(f"trace {path} is not text; legal: .jsonl, or .jsonl.gz") from None
+        raise ValueError(f"--trace {path} is not text; legal: .jsonl, or .jsonl.gz") from None
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"trace {path} cannot be read: {reason}") from None
+        raise ValueError(f"--trace {path} cannot be read: {reason}") from None
     if not requests:
-        raise ValueError(f"trace {path} holds no request; legal: one JSON object per line")
+        raise ValueError(f"--trace {path} holds no request; legal: one JSON object per line")
     return sorted(requests, key=lambda request: request.timestamp)
 
 

@@ -199,10 +199,10 @@ def pat_tree(text: str) -> Tree:
     good = good and all(w.isascii() and w.isdigit() and len(w) < 12 for part in words for w in part)
     counts, lengths = ([int(word) for word in part] for part in words) if good else ([0], [0])
     good = len(counts) == len(lengths) and counts[0] > 0 and counts == sorted(counts)
-    if not (good and counts[-1] < _MAX_NODES and 0 < min(lengths) and sum(lengths) < _MAX_TOKENS):
+    if not (good and counts[-1] < _MAX_NODES and min(lengths) > 0 and sum(lengths) < _MAX_TOKENS):
         raise ValueError(
-            f"tree {text!r}; legal: nodes of each level, never fewer than above, '_', and tokens "
-            "of each level, as in '1,8,512_512,512,256'"
+            f"--tree is {text!r}; legal: nodes of each level, never fewer than above, '_', and "
+            "tokens of each level, as in '1,8,512_512,512,256'"
         )
     parents, at = [np.full(counts[0], -1)], 0
     for above, count in pairwise(counts):
