@@ -166,8 +166,8 @@ def check_result(path: str | os.PathLike[str], data: Any, kind: str | None = Non
 
 def check_type(
     path: str | os.PathLike[str], data: Any, adapter: TypeAdapter[Any], complaint: str
-) -> None:
-    """Check parsed data against a type of pydantic's.
+) -> Any:
+    """Check parsed data against a type of pydantic's; the data without what the type leaves out.
 
     Raises:
         ResultError: it is not of it: the file, the complaint, the first thing that is wrong.
@@ -175,7 +175,7 @@ def check_type(
     from pydantic import ValidationError
 
     try:
-        adapter.validate_python(data, strict=True)
+        return adapter.validate_python(data, strict=True)
     except ValidationError as error:
         first, *others = error.errors(include_url=False, include_context=False)
         where = ".".join(map(str, first["loc"]))

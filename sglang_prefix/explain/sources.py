@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import requests
 
-from sglang_prefix.api_key import ApiKey, ask, why_failed
+from sglang_prefix.api_key import ApiKey, ask_json, why_failed
 from sglang_prefix.explain.record import Answer, Neighbours, PlanRecord, ShapePlan, find_plan
 from sglang_prefix.explain.segments import tile_shape
 from sglang_prefix.files import parse_json, read_text
@@ -112,7 +112,8 @@ def plan_of_prompts(path: Path, tokenizer: str, setting: Setting) -> PlanRecord:
             f"{_MAX_TABLE:,} in number times length"
         )
     forest = forest_of_prompts(ids, 1, page_size=setting.page_size)
-    return _plan(forest, f"first decode step of {len(ids)} prompts in {path}", setting)
+    name = "".join(c if c.isprintable() else "?" for c in str(path))
+    return _plan(forest, f"first decode step of {len(ids)} prompts in {name}", setting)
 
 
 def load_tokenizer(name: str) -> Any:
@@ -169,12 +170,12 @@ def plan_of_server(base_url: str, key: ApiKey) -> PlanRecord:
     """
     url = base_url.rstrip("/") + "/server_info"
     try:
-        data = ask(url, key, timeout_s=_SERVER_TIMEOUT_S).json()
+        data = ask_json(url, key, timeout_s=_SERVER_TIMEOUT_S)
     except (requests.ConnectionError, requests.Timeout) as error:
         raise ValueError(f"no server answers at {url}: {why_failed(error, url, key)}") from None
     except requests.HTTPError as error:
         raise ValueError(f"{url}: {why_failed(error, url, key)}") from None
-    except (requests.RequestException, RecursionError) as error:
+    except requests.RequestException as error:
         raise ValueError(f"{url}: not an answer of SGLang's ({_one_line(error)})") from None
     try:
         return find_plan(data)
