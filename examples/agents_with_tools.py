@@ -97,7 +97,7 @@ async def run_agent(
 def counters(base_url: str) -> dict[str, int]:
     """What the backend has counted so far."""
     with urllib.request.urlopen(f"{base_url}/server_info", timeout=60) as answer:
-        states = json.load(answer)["internal_states"][0]
+        states = json.loads(answer.read(1 << 25))["internal_states"][0]
     return dict(states.get("sglang_prefix", [{}])[0])
 
 

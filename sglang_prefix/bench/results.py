@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import subprocess
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -150,17 +151,23 @@ def check_result(path: str | os.PathLike[str], data: Any, kind: str | None = Non
     try:
         from pydantic import TypeAdapter
 
-        from sglang_prefix.bench.schema import CASES, Result
+        from sglang_prefix.bench.schema import CASES, OPTIONS, Result
     except ImportError:
         pass
     else:
         check_type(path, data, TypeAdapter(Result), whole)
         check_type(path, data["cases"], TypeAdapter(CASES[data["kind"]]), f"{whole}: cases")
+        options = TypeAdapter(OPTIONS.get(data["kind"], dict[str, Any]))
+        check_type(path, data["options"], options, f"{whole}: options")
     try:
         names = [case["name"] for case in data["cases"]]
+        is_named = all(isinstance(name, str) for name in names)
     except (KeyError, TypeError):
-        raise ResultError(f"{path} {whole}: its cases have no names") from None
-    if twice := next((name for name in names if names.count(name) > 1), None):
+        is_named = False
+    if not is_named:
+        raise ResultError(f"{path} {whole}: its cases have no names")
+    if len(set(names)) < len(names):
+        twice = Counter(names).most_common(1)[0][0]
         raise ResultError(f"{path} {whole}: two cases are named {twice!r}")
 
 
