@@ -21,6 +21,7 @@ __all__ = [
     "MAX_VALUES",
     "check_folder",
     "check_writable",
+    "one_line",
     "parse_json",
     "read_json",
     "read_tail",
@@ -170,6 +171,11 @@ def read_text(path: str | os.PathLike[str], *, max_bytes: int = MAX_READ_BYTES) 
         return data.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"it is not UTF-8 text: {error.reason} at byte {error.start}") from None
+
+
+def one_line(text: str) -> str:
+    """A text that quotes somebody else's, as a line that a terminal shows."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def read_tail(path: str | os.PathLike[str], max_bytes: int = 1 << 16) -> str:

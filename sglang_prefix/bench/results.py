@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sglang_prefix.files import read_json, write_file
+from sglang_prefix.files import one_line, read_json, write_file
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -61,6 +61,9 @@ _ROOT = Path(__file__).parents[2]
 
 class ResultError(ValueError):
     """A file is not a result that can be used; one line that names it and says why."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 def new_result(

@@ -13,7 +13,7 @@ import requests
 from sglang_prefix.api_key import ApiKey, ask_json, why_failed
 from sglang_prefix.explain.record import Answer, Neighbours, PlanRecord, ShapePlan, find_plan
 from sglang_prefix.explain.segments import tile_shape
-from sglang_prefix.files import parse_json, read_text
+from sglang_prefix.files import one_line, parse_json, read_text
 from sglang_prefix.forest import PrefixForest, RadixPath
 from sglang_prefix.packing import AttentionShape
 
@@ -112,8 +112,8 @@ def plan_of_prompts(path: Path, tokenizer: str, setting: Setting) -> PlanRecord:
             f"{_MAX_TABLE:,} in number times length"
         )
     forest = forest_of_prompts(ids, 1, page_size=setting.page_size)
-    name = "".join(c if c.isprintable() else "?" for c in str(path))
-    return _plan(forest, f"first decode step of {len(ids)} prompts in {name}", setting)
+    source = one_line(f"first decode step of {len(ids)} prompts in {path}")
+    return _plan(forest, source, setting)
 
 
 def load_tokenizer(name: str) -> Any:

@@ -22,8 +22,8 @@ from sglang_prefix.files import parse_json
 __all__ = ["BLOCK_TOKENS", "TraceBatch", "TraceRequest", "read_trace", "trace_batches"]
 
 BLOCK_TOKENS = 512
-# Three times Mooncake's largest, whose requests have 400,000 blocks in all.
-_MAX_BYTES, _MAX_BLOCKS = 32 << 20, 1 << 21
+# Some times Mooncake's largest, whose 24,000 requests have 400,000 blocks in all.
+_MAX_BYTES, _MAX_LINES, _MAX_BLOCKS = 32 << 20, 1 << 18, 1 << 21
 # Least and most of a number: years of milliseconds, more tokens than any context.
 _LEGAL = {"timestamp": (0, 1 << 42), "input_length": (1, 1 << 30), "output_length": (1, 1 << 30)}
 _MAX_ID = (1 << 63) - 1
@@ -71,8 +71,9 @@ def read_trace(path: str | os.PathLike[str]) -> list[TraceRequest]:
             # What a few compressed bytes become is without bound, and so is a line.
             while data := file.readline(left + 1):
                 left, number = left - len(data), number + 1
-                if left < 0:
-                    raise ValueError(f"--trace {path} has more than {_MAX_BYTES >> 20} MiB of text")
+                if left < 0 or number > _MAX_LINES:
+                    most = f"{_MAX_BYTES >> 20} MiB of text, or {_MAX_LINES:,} lines"
+                    raise ValueError(f"--trace {path} has more than {most}")
                 if line := data.decode().strip():
                     requests.append(_parse(line, f"--trace {path}, line {number}"))
                     num_blocks += len(requests[-1].hash_ids)
@@ -103,7 +104,7 @@ def _parse(line: str, where: str) -> TraceRequest:
     blocks = -(-length // BLOCK_TOKENS)
     if not isinstance(ids, list) or not all(map(_is_count, ids)) or len(ids) != blocks:
         legal = f"{blocks} whole numbers, one per {BLOCK_TOKENS} of input_length {length}"
-        raise ValueError(f"{where}: hash_ids is {str(ids)[:40]}; legal: {legal}")
+        raise ValueError(f"{where}: hash_ids is {repr(ids)[:40]}; legal: {legal}")
     return TraceRequest(data["timestamp"], length, data["output_length"], tuple(ids))
 
 
