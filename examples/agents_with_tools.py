@@ -8,6 +8,9 @@ Start a server first, then run this against it::
     examples/serve.sh
     python examples/agents_with_tools.py --base-url http://127.0.0.1:30000
 
+A server that was started with ``--api-key`` wants its key: in ``--api-key``, or in the environment
+as ``SGLANG_API_KEY`` or ``OPENAI_API_KEY``.
+
 The tools really run. Which one is called is what the model says, in a line such as
 ``CALL price oak``; where it says nothing of the kind, as a random model will, the agent's own plan
 decides. So the program works with any model, and always takes the same steps with a random one.
@@ -18,6 +21,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import re
 import urllib.request
 from typing import Any, NamedTuple
@@ -94,24 +98,26 @@ async def run_agent(
     return lines
 
 
-def counters(base_url: str) -> dict[str, int]:
+def counters(base_url: str, key: str) -> dict[str, int]:
     """What the backend has counted so far."""
-    with urllib.request.urlopen(f"{base_url}/server_info", timeout=60) as answer:
+    header = {"Authorization": f"Bearer {key}"}
+    request = urllib.request.Request(f"{base_url}/server_info", headers=header)
+    with urllib.request.urlopen(request, timeout=60) as answer:
         states = json.loads(answer.read(1 << 25))["internal_states"][0]
     return dict(states.get("sglang_prefix", [{}])[0])
 
 
-async def run(base_url: str, agents: int, turns: int, drafts: int) -> None:
+async def run(base_url: str, key: str, agents: int, turns: int, drafts: int) -> None:
     """All agents at once."""
-    client = openai.AsyncOpenAI(base_url=f"{base_url}/v1", api_key="none")
+    client = openai.AsyncOpenAI(base_url=f"{base_url}/v1", api_key=key)
     model = (await client.models.list()).data[0].id
-    before = counters(base_url)
+    before = counters(base_url, key)
     results = await asyncio.gather(
         *(run_agent(client, model, index, turns, drafts) for index in range(agents))
     )
     for line in (line for lines in results for line in lines):
         print(line)
-    after = counters(base_url)
+    after = counters(base_url, key)
     if not after:
         print("this server runs without --decode-attention-backend prefix")
         return
@@ -127,6 +133,8 @@ def main() -> None:
     """Run the agents and say what decode attention read."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base-url", default="http://127.0.0.1:30000")
+    key = os.environ.get("SGLANG_API_KEY") or os.environ.get("OPENAI_API_KEY") or "none"
+    parser.add_argument("--api-key", default=key, help="default: SGLANG_API_KEY or OPENAI_API_KEY")
     parser.add_argument("--agents", type=int, default=4)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--drafts", type=int, default=2, help="candidate answers per turn")
@@ -135,9 +143,12 @@ def main() -> None:
         if getattr(arguments, name) < 1:
             parser.error(f"--{name} {getattr(arguments, name)}; legal: 1 and above")
     try:
-        asyncio.run(run(arguments.base_url, arguments.agents, arguments.turns, arguments.drafts))
+        server = arguments.base_url, arguments.api_key
+        asyncio.run(run(*server, arguments.agents, arguments.turns, arguments.drafts))
     except openai.APIConnectionError:
         parser.exit(1, f"no server answers at {arguments.base_url}; start examples/serve.sh\n")
+    except openai.AuthenticationError:
+        parser.exit(1, "the server wants its key: --api-key, SGLANG_API_KEY or OPENAI_API_KEY\n")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ Writes DIR/kernel.json, DIR/serving.json, their plots, and DIR/report.html, whic
 Measures the kernels first, then the servers, and ends with the page. Draws plots, so it needs
 matplotlib: `make install` brings it, and so does `pip install '.[bench]'` in a checkout.
 
+Servers that run already (--stock-url, --prefix-url) and want a key: SGLANG_API_KEY=KEY.
+
 FULL=1 runs all workloads; without it, the few of --quick, which take minutes on a CPU.
 HELP
 }

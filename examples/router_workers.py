@@ -145,6 +145,8 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=24, help="tokens of each answer")
     parser.add_argument("--log-dir", type=Path, default=Path("router-logs"))
     arguments, server_options = parser.parse_known_args()
+    if any(option.startswith(("--api-k", "--admin-api-k")) for option in server_options):
+        parser.error("the servers listen on this host alone; legal: no --api-key")
     if min(arguments.workers, arguments.questions, arguments.new_tokens) < 1:
         parser.error("--workers, --questions and --new-tokens; legal: 1 and above")
     if find_spec("sglang_router") is None:

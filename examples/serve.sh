@@ -18,6 +18,9 @@ Starts a server with the prefix backend in the foreground; Ctrl-C ends it.
 examples:
   examples/serve.sh                                        # tiny model on http://127.0.0.1:30000
   examples/serve.sh meta-llama/Llama-3.1-8B-Instruct --port 31000 --enable-metrics
+
+With --api-key KEY, clients need the key: the other examples and `sglang-prefix` take --api-key, or
+read SGLANG_API_KEY, then OPENAI_API_KEY.
 HELP
 }
 
@@ -48,5 +51,6 @@ fi
 # Your options come last, so that they win over ours.
 command=(sglang-prefix exec -- sglang serve --model-path "$model" "${device[@]}"
     --decode-attention-backend prefix "$@")
-echo "+ ${command[*]}" >&2
+# Without the key, which would stay in the terminal and in logs.
+echo "+ ${command[*]}" | sed -E 's/(--(admin-)?api-key[= ])[^ ]+/\1***/g' >&2
 exec "${command[@]}"

@@ -78,7 +78,7 @@ def test_control_a_tile_with_another_result_is_refused() -> None:
         ([], "no GPU here; legal without one: --dry"),
         (["--dry"], "--out is missing; legal: a folder for the result file"),
         (["--dry", "--resume"], "--out is missing"),
-        (["--write-table", "/nowhere.json"], "/nowhere.json cannot be read: No such file"),
+        (["--write-table", "/nowhere.json"], "'--write-table': /nowhere.json: No such file"),
     ],
 )
 def test_bad_input_is_one_line(options: list[str], message: str) -> None:

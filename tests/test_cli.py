@@ -5,14 +5,16 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -317,7 +319,7 @@ class TestTinyModel:
             ("--std inf", "'--std': "),
             ("--seed 1180591620717411303424", "'--seed': "),
             ("--hidden-size 1099511627776", "legal: 1 to 65536"),
-            ("--hidden-size 65536 --head-dim 64 --layers 64", "number of parameters is 8"),
+            ("--hidden-size 65536 --head-dim 64 --layers 64", "the number of parameters is 1"),
             ("--sliding-window 8", "--sliding-window is 8"),
             ("--dtype int8", "int8"),
         ],
@@ -327,6 +329,32 @@ class TestTinyModel:
         assert done.exit_code == 2
         assert complaint in done.stderr
         assert not (tmp_path / "model").exists()
+
+    def test_a_disk_that_is_full_midway_leaves_nothing(self, tmp_path: Path) -> None:
+        """Files are limited to what the configuration needs, and the weights do not."""
+        limit = f"ulimit -f 64; exec {' '.join(CLI)} tiny-model"
+        for target in ("new/model", "."):
+            command = ["bash", "-c", f"{limit} {target}"]
+            done = subprocess.run(command, capture_output=True, text=True, env=QUICK, cwd=tmp_path)
+            assert done.returncode == 1, done.stderr
+            (line,) = done.stderr.splitlines()
+            assert line.startswith(f"sglang-prefix: cannot write to {target}: ")
+            assert list(tmp_path.iterdir()) == []
+
+    def test_what_the_disk_or_the_memory_cannot_hold_is_not_begun(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        config = TinyModelConfig(num_layers=1)
+        parameters = build_tiny_model(tmp_path / "a", config)
+        assert 0.98 * 4 * parameters < config.num_bytes <= 4 * parameters
+        free = SimpleNamespace(free=config.num_bytes - 1, available=2 * config.num_bytes - 1)
+        for owner, name in ((shutil, "disk_usage"), (psutil, "virtual_memory")):
+            with monkeypatch.context() as patched:
+                patched.setattr(owner, name, lambda *_: free)
+                done = invoke("tiny-model", tmp_path / "b", "--layers", "1")
+            assert done.exit_code == 1
+            assert "of weights, " in done.stderr
+            assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
     @pytest.mark.parametrize(
         "config",

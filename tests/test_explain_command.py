@@ -126,6 +126,8 @@ class TestCommand:
             ("--tree 1_2 --policy PAT", "'pat', 'node', 'chunk', 'query'"),
             ("--tree 1_2 --device tpu", "'cpu', 'h200', 'cuda'"),
             ("--tree 1_2 --heads 4,4,2000 --device h200", "v_head_dim 2,000"),
+            ("--tree 1_2 --stock-backend nope", "'--stock-backend': 'nope' is not one of 'fa3', "),
+            ("--tree 1_2 --api-key x", "--api-key goes with --base-url"),
             ("--tree 1_2 --page-size 0", "'--page-size': Input should be greater"),
             ("--tree 1_2 --nonsense", "No such option: --nonsense"),
             ("--tree 1_2 --tokenizer x", "--tokenizer goes with --prompts"),
@@ -147,7 +149,9 @@ class TestCommand:
     def test_mistakes_are_one_clear_line(self, arguments: str, message: str) -> None:
         assert message in failed(*arguments.split())
 
-    @pytest.mark.parametrize("text", ["", "[]", '["a", 3]', '["a", ""]', "[1", "\n \n"])
+    @pytest.mark.parametrize(
+        "text", ["", "[]", '["a", 3]', '["a", ""]', "[1", "\n \n", "[" * 100_000]
+    )
     def test_a_file_without_prompts(self, tmp_path: Path, text: str) -> None:
         file = tmp_path / "prompts"
         file.write_text(text)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from sglang_prefix.api_key import ApiKey
 from sglang_prefix.cli.bench_kernel import finish, make_run
 from sglang_prefix.cli.command import typed_command
 from sglang_prefix.cli.options import (
@@ -186,8 +185,7 @@ def _engine_run(chosen: dict[str, Any]) -> BenchRun:
 def _server_run(chosen: dict[str, Any]) -> BenchRun:
     from sglang_prefix.bench.serving.run import ServingRun
 
-    key = ApiKey.find(chosen["api_key"])
-    return ServingRun(command=typed_command(), **{**chosen, "api_key": key})
+    return ServingRun(command=typed_command(), **chosen)
 
 
 def _check_mode(ctx: typer.Context, engine: bool) -> None:

@@ -110,9 +110,11 @@ def _in_one_line(legal: str = "") -> Iterator[None]:
         # By name: typer may bring a click of its own.
         if say is None or type(error).__name__ == "NoArgsIsHelpError":
             raise
-        message = say().replace("Value error, ", "").rstrip(".")
+        message = say().replace("Value error, ", "")
         legal = legal or _range_of(getattr(error, "param", None))
-        fail(message + ("" if "legal: " in message else legal), 2)
+        if legal and "legal: " not in message:
+            message = message.rstrip(".") + legal
+        fail(message, 2)
 
 
 def _range_of(parameter: Any) -> str:

@@ -172,11 +172,13 @@ def plan_of_server(base_url: str, key: ApiKey) -> PlanRecord:
     try:
         data = ask_json(url, key, timeout_s=_SERVER_TIMEOUT_S)
     except (requests.ConnectionError, requests.Timeout) as error:
-        raise ValueError(f"no server answers at {url}: {why_failed(error, url, key)}") from None
+        why = why_failed(error, url, key)
+        raise ValueError(f"--base-url: no server answers at {url}: {why}") from None
     except requests.HTTPError as error:
-        raise ValueError(f"{url}: {why_failed(error, url, key)}") from None
+        raise ValueError(f"--base-url {url}: {why_failed(error, url, key)}") from None
     except requests.RequestException as error:
-        raise ValueError(f"{url}: not an answer of SGLang's ({_one_line(error)})") from None
+        why = f"not an answer of SGLang's ({_one_line(error)})"
+        raise ValueError(f"--base-url {url}: {why}") from None
     try:
         return find_plan(data)
     except ValueError as error:

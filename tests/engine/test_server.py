@@ -18,8 +18,16 @@ import requests
 from prometheus_client.parser import text_string_to_metric_families
 from typer.testing import CliRunner
 
+from sglang_prefix.api_key import ApiKey, ask
 from sglang_prefix.bench.engine import counter_difference
-from sglang_prefix.bench.serving.servers import RunningServer, launch, wait_until_ready
+from sglang_prefix.bench.serving.drivers import start_client
+from sglang_prefix.bench.serving.servers import (
+    RunningServer,
+    describe,
+    launch,
+    wait_until_ready,
+)
+from sglang_prefix.bench.serving.workloads import load_workloads
 from sglang_prefix.cli.main import app
 from sglang_prefix.explain.record import read_record
 from sglang_prefix.explain.segments import explain
@@ -32,6 +40,8 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 CLI = (sys.executable, "-m", "sglang_prefix.cli.main", "exec", "--")
 START_S = 240
 CALL_S = 120
+# The server has one, so that everything that speaks to it proves to send it.
+KEY = ApiKey("SGLANG_API_KEY", "s3cr3t-key-of-the-test")
 
 
 class Server:
@@ -42,13 +52,14 @@ class Server:
 
     def get(self, path: str) -> str:
         """A page."""
-        return requests.get(self.url + path, timeout=CALL_S).text
+        return ask(self.url + path, KEY, timeout_s=CALL_S).decode()
 
     def generate(self, text: str, n: int, max_new_tokens: int) -> list[dict[str, Any]]:
         """Parallel samples of a prompt, all alike."""
         sampling = {"n": n, "temperature": 0, "max_new_tokens": max_new_tokens, "ignore_eos": True}
         body: dict[str, Any] = {"text": text, "sampling_params": sampling}
-        answer = requests.post(f"{self.url}/generate", json=body, timeout=CALL_S)
+        url = f"{self.url}/generate"
+        answer = requests.post(url, json=body, timeout=CALL_S, headers=KEY.headers)
         found: list[dict[str, Any]] = answer.json()
         return found
 
@@ -83,12 +94,13 @@ def server(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
     flags = ["--model-path", models["llama"], "--device", "cpu", "--dtype", "float32"]
     flags += [f"--{BACKEND_FLAG.replace('_', '-')}", "prefix"]
     flags += ["--mem-fraction-static", "0.7", "--max-total-tokens", "20000"]
-    flags += ["--enable-metrics", "--decode-log-interval", "5"]
+    flags += ["--enable-metrics", "--decode-log-interval", "5", "--api-key", str(KEY.value)]
     settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "SGLANG_PREFIX_KEEP_PLAN": "1"}
     log = tmp_path_factory.mktemp("server") / "log"
     running = launch("prefix", flags, None, log, settings)
     try:
         wait_until_ready(running, START_S)
+        running.key = KEY
         yield Server(running, models["llama"])
     finally:
         running.stop()
@@ -103,7 +115,7 @@ def run_program(*command: str) -> str:
         text=True,
         errors="replace",
         timeout=300,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | KEY.environment,
         start_new_session=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -121,7 +133,7 @@ def test_explain_shows_the_last_plan(server: Server, tmp_path: Path) -> None:
     server.generate("Roots drink first. " * 30, 5, 12)
     target, picture = tmp_path / "plan.json", tmp_path / "plan.svg"
     arguments = ["--base-url", server.url, "--json", str(target), "--svg", str(picture)]
-    shown = CliRunner().invoke(app, ["explain", *arguments])
+    shown = CliRunner().invoke(app, ["explain", *arguments], env=KEY.environment)
     assert shown.exit_code == 0, shown.output
     explanation = explain(read_record(target))
     counters = server.counters()
@@ -134,6 +146,41 @@ def test_explain_shows_the_last_plan(server: Server, tmp_path: Path) -> None:
     assert f"node 0: {node.tokens:,} tokens, 5 readers" in shown.output
     # Counts, and not a word of the prompt.
     assert "Roots" not in target.read_text() + json.dumps(counters)
+    # SGLang's answer holds the server's key; ours do not.
+    assert str(KEY.value) in server.get("/server_info")
+    assert str(KEY.value) not in target.read_text() + picture.read_text() + shown.output
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ([], "wants a key; legal: one in --api-key or SGLANG_API_KEY or OPENAI_API_KEY"),
+        (["--api-key", "wrong"], "the key of --api-key is not its own; legal: its key, in --api-k"),
+    ],
+)
+def test_a_wrong_key_or_none_is_told_in_one_line(
+    server: Server, given: list[str], told: str
+) -> None:
+    refused = CliRunner().invoke(app, ["explain", "--base-url", server.url, *given])
+    assert refused.exit_code == 2
+    (line,) = refused.stderr.splitlines()
+    assert told in line
+    assert "wrong" not in line
+
+
+def test_the_load_generator_sends_the_key(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every driver of `bench serving`, in this process instead of its own."""
+    assert describe(server.running)["model"] == server.model
+    for name, value in KEY.environment.items():
+        monkeypatch.setenv(name, value)
+    client, _ = start_client(model=server.model, tokenizer=None, trace=None, seed=0)
+    for workload in load_workloads(quick=True, names=["shared-prefix", "rollouts", "forks"]):
+        client.prepare(workload)
+        assert client.check(workload.name, server.url)
+        assert client.measure(workload.name, server.url)["output_tokens"] > 0
+    monkeypatch.setenv("SGLANG_API_KEY", "wrong")
+    with pytest.raises(RuntimeError, match="flush_cache: the server answers 401"):
+        client.check("rollouts", server.url)
 
 
 def test_the_counters_stand_on_metrics_and_move(server: Server) -> None:

@@ -68,9 +68,10 @@ class ServingRun(BenchRun):
         self._chosen = given = SimpleNamespace(**chosen)
         urls = zip(SIDES, (given.stock_url, given.prefix_url), strict=True)
         self._urls: dict[str, str | None] = {side: url and url.rstrip("/") for side, url in urls}
+        self._key = ApiKey.find(given.api_key)
         _check_server_args(given.server_args or (), all(self._urls.values()))
         self._workloads, absent = _choose_workloads(given)
-        model = given.model_path or _choose_model(given.out, self._urls, given.api_key)
+        model = given.model_path or _choose_model(given.out, self._urls, self._key)
         both = _server_arguments(model, given)
         sides = {"stock": both, "prefix": [*both, "--decode-attention-backend", "prefix"]}
         arguments = {side: [] if self._urls[side] else sides[side] for side in SIDES}
@@ -171,7 +172,7 @@ class ServingRun(BenchRun):
         try:
             for side, url in self._urls.items():
                 if url is not None:
-                    self._servers[side] = RunningServer(side, url, key=self._chosen.api_key)
+                    self._servers[side] = RunningServer(side, url, key=self._key)
                     self._describe(self._servers[side])
             # Before the first step: what was in the folder is not to be taken up as this run.
             self._write()
@@ -223,7 +224,7 @@ class ServingRun(BenchRun):
             f"{_CLIENT}:start_client",
             settings,
             name="the client",
-            environment=engine_environment(self._chosen.api_key.environment, base=os.environ),
+            environment=engine_environment(self._key.environment, base=os.environ),
             log=self.path.with_name(_LOG),
         )
 
@@ -309,7 +310,8 @@ def _check_server_args(arguments: Sequence[str], both_run: bool) -> None:
     for name in (argument.partition("=")[0] for argument in arguments):
         if name in _SET_HERE:
             raise ValueError(f"server argument {name} is set by this command; see its options")
-        if name in _NEEDLESS:
+        # SGLang takes a beginning for the whole.
+        if len(name) > len("--ap") and any(one.startswith(name) for one in _NEEDLESS):
             raise ValueError(f"server argument {name}: legal: none; servers started here need none")
     if arguments and both_run:
         raise ValueError("server arguments are for servers started here; both run already")
