@@ -68,7 +68,7 @@ def _server_pages() -> dict[str, Any]:
     counters = {f"{name}_steps": 3 for name in ("packed", "stock", "fallback")}
     counters |= {"kv_tokens_read": 5, "kv_tokens_logical": 9, "num_packs": 2}
     report: dict[str, Any] = counters | {"stock_reasons": {"gate-no-gain": 3}, "last_plan": None}
-    info = {"dtype": "float32", "load_format": "auto", "version": "0.5.23"}
+    info: dict[str, Any] = {"dtype": "float32", "load_format": "auto", "version": "0.5.23"}
     info |= {"max_total_num_tokens": 99, "attention_backend": "prefix"}
     states = [{"sglang_prefix": [report]}, {"sglang_prefix": [report]}]
     return {"server_info": info | {"internal_states": states}, "model_info": {"model_path": "m"}}

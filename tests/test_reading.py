@@ -303,3 +303,33 @@ def test_a_stream_may_not_hold_more_than_was_asked_for(lines: list[bytes]) -> No
     with pytest.raises(RuntimeError, match=r"the server (failed|answers with more)") as error:
         _add_chunk(answers, lines[-1], {"max_new_tokens": 4})
     assert len(str(error.value).splitlines()) == 1
+
+
+# -- where commands write --------------------------------------------------------------------------
+
+
+def test_what_stands_where_a_command_writes_is_not_replaced(tmp_path: Path) -> None:
+    """A link is followed, and a full device is one message."""
+    real, link = tmp_path / "real.html", tmp_path / "link.html"
+    real.write_text("before")
+    link.symlink_to("real.html")
+    tree = ("explain", "--tree", "1,2_9,9", "--device", "cpu")
+    done = CliRunner().invoke(app, [*tree, "--html", str(link)])
+    assert done.exit_code == 0, done.output
+    assert link.is_symlink()
+    assert real.read_text().startswith("<!DOCTYPE html>")
+    node = Path("/dev/full").lstat().st_rdev
+    done = CliRunner().invoke(app, [*tree, "--html", "/dev/full"])
+    assert done.exit_code == 1
+    assert done.stderr == "sglang-prefix: cannot write /dev/full: No space left on device\n"
+    assert Path("/dev/full").lstat().st_rdev == node
+
+
+def test_a_report_may_go_to_standard_output(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    file.write_text(json.dumps(kernel_result()))
+    command = [sys.executable, "-m", "sglang_prefix.cli.main", "report", str(file), "--no-plots"]
+    done = subprocess.run([*command, "--out", "/dev/stdout"], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(b"<!doctype html>")
+    assert Path("/dev/stdout").is_symlink()
