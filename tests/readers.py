@@ -27,8 +27,8 @@ from prefix_kernels.tiles import TileShape, candidate_tiles, load_tuned_tiles
 from sglang_prefix.bench.report import Source
 from sglang_prefix.bench.report.page import build_page
 from sglang_prefix.bench.results import read_result
-from sglang_prefix.bench.serving.drivers import Answer, _add_chunk
 from sglang_prefix.bench.serving.servers import RunningServer, ServerError, describe, read_counters
+from sglang_prefix.bench.serving.stream import Answer, add_chunk
 from sglang_prefix.bench.serving.workloads import REGISTRY, load_workloads, scale_trace
 from sglang_prefix.bench.workloads.traces import read_trace, trace_batches
 from sglang_prefix.explain.picture import html_page, svg_picture
@@ -135,7 +135,7 @@ def _read_result(path: Path) -> None:
 
 def _read_stream(path: Path) -> None:
     try:
-        _add_chunk([Answer(0.0)], path.read_bytes(), {"max_new_tokens": 9})
+        add_chunk([Answer(0.0)], path.read_bytes(), {"max_new_tokens": 9})
     except RuntimeError as error:
         raise ValueError(str(error)) from None
 

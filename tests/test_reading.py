@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 from sglang_prefix import api_key
 from sglang_prefix.api_key import ApiKey, ask, ask_json
 from sglang_prefix.bench.results import ResultError, check_result
-from sglang_prefix.bench.serving.drivers import Answer, _add_chunk
+from sglang_prefix.bench.serving.stream import Answer, add_chunk
 from sglang_prefix.bench.serving.workloads import REGISTRY, load_workloads
 from sglang_prefix.bench.workloads.traces import read_trace
 from sglang_prefix.cli.main import app
@@ -295,13 +295,13 @@ def test_a_stream_may_not_hold_more_than_was_asked_for(lines: list[bytes]) -> No
     for whole in ([chunk(1), chunk(4, ids=4), chunk(4)], [chunk(2, index=1)]):
         found = [Answer(0.0), Answer(0.0)]
         for line in whole:
-            _add_chunk(found, line, {"max_new_tokens": 4})
+            add_chunk(found, line, {"max_new_tokens": 4})
         assert max(len(answer.ids) for answer in found) in (4, 2)
     for line in lines[:-1]:
         with contextlib.suppress(RuntimeError):
-            _add_chunk(answers, line, {"max_new_tokens": 4})
+            add_chunk(answers, line, {"max_new_tokens": 4})
     with pytest.raises(RuntimeError, match=r"the server (failed|answers with more)") as error:
-        _add_chunk(answers, lines[-1], {"max_new_tokens": 4})
+        add_chunk(answers, lines[-1], {"max_new_tokens": 4})
     assert len(str(error.value).splitlines()) == 1
 
 

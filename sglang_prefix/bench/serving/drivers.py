@@ -14,20 +14,18 @@ import asyncio
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Annotated, Any, NotRequired
+from typing import Any
 
 import aiohttp
 import numpy as np
 import requests
-from pydantic import Field, TypeAdapter, ValidationError
-from typing_extensions import TypedDict
 
 from prefix_patches import load_generator
 from sglang_prefix.api_key import ApiKey, ask, why_failed
+from sglang_prefix.bench.serving.stream import Answer, add_chunk
 from sglang_prefix.bench.serving.workloads import Forks, Rollouts, Trace, Workload, scale_trace
 from sglang_prefix.bench.workloads.traces import read_trace
 
@@ -36,29 +34,9 @@ __all__ = ["Answer", "BenchServing", "Client", "Driver", "ForkDriver", "start_cl
 _DOCUMENT = "Rule {n} of part {part}: an answer names its source and says when it is not sure. "
 _SECTION = "Note {n} on case {part}: read it as taken on that day, in this order. "
 _QUESTION = "\nQuestion {part}: what follows from note {n}, and for whom?\nAnswer:"
-_MAX_TOKEN_CHARS = 1024  # a token of spaces is long
 _FLUSH_TRIES = 100
 _FLUSH_PAUSE_S = 0.1
 _ADMIN_KEY = "A server started with --admin-api-key opens it to that key alone: start without"
-
-
-_Count = Annotated[int, Field(ge=0, lt=1 << 31)]
-
-
-class _MetaInfo(TypedDict):
-    completion_tokens: _Count
-
-
-class _Chunk(TypedDict):
-    """A line of a streamed answer: its sample, and what of that has come so far."""
-
-    index: NotRequired[_Count]
-    text: str
-    output_ids: list[_Count]
-    meta_info: _MetaInfo
-
-
-_CHUNK: TypeAdapter[_Chunk] = TypeAdapter(_Chunk)
 
 
 class Client:
@@ -132,22 +110,6 @@ def _flush(url: str) -> None:
                 raise RuntimeError(f"{url}/flush_cache: {why}. {_ADMIN_KEY}") from None
         time.sleep(_FLUSH_PAUSE_S)
     raise RuntimeError(f"{url} would not empty its cache: does it serve other requests?")
-
-
-@dataclass(slots=True)
-class Answer:
-    """One streamed answer.
-
-    Attributes:
-        began: when it was asked for.
-        chunks: (seconds, tokens so far) of what came.
-        text, ids: of the whole answer.
-    """
-
-    began: float
-    chunks: list[tuple[float, int]] = field(default_factory=list)
-    text: str = ""
-    ids: list[int] = field(default_factory=list)
 
 
 def summarize(answers: Sequence[Answer], seconds: float) -> dict[str, Any]:
@@ -403,27 +365,7 @@ async def _ask(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -
             raise RuntimeError(f"the server answered {response.status}: {text[:300]}")
         async for line in response.content:
             if line.startswith(b"data: {"):
-                _add_chunk(answers, line[len(b"data: ") :], body["sampling_params"])
+                add_chunk(answers, line[len(b"data: ") :], body["sampling_params"])
     if not all(a.chunks and len(a.ids) == a.chunks[-1][1] for a in answers):
         raise RuntimeError("the server ended a stream before the whole of every answer had come")
     return answers
-
-
-def _add_chunk(answers: Sequence[Answer], line: bytes, sampling: Mapping[str, Any]) -> None:
-    """Take a line of a stream to the answer that it is of; RuntimeError if it is of none."""
-    now = time.perf_counter()
-    try:
-        chunk = _CHUNK.validate_json(line, strict=True)
-    except ValidationError:
-        said = " ".join(line[:300].decode(errors="replace").split())
-        raise RuntimeError(f"the server failed: {said}") from None
-    index, ids, most = chunk.get("index", 0), chunk["output_ids"], sampling["max_new_tokens"]
-    count = chunk["meta_info"]["completion_tokens"]
-    so_far = answers[index].chunks if index < len(answers) else []
-    is_legal = index < len(answers) and (so_far[-1][1] if so_far else 0) <= count <= most
-    # A line without a new token may come at the end.
-    is_legal = is_legal and len(so_far) <= most + 1 and len(ids) <= most
-    if not is_legal or len(chunk["text"]) > _MAX_TOKEN_CHARS * most:
-        raise RuntimeError("the server answers with more than it was asked for")
-    so_far.append((now, count))
-    answers[index].text, answers[index].ids = chunk["text"], ids
