@@ -103,7 +103,7 @@ def counters(base_url: str, key: str) -> dict[str, int]:
     header = {"Authorization": f"Bearer {key}"}
     request = urllib.request.Request(f"{base_url}/server_info", headers=header)
     with urllib.request.urlopen(request, timeout=60) as answer:
-        states = json.load(answer)["internal_states"][0]
+        states = json.loads(answer.read(1 << 25))["internal_states"][0]
     return dict(states.get("sglang_prefix", [{}])[0])
 
 

@@ -48,7 +48,7 @@ def call(url: str, body: dict[str, Any] | None = None) -> Any:
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=120) as answer:
-        text = answer.read()
+        text = answer.read(1 << 25)
     return json.loads(text) if text.startswith((b"{", b"[")) else None
 
 

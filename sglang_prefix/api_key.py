@@ -6,7 +6,9 @@ A key goes into a request's header and nowhere else: no file, no message, no lis
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -15,7 +17,9 @@ import requests
 from requests.auth import AuthBase
 from requests.utils import get_environ_proxies, select_proxy
 
-__all__ = ["OPTION", "VARIABLES", "ApiKey", "ask", "why_failed"]
+from sglang_prefix.files import MAX_READ_BYTES, parse_json
+
+__all__ = ["OPTION", "VARIABLES", "ApiKey", "ask", "ask_json", "why_failed"]
 
 OPTION = "--api-key"
 VARIABLES = ("SGLANG_API_KEY", "OPENAI_API_KEY")
@@ -83,15 +87,69 @@ class ApiKey(AuthBase):
         )
 
 
-def ask(url: str, key: ApiKey, *, timeout_s: float, method: str = "GET") -> requests.Response:
-    """Ask a server.
+def ask(url: str, key: ApiKey, *, timeout_s: float, method: str = "GET") -> bytes:
+    """What a server answers, of up to `files.MAX_READ_BYTES`.
+
+    Args:
+        url: the server's own: nothing is asked elsewhere if it redirects.
+        key: of the server.
+        timeout_s: for the whole answer.
+        method: of HTTP.
 
     Raises:
         requests.RequestException: it does not answer, or with an error; see :func:`why_failed`.
     """
-    answer = requests.request(method, url, auth=key if key.value else None, timeout=timeout_s)
-    answer.raise_for_status()
-    return answer
+    found: Future[bytes] = Future()
+
+    def work() -> None:
+        try:
+            found.set_result(_receive(url, key, timeout_s, method))
+        except BaseException as error:
+            found.set_exception(error)
+
+    # The timeout of requests is for each read: who sends a byte now and then could be waited for
+    # without end.
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        return found.result(timeout_s)
+    except TimeoutError:
+        raise requests.Timeout(f"no whole answer within {timeout_s:g} s") from None
+
+
+def _receive(url: str, key: ApiKey, timeout_s: float, method: str) -> bytes:
+    with requests.request(
+        method,
+        url,
+        auth=key if key.value else None,
+        headers={"Accept-Encoding": "identity"},
+        timeout=timeout_s,
+        stream=True,
+        allow_redirects=False,
+    ) as answer:
+        answer.raise_for_status()
+        if answer.is_redirect:
+            raise requests.TooManyRedirects(f"it redirects to {answer.headers['location']}")
+        if answer.headers.get("Content-Encoding", "identity") != "identity":
+            raise requests.exceptions.ContentDecodingError("it is compressed, unasked")
+        data = bytearray()
+        for part in answer.iter_content(1 << 16):
+            data += part
+            if len(data) > MAX_READ_BYTES:
+                raise requests.RequestException(f"it is larger than {MAX_READ_BYTES >> 20} MiB")
+        return bytes(data)
+
+
+def ask_json(url: str, key: ApiKey, *, timeout_s: float) -> Any:
+    """The JSON that a server answers with, see :func:`ask`.
+
+    Raises:
+        requests.RequestException: it does not answer, or with something else.
+    """
+    data = ask(url, key, timeout_s=timeout_s)
+    try:
+        return parse_json(data.decode())
+    except ValueError as error:
+        raise requests.exceptions.InvalidJSONError(str(error)) from None
 
 
 def why_failed(error: requests.RequestException, url: str, key: ApiKey) -> str:

@@ -21,8 +21,10 @@ __all__ = [
     "MAX_VALUES",
     "check_folder",
     "check_writable",
+    "one_line",
     "parse_json",
     "read_json",
+    "read_tail",
     "read_text",
     "write_file",
 ]
@@ -169,6 +171,22 @@ def read_text(path: str | os.PathLike[str], *, max_bytes: int = MAX_READ_BYTES) 
         return data.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"it is not UTF-8 text: {error.reason} at byte {error.start}") from None
+
+
+def one_line(text: str) -> str:
+    """A text that quotes somebody else's, as a line that a terminal shows."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def read_tail(path: str | os.PathLike[str], max_bytes: int = 1 << 16) -> str:
+    """The last bytes of a log that may have grown to any size.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - max_bytes))
+        return file.read(max_bytes).decode(errors="replace")
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

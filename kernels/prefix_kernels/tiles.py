@@ -360,6 +360,10 @@ class TunedDevice:
     tiles: Mapping[tuple[TileShape, int], TileConfig]
 
 
+# Of a table, which has some 200 characters a tile, and of each number in it.
+_MAX_TABLE_CHARS, _MAX_FIELD = 1 << 20, 1 << 16
+
+
 def load_tuned_tiles(path: Path) -> dict[str, TunedDevice]:
     """Read a table: devices by name.
 
@@ -367,9 +371,13 @@ def load_tuned_tiles(path: Path) -> dict[str, TunedDevice]:
         ValueError: the file is not such a table, or names a tile that is no candidate.
     """
     try:
-        table = json.loads(path.read_text())
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_MAX_TABLE_CHARS + 1)
+        if len(text) > _MAX_TABLE_CHARS:
+            raise ValueError(f"it has more than {_MAX_TABLE_CHARS:,} characters")
+        table = json.loads(text)
         return {name: _read_device(name, entry) for name, entry in table.items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no table of tuned tiles: {error!r}") from error
 
 
@@ -386,7 +394,7 @@ def _read_device(name: str, entry: dict[str, Any]) -> TunedDevice:
     for row in rows:
         if set(row) != {*shape_fields, *tile_fields}:
             raise ValueError(f"a tile of {name} has the fields {', '.join(row)}")
-        if any(type(value) is not int or value <= 0 for value in row.values()):
+        if any(type(value) is not int or not 0 < value <= _MAX_FIELD for value in row.values()):
             raise ValueError(f"a tile of {name} has a value that is no positive integer: {row}")
         dims = {key: row[key] for key in shape_fields}
         shape = TileShape(**dims, has_wgmma=arch != "sm_80", device=name)

@@ -26,6 +26,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, Self
 
+from sglang_prefix.files import read_tail
+
 __all__ = ["ChildError", "ChildProcess", "cause_in", "kill_session", "spawn"]
 
 _POLL_S = 1.0
@@ -143,7 +145,7 @@ class ChildProcess:
             answer = {"error": None}
         if "result" in answer:
             return answer["result"]
-        tail = self._log.read_text(errors="replace")[-_LOG_TAIL:]
+        tail = read_tail(self._log, _LOG_TAIL)
         cause = answer["error"] or f"its process ended: {cause_in(tail)}"
         raise ChildError(f"{self._name} ended at {what!r}: {cause}", tail)
 

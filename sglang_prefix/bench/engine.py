@@ -19,6 +19,7 @@ from typing import Any
 
 from sglang_prefix.bench.child import ChildProcess
 from sglang_prefix.bench.hooks import HOOKS_FOLDER, HOOKS_VARIABLE
+from sglang_prefix.files import write_file
 from sglang_prefix.sglang_environment import find_sgl_kernel, sglang_environment
 
 __all__ = [
@@ -127,11 +128,11 @@ def write_plugin(folder: Path) -> Path | None:
     name, version = project["name"], project["version"]
     info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir(parents=True, exist_ok=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    write_file(info / "METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
     lines = []
     for group, points in project["entry-points"].items():
         lines += [f"[{group}]", *(f"{key} = {value}" for key, value in points.items()), ""]
-    (info / "entry_points.txt").write_text("\n".join(lines))
+    write_file(info / "entry_points.txt", "\n".join(lines))
     return info
 
 

@@ -9,7 +9,6 @@ attention.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping
 from functools import partial
@@ -20,6 +19,7 @@ from typing import Any
 from sglang_prefix.bench.engine import EngineProcess, counters, engine_environment, greedy
 from sglang_prefix.bench.hooks import step_clock
 from sglang_prefix.bench.run import BenchRun, Case
+from sglang_prefix.files import read_json, write_file
 from sglang_prefix.tiny_model import build_tiny_model
 
 __all__ = ["HostRun", "decode_rollouts"]
@@ -108,7 +108,7 @@ def _decode(num_requests: int, *, is_device_elsewhere: bool) -> tuple[dict[str, 
     settings = {"HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as name:
         model, times, log = (Path(name, part) for part in ("model", "times.json", "log"))
-        times.write_text('{"reused": []}')
+        write_file(times, '{"reused": []}')
         if is_device_elsewhere:
             arguments["torch_compile_max_bs"] = num_requests  # which bounds graphs on the CPU
             settings |= {
@@ -128,7 +128,7 @@ def _decode(num_requests: int, *, is_device_elsewhere: bool) -> tuple[dict[str, 
             log=log,
         ) as engine:
             found = engine.ask(f"{__name__}:decode_rollouts", num_requests=num_requests)
-            return found, json.loads(times.read_text())
+            return found, read_json(times)
 
 
 def decode_rollouts(engine: Any, num_requests: int) -> dict[str, Any]:

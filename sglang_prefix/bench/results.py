@@ -11,12 +11,13 @@ import json
 import os
 import platform
 import subprocess
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sglang_prefix.files import read_json, write_file
+from sglang_prefix.files import one_line, read_json, write_file
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -60,6 +61,9 @@ _ROOT = Path(__file__).parents[2]
 
 class ResultError(ValueError):
     """A file is not a result that can be used; one line that names it and says why."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 def new_result(
@@ -150,24 +154,30 @@ def check_result(path: str | os.PathLike[str], data: Any, kind: str | None = Non
     try:
         from pydantic import TypeAdapter
 
-        from sglang_prefix.bench.schema import CASES, Result
+        from sglang_prefix.bench.schema import CASES, OPTIONS, Result
     except ImportError:
         pass
     else:
         check_type(path, data, TypeAdapter(Result), whole)
         check_type(path, data["cases"], TypeAdapter(CASES[data["kind"]]), f"{whole}: cases")
+        options = TypeAdapter(OPTIONS.get(data["kind"], dict[str, Any]))
+        check_type(path, data["options"], options, f"{whole}: options")
     try:
         names = [case["name"] for case in data["cases"]]
+        is_named = all(isinstance(name, str) for name in names)
     except (KeyError, TypeError):
-        raise ResultError(f"{path} {whole}: its cases have no names") from None
-    if twice := next((name for name in names if names.count(name) > 1), None):
+        is_named = False
+    if not is_named:
+        raise ResultError(f"{path} {whole}: its cases have no names")
+    if len(set(names)) < len(names):
+        twice = Counter(names).most_common(1)[0][0]
         raise ResultError(f"{path} {whole}: two cases are named {twice!r}")
 
 
 def check_type(
     path: str | os.PathLike[str], data: Any, adapter: TypeAdapter[Any], complaint: str
-) -> None:
-    """Check parsed data against a type of pydantic's.
+) -> Any:
+    """Check parsed data against a type of pydantic's; the data without what the type leaves out.
 
     Raises:
         ResultError: it is not of it: the file, the complaint, the first thing that is wrong.
@@ -175,7 +185,7 @@ def check_type(
     from pydantic import ValidationError
 
     try:
-        adapter.validate_python(data, strict=True)
+        return adapter.validate_python(data, strict=True)
     except ValidationError as error:
         first, *others = error.errors(include_url=False, include_context=False)
         where = ".".join(map(str, first["loc"]))

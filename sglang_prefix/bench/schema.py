@@ -12,12 +12,16 @@ from typing import Annotated, Any, Literal, NotRequired
 from pydantic import Field
 from typing_extensions import TypedDict
 
-__all__ = ["CASES", "Result"]
+__all__ = ["CASES", "OPTIONS", "Result"]
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=0)]
-AtLeastOne = Annotated[int, Field(ge=1)]
+# Above any measurement, and within 64 bits.
+_MOST = 1e18
+Number = Annotated[float, Field(gt=-_MOST, lt=_MOST)]
+Positive = Annotated[float, Field(gt=0, lt=_MOST)]
+NotNegative = Annotated[float, Field(ge=0, lt=_MOST)]
+Count = Annotated[int, Field(ge=0, lt=1 << 62)]
+AtLeastOne = Annotated[int, Field(ge=1, lt=1 << 62)]
+Rounds = Annotated[int, Field(ge=1, le=100_000)]
 Words = Annotated[str, Field(min_length=1)]
 Reasons = dict[str, str]
 
@@ -32,7 +36,7 @@ class Environment(TypedDict):
 class Target(TypedDict):
     """A promise of the project, read off the cases."""
 
-    value: float | None
+    value: Number | None
     status: Literal["met", "missed", "not measured", "did not pack"]
     meaning: str
 
@@ -59,7 +63,7 @@ class Result(TypedDict):
     created: Words
     command: list[str]
     options: dict[str, Any]
-    seed: int | None
+    seed: Annotated[int, Field(ge=0, lt=1 << 64)] | None
     dry: bool
     environment: Environment
     absent: Reasons
@@ -69,9 +73,11 @@ class Result(TypedDict):
     limits: NotRequired[dict[str, NotNegative]]
     targets: NotRequired[dict[str, Target]]
     note: NotRequired[str]
+    device_name: NotRequired[str]
+    arch: NotRequired[str]
     stock: NotRequired[Server | None]
     prefix: NotRequired[Server | None]
-    cases: list[dict[str, Any]]
+    cases: Annotated[list[dict[str, Any]], Field(max_length=10_000)]
 
 
 class Case(TypedDict):
@@ -107,18 +113,18 @@ class KernelProvider(TypedDict):
     mode: str | None
     merge: str | None
     ms: Positive
-    raw_ms: list[float]
-    plan_ms: float | None
-    copy_ms: float | None
-    append_ms: float | None
-    forward_ms: float | None
-    merge_ms: float | None
+    raw_ms: list[Number]
+    plan_ms: Number | None
+    copy_ms: Number | None
+    append_ms: Number | None
+    forward_ms: Number | None
+    merge_ms: Number | None
     kernel_us: Positive | None
     over_floor: Positive | None
     bytes_read: AtLeastOne
-    kv_read_ratio: float
+    kv_read_ratio: NotNegative
     packs: Count | None
-    max_abs_error: float | None
+    max_abs_error: Number | None
 
 
 class KernelCase(Case):
@@ -133,7 +139,7 @@ class KernelCase(Case):
     bytes: Amount
     flop: Count
     floor: dict[str, NotNegative] | None
-    target: float | None
+    target: Number | None
     bandwidth_gb_s: Positive | None
     absent: Reasons
     failed: Reasons
@@ -141,14 +147,14 @@ class KernelCase(Case):
 
 
 class TileTimes(TypedDict):
-    tile: dict[str, int]
+    tile: dict[str, Count]
     kernel_us: Positive
 
 
 class TuneCase(Case):
     """Tiles by name on one pack shape; ``formula`` is the one used without a table."""
 
-    shape: dict[str, int]
+    shape: dict[str, Count]
     formula: str
     tiles: dict[str, TileTimes]
     absent: Reasons
@@ -215,7 +221,7 @@ class ServingSide(TypedDict):
 class ServingCase(Case):
     """Ratios are the prefix server's values over the stock server's."""
 
-    requests: int
+    requests: Count
     is_comparison: bool
     why_not: NotRequired[str | None]
     sides: dict[str, ServingSide]
@@ -247,4 +253,39 @@ CASES: dict[str, Any] = {
     "bench-tune": list[TuneCase],
     "bench-host": list[HostCase],
     "gpu-check": list[CheckCase],
+}
+
+
+class KernelOptions(TypedDict):
+    """What a resumed run takes up again, see `cases.KernelOptions`."""
+
+    quick: NotRequired[bool]
+    workloads: NotRequired[list[str]]
+    trees: NotRequired[list[str]]
+    traces: NotRequired[list[str]]
+    trace_batches: NotRequired[Annotated[int, Field(ge=1, le=1000)]]
+    policies: NotRequired[list[str]]
+    heads: NotRequired[list[str]]
+    dtype: NotRequired[Literal["bfloat16", "float16", "float32"]]
+    page_size: NotRequired[Annotated[int, Field(ge=1, le=1 << 16)]]
+    rounds: NotRequired[Rounds | None]
+    max_tokens: NotRequired[Annotated[int, Field(ge=1, lt=1 << 31)] | None]
+    threads: NotRequired[Annotated[int, Field(ge=1, le=1024)] | None]
+
+
+class HostOptions(TypedDict):
+    requests: NotRequired[list[Annotated[int, Field(ge=1, le=1 << 14)]]]
+    rounds: NotRequired[Rounds]
+    engine: NotRequired[bool]
+
+
+class EngineOptions(TypedDict):
+    long_output: NotRequired[Annotated[int, Field(ge=1, le=1 << 16)] | None]
+
+
+# By kind, for those whose numbers a resumed run computes with.
+OPTIONS: dict[str, Any] = {
+    "bench-kernel": KernelOptions,
+    "bench-host": HostOptions,
+    "bench-engine": EngineOptions,
 }

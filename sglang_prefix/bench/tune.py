@@ -33,7 +33,7 @@ from sglang_prefix.bench.timing import Clock, clock_for, interleaved, prepare_ea
 from sglang_prefix.bench.workloads.inputs import AttentionInputs, OutputCheck
 from sglang_prefix.bench.workloads.registry import Heads
 from sglang_prefix.bench.workloads.trees import Tree, pat_tree, shared_then_private
-from sglang_prefix.files import write_file
+from sglang_prefix.files import read_json, write_file
 from sglang_prefix.packing import GPU_PROFILE
 
 __all__ = ["TABLE", "PackShape", "TileWork", "TuneRun", "pack_shapes", "write_table"]
@@ -289,8 +289,15 @@ def write_table(result_file: Path, table: Path = TABLE) -> str:
     path = result_file.resolve()
     if not data["dry"] and not path.is_relative_to(_ROOT):
         raise ValueError(f"{result_file} must stand in the repository, under {_ROOT}")
-    name, arch = data["device_name"], data["arch"]
-    content = json.loads(table.read_text()) if table.exists() else {}
+    name, arch = data.get("device_name"), data.get("arch")
+    if name is None or arch is None:
+        raise ValueError(f"{result_file} does not name its device and arch")
+    try:
+        content = read_json(table) if table.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{table}: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{table} is no table of tuned tiles")
     tiles = [tile for case in data["cases"] if (tile := _faster_tile(case))]
     content[name] = {
         "arch": arch,
@@ -300,7 +307,7 @@ def write_table(result_file: Path, table: Path = TABLE) -> str:
     text = json.dumps(content, indent=1) + "\n"
     trial = table.with_suffix(".new")
     try:
-        trial.write_text(text)
+        write_file(trial, text)
         load_tuned_tiles(trial)
     finally:
         trial.unlink(missing_ok=True)

@@ -47,7 +47,7 @@ def report(
         _check_plots(sources, plots)
         page = build_page(sources, title=title, plots=plots)
     except ResultError as error:
-        fail(" ".join(str(error).split()))
+        fail(str(error), 2)
     try:
         write_file(out, page)
     except OSError as error:

@@ -7,8 +7,10 @@ that it spans. :func:`svg_picture` draws it with a key, :func:`html_page` with t
 from __future__ import annotations
 
 import colorsys
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
+from typing import TypeVar
 from xml.etree import ElementTree as ET
 
 import numpy as np
@@ -28,6 +30,8 @@ from sglang_prefix.explain.text import (
 
 __all__ = ["draw", "html_page", "svg_picture"]
 
+T = TypeVar("T")
+
 _WIDTH = 1000
 _MARGIN = 64
 _FONT = "system-ui, sans-serif"
@@ -40,6 +44,8 @@ _ROWS_HEIGHT, _MAX_ROW = 460, 22.0
 _MIN_WIDTH = 24.0
 # Thinner boxes are nothing but colour.
 _MIN_OUTLINED = 3.0
+# Of a kind: tails, packs, nodes. More are thinner than can be seen, and slow to show.
+_MAX_BOXES = 8000
 
 _TEMPLATE = Path(__file__).with_name("page.html.j2")
 
@@ -128,6 +134,16 @@ class _Canvas:
         self._nodes = explanation.segments[: self._forest.num_nodes]
         self._tails = explanation.segments[self._forest.num_nodes :]
         self._breaks, self._at, self._is_stretched = self._scale()
+        self._num_boxes = self._num_hidden = 0
+
+    def _shown(self, things: Iterable[T]) -> Iterator[T]:
+        """Those that there is room for; the others are counted."""
+        for thing in things:
+            if self._num_boxes < _MAX_BOXES:
+                self._num_boxes += 1
+                yield thing
+            else:
+                self._num_hidden += 1
 
     def _scale(self) -> tuple[list[int], list[float], bool]:
         """Positions and where they are drawn: in proportion, but nothing too thin to see."""
@@ -189,8 +205,10 @@ class _Canvas:
     def tails(self) -> None:
         """What requests hold alone, and what they read for themselves: pale, by their parents."""
         style = {"stroke": _LINE} if self._row >= _MIN_OUTLINED else {}
-        for _, found in groupby(self._tails, key=lambda tail: tail.parent):
-            tails, path = list(found), ""
+        self._num_boxes = 0
+        groups = (list(found) for _, found in groupby(self._tails, key=lambda tail: tail.parent))
+        for tails in self._shown(groups):
+            path = ""
             for tail in tails:
                 left, top = self._x(tail.pack_start), self._y + tail.begin * self._row
                 path += (
@@ -201,21 +219,23 @@ class _Canvas:
 
     def packs(self) -> None:
         """Shared packs, a colour for each; broken lines where one is cut into splits."""
+        self._num_boxes = 0
         place = np.argsort(self._forest.order)
-        for pack in (pack for node in self._nodes for pack in node.packs):
+        for pack in self._shown(pack for node in self._nodes for pack in node.packs):
             length, rows = pack.end - pack.start, np.sort(place[pack.requests])
             said = f"pack {pack.index}: {plural(length, 'token')}, {len(rows)} readers"
             style = {"fill": _pack_colour(pack), "stroke": "white"}
-            for run in np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1):
+            for run in self._shown(np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)):
                 begin, end = int(run[0]), int(run[-1]) + 1
                 _title(self._box(pack.start, pack.end, begin, end, **style), said)
-                for split in range(1, pack.num_splits):
+                for split in self._shown(range(1, pack.num_splits)):
                     cut = pack.start + split_bounds(length, pack.num_splits, split)[0]
                     self._box(cut, cut, begin, end, fill=_INK, fill_opacity="0.35")
 
     def nodes(self) -> None:
         """Outlines and names of nodes; broken where others read their tokens."""
-        for node in self._nodes:
+        self._num_boxes = 0
+        for node in self._shown(self._nodes):
             place = (node.start, node.stop, node.begin, node.end)
             box = self._box(*place, fill="white", fill_opacity="0", stroke=_INK)
             if not node.packs:
@@ -258,6 +278,8 @@ class _Canvas:
         )
         if self._is_stretched:
             self._line("not to scale: short segments are widened to be seen", _MARGIN)
+        if self._num_hidden:
+            self._line(f"{self._num_hidden:,} more outlines are not drawn", _MARGIN)
 
     def key(self) -> None:
         """Every row of segments in words."""

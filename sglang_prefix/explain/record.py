@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -20,9 +20,16 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from prefix_kernels.tiles import LAUNCH_MODES
 from sglang_prefix.files import read_json
 from sglang_prefix.forest import PrefixForest
-from sglang_prefix.packing import POLICIES, AttentionShape, DeviceProfile
-from sglang_prefix.packing.layout import CostedPlan
+from sglang_prefix.packing import (
+    POLICIES,
+    AttentionShape,
+    CostModel,
+    DeviceProfile,
+    policy_named,
+)
+from sglang_prefix.packing.layout import CostedPlan, choose_num_splits
 from sglang_prefix.packing.planner import PackPlanner
+from sglang_prefix.packing.policies import CHUNK_TOKENS
 
 __all__ = [
     "SCHEMA",
@@ -36,13 +43,33 @@ __all__ = [
 
 SCHEMA = 2
 _KIND = "plan"
-# Above any real count or position, and small enough that products of two fit into 64 bits.
-_LIMIT = 1 << 31
 _DAMAGED = "it is damaged: "
+
+# Above any real batch, and so small that the compiled loops of planning, which add up tokens times
+# heads, stay within 64 bits, and that an explanation takes some 200 MB at most.
+_LIMIT = 1 << 31
+_MAX_REQUESTS = 1 << 14
+_MAX_TOKENS = 1 << 40
+_MAX_PARTIALS = 1 << 18
+_MOST: dict[str, float] = {
+    **dict.fromkeys(("num_qo_heads", "num_kv_heads", "head_dim", "v_head_dim"), 1 << 16),
+    **{"q_itemsize": 16, "kv_itemsize": 16},
+    **{"max_block_rows": 1 << 20, "min_split_tokens": 1 << 20, "num_workers": 1 << 16},
+    **{"reread_cost": 1.0, "pack_bytes": _LIMIT},
+}
+_MAX_TEXT, _MAX_TEXTS = 4096, 64
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("it has characters that cannot be printed")
+    return text
+
 
 Count = Annotated[int, Field(ge=1, lt=_LIMIT)]
 Length = Annotated[int, Field(ge=0, lt=_LIMIT)]
-Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Amount = Annotated[float, Field(ge=0, lt=1e15)]
+Text = Annotated[str, Field(max_length=_MAX_TEXT), AfterValidator(_printable)]
 
 
 def _one_of(legal: Iterable[str]) -> Any:
@@ -52,8 +79,10 @@ def _one_of(legal: Iterable[str]) -> Any:
 def _amounts(found: AttentionShape | DeviceProfile) -> Any:
     """Check numbers: counts begin at 1, other amounts at 0; heads come in whole groups."""
     for name, value in asdict(found).items():
-        least = 1 if isinstance(value, int) else 0
-        if not isinstance(value, str) and not least <= value < _LIMIT:
+        if isinstance(value, str):
+            if len(_printable(value)) > _MAX_TEXT:
+                raise ValueError(f"{name} is longer than {_MAX_TEXT} characters")
+        elif not int(isinstance(value, int)) <= value <= _MOST[name]:
             raise ValueError(f"{name} is {value}")
     if isinstance(found, AttentionShape) and found.num_qo_heads % found.num_kv_heads:
         raise ValueError("its query heads are no multiple of its KV heads")
@@ -70,9 +99,9 @@ class Neighbours:
         common: [B - 1] tokens that ``order[i]`` and ``order[i + 1]`` have in common.
     """
 
-    seq_lens: Annotated[list[Count], Field(min_length=1)]
-    order: list[int]
-    common: list[Length]
+    seq_lens: Annotated[list[Count], Field(min_length=1, max_length=_MAX_REQUESTS)]
+    order: Annotated[list[Length], Field(max_length=_MAX_REQUESTS)]
+    common: Annotated[list[Length], Field(max_length=_MAX_REQUESTS)]
 
     @classmethod
     def of(cls, forest: PrefixForest) -> Neighbours:
@@ -122,12 +151,28 @@ class ShapePlan:
         """The plan.
 
         Raises:
-            ValueError: the workspace has no room for so many requests.
+            ValueError: the workspace has no room for so many requests, or the batch is larger than
+                any that is explained.
         """
         planner = PackPlanner(
             self.shape, self.device, policy=self.policy, max_partials=self.max_partials
         )
+        self._check_size(forest, planner.costs)
         return planner.plan(forest)
+
+    def _check_size(self, forest: PrefixForest, costs: CostModel) -> None:
+        """Raise ValueError if planning would take much memory, before it does."""
+        _check_most("requests", forest.batch_size, _MAX_REQUESTS)
+        _check_most("KV tokens of all requests", int(forest.seq_lens.sum()), _MAX_TOKENS)
+        # What a policy allocates, then what splits make of it.
+        readers = forest.node_end - forest.node_begin
+        if self.policy == "chunk":
+            readers *= forest.node_stop // CHUNK_TOKENS - forest.node_start // CHUNK_TOKENS
+        _check_most("requests in packs", int(readers.sum()), _MAX_PARTIALS)
+        packs = policy_named(self.policy)(forest, costs)
+        num_splits = choose_num_splits(packs, forest.seq_lens, costs)
+        readers = np.append(np.diff(packs.query_indptr), np.ones(forest.batch_size, np.int64))
+        _check_most("partial results", int(num_splits @ readers), _MAX_PARTIALS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,11 +188,11 @@ class Answer:
         stock_backend: what the second is a prediction of; None if the record does not say.
     """
 
-    gate: str
-    reason: str | None
+    gate: Text
+    reason: Text | None
     packed_us: Amount | None = None
     stock_us: Amount | None = None
-    stock_backend: str | None = None
+    stock_backend: Text | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,15 +211,15 @@ class PlanRecord:
         notes: what was assumed, for people.
     """
 
-    source: str
+    source: Text
     page_size: Count
     neighbours: Neighbours
-    plans: Annotated[tuple[ShapePlan, ...], Field(min_length=1)]
+    plans: Annotated[tuple[ShapePlan, ...], Field(min_length=1, max_length=_MAX_TEXTS)]
     answer: Answer
     launch_mode: Annotated[str, _one_of(LAUNCH_MODES)] = "streams"
     graph_rows: Count | None = None
-    gpu: str | None = None
-    notes: tuple[str, ...] = ()
+    gpu: Text | None = None
+    notes: Annotated[tuple[Text, ...], Field(max_length=_MAX_TEXTS)] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as values that JSON has."""
@@ -193,14 +238,21 @@ class PlanRecord:
         if data.get("schema") != SCHEMA:
             raise ValueError(f"schema {data.get('schema')!r}; legal: {SCHEMA}")
         try:
-            # Of JSON text, strict validation makes dataclasses and tuples.
-            record = _file().validate_json(json.dumps(data), strict=True)
+            # Of JSON text, strict validation makes dataclasses and tuples. What else a file holds,
+            # as the explanation, is much.
+            known = {f.name: data[f.name] for f in fields(cls) if f.name in data}
+            record = _file().validate_json(json.dumps(known), strict=True)
         except ValidationError as error:
             raise ValueError(_line(error)) from None
         except RecursionError:
             raise ValueError(f"{_DAMAGED}it is nested too deep") from None
         record.neighbours.forest()
         return record
+
+
+def _check_most(what: str, number: int, most: int) -> None:
+    if number > most:
+        raise ValueError(f"it is too large: {number:,} {what}; legal: up to {most:,}")
 
 
 @cache

@@ -132,7 +132,7 @@ def explain(record: PlanRecord) -> Explanation:
     try:
         plan = shape_plan.plan(forest)
     except ValueError as error:
-        raise ValueError(f"the last batch was not planned: {error}") from None
+        raise ValueError(f"the batch cannot be planned: {error}") from None
     has_bound = shape_plan.max_partials is not None
     ample = replace(shape_plan, max_partials=None).plan(forest) if has_bound else plan
     segments = _segments(forest)

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import requests
 
-from sglang_prefix.api_key import ApiKey, ask, why_failed
+from sglang_prefix.api_key import ApiKey, ask_json, why_failed
 from sglang_prefix.explain.record import Answer, Neighbours, PlanRecord, ShapePlan, find_plan
 from sglang_prefix.explain.segments import tile_shape
-from sglang_prefix.files import parse_json, read_text
+from sglang_prefix.files import one_line, parse_json, read_text
 from sglang_prefix.forest import PrefixForest, RadixPath
 from sglang_prefix.packing import AttentionShape
 
@@ -112,7 +112,8 @@ def plan_of_prompts(path: Path, tokenizer: str, setting: Setting) -> PlanRecord:
             f"{_MAX_TABLE:,} in number times length"
         )
     forest = forest_of_prompts(ids, 1, page_size=setting.page_size)
-    return _plan(forest, f"first decode step of {len(ids)} prompts in {path}", setting)
+    source = one_line(f"first decode step of {len(ids)} prompts in {path}")
+    return _plan(forest, source, setting)
 
 
 def load_tokenizer(name: str) -> Any:
@@ -169,13 +170,13 @@ def plan_of_server(base_url: str, key: ApiKey) -> PlanRecord:
     """
     url = base_url.rstrip("/") + "/server_info"
     try:
-        data = ask(url, key, timeout_s=_SERVER_TIMEOUT_S).json()
+        data = ask_json(url, key, timeout_s=_SERVER_TIMEOUT_S)
     except (requests.ConnectionError, requests.Timeout) as error:
         why = why_failed(error, url, key)
         raise ValueError(f"--base-url: no server answers at {url}: {why}") from None
     except requests.HTTPError as error:
         raise ValueError(f"--base-url {url}: {why_failed(error, url, key)}") from None
-    except (requests.RequestException, RecursionError) as error:
+    except requests.RequestException as error:
         why = f"not an answer of SGLang's ({_one_line(error)})"
         raise ValueError(f"--base-url {url}: {why}") from None
     try:

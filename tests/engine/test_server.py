@@ -52,7 +52,7 @@ class Server:
 
     def get(self, path: str) -> str:
         """A page."""
-        return ask(self.url + path, KEY, timeout_s=CALL_S).text
+        return ask(self.url + path, KEY, timeout_s=CALL_S).decode()
 
     def generate(self, text: str, n: int, max_new_tokens: int) -> list[dict[str, Any]]:
         """Parallel samples of a prompt, all alike."""

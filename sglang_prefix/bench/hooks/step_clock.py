@@ -20,6 +20,7 @@ from typing import Any
 
 from sglang_prefix.bench.hooks import patch_after_import
 from sglang_prefix.bench.hooks.cpu_graphs import GraphBackend, run_graphs_on_cpu
+from sglang_prefix.files import write_file
 
 __all__ = ["BATCH_VARIABLE", "FILE_VARIABLE"]
 
@@ -92,7 +93,7 @@ class StepClock:
                 reused = self._counters.reused_plan_steps > self._reused_before
                 self._steps["reused" if reused else "planned"].append(self._seconds)
                 if len(self._steps["reused"]) % _WRITE_EVERY == 1:
-                    self._path.write_text(json.dumps(self._steps))
+                    write_file(self._path, json.dumps(self._steps))
 
         schedule.push, schedule.pop = begin, end
 

@@ -16,7 +16,6 @@ import json
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -26,6 +25,7 @@ import requests
 
 from prefix_patches import load_generator
 from sglang_prefix.api_key import ApiKey, ask, why_failed
+from sglang_prefix.bench.serving.stream import Answer, add_chunk
 from sglang_prefix.bench.serving.workloads import Forks, Rollouts, Trace, Workload, scale_trace
 from sglang_prefix.bench.workloads.traces import read_trace
 
@@ -110,22 +110,6 @@ def _flush(url: str) -> None:
                 raise RuntimeError(f"{url}/flush_cache: {why}. {_ADMIN_KEY}") from None
         time.sleep(_FLUSH_PAUSE_S)
     raise RuntimeError(f"{url} would not empty its cache: does it serve other requests?")
-
-
-@dataclass(slots=True)
-class Answer:
-    """One streamed answer.
-
-    Attributes:
-        began: when it was asked for.
-        chunks: (seconds, tokens so far) of what came.
-        text, ids: of the whole answer.
-    """
-
-    began: float
-    chunks: list[tuple[float, int]] = field(default_factory=list)
-    text: str = ""
-    ids: list[int] = field(default_factory=list)
 
 
 def summarize(answers: Sequence[Answer], seconds: float) -> dict[str, Any]:
@@ -376,17 +360,12 @@ async def _ask(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -
     answers = [Answer(began) for _ in range(body["sampling_params"]["n"])]
     async with session.post(f"{url}/generate", json=body) as response:
         if response.status != 200:
-            text = " ".join((await response.text()).split())
+            said = await response.content.read(1 << 16)
+            text = " ".join(said.decode(errors="replace").split())
             raise RuntimeError(f"the server answered {response.status}: {text[:300]}")
         async for line in response.content:
             if line.startswith(b"data: {"):
-                chunk = json.loads(line[len(b"data: ") :])
-                if "error" in chunk:
-                    raise RuntimeError(f"the server failed: {str(chunk['error'])[:300]}")
-                answer = answers[chunk.get("index", 0)]
-                count = chunk["meta_info"]["completion_tokens"]
-                answer.chunks.append((time.perf_counter(), count))
-                answer.text, answer.ids = chunk["text"], chunk["output_ids"]
+                add_chunk(answers, line[len(b"data: ") :], body["sampling_params"])
     if not all(a.chunks and len(a.ids) == a.chunks[-1][1] for a in answers):
         raise RuntimeError("the server ended a stream before the whole of every answer had come")
     return answers

@@ -7,7 +7,6 @@ host where SGLang can be imported; this package need not be installed.
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import time
@@ -37,6 +36,7 @@ from sglang_prefix.bench.serving.loads import (
 )
 from sglang_prefix.bench.serving.sync_guard import SYNC_FILE
 from sglang_prefix.bench.serving.targets import evaluate
+from sglang_prefix.files import read_json
 from sglang_prefix.tiny_model import build_once
 
 __all__ = ["EngineRun"]
@@ -327,9 +327,9 @@ class EngineRun(BenchRun):
     def _churn(self, one: Measurement) -> dict[str, Any]:
         if not self._sync_file.exists():
             raise RuntimeError("the guard was not loaded: did Python start without sitecustomize?")
-        before = json.loads(self._sync_file.read_text())
+        before = read_json(self._sync_file)
         found = self._call(OURS, "churn", one.load)
-        seen = json.loads(self._sync_file.read_text())
+        seen = read_json(self._sync_file)
         steps, counters = seen["steps"] - before["steps"], found["counters"]
         wrong = list(seen["raised"])
         if "error" in counters["fallback_reasons"]:

@@ -10,14 +10,18 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
 import psutil  # type: ignore[import-untyped]
 import requests
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
 
-from sglang_prefix.api_key import ApiKey, ask, why_failed
+from sglang_prefix.api_key import ApiKey, ask, ask_json, why_failed
 from sglang_prefix.bench.child import cause_in, kill_session, spawn
 from sglang_prefix.bench.engine import counters, free_port, is_free
+from sglang_prefix.bench.results import ResultError, check_type
+from sglang_prefix.files import read_tail
 
 __all__ = [
     "RunningServer",
@@ -34,6 +38,43 @@ _CALL_S = 60
 _END_S = 60.0
 _POLL_S = 0.3
 _HOST = "127.0.0.1"
+
+
+_Count = Annotated[int, Field(ge=0, lt=1 << 62)]
+_Counts = Annotated[dict[str, _Count], Field(max_length=1000)]
+_Name = Annotated[str, Field(max_length=4096)]
+
+
+class _Report(TypedDict):
+    """Counters of one model runner, of which a run takes the difference."""
+
+    packed_steps: NotRequired[_Count]
+    stock_steps: NotRequired[_Count]
+    fallback_steps: NotRequired[_Count]
+    kv_tokens_read: NotRequired[_Count]
+    kv_tokens_logical: NotRequired[_Count]
+    stock_reasons: NotRequired[_Counts]
+    fallback_reasons: NotRequired[_Counts]
+
+
+class _State(TypedDict):
+    sglang_prefix: NotRequired[list[_Report]]
+
+
+class _ServerInfo(TypedDict):
+    """What is read of ``/server_info``; all else is left out."""
+
+    internal_states: Annotated[list[_State], Field(max_length=1 << 16)]
+    version: NotRequired[_Name | None]
+    load_format: NotRequired[_Name | None]
+    dtype: NotRequired[_Name | None]
+    attention_backend: NotRequired[_Name | None]
+    decode_attention_backend: NotRequired[_Name | None]
+    max_total_num_tokens: NotRequired[_Count | None]
+
+
+class _ModelInfo(TypedDict):
+    model_path: NotRequired[_Name | None]
 
 
 class ServerError(RuntimeError):
@@ -82,30 +123,34 @@ class RunningServer:
     def raise_if_ended(self) -> None:
         """Raise ServerError if a server that was started here has ended; asks it nothing."""
         if self.process is not None and self.process.poll() is not None:
-            text = self.log.read_text(errors="replace") if self.log else ""
+            text = read_tail(self.log) if self.log else ""
             raise ServerError(
                 f"the {self.side} server ended with status {self.process.returncode}: "
                 f"{cause_in(text)}; its log: {self.log}"
             )
 
     def get_server_info(self) -> dict[str, Any]:
-        """What it says of itself, as ``sglang.Engine.get_server_info`` does.
+        """Of what ``sglang.Engine.get_server_info`` says, the part that is read here.
 
         Raises:
-            ServerError: it does not answer.
+            ServerError: it does not answer, or with something else.
         """
-        return self.get("server_info")
+        return self._get("server_info", _ServerInfo)
 
-    def get(self, page: str) -> dict[str, Any]:
-        """A page that is a JSON object; ServerError if it is not."""
+    def get_model_info(self) -> dict[str, Any]:
+        """As :meth:`get_server_info`."""
+        return self._get("model_info", _ModelInfo)
+
+    def _get(self, page: str, kind: Any) -> dict[str, Any]:
         url = f"{self.url}/{page}"
         try:
-            found = ask(url, self.key, timeout_s=_CALL_S).json()
+            data = ask_json(url, self.key, timeout_s=_CALL_S)
+            found: dict[str, Any] = check_type(url, data, TypeAdapter(kind), "is not SGLang's")
         except requests.RequestException as error:
             why = why_failed(error, url, self.key)
             raise ServerError(f"{url} does not answer: {why}") from None
-        if not isinstance(found, dict):
-            raise ServerError(f"{url} is not SGLang's: no JSON object")
+        except ResultError as error:
+            raise ServerError(str(error)) from None
         return found
 
 
@@ -167,8 +212,8 @@ def wait_until_ready(server: RunningServer, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     while True:
         with contextlib.suppress(requests.RequestException):
-            if requests.get(f"{server.url}/health", timeout=_CALL_S).ok:
-                return
+            ask(f"{server.url}/health", server.key, timeout_s=_CALL_S)
+            return
         server.raise_if_ended()
         if time.monotonic() > deadline:
             raise ServerError(
@@ -200,7 +245,7 @@ def describe(server: RunningServer) -> dict[str, Any]:
         )
     names = ("dtype", "attention_backend", "decode_attention_backend", "max_total_num_tokens")
     return {
-        "model": server.get("model_info").get("model_path"),
+        "model": server.get_model_info().get("model_path"),
         "sglang": info.get("version"),
         **{name: info.get(name) for name in names},
     }

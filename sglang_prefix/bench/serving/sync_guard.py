@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from sglang_prefix.bench.hooks import patch_after_import
+from sglang_prefix.files import write_file
 
 __all__ = ["SYNC_FILE", "Guard", "patch"]
 
@@ -66,7 +67,7 @@ class Guard:
             raise
         finally:
             self._seen["steps"] += 1
-            self._path.write_text(json.dumps(self._seen))
+            write_file(self._path, json.dumps(self._seen))
 
     def _try_control(self) -> None:
         import torch

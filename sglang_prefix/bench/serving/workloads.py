@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,7 +33,9 @@ __all__ = [
 
 REGISTRY = Path(__file__).with_suffix(".json")
 
-_Count = Annotated[int, Field(gt=0)]
+# Of each number; then of all tokens, and all answers, of a workload: requests are made in memory.
+_Count = Annotated[int, Field(gt=0, le=1 << 20)]
+_MAX_TOKENS, _MAX_ANSWERS = 1 << 26, 1 << 16
 _closed = with_config({"extra": "forbid"})
 
 
@@ -52,7 +55,7 @@ class Trace(TypedDict):
     block_tokens: Annotated[int, Field(gt=0, le=BLOCK_TOKENS)]
     max_prompt_tokens: _Count
     max_output_tokens: _Count
-    speed: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    speed: Annotated[float, Field(ge=1e-3, le=1e6)]
     max_concurrency: _Count
 
 
@@ -81,9 +84,17 @@ class Forks(TypedDict):
     output_tokens: _Count
 
 
-# By driver; flags of SGLang's tool are read by that tool.
+# SGLang's tool reads its flags itself. A number may not hide in a text, which could be any.
+_Flag = (
+    bool
+    | Annotated[int, Field(ge=0, le=1 << 20)]
+    | Annotated[float, Field(ge=0, le=1e6)]
+    | Annotated[str, Field(max_length=4096, pattern="^[A-Za-z_/]")]
+)
+_FlagName = Annotated[str, Field(pattern="^[a-z][a-z0-9-]{0,63}$")]
+
 _PARAMETERS: dict[str, Any] = {
-    "bench_serving": dict[str, Any],
+    "bench_serving": dict[_FlagName, _Flag],
     "trace": Trace,
     "rollouts": Rollouts,
     "forks": Forks,
@@ -93,7 +104,7 @@ _PARAMETERS: dict[str, Any] = {
 class _Entry(TypedDict):
     """A workload in both sizes."""
 
-    name: str
+    name: Annotated[str, Field(min_length=1, max_length=256)]
     group: Literal["shared-prefix", "random", "trace", "rollouts", "forks"]
     driver: Literal["bench_serving", "trace", "rollouts", "forks"]
     about: str
@@ -147,6 +158,7 @@ def load_workloads(
         if driver == "trace":
             parameters = parameters | (overrides or {})
         check_type(path, parameters, TypeAdapter(_PARAMETERS[driver]), f"workload {name}")
+        _check_size(f"{path} workload {name}", driver, parameters)
         found.append(Workload(name, entry["group"], driver, parameters))
     known = [workload.name for workload in found]
     if len(set(known)) < len(known):
@@ -155,6 +167,33 @@ def load_workloads(
         if name not in known:
             raise ValueError(f"--workload is {name}; legal: {', '.join(known)}")
     return [workload for workload in found if not names or workload.name in names]
+
+
+def _check_size(where: str, driver: str, parameters: Mapping[str, Any]) -> None:
+    """Raise ValueError if the requests are too many to be made; so may products of numbers be."""
+
+    def product(*names: str) -> int:
+        return prod(int(parameters.get(name, 0)) for name in names)
+
+    tree = ("documents", "sections", "questions")
+    groups = ("gsp-num-groups", "gsp-prompts-per-group")
+    answers = {
+        "trace": product("requests"),
+        "rollouts": product("prompts", "samples"),
+        "forks": product(*tree),
+        "bench_serving": product("num-prompts") + product(*groups),
+    }[driver]
+    tokens = {
+        "trace": product("requests", "max_prompt_tokens"),
+        "rollouts": product("prompts", "prompt_tokens"),
+        "forks": product("documents", "document_tokens") + product(*tree[:2], "section_tokens"),
+        "bench_serving": product("num-prompts", "random-input-len")
+        + product("gsp-num-groups", "gsp-system-prompt-len")
+        + product(*groups, "gsp-question-len"),
+    }[driver]
+    for what, number, most in (("answers", answers, _MAX_ANSWERS), ("tokens", tokens, _MAX_TOKENS)):
+        if number > most:
+            raise ValueError(f"{where}: {number:,} {what} in all; legal: up to {most:,}")
 
 
 def scale_trace(
@@ -181,8 +220,9 @@ def scale_trace(
 
     rows: list[tuple[list[int], int, float]] = []
     for request in trace:
-        prompt = [token for hash_id in request.hash_ids for token in block(hash_id)]
         length = min(scaled(request.input_length), shape["max_prompt_tokens"])
+        ids_used = request.hash_ids[: -(-length // block_tokens)]
+        prompt = [token for hash_id in ids_used for token in block(hash_id)]
         output = min(scaled(request.output_length), shape["max_output_tokens"])
         # Two tokens at least: the first comes from prefill and says nothing about decode.
         rows.append((prompt[:length], max(output, 2), request.timestamp))

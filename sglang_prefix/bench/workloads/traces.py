@@ -8,7 +8,6 @@ that prefix (kvcache-ai/Mooncake, FAST25-release/traces).
 from __future__ import annotations
 
 import gzip
-import json
 import os
 import zlib
 from collections.abc import Sequence
@@ -18,10 +17,16 @@ from typing import Any
 import numpy as np
 
 from sglang_prefix.bench.workloads.trees import Tree
+from sglang_prefix.files import parse_json
 
 __all__ = ["BLOCK_TOKENS", "TraceBatch", "TraceRequest", "read_trace", "trace_batches"]
 
 BLOCK_TOKENS = 512
+# Some times Mooncake's largest, whose 24,000 requests have 400,000 blocks in all.
+_MAX_BYTES, _MAX_LINES, _MAX_BLOCKS = 32 << 20, 1 << 18, 1 << 21
+# Least and most of a number: years of milliseconds, more tokens than any context.
+_LEGAL = {"timestamp": (0, 1 << 42), "input_length": (1, 1 << 30), "output_length": (1, 1 << 30)}
+_MAX_ID = (1 << 63) - 1
 # A trace does not say how fast answers were written. This decides which requests run at the same
 # time: 50 ms per token is the usual bound on the time per output token.
 _MS_PER_TOKEN = 50
@@ -59,12 +64,21 @@ def read_trace(path: str | os.PathLike[str]) -> list[TraceRequest]:
         ValueError: the file cannot be read, or a line is malformed; one line that names it.
     """
     opener: Any = gzip.open if os.fspath(path).endswith(".gz") else open
-    requests = []
+    requests: list[TraceRequest] = []
+    left, number, num_blocks = _MAX_BYTES, 0, 0
     try:
-        with opener(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
+        with opener(path, "rb") as file:
+            # What a few compressed bytes become is without bound, and so is a line.
+            while data := file.readline(left + 1):
+                left, number = left - len(data), number + 1
+                if left < 0 or number > _MAX_LINES:
+                    most = f"{_MAX_BYTES >> 20} MiB of text, or {_MAX_LINES:,} lines"
+                    raise ValueError(f"--trace {path} has more than {most}")
+                if line := data.decode().strip():
                     requests.append(_parse(line, f"--trace {path}, line {number}"))
+                    num_blocks += len(requests[-1].hash_ids)
+                    if num_blocks > _MAX_BLOCKS:
+                        raise ValueError(f"--trace {path} has more than {_MAX_BLOCKS:,} hash_ids")
     except UnicodeDecodeError:
         raise ValueError(f"--trace {path} is not text; legal: .jsonl, or .jsonl.gz") from None
     except (OSError, EOFError, zlib.error) as error:
@@ -77,27 +91,25 @@ def read_trace(path: str | os.PathLike[str]) -> list[TraceRequest]:
 
 def _parse(line: str, where: str) -> TraceRequest:
     try:
-        data = json.loads(line.rstrip())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: {error.msg} at column {error.colno}; legal: JSON") from None
-    except (ValueError, RecursionError):  # more digits than Python reads, or nested too deep
-        raise ValueError(f"{where}: too large or too deep; legal: numbers in one object") from None
+        data = parse_json(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{where}: no JSON object; legal: an object with hash_ids")
-    for name, least in (("timestamp", 0), ("input_length", 1), ("output_length", 1)):
-        if not _is_count(data.get(name), least):
-            legal = f"a whole number from {least} on"
-            raise ValueError(f"{where}: {name} is {data.get(name)!r}; legal: {legal}")
+    for name, (least, most) in _LEGAL.items():
+        if not _is_count(data.get(name), least, most):
+            legal = f"a whole number from {least} to {most}"
+            raise ValueError(f"{where}: {name} is {repr(data.get(name))[:40]}; legal: {legal}")
     ids, length = data.get("hash_ids"), data["input_length"]
     blocks = -(-length // BLOCK_TOKENS)
     if not isinstance(ids, list) or not all(map(_is_count, ids)) or len(ids) != blocks:
         legal = f"{blocks} whole numbers, one per {BLOCK_TOKENS} of input_length {length}"
-        raise ValueError(f"{where}: hash_ids is {str(ids)[:40]}; legal: {legal}")
+        raise ValueError(f"{where}: hash_ids is {repr(ids)[:40]}; legal: {legal}")
     return TraceRequest(data["timestamp"], length, data["output_length"], tuple(ids))
 
 
-def _is_count(value: object, least: int = 0) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def _is_count(value: object, least: int = 0, most: int = _MAX_ID) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def trace_batches(
