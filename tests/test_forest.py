@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from sglang_prefix.bench.workloads.trees import TreeBatch, random_tree
-from sglang_prefix.forest import PathTable, PrefixForest, RadixPath
+from sglang_prefix.forest import PathTable, PrefixForest, RadixPath, forest_of_table
 from tests.forests import (
     Batch,
     Fork,
@@ -212,7 +212,9 @@ def test_a_table_of_paths_serves_many_requests_and_those_without_a_path() -> Non
     table = PathTable.of([RadixPath((1, 2), (4, 9)), RadixPath((), ()), RadixPath((1,), (4,))])
     assert table.lengths.tolist() == [9, 0, 4]
     path_of = np.asarray([0, -1, 2, 0, 1])
-    forest = PrefixForest.from_path_table(table, path_of, [9, 9, 4, 7, 9], [10] * 5)
+    forest = forest_of_table(
+        table, path_of, np.asarray([9, 9, 4, 7, 9]), np.full(5, 10), page_size=1
+    )
     assert_shares(forest, (0, 4, {0, 2, 3}), (4, 7, {0, 3}))
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefix_kernels import torch_packs
-from prefix_kernels.torch_executor import merge_partials
+from prefix_kernels.torch_executor import merge_blocks, merge_partials
 from sglang_prefix.packing import POLICIES, DeviceProfile
 from tests.attention import SPLITS, TOLERANCES, WHOLE, Outputs, assert_close, load, make_case
 from tests.forests import Fork, build_batch, random_batch
@@ -79,10 +79,10 @@ def test_blocks_of_scores(monkeypatch: pytest.MonkeyPatch) -> None:
 def merged(
     values: torch.Tensor, logs: torch.Tensor, counts: list[int], dtype: torch.dtype
 ) -> Outputs:
-    indptr = torch.tensor([0, *np.cumsum(counts)])
+    indptr = np.asarray([0, *np.cumsum(counts)])
     out = torch.full((len(counts), *values.shape[1:]), torch.nan, dtype=dtype)
     lse = torch.full((len(counts), values.shape[1]), torch.nan)
-    merge_partials(values, logs, indptr, max(counts), out, lse)
+    merge_partials(values, logs, merge_blocks(indptr, values.device), out, lse)
     return out, lse
 
 

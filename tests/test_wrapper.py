@@ -284,7 +284,7 @@ def test_with_a_forest_nothing_is_read_back_from_the_device(batch: Batch) -> Non
     wrapper.run(q, cache, cache, k_scale=scale, v_scale=scale, seq_lens=lens + 2)
     wrapper.advance(lens + 1, torch.empty(len(lens), dtype=torch.int32, device="meta"))
     assert wrapper.run(q, cache, cache).shape == (len(lens), 8, 64)  # type: ignore[union-attr]
-    with pytest.raises(NotImplementedError, match="meta"):
+    with pytest.raises(ValueError, match="req_pool_indices is on meta, which holds no values"):
         wrapper.plan(table, indices, lens)  # the documented copy
 
 

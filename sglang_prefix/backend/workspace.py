@@ -11,7 +11,6 @@ from prefix_kernels.work_list import ITEM_FIELDS
 __all__ = ["Workspace", "size_workspace"]
 
 _INT32 = 4
-_FLOAT32 = 4
 # Beside its items: its place in `queries` and in `partials`, and the source of its pack.
 _INTS_PER_PARTIAL = 2 + 4
 # Beside those: bounds of its partials, start and offset of its tail.
@@ -68,7 +67,7 @@ def size_workspace(
     """
     blocks = -(-shape.group_size // max_block_rows)
     partial_ints = _INTS_PER_PARTIAL + ITEM_FIELDS * blocks
-    partial_bytes = shape.num_qo_heads * (shape.v_head_dim + 1) * _FLOAT32 + partial_ints * _INT32
+    partial_bytes = shape.partial_size + partial_ints * _INT32
     row_bytes = (_INTS_PER_REQUEST + 1 + shape.num_kv_heads) * _INT32
     request_slots = context_len + reserved_tail_slots
     # Half the budget is enough for partials; twice as many as rows let one pack be split.
