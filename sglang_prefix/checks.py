@@ -16,12 +16,11 @@ from numpy.typing import NDArray
 
 from prefix_kernels.arguments import INT32_MAX, check_number, refusal
 from sglang_prefix.forest import PrefixForest
-from sglang_prefix.forest_checks import check_forest, check_slots
+from sglang_prefix.forest_checks import check_slots
 
 __all__ = [
     "KV_DTYPES",
     "Q_DTYPES",
-    "check_alone",
     "check_device",
     "check_dtype",
     "check_given_forest",
@@ -31,6 +30,7 @@ __all__ = [
     "check_logit_cap",
     "check_new_slots",
     "check_num_slots",
+    "check_output",
     "check_planned_lengths",
     "check_pool_indices",
     "check_row_span",
@@ -132,17 +132,20 @@ def check_row_span(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{name} has strides {tensor.stride()}; legal: rows within 2**31 elements")
 
 
-def check_num_slots(k_cache: torch.Tensor) -> None:
-    """A plan's slots are int32."""
+def check_num_slots(k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
+    """Both caches have as many slots, which int32 can number."""
+    if len(v_cache) != len(k_cache):
+        raise ValueError(f"v_cache has {len(v_cache)} slots; legal: {len(k_cache)}, as k_cache has")
     if len(k_cache) > INT32_MAX:
         raise ValueError(f"k_cache has {len(k_cache)} slots; legal: up to {INT32_MAX}")
 
 
-def check_alone(name: str, tensor: torch.Tensor, **others: object) -> None:
-    """A tensor that is written shares memory neither with itself nor with what is read.
+def check_output(name: str, tensor: torch.Tensor, **others: object) -> None:
+    """A tensor that is written shares memory neither with itself nor with ``others``.
 
     Tensors that lie in each other's gaps are taken to share memory.
     """
+    check_row_span(name, tensor)
     reach = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride < reach:
@@ -169,7 +172,9 @@ def _memory(tensor: torch.Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
-def check_index(name: str, tensor: Any, device: torch.device, length: int | None = None) -> None:
+def check_index(
+    name: str, tensor: Any, device: torch.device, length: int | None = None, why: str = ""
+) -> None:
     """A one-dimensional int32 or int64 tensor, of a given length where one is given.
 
     It may be on another device than the layers, if that one holds values.
@@ -180,7 +185,7 @@ def check_index(name: str, tensor: Any, device: torch.device, length: int | None
     if tensor.dim() != 1 or (length is None and not len(tensor)):
         raise _shape_error(name, tensor, "[B] with B of at least 1")
     if length is not None and len(tensor) != length:
-        raise _shape_error(name, tensor, f"[{length}]")
+        raise _shape_error(name, tensor, f"[{length}]{why}")
 
 
 def to_host(name: str, tensor: torch.Tensor) -> IntArray:
@@ -276,13 +281,9 @@ def check_unsupported(sinks: object, window_left: Any) -> None:
 
 
 def check_given_forest(forest: Any, seq_lens: torch.Tensor) -> IntArray:
-    """The lengths of a forest that holds together.
-
-    They are compared with ``seq_lens`` where that costs no device sync.
-    """
+    """The forest's lengths, compared with ``seq_lens`` where that costs no device sync."""
     if not isinstance(forest, PrefixForest):
         raise ValueError(f"forest is a {type(forest).__name__}; legal: a PrefixForest")
-    check_forest(forest)
     if forest.batch_size != len(seq_lens):
         raise ValueError(
             f"forest has {forest.batch_size} requests; legal: {len(seq_lens)}, as seq_lens has"

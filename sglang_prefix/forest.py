@@ -27,7 +27,7 @@ from prefix_kernels.arguments import (
     check_integer,
     check_integers,
 )
-from sglang_prefix.forest_checks import check_paths, check_rows, check_slots
+from sglang_prefix.forest_checks import check_forest, check_paths, check_rows, check_slots
 from sglang_prefix.forest_jit import common_of_paths, nodes_of_neighbours
 
 __all__ = [
@@ -84,6 +84,8 @@ class PrefixForest:
     A node is a maximal run of positions whose slots are the same for at least two requests; what
     one request holds alone is its tail, from ``shared_lens`` on. All arrays are int64 on the host.
 
+    The constructors below make forests; one that is put together by hand is checked.
+
     Attributes:
         seq_lens: [B] KV tokens of each request, the newest token included.
         shared_lens: [B] positions below it are covered by the nodes on the request's path.
@@ -91,6 +93,9 @@ class PrefixForest:
         node_begin, node_end: [N] a node's requests are ``order[node_begin:node_end]``.
         node_start, node_stop: [N] a node's positions are ``[node_start, node_stop)``.
         node_parent: [N] index of the parent node, -1 for a root.
+
+    Raises:
+        ValueError: the arrays do not fit together; the message names one.
     """
 
     seq_lens: IntArray
@@ -101,6 +106,9 @@ class PrefixForest:
     node_start: IntArray
     node_stop: IntArray
     node_parent: IntArray
+
+    def __post_init__(self) -> None:
+        check_forest(self)
 
     @property
     def batch_size(self) -> int:
@@ -166,7 +174,9 @@ class PrefixForest:
         if limits is not None:
             limits = check_integers("limits", limits, 0, INT64_MAX)
             if len(limits) != len(lens):
-                raise ValueError(f"limits has {len(limits)} entries; legal: {len(lens)}")
+                raise ValueError(
+                    f"limits has {len(limits)} entries; legal: {len(lens)}, as seq_lens has"
+                )
             caps = np.minimum(limits, lens)
         width = int(caps.max(initial=0))
         rows = check_rows(rows, len(lens), width)[:, :width]
@@ -240,15 +250,23 @@ class PrefixForest:
                 common than one of them has.
         """
         lens = check_integers("seq_lens", seq_lens, 0, INT32_MAX)
-        order = check_integers("order", order, 0, len(lens) - 1, size=len(lens))
-        twice = np.flatnonzero(np.bincount(order, minlength=len(lens)) != 1)
-        if len(twice):
-            raise ValueError(f"order does not name row {twice[0]} once; legal: every row once")
-        common = check_integers("common", common, 0, INT32_MAX, size=max(len(lens) - 1, 0))
+        order = check_integers("order", order, 0, INT32_MAX)
+        common = check_integers("common", common, 0, INT32_MAX)
+        for name, found, size in (("order", order, len(lens)), ("common", common, len(lens) - 1)):
+            if len(found) != max(size, 0):
+                raise ValueError(
+                    f"{name} has {len(found)} entries; legal: {max(size, 0)} for {len(lens)} "
+                    "seq_lens"
+                )
+        wrong = np.flatnonzero(np.sort(order) != np.arange(len(lens)))
+        if len(wrong):
+            raise ValueError(f"order does not name row {wrong[0]} once; legal: every row once")
         most = np.minimum(lens[order[1:]], lens[order[:-1]])
         bad = np.flatnonzero(common > most)
         if len(bad):
-            raise ValueError(f"common[{bad[0]}]={common[bad[0]]}; legal: 0 to {most[bad[0]]}")
+            raise ValueError(
+                f"common[{bad[0]}]={common[bad[0]]}; legal: 0 to {most[bad[0]]} by seq_lens"
+            )
         return forest_of_neighbours(order, common, lens)
 
 
@@ -284,7 +302,10 @@ def forest_of_neighbours(order: IntArray, common: IntArray, seq_lens: IntArray) 
     shared_lens, *nodes = nodes_of_neighbours(
         np.ascontiguousarray(order), np.ascontiguousarray(common)
     )
-    return PrefixForest(lens, shared_lens, *nodes)
+    forest = object.__new__(PrefixForest)  # past the checks
+    for name, array in zip(PrefixForest.__slots__, (lens, shared_lens, *nodes), strict=True):
+        object.__setattr__(forest, name, array)
+    return forest
 
 
 def _common_by_scan(keys: NDArray[np.integer]) -> IntArray:

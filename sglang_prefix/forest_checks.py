@@ -33,7 +33,10 @@ def check_rows(rows: Any, num_rows: int, width: int) -> NDArray[np.integer]:
     if found.dtype.kind not in "iu" and found.size:
         raise refusal("rows", rows, legal)
     if found.ndim != 2 or found.shape[0] != num_rows or found.shape[1] < width:
-        raise ValueError(f"rows has shape {found.shape}; legal is [{num_rows}, at least {width}]")
+        raise ValueError(
+            f"rows has shape {found.shape}; legal for these seq_lens: [{num_rows}, at least "
+            f"{width}]"
+        )
     if found.dtype.kind != "i":
         check_slots(found, np.full(num_rows, width))
         return found.astype(np.int64)

@@ -161,7 +161,8 @@ class PrefixDecodeWrapper:
         """
         checks.check_table(req_to_token, self.device)
         checks.check_index("req_pool_indices", req_pool_indices, self.device)
-        checks.check_index("seq_lens", seq_lens, self.device, len(req_pool_indices))
+        size, why = len(req_pool_indices), ", as req_pool_indices has"
+        checks.check_index("seq_lens", seq_lens, self.device, size, why)
         if self.max_batch_size is not None and len(seq_lens) > self.max_batch_size:
             raise ValueError(
                 f"seq_lens has {len(seq_lens)} entries; legal: up to "
@@ -222,7 +223,8 @@ class PrefixDecodeWrapper:
                 "use or longer. Plan again."
             )
         num_new = int((lens - self._seq_lens).sum())
-        checks.check_index("new_slots", new_slots, self.device, num_new)
+        why = ", one per token by which seq_lens grows"
+        checks.check_index("new_slots", new_slots, self.device, num_new, why)
         checks.check_new_slots(new_slots)
         targets = self._slot_targets(*self._new_positions(lens))
         self._executor.write_slots(targets, new_slots.to(self.device))
@@ -278,9 +280,9 @@ class PrefixDecodeWrapper:
         checks.check_row_span("q", q)
         k_shape = (None, self.num_kv_heads, self.head_dim)
         checks.check_tensor("k_cache", k_cache, k_shape, self.kv_dtype, self.device)
-        checks.check_num_slots(k_cache)
-        v_shape = (len(k_cache), self.num_kv_heads, self.v_head_dim)
+        v_shape = (None, self.num_kv_heads, self.v_head_dim)
         checks.check_tensor("v_cache", v_cache, v_shape, self.kv_dtype, self.device)
+        checks.check_num_slots(k_cache, v_cache)
         return_lse = check_flag("return_lse", return_lse)
         scales = {
             name: checks.check_kv_scale(name, scale, self.num_kv_heads, self.device)
@@ -289,15 +291,13 @@ class PrefixDecodeWrapper:
         sm_scale = self.sm_scale if sm_scale is None else check_number("sm_scale", sm_scale)
         logit_cap = self.logit_cap if logit_cap is None else checks.check_logit_cap(logit_cap)
         out_shape = (plan.batch_size, self.num_qo_heads, self.v_head_dim)
-        given = {"q": q, "k_cache": k_cache, "v_cache": v_cache}
+        given = {"q": q, "k_cache": k_cache, "v_cache": v_cache, **scales}
         if out is not None:
             checks.check_tensor("out", out, out_shape, self.q_dtype, self.device)
-            checks.check_row_span("out", out)
-            checks.check_alone("out", out, **given, lse=lse, k_scale=k_scale, v_scale=v_scale)
+            checks.check_output("out", out, **given)
         if lse is not None:
             checks.check_tensor("lse", lse, out_shape[:2], torch.float32, self.device)
-            checks.check_row_span("lse", lse)
-            checks.check_alone("lse", lse, **given, k_scale=k_scale, v_scale=v_scale)
+            checks.check_output("lse", lse, **given, out=out)
         longer: AbstractContextManager[None] = nullcontext()
         if seq_lens is not None:
             lens = self._checked_lengths(seq_lens)
@@ -374,9 +374,8 @@ def _check_dtypes(
     dtype: torch.dtype | None, q_dtype: torch.dtype, kv_dtype: torch.dtype | None
 ) -> tuple[torch.dtype, torch.dtype]:
     """The dtypes of q and of the caches."""
-    if dtype is None:
-        q_dtype = checks.check_dtype("q_dtype", q_dtype, checks.Q_DTYPES)
-    else:
+    q_dtype = checks.check_dtype("q_dtype", q_dtype, checks.Q_DTYPES)
+    if dtype is not None:
         q_dtype = checks.check_dtype("dtype", dtype, checks.Q_DTYPES)
     if kv_dtype is None:
         return q_dtype, q_dtype
