@@ -41,7 +41,8 @@ class PrefixDecodeWrapper:
         head_dim: elements per head of q and k.
         v_head_dim: elements per head of v; None for ``head_dim``.
         page_size: tokens per KV page; only whole pages are shared.
-        sm_scale: factor on the scores; None for ``1 / sqrt(head_dim)``.
+        sm_scale: factor on the scores; None for ``1 / sqrt(head_dim)``. This and the next, and
+            scales of :meth:`run`: from 2**-32 to 2**32, so that float32 holds their products.
         logit_cap: scores become ``cap * tanh(score / cap)``; 0 for none.
         policy: "pat", "node", "chunk" or "query".
         q_dtype: dtype of q and of the output: float32, float16 or bfloat16.
@@ -49,8 +50,9 @@ class PrefixDecodeWrapper:
         dtype: sets both at once.
         max_batch_size, max_kv_tokens: bounds on a planned batch and on the sum of its lengths;
             None for none.
-        max_partials: bound on partial results; a plan over it gives up splits, then sharing.
-            Must hold one per request.
+        max_partials: bound on partial results, each ``num_qo_heads * (v_head_dim + 1)`` float32; a
+            plan over it gives up splits, then sharing. Must hold one per request. None for those
+            that 1 GiB holds; a plan that would have to give up sharing for these is refused.
         device: where q, the caches and ``req_to_token`` live.
         executor: "torch" (any device), "triton" (a GPU, or the CPU under
             ``TRITON_INTERPRET=1``), or "auto", the faster one that works.
@@ -252,9 +254,10 @@ class PrefixDecodeWrapper:
         """Attend one layer's queries under the plan.
 
         Args:
-            q: [B, Hq, D] of ``q_dtype``.
+            q: [B, Hq, D] of ``q_dtype``; like all tensors here dense in its last dimension.
             k_cache, v_cache: [slots, Hkv, D] and [slots, Hkv, Dv] of ``kv_dtype``.
-            out: [B, Hq, Dv] of ``q_dtype`` to write into; None for a new one.
+            out: [B, Hq, Dv] of ``q_dtype`` to write into; None for a new one. Like ``lse`` it
+                shares memory with no other tensor of the call.
             lse: [B, Hq] float32 to write the natural-log lse into.
             return_lse: also return the lse.
             seq_lens: [B] lengths for this call only, at least the planned ones; the slots of
@@ -263,7 +266,7 @@ class PrefixDecodeWrapper:
                 :meth:`advance`.
             sm_scale, logit_cap: override the wrapper's for this call.
             k_scale, v_scale: dequantisation factors, numbers or device tensors of shape [] or
-                [Hkv]; None for 1.
+                [Hkv]; None for 1. The values of a tensor are checked on the CPU alone.
             sinks, window_left: not supported; anything but None and -1 is refused.
 
         Returns:

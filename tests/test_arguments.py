@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_prefix import PrefixDecodeWrapper, PrefixForest
@@ -44,7 +44,12 @@ def make() -> AttentionCase:
 
 
 CASE = make()
-HEADS = {"num_qo_heads": 4, "num_kv_heads": 2, "head_dim": 16, "dtype": torch.float32}
+HEADS: dict[str, Any] = {
+    "num_qo_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 16,
+    "dtype": torch.float32,
+}
 
 Arguments = dict[str, Any]
 
@@ -350,16 +355,32 @@ def test_numbers(function: Any, argument: str, value: Any) -> None:
     attempt(function, argument, value)
 
 
-@given(scales=st.tuples(*[st.floats(2.0**-32, 2.0**32)] * 4), cap=st.booleans())
-def test_legal_numbers_together_stay_finite(scales: tuple[float, ...], cap: bool) -> None:
-    """Their products and quotients, too, in both executors."""
-    sm_scale, k_scale, v_scale, logit_cap = scales
-    options = {"k_scale": k_scale, "v_scale": v_scale, "logit_cap": logit_cap if cap else 0.0}
-    for executor in ("torch", "triton"):
-        case, _ = fresh()
-        wrapper = PrefixDecodeWrapper(**HEADS, executor=executor)
-        wrapper.plan(case.req_to_token, case.req_pool_indices, case.seq_lens)
-        tensors = case.q, case.k_cache, case.v_cache
-        found = wrapper.run(*tensors, return_lse=True, sm_scale=sm_scale, **options)
-        for part in found:
-            assert torch.isfinite(part).all()
+LEGAL = st.floats(2.0**-32, 2.0**32)
+
+
+@pytest.mark.parametrize("executor", ["torch", "triton"])
+@settings(max_examples=10)
+@given(sm_scale=LEGAL, k_scale=LEGAL, v_scale=LEGAL, logit_cap=st.just(0.0) | LEGAL)
+def test_legal_numbers_together_stay_finite(executor: str, **numbers: float) -> None:
+    """Their products and quotients, too."""
+    case, _ = fresh()
+    wrapper = PrefixDecodeWrapper(**HEADS, executor=executor)
+    wrapper.plan(case.req_to_token, case.req_pool_indices, case.seq_lens)
+    given_numbers: Arguments = dict(numbers)
+    layer = case.q, case.k_cache, case.v_cache
+    for part in wrapper.run(*layer, return_lse=True, **given_numbers):
+        assert torch.isfinite(part).all()
+
+
+@pytest.mark.parametrize("executor", ["torch", "triton"])
+@settings(max_examples=10)
+@given(logit_cap=LEGAL | st.floats(1.0, 1e6))
+def test_every_cap_is_the_oracles(executor: str, logit_cap: float) -> None:
+    """Far above the scores it changes nothing; far below it is all that is left of them."""
+    case, _ = fresh()
+    wrapper = PrefixDecodeWrapper(**HEADS, executor=executor)
+    wrapper.plan(case.req_to_token, case.req_pool_indices, case.seq_lens)
+    layer = case.q, case.k_cache, case.v_cache
+    found = wrapper.run(*layer, return_lse=True, logit_cap=logit_cap)
+    expected = replace(case, options={"logit_cap": logit_cap}).oracle()
+    assert_close(found, expected)  # type: ignore[arg-type]

@@ -23,8 +23,8 @@ class Workspace:
 
     Attributes:
         capacity: sizes of the device buffers.
-        max_partials: partials that a plan may have; the planner lowers splits, then sharing, to
-            stay below.
+        max_partials: partials that a plan may have; the planner gives up splits to stay below, and
+            a batch whose sharing alone has more is left to the stock backend.
         sure_batch_size: batches up to this many requests fit whatever they share, at any length
             up to the context length. Larger ones fit if they are short enough.
         num_bytes: device memory of all buffers.
