@@ -34,6 +34,8 @@ pytestmark = pytest.mark.usefixtures("nan_memory")
 
 BATCH = build_batch([Fork(0, 0, 40), Fork(0, 33, 9), Fork(0, 33, 0), Fork(9, 0, 7)], growth=8)
 
+Arguments = dict[str, Any]
+
 
 def make() -> AttentionCase:
     """Without NaN, since tables with other slots are legal."""
@@ -44,14 +46,7 @@ def make() -> AttentionCase:
 
 
 CASE = make()
-HEADS: dict[str, Any] = {
-    "num_qo_heads": 4,
-    "num_kv_heads": 2,
-    "head_dim": 16,
-    "dtype": torch.float32,
-}
-
-Arguments = dict[str, Any]
+HEADS: Arguments = dict(num_qo_heads=4, num_kv_heads=2, head_dim=16, dtype=torch.float32)  # noqa: C408
 
 
 class Tensor(torch.Tensor):
@@ -107,7 +102,8 @@ def variants(right: Any) -> Iterator[Any]:
         wide = right.astype(np.int64)
         yield from (wide - 2**40, wide + 2**33, -wide, wide + 1, wide - 1, right[..., None])
         yield from (right.tolist(), right[:-1], right[::-1], torch.from_numpy(right.copy()))
-        yield from map(right.astype, (float, np.uint8, np.uint64, np.int32, object, "U"))
+        for dtype in ("f8", "u1", "u8", "i4", "O", "U"):
+            yield right.astype(dtype)
     elif isinstance(right, list):
         first, *rest = right
         yield from (rest, [*right, first], [right], tuple(right), iter(right), right[::-1])
