@@ -32,8 +32,8 @@ class PrefixConfig:
         executor: ``SGLANG_PREFIX_EXECUTOR``: what runs the plans.
         launch_mode, merge_mode: ``SGLANG_PREFIX_LAUNCH_MODE``, ``SGLANG_PREFIX_MERGE_MODE``: how
             the Triton executor launches, see docs/kernels.md.
-        workspace_mib: ``SGLANG_PREFIX_WORKSPACE_MIB``: device memory for plans and partial
-            results, in MiB.
+        workspace_mib: ``SGLANG_PREFIX_WORKSPACE_MIB``: memory for plans and partial results, in
+            MiB; of the torch executor, for partial results.
     """
 
     gate: str = "auto"

@@ -20,9 +20,23 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from prefix_kernels.arguments import (
+    INT32_MAX,
+    INT64_MAX,
+    check_flag,
+    check_integer,
+    check_integers,
+)
+from sglang_prefix.forest_checks import check_forest, check_paths, check_rows, check_slots
 from sglang_prefix.forest_jit import common_of_paths, nodes_of_neighbours
 
-__all__ = ["PathTable", "PrefixForest", "RadixPath"]
+__all__ = [
+    "PathTable",
+    "PrefixForest",
+    "RadixPath",
+    "forest_of_neighbours",
+    "forest_of_table",
+]
 
 IntArray = NDArray[np.int64]
 
@@ -70,6 +84,8 @@ class PrefixForest:
     A node is a maximal run of positions whose slots are the same for at least two requests; what
     one request holds alone is its tail, from ``shared_lens`` on. All arrays are int64 on the host.
 
+    The constructors below make forests; one that is put together by hand is checked.
+
     Attributes:
         seq_lens: [B] KV tokens of each request, the newest token included.
         shared_lens: [B] positions below it are covered by the nodes on the request's path.
@@ -77,6 +93,9 @@ class PrefixForest:
         node_begin, node_end: [N] a node's requests are ``order[node_begin:node_end]``.
         node_start, node_stop: [N] a node's positions are ``[node_start, node_stop)``.
         node_parent: [N] index of the parent node, -1 for a root.
+
+    Raises:
+        ValueError: the arrays do not fit together; the message names one.
     """
 
     seq_lens: IntArray
@@ -87,6 +106,9 @@ class PrefixForest:
     node_start: IntArray
     node_stop: IntArray
     node_parent: IntArray
+
+    def __post_init__(self) -> None:
+        check_forest(self)
 
     @property
     def batch_size(self) -> int:
@@ -142,27 +164,28 @@ class PrefixForest:
                 binary search instead of comparing every position.
 
         Raises:
-            ValueError: there is not one row and one limit per length, or the rows are shorter than
-                the positions to compare.
+            ValueError: an argument is not legal, there is not one row and one limit per length,
+                or the rows are shorter than the positions to compare.
         """
-        lens = np.asarray(seq_lens, dtype=np.int64)
+        page_size = check_integer("page_size", page_size)
+        prefix_closed = check_flag("prefix_closed", prefix_closed)
+        lens = check_integers("seq_lens", seq_lens, 0, INT32_MAX)
         caps = lens
         if limits is not None:
+            limits = check_integers("limits", limits, 0, INT64_MAX)
             if len(limits) != len(lens):
-                raise ValueError(f"limits has {len(limits)} entries; legal: {len(lens)}")
-            caps = np.minimum(np.asarray(limits, dtype=np.int64), lens)
+                raise ValueError(
+                    f"limits has {len(limits)} entries; legal: {len(lens)}, as seq_lens has"
+                )
+            caps = np.minimum(limits, lens)
         width = int(caps.max(initial=0))
-        rows = np.asarray(rows)
-        if rows.ndim != 2 or rows.shape[0] != len(lens) or rows.shape[1] < width:
-            raise ValueError(
-                f"rows has shape {rows.shape}; legal is [{len(lens)}, at least {width}]"
-            )
+        rows = check_rows(rows, len(lens), width)[:, :width]
+        check_slots(rows, caps)
         if width == 0 or len(lens) < 2:
             nothing = np.zeros(max(len(lens) - 1, 0), dtype=np.int64)
-            return cls.from_neighbours(np.arange(len(lens)), nothing, lens)
-        rows = rows[:, :width]
+            return forest_of_neighbours(np.arange(len(lens)), nothing, lens)
         # A private position gets a value of its own, one that no row holds.
-        lowest = min(int(rows.min()), 0)
+        lowest = int(rows.min(initial=0))
         if lowest - len(lens) < np.iinfo(rows.dtype).min:
             rows = rows.astype(np.int64)
         alone = lowest - 1 - np.arange(len(lens), dtype=rows.dtype)[:, None]
@@ -173,7 +196,7 @@ class PrefixForest:
         order = np.argsort(keys.view(np.dtype((np.void, keys.itemsize * width))).ravel())
         keys = keys[order]
         common = _common_by_search(keys) if prefix_closed else _common_by_scan(keys)
-        return cls.from_neighbours(order, common // page_size * page_size, lens)
+        return forest_of_neighbours(order, common // page_size * page_size, lens)
 
     @classmethod
     def from_paths(
@@ -194,54 +217,26 @@ class PrefixForest:
             page_size: only whole pages are shared.
 
         Raises:
-            ValueError: the three do not have one entry per request.
+            ValueError: an argument is not legal, or the three do not have one entry per request.
         """
-        every = np.arange(len(paths))
-        return cls.from_path_table(
-            PathTable.of(paths), every, limits, seq_lens, page_size=page_size
-        )
-
-    @classmethod
-    def from_path_table(
-        cls,
-        table: PathTable,
-        path_of: IntArray,
-        limits: Sequence[int] | NDArray[np.integer],
-        seq_lens: Sequence[int] | NDArray[np.integer],
-        *,
-        page_size: int = 1,
-    ) -> PrefixForest:
-        """Build the forest from radix paths that several plans use; see :meth:`from_paths`.
-
-        Args:
-            table: the paths.
-            path_of: [B] path of each request in the table; -1 for an empty one.
-            limits, seq_lens, page_size: as in :meth:`from_paths`.
-
-        Raises:
-            ValueError: the three do not have one entry per request.
-        """
-        lens = np.asarray(seq_lens, dtype=np.int64)
-        if not len(path_of) == len(limits) == len(lens):
+        page_size = check_integer("page_size", page_size)
+        lens = check_integers("seq_lens", seq_lens, 0, INT32_MAX)
+        caps = check_integers("limits", limits, 0, INT64_MAX)
+        checked = check_paths(paths)
+        if not len(checked) == len(caps) == len(lens):
             raise ValueError(
-                f"paths and limits have {len(path_of)} and {len(limits)} entries; legal: "
+                f"paths and limits have {len(checked)} and {len(caps)} entries; legal: "
                 f"{len(lens)}, as seq_lens has"
             )
-        caps = np.minimum(np.asarray(limits, dtype=np.int64), lens)
-        by_cap = np.argsort(caps, kind="stable")
-        order, common = common_of_paths(
-            table.indptr, table.node_ids, table.ends, path_of, caps, by_cap
-        )
-        if page_size > 1:
-            common = common // page_size * page_size
-        return cls.from_neighbours(order, common, lens)
+        every = np.arange(len(checked))
+        return forest_of_table(PathTable.of(checked), every, caps, lens, page_size=page_size)
 
     @classmethod
     def from_neighbours(
         cls,
-        order: NDArray[np.integer],
-        common: NDArray[np.integer],
-        seq_lens: NDArray[np.integer],
+        order: Sequence[int] | NDArray[np.integer],
+        common: Sequence[int] | NDArray[np.integer],
+        seq_lens: Sequence[int] | NDArray[np.integer],
     ) -> PrefixForest:
         """Build the forest from neighbours' common lengths.
 
@@ -249,13 +244,68 @@ class PrefixForest:
             order: [B] batch rows with equal prefixes side by side.
             common: [B - 1] tokens that ``order[i]`` and ``order[i + 1]`` have in common.
             seq_lens: [B] KV tokens by batch row.
+
+        Raises:
+            ValueError: ``order`` does not name every row once, or two neighbours have more in
+                common than one of them has.
         """
-        lens: IntArray = np.array(seq_lens, dtype=np.int64)  # a copy: callers add to theirs
-        shared_lens, *nodes = nodes_of_neighbours(
-            np.ascontiguousarray(order, dtype=np.int64),
-            np.ascontiguousarray(common, dtype=np.int64),
-        )
-        return cls(lens, shared_lens, *nodes)
+        lens = check_integers("seq_lens", seq_lens, 0, INT32_MAX)
+        order = check_integers("order", order, 0, INT32_MAX)
+        common = check_integers("common", common, 0, INT32_MAX)
+        for name, found, size in (("order", order, len(lens)), ("common", common, len(lens) - 1)):
+            if len(found) != max(size, 0):
+                raise ValueError(
+                    f"{name} has {len(found)} entries; legal: {max(size, 0)} for {len(lens)} "
+                    "seq_lens"
+                )
+        wrong = np.flatnonzero(np.sort(order) != np.arange(len(lens)))
+        if len(wrong):
+            raise ValueError(f"order does not name row {wrong[0]} once; legal: every row once")
+        most = np.minimum(lens[order[1:]], lens[order[:-1]])
+        bad = np.flatnonzero(common > most)
+        if len(bad):
+            raise ValueError(
+                f"common[{bad[0]}]={common[bad[0]]}; legal: 0 to {most[bad[0]]} by seq_lens"
+            )
+        return forest_of_neighbours(order, common, lens)
+
+
+def forest_of_table(
+    table: PathTable,
+    path_of: IntArray,
+    limits: IntArray,
+    seq_lens: IntArray,
+    *,
+    page_size: int,
+) -> PrefixForest:
+    """Build the forest from radix paths that several plans use; see `PrefixForest.from_paths`.
+
+    For planners, which have all this from SGLang: nothing is checked, and compiled loops go wrong
+    on arrays that do not belong together.
+
+    Args:
+        table: the paths.
+        path_of: [B] path of each request in the table; -1 for an empty one.
+        limits, seq_lens, page_size: as in :meth:`PrefixForest.from_paths`, int64 arrays.
+    """
+    caps = np.minimum(limits, seq_lens)
+    by_cap = np.argsort(caps, kind="stable")
+    order, common = common_of_paths(table.indptr, table.node_ids, table.ends, path_of, caps, by_cap)
+    if page_size > 1:
+        common = common // page_size * page_size
+    return forest_of_neighbours(order, common, seq_lens)
+
+
+def forest_of_neighbours(order: IntArray, common: IntArray, seq_lens: IntArray) -> PrefixForest:
+    """`PrefixForest.from_neighbours` for planners: int64 arrays, of which nothing is checked."""
+    lens = seq_lens.copy()  # callers add to theirs
+    shared_lens, *nodes = nodes_of_neighbours(
+        np.ascontiguousarray(order), np.ascontiguousarray(common)
+    )
+    forest = object.__new__(PrefixForest)  # past the checks
+    for name, array in zip(PrefixForest.__slots__, (lens, shared_lens, *nodes), strict=True):
+        object.__setattr__(forest, name, array)
+    return forest
 
 
 def _common_by_scan(keys: NDArray[np.integer]) -> IntArray:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from prefix_kernels.arguments import INT64_MAX, check_flag, check_integer, check_number
 from prefix_kernels.executor import AttentionParams, choose_executor, make_executor
 from prefix_kernels.plan import AttentionShape, verify_plan, verify_slots
 from sglang_prefix import checks
@@ -20,6 +21,10 @@ from sglang_prefix.packing.planner import PackPlanner, profile_for
 __all__ = ["PrefixDecodeWrapper"]
 
 IntArray = NDArray[np.int64]
+
+# What partial results may take where the caller names no bound: 65,000 of them at 32 query heads of
+# head dim 128, which is 16 for each of 4,096 requests.
+_PARTIALS_BYTES = 1 << 30
 
 
 class PrefixDecodeWrapper:
@@ -36,7 +41,8 @@ class PrefixDecodeWrapper:
         head_dim: elements per head of q and k.
         v_head_dim: elements per head of v; None for ``head_dim``.
         page_size: tokens per KV page; only whole pages are shared.
-        sm_scale: factor on the scores; None for ``1 / sqrt(head_dim)``.
+        sm_scale: factor on the scores; None for ``1 / sqrt(head_dim)``. This and the next, and
+            scales of :meth:`run`: from 2**-32 to 2**32, so that float32 holds their products.
         logit_cap: scores become ``cap * tanh(score / cap)``; 0 for none.
         policy: "pat", "node", "chunk" or "query".
         q_dtype: dtype of q and of the output: float32, float16 or bfloat16.
@@ -44,8 +50,9 @@ class PrefixDecodeWrapper:
         dtype: sets both at once.
         max_batch_size, max_kv_tokens: bounds on a planned batch and on the sum of its lengths;
             None for none.
-        max_partials: bound on partial results; a plan over it gives up splits, then sharing.
-            Must hold one per request.
+        max_partials: bound on partial results, each ``num_qo_heads * (v_head_dim + 1)`` float32; a
+            plan over it gives up splits, then sharing. Must hold one per request. None for those
+            that 1 GiB holds; a plan that would have to give up sharing for these is refused.
         device: where q, the caches and ``req_to_token`` live.
         executor: "torch" (any device), "triton" (a GPU, or the CPU under
             ``TRITON_INTERPRET=1``), or "auto", the faster one that works.
@@ -74,51 +81,34 @@ class PrefixDecodeWrapper:
         device: str | torch.device = "cpu",
         executor: str = "auto",
     ) -> None:
+        self.num_qo_heads = check_integer("num_qo_heads", num_qo_heads)
+        self.num_kv_heads = check_integer("num_kv_heads", num_kv_heads)
+        self.head_dim = check_integer("head_dim", head_dim)
         v_head_dim = head_dim if v_head_dim is None else v_head_dim
-        q_dtype = q_dtype if dtype is None else dtype
-        if dtype is not None and kv_dtype not in (None, dtype):
+        self.v_head_dim = check_integer("v_head_dim", v_head_dim)
+        self.page_size = check_integer("page_size", page_size)
+        self.q_dtype, self.kv_dtype = _check_dtypes(dtype, q_dtype, kv_dtype)
+        self.max_batch_size = _check_bound("max_batch_size", max_batch_size)
+        self.max_kv_tokens = _check_bound("max_kv_tokens", max_kv_tokens)
+        self.max_partials = _check_bound("max_partials", max_partials)
+        if self.max_partials is not None and self.max_partials < (self.max_batch_size or 1):
             raise ValueError(
-                f"dtype={dtype} sets kv_dtype too, but kv_dtype={kv_dtype}; legal: one"
+                f"max_partials={self.max_partials} is below max_batch_size="
+                f"{self.max_batch_size}; legal: at least one partial per request"
             )
-        kv_dtype = q_dtype if kv_dtype is None else kv_dtype
-        checks.check_positive_ints(
-            num_qo_heads=num_qo_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            v_head_dim=v_head_dim,
-            page_size=page_size,
-        )
-        checks.check_head_groups(num_qo_heads, num_kv_heads)
-        checks.check_dtypes(q_dtype, kv_dtype)
-        for name, bound in (
-            ("max_batch_size", max_batch_size),
-            ("max_kv_tokens", max_kv_tokens),
-            ("max_partials", max_partials),
-        ):
-            if bound is not None:
-                checks.check_positive_ints(**{name: bound})
-        if max_partials is not None and max_partials < (max_batch_size or 1):
-            raise ValueError(
-                f"max_partials={max_partials} is below max_batch_size={max_batch_size}; legal: at "
-                "least one partial per request"
-            )
-        sm_scale = head_dim**-0.5 if sm_scale is None else sm_scale
-        self.sm_scale = checks.check_scale("sm_scale", sm_scale)
+        default = self.head_dim**-0.5
+        self.sm_scale = default if sm_scale is None else check_number("sm_scale", sm_scale)
         self.logit_cap = checks.check_logit_cap(logit_cap)
         self.device = checks.check_device(device)
-        self.executor = choose_executor(executor, self.device, q_dtype, kv_dtype)
-        self.num_qo_heads, self.num_kv_heads = num_qo_heads, num_kv_heads
-        self.head_dim, self.v_head_dim, self.page_size = head_dim, v_head_dim, page_size
-        self.q_dtype, self.kv_dtype = q_dtype, kv_dtype
-        self.max_batch_size, self.max_kv_tokens = max_batch_size, max_kv_tokens
-        shape = AttentionShape(
-            num_qo_heads, num_kv_heads, head_dim, v_head_dim, q_dtype.itemsize, kv_dtype.itemsize
-        )
+        self.executor = choose_executor(executor, self.device, self.q_dtype, self.kv_dtype)
+        heads, dims = (self.num_qo_heads, self.num_kv_heads), (self.head_dim, self.v_head_dim)
+        shape = AttentionShape(*heads, *dims, self.q_dtype.itemsize, self.kv_dtype.itemsize)
         self._executor = make_executor(
             self.executor, shape, self.device, check_slots=verify_requested()
         )
         profile = profile_for(self.executor, self._executor.max_block_rows)
-        self._planner = PackPlanner(shape, profile, policy=policy, max_partials=max_partials)
+        most = self.max_partials or max(1, _PARTIALS_BYTES // shape.partial_size)
+        self._planner = PackPlanner(shape, profile, policy=policy, max_partials=most)
         self._plan: CostedPlan | None = None
         self._seq_lens = np.zeros(0, dtype=np.int64)  # in use: those planned, or advanced to
         self._req_to_token = torch.empty(0, 0, dtype=torch.int32)
@@ -172,8 +162,9 @@ class PrefixDecodeWrapper:
             RuntimeError: ``SGLANG_PREFIX_VERIFY=1`` and the forest or the plan is wrong.
         """
         checks.check_table(req_to_token, self.device)
-        checks.check_index("req_pool_indices", req_pool_indices)
-        checks.check_index("seq_lens", seq_lens, len(req_pool_indices))
+        checks.check_index("req_pool_indices", req_pool_indices, self.device)
+        size, why = len(req_pool_indices), ", as req_pool_indices has"
+        checks.check_index("seq_lens", seq_lens, self.device, size, why)
         if self.max_batch_size is not None and len(seq_lens) > self.max_batch_size:
             raise ValueError(
                 f"seq_lens has {len(seq_lens)} entries; legal: up to "
@@ -181,19 +172,21 @@ class PrefixDecodeWrapper:
             )
         verify = verify_requested()
         if forest is not None and not verify:
-            lens = checks.lengths_of_forest(forest, seq_lens)
+            lens = checks.check_given_forest(forest, seq_lens)
             checks.check_lengths(lens, req_to_token.shape[1])
-            if req_pool_indices.device.type == "cpu":
-                checks.check_pool_indices(req_pool_indices.numpy(), req_to_token.shape[0])
+            if self.device.type == "cpu" or req_pool_indices.device.type == "cpu":
+                pool_indices = checks.to_host("req_pool_indices", req_pool_indices)
+                checks.check_pool_indices(pool_indices, req_to_token.shape[0])
         else:
-            lens = _to_host(seq_lens)
+            lens = checks.to_host("seq_lens", seq_lens)
             checks.check_lengths(lens, req_to_token.shape[1])
-            pool_indices = _to_host(req_pool_indices)
+            pool_indices = checks.to_host("req_pool_indices", req_pool_indices)
             checks.check_pool_indices(pool_indices, req_to_token.shape[0])
             rows = _host_rows(req_to_token, pool_indices, int(lens.max()))
+            checks.check_table_rows(rows, lens)
             found = PrefixForest.from_rows(rows, lens, page_size=self.page_size)
             if forest is not None:
-                checks.lengths_of_forest(forest, seq_lens)
+                checks.check_given_forest(forest, seq_lens)
                 checks.check_same_sharing(forest, found)
             forest = found
         if self.max_kv_tokens is not None and lens.sum() > self.max_kv_tokens:
@@ -202,12 +195,14 @@ class PrefixDecodeWrapper:
                 f"max_kv_tokens={self.max_kv_tokens}"
             )
         plan = self._planner.plan(forest)
+        if plan.refused_partials and self.max_partials is None:
+            raise self._too_many_partials(plan.refused_partials)
         if verify:
             verify_plan(plan)
             verify_slots(plan, rows)
-        self._req_to_token = req_to_token
-        self._req_pool_indices = req_pool_indices.to(self.device, copy=True)
-        self._executor.load(plan, req_to_token, self._req_pool_indices)
+        rows_in_use = req_pool_indices.to(self.device, copy=True)
+        self._executor.load(plan, req_to_token, rows_in_use)
+        self._req_to_token, self._req_pool_indices = req_to_token, rows_in_use
         self._plan, self._seq_lens = plan, plan.seq_lens
 
     def advance(self, seq_lens: torch.Tensor, new_slots: torch.Tensor) -> None:
@@ -224,12 +219,15 @@ class PrefixDecodeWrapper:
         """
         lens = self._checked_lengths(seq_lens)
         if (lens < self._seq_lens).any():
+            b = int((lens < self._seq_lens).argmax())
             raise ValueError(
-                f"seq_lens={lens.tolist()} shrinks below {self._seq_lens.tolist()}; legal: "
-                "the lengths in use or longer. Plan again."
+                f"seq_lens[{b}]={lens[b]} shrinks below {self._seq_lens[b]}; legal: the lengths in "
+                "use or longer. Plan again."
             )
-        checks.check_index("new_slots", new_slots, int((lens - self._seq_lens).sum()))
-        checks.check_slots(new_slots)
+        num_new = int((lens - self._seq_lens).sum())
+        why = ", one per token by which seq_lens grows"
+        checks.check_index("new_slots", new_slots, self.device, num_new, why)
+        checks.check_new_slots(new_slots)
         targets = self._slot_targets(*self._new_positions(lens))
         self._executor.write_slots(targets, new_slots.to(self.device))
         self._seq_lens = lens
@@ -256,9 +254,10 @@ class PrefixDecodeWrapper:
         """Attend one layer's queries under the plan.
 
         Args:
-            q: [B, Hq, D] of ``q_dtype``.
+            q: [B, Hq, D] of ``q_dtype``; like all tensors here dense in its last dimension.
             k_cache, v_cache: [slots, Hkv, D] and [slots, Hkv, Dv] of ``kv_dtype``.
-            out: [B, Hq, Dv] of ``q_dtype`` to write into; None for a new one.
+            out: [B, Hq, Dv] of ``q_dtype`` to write into; None for a new one. Like ``lse`` it
+                shares memory with no other tensor of the call.
             lse: [B, Hq] float32 to write the natural-log lse into.
             return_lse: also return the lse.
             seq_lens: [B] lengths for this call only, at least the planned ones; the slots of
@@ -267,7 +266,7 @@ class PrefixDecodeWrapper:
                 :meth:`advance`.
             sm_scale, logit_cap: override the wrapper's for this call.
             k_scale, v_scale: dequantisation factors, numbers or device tensors of shape [] or
-                [Hkv]; None for 1.
+                [Hkv]; None for 1. The values of a tensor are checked on the CPU alone.
             sinks, window_left: not supported; anything but None and -1 is refused.
 
         Returns:
@@ -281,40 +280,55 @@ class PrefixDecodeWrapper:
         checks.check_unsupported(sinks, window_left)
         shape = (plan.batch_size, self.num_qo_heads, self.head_dim)
         checks.check_tensor("q", q, shape, self.q_dtype, self.device)
-        slots = k_cache.shape[0] if isinstance(k_cache, torch.Tensor) and k_cache.dim() else -1
-        kv_shape = (slots, self.num_kv_heads, self.head_dim)
-        checks.check_tensor("k_cache", k_cache, kv_shape, self.kv_dtype, self.device)
-        kv_shape = (slots, self.num_kv_heads, self.v_head_dim)
-        checks.check_tensor("v_cache", v_cache, kv_shape, self.kv_dtype, self.device)
-        out_shape = (plan.batch_size, self.num_qo_heads, self.v_head_dim)
-        if out is None:
-            out = torch.empty(out_shape, dtype=self.q_dtype, device=self.device)
-        checks.check_tensor("out", out, out_shape, self.q_dtype, self.device)
-        if lse is None and return_lse:
-            lse = torch.empty(out_shape[:2], dtype=torch.float32, device=self.device)
-        if lse is not None:
-            checks.check_tensor("lse", lse, out_shape[:2], torch.float32, self.device)
+        checks.check_row_span("q", q)
+        k_shape = (None, self.num_kv_heads, self.head_dim)
+        checks.check_tensor("k_cache", k_cache, k_shape, self.kv_dtype, self.device)
+        v_shape = (None, self.num_kv_heads, self.v_head_dim)
+        checks.check_tensor("v_cache", v_cache, v_shape, self.kv_dtype, self.device)
+        checks.check_num_slots(k_cache, v_cache)
+        return_lse = check_flag("return_lse", return_lse)
         scales = {
             name: checks.check_kv_scale(name, scale, self.num_kv_heads, self.device)
             for name, scale in (("k_scale", k_scale), ("v_scale", v_scale))
         }
-        sm_scale = self.sm_scale if sm_scale is None else checks.check_scale("sm_scale", sm_scale)
+        sm_scale = self.sm_scale if sm_scale is None else check_number("sm_scale", sm_scale)
         logit_cap = self.logit_cap if logit_cap is None else checks.check_logit_cap(logit_cap)
+        out_shape = (plan.batch_size, self.num_qo_heads, self.v_head_dim)
+        given = {"q": q, "k_cache": k_cache, "v_cache": v_cache, **scales}
+        if out is not None:
+            checks.check_tensor("out", out, out_shape, self.q_dtype, self.device)
+            checks.check_output("out", out, **given)
+        if lse is not None:
+            checks.check_tensor("lse", lse, out_shape[:2], torch.float32, self.device)
+            checks.check_output("lse", lse, **given, out=out)
         longer: AbstractContextManager[None] = nullcontext()
         if seq_lens is not None:
             lens = self._checked_lengths(seq_lens)
             checks.check_lengths(lens, self._req_to_token.shape[1])
             longer = self._lengths_for_one_call(lens)
+        if out is None:
+            out = torch.empty(out_shape, dtype=self.q_dtype, device=self.device)
+        if lse is None and return_lse:
+            lse = torch.empty(out_shape[:2], dtype=torch.float32, device=self.device)
         params = AttentionParams(sm_scale, logit_cap, **scales)
         with longer:
             self._executor.run(q, k_cache, v_cache, out, lse, params)
         return (out, lse) if return_lse and lse is not None else out
 
+    def _too_many_partials(self, needed: int) -> ValueError:
+        bound, policy = self._planner.max_partials, self._planner.policy_name
+        ways_out = f"max_partials={needed} or more for the memory that takes, or {bound} to share"
+        better = "" if policy == "pat" else "; policy='pat' needs fewer"
+        return ValueError(
+            f"max_partials=None allows {bound} partial results, {_PARTIALS_BYTES >> 20} MiB, and "
+            f"policy={policy!r} needs {needed} for this batch; legal: {ways_out} nothing{better}"
+        )
+
     def _checked_lengths(self, seq_lens: torch.Tensor) -> IntArray:
         """Lengths on the host, refused where the plan cannot serve them."""
         plan = self.current_plan
-        checks.check_index("seq_lens", seq_lens, plan.batch_size)
-        lens = _to_host(seq_lens)
+        checks.check_index("seq_lens", seq_lens, self.device, plan.batch_size)
+        lens = checks.to_host("seq_lens", seq_lens)
         checks.check_planned_lengths(lens, plan.seq_lens, plan.reserved_tail_slots)
         return lens
 
@@ -355,8 +369,23 @@ class PrefixDecodeWrapper:
         self._executor.set_tail_lengths(seq_lens - self.current_plan.tail_start)
 
 
-def _to_host(tensor: torch.Tensor) -> IntArray:
-    return np.array(tensor.cpu().numpy(), dtype=np.int64)  # a copy: callers add to theirs
+def _check_bound(name: str, bound: int | None) -> int | None:
+    return None if bound is None else check_integer(name, bound, most=INT64_MAX)
+
+
+def _check_dtypes(
+    dtype: torch.dtype | None, q_dtype: torch.dtype, kv_dtype: torch.dtype | None
+) -> tuple[torch.dtype, torch.dtype]:
+    """The dtypes of q and of the caches."""
+    q_dtype = checks.check_dtype("q_dtype", q_dtype, checks.Q_DTYPES)
+    if dtype is not None:
+        q_dtype = checks.check_dtype("dtype", dtype, checks.Q_DTYPES)
+    if kv_dtype is None:
+        return q_dtype, q_dtype
+    kv_dtype = checks.check_dtype("kv_dtype", kv_dtype, checks.KV_DTYPES)
+    if dtype not in (None, kv_dtype):
+        raise ValueError(f"dtype={dtype} sets kv_dtype too, but kv_dtype={kv_dtype}; legal: one")
+    return q_dtype, kv_dtype
 
 
 def _host_rows(
@@ -365,5 +394,7 @@ def _host_rows(
     """The batch's slot rows up to the longest length, on the host."""
     if req_to_token.device.type == "cpu":
         return req_to_token.numpy()[pool_indices, :width]
+    if req_to_token.device.type == "meta":
+        raise ValueError("req_to_token is on meta, which holds no values; legal: with a forest")
     index = torch.from_numpy(pool_indices).to(req_to_token.device)
     return req_to_token[:, :width].index_select(0, index).cpu().numpy()

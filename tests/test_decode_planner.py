@@ -12,6 +12,7 @@ import torch
 from prefix_patches.install import install
 from prefix_patches.schedule_context import BATCH_ATTRIBUTE
 from sglang_prefix.backend import decode_batch, decode_planner
+from sglang_prefix.backend.decode_planner import DecodePlanner
 from tests.scheduling import Request, Scheduler, make_request
 
 # From the requests that decode, and one that could, to the next batch if it is another one.
@@ -221,6 +222,34 @@ def test_padded_requests_stay_unsettled() -> None:
     assert first == (1, first.logical, first.logical)
     assert scheduler.decode(reqs)[:2] == (1, scheduler.distinct_slots(reqs))
     assert scheduler.decode(reqs).plans == 0
+
+
+def test_a_plan_over_the_bound_on_partials_is_left_to_stock() -> None:
+    """Rather than run without what is shared: one pack of three requests, and three tails."""
+    scheduler = Scheduler()
+    reqs = scheduler.start(A, B, C)
+    planner = scheduler.groups[1].planner
+    for bound, reason in ((5, "workspace"), (6, None)):
+        planner.max_partials = bound
+        scheduler.run_pass("EXTEND", [])
+        counted = scheduler.counted()
+        for _ in range(2):  # the second step asks no planner
+            assert scheduler.prepare(scheduler.decode_batch(reqs)) == reason
+            for req in reqs:
+                scheduler.grow(req, [7])
+        assert (scheduler.counted() == counted) == (reason is not None)
+
+
+def test_a_batch_larger_than_the_bound_on_partials_is_left_to_stock() -> None:
+    scheduler = Scheduler()
+    reqs = scheduler.start(A, B, C)
+    scheduler.groups[0].planner.max_partials = 2
+    small = DecodePlanner(
+        scheduler.schedule, scheduler.table, 1, scheduler.groups, scheduler.counters
+    )
+    scheduler.planner = small
+    assert scheduler.prepare(scheduler.decode_batch(reqs)) == "workspace"
+    assert scheduler.prepare(scheduler.decode_batch(reqs[:2])) != "error"
 
 
 def test_beam_members_change_rows_at_every_step_and_no_plan_is_reused() -> None:

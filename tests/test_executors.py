@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from prefix_kernels.plan_buffers import PlanCapacity, serialize_plan
 from prefix_kernels.torch_executor import TorchExecutor
 from prefix_kernels.triton_executor import TritonExecutor
+from prefix_kernels.work_list import ITEM_FIELDS
 from sglang_prefix.packing import POLICIES
 from tests.attention import (
     SPLITS,
@@ -231,6 +232,24 @@ def test_options_that_are_refused() -> None:
     slot_offset[-1] = 1 << 31
     with pytest.raises(ValueError, match=r"2147483648 kv_slots.*legal: up to 2147483647"):
         serialize_plan(replace(plan, slot_offset=slot_offset), [], np.zeros(1, dtype=np.int32), 4)
+    items = np.broadcast_to(np.int32(0), (1 << 28, ITEM_FIELDS))  # which is no memory
+    with pytest.raises(ValueError, match=r"268435456 work items; legal: .* 2147483647 .*in all"):
+        serialize_plan(plan, [items], np.zeros(1, dtype=np.int32), 4)
+    with pytest.raises(ValueError, match=r"v_head_dim=4096 has no tile.*; legal: .*'torch'"):
+        TritonExecutor(replace(case.shape, v_head_dim=4096), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("way", TRITON[:1])
+def test_a_slot_of_more_than_32_bits_is_none(way: str) -> None:
+    """It is refused as what it is not, never read as the slot that its low bits name."""
+    case = make_case(random_batch(17, num_requests=4, max_tokens=50, growth=1), head_dim=16)
+    case.req_to_token = case.req_to_token.long()
+    case.req_to_token[:, 3] += 1 << 32
+    with pytest.raises(ValueError, match="reach 2147483647; legal: 0 to"):
+        load(case, way).run()
+    case.req_to_token[:, 3] -= 1 << 33
+    with pytest.raises(ValueError, match="reach -1; legal: 0 to"):
+        load(case, way).run()
 
 
 def test_arrivals_are_counted_back_to_zero_and_survive_an_aborted_step() -> None:

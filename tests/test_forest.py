@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from sglang_prefix.bench.workloads.trees import TreeBatch, random_tree
-from sglang_prefix.forest import PathTable, PrefixForest, RadixPath
+from sglang_prefix.forest import PathTable, PrefixForest, RadixPath, forest_of_table
 from tests.forests import (
     Batch,
     Fork,
@@ -212,7 +214,9 @@ def test_a_table_of_paths_serves_many_requests_and_those_without_a_path() -> Non
     table = PathTable.of([RadixPath((1, 2), (4, 9)), RadixPath((), ()), RadixPath((1,), (4,))])
     assert table.lengths.tolist() == [9, 0, 4]
     path_of = np.asarray([0, -1, 2, 0, 1])
-    forest = PrefixForest.from_path_table(table, path_of, [9, 9, 4, 7, 9], [10] * 5)
+    forest = forest_of_table(
+        table, path_of, np.asarray([9, 9, 4, 7, 9]), np.full(5, 10), page_size=1
+    )
     assert_shares(forest, (0, 4, {0, 2, 3}), (4, 7, {0, 3}))
 
 
@@ -228,12 +232,49 @@ def test_the_inputs_are_left_alone_and_their_order_does_not_matter() -> None:
     assert np.array_equal(lens, batch.seq_lens)
 
 
+@pytest.mark.parametrize(
+    ("argument", "value", "says"),
+    [
+        *[("page_size", n, f"page_size={n}; legal: an int") for n in (0, -1, 2.5, True, 10**30)],
+        ("seq_lens", [3, -2], r"seq_lens\[1\]=-2; legal: 0 to 2147483647"),
+        ("seq_lens", [3.0, 2.0], "seq_lens is a list; legal: a sequence of integers"),
+        ("seq_lens", [3, 4], r"rows has shape \(2, 3\); legal for these seq_lens: \[2, at least 4"),
+        ("limits", [-1, 3], r"limits\[0\]=-1; legal: 0 to"),
+        ("limits", [1.5, 3], "limits is a list; legal: a sequence of integers"),
+        ("rows", [[1, 2, 3], [1, 2]], "rows is a list; legal: a two-dimensional array"),
+        ("rows", np.zeros((2, 3)), "rows is a ndarray; legal: a two-dimensional array of integers"),
+        ("rows", [[1, 2, -3], [1, 2, 9]], "rows holds -3 at position 2 of request 0; legal: 0 to"),
+        ("rows", [[1, 2, 3], [2**31, 2, 9]], "rows holds 2147483648 at position 0 of request 1"),
+        ("prefix_closed", 1, "prefix_closed=1; legal: True or False"),
+    ],
+)
+def test_rows_and_lengths_that_are_none(argument: str, value: object, says: str) -> None:
+    right = {"rows": np.arange(6).reshape(2, 3), "seq_lens": [3, 3], argument: value}
+    with pytest.raises(ValueError, match=says):
+        PrefixForest.from_rows(**right)  # type: ignore[arg-type]
+
+
+def test_what_stands_behind_a_row_is_nobodys() -> None:
+    rows = np.asarray([[4, 5, -1, 2**40], [4, 5, 6, -(2**40)]])
+    assert_shares(PrefixForest.from_rows(rows, [2, 3]), (0, 2, {0, 1}))
+
+
 def test_inputs_that_do_not_belong_together_are_refused() -> None:
     table = np.zeros((2, 3), dtype=np.int32)
     for rows, lens in ((table, [4, 2]), (table, [3]), (table[0], [3])):
-        with pytest.raises(ValueError, match=r"rows has shape .*; legal is \["):
+        with pytest.raises(ValueError, match=r"rows has shape .*; legal for these"):
             PrefixForest.from_rows(rows, lens)
     with pytest.raises(ValueError, match="limits has 1 entries; legal: 2"):
         PrefixForest.from_rows(table, [3, 3], limits=[3])
+    with pytest.raises(ValueError, match="order does not name row 1 once; legal: every row once"):
+        PrefixForest.from_neighbours([0, 0], [1], [4, 4])
+    with pytest.raises(ValueError, match=r"common\[0\]=5; legal: 0 to 4 by seq_lens"):
+        PrefixForest.from_neighbours([1, 0], [5], [4, 9])
+    with pytest.raises(ValueError, match=r"paths\[1\].ends goes back; legal: ascending"):
+        PrefixForest.from_paths([RadixPath((), ()), RadixPath((1, 2), (4, 3))], [4] * 2, [4] * 2)
+    whole = PrefixForest.from_neighbours([0, 1, 2], [4, 2], [5, 5, 5])
+    for field, change in (("order", [0, 1, 3]), ("node_parent", [-1, 1]), ("shared_lens", [4] * 3)):
+        with pytest.raises(ValueError, match=f"{field} of the forest does not fit .*; legal: a fo"):
+            replace(whole, **{field: np.asarray(change)})
     with pytest.raises(ValueError, match="paths and limits have"):
         PrefixForest.from_paths([RadixPath((1,), (4,))], [4, 4], [4, 4])

@@ -6,11 +6,12 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 
 from prefix_patches.radix_paths import path_reader
 from sglang_prefix.backend.path_cache import FoundPaths, PathCache
-from sglang_prefix.forest import PrefixForest
+from sglang_prefix.forest import PrefixForest, forest_of_table
 from tests.scheduling import Request, Scheduler, make_request
 
 CORES = ("rust", "python")
@@ -28,7 +29,8 @@ def scheduler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 def forest_of(found: FoundPaths, reqs: Sequence[Request]) -> PrefixForest:
     limits = found.table.lengths[found.path_of]
     assert limits.tolist() == [req.kv.cache_protected_len for req in reqs]
-    return PrefixForest.from_path_table(*found, limits, [len(req.tokens) for req in reqs])
+    lens = np.asarray([len(req.tokens) for req in reqs])
+    return forest_of_table(*found, limits, lens, page_size=1)
 
 
 def look_up(cache: PathCache, tree: Any, reqs: Sequence[Any]) -> FoundPaths:

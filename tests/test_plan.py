@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefix_kernels.plan import PackPlan, split_bounds, verify_plan, verify_slots
-from prefix_kernels.torch_executor import TorchExecutor
+from prefix_kernels.torch_executor import MERGED_AT_ONCE, TorchExecutor, merge_blocks
 from sglang_prefix.packing import (
     CPU_PROFILE,
     GPU_PROFILE,
@@ -30,6 +30,7 @@ from tests.forests import Batch, Fork, batches, build_batch, comb_batch, random_
 from tests.pack_reference import cost_models
 
 SHAPE = AttentionShape(8, 2, 64, 64, 2, 2)
+CPU = torch.device("cpu")
 # Cuts even the short packs of generated batches.
 MANY_SPLITS = DeviceProfile("many splits", 16, 0.4, 1_000, 48, 8)
 # Three levels, uneven tails, one request that ends inside a node, one alone.
@@ -254,10 +255,31 @@ def test_a_bound_on_partials_costs_splits_first_then_sharing(batch: Batch) -> No
         plan = bounded(bound)
         assert (plan.num_splits == 1).all()
         assert plan.num_shared_packs == free.num_shared_packs
+        assert plan.refused_partials == 0
     for bound in (unsplit - 1, plan.batch_size):
         plan = bounded(bound)
         assert plan.num_shared_packs == 0
+        assert plan.refused_partials == unsplit
         assert plan.num_partials == plan.batch_size
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_chain_of_1500_prefixes_keeps_to_the_bound(policy: str) -> None:
+    """Its nodes have a million readers, each with a partial result under ``node``."""
+    forest, bound = comb_batch(1500).forest(), 1 << 14
+    free = PackPlanner(SHAPE, CPU_PROFILE, policy=policy).plan(forest)
+    plan = PackPlanner(SHAPE, CPU_PROFILE, policy=policy, max_partials=bound).plan(forest)
+    readers = int((forest.node_end - forest.node_begin).sum())
+    assert policy != "node" or free.num_partials == readers + 1501 > 1_000_000
+    if free.num_partials <= bound:
+        assert plan.same_as(free)
+    else:
+        assert plan.refused_partials == free.num_partials
+        assert plan.num_shared_packs == 0
+    assert plan.num_partials * SHAPE.partial_size <= bound * SHAPE.partial_size == 34_078_720
+    merged = [block.last - block.first for block in merge_blocks(plan.request_indptr, CPU)]
+    assert sum(merged) == plan.num_partials
+    assert max(merged) <= MERGED_AT_ONCE
 
 
 def test_a_bound_below_the_batch_size_is_refused(batch: Batch) -> None:

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefix_kernels import torch_packs
-from prefix_kernels.torch_executor import merge_partials
+from prefix_kernels import torch_executor, torch_packs
+from prefix_kernels.torch_executor import merge_blocks, merge_partials
 from sglang_prefix.packing import POLICIES, DeviceProfile
 from tests.attention import SPLITS, TOLERANCES, WHOLE, Outputs, assert_close, load, make_case
 from tests.forests import Fork, build_batch, random_batch
@@ -79,10 +79,10 @@ def test_blocks_of_scores(monkeypatch: pytest.MonkeyPatch) -> None:
 def merged(
     values: torch.Tensor, logs: torch.Tensor, counts: list[int], dtype: torch.dtype
 ) -> Outputs:
-    indptr = torch.tensor([0, *np.cumsum(counts)])
+    indptr = np.asarray([0, *np.cumsum(counts)])
     out = torch.full((len(counts), *values.shape[1:]), torch.nan, dtype=dtype)
     lse = torch.full((len(counts), values.shape[1]), torch.nan)
-    merge_partials(values, logs, indptr, max(counts), out, lse)
+    merge_partials(values, logs, merge_blocks(indptr, values.device), out, lse)
     return out, lse
 
 
@@ -113,6 +113,26 @@ def test_merge(
     ]
     outs, lses = zip(*expected, strict=True)
     assert_close(merged(values, logs, counts, dtype), (torch.stack(outs), torch.stack(lses)))
+
+
+@given(
+    counts=st.lists(st.integers(1, 9) | st.just(40), min_size=1, max_size=30),
+    most=st.integers(1, 60),
+)
+def test_merge_blocks_are_bounded_and_leave_nothing_out(counts: list[int], most: int) -> None:
+    """A request of many partials is not what all others are padded to."""
+    indptr = np.asarray([0, *np.cumsum(counts)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_executor, "MERGED_AT_ONCE", most)
+        blocks = merge_blocks(indptr, torch.device("cpu"))
+        test_merge.hypothesis.inner_test(counts, 0.3, 1.0, torch.float32, 0)  # type: ignore[attr-defined]
+    assert [blocks[0].begin, *(b.end for b in blocks)] == [*(b.begin for b in blocks), len(counts)]
+    for block in blocks:
+        padded = (block.end - block.begin) * max(counts[block.begin : block.end])
+        assert padded <= most or block.end - block.begin == 1
+        if block.numbers is not None and block.missing is not None:
+            owned = block.numbers[~block.missing]
+            assert owned.tolist() == [*range(block.first, block.last)]
 
 
 def test_merge_of_one_partial_each_is_a_copy() -> None:

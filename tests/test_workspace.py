@@ -11,8 +11,10 @@ from prefix_kernels.plan_buffers import PlanCapacity, serialize_plan
 from prefix_kernels.tiles import FUSED_ROWS, ROW_CLASSES
 from prefix_kernels.work_list import build_work_list
 from sglang_prefix.backend.workspace import Workspace, size_workspace
+from sglang_prefix.config import PrefixConfig
 from sglang_prefix.packing import POLICIES
 from sglang_prefix.packing.planner import PackPlanner, profile_for
+from tests.engine.bare_backend import make_layer, make_runner
 from tests.forests import random_batch
 
 MIB = 2**20
@@ -88,6 +90,24 @@ def test_every_plan_of_a_sure_batch_fits(classes: tuple[int, ...], policy: str, 
             packed = serialize_plan(plan, [items], partials, rows)
             need = PlanCapacity(rows, len(packed), plan.num_slots, plan.num_partials)
             assert workspace.capacity.holds(need)
+
+
+def test_the_torch_executor_keeps_to_the_budget_with_its_partials() -> None:
+    """It takes slots as it needs them; of two attention shapes each has half."""
+    from sglang_prefix.backend.layers import find_layers  # imports SGLang
+
+    layers = [make_layer(0)]
+    for dim, share in ((64, MIB), (32, MIB // 2)):
+        layers[0].v_head_dim = dim
+        config = PrefixConfig(executor="torch", workspace_mib=1)
+        found = find_layers(make_runner(layers), set(), config, serve=True)
+        for group in found.groups:
+            held = group.planner.max_partials
+            assert group.workspace is None
+            assert held is not None
+            size = group.planner.costs.shape.partial_size
+            assert held * size <= share < (held + 1) * size
+        layers.append(make_layer(1))
 
 
 def test_one_request_of_full_length_must_fit() -> None:

@@ -18,7 +18,7 @@ from sglang_prefix import PrefixDecodeWrapper, PrefixForest
 from sglang_prefix.packing import CPU_PROFILE, POLICIES
 from sglang_prefix.packing.planner import RESERVED_TAIL_SLOTS, PackPlanner
 from tests.attention import AttentionCase, assert_close, make_case
-from tests.forests import Batch, Fork, batches, build_batch, random_batch
+from tests.forests import Batch, Fork, batches, build_batch, comb_batch, random_batch
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
@@ -131,6 +131,26 @@ def test_generated_batches(
     assert_close(run(wrapper, case), case.oracle())
     planner = PackPlanner(case.shape, CPU_PROFILE, policy=policy)
     assert wrapper.current_plan.same_as(planner.plan(forest))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_chain_of_1500_prefixes(policy: str) -> None:
+    """Within a bound on partial results, which is the caller's or that of 1 GiB."""
+    batch = comb_batch(1500)
+    case = make_case(batch, num_kv_heads=1, group=1, head_dim=16)
+    wrapper = planned(case, policy=policy, max_partials=1 << 14)
+    assert wrapper.current_plan.num_partials <= 1 << 14
+    assert_close(run(wrapper, case), case.oracle())
+    wide = PrefixDecodeWrapper(32, 8, 128, policy=policy)
+    if policy != "node":
+        wide.plan(*indices_of(case), forest=batch.forest())
+        return
+    one = case.req_pool_indices[:1], case.seq_lens[:1]
+    wide.plan(case.req_to_token, *one)
+    says = r"max_partials=None allows 65027 .* needs 1128751 .*; legal: max_partials=1128751 or"
+    with pytest.raises(ValueError, match=f"{says} .*policy='pat' needs fewer"):
+        wide.plan(*indices_of(case), forest=batch.forest())
+    assert wide.current_plan.batch_size == 1
 
 
 def test_what_run_returns(wrapper: PrefixDecodeWrapper, case: AttentionCase) -> None:
@@ -284,7 +304,7 @@ def test_with_a_forest_nothing_is_read_back_from_the_device(batch: Batch) -> Non
     wrapper.run(q, cache, cache, k_scale=scale, v_scale=scale, seq_lens=lens + 2)
     wrapper.advance(lens + 1, torch.empty(len(lens), dtype=torch.int32, device="meta"))
     assert wrapper.run(q, cache, cache).shape == (len(lens), 8, 64)  # type: ignore[union-attr]
-    with pytest.raises(NotImplementedError, match="meta"):
+    with pytest.raises(ValueError, match="req_pool_indices is on meta, which holds no values"):
         wrapper.plan(table, indices, lens)  # the documented copy
 
 

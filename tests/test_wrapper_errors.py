@@ -5,14 +5,17 @@ After every refusal the wrapper still runs the plan that it had, at the lengths 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from sglang_prefix import PrefixDecodeWrapper, PrefixForest
-from sglang_prefix.packing.planner import RESERVED_TAIL_SLOTS
+from sglang_prefix.packing.layout import CostedPlan
+from sglang_prefix.packing.planner import RESERVED_TAIL_SLOTS, PackPlanner
 from tests.attention import AttentionCase, assert_close, make_case
 from tests.forests import Fork, build_batch
 
@@ -30,7 +33,7 @@ Rows = list[tuple[str, Any, str]]
 
 def numbers(name: str, *values: Any, legal: str = "") -> Rows:
     """Values of an argument, each refused as ``name=value; legal: ...``."""
-    return [(name, value, rf"{name}={value!r}; legal: {legal}") for value in values]
+    return [(name, value, rf"{name}={re.escape(repr(value))}; legal: {legal}") for value in values]
 
 
 def tensors(name: str, right: torch.Tensor, *shapes: Sequence[int], device: bool = True) -> Rows:
@@ -116,11 +119,22 @@ NAN, INF = float("nan"), float("inf")
     numbers("sm_scale", 0.0, NAN, INF, "1", legal="a finite number above 0"),
     numbers("logit_cap", -1.0, NAN, "1", legal="a finite number"),
     numbers("device", "abacus", 3.5, legal="a device of this host"),
+    # Type first: what is no number is compared with nothing.
+    *(
+        [(name, value, rf"{name}(=| is a ).*; legal: ")]
+        for name in ("page_size", "max_partials", "sm_scale", "logit_cap", "policy", "executor")
+        for value in (torch.ones(2), np.zeros(2), np.array(1), 10**5000, 10**400)
+    ),
+    *([(name, np.zeros(2), f"{name} is a ndarray; legal")] for name in ("dtype", "kv_dtype")),
+    numbers("page_size", 10**30, 2**31, legal="an integer of at least 1, up to 2147483647"),
+    numbers("sm_scale", 1e308, 1e-45, legal="a finite number above 0, from 2"),
+    numbers("logit_cap", 4e38, 1e-45, True, legal="a finite number above 0, from 2"),
+    numbers("device", 10**30, True, legal="a device of this host"),
     [
-        ("policy", "best", "policy='best' is unknown; legal: 'pat', 'node', 'chunk', 'query'"),
-        ("executor", "gpu", "executor='gpu' is unknown; legal: 'auto', 'torch', 'triton'"),
-        ("dtype", torch.float64, "q_dtype=torch.float64; legal: torch.float32"),
-        ("dtype", torch.float8_e5m2, "q_dtype=torch.float8_e5m2; legal"),
+        ("policy", "best", "policy='best'; legal: 'pat', 'node', 'chunk', 'query'"),
+        ("executor", "gpu", "executor='gpu'; legal: 'auto', 'torch', 'triton'"),
+        ("dtype", torch.float64, r"\bdtype=torch.float64; legal: torch.float32"),
+        ("dtype", torch.float8_e5m2, r"\bdtype=torch.float8_e5m2; legal"),
         ("kv_dtype", torch.float8_e5m2, "kv_dtype"),  # and dtype
     ],
 )
@@ -155,6 +169,8 @@ def test_a_device_that_this_machine_lacks() -> None:
 @cases(
     tensors("req_to_token", torch.from_numpy(BATCH.req_to_token), [5], [1, 2, 3]),
     tensors("req_pool_indices", torch.tensor(POOL), [2, 2], [0], device=False),
+    [("req_pool_indices", torch.tensor(POOL).to("meta"), "req_pool_indices is on meta, which")],
+    [("seq_lens", torch.tensor(LENS).to("meta"), "seq_lens is on meta, which holds no values")],
     entries("req_pool_indices", POOL, (2, -1, "legal: 0 to 6"), (1, NUM_ROWS, "legal: 0 to 6")),
     tensors("seq_lens", torch.tensor(LENS), [3], [2, 2], device=False),
     entries("seq_lens", LENS, (0, 0, f"legal: 1 to {CONTEXT}"), (3, -7, "legal: 1 to")),
@@ -170,7 +186,7 @@ def test_a_device_that_this_machine_lacks() -> None:
         (
             "forest",
             PrefixForest.from_rows(BATCH.rows, [n - 1 for n in LENS]),
-            r"forest was made for seq_lens=\[899, .*\]; legal: \[900, ",
+            r"forest was made for seq_lens\[0\]=899; legal: 900",
         ),
     ],
 )
@@ -240,7 +256,7 @@ def test_before_plan(case: AttentionCase) -> None:
 @cases(
     tensors("q", torch.zeros(B, HQ, D), [3, HQ, D], [B, HKV, D], [B, HQ * D]),
     tensors("k_cache", torch.zeros(SLOTS, HKV, D), [SLOTS, 3, D], [SLOTS, HKV, D + 1], []),
-    tensors("v_cache", torch.zeros(SLOTS, HKV, DV), [SLOTS, HKV, D], [SLOTS - 1, HKV, DV]),
+    tensors("v_cache", torch.zeros(SLOTS, HKV, DV), [SLOTS, HKV, D], [SLOTS, HKV]),
     tensors("out", torch.zeros(B, HQ, DV), [B, HQ, D]),
     tensors("lse", torch.zeros(B, HQ), [HQ, B]),
     tensors("seq_lens", torch.tensor(GROWN), [3], device=False),
@@ -254,10 +270,24 @@ def test_before_plan(case: AttentionCase) -> None:
         ("k_scale", torch.ones(3), r"k_scale has shape \(3,\) .*legal: .*\[2\]"),
         ("k_scale", torch.ones(1, HKV), r"k_scale has shape \(1, 2\)"),
         ("k_cache", None, "k_cache is a NoneType; legal"),
+        ("logit_cap", torch.tensor(1.0), "logit_cap is a Tensor; legal: a finite number"),
+        ("window_left", torch.tensor(-1), "window_left is a Tensor; legal: -1"),
+        ("return_lse", torch.tensor(True), "return_lse is a Tensor; legal: True or False"),
+        ("return_lse", 1, "return_lse=1; legal: True or False"),
+        ("logit_cap", 4e38, r"logit_cap=4e\+38; legal: a finite number"),
+        ("sm_scale", 1e308, r"sm_scale=1e\+308; legal: a finite number"),
+        ("k_scale", torch.tensor([1.0, 1e-45]), "k_scale=.*; legal: a finite number"),
+        ("v_scale", torch.tensor(torch.nan), "v_scale=nan; legal: a finite number"),
+        ("out", torch.zeros(B, 1, DV).expand(B, HQ, DV), "out has strides .* share memory; legal"),
+        ("out", torch.zeros(B, HQ, 2 * DV)[..., ::2], "out has stride 2 in its last dim.*legal: 1"),
+        ("lse", torch.zeros(1).expand(B, HQ), "lse has stride 0 in its last dimension; legal: 1"),
+        ("lse", torch.zeros(B, HQ).double(), "lse has dtype torch.float64; legal: torch.float32"),
+        ("q", torch.zeros(B, HQ, D).to_sparse(), "q is not dense in memory .*sparse_coo.*; legal"),
+        ("v_cache", torch.zeros(SLOTS + 1, HKV, DV), "v_cache has .* slots; legal: .* k_cache has"),
         ("v_scale", torch.ones(HKV).int(), "v_scale has .*torch.int32; legal"),
         ("v_scale", torch.ones(HKV, device="meta"), "v_scale is on meta; legal: cpu"),
         ("sinks", torch.zeros(HQ), "sinks is not supported yet; legal: None"),
-        ("window_left", 128, "window_left=128 is not supported yet; legal: -1"),
+        ("window_left", 128, "window_left=128; legal: -1"),
     ],
 )
 def test_run(
@@ -267,13 +297,62 @@ def test_run(
     refused(wrapper, case, says, lambda: wrapper.run(**{**arguments, argument: value}))
 
 
+@pytest.mark.parametrize("names", [("out", "q"), ("out", "v_cache"), ("lse", "k_scale")])
+def test_outputs_over_inputs(
+    wrapper: PrefixDecodeWrapper, case: AttentionCase, names: tuple[str, str]
+) -> None:
+    """Whoever reads later would read what has been written."""
+    memory = torch.zeros(max(case.v_cache.numel(), B * HQ * max(D, DV)))
+    shapes = {"out": (B, HQ, DV), "lse": (B, HQ), "q": (B, HQ, D), "k_scale": (HKV,)}
+    shapes["v_cache"] = tuple(case.v_cache.shape)
+    arguments: dict[str, Any] = {"q": case.q, "k_cache": case.k_cache, "v_cache": case.v_cache}
+    arguments |= {
+        name: memory[: torch.Size(shapes[name]).numel()].view(shapes[name]).fill_(1.0)
+        for name in names
+    }
+    says = f"{names[0]} shares memory with {names[1]}; legal: memory of its own"
+    refused(wrapper, case, says, lambda: wrapper.run(**arguments))
+
+
+def test_an_output_of_inference_mode(wrapper: PrefixDecodeWrapper, case: AttentionCase) -> None:
+    with torch.inference_mode():
+        out = torch.zeros(B, HQ, DV)
+        wrapper.run(case.q, case.k_cache, case.v_cache, out=out)
+    layer = case.q, case.k_cache, case.v_cache
+    says = "out was made in inference mode; legal"
+    refused(wrapper, case, says, lambda: wrapper.run(*layer, out=out))
+
+
+@pytest.mark.parametrize("executor", ["torch", "triton"])
+def test_a_load_that_fails_leaves_the_plan(
+    case: AttentionCase, monkeypatch: pytest.MonkeyPatch, executor: str
+) -> None:
+    """The executor refuses a plan after all checks of ours."""
+    wrapper = make_wrapper(executor=executor)
+    indices = case.req_to_token, case.req_pool_indices, case.seq_lens
+    wrapper.plan(*indices)
+    plan = PackPlanner.plan
+
+    def too_large(self: PackPlanner, forest: PrefixForest) -> CostedPlan:
+        made = plan(self, forest)
+        made.slot_offset[-1] = 1 << 50
+        return made
+
+    monkeypatch.setattr(PackPlanner, "plan", too_large)
+    with pytest.raises((ValueError, RuntimeError), match=r"kv_slots|memory"):
+        wrapper.plan(torch.zeros_like(case.req_to_token), *(index[:2] for index in indices[1:]))
+    assert_runs(wrapper, case)
+
+
 @cases(
     tensors("seq_lens", torch.tensor(GROWN), [3], device=False),
     entries("seq_lens", GROWN, (0, 899, "plan again"), (3, FULL + 1, "plan again")),
     tensors("new_slots", torch.zeros(B).int(), [3], device=False),
     [
-        ("seq_lens", torch.tensor(LENS), r"seq_lens=\[900, .* shrinks below .*plan again"),
+        ("seq_lens", torch.tensor(LENS), r"seq_lens\[0\]=900 shrinks below 901; .*plan again"),
         ("new_slots", torch.zeros(B).int() - 3, "new_slots holds -3; legal: 0 and above"),
+        ("new_slots", torch.full((B,), 2**32), "new_slots holds 4294967296; legal: 0 and above"),
+        ("new_slots", torch.zeros(B).int().to("meta"), "new_slots is on meta, which holds no"),
     ],
 )
 def test_advance(

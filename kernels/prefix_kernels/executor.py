@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from prefix_kernels.arguments import check_choice
 from prefix_kernels.plan import AttentionShape, PackPlan
 
 __all__ = ["EXECUTORS", "AttentionParams", "PlanExecutor", "choose_executor", "make_executor"]
@@ -220,9 +221,7 @@ def choose_executor(
     Raises:
         ValueError: the name is unknown, or its executor cannot take these tensors.
     """
-    if name not in EXECUTORS:
-        legal = ", ".join(map(repr, EXECUTORS))
-        raise ValueError(f"executor={name!r} is unknown; legal: {legal}")
+    check_choice("executor", name, EXECUTORS)
     if name == "torch" or (name == "auto" and device.type != "cuda"):
         return "torch"
     why_not = _class_of("triton").why_not(device, q_dtype, kv_dtype)

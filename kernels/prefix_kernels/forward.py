@@ -198,8 +198,13 @@ def _attend_item(
         )
         scores = tl.dot(q, k.to(q.dtype), input_precision="ieee") * scale
         if HAS_CAP:
-            # cap * tanh(x / cap), and from here on in base 2
-            scores = (1 - 2 / (tl.exp2(scores * (2 * LOG2E / logit_cap)) + 1)) * (logit_cap * LOG2E)
+            # cap * tanh(x / cap), and from here on in base 2. Near 0 by the series: the quotient
+            # would lose the digits that a cap far above the scores leaves.
+            ratio = scores * (1 / logit_cap)
+            square = ratio * ratio
+            series = ratio * (1 - square * (1 / 3 - square * (2 / 15 - square * (17 / 315))))
+            quotient = 1 - 2 / (tl.exp2(ratio * (2 * LOG2E)) + 1)
+            scores = tl.where(square < 1 / 16, series, quotient) * (logit_cap * LOG2E)
         scores = tl.where((start + tokens < end)[None, :], scores, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1))
         shrink = tl.exp2(peak - new_peak)

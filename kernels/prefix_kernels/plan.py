@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
+from prefix_kernels.arguments import check_integer
+
 __all__ = ["AttentionShape", "PackPlan", "split_bounds", "verify_plan", "verify_slots"]
 
 IntArray = NDArray[np.int64]
@@ -26,6 +28,9 @@ class AttentionShape:
         num_qo_heads, num_kv_heads: heads on this rank; the first is a multiple of the second.
         head_dim, v_head_dim: elements per head of q and k, and of v.
         q_itemsize, kv_itemsize: bytes per element of q, and of the KV cache.
+
+    Raises:
+        ValueError: one of them is no positive integer, or query heads do not come in whole groups.
     """
 
     num_qo_heads: int
@@ -34,6 +39,15 @@ class AttentionShape:
     v_head_dim: int
     q_itemsize: int
     kv_itemsize: int
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            check_integer(field.name, getattr(self, field.name))
+        if self.num_qo_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_qo_heads={self.num_qo_heads}; legal: a multiple of "
+                f"num_kv_heads={self.num_kv_heads}"
+            )
 
     @property
     def group_size(self) -> int:
@@ -52,9 +66,14 @@ class AttentionShape:
         return self.num_qo_heads * self.head_dim * self.q_itemsize
 
     @property
+    def partial_size(self) -> int:
+        """Bytes that one partial takes."""
+        return self.num_qo_heads * (self.v_head_dim + 1) * _PARTIAL_ITEMSIZE
+
+    @property
     def partial_bytes(self) -> int:
         """Bytes moved to write one request's partial and to read it again."""
-        return self.num_qo_heads * (self.v_head_dim + 1) * _PARTIAL_ITEMSIZE * _PARTIAL_PASSES
+        return self.partial_size * _PARTIAL_PASSES
 
 
 @dataclass(frozen=True, slots=True, eq=False)

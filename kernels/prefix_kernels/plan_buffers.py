@@ -17,8 +17,10 @@ import triton
 import triton.language as tl
 from numpy.typing import NDArray
 
+from prefix_kernels.arguments import INT32_MAX
 from prefix_kernels.launch import launch
 from prefix_kernels.plan import AttentionShape, PackPlan
+from prefix_kernels.work_list import ITEM_FIELDS
 
 __all__ = [
     "HEADER_ITEMS",
@@ -51,7 +53,6 @@ HEADER_TAIL_OFFSET = HEADER_TAIL_START + 1  # [B] index in kv_slots
 HEADER_SOURCES = HEADER_TAIL_OFFSET + 1  # [packs, 4], see `copy_slots_kernel`
 HEADER_SIZE = 16
 
-_INT32_MAX = (1 << 31) - 1
 # Under overlap scheduling a plan may be copied while the one before is still on its way.
 _NUM_BUFFERS = 3
 _COPY_BLOCK = 1024
@@ -97,10 +98,13 @@ def serialize_plan(
     Raises:
         ValueError: an index does not fit into 32 bits.
     """
-    if max(plan.num_slots, len(partials), *(items.size for items in lists)) > _INT32_MAX:
+    num_items = sum(map(len, lists))
+    num_values = HEADER_SIZE + len(plan.queries) + len(partials) + num_items * ITEM_FIELDS
+    num_values += padded_batch_size + 1 + 2 * plan.batch_size + 4 * plan.num_packs
+    if max(plan.num_slots, num_values) > INT32_MAX:
         raise ValueError(
-            f"the plan has {plan.num_slots} kv_slots and {len(partials)} partials; "
-            f"legal: up to {_INT32_MAX} of each"
+            f"the plan has {plan.num_slots} kv_slots, {len(partials)} partials and {num_items} "
+            f"work items; legal: up to {INT32_MAX} kv_slots, and as many 32-bit values in all"
         )
     request_indptr = np.full(padded_batch_size + 1, plan.num_partials)
     request_indptr[: plan.batch_size + 1] = plan.request_indptr
@@ -275,6 +279,15 @@ _NUM_REQUESTS = tl.constexpr(HEADER_NUM_REQUESTS)
 _TAIL_START = tl.constexpr(HEADER_TAIL_START)
 _TAIL_OFFSET = tl.constexpr(HEADER_TAIL_OFFSET)
 _SOURCES = tl.constexpr(HEADER_SOURCES)
+_NO_SLOT = tl.constexpr(INT32_MAX)
+
+
+@triton.jit
+def _as_int32(slots):
+    """Slots in 32 bits; what does not fit becomes the nearest that does, which is none either."""
+    if slots.dtype == tl.int64:
+        slots = tl.minimum(tl.maximum(slots, -1), _NO_SLOT)
+    return slots.to(tl.int32)
 
 
 # Triton would compile anew for other values of what it specialises, also while serving. So numbers
@@ -305,7 +318,7 @@ def copy_slots_kernel(
     slots_ptr = req_to_token_ptr + row * row_stride + tl.load(source_ptr + 1)
     slots = tl.load(slots_ptr + within, mask=within < tokens)
     target_ptr = kv_slots_ptr + tl.load(source_ptr + 3)
-    tl.store(target_ptr + within, slots.to(tl.int32), mask=within < tokens)
+    tl.store(target_ptr + within, _as_int32(slots), mask=within < tokens)
     is_tail = (pack >= num_shared_packs) & (tl.program_id(1) == 0)
     tl.store(tail_lengths_ptr + pack - num_shared_packs, tokens, mask=is_tail)
 
@@ -338,7 +351,7 @@ def append_slots_kernel(
     length = tl.load(seq_lens_ptr + request, mask=exists, other=0).to(tl.int32)
     tail_length = length - tl.load(start_ptr, mask=exists, other=0)
     target = tl.load(offset_ptr, mask=exists, other=0) + tail_length - 1
-    slot = tl.load(new_slots_ptr + request, mask=exists, other=0).to(tl.int32)
+    slot = _as_int32(tl.load(new_slots_ptr + request, mask=exists, other=0))
     tl.store(kv_slots_ptr + target, slot, mask=exists & (tail_length > 0))
     tl.store(tail_lengths_ptr + request, tail_length, mask=exists)
     for kv_head in range(NUM_KV_HEADS):

@@ -8,6 +8,10 @@ everything is computed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -16,9 +20,13 @@ from prefix_kernels.executor import AttentionParams, PlanExecutor
 from prefix_kernels.plan import AttentionShape, PackPlan
 from prefix_kernels.torch_packs import Span, TorchPack, copy_slots, prepare_packs
 
-__all__ = ["TorchExecutor", "merge_partials"]
+__all__ = ["MergeBlock", "TorchExecutor", "merge_blocks", "merge_partials"]
 
 IntArray = NDArray[np.int64]
+
+# Partials merged at a time, padding included: 64 MiB of them at 32 query heads of head dim 128. A
+# request that has more is merged alone.
+MERGED_AT_ONCE = 4096
 
 
 class TorchExecutor(PlanExecutor):
@@ -42,8 +50,8 @@ class TorchExecutor(PlanExecutor):
         self._tail_lengths = np.zeros(0, dtype=np.int64)
         self._tails_are_cut = True
         self._num_partials = 0
-        self._request_indptr = torch.zeros(1, dtype=torch.int64, device=device)
-        self._max_partials_per_request = 0
+        self._batch_size = 0
+        self._merges: list[MergeBlock] = []
         self._partial_out = torch.empty(0, device=device)
         self._partial_lse = torch.empty(0, device=device)
 
@@ -75,8 +83,8 @@ class TorchExecutor(PlanExecutor):
             pack.cut(pack.planned_length, self.shape.num_qo_heads)
         self._tail_offset = plan.tail_offset
         self.set_tail_lengths(plan.seq_lens - plan.tail_start)
-        self._request_indptr = torch.from_numpy(plan.request_indptr).to(self.device)
-        self._max_partials_per_request = int(np.diff(plan.request_indptr).max())
+        self._batch_size = plan.batch_size
+        self._merges = merge_blocks(plan.request_indptr, self.device)
 
     def _reserve(self, plan: PackPlan) -> None:
         """Enlarge the buffers for a plan that needs more than those before."""
@@ -106,7 +114,7 @@ class TorchExecutor(PlanExecutor):
         params: AttentionParams,
     ) -> None:
         self._cut_tails()
-        batch, caches = self._request_indptr.shape[0] - 1, (k_cache, v_cache)
+        batch, caches = self._batch_size, (k_cache, v_cache)
         heads, v_head_dim = self.shape.num_kv_heads, self.shape.v_head_dim
         out[batch:].zero_()
         q, out = q[:batch], out[:batch]
@@ -136,8 +144,7 @@ class TorchExecutor(PlanExecutor):
         v_scale = params.v_scale
         if isinstance(v_scale, torch.Tensor) or v_scale != 1.0:
             out_by_head.mul_(_per_head(v_scale))
-        most = self._max_partials_per_request
-        merge_partials(partial_out, partial_lse, self._request_indptr, most, out, lse)
+        merge_partials(partial_out, partial_lse, self._merges, out, lse)
 
     def _cut_tails(self) -> None:
         """Cut the tails whose lengths have been set since the last run: once for all layers."""
@@ -214,11 +221,64 @@ def _per_head(scale: float | torch.Tensor) -> float | torch.Tensor:
     return scale
 
 
+class MergeBlock(NamedTuple):
+    """Requests ``[begin, end)``, merged as if each had as many partials as the one with most.
+
+    Attributes:
+        begin, end: batch rows.
+        first, last: their partials are ``[first, last)``.
+        numbers: [end - begin, most] of its partials; None where every request has as many.
+        missing: likewise, which of these a request does not have.
+    """
+
+    begin: int
+    end: int
+    first: int
+    last: int
+    numbers: torch.Tensor | None
+    missing: torch.Tensor | None
+
+
+def merge_blocks(request_indptr: IntArray, device: torch.device) -> list[MergeBlock]:
+    """Cut a batch into blocks that each take no more than :data:`MERGED_AT_ONCE` partials.
+
+    Most batches are one block. A request of a thousand partials beside a thousand of one would
+    otherwise be merged as a million.
+
+    Args:
+        request_indptr: [B + 1] request ``b`` owns partials ``indptr[b]`` to ``indptr[b + 1]``.
+        device: of the partials.
+    """
+    counts = np.diff(request_indptr)
+    bounds = [0, *_merge_cuts(counts, 0, len(counts)), len(counts)]
+    blocks = []
+    for begin, end in pairwise(bounds):
+        first, last = int(request_indptr[begin]), int(request_indptr[end])
+        most = int(counts[begin:end].max(initial=0))
+        owned = missing = None
+        if last - first < (end - begin) * most:
+            numbers = request_indptr[begin:end, None] + np.arange(most)
+            absent = numbers >= request_indptr[begin + 1 : end + 1, None]
+            numbers[absent] = first
+            owned, missing = (torch.from_numpy(part).to(device) for part in (numbers, absent))
+        blocks.append(MergeBlock(begin, end, first, last, owned, missing))
+    return blocks
+
+
+def _merge_cuts(counts: IntArray, begin: int, end: int) -> list[int]:
+    """Where to cut requests ``[begin, end)``: in the middle, until each part is small enough."""
+    size = end - begin
+    if size < 2 or size * int(counts[begin:end].max()) <= MERGED_AT_ONCE:
+        return []
+    middle = begin + size // 2
+    left, right = _merge_cuts(counts, begin, middle), _merge_cuts(counts, middle, end)
+    return [*left, middle, *right]
+
+
 def merge_partials(
     partial_out: torch.Tensor,
     partial_lse: torch.Tensor,
-    request_indptr: torch.Tensor,
-    max_partials_per_request: int,
+    blocks: Sequence[MergeBlock],
     out: torch.Tensor,
     lse: torch.Tensor | None = None,
 ) -> None:
@@ -231,28 +291,35 @@ def merge_partials(
     Args:
         partial_out: [num_partials, Hq, Dv] float32, each normalised by its own softmax sum.
         partial_lse: [num_partials, Hq] float32, natural log.
-        request_indptr: [B + 1] int64; request ``b`` owns partials ``indptr[b]`` to
-            ``indptr[b + 1]``, at least one with lse > -inf.
-        max_partials_per_request: largest number of partials of one request (host integer).
+        blocks: of :func:`merge_blocks`; every request has a partial with lse > -inf.
         out: [B, Hq, Dv], any float dtype; written.
         lse: [B, Hq] float32; written where given.
     """
-    batch = out.shape[0]
-    width = max_partials_per_request
-    if width == 1:
-        out.copy_(partial_out)
+    for block in blocks:
+        own = slice(block.begin, block.end)
+        _merge_block(partial_out, partial_lse, block, out[own], None if lse is None else lse[own])
+
+
+def _merge_block(
+    partial_out: torch.Tensor,
+    partial_lse: torch.Tensor,
+    block: MergeBlock,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+) -> None:
+    """:func:`merge_partials` of one block, whose rows ``out`` and ``lse`` are."""
+    own, batch = slice(block.first, block.last), block.end - block.begin
+    if block.last - block.first == batch:
+        out.copy_(partial_out[own])
         if lse is not None:
-            lse.copy_(partial_lse)
+            lse.copy_(partial_lse[own])
         return
-    if partial_out.shape[0] == batch * width:  # every request has as many: nothing to gather
-        values = partial_out.view(batch, width, *out.shape[1:])
-        logs = partial_lse.view(batch, width, out.shape[1])
+    if block.numbers is None or block.missing is None:  # as many each: nothing to gather
+        values = partial_out[own].view(batch, -1, *out.shape[1:])
+        logs = partial_lse[own].view(batch, -1, out.shape[1])
     else:
-        index = request_indptr[:-1, None] + torch.arange(width, device=request_indptr.device)
-        missing = index >= request_indptr[1:, None]
-        index = index.masked_fill_(missing, 0)
-        values = partial_out[index]
-        logs = partial_lse[index].masked_fill_(missing[..., None], -torch.inf)
+        values = partial_out[block.numbers]
+        logs = partial_lse[block.numbers].masked_fill_(block.missing[..., None], -torch.inf)
     total = torch.logsumexp(logs, dim=1)
     weights = torch.exp(logs - total[:, None])
     # Not a plain product: an unused partial may hold anything, and 0 * nan is nan.

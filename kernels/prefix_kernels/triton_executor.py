@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from triton.runtime.interpreter import InterpretedFunction
 
+from prefix_kernels.arguments import INT32_MAX, check_choice
 from prefix_kernels.executor import AttentionParams, PlanExecutor
 from prefix_kernels.forward import pack_forward_kernel
 from prefix_kernels.launch import launch
@@ -25,6 +26,7 @@ from prefix_kernels.tiles import (
     TileShape,
     choose_launches,
     next_power_of_two,
+    row_classes,
     widest_block,
 )
 from prefix_kernels.work_list import TILE_CLASS_FIELD, build_work_list
@@ -66,10 +68,14 @@ class TritonExecutor(PlanExecutor):
         check_slots: bool = False,
     ) -> None:
         super().__init__(shape, device, check_slots=check_slots)
-        for name, value, legal in (("mode", mode, LAUNCH_MODES), ("merge", merge, MERGE_MODES)):
-            if value not in legal:
-                raise ValueError(f"{name}={value!r}; legal: {', '.join(map(repr, legal))}")
+        check_choice("mode", mode, LAUNCH_MODES)
+        check_choice("merge", merge, MERGE_MODES)
         tile_shape = TileShape.of(shape)
+        if not row_classes(tile_shape):
+            raise ValueError(
+                f"v_head_dim={shape.v_head_dim} has no tile of the Triton kernels; legal: less, or "
+                "the executor 'torch'"
+            )
         if device.type == "cuda":
             major, _ = torch.cuda.get_device_capability(device)
             gpu = torch.cuda.get_device_name(device)
@@ -152,13 +158,15 @@ class TritonExecutor(PlanExecutor):
             lists = [items]
         else:
             lists = [items[items[:, TILE_CLASS_FIELD] == one.work_list] for one in launches]
-        self._launches = []
+        if len(items) * self.shape.num_kv_heads > INT32_MAX:
+            raise ValueError(f"the plan has {len(items)} work items; legal: 2**31 tiles in all")
+        serialized = serialize_plan(plan, lists, partials, padded_batch_size)
+        self._buffers.load(plan, serialized, req_to_token, req_pool_indices, padded_batch_size)
+        self._launches = []  # from here on nothing is refused
         for one, own in zip(launches, lists, strict=True):
             num_tiles = None if is_fixed else len(own) * self.shape.num_kv_heads
             num_programs = one.num_programs(self._tile_shape, self._num_sms, num_tiles)
             self._launches.append((one, num_programs))
-        serialized = serialize_plan(plan, lists, partials, padded_batch_size)
-        self._buffers.load(plan, serialized, req_to_token, req_pool_indices, padded_batch_size)
         self._num_slots = plan.num_slots
         self._needs_merge = (
             self._launches_are_fixed

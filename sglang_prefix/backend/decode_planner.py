@@ -28,7 +28,7 @@ from sglang_prefix.backend.decode_batch import DecodeBatch
 from sglang_prefix.backend.path_cache import PathCache
 from sglang_prefix.backend.workspace import Workspace
 from sglang_prefix.checks import check_same_sharing
-from sglang_prefix.forest import PrefixForest
+from sglang_prefix.forest import PrefixForest, forest_of_neighbours, forest_of_table
 from sglang_prefix.gate import Gate
 from sglang_prefix.packing.planner import PackPlanner
 
@@ -124,6 +124,8 @@ class DecodePlanner:
         self.groups = groups
         self.on_plan = on_plan
         sizes = [group.workspace.capacity.batch_rows for group in groups if group.workspace]
+        # Each request has a partial.
+        sizes += [most for group in groups if (most := group.planner.max_partials) is not None]
         self.max_batch_size = min(sizes, default=None)
         self._schedule = schedule
         self._counters = counters
@@ -267,6 +269,8 @@ class DecodePlanner:
         if not self.fits(batch):
             return "workspace"
         plans = [group.planner.plan(forest) for group in self.groups]
+        if any(plan.refused_partials for plan in plans):
+            return "workspace"
         if self._gate is not None:
             layers = [group.num_layers for group in self.groups]
             decision = self._gate.choose(list(zip(plans, layers, strict=True)), forest)
@@ -314,9 +318,7 @@ class DecodePlanner:
             known_paths, known_limits = path_of, limits
             path_of, limits = (np.full(len(reqs), nothing) for nothing in (-1, 0))
             path_of[settled], limits[settled] = known_paths, known_limits
-        forest = PrefixForest.from_path_table(
-            found.table, path_of, limits, lens, page_size=self.page_size
-        )
+        forest = forest_of_table(found.table, path_of, limits, lens, page_size=self.page_size)
         if self._verify:
             rows = self._slot_rows(batch, lens)
             check_same_sharing(
@@ -333,7 +335,7 @@ class DecodePlanner:
 def _private_forest(lens: IntArray) -> PrefixForest:
     """A forest in which nobody shares anything."""
     nothing = np.zeros(max(len(lens) - 1, 0), dtype=np.int64)
-    return PrefixForest.from_neighbours(np.arange(len(lens)), nothing, lens)
+    return forest_of_neighbours(np.arange(len(lens)), nothing, lens)
 
 
 def _has_same_pool_indices(planned: _Planned, batch: DecodeBatch) -> bool:

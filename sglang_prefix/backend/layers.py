@@ -145,8 +145,12 @@ def _build_group(
     name = choose_executor(config.executor, device, model_runner.dtype, kv_dtype)
     options: dict[str, Any] = {}
     workspace = None
+    budget = config.workspace_mib * 2**20 // num_groups
+    # The torch executor takes memory when it needs it; this is what it may come to need.
+    max_partials = max(1, budget // shape.partial_size)
     if name == "triton":
-        workspace = _workspace_of(model_runner, shape, config, num_groups)
+        workspace = _workspace_of(model_runner, shape, config, budget)
+        max_partials = workspace.max_partials
         options = {
             "capacity": workspace.capacity,
             "mode": config.launch_mode,
@@ -157,13 +161,13 @@ def _build_group(
         shape,
         profile_for(name, executor.max_block_rows),
         policy=config.policy,
-        max_partials=workspace.max_partials if workspace else None,
+        max_partials=max_partials,
     )
     return LayerGroup(planner, executor, num_layers, workspace)
 
 
 def _workspace_of(
-    model_runner: ModelRunner, shape: AttentionShape, config: PrefixConfig, num_groups: int
+    model_runner: ModelRunner, shape: AttentionShape, config: PrefixConfig, budget: int
 ) -> Workspace:
     from prefix_kernels.tiles import TileShape, widest_block
 
@@ -175,7 +179,7 @@ def _workspace_of(
         context_len=model_runner.model_config.context_len,
         reserved_tail_slots=RESERVED_TAIL_SLOTS,
         max_block_rows=widest_block(config.launch_mode, TileShape.of(shape)),
-        budget=config.workspace_mib * 2**20 // num_groups,
+        budget=budget,
     )
 
 

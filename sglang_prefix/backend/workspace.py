@@ -11,7 +11,6 @@ from prefix_kernels.work_list import ITEM_FIELDS
 __all__ = ["Workspace", "size_workspace"]
 
 _INT32 = 4
-_FLOAT32 = 4
 # Beside its items: its place in `queries` and in `partials`, and the source of its pack.
 _INTS_PER_PARTIAL = 2 + 4
 # Beside those: bounds of its partials, start and offset of its tail.
@@ -24,8 +23,8 @@ class Workspace:
 
     Attributes:
         capacity: sizes of the device buffers.
-        max_partials: partials that a plan may have; the planner lowers splits, then sharing, to
-            stay below.
+        max_partials: partials that a plan may have; the planner gives up splits to stay below, and
+            a batch whose sharing alone has more is left to the stock backend.
         sure_batch_size: batches up to this many requests fit whatever they share, at any length
             up to the context length. Larger ones fit if they are short enough.
         num_bytes: device memory of all buffers.
@@ -68,7 +67,7 @@ def size_workspace(
     """
     blocks = -(-shape.group_size // max_block_rows)
     partial_ints = _INTS_PER_PARTIAL + ITEM_FIELDS * blocks
-    partial_bytes = shape.num_qo_heads * (shape.v_head_dim + 1) * _FLOAT32 + partial_ints * _INT32
+    partial_bytes = shape.partial_size + partial_ints * _INT32
     row_bytes = (_INTS_PER_REQUEST + 1 + shape.num_kv_heads) * _INT32
     request_slots = context_len + reserved_tail_slots
     # Half the budget is enough for partials; twice as many as rows let one pack be split.

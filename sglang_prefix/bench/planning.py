@@ -25,7 +25,7 @@ from sglang_prefix.backend.decode_planner import DecodePlanner, LayerGroup
 from sglang_prefix.backend.path_cache import PathCache
 from sglang_prefix.bench.timing import host_seconds, interleaved
 from sglang_prefix.bench.workloads.trees import TreeBatch, pat_tree
-from sglang_prefix.forest import PathTable, PrefixForest
+from sglang_prefix.forest import PathTable, PrefixForest, forest_of_table
 from sglang_prefix.packing import CPU_PROFILE, GPU_PROFILE, AttentionShape
 from sglang_prefix.packing.planner import PackPlanner
 
@@ -54,7 +54,7 @@ def measure_planning(num_requests: int, rounds: int, seed: int) -> dict[str, Any
     lens = limits + 1
 
     def make_forest() -> PrefixForest:
-        return PrefixForest.from_path_table(table, path_of, limits, lens)
+        return forest_of_table(table, path_of, limits, lens, page_size=1)
 
     def make_work_list() -> NDArray[np.int32]:
         items, partials = build_work_list(gpu_plan, SHAPE.group_size, list(FUSED_ROWS))

@@ -50,10 +50,13 @@ class CostedPlan(PackPlan):
     Attributes:
         kv_tokens_unique: KV tokens of the batch with every shared one counted once.
         costs: shape and device that the plan was made for.
+        refused_partials: partials of the plan that the policy gave, where a bound did not allow
+            them and this one shares nothing instead; 0 where the policy's is in use.
     """
 
     kv_tokens_unique: int
     costs: CostModel
+    refused_partials: int
 
     @classmethod
     def build(
@@ -65,6 +68,7 @@ class CostedPlan(PackPlan):
         reserved_tail_slots: int,
         kv_tokens_unique: int,
         costs: CostModel,
+        refused_partials: int = 0,
     ) -> CostedPlan:
         """Lay packs out: tails behind the shared packs, slots and partials by prefix sums.
 
@@ -75,6 +79,7 @@ class CostedPlan(PackPlan):
             reserved_tail_slots: tokens that each tail may grow by before a new plan is needed.
             kv_tokens_unique: the forest's unique tokens, for the statistics.
             costs: shape and device that the plan was made for.
+            refused_partials: of the plan that this one stands in for; 0 for none.
         """
         laid_out = lay_out(
             packs.start,
@@ -86,7 +91,9 @@ class CostedPlan(PackPlan):
             num_splits,
             reserved_tail_slots,
         )
-        return cls(seq_lens, *laid_out, reserved_tail_slots, kv_tokens_unique, costs)
+        return cls(
+            seq_lens, *laid_out, reserved_tail_slots, kv_tokens_unique, costs, refused_partials
+        )
 
     @property
     def kv_tokens_read(self) -> int:

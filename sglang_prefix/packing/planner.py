@@ -7,6 +7,7 @@ from functools import cache
 
 import numpy as np
 
+from prefix_kernels.arguments import INT64_MAX, check_integer, refusal
 from sglang_prefix.forest import PrefixForest, RadixPath
 from sglang_prefix.packing import (
     CPU_PROFILE,
@@ -65,11 +66,11 @@ class PackPlanner:
         policy: name of the packing policy.
         max_partials: upper bound on a plan's partials; None for no bound. A plan over it loses
             its splits first and its sharing next, so a bound of at least the batch size always
-            holds.
+            holds. Nothing of the size of the refused plan is made.
         reserved_tail_slots: tokens that each tail may grow by.
 
     Raises:
-        ValueError: the policy is unknown.
+        ValueError: the policy is unknown, or a number is no integer that it can be.
     """
 
     def __init__(
@@ -83,8 +84,10 @@ class PackPlanner:
     ) -> None:
         self.costs = CostModel(shape, device)
         self.policy_name = policy
+        if max_partials is not None:
+            max_partials = check_integer("max_partials", max_partials, most=INT64_MAX)
         self.max_partials = max_partials
-        self.reserved_tail_slots = reserved_tail_slots
+        self.reserved_tail_slots = check_integer("reserved_tail_slots", reserved_tail_slots, 0)
         self._policy = policy_named(policy)
         warm_up()
         self._query_policy = policy_named("query")
@@ -95,24 +98,29 @@ class PackPlanner:
         Raises:
             ValueError: the batch has more requests than partials are allowed.
         """
+        if not isinstance(forest, PrefixForest):
+            raise refusal("forest", forest, "a PrefixForest")
         if self.max_partials is not None and forest.batch_size > self.max_partials:
             raise ValueError(
                 f"max_partials={self.max_partials} is below the batch size {forest.batch_size}; "
                 "legal: at least one partial per request"
             )
         packs = self._policy(forest, self.costs)
+        least = len(packs.queries) + forest.batch_size  # without splits: one per pack and query
+        if not self._allows(least):
+            private = self._query_policy(forest, self.costs)
+            return self._lay_out(private, forest, split=False, refused_partials=least)
         plan = self._lay_out(packs, forest, split=True)
-        if self._fits(plan):
+        if self._allows(plan.num_partials):
             return plan
-        plan = self._lay_out(packs, forest, split=False)
-        if self._fits(plan):
-            return plan
-        return self._lay_out(self._query_policy(forest, self.costs), forest, split=False)
+        return self._lay_out(packs, forest, split=False)
 
-    def _fits(self, plan: CostedPlan) -> bool:
-        return self.max_partials is None or plan.num_partials <= self.max_partials
+    def _allows(self, num_partials: int) -> bool:
+        return self.max_partials is None or num_partials <= self.max_partials
 
-    def _lay_out(self, packs: Packs, forest: PrefixForest, *, split: bool) -> CostedPlan:
+    def _lay_out(
+        self, packs: Packs, forest: PrefixForest, *, split: bool, refused_partials: int = 0
+    ) -> CostedPlan:
         if split:
             num_splits = choose_num_splits(packs, forest.seq_lens, self.costs)
         else:
@@ -124,4 +132,5 @@ class PackPlanner:
             reserved_tail_slots=self.reserved_tail_slots,
             kv_tokens_unique=forest.unique_tokens,
             costs=self.costs,
+            refused_partials=refused_partials,
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from prefix_kernels.arguments import check_choice
 from sglang_prefix.forest import PrefixForest
 from sglang_prefix.packing.cost import CostModel
 from sglang_prefix.packing.packs import Packs, PacksBuilder
@@ -76,6 +77,4 @@ def policy_named(name: str) -> PackPolicy:
     Raises:
         ValueError: the name is unknown; the message lists the legal ones.
     """
-    if not isinstance(name, str) or name not in POLICIES:
-        raise ValueError(f"policy={name!r} is unknown; legal: {', '.join(map(repr, POLICIES))}")
-    return POLICIES[name]
+    return POLICIES[check_choice("policy", name, POLICIES)]

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from prefix_kernels.tiles import LAUNCH_MODES, MERGE_MODES
-from prefix_kernels.torch_executor import merge_partials
+from prefix_kernels.torch_executor import merge_blocks, merge_partials
 from sglang_prefix.bench.packed_attention import PackedAttention
 from sglang_prefix.bench.providers.base import Provider, ProviderMaker
 from sglang_prefix.bench.workloads.inputs import AttentionInputs
@@ -68,12 +68,10 @@ class TorchOurs(_Ours):
     def __init__(self, inputs: AttentionInputs, policy: str) -> None:
         super().__init__(inputs, policy)
         num_partials, heads = self._plan.num_partials, inputs.heads
-        indptr = torch.from_numpy(self._plan.request_indptr)
         self._partials = (
             torch.full((num_partials, heads.qo, heads.v_dim), 0.5),
             torch.randn(num_partials, heads.qo),
-            indptr,
-            int(indptr.diff().max()),
+            merge_blocks(self._plan.request_indptr, torch.device("cpu")),
             torch.empty_like(inputs.out),
         )
 
