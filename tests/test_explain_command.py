@@ -51,7 +51,7 @@ class TestCommand:
             ("neighbours seq_lens", [9, 9, "x", 9], "seq_lens.2: Input should be a valid integer"),
             ("plans 0 policy", "PAT", "plans.0.policy: String should match pattern '^(pat|node"),
             ("plans 0 shape", {}, "'plans.0.shape.num_qo_heads' is missing"),
-            ("plans 0 shape num_kv_heads", 3, "no multiple of its KV heads"),
+            ("plans 0 shape num_kv_heads", 3, "a multiple of num_kv_heads=3"),
         ],
     )
     def test_a_damaged_file_is_one_clear_line(

@@ -77,15 +77,13 @@ def _one_of(legal: Iterable[str]) -> Any:
 
 
 def _amounts(found: AttentionShape | DeviceProfile) -> Any:
-    """Check numbers: counts begin at 1, other amounts at 0; heads come in whole groups."""
+    """Check numbers: counts begin at 1, other amounts at 0."""
     for name, value in asdict(found).items():
         if isinstance(value, str):
             if len(_printable(value)) > _MAX_TEXT:
                 raise ValueError(f"{name} is longer than {_MAX_TEXT} characters")
         elif not int(isinstance(value, int)) <= value <= _MOST[name]:
             raise ValueError(f"{name} is {value}")
-    if isinstance(found, AttentionShape) and found.num_qo_heads % found.num_kv_heads:
-        raise ValueError("its query heads are no multiple of its KV heads")
     return found
 
 

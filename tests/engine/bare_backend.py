@@ -81,6 +81,9 @@ def make_runner(
     return runner
 
 
+_OVER_TRITON = "--attention-backend triton --decode-attention-backend prefix"
+
+
 class Bench:
     """A backend over real pools that hold six requests with a shared prefix, two layers."""
 
@@ -95,7 +98,7 @@ class Bench:
             for name, value in zip(("k_scale", "v_scale"), scales, strict=True):
                 setattr(layer, name, torch.nn.Parameter(torch.tensor(value), requires_grad=False))
                 setattr(layer, f"{name}_float", value)
-        runner = make_runner(self.layers, kv_dtype=kv_dtype, context_len=2048)
+        runner = make_runner(self.layers, kv_dtype=kv_dtype, context_len=2048, flags=_OVER_TRITON)
         self.pool, self.requests = runner.token_to_kv_pool, runner.req_to_token_pool
         self.stock = TorchNativeAttnBackend(runner)
         # Stock in name only: torch_native ignores scales, so we leave it layers that have some.
