@@ -13,6 +13,7 @@ from sglang_prefix.cli.explain import explain
 from sglang_prefix.cli.kernels import kernels
 from sglang_prefix.cli.output import Command, JsonCommand
 from sglang_prefix.cli.report import report
+from sglang_prefix.cli.smollm2 import smollm2
 from sglang_prefix.cli.tiny_model import tiny_model
 
 __all__ = ["app", "main"]
@@ -29,6 +30,7 @@ app = typer.Typer(
 app.command("exec", cls=Command, context_settings={"allow_interspersed_args": False})(exec_command)
 app.command("doctor", cls=JsonCommand)(doctor)
 app.command("tiny-model", cls=JsonCommand)(tiny_model)
+app.command("smollm2", cls=JsonCommand)(smollm2)
 app.command("demo", cls=JsonCommand)(demo)
 app.command("explain", cls=JsonCommand)(explain)
 app.command("kernels", cls=JsonCommand)(kernels)
