@@ -58,6 +58,7 @@ _ASKED = (
 )
 SAMPLED = "Write one sentence that invites a friend to Paris."
 _TEMPERATURE = 0.7
+_TOP = 5
 
 
 def questions(count: int) -> list[str]:
@@ -70,9 +71,7 @@ def questions(count: int) -> list[str]:
     ]
 
 
-def document_prompts(
-    tokenizer: Any, asked: list[str], document_tokens: int
-) -> list[list[int]]:
+def document_prompts(tokenizer: Any, asked: list[str], document_tokens: int) -> list[list[int]]:
     """One prompt for each question, all about the same document.
 
     Args:
@@ -102,3 +101,44 @@ def _document(tokenizer: Any, length: int) -> list[int]:
         for country in _COUNTRIES:
             tokens += tokenizer.encode(_FACT.format(*country), add_special_tokens=False)
     return tokens[:length]
+
+
+def ask(engine: Any, prompts: list[list[int]], num_greedy: int, tokens: int) -> dict[str, Any]:
+    """Answers to all prompts at once, with an empty cache before; runs in the engine's process.
+
+    Args:
+        engine: SGLang's.
+        prompts: token ids of each request.
+        num_greedy: so many are answered greedily, those after them are sampled.
+        tokens: length of every answer.
+
+    Returns:
+        "tokens": ids by request. "logprobs": of the greedy ones, see `top_logprobs`. "first_s":
+        seconds until all have their first token. "step_us": see `full_batch`.
+    """
+    flush(engine)
+    sampling = [
+        greedy(tokens) | ({} if number < num_greedy else {"temperature": _TEMPERATURE})
+        for number in range(len(prompts))
+    ]
+    times: dict[int, list[tuple[float, int]]] = {}
+    newest: dict[int, dict[str, Any]] = {}
+    began = time.perf_counter()
+    for chunk in engine.generate(
+        input_ids=prompts,
+        sampling_params=sampling,
+        stream=True,
+        return_logprob=True,
+        top_logprobs_num=_TOP,
+    ):
+        index, meta = chunk["index"], chunk["meta_info"]
+        times.setdefault(index, []).append((time.perf_counter(), meta["completion_tokens"]))
+        newest[index] = chunk
+    done = [newest[index] for index in range(len(prompts))]
+    finished = [times[index][-1][0] for index in range(len(prompts))]
+    return {
+        "tokens": [one["output_ids"] for one in done],
+        "logprobs": [top_logprobs(one["meta_info"]) for one in done[:num_greedy]],
+        "first_s": max(chunks[0][0] for chunks in times.values()) - began,
+        "step_us": full_batch(times[len(prompts) - 1], finished),
+    }
