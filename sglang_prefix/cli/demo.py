@@ -1,10 +1,10 @@
-"""`sglang-prefix demo`: the same forked requests through stock SGLang and through our backend."""
+"""`sglang-prefix demo`: the same questions through stock SGLang and through our backend."""
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -14,14 +14,9 @@ import typer
 
 from sglang_prefix.bench.engine import EngineProcess, engine_environment
 from sglang_prefix.bench.hooks import zeros
-from sglang_prefix.cli.demo_workload import forked_prompts
-from sglang_prefix.cli.options import (
-    MAX_REPEATS,
-    MAX_REQUESTS,
-    JsonOption,
-    loadable_model,
-    picture_to_write,
-)
+from sglang_prefix.bench.serving.compare import LOGPROB_LIMITS, compare_logprobs
+from sglang_prefix.cli.demo_workload import SAMPLED, document_prompts, questions
+from sglang_prefix.cli.options import JsonOption, loadable_model, picture_to_write
 from sglang_prefix.cli.output import console, fail, say, write_json
 
 if TYPE_CHECKING:
@@ -34,11 +29,19 @@ __all__ = ["demo"]
 _READ_SLACK = 1.5
 _MIN_PACKED_SHARE = 0.9
 _MIN_CHANGED_SHARE = 0.5
+_CONTROL_REQUESTS, _CONTROL_TOKENS = 8, 8
+_SHOWN_ANSWERS, _SHOWN_SAMPLES = 4, 2
 _PICTURES = (".html", ".svg")
-# Of the tiny model's KV on the CPU, 2 GiB; the longest question has fewer than 128.
-_MAX_PROMPT, _MAX_BATCH_TOKENS, _QUESTION_TOKENS = 1 << 15, 1 << 20, 128
-_DECODE = "sglang_prefix.cli.demo_workload:decode"
+# Of the KV of a batch on the CPU, and of a prompt below its document.
+_MAX_DOCUMENT, _MAX_BATCH_TOKENS, _QUESTION_TOKENS = 1 << 15, 1 << 20, 256
+_RANDOM = "tiny random model"
+_ASK = "sglang_prefix.cli.demo_workload:ask"
 _COUNTERS = "sglang_prefix.bench.engine:counters"
+_BACKENDS = ("stock", "prefix")
+_PREFILL = """
+Prefill is SGLang's own on both sides. Its CPU backend computes the attention of the cached document
+again for each request: that is the time to the first tokens, and no part of the decode steps.
+"""
 _HOW_TO_READ = """
 The last batch as a tree. A node is KV that several requests share, its readers; a pack reads it
 once for all of them. Below are the requests, with what each holds alone.
@@ -49,26 +52,23 @@ def demo(
     model_path: Annotated[
         str | None,
         typer.Option(
-            help="Model to run. Default: a tiny random one, made here.", callback=loadable_model
+            help="Model to run. Default: SmolLM2-135M-Instruct, fetched once, 93 MB.",
+            callback=loadable_model,
         ),
     ] = None,
     requests: Annotated[
-        int, typer.Option(min=16, max=MAX_REQUESTS, help="Requests in the batch.")
+        int, typer.Option(min=16, max=96, help="Questions about one document.")
     ] = 16,
-    system_tokens: Annotated[int, typer.Option(min=1500, max=_MAX_PROMPT)] = 1536,
-    branch_tokens: Annotated[int, typer.Option(min=16, max=_MAX_PROMPT)] = 256,
-    branches: Annotated[
-        int, typer.Option(min=2, max=MAX_REQUESTS, help="Forks below the system prompt.")
-    ] = 4,
-    new_tokens: Annotated[int, typer.Option(min=32, max=_MAX_PROMPT)] = 32,
-    rounds: Annotated[
-        int, typer.Option(min=1, max=MAX_REPEATS, help="Timed rounds; the median counts.")
-    ] = 3,
+    samples: Annotated[
+        int, typer.Option(min=2, max=256, help="Samples of one more request about it.")
+    ] = 8,
+    document_tokens: Annotated[int, typer.Option(min=500, max=_MAX_DOCUMENT)] = 2000,
+    new_tokens: Annotated[int, typer.Option(min=16, max=_MAX_DOCUMENT)] = 24,
     dtype: Annotated[
-        Literal["auto", "half", "float16", "bfloat16", "float", "float32"] | None,
+        list[Literal["auto", "half", "float16", "bfloat16", "float", "float32"]] | None,
         typer.Option(
-            help="Default: float32 on the CPU, where tokens must be equal; auto, the model's, on "
-            "a GPU."
+            help="May be repeated. Default: float32, where tokens must be equal, and bfloat16; "
+            "on a GPU auto, the model's."
         ),
     ] = None,
     picture: Annotated[
@@ -81,17 +81,16 @@ def demo(
     ] = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Compare stock decode with prefix decode in the real engine: tokens, KV read, time.
+    """Compare stock decode with prefix decode in the real engine: answers, KV read, time.
 
     Ends with a tree of the last batch: what it shares, and how it was packed.
     """
     if picture is not None and picture.suffix not in _PICTURES:
         fail(f"--picture is {picture}; legal: a name that ends in {' or '.join(_PICTURES)}", 2)
-
-    longest = system_tokens + branch_tokens + _QUESTION_TOKENS + new_tokens
-    if max(requests, branches) * longest > _MAX_BATCH_TOKENS:
+    longest = document_tokens + _QUESTION_TOKENS + new_tokens
+    if (requests + samples) * longest > _MAX_BATCH_TOKENS:
         fail(
-            f"--requests is {requests} and --branches {branches}, of up to {longest:,} tokens; "
+            f"--requests is {requests} and --samples {samples}, of up to {longest:,} tokens; "
             f"legal: up to {_MAX_BATCH_TOKENS:,} tokens in all",
             2,
         )
@@ -100,58 +99,83 @@ def demo(
     from sglang_prefix.explain.sources import load_tokenizer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = dtype or ("float32" if device == "cpu" else "auto")
     out = console(json_file)
     with tempfile.TemporaryDirectory(prefix="sglang-prefix-demo-") as folder:
         root = Path(folder)
-        model = model_path or _make_model(root / "model", longest)
+        model, name = (
+            (model_path, model_path) if model_path else _make_model(root / "model", longest, out)
+        )
+        dtypes: Sequence[str] = dtype or _default_dtypes(device, name)
         try:
             tokenizer = load_tokenizer(model)
         except ValueError as error:
             fail(str(error))
-        prompts = forked_prompts(
-            tokenizer,
-            requests=requests,
-            system_tokens=system_tokens,
-            branch_tokens=branch_tokens,
-            branches=branches,
-        )
-        arguments = {
-            "model_path": model,
-            "device": device,
-            "dtype": kind,
-            "random_seed": 0,
-            "log_level": "warning",
-        }
-        if device == "cpu":
-            arguments["mem_fraction_static"] = 0.7
-            # Room for the whole batch without sharing: both engines run it in one piece.
-            longest = max(map(len, prompts)) + new_tokens
-            arguments["max_total_tokens"] = requests * longest + 4096
-        else:
-            # This release packs on the GPU without graphs only; both engines run alike.
-            arguments["disable_cuda_graph"] = True
-        stock = _run_engine(root, "stock", arguments, prompts, new_tokens, rounds, out)
-        arguments["decode_attention_backend"] = "prefix"
-        prefix = _run_engine(root, "prefix", arguments, prompts, new_tokens, rounds, out)
-    model = model_path or "tiny random model"
-    report = {"device": device, "backend": "prefix", "model": model, "dtype": kind}
-    report |= _compare(stock, prefix, prompts, new_tokens, must_be_equal=kind == "float32")
+        asked = questions(requests) + [SAMPLED] * samples
+        prompts = document_prompts(tokenizer, asked, document_tokens)
+        runs = []
+        for one in dtypes:
+            arguments = _arguments(model, device, one, prompts, new_tokens)
+            found = {
+                backend: _run_engine(root, backend, arguments, prompts, requests, new_tokens, out)
+                for backend in _BACKENDS
+            }
+            runs.append({"dtype": one} | _compare(found, prompts, requests, new_tokens))
+    problems = [f"{run['dtype']}: {problem}" for run in runs for problem in _problems(run)]
+    report = {"device": device, "backend": "prefix", "model": name, "runs": runs}
+    _show_answers(runs[0], asked, requests, tokenizer, out)
     _print_table(report, out)
-    _show_last_plan(report, picture, out)
-    write_json(report, json_file)
-    if report["problems"]:
-        fail("; ".join(report["problems"]))
+    problems += _show_last_plan(runs[-1], picture, out)
+    write_json(report | {"problems": problems}, json_file)
+    if problems:
+        fail("; ".join(problems))
 
 
-def _make_model(directory: Path, longest: int) -> str:
-    """A model of few weights and much attention, so that decode attention is what takes time."""
+def _make_model(directory: Path, longest: int, out: Console) -> tuple[str, str]:
+    """A model and what it is called: one that answers, or where it cannot be fetched, a random one.
+
+    The random one has few weights and much attention.
+    """
+    from sglang_prefix.smollm2 import NAME, build_smollm2
     from sglang_prefix.tiny_model import TinyModelConfig, build_tiny_model
 
-    default = TinyModelConfig(num_layers=2, num_heads=8, num_kv_heads=2, head_dim=64)
-    config = replace(default, context_length=max(longest, default.context_length))
-    build_tiny_model(directory, config)
-    return str(directory)
+    try:
+        with out.status(f"{NAME}: fetch and unpack"):
+            build_smollm2(directory)
+    except RuntimeError as error:
+        say(out, f"{error}: a tiny random model answers instead")
+        config = TinyModelConfig(head_dim=64)
+        build_tiny_model(
+            directory, replace(config, context_length=max(longest, config.context_length))
+        )
+        return str(directory), _RANDOM
+    return str(directory), NAME
+
+
+def _default_dtypes(device: str, model: str) -> Sequence[str]:
+    if device != "cpu":
+        return ["auto"]
+    # Random weights put out logits that no rounding of 8 bits leaves in place.
+    return ["float32"] if model == _RANDOM else ["float32", "bfloat16"]
+
+
+def _arguments(
+    model: str, device: str, dtype: str, prompts: list[list[int]], new_tokens: int
+) -> dict[str, Any]:
+    """Of both engines."""
+    arguments: dict[str, Any] = {
+        "model_path": model,
+        "device": device,
+        "dtype": dtype,
+        "random_seed": 0,
+        "log_level": "warning",
+    }
+    if device != "cpu":
+        # This release packs on the GPU without graphs only; both engines run alike.
+        return arguments | {"disable_cuda_graph": True}
+    # Room for the whole batch without sharing: both engines run it in one piece.
+    longest = max(map(len, prompts)) + new_tokens
+    room = len(prompts) * longest + 4096
+    return arguments | {"mem_fraction_static": 0.7, "max_total_tokens": room}
 
 
 def _run_engine(
@@ -159,137 +183,190 @@ def _run_engine(
     backend: str,
     arguments: Mapping[str, Any],
     prompts: list[list[int]],
+    num_greedy: int,
     new_tokens: int,
-    rounds: int,
     out: Console,
 ) -> dict[str, Any]:
     """Run one engine in a process of its own and show how far it is."""
     control = root / "control"
     settings = {"SGLANG_PREFIX_KEEP_PLAN": "1", zeros.FILE_VARIABLE: str(control)}
-    hooks = [zeros.__name__] if backend == "prefix" else []
-    environment = engine_environment(settings, hooks=hooks)
+    is_ours = backend == "prefix"
+    hooks = [zeros.__name__] if is_ours else []
+    flags = {"decode_attention_backend": "prefix"} if is_ours else {}
+    what = f"{backend} engine, {arguments['dtype']}"
     began = time.monotonic()
     with (
-        EngineProcess(arguments, environment=environment, log=root / f"{backend}.log") as engine,
-        out.status(f"{backend} engine: start") as status,
+        EngineProcess(
+            {**arguments, **flags},
+            environment=engine_environment(settings, hooks=hooks),
+            log=root / f"{backend}.log",
+        ) as engine,
+        out.status(f"{what}: start") as status,
     ):
-
-        def run(what: str) -> tuple[list[list[int]], float]:
-            status.update(f"{backend} engine: {what}")
-            done = engine.ask(_DECODE, prompts=prompts, new_tokens=new_tokens)
-            return done[0], done[1]
-
         try:
             engine.wait_until_ready()
-            tokens, _ = run("warming up")
-            timed = [run(f"round {number + 1} of {rounds}") for number in range(rounds)]
-            counters = engine.ask(_COUNTERS)
-            broken = tokens
-            if hooks:
+            status.update(f"{what}: answers")
+            found: dict[str, Any] = engine.ask(
+                _ASK, prompts=prompts, num_greedy=num_greedy, tokens=new_tokens
+            )
+            found["counters"] = engine.ask(_COUNTERS)
+            if is_ours:
+                status.update(f"{what}: control")
                 control.touch()
-                broken, _ = run("control")
+                found["control"] = engine.ask(
+                    _ASK,
+                    prompts=prompts[:_CONTROL_REQUESTS],
+                    num_greedy=_CONTROL_REQUESTS,
+                    tokens=_CONTROL_TOKENS,
+                )["tokens"]
+                control.unlink()
         except RuntimeError as error:
             fail(f"the {backend} {error}")
-    if any(again != tokens for again, _ in timed):
-        fail(f"the {backend} engine gave other greedy tokens the second time")
-    out.print(f"{backend} engine: done in {time.monotonic() - began:.0f} s")
-    return {
-        "output_ids": tokens,
-        "decode_seconds": [seconds for _, seconds in timed],
-        "counters": counters,
-        "control_output_ids": broken,
-    }
+    if not found["step_us"]:
+        fail(f"the {backend} engine never decoded all requests at once: make --requests smaller")
+    out.print(f"{what}: done in {time.monotonic() - began:.0f} s")
+    return found
 
 
 def _compare(
-    stock: dict[str, Any],
-    prefix: dict[str, Any],
+    found: Mapping[str, dict[str, Any]],
     prompts: list[list[int]],
+    num_greedy: int,
     new_tokens: int,
-    *,
-    must_be_equal: bool,
 ) -> dict[str, Any]:
     """Put the numbers together, with everything that keeps them from being evidence."""
     from sglang_prefix.explain.sources import forest_of_prompts
 
-    counters, count = prefix["counters"], len(prompts)
+    stock, prefix = (found[backend] for backend in _BACKENDS)
+    counters = prefix["counters"]
     if not counters:
         fail("the prefix engine reported no counters: was the plugin loaded?")
-    num_equal, num_same = (
-        sum(a == b for a, b in zip(stock["output_ids"], prefix[name], strict=True))
-        for name in ("output_ids", "control_output_ids")
+    ours, theirs = (one["tokens"][:num_greedy] for one in (prefix, stock))
+    num_equal = sum(a == b for a, b in zip(ours, theirs, strict=True))
+    num_changed = sum(
+        answer[: len(broken)] != broken
+        for answer, broken in zip(ours, prefix["control"], strict=False)
     )
     steps = {name: counters[name] for name in ("packed_steps", "stock_steps", "fallback_steps")}
-    packed_share = steps["packed_steps"] / max(sum(steps.values()), 1)
-    ratio = counters["kv_read_ratio"] if steps["packed_steps"] else 1.0
     halfway = forest_of_prompts(prompts, new_tokens // 2)
-    ideal = halfway.unique_tokens / int(halfway.seq_lens.sum())
-    problems = []
-    if must_be_equal and num_equal < count:
-        problems.append(f"tokens differ from stock in {count - num_equal} of {count} requests")
-    if packed_share < _MIN_PACKED_SHARE:
-        problems.append(f"only {packed_share:.0%} of the decode steps were packed")
-    if ratio > _READ_SLACK * ideal:
-        problems.append(f"kv_read_ratio {ratio:.3f} is over {_READ_SLACK * ideal:.3f}")
-    if count - num_same < _MIN_CHANGED_SHARE * count:
-        problems.append(
-            f"broken attention changed only {count - num_same} of {count} requests, so equal "
-            "tokens prove nothing on this model"
-        )
-    return {
-        "num_requests": count,
+    run = {
+        "num_requests": len(prompts),
+        "num_greedy": num_greedy,
         "prompt_tokens": [len(prompt) for prompt in prompts],
         "new_tokens": new_tokens,
-        "tokens_equal_stock": num_equal == count,
         "num_requests_equal": num_equal,
-        "control_num_requests_changed": count - num_same,
-        "kv_read_ratio": ratio,
-        "kv_unique_ratio_ideal": ideal,
+        "logprobs": compare_logprobs(prefix["logprobs"], stock["logprobs"]),
+        "control_num_requests": len(prefix["control"]),
+        "control_num_requests_changed": num_changed,
+        "kv_read_ratio": counters["kv_read_ratio"] if steps["packed_steps"] else 1.0,
+        "kv_unique_ratio_ideal": halfway.unique_tokens / int(halfway.seq_lens.sum()),
         "num_packs": counters["num_packs"],
         **steps,
         "fallback_reasons": counters["fallback_reasons"],
-        "stock_decode_seconds": stock["decode_seconds"],
-        "prefix_decode_seconds": prefix["decode_seconds"],
-        "decode_speedup": median(stock["decode_seconds"]) / median(prefix["decode_seconds"]),
         "last_plan": counters["last_plan"],
-        "problems": problems,
     }
+    for backend, one in found.items():
+        run |= {f"{backend}_{key}": one[key] for key in ("tokens", "first_s", "step_us")}
+        run[f"{backend}_tpot_ms"] = median(one["step_us"]) / 1000
+    run["decode_speedup"] = run["stock_tpot_ms"] / run["prefix_tpot_ms"]
+    return run
 
 
-def _print_table(report: dict[str, Any], out: Console) -> None:
+def _problems(run: Mapping[str, Any]) -> list[str]:
+    count, equal = run["num_greedy"], run["num_requests_equal"]
+    changed, tried = run["control_num_requests_changed"], run["control_num_requests"]
+    packed_share = run["packed_steps"] / max(
+        sum(run[f"{path}_steps"] for path in ("packed", "stock", "fallback")), 1
+    )
+    largest_ratio = _READ_SLACK * run["kv_unique_ratio_ideal"]
+    problems = []
+    if run["dtype"] == "float32" and equal < count:
+        problems.append(f"tokens differ from stock in {count - equal} of {count} requests")
+    for name, limit in LOGPROB_LIMITS.items():
+        if (value := run["logprobs"][name]) > limit:
+            problems.append(f"log probabilities differ by {value:.3f} ({name}), limit {limit}")
+    if packed_share < _MIN_PACKED_SHARE:
+        problems.append(f"only {packed_share:.0%} of the decode steps were packed")
+    if run["kv_read_ratio"] > largest_ratio:
+        problems.append(f"kv_read_ratio {run['kv_read_ratio']:.3f} is over {largest_ratio:.3f}")
+    if changed < _MIN_CHANGED_SHARE * tried:
+        problems.append(
+            f"broken attention changed only {changed} of {tried} requests, so equal tokens prove "
+            "nothing on this model"
+        )
+    return problems
+
+
+def _show_answers(
+    run: Mapping[str, Any], asked: list[str], num_greedy: int, tokenizer: Any, out: Console
+) -> None:
+    """Some of what was said, up to where the model ended its answer."""
+    shown = [*range(_SHOWN_ANSWERS), *range(num_greedy, num_greedy + _SHOWN_SAMPLES)]
+    for index in shown:
+        tokens = run["prefix_tokens"][index]
+        end = tokens.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in tokens else None
+        answer = " ".join(tokenizer.decode(tokens[:end], skip_special_tokens=True).split())
+        sampled = " (sampled)" if index >= num_greedy else ""
+        say(out, f"  {asked[index]}{sampled} -> {answer}{'' if end is not None else ' …'}")
+
+
+def _print_table(report: Mapping[str, Any], out: Console) -> None:
     from rich.table import Table
 
-    count, new = report["num_requests"], report["new_tokens"]
-    title = f"{report['model']}, {report['device']}, {report['dtype']}: {count} requests"
-    table = Table("", "stock", "prefix", title=title)
-    equal = f"{report['num_requests_equal']} of {count} requests"
-    changed = f"{report['control_num_requests_changed']} of {count} requests change"
-    packs = (report["packed_steps"], report["stock_steps"], report["fallback_steps"])
-    seconds = [median(report[f"{backend}_decode_seconds"]) for backend in ("stock", "prefix")]
-    table.add_row("tokens equal to stock", "", equal)
-    table.add_row("control: attention broken on purpose", "", changed)
-    table.add_row("decode steps: packed / stock / fallback", "", " / ".join(map(str, packs)))
-    table.add_row("packs in the last step", "", str(report["num_packs"]))
-    table.add_row("KV tokens read / KV tokens", "1.000", f"{report['kv_read_ratio']:.3f}")
-    table.add_row("  every shared token read once", "", f"{report['kv_unique_ratio_ideal']:.3f}")
-    table.add_row(f"decode time, {new} tokens each", *(f"{s:.2f} s" for s in seconds))
-    table.add_row("speed-up of decode", "", f"{report['decode_speedup']:.2f} x")
+    runs = report["runs"]
+    columns = [f"{run['dtype']} {backend}" for run in runs for backend in _BACKENDS]
+    first = runs[0]
+    table = Table(
+        "",
+        *columns,
+        title=f"{report['model']}, {report['device']}: {first['num_greedy']} questions and "
+        f"{first['num_requests'] - first['num_greedy']} samples of one more, on one document",
+    )
+
+    def row(name: str, stock: str, prefix: str) -> None:
+        cells = [text.format(**run) for run in runs for text in (stock, prefix)]
+        table.add_row(name, *cells)
+
+    row("answers equal to stock's", "", "{num_requests_equal} of {num_greedy}")
+    row("log probabilities apart, mean", "", "{logprobs[mean]:.5f}")
+    row("  at most, up to where answers part", "", "{logprobs[max]:.5f}")
+    row(
+        "control: attention broken on purpose",
+        "",
+        "{control_num_requests_changed} of {control_num_requests} change",
+    )
+    row(
+        "decode steps: packed / stock / fallback",
+        "",
+        "{packed_steps} / {stock_steps} / {fallback_steps}",
+    )
+    row("packs in the last step", "", "{num_packs}")
+    row("KV tokens read / KV tokens", "1.000", "{kv_read_ratio:.3f}")
+    row("  every shared token read once", "", "{kv_unique_ratio_ideal:.3f}")
+    row("time per output token, decode steps", "{stock_tpot_ms:.0f} ms", "{prefix_tpot_ms:.0f} ms")
+    row("  speed-up", "", "{decode_speedup:.2f} x")
+    row("time to all first tokens", "{stock_first_s:.1f} s", "{prefix_first_s:.1f} s")
     out.print(table)
+    if report["device"] == "cpu":
+        out.print(_PREFILL, highlight=False, soft_wrap=True)
 
 
-def _show_last_plan(report: dict[str, Any], picture: Path | None, out: Console) -> None:
-    """Print the last batch that was planned as a tree, and draw it where asked to."""
+def _show_last_plan(run: Mapping[str, Any], picture: Path | None, out: Console) -> list[str]:
+    """Print the last batch that was planned as a tree, and draw it where asked to.
+
+    Returns:
+        What keeps it from being shown.
+    """
     from sglang_prefix.cli.explain import write_picture
     from sglang_prefix.explain.record import PlanRecord
     from sglang_prefix.explain.segments import explain
     from sglang_prefix.explain.text import print_explanation
 
     try:
-        record = PlanRecord.from_dict(report["last_plan"])
+        record = PlanRecord.from_dict(run["last_plan"])
         explanation = explain(replace(record, source="last batch of the prefix engine"))
     except ValueError as error:
-        report["problems"].append(f"the last plan cannot be shown: {error}")
-        return
+        return [f"the last plan cannot be shown: {error}"]
     out.print(_HOW_TO_READ, highlight=False, soft_wrap=True)
     print_explanation(explanation, out)
     if picture is not None:
@@ -298,3 +375,4 @@ def _show_last_plan(report: dict[str, Any], picture: Path | None, out: Console) 
     else:
         text = "--picture FILE.html draws it"
     say(out, text)
+    return []

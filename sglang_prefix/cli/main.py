@@ -13,6 +13,7 @@ from sglang_prefix.cli.exec import exec_command
 from sglang_prefix.cli.explain import explain
 from sglang_prefix.cli.kernels import kernels
 from sglang_prefix.cli.report import report
+from sglang_prefix.cli.smollm2 import smollm2
 from sglang_prefix.cli.tiny_model import tiny_model
 
 __all__ = ["app", "main"]
@@ -31,6 +32,7 @@ _OWN_OPTIONS = {"allow_interspersed_args": False}
 app.command("exec", cls=ExecCommand, context_settings=_OWN_OPTIONS)(exec_command)
 app.command("doctor", cls=JsonCommand)(doctor)
 app.command("tiny-model", cls=JsonCommand)(tiny_model)
+app.command("smollm2", cls=JsonCommand)(smollm2)
 app.command("demo", cls=JsonCommand)(demo)
 app.command("explain", cls=JsonCommand)(explain)
 app.command("kernels", cls=JsonCommand)(kernels)

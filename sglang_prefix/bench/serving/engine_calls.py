@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from itertools import pairwise
 from random import Random
 from typing import Any
 
 from sglang_prefix.bench.engine import counter_difference, counters, flush, greedy
 
-__all__ = ["churn", "decode", "full_batch", "logprobs", "prepare"]
+__all__ = ["churn", "decode", "full_batch", "logprobs", "prepare", "top_logprobs"]
 
 Prompts = list[list[int]]
 
@@ -62,18 +62,18 @@ def logprobs(engine: Any, prompts: Prompts, tokens: int, together: bool) -> dict
         done = engine.generate(input_ids=prompts, **asked)
     else:
         done = [engine.generate(input_ids=prompt, **asked) for prompt in prompts]
-    answers = []
-    for one in done:
-        chosen = one["meta_info"]["output_token_logprobs"]
-        tops = one["meta_info"]["output_top_logprobs"]
-        # JSON has no integer keys.
-        answers.append(
-            [
-                {str(token[1]): token[0]} | {str(entry[1]): entry[0] for entry in top}
-                for token, top in zip(chosen, tops, strict=True)
-            ]
-        )
+    answers = [top_logprobs(one["meta_info"]) for one in done]
     return {"answers": answers, "counters": counter_difference(before, counters(engine))}
+
+
+def top_logprobs(meta_info: Mapping[str, Any]) -> list[dict[str, float]]:
+    """Log probabilities of the first tokens at each position, the chosen token first."""
+    chosen, tops = (meta_info[f"output_{name}_logprobs"] for name in ("token", "top"))
+    # JSON has no integer keys.
+    return [
+        {str(token[1]): token[0]} | {str(entry[1]): entry[0] for entry in top}
+        for token, top in zip(chosen, tops, strict=True)
+    ]
 
 
 def churn(engine: Any, prompts: Prompts, tokens: int) -> dict[str, Any]:
