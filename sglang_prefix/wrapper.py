@@ -47,8 +47,9 @@ class PrefixDecodeWrapper:
         max_partials: bound on partial results; a plan over it gives up splits, then sharing.
             Must hold one per request.
         device: where q, the caches and ``req_to_token`` live.
-        executor: "torch" (any device), "triton" (a GPU, or the CPU under
-            ``TRITON_INTERPRET=1``), or "auto", the faster one that works.
+        executor: "native" (the CPU; compiled the first time, for some seconds), "torch" (any
+            device), "triton" (a GPU, or the CPU under ``TRITON_INTERPRET=1``), or "auto", the
+            fastest one that works.
 
     Raises:
         ValueError: an argument is not legal; the message names it, its value and what is legal.

@@ -13,7 +13,14 @@ from numpy.typing import NDArray
 
 from prefix_kernels.plan import AttentionShape, PackPlan
 
-__all__ = ["EXECUTORS", "AttentionParams", "PlanExecutor", "choose_executor", "make_executor"]
+__all__ = [
+    "EXECUTORS",
+    "AttentionParams",
+    "PlanExecutor",
+    "choose_executor",
+    "make_executor",
+    "why_torch",
+]
 
 IntArray = NDArray[np.int64]
 
@@ -230,13 +237,26 @@ def choose_executor(
     if name not in EXECUTORS:
         legal = ", ".join(map(repr, EXECUTORS))
         raise ValueError(f"executor={name!r} is unknown; legal: {legal}")
-    wanted = name
     if name == "auto":
-        wanted = "triton" if device.type == "cuda" else "native"
-    why_not = _class_of(wanted).why_not(device, q_dtype, kv_dtype)
-    if why_not and name != "auto":
+        return "torch" if why_torch(device, q_dtype, kv_dtype) else _fastest(device)
+    why_not = _class_of(name).why_not(device, q_dtype, kv_dtype)
+    if why_not:
         raise ValueError(f"executor={name!r} cannot be used here: {why_not}; legal: 'torch'")
-    return "torch" if why_not else wanted
+    return name
+
+
+def why_torch(device: torch.device, q_dtype: torch.dtype, kv_dtype: torch.dtype) -> str | None:
+    """Why ``"auto"`` comes to the torch executor: what keeps the fastest one from such tensors.
+
+    None where nothing does.
+    """
+    name = _fastest(device)
+    why_not = _class_of(name).why_not(device, q_dtype, kv_dtype)
+    return f"the {name} executor cannot be used: {why_not}" if why_not else None
+
+
+def _fastest(device: torch.device) -> str:
+    return "triton" if device.type == "cuda" else "native"
 
 
 def make_executor(

@@ -30,7 +30,7 @@ from typing import IO
 
 import torch
 
-__all__ = ["NativeUnavailableError", "library", "obtain", "why_not"]
+__all__ = ["NativeUnavailableError", "describe", "library", "obtain", "why_not"]
 
 SOURCES = Path(__file__).with_name("native")
 _COMPILERS = ("c++", "g++", "clang++")
@@ -67,12 +67,26 @@ def why_not() -> str | None:
     return found if isinstance(found, str) else None
 
 
+def describe() -> str:
+    """What the library makes of 16-bit values on this CPU.
+
+    Raises:
+        NativeUnavailableError: there is no library.
+    """
+    products = library().prefix_products()
+    dtypes = [name for bit, name in ((1, "bfloat16"), (2, "float16")) if products & bit]
+    others = [name for name in ("bfloat16", "float16") if name not in dtypes]
+    parts = [f"{' and '.join(dtypes)} by oneDNN"] * bool(dtypes)
+    parts += [f"{' and '.join(others)} widened to float32"] * bool(others)
+    return ", ".join(parts)
+
+
 @cache
 def _outcome() -> ctypes.CDLL | str:
     try:
         return obtain()
     except NativeUnavailableError as error:
-        logger.warning("the native executor cannot be used, the torch executor can: %s", error)
+        logger.warning("the native executor cannot be used: %s", error)
         return str(error)
 
 

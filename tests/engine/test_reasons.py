@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from prefix_kernels.torch_executor import TorchExecutor
+from prefix_kernels.executor import PlanExecutor
 from sglang_prefix.backend import backend as backend_module
 from sglang_prefix.backend.fallback import GATE_REASONS, REASONS, layer_reason, server_reason
 from sglang_prefix.config import PrefixConfig
@@ -153,7 +153,7 @@ def test_a_call_with_another_number_of_queries_goes_to_stock_with_the_rest_of_th
     seen: list[int] = []
     stock: Callable[..., Any] = lambda q, *args, **kwargs: seen.append(len(q))  # noqa: E731
     monkeypatch.setattr(bench.stock, "forward", stock)
-    monkeypatch.setattr(TorchExecutor, "run", lambda *args, **kwargs: seen.append(-1))
+    monkeypatch.setattr(PlanExecutor, "run", lambda *args, **kwargs: seen.append(-1))
     with bench.step():
         bench.decode(bench.layers[0])
         q = torch.zeros(2, 8 * 64)
