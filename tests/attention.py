@@ -212,7 +212,7 @@ def load(
 
 def tolerances_of(executor: PlanExecutor) -> Mapping[torch.dtype, tuple[float, float]]:
     """How far an executor's output may be off."""
-    return KERNEL_TOLERANCES if executor.name == "triton" else TOLERANCES
+    return TOLERANCES if executor.name == "torch" else KERNEL_TOLERANCES
 
 
 def assert_close(

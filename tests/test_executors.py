@@ -46,7 +46,12 @@ every_way = pytest.mark.parametrize("way", WAYS)
 # Where launches and merges make no difference, all but one of the four are extended.
 few_ways = pytest.mark.parametrize(
     "way",
-    ["torch", "native", TRITON[0], *(pytest.param(way, marks=pytest.mark.extended) for way in TRITON[1:])],
+    [
+        "torch",
+        "native",
+        TRITON[0],
+        *(pytest.param(way, marks=pytest.mark.extended) for way in TRITON[1:]),
+    ],
 )
 
 
@@ -60,7 +65,7 @@ def test_variants(variant: Variant, pytestconfig: pytest.Config, record_property
     """What `make gpu-check` checks: head dims, groups, dtypes, scales, caps, padding, same bits."""
     seed = int(pytestconfig.option.hypothesis_seed)
     setting = Setting(torch.device("cpu"), seed, dry=True, control=False)
-    check(variant, setting, record_property, with_torch=True)
+    check(variant, setting, record_property, on_cpu=True)
 
 
 @every_way

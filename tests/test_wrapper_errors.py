@@ -118,7 +118,11 @@ NAN, INF = float("nan"), float("inf")
     numbers("device", "abacus", 3.5, legal="a device of this host"),
     [
         ("policy", "best", "policy='best' is unknown; legal: 'pat', 'node', 'chunk', 'query'"),
-        ("executor", "gpu", "executor='gpu' is unknown; legal: 'auto', 'torch', 'native', 'triton'"),
+        (
+            "executor",
+            "gpu",
+            "executor='gpu' is unknown; legal: 'auto', 'torch', 'native', 'triton'",
+        ),
         ("dtype", torch.float64, "q_dtype=torch.float64; legal: torch.float32"),
         ("dtype", torch.float8_e5m2, "q_dtype=torch.float8_e5m2; legal"),
         ("kv_dtype", torch.float8_e5m2, "kv_dtype"),  # and dtype

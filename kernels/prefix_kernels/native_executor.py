@@ -62,6 +62,10 @@ class NativeExecutor(PlanExecutor):
     Like the torch executor it keeps the lengths of the tails on the host. How the work is cut
     depends on them and on the number of threads, so that is done by the first layer of a step.
 
+    Attributes:
+        num_parts: partials that the work is cut into now, at least those of the plan.
+        partial_out, partial_lse: [>= num_parts, Hq, Dv] and [>= num_parts, Hq] float32.
+
     Raises:
         NativeUnavailableError: the library cannot be compiled or loaded here.
     """
@@ -86,6 +90,7 @@ class NativeExecutor(PlanExecutor):
         self._planned_range = (0, 0)
         self._slot_storage = torch.empty(0, dtype=torch.int32)
         self._kv_slots = self._slot_storage
+        self.num_parts = 0
         self.partial_out = torch.empty(0)
         self.partial_lse = torch.empty(0)
 
@@ -213,12 +218,12 @@ class NativeExecutor(PlanExecutor):
             raise RuntimeError(f"the native executor failed: {self._message.value.decode()}")
 
     def _cut(self) -> None:
-        """Cut the work for the lengths of now and torch's threads: once for all layers of a step."""
-        num_parts = _call(
+        """Cut the work for the lengths and threads of now: once for all layers of a step."""
+        self.num_parts = _call(
             self._library, "prefix_cut", ctypes.c_int64, self._work, ctypes.byref(self._plan)
         )
-        shape = (num_parts, self.shape.num_qo_heads)
-        if len(self.partial_lse) < num_parts:
+        shape = (self.num_parts, self.shape.num_qo_heads)
+        if len(self.partial_lse) < self.num_parts:
             with torch.inference_mode(False):
                 self.partial_out = torch.empty(*shape, self.shape.v_head_dim)
                 self.partial_lse = torch.empty(shape)

@@ -30,7 +30,7 @@ from typing import IO
 
 import torch
 
-__all__ = ["NativeUnavailableError", "describe", "library", "obtain", "why_not"]
+__all__ = ["CPU_FLAGS", "NativeUnavailableError", "describe", "library", "obtain", "why_not"]
 
 SOURCES = Path(__file__).with_name("native")
 _COMPILERS = ("c++", "g++", "clang++")
@@ -40,7 +40,7 @@ _POLL_S = 0.1
 _ON_ARM = platform.machine() in ("aarch64", "arm64")
 # No -ffast-math: NaN must stay NaN. No -fopenmp: see GOMP_parallel in native.cpp.
 _FLAGS = ("-std=c++20", "-O3", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", "-shared")
-_CPU_FLAGS = ("-mcpu=native",) if _ON_ARM else ("-march=native",)
+CPU_FLAGS = ("-mcpu=native",) if _ON_ARM else ("-march=native",)
 
 logger = logging.getLogger(__name__)
 
@@ -90,12 +90,12 @@ def _outcome() -> ctypes.CDLL | str:
         return str(error)
 
 
-def obtain(root: Path | None = None, cpu_flags: Sequence[str] = _CPU_FLAGS) -> ctypes.CDLL:
+def obtain(root: Path | None = None, cpu_flags: Sequence[str] = CPU_FLAGS) -> ctypes.CDLL:
     """Find or compile the library, and load it.
 
     Args:
         root: folder of all libraries; None for the usual one.
-        cpu_flags: compiler options that choose instructions; tests compile for others.
+        cpu_flags: options of the compiler; tests compile for other instructions.
 
     Raises:
         NativeUnavailableError: there is no compiler, it fails, the folder cannot be written to, or
@@ -104,7 +104,7 @@ def obtain(root: Path | None = None, cpu_flags: Sequence[str] = _CPU_FLAGS) -> c
     try:
         folder = (root or _default_root()) / f"sglang_prefix_{_key(cpu_flags)}"
         path = _whole_library(folder) or _build(folder, cpu_flags)
-        return ctypes.CDLL(str(path))
+        return _load(path)
     except OSError as error:
         detail = error.strerror or str(error)
         where = f" ({error.filename})" if error.filename else ""
@@ -112,6 +112,16 @@ def obtain(root: Path | None = None, cpu_flags: Sequence[str] = _CPU_FLAGS) -> c
             f"its library cannot be kept or loaded: {detail}{where}; "
             "TORCH_EXTENSIONS_DIR can name another folder"
         ) from None
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    """Load a library; one that does not load is removed, so that the next process makes another."""
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:
+        with suppress(OSError):
+            path.unlink()
+        raise
 
 
 def _default_root() -> Path:
@@ -155,7 +165,7 @@ def _name(library: Path) -> str:
 
 
 def _build(folder: Path, cpu_flags: Sequence[str]) -> Path:
-    """Compile the library, unless another process just does; damaged ones are removed.
+    """Compile the library, unless another process just does; what is damaged is removed.
 
     A process that has waited for one that failed fails for its reason, and does not try again.
     """
@@ -168,10 +178,10 @@ def _build(folder: Path, cpu_flags: Sequence[str]) -> Path:
         lock.seek(0)
         lock.truncate()
         if not reason:
-            for damaged in folder.glob("native-*.so"):
-                damaged.unlink()
+            for leftover in (*folder.glob("native-*.so"), *folder.glob("build-*/*")):
+                leftover.unlink()
             logger.info("compiling the native executor into %s, once", folder)
-            with TemporaryDirectory(dir=folder) as scratch:
+            with TemporaryDirectory(prefix="build-", dir=folder) as scratch:
                 made = Path(scratch) / "native.so"
                 reason = _compile(made, cpu_flags)
                 if not reason:

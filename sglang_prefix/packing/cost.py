@@ -35,7 +35,8 @@ class DeviceProfile:
     min_split_tokens: int
 
 
-# The torch executor takes all rows of a pack in one matrix product and parallelises inside it:
+# Of the torch executor; the native one has no measured profile yet and is planned for like it. It
+# takes all rows of a pack in one matrix product and parallelises inside it:
 # nothing is read twice and nothing is gained by splitting. A pack costs about eight torch calls. At
 # 5 us a call and 12 GB/s, round figures for one server core, that is the time of some 480 kB.
 CPU_PROFILE = DeviceProfile(
