@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <array>
+
 #include "run.h"
 
 namespace {
@@ -12,20 +14,23 @@ constexpr int TOKENS = LANES == 8 ? 2 : 4;
 // Products of `G` query rows with `TOKENS` keys.
 template <class T, int G>
 void dot(const float* q, int64_t q_stride, const T* const* k, int64_t dim, float* scores) {
-  F sums[G][TOKENS] = {};
+  constexpr int PADDED = (G * TOKENS + LANES - 1) / LANES * LANES;
+  F sums[PADDED] = {};  // [G, TOKENS]
   auto add = [&](int64_t d, auto read) {
     F x[TOKENS];
     for (int t = 0; t < TOKENS; t++) x[t] = read(k[t] + d);
     for (int g = 0; g < G; g++) {
       const F row = get<F>(q + g * q_stride + d);
-      for (int t = 0; t < TOKENS; t++) sums[g][t] += row * x[t];
+      for (int t = 0; t < TOKENS; t++) sums[g * TOKENS + t] += row * x[t];
     }
   };
   int64_t d = 0;
   for (; d + LANES <= dim; d += LANES) add(d, [](const T* p) { return load(p); });
   if (d < dim) add(d, [=](const T* p) { return load_some(p, dim - d); });
+  float totals[PADDED];
+  for (int i = 0; i < PADDED; i += LANES) put(totals + i, sums_of(sums + i));
   for (int g = 0; g < G; g++)
-    for (int t = 0; t < TOKENS; t++) scores[g * FEW_TILE + t] = sum_of(sums[g][t]);
+    std::memcpy(scores + g * FEW_TILE, totals + g * TOKENS, TOKENS * sizeof(float));
 }
 
 // Add `N` values, weighted, to the outputs of some rows.
@@ -104,10 +109,11 @@ template <class T> void attend_few(const Run& run, const Item& item) {
         }
         const float* own = q + h * rows * q_stride;
         float* to = scores + h * rows * FEW_TILE + t;
-        int64_t j = 0;
-        for (; j + 4 <= rows; j += 4)
-          dot<T, 4>(own + j * q_stride, q_stride, k, dim, to + j * FEW_TILE);
-        for (; j < rows; j++) dot<T, 1>(own + j * q_stride, q_stride, k, dim, to + j * FEW_TILE);
+        for (int64_t j = 0; j < rows; j += 4) {
+          static constexpr auto DOTS = std::array{dot<T, 1>, dot<T, 2>, dot<T, 3>, dot<T, 4>};
+          DOTS[std::min<int64_t>(rows - j, 4) - 1](own + j * q_stride, q_stride, k, dim,
+                                                   to + j * FEW_TILE);
+        }
       }
     for (int64_t r = 0; r < heads * rows; r++)
       softmax_row(scores + r * FEW_TILE, n, layer.k_scale(r / rows), float(layer.logit_cap),

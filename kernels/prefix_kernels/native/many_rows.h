@@ -1,6 +1,6 @@
 // Packs of many rows: matrix products, one KV head at a time.
 //
-// K is the left operand, so it is read where it lies: scores come out transposed, [tokens, rows], the
+// K is the left operand, so it needs no transposition: scores come out transposed, [tokens, rows], the
 // softmax runs down the columns, and the weights are transposed back in registers.
 
 #pragma once
@@ -16,6 +16,10 @@ namespace {
 
 constexpr int64_t BLOCK = 64;  // rows that are multiplied at a time
 constexpr int64_t UNIT = 64;   // tokens of a last tile are padded to this: few shapes for oneDNN
+// Rows further apart are copied together first: at 4 KiB, as 8 heads of 128 floats are, each lies on
+// a page of its own, and all on the same few sets of a cache that every block of rows reads again.
+constexpr int64_t CLOSE_BYTES = 1024;
+constexpr int64_t AHEAD = 8;  // rows that are fetched before they are copied
 
 // 16-bit right operands hold two rows interleaved ("VNNI"): [k / 2, n, 2].
 template <class C> constexpr int64_t PAIR = 4 / sizeof(C);
@@ -109,10 +113,17 @@ template <class C> struct Tile {
   const int32_t* slots;
   int64_t head, num_tokens;
 
-  bool can_be_read_in_place() const {
-    bool consecutive = layer.kv_type == type_of<C> && num_tokens == TILE;
-    for (int64_t t = 0; consecutive && t < TILE; t++) consecutive = slots[t] == slots[0] + t;
-    return consecutive;
+  // Whether it is whole, of this type, and its slots follow each other.
+  bool is_an_operand() const {
+    bool answer = layer.kv_type == type_of<C> && num_tokens == TILE;
+    for (int64_t t = 0; answer && t < TILE; t++) answer = slots[t] == slots[0] + t;
+    return answer;
+  }
+  static bool is_close(int64_t stride) { return stride * int64_t(sizeof(C)) <= CLOSE_BYTES; }
+  const char* key(int64_t t) const { return layer.key(slots[t], head); }
+  const char* value(int64_t t) const { return layer.value(slots[t], head); }
+  void fetch(const char* row, int64_t dim) const {
+    for (int64_t i = 0; i < dim * ITEMSIZE[layer.kv_type]; i += 64) __builtin_prefetch(row + i);
   }
   const C* row(const char* from, C* buffer, int64_t dim) const {
     if (layer.kv_type == type_of<C>) return (const C*)from;
@@ -122,31 +133,37 @@ template <class C> struct Tile {
   // [tokens, D], D padded to pairs.
   Operand<C> keys(int64_t dim, bool in_place) const {
     const int64_t stride = round_up(dim, PAIR<C>);
-    if (in_place && stride == dim) return {(const C*)layer.key(slots[0], head), layer.k_stride};
+    if (in_place && stride == dim && is_close(layer.k_stride))
+      return {(const C*)key(0), layer.k_stride};
     C* to = scratch.k.at_least<C>(TILE * stride);
     const Convert convert = converter_from<C>(layer.kv_type);
     for (int64_t t = 0; t < num_tokens; t++) {
-      convert(layer.key(slots[t], head), to + t * stride, dim);
+      fetch(key(std::min(t + AHEAD, num_tokens - 1)), dim);
+      convert(key(t), to + t * stride, dim);
       std::fill(to + t * stride + dim, to + (t + 1) * stride, C(0.f));
     }
     return {to, stride};
   }
   // [tokens, Dv] or in pairs of tokens; 0 from the last token to `padded`.
   Operand<C> values(int64_t dim, bool in_place, int64_t padded) const {
-    if (in_place && PAIR<C> == 1) return {(const C*)layer.value(slots[0], head), layer.v_stride};
+    if (in_place && PAIR<C> == 1 && is_close(layer.v_stride))
+      return {(const C*)value(0), layer.v_stride};
     C* to = scratch.v.at_least<C>(TILE * dim);
     std::fill(to + num_tokens / 2 * 2 * dim, to + padded * dim, C(0.f));
     if constexpr (PAIR<C> == 1) {
       const Convert convert = converter_from<C>(layer.kv_type);
-      for (int64_t t = 0; t < num_tokens; t++)
-        convert(layer.value(slots[t], head), to + t * dim, dim);
+      for (int64_t t = 0; t < num_tokens; t++) {
+        fetch(value(std::min(t + AHEAD, num_tokens - 1)), dim);
+        convert(value(t), to + t * dim, dim);
+      }
     } else {
       C* rows = scratch.row.at_least<C>(3 * dim);
       std::fill(rows + 2 * dim, rows + 3 * dim, C(0.f));
       for (int64_t t = 0; t < num_tokens; t += 2) {
-        const C* a = row(layer.value(slots[t], head), rows, dim);
+        for (int64_t i = t; i < t + 2; i++) fetch(value(std::min(i + AHEAD, num_tokens - 1)), dim);
+        const C* a = row(value(t), rows, dim);
         const C* b = rows + 2 * dim;
-        if (t + 1 < num_tokens) b = row(layer.value(slots[t + 1], head), rows + dim, dim);
+        if (t + 1 < num_tokens) b = row(value(t + 1), rows + dim, dim);
         interleave((const uint16_t*)a, (const uint16_t*)b, (uint16_t*)(to + t * dim), dim);
       }
     }
@@ -190,15 +207,17 @@ template <class C> void attend_many(const Run& run, const Item& item) {
   for (int64_t first = item.begin; first < item.end; first += TILE, slots += TILE) {
     const int64_t n = std::min(TILE, item.end - first), padded = round_up(n, UNIT);
     const Tile<C> tile{run.layer, slots, item.kv_head, n};
-    const bool in_place = tile.can_be_read_in_place(), is_first = first == item.begin;
+    const bool in_place = tile.is_an_operand(), is_first = first == item.begin;
     const Operand<C> k = tile.keys(dim, in_place), v = tile.values(v_dim, in_place, padded);
     for (int64_t r = 0; r < padded_rows; r += BLOCK) {
       const int64_t width = std::min(BLOCK, padded_rows - r);
       multiply(padded, width, k_dim, k.data, k.stride, q + r * k_dim, width, scores, width, false);
       softmax_columns(scores, width, n, padded, scale, cap, peak + r, sum + r, shrink, weights);
-      for (int64_t i = 0; !is_first && i < width; i++)
-        if (shrink[i] != 1.f)
-          for (int64_t d = 0; d < v_dim; d++) out[(r + i) * v_dim + d] *= shrink[i];
+      for (int64_t i = 0; !is_first && i < width; i++) {
+        const float factor = shrink[i];
+        float* row = out + (r + i) * v_dim;
+        for (int64_t d = 0; factor != 1.f && d < v_dim; d++) row[d] *= factor;
+      }
       multiply(width, v_dim, padded, weights, TILE, v.data, v.stride, out + r * v_dim, v_dim,
                !is_first);
     }

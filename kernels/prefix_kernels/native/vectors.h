@@ -135,25 +135,31 @@ F capped(F x, float cap) {  // cap * tanh(x / cap)
   return (F)((U)((1.f - e) / (1.f + e) * cap) | sign);
 }
 
-template <int S, int... J> void transpose_blocks(F* rows, std::integer_sequence<int, J...>) {
-  for (int i = 0; i < LANES; i++) {
-    if (i & S) continue;
-    const F x = rows[i], y = rows[i | S];
+// Of two vectors, those lanes whose number has bit `S` change places: x keeps its others, y its own.
+template <int S, int... J> void exchange(F& x, F& y, std::integer_sequence<int, J...>) {
+  const F a = x, b = y;
 #if defined(__clang__)
-    rows[i] = __builtin_shufflevector(x, y, ((J & S) ? LANES + (J ^ S) : J)...);
-    rows[i | S] = __builtin_shufflevector(x, y, ((J & S) ? LANES + J : J ^ S)...);
+  x = __builtin_shufflevector(a, b, ((J & S) ? LANES + (J ^ S) : J)...);
+  y = __builtin_shufflevector(a, b, ((J & S) ? LANES + J : J ^ S)...);
 #else
-    rows[i] = __builtin_shuffle(x, y, I{((J & S) ? LANES + (J ^ S) : J)...});
-    rows[i | S] = __builtin_shuffle(x, y, I{((J & S) ? LANES + J : J ^ S)...});
+  x = __builtin_shuffle(a, b, I{((J & S) ? LANES + (J ^ S) : J)...});
+  y = __builtin_shuffle(a, b, I{((J & S) ? LANES + J : J ^ S)...});
 #endif
-  }
 }
-void transpose(F* rows) {  // [LANES][LANES] in place
-  constexpr auto lanes = std::make_integer_sequence<int, LANES>();
-  if constexpr (LANES >= 16) transpose_blocks<8>(rows, lanes);
-  if constexpr (LANES >= 8) transpose_blocks<4>(rows, lanes);
-  transpose_blocks<2>(rows, lanes);
-  transpose_blocks<1>(rows, lanes);
+constexpr auto LANE_NUMBERS = std::make_integer_sequence<int, LANES>();
+
+template <int S = LANES / 2> void transpose(F* rows) {  // [LANES][LANES] in place
+  for (int i = 0; i < LANES; i++)
+    if (!(i & S)) exchange<S>(rows[i], rows[i | S], LANE_NUMBERS);
+  if constexpr (S > 1) transpose<S / 2>(rows);
+}
+template <int S = LANES / 2> F sums_of(F* rows) {  // [LANES][LANES]: lane i is the sum of row i
+  for (int i = 0; i < S; i++) {
+    exchange<S>(rows[i], rows[i | S], LANE_NUMBERS);
+    rows[i] += rows[i | S];
+  }
+  if constexpr (S > 1) return sums_of<S / 2>(rows);
+  return rows[0];
 }
 
 // Element types, numbered as in native_executor.py.
