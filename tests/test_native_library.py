@@ -21,6 +21,7 @@ from prefix_kernels import native_library
 from prefix_kernels.executor import choose_executor, make_executor
 from prefix_kernels.native_library import NativeUnavailableError, obtain
 from prefix_kernels.plan import AttentionShape
+from sglang_prefix.cli import doctor
 
 CPU = torch.device("cpu")
 TENSORS = (CPU, torch.float32, torch.float32)
@@ -248,9 +249,7 @@ def test_a_folder_that_cannot_be_written(
     (tmp_path / "file").touch()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / folder))
     assert choose_executor("auto", *TENSORS) == "torch"
-    with pytest.raises(
-        ValueError, match=r"kept or loaded: .*; TORCH_EXTENSIONS_DIR can"
-    ):
+    with pytest.raises(ValueError, match=r"kept or loaded: .*; TORCH_EXTENSIONS_DIR can"):
         choose_executor("native", *TENSORS)
 
 
@@ -285,6 +284,14 @@ def test_it_is_for_the_cpu_and_for_dtypes_that_it_reads() -> None:
         choose_executor(**native, device=torch.device("cuda:0"))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"it does not read torch\.float64"):
         choose_executor("native", CPU, torch.float64, torch.float32)
+
+
+def test_doctor_says_what_runs_and_why_nothing_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as context:
+        context.setattr(native_library, "_outcome", lambda: "there is no compiler")
+        says = "torch, the native executor cannot be used: there is no compiler"
+        assert doctor.SGLANG_CHECKS["executor"]() == says
+    assert doctor.SGLANG_CHECKS["executor"]().startswith("native, ")
 
 
 def test_what_it_makes_of_16_bit_values() -> None:

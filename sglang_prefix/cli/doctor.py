@@ -226,6 +226,7 @@ def _backend() -> str:
 
 
 def _executor() -> str:
+    """What `auto` takes here. Where it is not the fastest, the server works all the same."""
     import torch
 
     from prefix_kernels.executor import choose_executor, why_torch
@@ -240,7 +241,6 @@ def _executor() -> str:
 
 METADATA_CHECKS = {
     "torch": _torch,
-    "executor": _executor,
     "SGLang version": _sglang_version,
     "plugin entry point": _entry_point,
 }
@@ -250,6 +250,7 @@ SGLANG_CHECKS = {
     "registration": _registration,
     "patched symbols": _patched_symbols,
     "backend": _backend,
+    "executor": _executor,
 }
 
 

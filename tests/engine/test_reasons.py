@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from prefix_kernels import native_library
 from prefix_kernels.executor import PlanExecutor
 from sglang_prefix.backend import backend as backend_module
 from sglang_prefix.backend.fallback import GATE_REASONS, REASONS, layer_reason, server_reason
@@ -132,6 +133,23 @@ def test_a_server_without_a_layer_of_ours_or_with_graphs_on_the_torch_executor_g
         assert "0 of 1 layers, executor none" in text
         assert text.endswith(f"graph labels none, inactive: {REASONS[reason]}")
     assert f"layers [0] are stock's ({REASONS['sliding-window']})" in caplog.text
+
+
+def test_the_torch_executor_says_why_it_serves(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        assert Bench().backend._report()["executor"] == "native"
+        monkeypatch.setattr(native_library, "_outcome", lambda: "there is no compiler")
+        bench = Bench()
+    text = "torch (the native executor cannot be used: there is no compiler)"
+    assert bench.backend._report()["executor"] == text
+    first, second = (line for line in caplog.messages if "layers, executor" in line)
+    assert "2 of 2 layers, executor native, stock" in first
+    assert f"2 of 2 layers, executor {text}, stock" in second
+    with bench.step():
+        bench.decode(bench.layers[0])
+    assert bench.counted["packed_steps"] == 1
 
 
 @pytest.mark.parametrize("name", BATCHES)
