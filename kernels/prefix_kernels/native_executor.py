@@ -128,7 +128,7 @@ class NativeExecutor(PlanExecutor):
             with torch.inference_mode(False):  # may be written from outside inference mode later
                 self._slot_storage = torch.empty(plan.num_slots, dtype=torch.int32)
         self._kv_slots = self._slot_storage[: plan.num_slots]
-        self._lengths = plan.pack_end - plan.pack_start
+        self._lengths = (plan.pack_end - plan.pack_start).astype(np.int64)
         self._num_shared = plan.num_shared_packs
         self._tail_offset = plan.tail_offset
         self._num_threads = 0
@@ -172,6 +172,9 @@ class NativeExecutor(PlanExecutor):
 
     def _find_slot_range(self) -> tuple[int, int]:
         return self._planned_range
+
+    def _write_slots(self, target: IntArray, slots: torch.Tensor) -> None:
+        self._kv_slots.numpy()[target] = slots.numpy()
 
     def _append(self, seq_lens: torch.Tensor, new_slots: torch.Tensor) -> None:
         del seq_lens  # one token more for each, as for the torch executor

@@ -42,18 +42,34 @@ void multiply(int64_t m, int64_t n, int64_t k, const C* a, int64_t a_stride, con
 #endif
 }
 
-// Whether oneDNN multiplies this 16-bit type on this processor. torch says so only by throwing.
-template <class C> bool multiplies() {
-  static const bool answer = [] {
-    C a[32 * 32] = {}, b[32 * 32] = {};
-    float c[32 * 32];
-    try {
-      multiply(32, 32, 32, a, 32, b, 32, c, 32, false);
-      return true;
-    } catch (const std::exception&) {
-      return false;
+// Whether oneDNN multiplies this 16-bit type on this processor, and reads pairs. torch has no
+// function that says so; it throws where it does not, and the numbers show what it reads.
+template <class C> bool multiplies_rightly() {
+  constexpr int64_t m = 32, n = 48, k = 34;
+  auto left = [](int64_t i, int64_t x) { return float((7 * i + 3 * x) % 5 - 2); };
+  auto right = [](int64_t x, int64_t j) { return float((5 * x + 2 * j) % 7 - 3); };
+  C a[m * k], b[k * n];
+  for (int64_t x = 0; x < k; x++) {
+    for (int64_t i = 0; i < m; i++) a[i * k + x] = C(left(i, x));
+    for (int64_t j = 0; j < n; j++) b[(x / 2 * n + j) * 2 + x % 2] = C(right(x, j));
+  }
+  float c[m * n];
+  try {
+    multiply(m, n, k, a, k, b, n, c, n, false);
+    multiply(m, n, k, a, k, b, n, c, n, true);
+  } catch (const std::exception&) {
+    return false;
+  }
+  for (int64_t i = 0; i < m; i++)
+    for (int64_t j = 0; j < n; j++) {
+      float sum = 0;
+      for (int64_t x = 0; x < k; x++) sum += left(i, x) * right(x, j);
+      if (c[i * n + j] != 2 * sum) return false;
     }
-  }();
+  return true;
+}
+template <class C> bool multiplies() {
+  static const bool answer = multiplies_rightly<C>();
   return answer && at::globalContext().userEnabledMkldnn();
 }
 

@@ -25,13 +25,16 @@ using c10::BFloat16;
 using c10::Half;
 constexpr float INF = std::numeric_limits<float>::infinity();
 
+#if !defined(PREFIX_LANES)  // tests: as many as on other processors
 #if defined(__AVX512F__)
-constexpr int LANES = 16;
+#define PREFIX_LANES 16
 #elif defined(__AVX__)
-constexpr int LANES = 8;
+#define PREFIX_LANES 8
 #else
-constexpr int LANES = 4;
+#define PREFIX_LANES 4
 #endif
+#endif
+constexpr int LANES = PREFIX_LANES;
 
 typedef float F __attribute__((vector_size(LANES * 4)));
 typedef int32_t I __attribute__((vector_size(LANES * 4)));
@@ -49,9 +52,9 @@ F splat(float x) { return x - F{}; }
 F larger(F a, F b) { return a > b ? a : b; }  // b where a is NaN
 
 F from_half(U16 x) {
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && PREFIX_LANES == 16
   return (F)_mm512_cvtph_ps((__m256i)x);
-#elif defined(__F16C__)
+#elif defined(__F16C__) && PREFIX_LANES == 8
   return (F)_mm256_cvtph_ps((__m128i)x);
 #else
   F y;
@@ -78,9 +81,9 @@ void store(BFloat16* to, F x) {  // to nearest, ties to even
   put(to, __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), U16));
 }
 void store(Half* to, F x) {
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && PREFIX_LANES == 16
   put(to, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__F16C__)
+#elif defined(__F16C__) && PREFIX_LANES == 8
   put(to, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
 #else
   for (int i = 0; i < LANES; i++) to[i] = Half(x[i]);
