@@ -155,13 +155,14 @@ class NativeExecutor(PlanExecutor):
             v_head_dim=shape.v_head_dim,
             **{name: _address(one) for name, one in zip(arrays, self._arrays, strict=True)},
         )
-        rows = req_pool_indices.long()
+        starts = np.ascontiguousarray(plan.pack_start, dtype=np.int64)
+        rows = req_pool_indices.long().contiguous()
         found = np.zeros(2, dtype=np.int64)
         self._library.prefix_copy_slots(
             ctypes.byref(self._plan),
             ctypes.c_void_p(self._kv_slots.data_ptr()),
             ctypes.c_int64(plan.num_slots),
-            ctypes.c_void_p(_address(np.ascontiguousarray(plan.pack_start))),
+            ctypes.c_void_p(_address(starts)),
             ctypes.c_void_p(req_to_token.data_ptr()),
             ctypes.c_int64(req_to_token.stride(0)),
             ctypes.c_int64(req_to_token.dtype == torch.int64),

@@ -178,8 +178,10 @@ def _build(folder: Path, cpu_flags: Sequence[str]) -> Path:
         lock.seek(0)
         lock.truncate()
         if not reason:
-            for leftover in (*folder.glob("native-*.so"), *folder.glob("build-*/*")):
-                leftover.unlink()
+            for damaged in folder.glob("native-*.so"):
+                damaged.unlink()
+            for abandoned in folder.glob("build-*"):
+                shutil.rmtree(abandoned, ignore_errors=True)
             logger.info("compiling the native executor into %s, once", folder)
             with TemporaryDirectory(prefix="build-", dir=folder) as scratch:
                 made = Path(scratch) / "native.so"

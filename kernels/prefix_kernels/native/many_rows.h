@@ -1,7 +1,7 @@
 // Packs of many rows: matrix products, one KV head at a time.
 //
-// K is the left operand, so it needs no transposition: scores come out transposed, [tokens, rows], the
-// softmax runs down the columns, and the weights are transposed back in registers.
+// K is the left operand, so it needs no transposition: scores come out as [tokens, rows], the softmax
+// runs down the columns, and the weights are transposed in registers.
 
 #pragma once
 
