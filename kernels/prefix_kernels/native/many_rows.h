@@ -1,7 +1,7 @@
 // Packs of many rows: matrix products, one KV head at a time.
 //
-// K is the left operand, so it needs no transposition: scores come out as [tokens, rows], the softmax
-// runs down the columns, and the weights are transposed in registers.
+// K is the left operand, so it needs no transposition: scores come out as [tokens, rows], the
+// softmax runs down the columns, and the weights are transposed in registers.
 
 #pragma once
 
@@ -16,8 +16,9 @@ namespace {
 
 constexpr int64_t BLOCK = 64;  // rows that are multiplied at a time
 constexpr int64_t UNIT = 64;   // tokens of a last tile are padded to this: few shapes for oneDNN
-// Rows further apart are copied together first: at 4 KiB, as 8 heads of 128 floats are, each lies on
-// a page of its own, and all on the same few sets of a cache that every block of rows reads again.
+// Rows further apart are copied together first. At 4 KiB, as 8 heads of 128 floats have it, each
+// lies on a page of its own, and all fall on the same few sets of a cache, which every block of
+// rows reads again. By reasoning, not by measurement.
 constexpr int64_t CLOSE_BYTES = 1024;
 constexpr int64_t AHEAD = 8;  // rows that are fetched before they are copied
 

@@ -68,7 +68,8 @@ void take_items(void* argument) {
 #endif
   } catch (const std::exception& error) {  // none may leave a thread
     run.next = num_items;
-    if (!run.failed.exchange(true)) std::snprintf(run.message, run.message_size, "%s", error.what());
+    if (!run.failed.exchange(true))
+      std::snprintf(run.message, run.message_size, "%s", error.what());
   }
 }
 

@@ -138,7 +138,7 @@ F capped(F x, float cap) {  // cap * tanh(x / cap)
   return (F)((U)((1.f - e) / (1.f + e) * cap) | sign);
 }
 
-// Of two vectors, those lanes whose number has bit `S` change places: x keeps its others, y its own.
+// Between x and y, lanes change places: those of x whose number has bit `S`, those of y without it.
 template <int S, int... J> void exchange(F& x, F& y, std::integer_sequence<int, J...>) {
   const F a = x, b = y;
 #if defined(__clang__)
