@@ -20,7 +20,7 @@ class PrefixConfig:
 
     Attributes:
         gate: ``SGLANG_PREFIX_GATE``: "auto" packs the batches for which that is predicted to be
-            faster, "always" every batch it can, "never" none. The CPU executor is faster than the
+            faster, "always" every batch it can, "never" none. The CPU executors are faster than the
             stock backend whatever is shared, so there "auto" is "always".
         policy: ``SGLANG_PREFIX_POLICY``: name of the packing policy.
         stock_backend: ``SGLANG_PREFIX_STOCK_BACKEND``: SGLang attention backend to delegate to;
@@ -29,7 +29,8 @@ class PrefixConfig:
             difference; for debugging, costs a device sync per plan.
         keep_plan: ``SGLANG_PREFIX_KEEP_PLAN``: keep the newest plan, and show it in
             ``GET /server_info``; for ``sglang-prefix explain --base-url``.
-        executor: ``SGLANG_PREFIX_EXECUTOR``: what runs the plans.
+        executor: ``SGLANG_PREFIX_EXECUTOR``: what runs the plans: "native" is compiled code for
+            CPUs, "torch" torch operations, "triton" kernels, "auto" the fastest that works.
         launch_mode, merge_mode: ``SGLANG_PREFIX_LAUNCH_MODE``, ``SGLANG_PREFIX_MERGE_MODE``: how
             the Triton executor launches, see docs/kernels.md.
         workspace_mib: ``SGLANG_PREFIX_WORKSPACE_MIB``: memory for plans and partial results, in

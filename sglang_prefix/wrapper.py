@@ -54,8 +54,9 @@ class PrefixDecodeWrapper:
             plan over it gives up splits, then sharing. Must hold one per request. None for those
             that 1 GiB holds; a plan that would have to give up sharing for these is refused.
         device: where q, the caches and ``req_to_token`` live.
-        executor: "torch" (any device), "triton" (a GPU, or the CPU under
-            ``TRITON_INTERPRET=1``), or "auto", the faster one that works.
+        executor: "native" (the CPU; compiled the first time, for some seconds), "torch" (any
+            device), "triton" (a GPU, or the CPU under ``TRITON_INTERPRET=1``), or "auto", the
+            fastest one that works.
 
     Raises:
         ValueError: an argument is not legal; the message names it, its value and what is legal.

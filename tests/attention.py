@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from prefix_kernels.executor import AttentionParams, PlanExecutor, make_executor
+from prefix_kernels.native_executor import NativeExecutor
 from prefix_kernels.oracle import KERNEL_TOLERANCES, TOLERANCES, decode_attention_oracle
 from prefix_kernels.plan import AttentionShape, PackPlan, verify_plan
 from prefix_kernels.triton_executor import LAUNCH_MODES, MERGE_MODES, TritonExecutor
@@ -46,12 +47,12 @@ WHOLE = replace(CPU_PROFILE, name="whole", pack_bytes=100)
 SPLITS = DeviceProfile("splits", 16, 0.4, 100, 24, 8)
 
 # Every way to run a plan: an executor by name, and its options.
-WAYS: dict[str, dict[str, Any]] = {"torch": {}} | {
+WAYS: dict[str, dict[str, Any]] = {"torch": {}, "native": {}} | {
     f"triton-{mode}-{merge}": {"mode": mode, "merge": merge}
     for mode in LAUNCH_MODES
     for merge in MERGE_MODES
 }
-TRITON = [way for way in WAYS if way != "torch"]
+TRITON = [way for way in WAYS if way.startswith("triton")]
 
 
 @dataclass(slots=True)
@@ -171,6 +172,9 @@ class Loaded:
         if isinstance(self.executor, TritonExecutor):
             self.executor.buffers.partial_out.fill_(torch.nan)
             self.executor.buffers.partial_lse.fill_(torch.nan)
+        elif isinstance(self.executor, NativeExecutor):
+            self.executor.partial_out.fill_(torch.nan)
+            self.executor.partial_lse.fill_(torch.nan)
         params = AttentionParams(case.sm_scale, **case.options)
         self.executor.run(case.q, case.k_cache, case.v_cache, out, lse, params)
         return out, lse
@@ -208,7 +212,7 @@ def load(
 
 def tolerances_of(executor: PlanExecutor) -> Mapping[torch.dtype, tuple[float, float]]:
     """How far an executor's output may be off."""
-    return KERNEL_TOLERANCES if executor.name == "triton" else TOLERANCES
+    return TOLERANCES if executor.name == "torch" else KERNEL_TOLERANCES
 
 
 def assert_close(

@@ -43,7 +43,7 @@ def test_every_setting(name: str, value: str) -> None:
         ("POLICY", "PAT", "pat"),
         ("VERIFY", "yes", "0, 1"),
         ("KEEP_PLAN", "plan.json", "0, 1"),
-        ("EXECUTOR", "cuda", "auto, torch, triton"),
+        ("EXECUTOR", "cuda", "auto, torch, native, triton"),
         ("LAUNCH_MODE", "stream", "streams, fused"),
         ("MERGE_MODE", "atomic", "launch, in_kernel"),
         ("WORKSPACE_MIB", "0", "a positive whole number"),

@@ -75,12 +75,13 @@ def test_sglangs_line_about_decode_gets_what_happened_since_the_last_one(
 
 def test_metrics_follow_the_counters_ten_times_a_second() -> None:
     labels = {"model_name": "tiny", "tp_rank": "0"}
-    metrics = PrefixMetrics(labels)
+    metrics = PrefixMetrics(labels, "torch (no compiler)")
     counters = BackendCounters()
 
     def value(name: str, **more: str) -> float | None:
         return REGISTRY.get_sample_value(f"sglang_prefix_{name}", labels | more)
 
+    assert value("executor_info", executor="torch (no compiler)") == 1
     metrics.update(counters, now=True)
     assert value("plans_total") == value("steps_total", path="packed") == 0
     counters.plans, counters.packed_steps = 3, 40
@@ -96,4 +97,4 @@ def test_metrics_follow_the_counters_ten_times_a_second() -> None:
     assert value("unpacked_steps_total", reason="error") == 1
     assert (value("kv_tokens_read_total"), value("kv_tokens_logical_total")) == (100, 400)
     with pytest.raises(ValueError, match="Duplicated timeseries"):
-        PrefixMetrics(labels)
+        PrefixMetrics(labels, "torch")

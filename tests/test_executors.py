@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prefix_kernels.native_executor import NativeExecutor
 from prefix_kernels.plan_buffers import PlanCapacity, serialize_plan
 from prefix_kernels.torch_executor import TorchExecutor
 from prefix_kernels.triton_executor import TritonExecutor
@@ -46,13 +47,18 @@ every_way = pytest.mark.parametrize("way", WAYS)
 # Where launches and merges make no difference, all but one of the four are extended.
 few_ways = pytest.mark.parametrize(
     "way",
-    ["torch", TRITON[0], *(pytest.param(way, marks=pytest.mark.extended) for way in TRITON[1:])],
+    [
+        "torch",
+        "native",
+        TRITON[0],
+        *(pytest.param(way, marks=pytest.mark.extended) for way in TRITON[1:]),
+    ],
 )
 
 
 def dtypes_of(way: str) -> list[torch.dtype]:
     """The interpreter computes bfloat16 products wrongly."""
-    return [torch.float32, torch.float16] + [torch.bfloat16] * (way == "torch")
+    return [torch.float32, torch.float16] + [torch.bfloat16] * (way not in TRITON)
 
 
 @pytest.mark.parametrize("variant", variants(dry=True), ids=lambda variant: variant.name)
@@ -60,13 +66,13 @@ def test_variants(variant: Variant, pytestconfig: pytest.Config, record_property
     """What `make gpu-check` checks: head dims, groups, dtypes, scales, caps, padding, same bits."""
     seed = int(pytestconfig.option.hypothesis_seed)
     setting = Setting(torch.device("cpu"), seed, dry=True, control=False)
-    check(variant, setting, record_property, with_torch=True)
+    check(variant, setting, record_property, on_cpu=True)
 
 
 @every_way
 @given(data=st.data(), batch=batches(max_requests=8, max_tokens=80), seed=st.integers(0, 1 << 16))
 def test_generated_batches(way: str, data: st.DataObject, batch: Batch, seed: int) -> None:
-    dims = data.draw(st.sampled_from(HEAD_DIMS)) if way == "torch" else (16, 16)  # interpreted
+    dims = data.draw(st.sampled_from(HEAD_DIMS)) if way not in TRITON else (16, 16)  # interpreted
     case = make_case(
         batch,
         group=data.draw(st.sampled_from(GROUPS)),
@@ -143,7 +149,7 @@ def test_tails_grow_token_by_token(way: str, batch: Batch, data: st.DataObject) 
     for _ in range(2):
         lens, slots = case.grow()
         lens, slots = torch.cat((lens, padding)), torch.cat((slots, padding << 20))
-        for _ in range(data.draw(st.integers(1, 2)) if way != "torch" else 1):
+        for _ in range(data.draw(st.integers(1, 2)) if way in TRITON else 1):
             loaded.executor.append(lens.to(dtype), slots.to(dtype))
         loaded.check()
 
@@ -195,6 +201,9 @@ def one_slot_replaced(loaded: Loaded) -> None:
 def one_piece_of_work_lost(loaded: Loaded) -> None:
     if isinstance(loaded.executor, TritonExecutor):
         loaded.executor.buffers.plan[1] -= 1
+    elif isinstance(loaded.executor, NativeExecutor):
+        loaded.executor._plan.num_packs -= 1
+        loaded.executor._cut()
     else:
         assert isinstance(loaded.executor, TorchExecutor)
         loaded.executor._packs[0].blocks = [[] for _ in loaded.executor._packs[0].blocks]

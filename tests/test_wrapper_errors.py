@@ -132,7 +132,7 @@ NAN, INF = float("nan"), float("inf")
     numbers("device", 10**30, True, legal="a device of this host"),
     [
         ("policy", "best", "policy='best'; legal: 'pat', 'node', 'chunk', 'query'"),
-        ("executor", "gpu", "executor='gpu'; legal: 'auto', 'torch', 'triton'"),
+        ("executor", "gpu", "executor='gpu'; legal: 'auto', 'torch', 'native', 'triton'"),
         ("dtype", torch.float64, r"\bdtype=torch.float64; legal: torch.float32"),
         ("dtype", torch.float8_e5m2, r"\bdtype=torch.float8_e5m2; legal"),
         ("kv_dtype", torch.float8_e5m2, "kv_dtype"),  # and dtype

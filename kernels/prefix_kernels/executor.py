@@ -14,7 +14,14 @@ from numpy.typing import NDArray
 from prefix_kernels.arguments import check_choice
 from prefix_kernels.plan import AttentionShape, PackPlan
 
-__all__ = ["EXECUTORS", "AttentionParams", "PlanExecutor", "choose_executor", "make_executor"]
+__all__ = [
+    "EXECUTORS",
+    "AttentionParams",
+    "PlanExecutor",
+    "choose_executor",
+    "make_executor",
+    "why_torch",
+]
 
 IntArray = NDArray[np.int64]
 
@@ -22,6 +29,7 @@ IntArray = NDArray[np.int64]
 # and the torch executor needs none of it.
 _CLASSES = {
     "torch": ("prefix_kernels.torch_executor", "TorchExecutor"),
+    "native": ("prefix_kernels.native_executor", "NativeExecutor"),
     "triton": ("prefix_kernels.triton_executor", "TritonExecutor"),
 }
 EXECUTORS = ("auto", *_CLASSES)
@@ -57,7 +65,7 @@ class PlanExecutor(ABC):
             elsewhere looking at them costs a device sync per plan and step.
 
     Attributes:
-        name: "torch" or "triton".
+        name: "torch", "native" or "triton".
         plan: the plan in use; None before the first.
         padded_batch_size: batch rows of q and the outputs under the plan in use.
         slot_range: the smallest and the largest slot in use, where slots are checked.
@@ -117,13 +125,13 @@ class PlanExecutor(ABC):
         self._load(plan, req_to_token, req_pool_indices, size)
         self.plan, self.padded_batch_size = plan, size
         if self._checks_slots:
-            self.slot_range = _bounds(self.kv_slots)
+            self.slot_range = self._find_slot_range()
 
     def append(self, seq_lens: torch.Tensor, new_slots: torch.Tensor) -> None:
         """Let every tail grow by one token, without a device sync.
 
         The Triton executor takes the lengths from the device, so a graph may hold the call and a
-        repeated step does no harm. The torch executor counts the steps on the host.
+        repeated step does no harm. The others count the steps on the host.
 
         Args:
             seq_lens: [B] int32 or int64 on the device: the lengths with the new token. Padding rows
@@ -196,6 +204,10 @@ class PlanExecutor(ABC):
         params: AttentionParams,
     ) -> None: ...
 
+    def _find_slot_range(self) -> tuple[int, int]:
+        """The smallest and the largest slot of a plan just loaded."""
+        return _bounds(self.kv_slots)
+
     def _write_slots(self, target: IntArray, slots: torch.Tensor) -> None:
         kv_slots = self.kv_slots
         kv_slots[torch.from_numpy(target).to(self.device)] = slots.to(kv_slots.dtype)
@@ -216,18 +228,34 @@ class PlanExecutor(ABC):
 def choose_executor(
     name: str, device: torch.device, q_dtype: torch.dtype, kv_dtype: torch.dtype
 ) -> str:
-    """Resolve ``"auto"``: Triton on a GPU that its kernels can use, torch elsewhere.
+    """Resolve ``"auto"``: Triton on a GPU and compiled code on the CPU, or else torch.
+
+    Where it comes to compiled code, this compiles it the first time, for some seconds.
 
     Raises:
         ValueError: the name is unknown, or its executor cannot take these tensors.
     """
     check_choice("executor", name, EXECUTORS)
-    if name == "torch" or (name == "auto" and device.type != "cuda"):
-        return "torch"
-    why_not = _class_of("triton").why_not(device, q_dtype, kv_dtype)
-    if why_not and name == "triton":
-        raise ValueError(f"executor='triton' cannot be used here: {why_not}; legal: 'torch'")
-    return "torch" if why_not else "triton"
+    if name == "auto":
+        return "torch" if why_torch(device, q_dtype, kv_dtype) else _fastest(device)
+    why_not = _class_of(name).why_not(device, q_dtype, kv_dtype)
+    if why_not:
+        raise ValueError(f"executor={name!r} cannot be used here: {why_not}; legal: 'torch'")
+    return name
+
+
+def why_torch(device: torch.device, q_dtype: torch.dtype, kv_dtype: torch.dtype) -> str | None:
+    """Why ``"auto"`` comes to the torch executor: what keeps the fastest one from such tensors.
+
+    None where nothing does.
+    """
+    name = _fastest(device)
+    why_not = _class_of(name).why_not(device, q_dtype, kv_dtype)
+    return f"the {name} executor cannot be used: {why_not}" if why_not else None
+
+
+def _fastest(device: torch.device) -> str:
+    return "triton" if device.type == "cuda" else "native"
 
 
 def make_executor(
@@ -236,10 +264,10 @@ def make_executor(
     """Build the executor that :func:`choose_executor` named.
 
     Args:
-        name: "torch" or "triton".
+        name: "torch", "native" or "triton".
         shape: of the layers served.
         device: where they run.
-        options: further arguments of :class:`TorchExecutor` or :class:`TritonExecutor`.
+        options: further arguments of the executor's class.
     """
     return _class_of(name)(shape, device, **options)
 

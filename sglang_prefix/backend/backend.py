@@ -114,7 +114,7 @@ class PrefixAttnBackend(DelegatingBackend):
             serve=self._server_reason is None,
         )
         self.counters = BackendCounters(delegated_layers=self._layers.delegated)
-        self._metrics = metrics_of(model_runner)
+        self._metrics = metrics_of(model_runner, self._layers.executor_text)
         self._last_plan = _last_plan_of(config)
         self._verify = config.verify
         self._planner: DecodePlanner | None = None
@@ -403,7 +403,10 @@ class PrefixAttnBackend(DelegatingBackend):
         if self._metrics is not None:
             self._metrics.update(self.counters, now=True)
         seconds = self._schedule.seconds
-        report = self.counters.as_dict() | {"hook_us": 1e6 * median(seconds) if seconds else None}
+        report = self.counters.as_dict() | {
+            "hook_us": 1e6 * median(seconds) if seconds else None,
+            "executor": self._layers.executor_text,
+        }
         if self._last_plan is not None:
             report["last_plan"] = self._last_plan.as_dict()
         return report

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from sglang.srt.layers.radix_attention import RadixAttention
 
-from prefix_kernels.executor import choose_executor, make_executor
+from prefix_kernels.executor import choose_executor, make_executor, why_torch
 from prefix_kernels.plan import AttentionShape
 from prefix_patches.attention_layers import attention_layers
 from prefix_patches.attributes import AttentionLayer, ModelRunner
@@ -39,17 +39,25 @@ class ModelLayers:
         delegated: layers that are always the stock backend's: a reason by layer id.
         group_of: the group of each layer that we serve.
         groups: planner and executor of each attention shape that we serve.
+        why_torch: why the torch executor serves where a faster one was asked for; None otherwise.
     """
 
     num_layers: int
     delegated: dict[int, str]
     group_of: dict[RadixAttention, LayerGroup]
     groups: list[LayerGroup]
+    why_torch: str | None = None
 
     @property
     def executor_names(self) -> list[str]:
         """Executors in use."""
         return sorted({group.executor.name for group in self.groups})
+
+    @property
+    def executor_text(self) -> str:
+        """Executors in use, and why not a faster one."""
+        names = "/".join(self.executor_names) or "none"
+        return f"{names} ({self.why_torch})" if self.why_torch else names
 
     @property
     def workspace(self) -> Workspace | None:
@@ -78,7 +86,7 @@ class ModelLayers:
             "graph labels %s%s%s",
             0 if inactive else len(self.group_of),
             self.num_layers,
-            "/".join(self.executor_names) or "none",
+            self.executor_text,
             stock_name,
             config.gate,
             config.policy,
@@ -130,7 +138,11 @@ def find_layers(
         for shape, count in num_layers.items()
     }
     group_of = {layer: groups[shape] for layer, shape in shape_of.items()}
-    return ModelLayers(len(layers), delegated, group_of, list(groups.values()))
+    found = ModelLayers(len(layers), delegated, group_of, list(groups.values()))
+    if config.executor == "auto" and found.executor_names == ["torch"]:
+        device = model_runner.req_to_token_pool.req_to_token.device
+        return replace(found, why_torch=why_torch(device, model_runner.dtype, pool.dtype))
+    return found
 
 
 def _build_group(

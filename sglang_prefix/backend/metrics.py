@@ -21,15 +21,16 @@ class PrefixMetrics:
 
     Args:
         labels: of SGLang's own metrics, by name.
+        executor: what runs the plans, and why not a faster one.
 
     Raises:
         ValueError: another backend of this process exports already.
     """
 
-    def __init__(self, labels: Mapping[str, str]) -> None:
+    def __init__(self, labels: Mapping[str, str], executor: str) -> None:
         # Not at the top: the import decides whether this process shares its metrics with others,
         # and SGLang says so only after it has read its arguments.
-        from prometheus_client import Counter
+        from prometheus_client import Counter, Gauge
 
         self._labels = dict(labels)
         names = tuple(labels)
@@ -54,6 +55,13 @@ class PrefixMetrics:
             "predicted_gain_seconds_total",
             "Time that the gate expects packed decode steps to have saved.",
         )
+        used = Gauge(
+            "sglang_prefix_executor_info",
+            "1; what runs the plans is in the label.",
+            (*names, "executor"),
+            multiprocess_mode="max",
+        )
+        used.labels(**self._labels, executor=executor).set(1)
         self._shown: dict[str, float] = {}
         self._next = 0.0
 
@@ -81,12 +89,12 @@ class PrefixMetrics:
             self._shown[key] = value
 
 
-def metrics_of(model_runner: ModelRunner) -> PrefixMetrics | None:
+def metrics_of(model_runner: ModelRunner, executor: str) -> PrefixMetrics | None:
     """Metrics of this process, if this rank exports any and no other backend of it does."""
     labels = metric_labels(model_runner)
     if labels is None:
         return None
     try:
-        return PrefixMetrics(labels)
+        return PrefixMetrics(labels, executor)
     except ValueError:  # prometheus knows each name once
         return None

@@ -39,6 +39,7 @@ _FLUSH_TRIES = 50
 # Counters that hold the newest value; all others are added to.
 _NEWEST = (
     "delegated_layers",
+    "executor",
     "hook_us",
     "kv_read_ratio",
     "last_plan",

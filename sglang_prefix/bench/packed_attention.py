@@ -26,7 +26,7 @@ class PackedAttention:
     Args:
         shape: heads and item sizes.
         device: where.
-        executor: "torch" or "triton".
+        executor: "torch", "native" or "triton".
         policy: of packing.
         profile: what the planner believes of the device; None for the executor's usual one.
         reserved_tail_slots: tokens that tails may grow by.

@@ -226,6 +226,20 @@ def _backend() -> str:
         raise CheckError(str(error), "correct the environment variable") from None
 
 
+def _executor() -> str:
+    """What `auto` takes here. Where it is not the fastest, the server works all the same."""
+    import torch
+
+    from prefix_kernels.executor import choose_executor, why_torch
+    from prefix_kernels.native_library import describe
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tensors = (device, torch.bfloat16, torch.bfloat16)
+    name = choose_executor("auto", *tensors)
+    about = describe() if name == "native" else why_torch(*tensors)
+    return ", ".join(filter(None, [name, about]))
+
+
 METADATA_CHECKS = {
     "torch": _torch,
     "SGLang version": _sglang_version,
@@ -237,6 +251,7 @@ SGLANG_CHECKS = {
     "registration": _registration,
     "patched symbols": _patched_symbols,
     "backend": _backend,
+    "executor": _executor,
 }
 
 

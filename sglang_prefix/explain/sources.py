@@ -201,7 +201,7 @@ def _plan(forest: PrefixForest, source: str, setting: Setting) -> PlanRecord:
         raise ValueError("--device cuda: there is no GPU here; legal here: cpu, h200")
     gpu = str(torch.cuda.get_device_name()) if device == "cuda" else None
     where = {
-        "cpu": "the torch executor on a CPU",
+        "cpu": "a CPU",
         "h200": "the Triton kernels on an H200, by its data sheet, not by measurement",
         "cuda": f"the Triton kernels on this machine's GPU ({gpu})",
     }

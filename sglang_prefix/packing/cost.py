@@ -37,7 +37,8 @@ class DeviceProfile:
 
 # The torch executor takes all rows of a pack in one matrix product and parallelises inside it:
 # nothing is read twice and nothing is gained by splitting. A pack costs about eight torch calls. At
-# 5 us a call and 12 GB/s, round figures for one server core, that is the time of some 480 kB.
+# 5 us a call and 12 GB/s, round figures for one server core, that is the time of some 480 kB. The
+# native executor, which splits packs by itself, is planned for like it until it is measured.
 CPU_PROFILE = DeviceProfile(
     name="cpu",
     max_block_rows=1 << 20,

@@ -31,7 +31,7 @@ def profile_for(executor: str, max_block_rows: int | None = None) -> DeviceProfi
     """The device profile that plans for an executor are made with.
 
     Args:
-        executor: "torch" or "triton".
+        executor: "torch", "native" or "triton".
         max_block_rows: rows that it takes in one pass; None for the profile's own.
     """
     profile = GPU_PROFILE if executor == "triton" else CPU_PROFILE

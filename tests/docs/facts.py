@@ -89,7 +89,8 @@ def metrics(page: Page) -> Problems:
 
     source = _text("sglang_prefix/backend/metrics.py")
     made = {f"sglang_prefix_{name}" for name in re.findall(r'counter\(\s*"(\w+)"', source)}
-    named = set(re.findall(r"sglang_prefix_\w+_total", page.text))
+    made |= set(re.findall(r'Gauge\(\s*"(\w+)"', source))
+    named = set(re.findall(r"sglang_prefix_\w+_(?:total|info)", page.text))
     yield from ((0, f"there is no metric {name}") for name in sorted(named - made))
     if page.path.name == "metrics.md":
         counters = set(BackendCounters().as_dict()) - {code for _, code in page.code}

@@ -38,8 +38,9 @@ def assert_packed(counters: Mapping[str, Any], max_ratio: float) -> None:
 def assert_same(
     ours: SectionResult, stock: SectionResult, tolerance: float = LOGPROB_TOLERANCE
 ) -> None:
-    """The same output ids and logprobs, if asked for, up to where a client aborted."""
+    """The same output ids and logprobs, if asked for, up to where a client aborted, or to a tie."""
     assert ours.requests.keys() == stock.requests.keys()
+    num_ties = 0
     for rid, expected in stock.requests.items():
         found = ours.requests[rid]
         count = len(expected["output_ids"])
@@ -49,10 +50,28 @@ def assert_same(
         else:
             assert found["finish"] == "length"
             assert len(found["output_ids"]) == count
+        tie = _first_tie(found, expected, tolerance / 10)
+        num_ties += tie < count
+        count = min(count, tie)
         assert found["output_ids"][:count] == expected["output_ids"][:count], rid
         if found["logprobs"]:
             near = pytest.approx(expected["logprobs"][:count], rel=0, abs=tolerance)
             assert found["logprobs"][:count] == near, rid
+    assert num_ties <= 1 + len(stock.requests) // 100
+
+
+def _first_tie(found: Mapping[str, Any], expected: Mapping[str, Any], gap: float) -> int:
+    """The first token that differs, if its logprob does not; else the number of tokens.
+
+    Greedy decoding has two best tokens there, and how float32 rounds chooses. In the tests' model
+    request m19 of the crowd has two that are 2e-6 apart in float64.
+    """
+    ids, logprobs = (
+        list(zip(found[name], expected[name], strict=False)) for name in ("output_ids", "logprobs")
+    )
+    first = next((i for i, (a, b) in enumerate(ids) if a != b), len(ids))
+    is_tie = first < len(logprobs) and abs(logprobs[first][0] - logprobs[first][1]) <= gap
+    return first if is_tie else max(len(found["output_ids"]), len(expected["output_ids"]))
 
 
 def num_changed(control: SectionResult, stock: SectionResult) -> int:

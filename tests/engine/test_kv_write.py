@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from prefix_kernels.torch_executor import TorchExecutor
+from prefix_kernels.executor import PlanExecutor
 from tests.engine.bare_backend import LENGTHS, NUM_KV_HEADS, NUM_QO_HEADS, SCALES, Bench
 
 # Against the oracle on the same 8-bit values; the rest is float32 arithmetic.
@@ -67,7 +67,7 @@ def test_stock_does_not_write_again_what_we_wrote_before_an_exception(
     bench = Bench(kv_dtype)
     writes = calls_of(bench.pool, "set_kv_buffer", monkeypatch)
     stock_calls = calls_of(bench.stock, "forward", monkeypatch)
-    monkeypatch.setattr(TorchExecutor, "run", fail)
+    monkeypatch.setattr(PlanExecutor, "run", fail)
     first, second = bench.layers
     k, v = torch.randn(2, len(LENGTHS), NUM_KV_HEADS, 64)
     stored = (k if kv_dtype == torch.float32 else k / SCALES[0][0]).to(kv_dtype)
@@ -89,7 +89,7 @@ def test_stock_does_not_write_again_what_we_wrote_before_an_exception(
 
 def test_verify_lets_the_exception_through(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(verify=True)
-    monkeypatch.setattr(TorchExecutor, "run", fail)
+    monkeypatch.setattr(PlanExecutor, "run", fail)
     with bench.step(), pytest.raises(RuntimeError, match="on purpose"):
         bench.decode(bench.layers[0])
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from prefix_kernels.torch_executor import TorchExecutor
+from prefix_kernels import native_library
+from prefix_kernels.executor import PlanExecutor
 from prefix_patches.attention_layers import attention_layers
 from prefix_patches.schedule_context import PASSED_BY
 from sglang_prefix.backend import backend as backend_module
@@ -162,6 +163,23 @@ def test_a_server_without_a_layer_of_ours_or_with_graphs_on_the_torch_executor_g
     assert f"layers [0] are stock's ({REASONS['sliding-window']})" in caplog.text
 
 
+def test_the_torch_executor_says_why_it_serves(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        assert Bench().backend._report()["executor"] == "native"
+        monkeypatch.setattr(native_library, "_outcome", lambda: "there is no compiler")
+        bench = Bench()
+    text = "torch (the native executor cannot be used: there is no compiler)"
+    assert bench.backend._report()["executor"] == text
+    first, second = (line for line in caplog.messages if "layers, executor" in line)
+    assert "2 of 2 layers, executor native, stock" in first
+    assert f"2 of 2 layers, executor {text}, stock" in second
+    with bench.step():
+        bench.decode(bench.layers[0])
+    assert bench.counted["packed_steps"] == 1
+
+
 def test_a_model_without_layers_of_sglangs_is_told_from_one_whose_layers_are_all_stocks() -> None:
     assert build([])._server_reason == "no-attention"
 
@@ -212,7 +230,7 @@ def test_a_call_with_another_number_of_queries_goes_to_stock_with_the_rest_of_th
     seen: list[int] = []
     stock: Callable[..., Any] = lambda q, *args, **kwargs: seen.append(len(q))  # noqa: E731
     monkeypatch.setattr(bench.stock, "forward", stock)
-    monkeypatch.setattr(TorchExecutor, "run", lambda *args, **kwargs: seen.append(-1))
+    monkeypatch.setattr(PlanExecutor, "run", lambda *args, **kwargs: seen.append(-1))
     with bench.step():
         bench.decode(bench.layers[0])
         q = torch.zeros(2, 8 * 64)

@@ -204,7 +204,7 @@ def test_the_counters_stand_on_metrics_and_move(server: Server) -> None:
 def test_the_log_says_what_was_packed(server: Server) -> None:
     assert server.running.log is not None
     log = server.running.log.read_text(errors="replace")
-    assert "prefix attention: 2 of 2 layers, executor torch, stock backend torch_native" in log
+    assert "prefix attention: 2 of 2 layers, executor native, stock backend torch_native" in log
     lines = [line for line in log.splitlines() if "Decode batch" in line]
     assert lines
     assert all("prefix packed: " in line for line in lines)

@@ -19,7 +19,7 @@ from sglang_prefix.bench.workloads.registry import Heads
 from sglang_prefix.bench.workloads.trees import Tree, random_tree, shared_then_private
 from sglang_prefix.packing import GPU_PROFILE, DeviceProfile
 from tests.gpu.conftest import Setting
-from tests.gpu.variants import EAGER, TORCH, Modes, Variant
+from tests.gpu.variants import CPU_EXECUTORS, EAGER, Modes, Variant
 
 __all__ = [
     "Errors",
@@ -40,20 +40,21 @@ Note = Callable[[str, Any], None]
 
 
 def check(
-    variant: Variant, setting: Setting, record_property: Note, *, with_torch: bool = False
+    variant: Variant, setting: Setting, record_property: Note, *, on_cpu: bool = False
 ) -> None:
     """Run a variant in all its modes, launches fitted to the plan and fixed as for a graph.
 
     Args:
         variant, setting: what, and where.
         record_property: is told the largest error of each run.
-        with_torch: run it by the torch executor as well.
+        on_cpu: run it by the executors for CPUs as well.
     """
     errors: Errors = {}
     inputs = variant.inputs(setting.device, setting.seed)
     with setting.verdict():
         runs = variant.runs(few=setting.dry)
-        runs += [(policy, TORCH, False) for policy in variant.policies if with_torch]
+        also = CPU_EXECUTORS if on_cpu else ()
+        runs += [(policy, modes, False) for policy in variant.policies for modes in also]
         for policy, modes, fixed in runs:
             name = "/".join((policy, *modes)) + ("/fixed" if fixed else "")
             if variant.steps and errors:  # the run before has grown them
@@ -99,13 +100,16 @@ def planned(
     breaks: bool,
 ) -> PackedAttention:
     """Attention with the plan of the inputs in use."""
+    options = {"mode": modes[0], "merge": modes[1]}
+    if modes in CPU_EXECUTORS:
+        options = {"executor": modes[0]}
     attention = PackedAttention(
         inputs.heads.shape(inputs.q.dtype, inputs.k.dtype),
         inputs.q.device,
         policy=policy,
         profile=variant.profile,
         reserved_tail_slots=16,
-        **({"executor": "torch"} if modes == TORCH else {"mode": modes[0], "merge": modes[1]}),
+        **options,
     )
     plan = attention.plan(inputs.batch.forest())
     tables, size = (inputs.req_to_token, inputs.req_pool_indices), len(inputs.q)

@@ -15,14 +15,15 @@ from sglang_prefix.bench.workloads.registry import Heads
 from sglang_prefix.bench.workloads.trees import Tree, random_tree, shared_then_private
 from sglang_prefix.packing import GPU_PROFILE, POLICIES, DeviceProfile
 
-__all__ = ["ALL_MODES", "EAGER", "TORCH", "Modes", "Variant", "variants"]
+__all__ = ["ALL_MODES", "CPU_EXECUTORS", "EAGER", "Modes", "Variant", "variants"]
 
 Modes = tuple[str, str]
 
 ALL_MODES: tuple[Modes, ...] = tuple(
     (mode, merge) for mode in LAUNCH_MODES for merge in MERGE_MODES
 )
-TORCH: Modes = ("torch", "")  # in place of a launch and a merge mode: the executor without
+# In place of a launch and a merge mode: the executors without.
+CPU_EXECUTORS: tuple[Modes, ...] = (("torch", ""), ("native", ""))
 # Each mode once: what the other pairs add is checked where nothing else varies.
 _TWO_MODES: tuple[Modes, ...] = (ALL_MODES[0], ALL_MODES[-1])
 # Packs are nearly free and splits short, so that small batches have both.

@@ -1,0 +1,132 @@
+// The native executor: one call runs a whole pack plan of one layer on the CPU.
+//
+// A plan is cut into items (work.h), which threads take from one list, the largest first. Packs of
+// many rows (requests times group size) are matrix products by torch's `brgemm` (many_rows.h), that
+// is oneDNN with AVX2, AVX-512 or AMX; packs of few rows are vector products in place (few_rows.h).
+// Every item writes partials, and whoever finishes the last item of a request merges them.
+//
+// No Python and no tensors in here: native_library.py compiles this in a few seconds, and
+// native_executor.py calls the functions at the end through ctypes.
+
+#include <ATen/Parallel.h>
+
+#include <cstdio>
+
+#include "few_rows.h"
+#include "many_rows.h"
+
+namespace {
+
+// A request's output: its parts, weighted by exp(lse of the part - lse of all).
+void merge(const Run& run, int64_t request) {
+  const Plan& plan = run.plan;
+  const Layer& layer = run.layer;
+  const int64_t heads = plan.num_qo_heads, dim = plan.v_head_dim;
+  const int64_t first = run.work.part_indptr[plan.request_indptr[request]];
+  const int64_t last = run.work.part_indptr[plan.request_indptr[request + 1]];
+  float* sum = scratch.row.at_least<float>(dim);
+  const Convert convert = converter_to(layer.q_type);
+  for (int64_t head = 0; head < heads; head++) {
+    const float* lse = layer.partial_lse + head;
+    float peak = -INF, total = 0.f;
+    for (int64_t i = first; i < last; i++) peak = std::max(peak, lse[i * heads]);
+    for (int64_t i = first; i < last; i++) total += std::exp(lse[i * heads] - peak);
+    std::fill(sum, sum + dim, 0.f);
+    for (int64_t i = first; i < last; i++) {
+      const float weight = std::exp(lse[i * heads] - peak) / total;
+      const float* values = layer.partial_out + (i * heads + head) * dim;
+      for (int64_t d = 0; weight != 0.f && d < dim; d++) sum[d] += weight * values[d];
+    }
+    const int64_t at = request * layer.out_stride + head * layer.out_head_stride;
+    convert(sum, layer.out + at * ITEMSIZE[layer.q_type], dim);
+    if (layer.lse)
+      layer.lse[request * layer.lse_stride + head * layer.lse_head_stride] = peak + std::log(total);
+  }
+}
+
+using Attend = void (*)(const Run&, const Item&);
+
+void take_items(void* argument) {
+  Run& run = *(Run*)argument;
+  static const Attend few[] = {attend_few<float>, attend_few<BFloat16>, attend_few<Half>,
+                               attend_few<E4M3>, attend_few<E5M2>};
+  static const Attend many[] = {attend_many<float>, attend_many<BFloat16>, attend_many<Half>};
+  const int64_t num_items = run.work.items.size();
+  try {
+    const Type type = product_type(run.layer);
+    for (int64_t i; (i = run.next.fetch_add(1)) < num_items;) {
+      const Item& item = run.work.items[i];
+      (item.kv_head < 0 ? few[run.layer.kv_type] : many[type])(run, item);
+      for (int64_t j = 0; j < item.num_queries; j++) {
+        const int64_t request = run.request(item, j);
+        if (run.work.open[request].fetch_sub(1, std::memory_order_acq_rel) == 1)
+          merge(run, request);
+      }
+    }
+#if !defined(PREFIX_PLAIN_PRODUCTS)
+    if (type != FLOAT32) at::native::cpublas::brgemm_release();
+#endif
+  } catch (const std::exception& error) {  // none may leave a thread
+    run.next = num_items;
+    if (!run.failed.exchange(true))
+      std::snprintf(run.message, run.message_size, "%s", error.what());
+  }
+}
+
+}  // namespace
+
+// What an OpenMP compiler makes of `parallel`, called by name: torch's threads are those of the
+// OpenMP library that it has loaded, and compiling with -fopenmp could bring in a second one.
+extern "C" void GOMP_parallel(void (*function)(void*), void* argument, unsigned, unsigned);
+
+extern "C" {
+
+Work* prefix_new() { return new Work; }
+
+void prefix_delete(Work* work) { delete work; }
+
+// Cut a plan for the threads that torch has now; returns the number of parts, which are [parts, Hq,
+// Dv] of output and [parts, Hq] of lse.
+int64_t prefix_cut(Work* work, const Plan* plan) {
+  return cut(*work, *plan, at::get_num_threads());
+}
+
+// Bit 0: bfloat16 is multiplied as it is; bit 1: float16. Otherwise it is widened to float32.
+int64_t prefix_products() { return multiplies<BFloat16>() + 2 * multiplies<Half>(); }
+
+// Copy the slots of the plan's positions, and find the smallest and the largest of them. `slots`
+// are zeroed where tails will grow.
+void prefix_copy_slots(const Plan* plan, int32_t* slots, int64_t num_slots, const int64_t* starts,
+                       const void* table, int64_t row_stride, int64_t table_is_64_bit,
+                       const int64_t* rows, int64_t* range) {
+  std::fill(slots, slots + num_slots, 0);
+  int64_t low = num_slots ? INT64_MAX : 0, high = 0;
+  auto copy = [&](const auto* from, int32_t* to, int64_t n) {
+    for (int64_t t = 0; t < n; t++) {
+      low = std::min<int64_t>(low, from[t]);
+      high = std::max<int64_t>(high, from[t]);
+      to[t] = int32_t(from[t]);
+    }
+  };
+  for (int64_t p = 0; p < plan->num_packs; p++) {
+    const int64_t row = rows[plan->queries[plan->query_indptr[p]]];
+    const int64_t at = row * row_stride + starts[p];
+    int32_t* to = slots + plan->slot_offset[p];
+    if (table_is_64_bit) copy((const int64_t*)table + at, to, plan->lengths[p]);
+    else copy((const int32_t*)table + at, to, plan->lengths[p]);
+  }
+  range[0] = low, range[1] = high;
+}
+
+// Run one layer. Returns 0, or 1 with the reason in `message`.
+int64_t prefix_run(Work* work, const Plan* plan, const Layer* layer, char* message, int64_t size) {
+  for (int64_t b = 0; b < plan->num_requests; b++) work->open[b] = work->contributions[b];
+  Run run{*plan, *layer, *work, message, size};
+  at::internal::lazy_init_num_threads();
+  if (at::get_num_threads() == 1 || at::in_parallel_region() || work->items.size() == 1)
+    take_items(&run);
+  else
+    GOMP_parallel(take_items, &run, 0, 0);
+  return run.failed;
+}
+}

@@ -1,0 +1,127 @@
+// The plan and the layer that the native executor is called with, and how a plan is cut into items.
+
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <numeric>
+#include <vector>
+
+#include "vectors.h"
+
+namespace {
+
+int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+int64_t divide_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
+
+// What the executor is called with: all members are eight bytes, as in native_executor.py.
+
+struct Plan {  // arrays of prefix_kernels.plan.PackPlan, with the lengths of now
+  int64_t num_packs, num_requests, num_partials;
+  const int64_t *query_indptr, *queries, *num_splits, *slot_offset, *lengths;
+  const int64_t *partial_indptr, *partial_index, *request_indptr;
+  const int32_t* slots;
+  int64_t num_qo_heads, num_kv_heads, head_dim, v_head_dim;
+  int64_t group() const { return num_qo_heads / num_kv_heads; }
+};
+
+struct Layer {  // strides in elements
+  const char *q, *k, *v;
+  char* out;
+  float *lse, *partial_out, *partial_lse;  // lse: null where it is not wanted
+  const float *k_scales, *v_scales;        // per KV head; null for 1
+  int64_t q_type, kv_type;
+  int64_t q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride;
+  int64_t out_stride, out_head_stride, lse_stride, lse_head_stride, k_scale_stride, v_scale_stride;
+  double scale, v_factor, logit_cap;
+  float k_scale(int64_t head) const {
+    return float(scale * (k_scales ? k_scales[head * k_scale_stride] : 1.f));
+  }
+  float v_scale(int64_t head) const {
+    return float(v_factor * (v_scales ? v_scales[head * v_scale_stride] : 1.f));
+  }
+  const char* query(int64_t request, int64_t head) const {
+    return q + (request * q_stride + head * q_head_stride) * ITEMSIZE[q_type];
+  }
+  const char* key(int64_t slot, int64_t head) const {
+    return k + (slot * k_stride + head * k_head_stride) * ITEMSIZE[kv_type];
+  }
+  const char* value(int64_t slot, int64_t head) const {
+    return v + (slot * v_stride + head * v_head_stride) * ITEMSIZE[kv_type];
+  }
+};
+
+constexpr int64_t FEW_ROWS = 8;     // per KV head; a product would be mostly padding
+constexpr int64_t MOST_ROWS = 256;  // of an item: its state stays in a 1 MiB L2 cache
+constexpr int64_t TILE = 256;       // tokens that are multiplied at a time
+constexpr int64_t FEW_TILE = 64;    // tokens that are read token by token at a time
+constexpr int64_t MIN_PIECE = 256;  // tokens; shorter ones would not pay for their partials
+constexpr int64_t ITEMS_PER_THREAD = 8;  // at least: with the largest first, threads end together
+constexpr int64_t READ_COST = 24;  // of a token from memory, in rows computed meanwhile
+
+struct Item {
+  int64_t pack, split, piece, begin, end;     // tokens of the pack
+  int64_t first_query, num_queries, kv_head;  // kv_head -1: all of them
+  int64_t cost;
+};
+
+struct Work {
+  std::vector<Item> items;                      // largest first
+  std::vector<int64_t> part_indptr;             // the parts of each partial of the plan
+  std::vector<int32_t> contributions;           // items of each request
+  std::unique_ptr<std::atomic<int32_t>[]> open;  // of those, in the run under way
+};
+
+// A split of the plan that would keep one thread busy while others wait is cut further; its
+// partials then have several parts. Returns the number of parts.
+int64_t cut(Work& work, const Plan& plan, int64_t num_threads) {
+  const int64_t group = plan.group(), heads = plan.num_kv_heads;
+  auto num_rows = [&](int64_t p) {
+    return (plan.query_indptr[p + 1] - plan.query_indptr[p]) * group;
+  };
+  double total = 0;
+  for (int64_t p = 0; p < plan.num_packs; p++)
+    total += double(plan.lengths[p]) * heads * (READ_COST + num_rows(p));
+  const double most = num_threads > 1 ? total / (num_threads * ITEMS_PER_THREAD) + 1 : INF;
+  work.items.clear();
+  work.part_indptr.assign(plan.num_partials + 1, 0);
+  work.contributions.assign(plan.num_requests, 0);
+  for (int64_t p = 0; p < plan.num_packs; p++) {
+    const int64_t first = plan.query_indptr[p], count = plan.query_indptr[p + 1] - first;
+    const int64_t rows = num_rows(p), length = plan.lengths[p];
+    const bool few = rows <= FEW_ROWS;
+    const int64_t step = few ? count : std::max<int64_t>(1, MOST_ROWS / group);
+    const int64_t chunk = divide_up(length, plan.num_splits[p]);  // as plan.split_bounds
+    const int64_t token_cost =
+        (few ? heads : 1) * (READ_COST + std::min(rows, step * group));
+    const int64_t wanted = int64_t(double(chunk) * token_cost / most) + 1;
+    const int64_t pieces = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, chunk / MIN_PIECE));
+    const int64_t piece = std::max(round_up(divide_up(chunk, pieces), few ? FEW_TILE : TILE), TILE);
+    for (int64_t split = 0; split < plan.num_splits[p]; split++) {
+      const int64_t low = std::min(split * chunk, length), high = std::min(low + chunk, length);
+      const int64_t num_pieces = std::max<int64_t>(1, divide_up(high - low, piece));
+      for (int64_t j = 0; j < count; j++)
+        work.part_indptr[1 + plan.partial_index[plan.partial_indptr[p] + split * count + j]] =
+            num_pieces;
+      for (int64_t n = 0; n < num_pieces; n++) {
+        const int64_t begin = low + n * piece, end = std::min(begin + piece, high);
+        for (int64_t j = 0; j < count; j += step) {
+          const int64_t own = std::min(step, count - j), cost = (end - begin) * token_cost;
+          for (int64_t head = few ? -1 : 0; head < (few ? 0 : heads); head++)
+            work.items.push_back({p, split, n, begin, end, j, own, head, cost});
+          for (int64_t i = j; i < j + own; i++)
+            work.contributions[plan.queries[first + i]] += int32_t(few ? 1 : heads);
+        }
+      }
+    }
+  }
+  std::partial_sum(work.part_indptr.begin(), work.part_indptr.end(), work.part_indptr.begin());
+  std::stable_sort(work.items.begin(), work.items.end(),
+                   [](const Item& a, const Item& b) { return a.cost > b.cost; });
+  work.open.reset(new std::atomic<int32_t>[plan.num_requests]);
+  return work.part_indptr.back();
+}
+
+}  // namespace

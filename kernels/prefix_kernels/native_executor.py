@@ -1,0 +1,259 @@
+"""The native executor: runs a pack plan on the CPU with one call of compiled code.
+
+See ``native/native.cpp`` for what it does; here is what is kept for it between calls.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from prefix_kernels import native_library
+from prefix_kernels.executor import AttentionParams, PlanExecutor
+from prefix_kernels.plan import AttentionShape, PackPlan
+
+__all__ = ["NativeExecutor"]
+
+IntArray = NDArray[np.int64]
+
+# Numbered as in native/vectors.h.
+_TYPES = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.float8_e4m3fn: 3,
+    torch.float8_e5m2: 4,
+}
+_MESSAGE_BYTES = 1000
+
+
+def _members(kind: Any, names: str) -> list[tuple[str, Any]]:
+    return [(name, kind) for name in names.split()]
+
+
+class _Plan(ctypes.Structure):  # as in native/work.h
+    _fields_ = (
+        *_members(ctypes.c_int64, "num_packs num_requests num_partials"),
+        *_members(ctypes.c_void_p, "query_indptr queries num_splits slot_offset lengths"),
+        *_members(ctypes.c_void_p, "partial_indptr partial_index request_indptr slots"),
+        *_members(ctypes.c_int64, "num_qo_heads num_kv_heads head_dim v_head_dim"),
+    )
+
+
+class _Layer(ctypes.Structure):  # as in native/work.h
+    _fields_ = (
+        *_members(ctypes.c_void_p, "q k v out lse partial_out partial_lse k_scales v_scales"),
+        *_members(ctypes.c_int64, "q_type kv_type q_stride q_head_stride"),
+        *_members(ctypes.c_int64, "k_stride k_head_stride v_stride v_head_stride"),
+        *_members(ctypes.c_int64, "out_stride out_head_stride lse_stride lse_head_stride"),
+        *_members(ctypes.c_int64, "k_scale_stride v_scale_stride"),
+        *_members(ctypes.c_double, "scale v_factor logit_cap"),
+    )
+
+
+class NativeExecutor(PlanExecutor):
+    """Runs plans with compiled code on torch's threads; arguments as of :class:`PlanExecutor`.
+
+    Like the torch executor it keeps the lengths of the tails on the host. How the work is cut
+    depends on them and on the number of threads, so that is done by the first layer of a step.
+
+    Attributes:
+        num_parts: partials that the work is cut into now, at least those of the plan.
+        partial_out, partial_lse: [>= num_parts, Hq, Dv] and [>= num_parts, Hq] float32.
+
+    Raises:
+        NativeUnavailableError: the library cannot be compiled or loaded here.
+    """
+
+    name = "native"
+
+    def __init__(
+        self, shape: AttentionShape, device: torch.device, *, check_slots: bool = False
+    ) -> None:
+        super().__init__(shape, device, check_slots=check_slots)
+        self._library = native_library.library()
+        self._work = ctypes.c_void_p(_call(self._library, "prefix_new", ctypes.c_void_p))
+        weakref.finalize(self, self._library.prefix_delete, self._work)
+        self._message = ctypes.create_string_buffer(_MESSAGE_BYTES)
+        self._plan = _Plan()
+        self._layer = _Layer()
+        self._arrays: list[IntArray] = []  # what the plan points to
+        self._lengths = np.zeros(0, dtype=np.int64)
+        self._num_shared = 0
+        self._tail_offset = np.zeros(0, dtype=np.int64)
+        self._num_threads = 0  # that the work is cut for; 0 where it must be cut anew
+        self._planned_range = (0, 0)
+        self._slot_storage = torch.empty(0, dtype=torch.int32)
+        self._kv_slots = self._slot_storage
+        self.num_parts = 0
+        self.partial_out = torch.empty(0)
+        self.partial_lse = torch.empty(0)
+
+    @classmethod
+    def why_not(
+        cls, device: torch.device, q_dtype: torch.dtype, kv_dtype: torch.dtype
+    ) -> str | None:
+        """Why the library cannot run on such tensors; None if it can. Compiles it if need be."""
+        if device.type != "cpu":
+            return f"it runs on the CPU, not on {device}"
+        for dtype in (q_dtype, kv_dtype):
+            if dtype not in _TYPES:
+                return f"it does not read {dtype}"
+        return native_library.why_not()
+
+    @property
+    def kv_slots(self) -> torch.Tensor:
+        """Slots of the plan in use, int32, laid out by it."""
+        return self._kv_slots
+
+    def set_tail_lengths(self, tail_lengths: IntArray) -> None:
+        """Set the tokens [B] in each request's tail; the first layer to run cuts the work anew."""
+        self._lengths[self._num_shared :] = tail_lengths
+        self._num_threads = 0
+
+    def _load(
+        self,
+        plan: PackPlan,
+        req_to_token: torch.Tensor,
+        req_pool_indices: torch.Tensor,
+        padded_batch_size: int,
+    ) -> None:
+        del padded_batch_size  # `run` sees how many rows there are
+        if len(self._slot_storage) < plan.num_slots:
+            with torch.inference_mode(False):  # may be written from outside inference mode later
+                self._slot_storage = torch.empty(plan.num_slots, dtype=torch.int32)
+        self._kv_slots = self._slot_storage[: plan.num_slots]
+        self._lengths = (plan.pack_end - plan.pack_start).astype(np.int64)
+        self._num_shared = plan.num_shared_packs
+        self._tail_offset = plan.tail_offset
+        self._num_threads = 0
+        arrays = {
+            "query_indptr": plan.query_indptr,
+            "queries": plan.queries,
+            "num_splits": plan.num_splits,
+            "slot_offset": plan.slot_offset,
+            "lengths": self._lengths,
+            "partial_indptr": plan.partial_indptr,
+            "partial_index": plan.partial_index,
+            "request_indptr": plan.request_indptr,
+        }
+        self._arrays = [np.ascontiguousarray(array, dtype=np.int64) for array in arrays.values()]
+        shape = self.shape
+        self._plan = _Plan(
+            num_packs=plan.num_packs,
+            num_requests=plan.batch_size,
+            num_partials=plan.num_partials,
+            slots=self._kv_slots.data_ptr(),
+            num_qo_heads=shape.num_qo_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            v_head_dim=shape.v_head_dim,
+            **{name: _address(one) for name, one in zip(arrays, self._arrays, strict=True)},
+        )
+        starts = np.ascontiguousarray(plan.pack_start, dtype=np.int64)
+        rows = req_pool_indices.long().contiguous()
+        found = np.zeros(2, dtype=np.int64)
+        self._library.prefix_copy_slots(
+            ctypes.byref(self._plan),
+            ctypes.c_void_p(self._kv_slots.data_ptr()),
+            ctypes.c_int64(plan.num_slots),
+            ctypes.c_void_p(_address(starts)),
+            ctypes.c_void_p(req_to_token.data_ptr()),
+            ctypes.c_int64(req_to_token.stride(0)),
+            ctypes.c_int64(req_to_token.dtype == torch.int64),
+            ctypes.c_void_p(rows.data_ptr()),
+            ctypes.c_void_p(_address(found)),
+        )
+        self._planned_range = (int(found[0]), int(found[1]))
+
+    def _find_slot_range(self) -> tuple[int, int]:
+        return self._planned_range
+
+    def _write_slots(self, target: IntArray, slots: torch.Tensor) -> None:
+        self._kv_slots.numpy()[target] = slots.numpy()
+
+    def _append(self, seq_lens: torch.Tensor, new_slots: torch.Tensor) -> None:
+        del seq_lens  # one token more for each, as for the torch executor
+        tails = self._lengths[self._num_shared :]
+        self._write_slots(self._tail_offset + tails, new_slots[: len(tails)])
+        self.set_tail_lengths(tails + 1)
+
+    def _run(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        params: AttentionParams,
+    ) -> None:
+        if self._num_threads != torch.get_num_threads():
+            self._cut()
+        batch = self._plan.num_requests
+        if len(out) > batch:
+            out[batch:].zero_()
+            if lse is not None:
+                lse[batch:].fill_(-torch.inf)
+        layer = self._layer
+        k_factor, layer.k_scales, layer.k_scale_stride = _split_scale(params.k_scale)
+        layer.v_factor, layer.v_scales, layer.v_scale_stride = _split_scale(params.v_scale)
+        layer.scale, layer.logit_cap = params.sm_scale * k_factor, params.logit_cap
+        layer.q, layer.q_stride, layer.q_head_stride = _place(q)
+        layer.k, layer.k_stride, layer.k_head_stride = _place(k_cache)
+        layer.v, layer.v_stride, layer.v_head_stride = _place(v_cache)
+        layer.out, layer.out_stride, layer.out_head_stride = _place(out)
+        layer.lse, layer.lse_stride, layer.lse_head_stride = (
+            (None, 0, 0) if lse is None else _place(lse)
+        )
+        layer.q_type, layer.kv_type = _TYPES[q.dtype], _TYPES[k_cache.dtype]
+        failed = self._library.prefix_run(
+            self._work,
+            ctypes.byref(self._plan),
+            ctypes.byref(layer),
+            self._message,
+            ctypes.c_int64(_MESSAGE_BYTES),
+        )
+        if failed:
+            raise RuntimeError(f"the native executor failed: {self._message.value.decode()}")
+
+    def _cut(self) -> None:
+        """Cut the work for the lengths and threads of now: once for all layers of a step."""
+        self.num_parts = _call(
+            self._library, "prefix_cut", ctypes.c_int64, self._work, ctypes.byref(self._plan)
+        )
+        shape = (self.num_parts, self.shape.num_qo_heads)
+        if len(self.partial_lse) < self.num_parts:
+            with torch.inference_mode(False):
+                self.partial_out = torch.empty(*shape, self.shape.v_head_dim)
+                self.partial_lse = torch.empty(shape)
+        self._layer.partial_out = self.partial_out.data_ptr()
+        self._layer.partial_lse = self.partial_lse.data_ptr()
+        self._num_threads = torch.get_num_threads()
+
+
+def _call(library: ctypes.CDLL, name: str, result: Any, *arguments: Any) -> Any:
+    function = library[name]  # a new one, whose result type is ours alone
+    function.restype = result
+    return function(*arguments)
+
+
+def _address(array: NDArray[Any]) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address
+
+
+def _place(tensor: torch.Tensor) -> tuple[int, int, int]:
+    """Where a tensor is, and its strides from row to row and from head to head."""
+    return (tensor.data_ptr(), *tensor.stride()[:2])  # type: ignore[return-value]
+
+
+def _split_scale(scale: float | torch.Tensor) -> tuple[float, int | None, int]:
+    """A scale as a number, times the tensor at an address with a stride from head to head."""
+    if isinstance(scale, torch.Tensor):
+        return 1.0, scale.data_ptr(), scale.stride(0) if scale.dim() else 0
+    return scale, None, 0
