@@ -6,9 +6,10 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -48,6 +49,10 @@ once for all of them. Below are the requests, with what each holds alone.
 """
 
 
+# SGLang's own names. An enumeration, since typer has no lists of literals.
+Dtype = StrEnum("Dtype", ["auto", "half", "float16", "bfloat16", "float", "float32"])
+
+
 def demo(
     model_path: Annotated[
         str | None,
@@ -65,7 +70,7 @@ def demo(
     document_tokens: Annotated[int, typer.Option(min=500, max=_MAX_DOCUMENT)] = 2000,
     new_tokens: Annotated[int, typer.Option(min=16, max=_MAX_DOCUMENT)] = 24,
     dtype: Annotated[
-        list[Literal["auto", "half", "float16", "bfloat16", "float", "float32"]] | None,
+        list[Dtype] | None,
         typer.Option(
             help="May be repeated. Default: float32, where tokens must be equal, and bfloat16; "
             "on a GPU auto, the model's."
@@ -105,7 +110,7 @@ def demo(
         model, name = (
             (model_path, model_path) if model_path else _make_model(root / "model", longest, out)
         )
-        dtypes: Sequence[str] = dtype or _default_dtypes(device, name)
+        dtypes = [one.value for one in dtype or ()] or _default_dtypes(device, name)
         try:
             tokenizer = load_tokenizer(model)
         except ValueError as error:
