@@ -36,7 +36,12 @@ def register() -> None:
 
 
 def _named_stock() -> str | None:
-    return PrefixConfig.from_env().stock_backend
+    from prefix_patches.stock_backend import check_stock_name
+
+    named = PrefixConfig.from_env().stock_backend
+    if named is not None:  # before SGLang's rules meet a name that nobody knows
+        check_stock_name(named, BACKEND_NAME)
+    return named
 
 
 def _check_choice(choice: StockChoice) -> None:

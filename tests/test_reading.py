@@ -325,6 +325,22 @@ def test_what_stands_where_a_command_writes_is_not_replaced(tmp_path: Path) -> N
     assert Path("/dev/full").lstat().st_rdev == node
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["explain", "--tree=1,2_3,4", "--json"]])
+def test_a_full_standard_output_is_one_line(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "sglang_prefix.cli.main", *arguments]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "sglang-prefix: cannot write: No space left on device"
+    assert "Traceback" not in done.stderr
+
+
+def test_a_plan_that_cannot_be_read_is_named() -> None:
+    done = CliRunner().invoke(app, ["explain", "--plan", "/proc/self/mem"])
+    assert done.exit_code == 1
+    assert done.stderr == "sglang-prefix: cannot read /proc/self/mem: Input/output error\n"
+
+
 def test_a_report_may_go_to_standard_output(tmp_path: Path) -> None:
     file = tmp_path / "result.json"
     file.write_text(json.dumps(kernel_result()))

@@ -16,6 +16,7 @@ from prefix_patches.resolution import stock_choice
 __all__ = [
     "TOUCHED",
     "build_stock",
+    "check_stock_name",
     "default_stock_name",
     "prefill_name",
     "resolved_args",
@@ -96,19 +97,27 @@ def prefill_name(model_runner: ModelRunner, own_name: str) -> str | None:
     return None if named in (None, own_name) else str(named)
 
 
-def build_stock(model_runner: ModelRunner, name: str, own_name: str) -> Any:
-    """Build the stock backend ``name`` for a runner.
+def check_stock_name(name: str, own_name: str) -> None:
+    """See to it that a stock backend of this SGLang bears the name.
 
     Raises:
         ValueError: SGLang has no such backend, or it is ours.
     """
-    backends = import_module(_REGISTRY).ATTENTION_BACKENDS
-    legal = sorted(set(backends) - {own_name})
+    legal = sorted(set(import_module(_REGISTRY).ATTENTION_BACKENDS) - {own_name})
     if name not in legal:
         raise ValueError(
             f"SGLANG_PREFIX_STOCK_BACKEND={name!r} is not a stock attention backend of this "
             f"SGLang; legal: {', '.join(legal)}"
         )
+
+
+def build_stock(model_runner: ModelRunner, name: str, own_name: str) -> Any:
+    """Build the stock backend ``name`` for a runner.
+
+    Raises:
+        ValueError: see :func:`check_stock_name`.
+    """
+    check_stock_name(name, own_name)
     # From 0.5.18 on runners bear the names while their backends are built, and stock backends and
     # what wraps ours (hybrid models on Blackwell) look for names that they know. SGLang puts its
     # own back when all are built.
@@ -116,7 +125,7 @@ def build_stock(model_runner: ModelRunner, name: str, own_name: str) -> Any:
         model_runner.prefill_attention_backend_str = name
     if getattr(model_runner, "decode_attention_backend_str", None) == own_name:
         model_runner.decode_attention_backend_str = name
-    return backends[name](model_runner)
+    return import_module(_REGISTRY).ATTENTION_BACKENDS[name](model_runner)
 
 
 def torch_native_decode() -> Callable[..., None]:

@@ -146,7 +146,7 @@ def explain(
     except ValueError as error:
         fail(str(error), 2)
     except OSError as error:
-        fail(f"cannot read {error.filename}: {error.strerror}")
+        fail(f"cannot read {plan or prompts}: {error.strerror}")
     out = console(json_file)
     print_explanation(explanation, out)
     for path in filter(None, (svg, html)):

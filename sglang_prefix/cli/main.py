@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import sys
+
 import typer
 
 from sglang_prefix.cli.bench_kernel import host, kernel, tune
@@ -12,6 +16,7 @@ from sglang_prefix.cli.doctor import doctor
 from sglang_prefix.cli.exec import exec_command
 from sglang_prefix.cli.explain import explain
 from sglang_prefix.cli.kernels import kernels
+from sglang_prefix.cli.output import complain
 from sglang_prefix.cli.report import report
 from sglang_prefix.cli.smollm2 import smollm2
 from sglang_prefix.cli.tiny_model import tiny_model
@@ -26,6 +31,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 # Options behind CMD are CMD's own, with or without `--` before it.
 _OWN_OPTIONS = {"allow_interspersed_args": False}
@@ -52,7 +59,21 @@ app.add_typer(bench_app, name="bench")
 
 def main() -> None:
     """Entry point of the console script."""
-    app()
+    try:
+        try:
+            app()
+        finally:
+            if sys.stdout is not None:  # as where it was closed
+                sys.stdout.flush()
+    except OSError as error:
+        # Of standard output, which a shell may lead to a full disk. Files are the commands' own,
+        # and a pipe that nobody reads is typer's.
+        if error.errno not in _NO_ROOM or error.filename is not None:
+            raise
+        complain(f"cannot write: {error.strerror}")
+        # Or Python tries once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,8 @@ def parse_heads(heads: str, dtype: str) -> AttentionShape:
     is_legal = len(numbers) in (3, 4) and all(0 < number < _MAX_HEADS for number in numbers)
     if not is_legal or numbers[0] % numbers[1]:
         raise ValueError(
-            f"--heads is {heads}; legal: QO,KV,DIM or QO,KV,DIM,V, where QO is a multiple of KV"
+            f"--heads is {heads}; legal: QO,KV,DIM or QO,KV,DIM,V, each from 1 to "
+            f"{_MAX_HEADS - 1}, where QO is a multiple of KV"
         )
     (num_qo_heads, num_kv_heads, head_dim, *_), itemsize = numbers, _ITEMSIZES[dtype]
     return AttentionShape(num_qo_heads, num_kv_heads, head_dim, numbers[-1], itemsize, itemsize)

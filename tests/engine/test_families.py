@@ -149,6 +149,16 @@ def test_a_stock_backend_that_the_user_names_to_us_stands_in_for_our_name(
     assert (whole.choice.prefill, whole.choice.decode) == ("trtllm_mha", "trtllm_mha")
 
 
+@pytest.mark.parametrize("name", ["nonesuch", "prefix"])
+def test_a_stock_backend_that_nobody_has_is_refused_before_sglangs_rules_meet_it(
+    name: str, folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SGLANG_PREFIX_STOCK_BACKEND", name)
+    for model in ("LlamaForCausalLM", "GptOssForCausalLM"):
+        with pytest.raises(ValueError, match=f"SGLANG_PREFIX_STOCK_BACKEND='{name}' is not"):
+            Resolved(folders[model], "sm90", monkeypatch, decode_attention_backend="prefix")
+
+
 @pytest.mark.parametrize("flag", ["attention_backend", "decode_attention_backend"])
 def test_the_draft_model_runs_on_what_sglang_would_have_used(
     flag: str, folders: dict[str, str], monkeypatch: pytest.MonkeyPatch

@@ -202,7 +202,8 @@ def pat_tree(text: str) -> Tree:
     if not (good and counts[-1] < _MAX_NODES and min(lengths) > 0 and sum(lengths) < _MAX_TOKENS):
         raise ValueError(
             f"--tree is {text!r}; legal: nodes of each level, never fewer than above, '_', and "
-            "tokens of each level, as in '1,8,512_512,512,256'"
+            f"tokens of each level, as in '1,8,512_512,512,256'; up to {_MAX_LEVELS} levels, "
+            f"{_MAX_NODES - 1} nodes in one, {_MAX_TOKENS - 1} tokens of a request"
         )
     parents, at = [np.full(counts[0], -1)], 0
     for above, count in pairwise(counts):
