@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from prefix_kernels.arguments import INT32_MAX, check_number, refusal
 from sglang_prefix.forest import PrefixForest
-from sglang_prefix.forest_checks import check_slots
+from sglang_prefix.forest_checks import check_forest, check_slots
 
 __all__ = [
     "KV_DTYPES",
@@ -284,6 +284,7 @@ def check_given_forest(forest: Any, seq_lens: torch.Tensor) -> IntArray:
     """The forest's lengths, compared with ``seq_lens`` where that costs no device sync."""
     if not isinstance(forest, PrefixForest):
         raise ValueError(f"forest is a {type(forest).__name__}; legal: a PrefixForest")
+    check_forest(forest)  # its arrays may have been written to since it was made
     if forest.batch_size != len(seq_lens):
         raise ValueError(
             f"forest has {forest.batch_size} requests; legal: {len(seq_lens)}, as seq_lens has"

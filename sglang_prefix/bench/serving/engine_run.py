@@ -21,12 +21,7 @@ from sglang_prefix.bench.cases import compile_pattern
 from sglang_prefix.bench.child import ChildError
 from sglang_prefix.bench.engine import EngineProcess, engine_environment, write_plugin
 from sglang_prefix.bench.run import BenchRun, Case, NotRunError
-from sglang_prefix.bench.serving.compare import (
-    LOGPROB_LIMITS,
-    compare_logprobs,
-    decode_times,
-    median_interval,
-)
+from sglang_prefix.bench.serving.compare import compare_logprobs, decode_times, median_interval
 from sglang_prefix.bench.serving.loads import (
     LLAMA_8B,
     OURS,
@@ -56,6 +51,10 @@ _GRACE_SECONDS = 35
 # The driver frees what a killed process had a while later.
 _MEMORY_WAITS = 60
 _MEMORY_SLACK = 64 << 20
+# Logits between 4 and 8 stand in steps of 2**-5 in bfloat16, so each side is off by up to 2**-6
+# before anything else is. Attention rounds its output to 8 bits in each of 32 layers, which moves
+# them again by about as much; the largest of thousands of differences is some times their mean.
+_MEAN_LIMIT, _MAX_LIMIT = 0.03, 0.25
 # Where the stock backend differs from itself, one request at a time, by more than half of that, the
 # limit is so many times its own difference.
 _OWN_NOISE_FACTOR = 2
@@ -311,8 +310,8 @@ class EngineRun(BenchRun):
         difference = compare_logprobs(answers[ours], answers[stock])
         noise = compare_logprobs(answers[stock], alone)
         limits = {
-            name: max(limit, _OWN_NOISE_FACTOR * noise[name])
-            for name, limit in LOGPROB_LIMITS.items()
+            "mean": max(_MEAN_LIMIT, _OWN_NOISE_FACTOR * noise["mean"]),
+            "max": max(_MAX_LIMIT, _OWN_NOISE_FACTOR * noise["max"]),
         }
         within = all(difference[key] <= limit for key, limit in limits.items())
         wrong = [] if within and difference["values"] else [f"differences {difference}, {limits=}"]
