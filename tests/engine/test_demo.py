@@ -113,4 +113,4 @@ def test_the_demo_names_all_that_keeps_its_numbers_from_being_evidence(
         "the last plan cannot be shown",
     ):
         assert problem in shown.output
-    assert len(json.loads(target.read_text())["problems"]) == 10
+    assert len(json.loads(target.read_text())["problems"]) == 9

@@ -42,15 +42,15 @@ def find_sources(places: Sequence[str | os.PathLike[str]]) -> tuple[list[Source]
         ResultError: there is none, or one cannot be read or does not hold what its kind should; one
             line that names it.
     """
-    files: dict[Path, str] = {}
+    files: dict[Path, tuple[Path, str]] = {}  # once each, under the name that was given
     for place in map(Path, places):
         for path, name in _files_at(place):
-            files.setdefault(path.resolve(), name)
+            files.setdefault(path.resolve(), (path, name))
     named = {Path(place).resolve() for place in places}
     found, left_out = [], []
-    for path, name in files.items():
-        if path in named or _may_be_result(path):
-            found.append(Source(name, path, read_result(path)))
+    for path, (given, name) in files.items():
+        if path in named or _may_be_result(given):
+            found.append(Source(name, path, read_result(given)))
         else:
             left_out.append(name)
     if not found:
