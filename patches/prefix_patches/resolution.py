@@ -66,6 +66,8 @@ def resolve_without(
         named_stock: the stock backend that the user named to us; it stands in for our name.
         check: called with the outcome; what it raises ends the start.
 
+    Arguments that choose it for prefill alone end the start with a ValueError.
+
     Raises:
         ValueError: this SGLang has hooks, but not for the steps that we need.
     """
@@ -77,7 +79,13 @@ def resolve_without(
     @hooks.register_resolution_hook(_FIRST)  # type: ignore[untyped-decorator]
     def hide(server_args: ServerArgs, previous: Callable[[ServerArgs], None]) -> None:
         # The record keeps what the operator typed; resolution reads declarations over it.
-        if attention_backends_of(server_args)[1] == own_name:
+        prefill, decode = attention_backends_of(server_args)
+        if prefill == own_name != decode:
+            raise ValueError(
+                f"{own_name} is named for prefill, and decode is left to {decode}, so nothing "
+                f"could be packed. Name it for decode: --decode-attention-backend {own_name}"
+            )
+        if decode == own_name:
             typed = {
                 "attention_backend": server_args.attention_backend,
                 "prefill_attention_backend": server_args.prefill_attention_backend,

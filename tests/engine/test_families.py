@@ -129,9 +129,16 @@ def test_what_the_user_names_is_kept(
     assert other.names == ("flashinfer", "prefix")
     assert other.choice is not None
     assert other.choice.decode == "trtllm_mha"
-    # Somebody else's decode: our name stands for prefill, and is left as it is.
-    theirs = {"attention_backend": "prefix", "decode_attention_backend": "triton"}
-    assert Resolved(llama, "sm80", monkeypatch, **theirs).names == ("prefix", "triton")
+
+
+@pytest.mark.parametrize("flag", ["attention_backend", "prefill_attention_backend"])
+def test_our_name_for_prefill_alone_is_refused(
+    flag: str, folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = {flag: "prefix", "decode_attention_backend": "triton"}
+    told = "prefix is named for prefill, and decode is left to triton.* --decode-attention-backend"
+    with pytest.raises(ValueError, match=told):
+        Resolved(folders["LlamaForCausalLM"], "sm80", monkeypatch, **theirs)
 
 
 def test_a_stock_backend_that_the_user_names_to_us_stands_in_for_our_name(
