@@ -214,6 +214,14 @@ def test_plan(
         refused(wrapper, case, says, lambda: wrapper.plan(**arguments))
 
 
+def test_a_forest_that_was_written_to(wrapper: PrefixDecodeWrapper, case: AttentionCase) -> None:
+    """Compiled loops read what it holds."""
+    forest = BATCH.forest()
+    forest.node_end[:] = 10**9
+    table, rows, lens = case.req_to_token, case.req_pool_indices, torch.tensor(LENS)
+    refused(wrapper, case, "node_end", lambda: wrapper.plan(table, rows, lens, forest=forest))
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
