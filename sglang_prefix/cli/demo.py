@@ -15,7 +15,6 @@ import typer
 
 from sglang_prefix.bench.engine import EngineProcess, engine_environment
 from sglang_prefix.bench.hooks import zeros
-from sglang_prefix.bench.serving.compare import compare_logprobs
 from sglang_prefix.cli.demo_workload import SAMPLED, document_prompts, questions
 from sglang_prefix.cli.options import JsonOption, loadable_model, picture_to_write
 from sglang_prefix.cli.output import console, fail, say, write_json
@@ -239,6 +238,7 @@ def _compare(
     exact: Any,
 ) -> dict[str, Any]:
     """Put the numbers together; ``exact`` are log probabilities of stock in float32, if known."""
+    from sglang_prefix.bench.serving.compare import compare_logprobs
     from sglang_prefix.explain.sources import forest_of_prompts
 
     stock, prefix = (found[backend] for backend in _BACKENDS)

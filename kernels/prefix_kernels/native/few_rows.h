@@ -56,14 +56,14 @@ void softmax_row(float* scores, int64_t n, float scale, float cap, float* out, i
   if (must_transform(scale, cap)) {
     for (int64_t t = 0; t < n; t += LANES)
       store_some(scores + t, transformed(get<F>(scores + t), scale, cap), n - t);
-    scale = 1.f;
   }
+  scale = softmax_scale(scale, cap);
   F top = splat(-INF), total{};
   for (int64_t t = 0; t < n; t += LANES) top = larger(get<F>(scores + t), top);
-  const float now = std::max(peak, largest_of(top) * scale);
-  const float shrink = std::exp(peak - now);
+  const float now = std::max(peak, largest_of(top));
+  const float shrink = std::exp((peak - now) * scale);
   for (int64_t t = 0; t < n; t += LANES) {
-    const F weights = exp_of(get<F>(scores + t) * scale - now);
+    const F weights = exp_of((get<F>(scores + t) - now) * scale);
     put(scores + t, weights);
     total += weights;
   }
@@ -136,7 +136,8 @@ template <class T> void attend_few(const Run& run, const Item& item) {
   for (int64_t j = 0; j < item.num_queries; j++)
     for (int64_t head = 0; head < plan.num_qo_heads; head++) {
       const int64_t r = row_of(j, head);
-      run.write_part(item, j, head, out + r * out_stride, peak[r], sum[r]);
+      const float scale = softmax_scale(layer.k_scale(r / rows), float(layer.logit_cap));
+      run.write_part(item, j, head, out + r * out_stride, peak[r] * scale, sum[r]);
     }
 }
 

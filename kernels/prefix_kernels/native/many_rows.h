@@ -98,20 +98,20 @@ void softmax_columns(float* scores, int64_t rows, int64_t n, int64_t padded, flo
   if (must_transform(scale, cap)) {
     for (int64_t i = 0; i < n * rows; i += LANES)
       put(scores + i, transformed(get<F>(scores + i), scale, cap));
-    scale = 1.f;
   }
+  scale = softmax_scale(scale, cap);
   for (int64_t r = 0; r < rows; r += LANES) {
     const float* column = scores + r;
     F top = splat(-INF);
     for (int64_t t = 0; t < n; t++) top = larger(get<F>(column + t * rows), top);
-    const F before = get<F>(peak + r), now = larger(before, top * scale);
-    F total = exp_of(before - now);
+    const F before = get<F>(peak + r), now = larger(before, top);
+    F total = exp_of((before - now) * scale);
     put(shrink + r, total);
     total *= get<F>(sum + r);
     for (int64_t t = 0; t < padded; t += LANES) {
       F x[LANES];
       for (int i = 0; i < LANES; i++) {
-        x[i] = t + i < n ? exp_of(get<F>(column + (t + i) * rows) * scale - now) : F{};
+        x[i] = t + i < n ? exp_of((get<F>(column + (t + i) * rows) - now) * scale) : F{};
         total += x[i];
       }
       transpose(x);
@@ -240,8 +240,8 @@ template <class C> void attend_many(const Run& run, const Item& item) {
     }
   }
   for (int64_t r = 0; r < rows; r++)
-    run.write_part(item, r / group, item.kv_head * group + r % group, out + r * v_dim, peak[r],
-                   sum[r]);
+    run.write_part(item, r / group, item.kv_head * group + r % group, out + r * v_dim,
+                   peak[r] * softmax_scale(scale, cap), sum[r]);
 }
 
 }  // namespace

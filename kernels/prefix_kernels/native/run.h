@@ -63,6 +63,9 @@ struct Run {
 
 // Whether weights are not just exp of a positive multiple of the products.
 bool must_transform(float scale, float cap) { return cap > 0 || scale <= 0; }
+// What the softmax multiplies differences of scores by. Not the scores: rounded products of large
+// ones would differ from the largest by more than exp can stand.
+float softmax_scale(float scale, float cap) { return must_transform(scale, cap) ? 1.f : scale; }
 F transformed(F x, float scale, float cap) { return cap > 0 ? capped(x * scale, cap) : x * scale; }
 
 }  // namespace

@@ -134,8 +134,14 @@ F exp_of(F x) {
 }
 F capped(F x, float cap) {  // cap * tanh(x / cap)
   const U sign = (U)x & 0x80000000u;
-  const F e = exp_of((F)((U)x | 0x80000000u) * (2.f / cap));
-  return (F)((U)((1.f - e) / (1.f + e) * cap) | sign);
+  const F ratio = (F)((U)x & 0x7fffffffu) * (1.f / cap), square = ratio * ratio;
+  const F e = exp_of(ratio * -2.f);
+  F series = square * 2.1869489e-2f - 5.3968254e-2f;  // where 1 - e would cancel
+  series = series * square + 1.3333333e-1f;
+  series = series * square - 3.3333333e-1f;
+  series = (series * square + 1.f) * ratio;
+  const F tanh = ratio < 0.25f ? series : (1.f - e) / (1.f + e);
+  return (F)((U)(tanh * cap) | sign);
 }
 
 // Between x and y, lanes change places: those of x whose number has bit `S`, those of y without it.
