@@ -16,11 +16,7 @@ from prefix_patches.install import check_attributes, install
 from prefix_patches.kv_pool import applies_kv_scales, write_kv
 from prefix_patches.observability import append_with, report_with
 from prefix_patches.schedule_context import ensure_schedule_context
-from prefix_patches.stock_backend import (
-    build_stock,
-    default_stock_name,
-    prefill_name,
-)
+from prefix_patches.stock_backend import build_stock, default_stock_name, prefill_name
 from sglang_prefix.backend.counters import BackendCounters
 from sglang_prefix.backend.decode_batch import DecodeBatch
 from sglang_prefix.backend.decode_planner import DecodePlanner, LayerGroup
