@@ -33,6 +33,8 @@ MAX_READ_BYTES = 32 << 20
 # Of a JSON document; an empty list takes two characters and 56 bytes.
 MAX_VALUES = 1 << 20
 _MAX_DEPTH = 64
+# Of folders that are made in one go; `mkdir` and `rmtree` call themselves once for each.
+_MAX_NEW_FOLDERS = 64
 _TOO_LARGE = "it has a number that is too large"
 # What stands there belongs to a process and is never replaced, also where it is a regular file.
 _OPEN_FILES = ("/dev/fd/", "/dev/std", "/proc/")
@@ -103,7 +105,8 @@ def check_folder(path: str | os.PathLike[str]) -> None:
         folder = folder.parent
     if not folder.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-    if any(len(os.fsencode(name)) > os.pathconf(folder, "PC_NAME_MAX") for name in missing):
+    longest = max((len(os.fsencode(name)) for name in missing), default=0)
+    if len(missing) > _MAX_NEW_FOLDERS or longest > os.pathconf(folder, "PC_NAME_MAX"):
         raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
     tempfile.TemporaryFile(dir=folder).close()
 

@@ -199,6 +199,12 @@ ODD = [
 ]  # fmt: skip
 
 
+def test_a_tree_that_makes_no_batch() -> None:
+    (place,) = (place for place in PLACES if named(place) == "explain --tree")
+    with empty_folder():
+        assert_refused(place, invoke(place, "1,65535_1,1"))
+
+
 # There are many places.
 @settings(max_examples=settings().max_examples // 2)
 @given(data=st.data())

@@ -11,7 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from sglang_prefix.files import MAX_VALUES, check_writable, parse_json, read_text, write_file
+from sglang_prefix.files import (
+    MAX_VALUES,
+    check_folder,
+    check_writable,
+    parse_json,
+    read_text,
+    write_file,
+)
 
 
 def listing(folder: Path) -> list[str]:
@@ -179,3 +186,11 @@ def test_parsing_takes_little_memory() -> None:
         assert tracemalloc.get_traced_memory()[1] < 200 << 20
     finally:
         tracemalloc.stop()
+
+
+def test_a_folder_far_below_what_is_there_is_refused(tmp_path: Path) -> None:
+    """`mkdir` and `rmtree` end with RecursionError at some thousand."""
+    check_folder(tmp_path / ("m/" * 60))
+    with pytest.raises(OSError, match="too long"):
+        check_folder(tmp_path / ("m/" * 1500))
+    assert listing(tmp_path) == []

@@ -144,7 +144,9 @@ def explain(
                 record = plan_of_tree(str(tree), setting)
         explanation = explain_record(record)
     except ValueError as error:
-        fail(str(error), 2)
+        # A tree that was read may still make no batch; files are named by what reads them.
+        is_unnamed = tree is not None and not str(error).startswith("--")
+        fail(f"--tree: {error}" if is_unnamed else str(error), 2)
     except OSError as error:
         fail(f"cannot read {plan or prompts}: {error.strerror}")
     out = console(json_file)
