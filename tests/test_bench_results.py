@@ -148,7 +148,7 @@ def test_the_environment_is_complete(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # Targets, on made-up times.
 
-KINDS = {"sglang-triton": "stock", "fa3": "stock", "fasttree": "peer"}
+KINDS = {"sglang-triton": "stock", "fa3": "stock", "fasttree": "peer", "vllm-cpu": "peer"}
 
 
 def kernel_case(
@@ -221,3 +221,38 @@ def test_a_cpu_has_the_targets_of_its_cases() -> None:
             "meaning": "fastest stock over ours, at least 4.5",
         }
     }
+
+
+def peers_case(name: str, tree: str, times: Mapping[str, float], floor_us: float) -> dict[str, Any]:
+    """A shape of the CPU's promises, plans left out: policies of ours and vLLM, in us."""
+    found = kernel_case(name, "cpu-peers", times)
+    for us, one in zip(times.values(), found["providers"].values(), strict=True):
+        one |= {"plan_ms": None, "append_ms": None, "over_floor": us / floor_us}
+    shared = "," in tree
+    return found | {"tree": tree, "tokens": {"ideal": 1, "logical": 2 if shared else 1}}
+
+
+def test_promises_over_the_peers_of_a_cpu() -> None:
+    good = peers_case("good", "1,32_2048,128", {"pat": 3, "vllm-cpu": 10}, 2)
+    alone = peers_case("alone", "8_1024", {"pat": 10.8, "vllm-cpu": 10}, 1)
+    short = peers_case("short", "1,16_512,64", {"pat": 6, "vllm-cpu": 10}, 1)
+    found = evaluate(kernel_data(good, alone, short, device="cpu"))
+    assert {name: target["status"] for name, target in found.items()} == {
+        "vllm-cpu, mean": "met",
+        "vllm-cpu, every case": "met",
+        "vllm-cpu, nothing shared": "met",
+        "limit of the machine": "met",
+    }
+    assert found["vllm-cpu, mean"]["value"] == pytest.approx((0.3 * 1.08 * 0.6) ** (1 / 3))
+    assert found["limit of the machine"]["cases"] == 1
+
+    policies = {"pat": 11, "node": 10, "chunk": 20, "query": 30}
+    bad = peers_case("bad", "1,64_8192,64", {**policies, "vllm-cpu": 10}, 5)
+    alone = peers_case("alone", "8_1024", {"pat": 12, "vllm-cpu": 10}, 1)
+    other = peers_case("other", "1,16_512,64", {"node": 6, "vllm-cpu": 10}, 1)
+    found = evaluate(kernel_data(bad, alone, other, device="cpu"))
+    assert {target["status"] for target in found.values()} == {"missed"}
+    assert found["vllm-cpu, every case"]["missed"] == {"bad": pytest.approx(1.1)}
+    assert found["vllm-cpu, nothing shared"]["missed"] == {"alone": pytest.approx(1.2)}
+    assert found["limit of the machine"]["missed"] == {"bad": pytest.approx(2.2)}
+    assert found["best policy"]["missed"] == {"bad": pytest.approx(1.1)}

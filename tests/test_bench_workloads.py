@@ -88,6 +88,19 @@ def test_the_cases_of_the_documented_cpu_table() -> None:
     assert (np.diff(TreeBatch.lay_out(first.tree).table[0]) != 1).any()
 
 
+def test_the_shapes_of_the_promises_over_peers() -> None:
+    cases = cases_of("cpu-peers")
+    assert len(cases) == 11 * 2 * 2 * 2
+    assert {str(case.heads) for case in cases} == {"32:8", "9:3:64"}
+    assert {(case.dtype, case.scattered) for case in cases} == {
+        (dtype, scattered) for dtype in ("bfloat16", "float32") for scattered in (False, True)
+    }
+    published = {case.batch_name: case.notation for case in load_registry("trees")}
+    trees = {case.batch_name: case.notation for case in cases if case.batch_name[2] == "_"}
+    assert sorted(name[:2] for name in trees) == ["02", "06", "08", "09", "12", "18"]
+    assert trees.items() <= published.items()
+
+
 def test_heads_are_read_and_refused() -> None:
     assert Heads.parse("32:8") == Heads(32, 8)
     assert str(Heads.parse("4:2:16")) == "4:2:16"

@@ -88,6 +88,24 @@ class TestKernel:
         assert rows_of(section, "pat against")["pat-tree-01"]["speed-up"] == "3.50x"
         assert section.verdicts[0].stock == ["torch_native", "triton"]
 
+    def test_peers_are_the_baseline_where_there_is_no_stock(self) -> None:
+        result = kernel_result()
+        for case in result["cases"]:
+            del case["providers"]["torch_native"]
+        result["cases"][0]["providers"]["pat"] |= {"over_floor": 2.5, "preemptions": [0, 2, 0]}
+        section = section_of(result)
+        assert section.verdicts[0].baseline == "hydragen, kernels alone"
+        rows = rows_of(section, "pat against hydragen")
+        assert rows["pat-tree-01"]["over hydragen"] == "1.50x"
+        assert rows["pat-tree-01"]["hydragen us"] == "3,000"
+        assert rows["pat-tree-01"]["over floor"] == "2.50"
+        (column,) = (c for c in table_of(section, "against").columns if c.title == "over floor")
+        assert not column.is_detail
+        assert rows_of(section, "Providers")["pat"]["faster in"] == "1"
+        every = table_of(section, "Every measurement")
+        at = [column.title for column in every.columns].index("preempted")
+        assert next(row[at].text for row in every.rows if row[1].text == "pat") == "1"
+
     def test_providers_over_all_cases(self) -> None:
         rows = rows_of(section_of(kernel_result()), "Providers")
         assert rows["pat"] == {

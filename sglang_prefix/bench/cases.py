@@ -16,9 +16,10 @@ from sglang_prefix.bench.workloads.registry import (
 from sglang_prefix.bench.workloads.traces import read_trace, trace_batches
 from sglang_prefix.bench.workloads.trees import pat_tree
 
-__all__ = ["CPU_MAX_TOKENS", "POLICIES", "KernelOptions", "compile_pattern", "kernel_cases"]
+__all__ = ["POLICIES", "TRACE_MAX_TOKENS", "KernelOptions", "compile_pattern", "kernel_cases"]
 
-CPU_MAX_TOKENS = 1 << 18
+# Of a batch from a trace, which is cut to what fits.
+TRACE_MAX_TOKENS = 1 << 18
 POLICIES = ("pat", "node", "chunk", "query")
 _DEFAULT_HEADS = Heads(32, 8)
 # In the order of what they tell, each with its first head configuration before any has its second.
@@ -109,7 +110,7 @@ def _trace_cases(options: KernelOptions) -> Iterator[KernelCase]:
         requests = read_trace(path)
         stem = Path(path).name.partition(".")[0]
         try:
-            most = options.max_tokens or CPU_MAX_TOKENS
+            most = options.max_tokens or TRACE_MAX_TOKENS
             batches = trace_batches(requests, options.trace_batches, most)
         except ValueError as error:
             raise ValueError(f"--trace {path}: {error}; legal: a larger --max-tokens") from None

@@ -12,16 +12,20 @@ __all__ = ["fastest", "of_kind", "our_provider", "over", "over_unshared", "provi
 Case = Mapping[str, Any]
 
 _DEFAULT_POLICY, _UNSHARED = "pat", "query"
+# Where it can be compiled, it serves, and torch's is there for comparison.
+_SERVING = "native"
 
 
 def our_provider(data: Case) -> str | None:
-    """The one of ours with the run's first policy; if it has several, the fastest over most cases.
+    """The one of ours with the run's first policy, on the executor that serves where both ran.
 
-    One for all cases: the best of ours in each case would be chosen with its result in hand.
+    If that leaves several, as launch modes on a GPU, the fastest over most cases. One for all
+    cases: the best of ours in each case would be chosen with its result in hand.
     """
     policy = next(iter(data.get("options", {}).get("policies", [])), _DEFAULT_POLICY)
     ours = [pair for case in data["cases"] for pair in of_kind(case, "ours").items()]
     default = [(n, p) for n, p in ours if p.get("policy") == policy]
+    default = [(n, p) for n, p in default if p["executor"] == _SERVING] or default
     times: dict[str, list[float]] = {}
     for name, provider in default or ours:
         times.setdefault(name, []).append(provider["kernel_us"] or provider["ms"])

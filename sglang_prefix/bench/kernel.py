@@ -15,13 +15,20 @@ from typing import Any
 
 import torch
 
-from sglang_prefix.bench.cases import CPU_MAX_TOKENS, KernelOptions, kernel_cases
-from sglang_prefix.bench.providers.base import ProviderMaker
+from prefix_kernels.executor import why_torch
+from sglang_prefix.bench.cases import KernelOptions, kernel_cases
+from sglang_prefix.bench.providers.base import ProviderMaker, check_memory
 from sglang_prefix.bench.providers.find import find_providers
 from sglang_prefix.bench.providers.ours import chains, our_providers
 from sglang_prefix.bench.run import BenchRun, Case, NotRunError
 from sglang_prefix.bench.targets import evaluate
-from sglang_prefix.bench.timing import Clock, clock_for, interleaved, prepare_each
+from sglang_prefix.bench.timing import (
+    Clock,
+    clock_for,
+    interleaved,
+    prepare_each,
+    undisturbed,
+)
 from sglang_prefix.bench.workloads.inputs import AttentionInputs, OutputCheck
 from sglang_prefix.bench.workloads.registry import KernelCase
 
@@ -32,7 +39,8 @@ _QUICK_SECONDS = 3.0
 _GPU_LAYERS = 32
 _GPU_KV_BYTES = 6 << 30
 _READ = "streaming read"
-_OUR_PREFIXES = ("torch/", "triton/", "chain/")
+_PREEMPTIONS = "preemptions"
+_OUR_PREFIXES = ("native/", "torch/", "triton/", "chain/")
 
 Progress = Callable[[str], None]
 
@@ -63,10 +71,16 @@ class KernelRun(BenchRun):
         self._device = torch.device(self.data["environment"]["device"])
         self._host = "interpreter" if self.options.dry else self._device.type
         self._others, self.data["absent"] = find_providers(self._host)
+        dtypes = {getattr(torch, case.dtype) for case in self._cases}
+        # Compiles it, the first time.
+        reason = why_torch(self._device, torch.float32, torch.float32)
+        self._is_compiled = self._host == "cpu" and reason is None
+        if self._host == "cpu" and reason:
+            self.data["absent"]["native"] = reason
         self._clock = clock_for(self._device, dry=self.options.dry)
         if self.options.quick:
             self._clock.seconds = min(self._clock.seconds, _QUICK_SECONDS)
-        self.data["limits"] = self._clock.limits(getattr(torch, self.options.dtype))
+        self.data["limits"] = self._clock.limits(*sorted(dtypes, key=str))
 
     def cases(self) -> list[Case]:
         """Small batches first, so that a budget leaves out the largest, except in a suite."""
@@ -115,6 +129,7 @@ class KernelRun(BenchRun):
         ours = our_providers(
             policies,
             self._host,
+            compiled=self._is_compiled,
             all_launches=case.is_of_suite,
             dry=dry,
         )
@@ -122,19 +137,11 @@ class KernelRun(BenchRun):
 
     def _check_size(self, case: KernelCase) -> None:
         tokens, most = int(case.tree.length.sum()), self.options.max_tokens
-        if most is None and self._device.type == "cpu":
-            most = CPU_MAX_TOKENS
         if most is not None and tokens > most:
             raise NotRunError(f"{tokens} KV tokens, over --max-tokens {most}")
-        if self._device.type == "cpu":  # where an allocation does not fail, but what holds it dies
-            import psutil  # type: ignore[import-untyped]
-
-            needed = tokens * case.heads.token_elements * getattr(torch, case.dtype).itemsize
-            free = psutil.virtual_memory().available
-            if needed > free // 2:
-                raise NotRunError(
-                    f"{needed >> 20} MiB of KV, over half of the {free >> 20} MiB that are free"
-                )
+        if self._device.type == "cpu":
+            elements = tokens * case.heads.token_elements
+            check_memory(elements * getattr(torch, case.dtype).itemsize, "KV")
 
 
 class _Timed:
@@ -173,18 +180,21 @@ class _Timed:
         self._rounds = 0
 
     def step(self) -> dict[str, float]:
-        """Time one step: seconds by part, "run" among them, and "step" for the whole.
+        """Time one step: seconds by part, "run" among them, and "step" for the whole; and how often
+        a thread lost its core meanwhile.
 
         After the first rounds it is the run alone, where plans take too long.
         """
         clock = self._clock
         self._rounds += 1
         if self._rounds > clock.planned_rounds:
-            return {"run": clock.seconds_of(self._replay)}
+            return {"run": clock.seconds_of(self._replay), _PREEMPTIONS: 0}
+        before = clock.preemptions()
         parts = {part: clock.host_seconds_of(work) for part, work in self._host.items()}
         parts["run"] = clock.seconds_of(self._replay)
         parts["step"] = sum(parts.values())
-        return parts | {part: clock.seconds_of(work) for part, work in self._alone.items()}
+        parts |= {part: clock.seconds_of(work) for part, work in self._alone.items()}
+        return {**parts, _PREEMPTIONS: clock.preemptions() - before}
 
 
 def _repeat(work: Callable[[], object], times: int) -> None:
@@ -247,8 +257,13 @@ def measure_case(
         warmups=0 if clock.dry else 1,
         progress=progress,
     )
-    bandwidth = median(read[_READ] for read in steps.pop(_READ))
-    floor = _floor(inputs, limits, bandwidth)
+    reads = [read[_READ] for read in steps.pop(_READ)]
+    floor = _floor(
+        inputs,
+        flop_per_s=limits[f"flop_per_s_{case.dtype}"],
+        bytes_per_s=max(*reads, limits["read_bytes_per_s"]),
+        launch_us=limits["empty_launch_us"],
+    )
     providers = {n: _facts(ready[n], steps[n], inputs, floor["us"], clock) for n in ready}
     tokens = {"ideal": inputs.unique_tokens, "logical": inputs.logical_tokens}
     return {
@@ -265,7 +280,7 @@ def measure_case(
         "flop": inputs.flop,
         "floor": floor,
         "target": case.target,
-        "bandwidth_gb_s": bandwidth / 1e9,
+        "bandwidth_gb_s": median(reads) / 1e9,
         "absent": absent,
         "failed": failed,
         "providers": providers,
@@ -273,14 +288,14 @@ def measure_case(
 
 
 def _floor(
-    inputs: AttentionInputs, limits: Mapping[str, float], bandwidth: float
+    inputs: AttentionInputs, *, flop_per_s: float, bytes_per_s: float, launch_us: float
 ) -> dict[str, float]:
     """Time of a layer that no kernel can beat: bytes, operations, one launch."""
     kv_bytes = inputs.unique_tokens * inputs.token_bytes
     parts = {
-        "bytes_us": (kv_bytes + inputs.q.nbytes + inputs.out.nbytes) / bandwidth * 1e6,
-        "flop_us": inputs.flop / limits["flop_per_s"] * 1e6,
-        "launch_us": limits["empty_launch_us"],
+        "bytes_us": (kv_bytes + inputs.q.nbytes + inputs.out.nbytes) / bytes_per_s * 1e6,
+        "flop_us": inputs.flop / flop_per_s * 1e6,
+        "launch_us": launch_us,
     }
     return {**parts, "us": max(parts.values())}
 
@@ -294,19 +309,26 @@ def _facts(
 ) -> dict[str, Any]:
     """A provider in the result file, without what needs the others."""
     provider = timed.provider
-    raw_ms = {part: [1e3 * step[part] for step in steps if part in step] for part in steps[0]}
-    ms = {part: median(times) for part, times in raw_ms.items()}
+    preemptions = [int(step[_PREEMPTIONS]) for step in steps]
+    counted = [steps[number] for number in undisturbed(preemptions)]
+    found_ms = {
+        part: [1e3 * step[part] for step in counted if part in step]
+        for part in steps[0]
+        if part != _PREEMPTIONS
+    }
+    ms = {part: median(times) for part, times in found_ms.items()}
     kernel_us = 1e3 * ms["run"] / (provider.layers or inputs.num_layers)
     return {
         "kind": provider.kind,
         "executor": provider.executor or provider.name,
         **provider.facts,
         "ms": ms["step"],
-        "raw_ms": raw_ms["step"],
+        "raw_ms": [1e3 * step["step"] for step in steps if "step" in step],
+        "preemptions": preemptions,
         "plan_ms": ms.get("plan"),
         "copy_ms": ms.get("copy"),
         "append_ms": ms["append"] / clock.repeats if "append" in ms else None,
-        "forward_ms": _forward_ms(raw_ms["run"], raw_ms.get("merge")),
+        "forward_ms": _forward_ms(found_ms["run"], found_ms.get("merge")),
         "merge_ms": ms.get("merge"),
         "kernel_us": kernel_us,
         "over_floor": None if provider.kind == "chain" else kernel_us / floor_us,

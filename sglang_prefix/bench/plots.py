@@ -86,6 +86,8 @@ def _draw_speedups(axes: Axes, cases: Sequence[Data], ours: str | None) -> None:
         for name, other in of_kind(case, "ours").items():
             if name != ours:
                 mark, label = _MARKS.get(other["policy"], "d"), f"policy {other['policy']}"
+                if other["executor"] != case["providers"][ours]["executor"]:
+                    mark, label = "d", name
                 speedup = over(case, name, "stock") or 1.0
                 axes.plot(speedup, row, mark, color="black", ms=4, mfc="none", label=label)
     axes.axvline(1, color=_STOCK, lw=1.2)

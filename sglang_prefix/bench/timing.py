@@ -5,8 +5,9 @@ host's clock; always interleaved, in random order.
 from __future__ import annotations
 
 import random
+import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
@@ -17,7 +18,15 @@ import triton.language as tl
 from sglang_prefix.bench.graphs import capture
 from sglang_prefix.bench.run import NotRunError
 
-__all__ = ["Clock", "GpuClock", "clock_for", "host_seconds", "interleaved", "prepare_each"]
+__all__ = [
+    "Clock",
+    "GpuClock",
+    "clock_for",
+    "host_seconds",
+    "interleaved",
+    "prepare_each",
+    "undisturbed",
+]
 
 Work = Callable[[], object]
 T = TypeVar("T")
@@ -32,6 +41,9 @@ _EMPTY_LAUNCHES = 64
 # (floats per iteration of a program, warps, programs per SM); the fastest counts.
 _STREAM_CONFIGS = ((4096, 4, 8), (8192, 8, 4), (16384, 8, 4))
 _LIMIT_TRIES = 5
+# Where a type has no products of its own, a small matrix shows it in no time.
+_SMALL_MATRIX = 256
+_LEAST_SAMPLES = 3
 _LONGEST_REASON = 300
 
 
@@ -121,6 +133,17 @@ def prepare_each(
     return ready, absent, failed
 
 
+def undisturbed(preemptions: Sequence[int]) -> list[int]:
+    """Which samples count: those in which no thread lost its core, or else all.
+
+    Args:
+        preemptions: of each sample. Long ones always have some; where fewer than three have none,
+            what is left would be luck, so all of them count.
+    """
+    quiet = [number for number, count in enumerate(preemptions) if not count]
+    return quiet if len(quiet) >= _LEAST_SAMPLES else list(range(len(preemptions)))
+
+
 def host_seconds(work: Work) -> float:
     """Seconds of a work by the host's clock."""
     began = time.perf_counter()
@@ -173,25 +196,37 @@ class Clock:
     def synchronize(self) -> None:
         """Wait for the device; raises where it is lost."""
 
+    def preemptions(self) -> int:
+        """How often a thread of this process has lost its core to another, until now.
+
+        What the host's clock says of a work in which that happened is partly another's time.
+        """
+        return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
     def bandwidth(self) -> float:
         """Bytes per second of a read of a buffer that is larger than any cache."""
         return self._stream.nbytes / host_seconds(self._stream.sum)
 
-    def limits(self, dtype: torch.dtype) -> dict[str, float]:
+    def limits(self, *dtypes: torch.dtype) -> dict[str, float]:
         """Measured here and now, the fastest of some tries: "limits" of a result.
 
         Args:
-            dtype: of the matrices on a GPU. On the CPU our executor computes in float32 whatever
-                the caches hold.
+            dtypes: of q and the caches, each with the operations per second that its products
+                reach. On a CPU without products of 16-bit types that is what float32's reach,
+                since a kernel is free to widen them.
         """
         if self.dry:
             self._try_kernels()
         size = 64 if self.dry else _MATRIX_SIZE["cpu"]
-        product = partial(torch.matmul, *torch.ones(2, size, size))
+        most = _product_rate(torch.float32, size)
+        peaks = dict.fromkeys(dtypes, most)
+        for dtype in dtypes:
+            if dtype != torch.float32 and _product_rate(dtype, min(size, _SMALL_MATRIX)) > most / 4:
+                peaks[dtype] = max(most, _product_rate(dtype, size))
         return {
             "read_bytes_per_s": max(self.bandwidth() for _ in range(_LIMIT_TRIES)),
-            "flop_per_s": 2 * size**3 / min(host_seconds(product) for _ in range(_LIMIT_TRIES)),
             "empty_launch_us": 0.0,
+            **_by_dtype(peaks),
         }
 
     def rounds_within(self, seconds: float | None = None) -> Callable[[float], int]:
@@ -239,24 +274,29 @@ class GpuClock(Clock):
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)
 
+    def preemptions(self) -> int:
+        return 0  # the device's clock does not see them
+
     def bandwidth(self) -> float:
         return self._bandwidth  # as in `limits`: steady, unlike a CPU's
 
-    def limits(self, dtype: torch.dtype) -> dict[str, float]:
+    def limits(self, *dtypes: torch.dtype) -> dict[str, float]:
         free, _ = torch.cuda.mem_get_info(self.device)
         num_floats = min(_STREAM_BYTES["cuda"], free // 4) // 4 >> 20 << 20
         data = torch.ones(num_floats, device=self.device)
         reads = [partial(self._read, data, *config) for config in _STREAM_CONFIGS]
         self._bandwidth = data.nbytes / min(map(self._fastest, reads))
-        size = _MATRIX_SIZE["cuda"]
-        # Not ones, with which the chip draws less power and clocks higher.
-        matrices = torch.randn(2, size, size, device=self.device, dtype=dtype)
-        product = self._fastest(partial(torch.matmul, *matrices))
+        peaks = {}
+        for dtype in dtypes:
+            size = _MATRIX_SIZE["cuda"]
+            # Not ones, with which the chip draws less power and clocks higher.
+            matrices = torch.randn(2, size, size, device=self.device, dtype=dtype)
+            peaks[dtype] = 2 * size**3 / self._fastest(partial(torch.matmul, *matrices))
         empty = self._fastest(self.replayable(self._empty_launches))
         return {
             "read_bytes_per_s": self._bandwidth,
-            "flop_per_s": 2 * size**3 / product,
             "empty_launch_us": empty / _EMPTY_LAUNCHES * 1e6,
+            **_by_dtype(peaks),
         }
 
     def _empty_launches(self) -> None:
@@ -278,6 +318,25 @@ class GpuClock(Clock):
         ended.record()
         self.synchronize()
         return float(began.elapsed_time(ended)) / 1e3
+
+
+def _product_rate(dtype: torch.dtype, size: int) -> float:
+    """Operations per second of the fastest product of matrices that torch has on the CPU."""
+    a, b = torch.randn(2, size, size).to(dtype)
+    products: list[Work] = [partial(torch.matmul, a, b)]
+    if dtype == torch.float32 and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        # torch multiplies 16-bit matrices with oneDNN, and these with MKL, which knows some CPUs
+        # less well.
+        by_onednn = torch.ops.mkldnn._linear_pointwise
+        products.append(partial(by_onednn, a, b, None, "none", [], ""))
+    best = min(host_seconds(product) for product in products for _ in range(_LIMIT_TRIES))
+    return 2 * size**3 / best
+
+
+def _by_dtype(peaks: Mapping[torch.dtype, float]) -> dict[str, float]:
+    """As the result has them: one by one, and the highest."""
+    names = {f"flop_per_s_{dtype}".replace("torch.", ""): rate for dtype, rate in peaks.items()}
+    return {"flop_per_s": max(peaks.values()), **names}
 
 
 def _event() -> Any:

@@ -126,8 +126,8 @@ def kernel(
         typer.Option(
             min=1,
             max=MAX_TOKENS,
-            help="KV tokens that a batch may store; trace batches are cut to it. Default: 262144, "
-            "on a GPU what its memory holds.",
+            help="KV tokens that a batch may store. Default: what memory holds; of batches from "
+            "a trace, which are cut to it, 262144.",
         ),
     ] = None,
     threads: Annotated[
@@ -364,13 +364,18 @@ def _measure(run: BenchRun, budget_s: float, screen: Console) -> bool:
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     text = TextColumn("{task.description} [dim]{task.fields[doing]}")
-    with Progress(*columns, text, console=screen, transient=True) as progress:
+    # Refreshed when there is news, by this thread: one of its own would take a core from what is
+    # timed.
+    options: dict[str, Any] = {"transient": True, "auto_refresh": False}
+    with Progress(*columns, text, console=screen, **options) as progress:
         bar = progress.add_task("", total=len(run.order), doing="", completed=-1)
         try:
             run.run(
                 budget_s,
-                lambda name: progress.update(bar, advance=1, description=name, doing=""),
-                lambda what: progress.update(bar, doing=what),
+                lambda name: progress.update(
+                    bar, advance=1, description=name, doing="", refresh=True
+                ),
+                lambda what: progress.update(bar, doing=what, refresh=True),
             )
         except KeyboardInterrupt:
             return True

@@ -9,9 +9,13 @@ from typing import Any, ClassVar
 
 import torch
 
+from sglang_prefix.bench.run import NotRunError
 from sglang_prefix.bench.workloads.inputs import AttentionInputs
 
-__all__ = ["Provider", "ProviderMaker", "import_reason"]
+__all__ = ["Provider", "ProviderMaker", "check_memory", "import_reason"]
+
+# Of the host's free memory, what one thing may take: the rest is for whoever works on it.
+_MEMORY_SHARE = 0.75
 
 
 def import_reason(*modules: str) -> str | None:
@@ -22,6 +26,22 @@ def import_reason(*modules: str) -> str | None:
         except Exception as error:  # compiled packages raise what they like when they load
             return f"{module}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
     return None
+
+
+def check_memory(num_bytes: int, what: str) -> None:
+    """Refuse what the host has no memory for: there an allocation succeeds, and a process dies.
+
+    Raises:
+        NotRunError: ``what`` needs more than is free, with a margin.
+    """
+    import psutil  # type: ignore[import-untyped]
+
+    free = psutil.virtual_memory().available
+    if num_bytes > _MEMORY_SHARE * free:
+        raise NotRunError(
+            f"{what} takes {num_bytes >> 20} MiB, over {_MEMORY_SHARE:.0%} of the {free >> 20} MiB "
+            "that are free"
+        )
 
 
 class Provider(ABC):

@@ -7,15 +7,15 @@ from sglang_prefix.bench.providers.fa3 import FlashAttention3
 from sglang_prefix.bench.providers.fasttree import FastTree
 from sglang_prefix.bench.providers.flashinfer import FlashInferCascade, FlashInferDecode
 from sglang_prefix.bench.providers.sglang import SglangTorchNative, SglangTriton
+from sglang_prefix.bench.providers.sglang_cpu import SglangIntelAmx, VllmSglangCopy
+from sglang_prefix.bench.providers.vllm import VllmCpu
 
 __all__ = ["find_providers"]
 
 _OTHERS: tuple[type[Provider], ...] = (
-    *(SglangTorchNative, SglangTriton),
+    *(SglangTorchNative, SglangIntelAmx, SglangTriton, VllmCpu, VllmSglangCopy),
     *(FlashInferDecode, FlashInferCascade, FlashAttention3, FastTree),
 )
-# Named so that its absence is seen.
-_ABSENT = {"sglang-intel-amx": "needs sgl_kernel's AMX kernels; this command does not call them"}
 
 
 def find_providers(host: str) -> tuple[dict[str, ProviderMaker], dict[str, str]]:
@@ -30,7 +30,7 @@ def find_providers(host: str) -> tuple[dict[str, ProviderMaker], dict[str, str]]
         Providers by name; reasons by name.
     """
     makers: dict[str, ProviderMaker] = {}
-    absent = dict(_ABSENT)
+    absent: dict[str, str] = {}
     for provider in _OTHERS:
         elsewhere = "needs a GPU" if "cuda" in provider.hosts else "needs a run on a CPU"
         reason = provider.unavailable() if host in provider.hosts else elsewhere

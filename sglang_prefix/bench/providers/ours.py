@@ -1,4 +1,4 @@
-"""Our executors: the torch executor on the CPU, Triton's on a GPU or in its interpreter."""
+"""Our executors: compiled code and torch on the CPU, Triton's on a GPU or in its interpreter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sglang_prefix.bench.packed_attention import PackedAttention
 from sglang_prefix.bench.providers.base import Provider, ProviderMaker
 from sglang_prefix.bench.workloads.inputs import AttentionInputs
 
-__all__ = ["Chain", "TorchOurs", "TritonOurs", "chains", "our_providers"]
+__all__ = ["Chain", "NativeOurs", "TorchOurs", "TritonOurs", "chains", "our_providers"]
 
 _USUAL = (LAUNCH_MODES[0], MERGE_MODES[0])
 # A usual depth. The cost of launches does not depend on the batch.
@@ -53,6 +53,12 @@ class _Ours(Provider):
         w = self.inputs
         self._attention.executor.run(w.q, k, v, w.out, None, w.params)
         return w.out
+
+
+class NativeOurs(_Ours):
+    """The native executor, which serves on a CPU: its merge is a part of its one call."""
+
+    executor = "native"
 
 
 class TorchOurs(_Ours):
@@ -132,6 +138,7 @@ def our_providers(
     policies: Sequence[str],
     host: str,
     *,
+    compiled: bool = True,
     all_launches: bool = False,
     dry: bool = False,
 ) -> dict[str, ProviderMaker]:
@@ -140,12 +147,18 @@ def our_providers(
     Args:
         policies: names.
         host: of those that a provider names.
+        compiled: whether the native executor can be had on the CPU. Where it can, the torch
+            executor runs the first policy alone, for comparison; else it runs all of them.
         all_launches: on the Triton executor every launch and merge mode of the first policy, too,
             and every launch mode of the others.
         dry: no other policy than the first one in other modes.
     """
     if host == "cpu":
-        return {f"torch/{policy}": partial(TorchOurs, policy=policy) for policy in policies}
+        native, plain = (policies, policies[:1]) if compiled else ([], policies)
+        return {
+            **{f"native/{policy}": partial(NativeOurs, policy=policy) for policy in native},
+            **{f"torch/{policy}": partial(TorchOurs, policy=policy) for policy in plain},
+        }
     makers: dict[str, ProviderMaker] = {
         f"triton/{policy}": partial(TritonOurs, policy=policy) for policy in policies
     }

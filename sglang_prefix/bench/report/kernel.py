@@ -36,10 +36,9 @@ _PARTS = {
     "plan": "",
     "copy": "",
     "append": "of a step that keeps the plan",
-    "forward": "on the CPU the layers less merge, - where noise leaves nothing of it",
-    "merge": "on the CPU timed alone after the step, on random partials of the plan's shape",
+    "forward": "of the torch executor the layers less merge, - where noise leaves nothing of it",
+    "merge": "of the torch executor timed alone after the step, on random partials",
 }
-_OVER_STOCK = "time of the fastest stock backend over this one"
 
 
 def kernel_section(data: Data) -> Section:
@@ -47,12 +46,15 @@ def kernel_section(data: Data) -> Section:
     ours = our_provider(data)
     peers = sorted({name for case in data["cases"] for name in of_kind(case, "peer")})
     cases = [_compared(case, ours, peers) for case in data["cases"] if not of_kind(case, "chain")]
+    # In an environment without SGLang, peers are what there is to compare with.
+    has_stock = any(of_kind(case, "stock") for case in cases) or not peers
+    baseline = "stock" if has_stock else peers[0]
     tables = [
-        _step_table(cases, ours, peers),
-        _provider_table(cases),
-        _every_table(data["cases"]),
+        _step_table(cases, ours, peers, baseline),
+        _provider_table(cases, baseline),
+        _every_table(data["cases"], baseline),
     ]
-    verdicts = _verdicts(cases, ours or "ours", peers)
+    verdicts = _verdicts(cases, ours or "ours", peers, has_stock=has_stock)
     return make_section("Attention kernels", data, tables, verdicts=verdicts)
 
 
@@ -65,6 +67,7 @@ def _compared(case: Data, ours: str | None, peers: Sequence[str]) -> dict[str, A
     return {
         **case,
         "ours": mine,
+        "peers": {peer: provider_of(case, peer) for peer in peers},
         "stock": {"name": stock, **provider_of(case, stock)},
         "over": {
             "stock": over(case, ours, "stock"),
@@ -79,7 +82,9 @@ def _compared(case: Data, ours: str | None, peers: Sequence[str]) -> dict[str, A
     }
 
 
-def _verdicts(cases: Sequence[Data], ours: str, peers: Sequence[str]) -> list[Verdict]:
+def _verdicts(
+    cases: Sequence[Data], ours: str, peers: Sequence[str], *, has_stock: bool
+) -> list[Verdict]:
     stock = sorted({case["stock"]["name"] for case in cases if case["over"]["stock"]})
     backends = f" ({', '.join(stock)})" if stock else ""
 
@@ -88,7 +93,7 @@ def _verdicts(cases: Sequence[Data], ours: str, peers: Sequence[str]) -> list[Ve
         names = stock if kind == "stock" else ()
         return Verdict(ours, baseline, found, stock=names)
 
-    verdicts = [against("stock", f"the fastest stock backend{backends}")]
+    verdicts = [against("stock", f"the fastest stock backend{backends}")] if has_stock else []
     verdicts += [against(peer, f"{peer}, kernels alone") for peer in peers]
     if any(case["over"]["query"] for case in cases):
         shared_by_none = "policy query, which shares nothing, on the same executor"
@@ -102,7 +107,9 @@ def _why_not(case: Data, ours: str, kind: str) -> str:
     return f"ours failed: {case['failed'][ours]}" if ours in case["failed"] else "no ours"
 
 
-def _step_table(cases: Sequence[Data], ours: str | None, peers: Sequence[str]) -> Table:
+def _step_table(
+    cases: Sequence[Data], ours: str | None, peers: Sequence[str], baseline: str
+) -> Table:
     def over_baseline(title: str, key: str, hint: str, *, is_detail: bool = False) -> Column:
         return Column(title, lambda case: gain(case["over"][key]), hint, is_detail)
 
@@ -118,13 +125,23 @@ def _step_table(cases: Sequence[Data], ours: str | None, peers: Sequence[str]) -
         Column("ours ms", our_time, "median of plan, copy and run of one decode step"),
         Column("read", "ours.kv_read_ratio", "share of the KV tokens that ours reads"),
         Column("ideal", "ideal", "share of them if every shared token is read once"),
+        Column(
+            "over floor",
+            "ours.over_floor",
+            "kernel time of ours over the time that the operations or the bytes of a layer take at "
+            "least, at the most that this machine was measured to reach",
+        ),
         *_part_columns("ours."),
         Column("batch", "batch", is_detail=True),
         Column("tokens", "tokens.logical", "KV tokens of all requests", is_detail=True),
         Column("fastest stock", "stock.name", is_detail=True),
         over_baseline("kernels", "stock's kernels", "without plans and copies", is_detail=True),
         Column("floor us", "floor.us", "of a layer: bytes, operations, one launch", is_detail=True),
-        Column("over floor", "ours.over_floor", "kernel time of ours over it", is_detail=True),
+        Column("ours us", "ours.kernel_us", "kernel time of a layer", is_detail=True),
+        *(
+            Column(f"{peer} us", f"peers.{peer}.kernel_us", "likewise", is_detail=True)
+            for peer in peers
+        ),
         Column("GB/s", "gb_s", "KV bytes that ours reads over its whole step", is_detail=True),
         Column("of bandwidth", "bandwidth_share", "of a streaming read", is_detail=True),
         Column("heads", "shape", "query heads / KV heads / head dim", is_detail=True),
@@ -132,8 +149,12 @@ def _step_table(cases: Sequence[Data], ours: str | None, peers: Sequence[str]) -
         Column("page", "page_size", is_detail=True),
         *(Column(key, key, is_detail=True) for key in ("group", "dtype", "slots", "note")),
     ]
-    title = f"{ours} against the fastest stock backend" if ours else "Cases"
+    title = f"{ours} against {_words_of(baseline)}" if ours else "Cases"
     return tabulate(title, columns, cases)
+
+
+def _words_of(baseline: str) -> str:
+    return "the fastest stock backend" if baseline == "stock" else baseline
 
 
 def _part_columns(prefix: str) -> list[Column]:
@@ -158,11 +179,11 @@ def _ratio(value: float | None, kind: str) -> Cell:
     return Cell(ratio_text(value), value)
 
 
-def _provider_table(cases: Sequence[Data]) -> Table:
+def _provider_table(cases: Sequence[Data], baseline: str) -> Table:
     """Each provider over all cases."""
 
     def over_all(name: str, kind: str) -> dict[str, Any]:
-        found = {case["name"]: over(case, name, "stock") for case in cases}
+        found = {case["name"]: over(case, name, baseline) for case in cases}
         gains = {case: value for case, value in found.items() if value is not None}
         worst = min(gains, key=gains.__getitem__, default="")
         return {
@@ -176,13 +197,14 @@ def _provider_table(cases: Sequence[Data]) -> Table:
             "missing": sum(name not in case["providers"] for case in cases),
         }
 
+    against = _words_of(baseline)
     columns = [
         Column("provider", "name"),
         Column("kind", "kind"),
-        Column("speed-up", "mean", f"{_OVER_STOCK}, geometric mean"),
+        Column("speed-up", "mean", f"time of {against} over this one, geometric mean"),
         Column("worst", "worst", "speed-up in the worst case"),
         Column("worst case", "worst_case"),
-        Column("faster in", "won", "cases in which it is faster than every stock backend"),
+        Column("faster in", "won", f"cases in which it is faster than {against}"),
         Column("slower in", "lost"),
         Column("not measured", "missing", "cases in which it failed or does not apply"),
     ]
@@ -190,18 +212,21 @@ def _provider_table(cases: Sequence[Data]) -> Table:
     return tabulate("Providers", columns, items, is_detail=True)
 
 
-def _every_table(cases: Sequence[Data]) -> Table:
+def _every_table(cases: Sequence[Data], baseline: str) -> Table:
     def measurement(case: Data, name: str, found: Data) -> dict[str, Any]:
-        speedup = _ratio(over(case, name, "stock"), found["kind"])
-        return {**found, "case": case["name"], "provider": name, "over": speedup}
+        speedup = _ratio(over(case, name, baseline), found["kind"])
+        preempted = sum(count > 0 for count in found.get("preemptions") or ())
+        more = {"over": speedup, "preempted": preempted or None}
+        return {**found, "case": case["name"], "provider": name, **more}
 
     columns = [
         *(Column(key, key) for key in ("case", "provider", "kind", "executor", "policy", "mode")),
         Column("merged", "merge"),
         Column("ms", "ms"),
-        Column("speed-up", "over", _OVER_STOCK),
+        Column("speed-up", "over", f"time of {_words_of(baseline)} over this one"),
         Column("fastest", lambda found: min(found["raw_ms"], default=None), "timed step, ms"),
         Column("slowest", lambda found: max(found["raw_ms"], default=None), "timed step, ms"),
+        Column("preempted", "preempted", "steps left out, if three others are left"),
         Column("kernel us", "kernel_us", "of one layer"),
         *_part_columns(""),
         Column("packs", "packs"),
