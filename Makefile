@@ -8,7 +8,8 @@ STAMP := $(VENV)/.installed
 PIP_INSTALL := -W 'ignore:Editable installation' -m pip install -q
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all docs-check compat compat-version lint format bench-cpu clean
+.PHONY: help install demo test test-all docs-check compat compat-version lint format
+.PHONY: bench-cpu bench-cpu-peers clean
 .PHONY: gpu-check gpu-bench gpu-tune gpu-serve
 .PHONY: gpu-check-dry gpu-bench-dry gpu-tune-dry gpu-serve-dry
 
@@ -64,9 +65,24 @@ format: install  ## Rewrite the sources in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench-cpu: install  ## Measure the torch executor against SGLang's own decode, and the host's time
+bench-cpu: install  ## Measure our executors against SGLang's own decode, and the host's time
 	$(BIN)/sglang-prefix exec -- $(BIN)/sglang-prefix bench kernel --workload cpu --out build/cpu
 	$(BIN)/sglang-prefix exec -- $(BIN)/sglang-prefix bench host --out build/cpu
+
+# vLLM wants another torch than SGLang, so it gets an environment of its own, without SGLang.
+PEERS := .venv-peers
+
+$(PEERS)/.installed: .ci/peers.txt pyproject.toml
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install -q --upgrade pip
+	$(PEERS)/bin/python -m pip install -q -r .ci/peers.txt
+	$(PEERS)/bin/python $(PIP_INSTALL) --no-deps -e .
+	@touch $@
+
+# Half an hour on two cores; what is left then is measured by a second call with --resume.
+bench-cpu-peers: $(PEERS)/.installed  ## Measure ours against vLLM's attention on this CPU (PEERS_ARGS=--resume)
+	$(PEERS)/bin/sglang-prefix bench kernel $(if $(findstring --resume,$(PEERS_ARGS)),,--workload cpu-peers) \
+		--out build/cpu-peers --budget-s 1800 --no-plots $(PEERS_ARGS)
 
 # On a GPU host: its own python3 with what CONTRIBUTING.md lists; nothing is installed.
 GPU_PYTHON ?= python3
@@ -102,5 +118,5 @@ gpu-serve-dry: install  ## The logic of gpu-serve with a tiny model, without a G
 	$(BIN)/sglang-prefix bench serving --engine --dry --out build/gpu-serve-dry $(GPU_ARGS)
 
 clean:  ## Remove the environment and everything that was built
-	rm -rf $(VENV) .venv-compat-* build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-compat-* $(PEERS) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

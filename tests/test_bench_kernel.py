@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
+import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from functools import partial
@@ -248,24 +251,24 @@ class OneCall(Stock):
 
 
 class DisturbedClock(timing.Clock):
-    """By it a step takes a second; one in ``every`` loses a core, and takes an hour."""
+    """By it a step takes a second; one in ``every`` waits for a core, and takes an hour."""
 
-    every, steps, lost = 3, 0, 0
+    every, steps, lost = 3, 0, 0.0
 
     def seconds_of(self, replay: timing.Work) -> float:
         replay()
         self.steps += 1
         is_lost = self.steps % self.every == 0
-        self.lost += is_lost
+        self.lost += 3599.0 * is_lost
         return 3600.0 if is_lost else 1.0
 
-    def preemptions(self) -> int:
+    def waited_seconds(self) -> float:
         return self.lost
 
 
-@pytest.mark.parametrize(("every", "seconds"), [(3, 1), (2, 1), (1, 3600)])
+@pytest.mark.parametrize(("every", "seconds", "left_out"), [(3, 1, 2), (2, 1, 3), (1, 3600, 0)])
 def test_steps_that_lost_a_core_count_only_where_there_are_no_others(
-    every: int, seconds: float
+    every: int, seconds: float, left_out: int
 ) -> None:
     (case,) = kernel_cases(KernelOptions(trees=["2_8"], heads=["4:2:16"], dtype="float32"))
     clock = DisturbedClock(CPU)
@@ -274,10 +277,28 @@ def test_steps_that_lost_a_core_count_only_where_there_are_no_others(
     found = kernel.measure_case(case, makers, clock, LIMITS, seed=0, rounds=6)
     one = found["providers"]["one"]
     assert one["kernel_us"] == seconds * 1e6
-    assert len(one["raw_ms"]) == len(one["preemptions"]) == 6
-    assert sum(one["preemptions"]) == 6 // every
+    assert len(one["raw_ms"]) == len(one["waited_ms"]) == 6
+    assert one["disturbed"] == left_out
     assert one["over_floor"] == pytest.approx(one["kernel_us"] / found["floor"]["us"])
     assert found["floor"]["flop_us"] == found["flop"] / LIMITS["flop_per_s_float32"] * 1e6
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/schedstat").exists(), reason="this Linux counts no waiting for cores"
+)
+def test_waiting_for_a_core_is_seen() -> None:
+    clock, cores = timing.clock_for(CPU), os.sched_getaffinity(0)
+    before, end = clock.waited_seconds(), time.monotonic() + 60
+    spin = f"import os; os.sched_setaffinity(0, [{min(cores)}])\nwhile True: pass"
+    with subprocess.Popen([sys.executable, "-c", spin]) as other:
+        try:
+            os.sched_setaffinity(0, [min(cores)])
+            while clock.waited_seconds() - before < 0.05 and time.monotonic() < end:
+                pass
+        finally:
+            os.sched_setaffinity(0, cores)
+            other.kill()
+    assert time.monotonic() < end
 
 
 def test_the_peak_of_a_type_without_products_is_that_of_float32(

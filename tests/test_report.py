@@ -92,7 +92,7 @@ class TestKernel:
         result = kernel_result()
         for case in result["cases"]:
             del case["providers"]["torch_native"]
-        result["cases"][0]["providers"]["pat"] |= {"over_floor": 2.5, "preemptions": [0, 2, 0]}
+        result["cases"][0]["providers"]["pat"] |= {"over_floor": 2.5, "disturbed": 1}
         section = section_of(result)
         assert section.verdicts[0].baseline == "hydragen, kernels alone"
         rows = rows_of(section, "pat against hydragen")
@@ -103,7 +103,7 @@ class TestKernel:
         assert not column.is_detail
         assert rows_of(section, "Providers")["pat"]["faster in"] == "1"
         every = table_of(section, "Every measurement")
-        at = [column.title for column in every.columns].index("preempted")
+        at = [column.title for column in every.columns].index("disturbed")
         assert next(row[at].text for row in every.rows if row[1].text == "pat") == "1"
 
     def test_providers_over_all_cases(self) -> None:

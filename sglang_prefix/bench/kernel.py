@@ -39,7 +39,7 @@ _QUICK_SECONDS = 3.0
 _GPU_LAYERS = 32
 _GPU_KV_BYTES = 6 << 30
 _READ = "streaming read"
-_PREEMPTIONS = "preemptions"
+_WAITED = "waited"
 _OUR_PREFIXES = ("native/", "torch/", "triton/", "chain/")
 
 Progress = Callable[[str], None]
@@ -180,21 +180,21 @@ class _Timed:
         self._rounds = 0
 
     def step(self) -> dict[str, float]:
-        """Time one step: seconds by part, "run" among them, and "step" for the whole; and how often
-        a thread lost its core meanwhile.
+        """Time one step: seconds by part, "run" among them, and "step" for the whole; and "waited",
+        how long threads waited for a core meanwhile.
 
         After the first rounds it is the run alone, where plans take too long.
         """
         clock = self._clock
         self._rounds += 1
         if self._rounds > clock.planned_rounds:
-            return {"run": clock.seconds_of(self._replay), _PREEMPTIONS: 0}
-        before = clock.preemptions()
+            return {"run": clock.seconds_of(self._replay), _WAITED: 0.0}
+        before = clock.waited_seconds()
         parts = {part: clock.host_seconds_of(work) for part, work in self._host.items()}
         parts["run"] = clock.seconds_of(self._replay)
         parts["step"] = sum(parts.values())
-        parts |= {part: clock.seconds_of(work) for part, work in self._alone.items()}
-        return {**parts, _PREEMPTIONS: clock.preemptions() - before}
+        parts[_WAITED] = clock.waited_seconds() - before
+        return parts | {part: clock.seconds_of(work) for part, work in self._alone.items()}
 
 
 def _repeat(work: Callable[[], object], times: int) -> None:
@@ -309,13 +309,10 @@ def _facts(
 ) -> dict[str, Any]:
     """A provider in the result file, without what needs the others."""
     provider = timed.provider
-    preemptions = [int(step[_PREEMPTIONS]) for step in steps]
-    counted = [steps[number] for number in undisturbed(preemptions)]
-    found_ms = {
-        part: [1e3 * step[part] for step in counted if part in step]
-        for part in steps[0]
-        if part != _PREEMPTIONS
-    }
+    waited = [step[_WAITED] for step in steps]
+    quiet = undisturbed(waited, [step.get("step", step["run"]) for step in steps])
+    counted = [steps[number] for number in quiet]
+    found_ms = {part: [1e3 * s[part] for s in counted if part in s] for part in steps[0]}
     ms = {part: median(times) for part, times in found_ms.items()}
     kernel_us = 1e3 * ms["run"] / (provider.layers or inputs.num_layers)
     return {
@@ -324,7 +321,8 @@ def _facts(
         **provider.facts,
         "ms": ms["step"],
         "raw_ms": [1e3 * step["step"] for step in steps if "step" in step],
-        "preemptions": preemptions,
+        "waited_ms": [1e3 * each for each in waited],
+        "disturbed": len(steps) - len(quiet),
         "plan_ms": ms.get("plan"),
         "copy_ms": ms.get("copy"),
         "append_ms": ms["append"] / clock.repeats if "append" in ms else None,

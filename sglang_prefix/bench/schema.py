@@ -103,9 +103,9 @@ class Amount(TypedDict):
 class KernelProvider(TypedDict):
     """Times of a provider. ``ms`` and the parts are medians of a step of all ``layers``.
 
-    ``preemptions`` says of each sample how often a thread lost its core: the medians are of those
-    without, see `timing.undisturbed`. A part that there is not, or that is not timed apart, is
-    None. Files that were converted from older ones lack more.
+    ``waited_ms`` says of each sample how long threads waited for a core; the medians are without
+    the ``disturbed`` ones, see `timing.undisturbed`. A part that there is not, or that is not timed
+    apart, is None. Files that were converted from older ones lack more.
     """
 
     kind: Literal["ours", "stock", "peer", "chain"]
@@ -115,7 +115,8 @@ class KernelProvider(TypedDict):
     merge: str | None
     ms: Positive
     raw_ms: list[Number]
-    preemptions: NotRequired[list[Count] | None]
+    waited_ms: NotRequired[list[NotNegative] | None]
+    disturbed: NotRequired[Count | None]
     plan_ms: Number | None
     copy_ms: Number | None
     append_ms: Number | None

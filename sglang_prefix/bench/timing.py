@@ -4,11 +4,13 @@ host's clock; always interleaved, in random order.
 
 from __future__ import annotations
 
+import os
 import random
-import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -43,7 +45,10 @@ _STREAM_CONFIGS = ((4096, 4, 8), (8192, 8, 4), (16384, 8, 4))
 _LIMIT_TRIES = 5
 # Where a type has no products of its own, a small matrix shows it in no time.
 _SMALL_MATRIX = 256
+# A sample counts if its threads waited for a core for no more than this share of it.
+_WAITED_SHARE = 0.01
 _LEAST_SAMPLES = 3
+_TASKS = Path("/proc/self/task")
 _LONGEST_REASON = 300
 
 
@@ -133,15 +138,18 @@ def prepare_each(
     return ready, absent, failed
 
 
-def undisturbed(preemptions: Sequence[int]) -> list[int]:
-    """Which samples count: those in which no thread lost its core, or else all.
+def undisturbed(waited: Sequence[float], took: Sequence[float]) -> list[int]:
+    """Which samples count: those whose threads had their cores, or else all.
+
+    Where fewer than three are like that, all of them count: what is left would be luck.
 
     Args:
-        preemptions: of each sample. Long ones always have some; where fewer than three have none,
-            what is left would be luck, so all of them count.
+        waited: of each sample, how long its threads waited for a core, all threads together.
+        took: how long the sample took, in the same unit.
     """
-    quiet = [number for number, count in enumerate(preemptions) if not count]
-    return quiet if len(quiet) >= _LEAST_SAMPLES else list(range(len(preemptions)))
+    pairs = enumerate(zip(waited, took, strict=True))
+    quiet = [number for number, (wait, time) in pairs if wait <= _WAITED_SHARE * time]
+    return quiet if len(quiet) >= _LEAST_SAMPLES else list(range(len(took)))
 
 
 def host_seconds(work: Work) -> float:
@@ -196,12 +204,17 @@ class Clock:
     def synchronize(self) -> None:
         """Wait for the device; raises where it is lost."""
 
-    def preemptions(self) -> int:
-        """How often a thread of this process has lost its core to another, until now.
+    def waited_seconds(self) -> float:
+        """How long threads of this process have waited for a core that another had, until now.
 
-        What the host's clock says of a work in which that happened is partly another's time.
+        What the host's clock says of a work in which they did is partly another's time. Linux
+        counts it, for each thread; 0 where it does not.
         """
-        return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+        nanoseconds = 0
+        for task in os.listdir(_TASKS) if _TASKS.exists() else ():
+            with suppress(OSError, ValueError):  # it has ended
+                nanoseconds += int((_TASKS / task / "schedstat").read_text().split()[1])
+        return nanoseconds / 1e9
 
     def bandwidth(self) -> float:
         """Bytes per second of a read of a buffer that is larger than any cache."""
@@ -274,8 +287,8 @@ class GpuClock(Clock):
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)
 
-    def preemptions(self) -> int:
-        return 0  # the device's clock does not see them
+    def waited_seconds(self) -> float:
+        return 0.0  # the device's clock does not see it
 
     def bandwidth(self) -> float:
         return self._bandwidth  # as in `limits`: steady, unlike a CPU's

@@ -69,7 +69,7 @@ class TorchOurs(_Ours):
     """
 
     executor = "torch"
-    parts_alone = ("merge",)
+    parts_alone: ClassVar[Sequence[str]] = ("merge",)
 
     def __init__(self, inputs: AttentionInputs, policy: str) -> None:
         super().__init__(inputs, policy)

@@ -215,9 +215,7 @@ def _provider_table(cases: Sequence[Data], baseline: str) -> Table:
 def _every_table(cases: Sequence[Data], baseline: str) -> Table:
     def measurement(case: Data, name: str, found: Data) -> dict[str, Any]:
         speedup = _ratio(over(case, name, baseline), found["kind"])
-        preempted = sum(count > 0 for count in found.get("preemptions") or ())
-        more = {"over": speedup, "preempted": preempted or None}
-        return {**found, "case": case["name"], "provider": name, **more}
+        return {**found, "case": case["name"], "provider": name, "over": speedup}
 
     columns = [
         *(Column(key, key) for key in ("case", "provider", "kind", "executor", "policy", "mode")),
@@ -226,7 +224,7 @@ def _every_table(cases: Sequence[Data], baseline: str) -> Table:
         Column("speed-up", "over", f"time of {_words_of(baseline)} over this one"),
         Column("fastest", lambda found: min(found["raw_ms"], default=None), "timed step, ms"),
         Column("slowest", lambda found: max(found["raw_ms"], default=None), "timed step, ms"),
-        Column("preempted", "preempted", "steps left out, if three others are left"),
+        Column("disturbed", "disturbed", "steps left out, as others had a core meanwhile"),
         Column("kernel us", "kernel_us", "of one layer"),
         *_part_columns(""),
         Column("packs", "packs"),

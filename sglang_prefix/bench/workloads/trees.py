@@ -12,7 +12,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from sglang_prefix.forest import PrefixForest, RadixPath
+from sglang_prefix.forest import PathTable, PrefixForest, RadixPath, forest_of_table
 
 __all__ = ["Tree", "TreeBatch", "pat_tree", "random_tree", "shared_then_private"]
 
@@ -158,9 +158,13 @@ class TreeBatch:
         return [RadixPath(own, tuple(ends[node] for node in own)) for own in nodes]
 
     def forest(self) -> PrefixForest:
-        """The forest, from the radix paths, as the backend finds it."""
-        limits = self.seq_lens.tolist()
-        return PrefixForest.from_paths(self.paths, limits, limits, page_size=self.page_size)
+        """The forest, as the backend finds it from radix paths that it has looked up before."""
+        every, lens = np.arange(self.batch_size), self.seq_lens
+        return forest_of_table(self._path_table, every, lens, lens, page_size=self.page_size)
+
+    @cached_property
+    def _path_table(self) -> PathTable:
+        return PathTable.of(self.paths)
 
     def levels(self) -> list[IntArray] | None:
         """Per level the node of each request; None unless all requests have all levels whole.
