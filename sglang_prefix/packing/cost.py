@@ -18,6 +18,7 @@ __all__ = [
     "CPU_PROFILES",
     "FITTED",
     "GPU_PROFILE",
+    "PROFILES_FILE",
     "AttentionShape",
     "CostModel",
     "DeviceProfile",
@@ -56,7 +57,9 @@ class DeviceProfile:
     pack_row_cost: float = 0.0
 
 
-# What `sglang-prefix bench profile` measures.
+# Written by `sglang-prefix bench profile --write-table`.
+PROFILES_FILE = Path(__file__).with_name("cpu_profiles.json")
+# What is measured.
 FITTED = ("pack_bytes", "query_cost", "element_cost", "lone_row_cost", "pack_row_cost")
 # Above any measurement, and far from what overflows when a plan is costed.
 _MOST = 1e9
@@ -95,7 +98,7 @@ def load_cpu_profiles(path: Path) -> dict[str, DeviceProfile]:
 # By executor. The file names the measurement that it was made of. Its numbers are ratios, of
 # arithmetic and fixed costs to reads, that two cores of one processor have; another one differs
 # less from them than the choices that they decide differ from each other.
-CPU_PROFILES = load_cpu_profiles(Path(__file__).with_name("cpu_profiles.json"))
+CPU_PROFILES = load_cpu_profiles(PROFILES_FILE)
 CPU_PROFILE = CPU_PROFILES["native"]
 
 # 128 rows is the widest tile of the kernels. The other figures come from the data sheet and are not
