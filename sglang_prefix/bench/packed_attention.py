@@ -12,8 +12,8 @@ import torch
 from prefix_kernels import plan_buffers
 from prefix_kernels.executor import PlanExecutor, make_executor
 from prefix_kernels.plan import AttentionShape, PackPlan
-from sglang_prefix.packing import CPU_PROFILE, GPU_PROFILE, DeviceProfile
-from sglang_prefix.packing.planner import PackPlanner
+from sglang_prefix.packing import DeviceProfile
+from sglang_prefix.packing.planner import PackPlanner, profile_for
 
 __all__ = ["PackedAttention"]
 
@@ -52,7 +52,7 @@ class PackedAttention:
     ) -> None:
         self._make = partial(make_executor, executor, shape, device, **options)
         self.executor: PlanExecutor = self._make()
-        profile = profile or (GPU_PROFILE if executor == "triton" else CPU_PROFILE)
+        profile = profile or profile_for(executor)
         if self.executor.max_block_rows is not None:
             rows = min(profile.max_block_rows, self.executor.max_block_rows)
             profile = replace(profile, max_block_rows=rows)

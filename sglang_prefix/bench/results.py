@@ -12,7 +12,7 @@ import os
 import platform
 import subprocess
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,11 +28,13 @@ __all__ = [
     "ResultError",
     "check_result",
     "check_same",
+    "check_source",
     "check_type",
     "environment",
     "new_result",
     "read_result",
     "same_environment",
+    "write_checked",
     "write_result",
 ]
 
@@ -43,6 +45,7 @@ KINDS = (
     "bench-serving",
     "bench-engine",
     "bench-tune",
+    "bench-profile",
     "bench-host",
     "gpu-check",
 )
@@ -220,6 +223,45 @@ def check_same(
 def same_environment(here: Mapping[str, Any]) -> dict[str, Any]:
     """What :func:`check_same` must find as it is ``here``, in this process's environment."""
     return {f"environment.{name}": here[name] for name in _SAME}
+
+
+def check_source(
+    path: str | os.PathLike[str], data: Mapping[str, Any], table: Path, installed: Path
+) -> str:
+    """Check that a result may become a table that is read at run time; how the table names it.
+
+    Args:
+        path, data: the result.
+        table: that it is to become.
+        installed: the table of that kind that is in use.
+
+    Raises:
+        ValueError: it is a dry run's, for which the table must be another one, or it stands outside
+            the repository.
+    """
+    if data["dry"] and table.resolve() == installed:
+        raise ValueError(f"{path} is a dry run's: name another --table than {installed}")
+    file = Path(path).resolve()
+    is_inside = file.is_relative_to(_ROOT)
+    if not data["dry"] and not is_inside:
+        raise ValueError(f"{path} must stand in the repository, under {_ROOT}")
+    return str(file.relative_to(_ROOT) if is_inside else file)
+
+
+def write_checked(table: Path, text: str, load: Callable[[Path], object]) -> None:
+    """Write a table that ``load`` accepts, or leave the one that is there.
+
+    Raises:
+        ValueError: from ``load``.
+        OSError: it cannot be written.
+    """
+    trial = table.with_suffix(".new")
+    try:
+        write_file(trial, text)
+        load(trial)
+    finally:
+        trial.unlink(missing_ok=True)
+    write_file(table, text)
 
 
 def environment(device: str | None = None) -> dict[str, Any]:

@@ -75,6 +75,7 @@ class Result(TypedDict):
     note: NotRequired[str]
     device_name: NotRequired[str]
     arch: NotRequired[str]
+    profiles: NotRequired[dict[str, dict[str, NotNegative]]]
     stock: NotRequired[Server | None]
     prefix: NotRequired[Server | None]
     cases: Annotated[list[dict[str, Any]], Field(max_length=10_000)]
@@ -162,6 +163,26 @@ class TuneCase(Case):
     tiles: dict[str, TileTimes]
     absent: Reasons
     failed: Reasons
+
+
+class PackTimes(TypedDict):
+    """A plan: ``packs`` of ``requests`` that share ``tokens``, and what requests read alone."""
+
+    requests: AtLeastOne
+    tokens: AtLeastOne
+    packs: Count
+    lone_requests: Count
+    lone_tokens: Count
+    us: Positive
+
+
+class ProfileCase(Case):
+    """Plans on one executor with layers of one shape."""
+
+    executor: Literal["native", "torch"]
+    heads: Heads
+    itemsize: AtLeastOne
+    packs: list[PackTimes]
 
 
 class HostCase(Case):
@@ -254,6 +275,7 @@ CASES: dict[str, Any] = {
     "bench-serving": list[ServingCase],
     "bench-engine": list[EngineCase],
     "bench-tune": list[TuneCase],
+    "bench-profile": list[ProfileCase],
     "bench-host": list[HostCase],
     "gpu-check": list[CheckCase],
 }

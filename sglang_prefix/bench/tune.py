@@ -27,18 +27,17 @@ from prefix_kernels.tiles import (
 from prefix_kernels.triton_executor import TritonExecutor
 from sglang_prefix.bench.graphs import launches_of
 from sglang_prefix.bench.packed_attention import PackedAttention
-from sglang_prefix.bench.results import read_result
+from sglang_prefix.bench.results import check_source, read_result, write_checked
 from sglang_prefix.bench.run import BenchRun, Case, NotRunError
 from sglang_prefix.bench.timing import Clock, clock_for, interleaved, prepare_each
 from sglang_prefix.bench.workloads.inputs import AttentionInputs, OutputCheck
 from sglang_prefix.bench.workloads.registry import Heads
 from sglang_prefix.bench.workloads.trees import Tree, pat_tree, shared_then_private
-from sglang_prefix.files import read_json, write_file
+from sglang_prefix.files import read_json
 from sglang_prefix.packing import GPU_PROFILE
 
 __all__ = ["TABLE", "PackShape", "TileWork", "TuneRun", "pack_shapes", "write_table"]
 
-_ROOT = Path(__file__).parents[2]
 _SECONDS_PER_CASE = 3.0
 # A choice must be worth its line: the medians of two runs differ by about as much.
 _LEAST_GAIN = 1.02
@@ -284,11 +283,7 @@ def write_table(result_file: Path, table: Path = TABLE) -> str:
         OSError: the table cannot be written.
     """
     data = read_result(result_file, TuneRun.kind)
-    if data["dry"] and table.resolve() == TABLE:
-        raise ValueError(f"{result_file} is a dry run's: name another --table than {TABLE}")
-    path = result_file.resolve()
-    if not data["dry"] and not path.is_relative_to(_ROOT):
-        raise ValueError(f"{result_file} must stand in the repository, under {_ROOT}")
+    source = check_source(result_file, data, table, TABLE)
     name, arch = data.get("device_name"), data.get("arch")
     if name is None or arch is None:
         raise ValueError(f"{result_file} does not name its device and arch")
@@ -301,17 +296,10 @@ def write_table(result_file: Path, table: Path = TABLE) -> str:
     tiles = [tile for case in data["cases"] if (tile := _faster_tile(case))]
     content[name] = {
         "arch": arch,
-        "result_file": str(path.relative_to(_ROOT) if path.is_relative_to(_ROOT) else path),
+        "result_file": source,
         "tiles": tiles,
     }
-    text = json.dumps(content, indent=1) + "\n"
-    trial = table.with_suffix(".new")
-    try:
-        write_file(trial, text)
-        load_tuned_tiles(trial)
-    finally:
-        trial.unlink(missing_ok=True)
-    write_file(table, text)
+    write_checked(table, json.dumps(content, indent=1) + "\n", load_tuned_tiles)
     return (
         f"{table}: {len(tiles)} tiles for {name}. Next: sglang-prefix kernels --arch {arch}, which "
         "says whether all variants with them are free of spills; then commit both files"

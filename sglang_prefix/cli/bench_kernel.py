@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from sglang_prefix.bench.run import BenchRun
 
-__all__ = ["finish", "host", "kernel", "make_run", "tune"]
+__all__ = ["finish", "host", "kernel", "make_run", "print_names", "start_run", "tune"]
 
 T = TypeVar("T")
 R = TypeVar("R", bound="BenchRun")
@@ -165,14 +165,14 @@ def kernel(
     given = {field.name: _given(ctx, field.name) for field in dataclasses.fields(KernelOptions)}
     options = KernelOptions(**{name: value for name, value in given.items() if value})
     if list_cases:
-        _list([case.name for case in make_run(lambda: kernel_cases(options), out)])
+        print_names([case.name for case in make_run(lambda: kernel_cases(options), out)])
     if plots and not has_matplotlib():
         fail("plots need matplotlib: pip install 'sglang-prefix[bench]', or give --no-plots", 2)
     screen = console(json_file)
     with screen.status("importing torch"):
         from sglang_prefix.bench.kernel import KernelRun
 
-    run = _start(
+    run = start_run(
         ctx, KernelRun, out, dataclasses.asdict(options), seed=seed, dry=dry, resume=resume
     )
     if budget_s is None:
@@ -216,12 +216,12 @@ def tune(
     from sglang_prefix.bench import tune as module
 
     if list_cases:
-        _list([pack.name for pack in module.pack_shapes(dry=dry)])
+        print_names([pack.name for pack in module.pack_shapes(dry=dry)])
     if write_table is not None:
         file, target = write_table, table or module.TABLE
         typer.echo(make_run(lambda: module.write_table(file, target), target))
         return
-    run = _start(ctx, module.TuneRun, out, {}, seed=seed, dry=dry, resume=resume)
+    run = start_run(ctx, module.TuneRun, out, {}, seed=seed, dry=dry, resume=resume)
     finish(run, budget_s, console(json_file), json_file)
 
 
@@ -256,13 +256,13 @@ def host(
 
     options = {"requests": requests or [256, 1024], "rounds": rounds, "engine": engine}
     folder = Path() if list_cases else out
-    run = _start(ctx, HostRun, folder, options, seed=seed, device="cpu", resume=resume)
+    run = start_run(ctx, HostRun, folder, options, seed=seed, device="cpu", resume=resume)
     if list_cases:
-        _list(run.order)
+        print_names(run.order)
     finish(run, budget_s, console(json_file), json_file)
 
 
-def _start(
+def start_run(
     ctx: typer.Context,
     kind: Callable[..., R],
     out: Path | None,
@@ -315,7 +315,8 @@ def _check_resume(ctx: typer.Context, run: BenchRun) -> None:
             fail(f"{flag} with --resume: the run in {folder} has its own; legal: without", 2)
 
 
-def _list(names: list[str]) -> NoReturn:
+def print_names(names: list[str]) -> NoReturn:
+    """Print the names of cases, and end."""
     typer.echo("\n".join(names))
     raise typer.Exit
 

@@ -211,7 +211,7 @@ def _plan(forest: PrefixForest, source: str, setting: Setting) -> PlanRecord:
         others = ", ".join(f"--device {name}" for name in where if name != device)
         note += f", as this machine has it; others: {others}"
     if device == "cpu":
-        profile, answer = profile_for("torch"), Answer("auto", None)
+        profile, answer = profile_for("native"), Answer("auto", None)
     else:
         profile = profile_for("triton", row_classes(tile_shape(setting.shape, gpu))[-1])
         answer = Answer("auto", "gate-nothing-shared")

@@ -2,6 +2,7 @@
 
 from sglang_prefix.packing.cost import (
     CPU_PROFILE,
+    CPU_PROFILES,
     GPU_PROFILE,
     AttentionShape,
     CostModel,
@@ -12,6 +13,7 @@ from sglang_prefix.packing.policies import POLICIES, PackPolicy, policy_named
 
 __all__ = [
     "CPU_PROFILE",
+    "CPU_PROFILES",
     "GPU_PROFILE",
     "POLICIES",
     "AttentionShape",

@@ -1,16 +1,29 @@
-"""What a pack costs: the byte model that packing and splitting decide by.
+"""What a pack costs: the model that packing and splitting decide by.
 
-Everything is counted in bytes of main-memory traffic for one layer, all heads together. Fixed
-costs are turned into the bytes that the device could have moved in the same time.
+Everything is counted in bytes of main-memory traffic for one layer, all heads together. What else
+takes time, arithmetic and fixed costs, is turned into the bytes that the device could have read
+meanwhile.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 from prefix_kernels.plan import AttentionShape
 
-__all__ = ["CPU_PROFILE", "GPU_PROFILE", "AttentionShape", "CostModel", "DeviceProfile"]
+__all__ = [
+    "CPU_PROFILE",
+    "CPU_PROFILES",
+    "FITTED",
+    "GPU_PROFILE",
+    "PROFILES_FILE",
+    "AttentionShape",
+    "CostModel",
+    "DeviceProfile",
+    "load_cpu_profiles",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +38,11 @@ class DeviceProfile:
         pack_bytes: fixed cost of one pack, in bytes the device could have read instead.
         num_workers: programs that run at the same time; packs are split until they fill it.
         min_split_tokens: no pack is cut into splits shorter than this.
+        query_cost: cost of one more query in a pack, over that of the bytes of q and its partial.
+        element_cost: cost of an element of KV, in bytes, beyond reading it: of converting and
+            copying it. Like the two below, 0 where it hides behind reads.
+        lone_row_cost: cost of multiplying an element by a row of a request that reads alone.
+        pack_row_cost: the same by a row of a pack.
     """
 
     name: str
@@ -33,20 +51,55 @@ class DeviceProfile:
     pack_bytes: int
     num_workers: int
     min_split_tokens: int
+    query_cost: float = 1.0
+    element_cost: float = 0.0
+    lone_row_cost: float = 0.0
+    pack_row_cost: float = 0.0
 
 
-# The torch executor takes all rows of a pack in one matrix product and parallelises inside it:
-# nothing is read twice and nothing is gained by splitting. A pack costs about eight torch calls. At
-# 5 us a call and 12 GB/s, round figures for one server core, that is the time of some 480 kB. The
-# native executor, which splits packs by itself, is planned for like it until it is measured.
-CPU_PROFILE = DeviceProfile(
-    name="cpu",
-    max_block_rows=1 << 20,
-    reread_cost=0.0,
-    pack_bytes=480_000,
-    num_workers=1,
-    min_split_tokens=1 << 20,
-)
+# Written by `sglang-prefix bench profile --write-table`.
+PROFILES_FILE = Path(__file__).with_name("cpu_profiles.json")
+# What is measured.
+FITTED = ("pack_bytes", "query_cost", "element_cost", "lone_row_cost", "pack_row_cost")
+# Above any measurement, and far from what overflows when a plan is costed.
+_MOST = 1e9
+
+
+def load_cpu_profiles(path: Path) -> dict[str, DeviceProfile]:
+    """Read the profiles of a CPU by executor, as `sglang-prefix bench profile` writes them.
+
+    On a CPU a pack is read once, whatever its rows, and executors share work out themselves.
+
+    Raises:
+        ValueError: the file is no such table; one line.
+    """
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))["profiles"]
+        found = {}
+        for executor in ("native", "torch"):
+            values = {name: table[executor][name] for name in FITTED}
+            for name, value in values.items():
+                if type(value) not in (int, float) or not 0 <= value <= _MOST:
+                    raise ValueError(f"{name} of {executor} is {value!r}")
+            values["pack_bytes"] = int(values["pack_bytes"])
+            found[executor] = DeviceProfile(
+                "cpu",
+                max_block_rows=1 << 20,
+                reread_cost=0.0,
+                num_workers=1,
+                min_split_tokens=1 << 20,
+                **values,
+            )
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no table of CPU profiles: {error!r}") from error
+    return found
+
+
+# By executor. The file names the measurement that it was made of. Its numbers are ratios, of
+# arithmetic and fixed costs to reads, that two cores of one processor have; another one differs
+# less from them than the choices that they decide differ from each other.
+CPU_PROFILES = load_cpu_profiles(PROFILES_FILE)
+CPU_PROFILE = CPU_PROFILES["native"]
 
 # 128 rows is the widest tile of the kernels. The other figures come from the data sheet and are not
 # measured: 132 SMs at two programs each; a program costs about 2 us to start and drain at
@@ -73,12 +126,30 @@ class CostModel:
         return -(-num_queries * self.shape.group_size // self.device.max_block_rows)
 
     @property
-    def query_bytes(self) -> int:
-        """Cost of one more query in a pack that writes partials: its q and its partial."""
-        return self.shape.query_bytes + self.shape.partial_bytes
+    def lone_token_bytes(self) -> float:
+        """Cost per KV token of a request that reads alone."""
+        return self.pack_token_bytes + self.device.lone_row_cost * self._multiplications
 
     @property
-    def reread_bytes(self) -> float:
-        """Cost per KV token of one more query in a pack, through the row blocks it adds."""
+    def pack_token_bytes(self) -> float:
+        """Cost per KV token of a pack, whatever its rows."""
+        elements = self._multiplications / self.shape.group_size
+        return self.shape.kv_token_bytes + self.device.element_cost * elements
+
+    @property
+    def query_token_bytes(self) -> float:
+        """Cost per KV token of one more query in a pack: through the row blocks that it adds, and
+        for its own arithmetic."""
         share = self.device.reread_cost * self.shape.group_size / self.device.max_block_rows
-        return share * self.shape.kv_token_bytes
+        arithmetic = self.device.pack_row_cost * self._multiplications
+        return share * self.shape.kv_token_bytes + arithmetic
+
+    @property
+    def query_bytes(self) -> float:
+        """Cost of one more query in a pack that writes partials: its q and its partial."""
+        return self.device.query_cost * (self.shape.query_bytes + self.shape.partial_bytes)
+
+    @property
+    def _multiplications(self) -> int:
+        """Of one query with one KV token."""
+        return self.shape.num_qo_heads * (self.shape.head_dim + self.shape.v_head_dim)

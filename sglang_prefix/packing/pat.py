@@ -1,4 +1,4 @@
-"""The default policy: pack or fold, decided over the whole tree by bytes moved.
+"""The default policy: pack or fold, decided over the whole tree by what moves the fewest bytes.
 
 PAT (arXiv 2511.22333; flashserve/PAT) walks the tree from the root. Per child it either keeps the
 parent's KV in a pack of its own, or folds it into the child's packs, so that the child's queries
@@ -45,11 +45,14 @@ def pack_pat(forest: PrefixForest, costs: CostModel) -> Packs:
     return Packs(*write_packs(forest.order, begin, end, stop, parent, *candidates, *choices))
 
 
-def bytes_of(costs: CostModel) -> tuple[float, float, float, float]:
-    """Bytes of a KV token, a pack, a query in it, and of that query's rereads per KV token."""
+def bytes_of(costs: CostModel) -> tuple[float, float, float, float, float]:
+    """Bytes of a KV token that a request reads alone, of one that a pack reads, and of each of its
+    queries for that token; of a query in a pack, and of a pack.
+    """
     return (
-        float(costs.shape.kv_token_bytes),
-        float(costs.device.pack_bytes),
+        float(costs.lone_token_bytes),
+        float(costs.pack_token_bytes),
+        float(costs.query_token_bytes),
         float(costs.query_bytes),
-        float(costs.reread_bytes),
+        float(costs.device.pack_bytes),
     )

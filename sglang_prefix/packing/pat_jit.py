@@ -30,10 +30,11 @@ def candidate_starts(
     end: IntArray,
     start: IntArray,
     parent: IntArray,
-    token_bytes: float,
-    pack_bytes: float,
+    lone_token_bytes: float,
+    pack_token_bytes: float,
+    query_token_bytes: float,
     query_bytes: float,
-    reread_bytes: float,
+    pack_bytes: float,
 ) -> tuple[IntArray, IntArray, IntArray]:
     """Where the KV that a node's requests read together may begin: its own start, or earlier.
 
@@ -49,6 +50,7 @@ def candidate_starts(
     """
     num_nodes = len(parent)
     units = _units(begin, end, parent)
+    least_bytes = min(lone_token_bytes, pack_token_bytes)  # of a token, whoever reads it
     indptr = np.zeros(num_nodes + 1, dtype=np.int64)
     position = np.empty(2 * num_nodes, dtype=np.int64)
     origin, depth = np.empty_like(position), np.empty_like(position)
@@ -64,10 +66,10 @@ def candidate_starts(
         if above >= 0:
             here, both = end[node] - begin[node], end[above] - begin[above]
             longest = max(
-                _break_even(here * query_bytes, token_bytes - here * reread_bytes),
+                _break_even(here * query_bytes, least_bytes - here * query_token_bytes),
                 _break_even(
                     pack_bytes + both * query_bytes,
-                    (units[above] - 1) * token_bytes - both * reread_bytes,
+                    units[above] * least_bytes - pack_token_bytes - both * query_token_bytes,
                 ),
             )
             for i in range(low, high):
@@ -116,10 +118,11 @@ def cheapest_choices(
     indptr: IntArray,
     position: IntArray,
     origin: IntArray,
-    token_bytes: float,
-    pack_bytes: float,
+    lone_token_bytes: float,
+    pack_token_bytes: float,
+    query_token_bytes: float,
     query_bytes: float,
-    reread_bytes: float,
+    pack_bytes: float,
 ) -> tuple[BoolArray, BoolArray, BoolArray, FloatArray, FloatArray, FloatArray]:
     """For every node and candidate: keep a pack over the KV from there on, or fold it downwards.
 
@@ -147,13 +150,12 @@ def cheapest_choices(
     for node in range(num_nodes - 1, -1, -1):
         for i in range(indptr[node], indptr[node + 1]):
             length = stop[node] - position[i]
-            segment_bytes = length * token_bytes
-            kept_query_bytes = query_bytes + length * reread_bytes
+            kept_query_bytes = query_bytes + length * query_token_bytes
             tails_kept, tails_folded = (
                 num_own[node] * kept_query_bytes,
-                num_own[node] * segment_bytes,
+                num_own[node] * length * lone_token_bytes,
             )
-            split_cost = pack_bytes + segment_bytes + min(tails_kept, tails_folded)
+            split_cost = pack_bytes + length * pack_token_bytes + min(tails_kept, tails_folded)
             fold_cost = tails_folded
             all_can_fold = True
             child = first_child[node]

@@ -10,7 +10,7 @@ import numpy as np
 from prefix_kernels.arguments import INT64_MAX, check_integer, refusal
 from sglang_prefix.forest import PrefixForest, RadixPath
 from sglang_prefix.packing import (
-    CPU_PROFILE,
+    CPU_PROFILES,
     GPU_PROFILE,
     AttentionShape,
     CostModel,
@@ -34,7 +34,7 @@ def profile_for(executor: str, max_block_rows: int | None = None) -> DeviceProfi
         executor: "torch", "native" or "triton".
         max_block_rows: rows that it takes in one pass; None for the profile's own.
     """
-    profile = GPU_PROFILE if executor == "triton" else CPU_PROFILE
+    profile = CPU_PROFILES.get(executor, GPU_PROFILE)
     return replace(profile, max_block_rows=max_block_rows) if max_block_rows else profile
 
 

@@ -15,7 +15,12 @@ from sglang_prefix.bench.report.kernel import kernel_section
 from sglang_prefix.bench.report.section import Section, Verdict
 from sglang_prefix.bench.report.serving import serving_section
 from sglang_prefix.bench.report.sources import Source, find_sources
-from sglang_prefix.bench.report.uncompared import check_section, host_section, tune_section
+from sglang_prefix.bench.report.uncompared import (
+    check_section,
+    host_section,
+    profile_section,
+    tune_section,
+)
 from sglang_prefix.bench.results import ResultError
 from sglang_prefix.bench.tables import by_reason, is_losing, ratio_text
 from sglang_prefix.files import write_file
@@ -24,12 +29,20 @@ __all__ = ["PAGE", "build_page", "section_of", "write_folder_page"]
 
 PAGE = "report.html"
 # What the bench commands write into a folder; other files in it are not read.
-_FOLDER_FILES = ("kernel.json", "serving.json", "engine.json", "tune.json", "host.json")
+_FOLDER_FILES = (
+    "kernel.json",
+    "serving.json",
+    "engine.json",
+    "tune.json",
+    "profile.json",
+    "host.json",
+)
 _SECTIONS: dict[str, Callable[[Mapping[str, Any]], Section]] = {
     "bench-kernel": kernel_section,
     "bench-serving": serving_section,
     "bench-engine": engine_section,
     "bench-tune": tune_section,
+    "bench-profile": profile_section,
     "bench-host": host_section,
     "gpu-check": check_section,
 }

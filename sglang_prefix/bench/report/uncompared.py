@@ -1,4 +1,4 @@
-"""Sections of files that compare ours with no stock backend: tiles, host time, checks."""
+"""Sections of files that compare ours with no stock backend: tiles, costs, host time, checks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from sglang_prefix.bench.report.section import Section, make_section
 from sglang_prefix.bench.tables import Column, gain, tabulate
 
-__all__ = ["check_section", "host_section", "tune_section"]
+__all__ = ["check_section", "host_section", "profile_section", "tune_section"]
 
 Data = Mapping[str, Any]
 
@@ -56,6 +56,24 @@ def tune_section(data: Data) -> Section:
     rows = [row(case) for case in data["cases"] if case["tiles"]]
     tables = [tabulate("Tiles", columns, rows)] if rows else []
     return make_section("Tiles of the forward kernel", data, tables)
+
+
+def profile_section(data: Data) -> Section:
+    """The profile of each executor, and the times that it was fitted to."""
+    profiles = data.get("profiles") or {}
+    names = dict.fromkeys(name for found in profiles.values() for name in found)
+    fitted = [Column("executor", lambda item: item[0])]
+    fitted += [Column(name, lambda item, name=name: item[1].get(name)) for name in names]
+    timed = [
+        Column("case", "name"),
+        *(Column(name, name) for name in ("requests", "tokens", "packs", "us")),
+    ]
+    rows = [{**pack, "name": case["name"]} for case in data["cases"] for pack in case["packs"]]
+    tables = [
+        tabulate("Profiles: costs beside reading KV, in bytes", fitted, profiles.items()),
+        tabulate("Time of a layer by requests of a pack and its tokens", timed, rows),
+    ]
+    return make_section("What work costs the CPU beside reading KV", data, tables)
 
 
 def host_section(data: Data) -> Section:
