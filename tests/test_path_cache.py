@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -135,7 +136,8 @@ def test_a_request_that_is_prefilled_again_or_retracted_is_read_anew(scheduler: 
     cache = path_cache()
     schedule = cache._schedule
     look_up(cache, scheduler.cache, [req, other])
-    for happens in (lambda: scheduler.run_pass("EXTEND", [req]), lambda: retract(req)):
+    prefilled = partial(scheduler.run_pass, "EXTEND", [req])
+    for happens in (prefilled, partial(retract, req)):
         req.kv.cache_protected_len -= 1
         known = look_up(cache, scheduler.cache, [req, other])
         happens()

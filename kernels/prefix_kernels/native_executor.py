@@ -50,8 +50,8 @@ class _Plan(ctypes.Structure):  # as in native/work.h
     )
 
 
-# `Layer` of native/work.h: pointers, whole numbers, and real ones. Packed in one call, since setting
-# 26 members one by one is most of what a small layer costs.
+# `Layer` of native/work.h: pointers, whole numbers, real ones. It is packed in one call, since to set
+# 26 members one by one takes longer than the compiled code does for a small layer.
 _LAYER = struct.Struct("9P14q3d")
 
 

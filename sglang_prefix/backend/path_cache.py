@@ -90,7 +90,7 @@ class PathCache:
             self.forget(tree)
         places = list(map(self._schedule.known.get, reqs))
         if None not in places:
-            at = np.fromiter(places, np.int64, len(places))  # type: ignore[arg-type]
+            at = np.fromiter(places, np.int64, len(places))
             return FoundPaths(self._table, self._path_of[at], self._limits[at], [])
         others = [row for row, place in enumerate(places) if place is None]
         settled = self._schedule.settled([reqs[row] for row in others])
@@ -141,7 +141,7 @@ class PathCache:
         self._tree = tree  # whose paths these are
         self._row_of: dict[int, int] = {}
         self._named: set[int] = set()  # nodes on the paths of the table
-        self._table = PathTable.of(())
+        self._table: PathTable = PathTable.of(())
         # Of the requests in `ScheduleContext.known`, at the places that it says.
         self._path_of, self._limits = np.full(1, -1), np.zeros(1, dtype=np.int64)
         self._schedule.known.clear()
@@ -166,4 +166,5 @@ def _limits_of(reqs: Sequence[Request], table: PathTable, path_of: IntArray) -> 
     """Tokens that the tree owns, but no more than the path has: a session's row may hold more."""
     owned = np.fromiter(owned_lengths(reqs), np.int64, len(reqs))
     lengths = np.append(table.lengths, 0)  # of path -1, which is empty
-    return np.minimum(owned, lengths[path_of])
+    limits: IntArray = np.minimum(owned, lengths[path_of])
+    return limits

@@ -254,7 +254,7 @@ class _RadixTree:
                 tree_components=(ComponentType.FULL,),
             )
         )
-        self.requests = []
+        self.requests: list[Any] = []
         for request, row in enumerate(tokens):
             key = RadixKey(array("q", row.tolist()))
             self.cache.insert(InsertParams(key=key, value=allocator.alloc(length)))
