@@ -76,6 +76,12 @@ class PathTable(NamedTuple):
         lengths = np.fromiter([ends[-1] if ends else 0 for _, ends in paths], np.int64, len(paths))
         return cls(indptr, node_ids, ends, lengths)
 
+    def joined(self, other: PathTable) -> PathTable:
+        """The table of these paths, and of ``other``'s behind them."""
+        indptr = np.concatenate((self.indptr, self.indptr[-1] + other.indptr[1:]))
+        rest = zip(self[1:], other[1:], strict=True)
+        return PathTable(indptr, *map(np.concatenate, rest))
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PrefixForest:

@@ -288,7 +288,8 @@ def test_a_row_is_shared_no_further_than_the_tree_can_show() -> None:
         req.last_node = first.last_node
         req.kv.cache_protected_len = len(req.tokens)
     assert end < len(first.tokens)
-    scheduler.run_pass("EXTEND", [])
+    scheduler.run_pass("EXTEND", [first, second])
+    scheduler.decode([first, second])
     step = scheduler.decode([first, second])
     assert step[:2] == (1, step.logical - end)
 

@@ -203,7 +203,7 @@ def one_piece_of_work_lost(loaded: Loaded) -> None:
         loaded.executor.buffers.plan[1] -= 1
     elif isinstance(loaded.executor, NativeExecutor):
         loaded.executor._plan.num_packs -= 1
-        loaded.executor._cut()
+        loaded.executor.cut()
     else:
         assert isinstance(loaded.executor, TorchExecutor)
         loaded.executor._packs[0].blocks = [[] for _ in loaded.executor._packs[0].blocks]

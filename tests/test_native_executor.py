@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from prefix_kernels import native_library
+from prefix_kernels import native_executor, native_library
 from prefix_kernels.native_executor import NativeExecutor
 from prefix_kernels.native_library import CPU_FLAGS
 from tests.attention import (
@@ -127,6 +127,39 @@ def test_work_is_cut_for_threads(threads: int) -> None:
         for _ in range(2):
             executor.append(*case.grow())
             loaded.check()
+
+
+@pytest.mark.parametrize("max_grown", [2, 128])
+def test_items_grow_with_tails_until_they_are_cut_anew(
+    max_grown: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Splits that are empty at first, others that are not; cut anew in time, and not before."""
+    monkeypatch.setattr(native_executor, "_MAX_GROWN", max_grown)
+    forks = [Fork(0, 0, 40), Fork(0, 38, 1), Fork(0, 30, 9), Fork(9, 0, 1), Fork(9, 0, 3)]
+    case = make_case(build_batch(forks, growth=5))
+    loaded = load(case, "native", "node", SPLITS)
+    executor = loaded.executor
+    assert isinstance(executor, NativeExecutor)
+    loaded.check()
+    cuts: list[None] = []
+    cut = executor.cut
+    monkeypatch.setattr(executor, "cut", lambda: cuts.append(cut()))
+    for _ in range(5):
+        executor.append(*case.grow())
+        loaded.check()
+    assert len(cuts) == 5 // max_grown
+
+
+def test_a_tail_grows_no_further_than_into_its_reserved_slots() -> None:
+    case = make_case(build_batch([Fork(0, 0, 3), Fork(0, 2, 2)], growth=16))
+    loaded = load(case, "native")
+    for _ in range(16):
+        loaded.executor.append(*case.grow())
+    before = loaded.executor.kv_slots.clone()
+    with pytest.raises(RuntimeError, match="used up its reserved slots"):
+        loaded.executor.append(case.seq_lens, case.newest_slots)
+    assert torch.equal(loaded.executor.kv_slots, before)
+    loaded.check()
 
 
 def test_work_is_not_cut_for_one_thread() -> None:

@@ -166,7 +166,7 @@ class PlanExecutor(ABC):
             ValueError: a slot lies outside the caches, where slots are checked.
         """
         if self._checks_slots:
-            self._check_slots(len(k_cache))
+            self._check_slots(k_cache.shape[0])
         self._run(q, k_cache, v_cache, out, lse, params)
 
     def write_slots(self, target: IntArray, slots: torch.Tensor) -> None:

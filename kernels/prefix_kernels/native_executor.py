@@ -6,6 +6,7 @@ See ``native/native.cpp`` for what it does; here is what is kept for it between 
 from __future__ import annotations
 
 import ctypes
+import struct
 import weakref
 from typing import Any
 
@@ -29,7 +30,11 @@ _TYPES = {
     torch.float8_e4m3fn: 3,
     torch.float8_e5m2: 4,
 }
+# Tokens that tails grow by before their work is cut anew: fewer than the shortest piece has
+# (native/work.h), so that none becomes twice as long as was wanted.
+_MAX_GROWN = 128
 _MESSAGE_BYTES = 1000
+_MESSAGE_SIZE = ctypes.c_int64(_MESSAGE_BYTES)
 
 
 def _members(kind: Any, names: str) -> list[tuple[str, Any]]:
@@ -45,22 +50,17 @@ class _Plan(ctypes.Structure):  # as in native/work.h
     )
 
 
-class _Layer(ctypes.Structure):  # as in native/work.h
-    _fields_ = (
-        *_members(ctypes.c_void_p, "q k v out lse partial_out partial_lse k_scales v_scales"),
-        *_members(ctypes.c_int64, "q_type kv_type q_stride q_head_stride"),
-        *_members(ctypes.c_int64, "k_stride k_head_stride v_stride v_head_stride"),
-        *_members(ctypes.c_int64, "out_stride out_head_stride lse_stride lse_head_stride"),
-        *_members(ctypes.c_int64, "k_scale_stride v_scale_stride"),
-        *_members(ctypes.c_double, "scale v_factor logit_cap"),
-    )
+# `Layer` of native/work.h: pointers, whole numbers, real ones. It is packed in one call, since to set
+# 26 members one by one takes longer than the compiled code does for a small layer.
+_LAYER = struct.Struct("9P14q3d")
 
 
 class NativeExecutor(PlanExecutor):
     """Runs plans with compiled code on torch's threads; arguments as of :class:`PlanExecutor`.
 
     Like the torch executor it keeps the lengths of the tails on the host. How the work is cut
-    depends on them and on the number of threads, so that is done by the first layer of a step.
+    depends on them and on the number of threads, so that is done by the first layer after a load.
+    While tails grow, the items at their ends grow with them, and the work is seldom cut anew.
 
     Attributes:
         num_parts: partials that the work is cut into now, at least those of the plan.
@@ -81,18 +81,19 @@ class NativeExecutor(PlanExecutor):
         weakref.finalize(self, self._library.prefix_delete, self._work)
         self._message = ctypes.create_string_buffer(_MESSAGE_BYTES)
         self._plan = _Plan()
-        self._layer = _Layer()
+        self._layer = ctypes.create_string_buffer(_LAYER.size)
         self._arrays: list[IntArray] = []  # what the plan points to
         self._lengths = np.zeros(0, dtype=np.int64)
         self._num_shared = 0
-        self._tail_offset = np.zeros(0, dtype=np.int64)
         self._num_threads = 0  # that the work is cut for; 0 where it must be cut anew
+        self._grown = 0  # tokens of each tail since then
         self._planned_range = (0, 0)
         self._slot_storage = torch.empty(0, dtype=torch.int32)
         self._kv_slots = self._slot_storage
         self.num_parts = 0
         self.partial_out = torch.empty(0)
         self.partial_lse = torch.empty(0)
+        self._partials = (0, 0)  # their addresses
 
     @classmethod
     def why_not(
@@ -130,7 +131,6 @@ class NativeExecutor(PlanExecutor):
         self._kv_slots = self._slot_storage[: plan.num_slots]
         self._lengths = (plan.pack_end - plan.pack_start).astype(np.int64)
         self._num_shared = plan.num_shared_packs
-        self._tail_offset = plan.tail_offset
         self._num_threads = 0
         arrays = {
             "query_indptr": plan.query_indptr,
@@ -177,11 +177,33 @@ class NativeExecutor(PlanExecutor):
     def _write_slots(self, target: IntArray, slots: torch.Tensor) -> None:
         self._kv_slots.numpy()[target] = slots.numpy()
 
+    def append(self, seq_lens: torch.Tensor, new_slots: torch.Tensor) -> None:
+        """Let every tail grow by one token; see :meth:`PlanExecutor.append`.
+
+        Raises:
+            RuntimeError: a tail has used up its reserved slots.
+        """
+        self._append(seq_lens, new_slots)  # which widens the range of slots, too
+
     def _append(self, seq_lens: torch.Tensor, new_slots: torch.Tensor) -> None:
         del seq_lens  # one token more for each, as for the torch executor
-        tails = self._lengths[self._num_shared :]
-        self._write_slots(self._tail_offset + tails, new_slots[: len(tails)])
-        self.set_tail_lengths(tails + 1)
+        new_slots = new_slots.contiguous()
+        slot_range = (ctypes.c_int64 * 2)(*self.slot_range)
+        has_no_room = self._library.prefix_append(
+            self._work,
+            ctypes.byref(self._plan),
+            ctypes.c_void_p(self._plan.slots),
+            ctypes.c_void_p(self._plan.lengths),
+            ctypes.c_void_p(new_slots.data_ptr()),
+            ctypes.c_int64(new_slots.dtype == torch.int64),
+            slot_range,
+        )
+        if has_no_room:
+            raise RuntimeError("a tail has used up its reserved slots: plan again")
+        self.slot_range = (slot_range[0], slot_range[1])
+        self._grown += 1
+        if self._grown == _MAX_GROWN:
+            self._num_threads = 0
 
     def _run(
         self,
@@ -193,36 +215,46 @@ class NativeExecutor(PlanExecutor):
         params: AttentionParams,
     ) -> None:
         if self._num_threads != torch.get_num_threads():
-            self._cut()
+            self.cut()
         batch = self._plan.num_requests
-        if len(out) > batch:
+        if out.shape[0] > batch:
             out[batch:].zero_()
             if lse is not None:
                 lse[batch:].fill_(-torch.inf)
-        layer = self._layer
-        k_factor, layer.k_scales, layer.k_scale_stride = _split_scale(params.k_scale)
-        layer.v_factor, layer.v_scales, layer.v_scale_stride = _split_scale(params.v_scale)
-        layer.scale, layer.logit_cap = params.sm_scale * k_factor, params.logit_cap
-        layer.q, layer.q_stride, layer.q_head_stride = _place(q)
-        layer.k, layer.k_stride, layer.k_head_stride = _place(k_cache)
-        layer.v, layer.v_stride, layer.v_head_stride = _place(v_cache)
-        layer.out, layer.out_stride, layer.out_head_stride = _place(out)
-        layer.lse, layer.lse_stride, layer.lse_head_stride = (
-            (None, 0, 0) if lse is None else _place(lse)
+        k_factor, k_scales, k_scale_stride = _split_scale(params.k_scale)
+        v_factor, v_scales, v_scale_stride = _split_scale(params.v_scale)
+        _LAYER.pack_into(
+            self._layer,
+            0,
+            q.data_ptr(),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            out.data_ptr(),
+            0 if lse is None else lse.data_ptr(),
+            *self._partials,
+            k_scales,
+            v_scales,
+            _TYPES[q.dtype],
+            _TYPES[k_cache.dtype],
+            *q.stride()[:2],
+            *k_cache.stride()[:2],
+            *v_cache.stride()[:2],
+            *out.stride()[:2],
+            *((0, 0) if lse is None else lse.stride()),
+            k_scale_stride,
+            v_scale_stride,
+            params.sm_scale * k_factor,
+            v_factor,
+            params.logit_cap,
         )
-        layer.q_type, layer.kv_type = _TYPES[q.dtype], _TYPES[k_cache.dtype]
         failed = self._library.prefix_run(
-            self._work,
-            ctypes.byref(self._plan),
-            ctypes.byref(layer),
-            self._message,
-            ctypes.c_int64(_MESSAGE_BYTES),
+            self._work, ctypes.byref(self._plan), self._layer, self._message, _MESSAGE_SIZE
         )
         if failed:
             raise RuntimeError(f"the native executor failed: {self._message.value.decode()}")
 
-    def _cut(self) -> None:
-        """Cut the work for the lengths and threads of now: once for all layers of a step."""
+    def cut(self) -> None:
+        """Cut the work for the lengths and threads of now; the first layer to run does it."""
         self.num_parts = _call(
             self._library, "prefix_cut", ctypes.c_int64, self._work, ctypes.byref(self._plan)
         )
@@ -231,9 +263,9 @@ class NativeExecutor(PlanExecutor):
             with torch.inference_mode(False):
                 self.partial_out = torch.empty(*shape, self.shape.v_head_dim)
                 self.partial_lse = torch.empty(shape)
-        self._layer.partial_out = self.partial_out.data_ptr()
-        self._layer.partial_lse = self.partial_lse.data_ptr()
+        self._partials = self.partial_out.data_ptr(), self.partial_lse.data_ptr()
         self._num_threads = torch.get_num_threads()
+        self._grown = 0
 
 
 def _call(library: ctypes.CDLL, name: str, result: Any, *arguments: Any) -> Any:
@@ -247,13 +279,8 @@ def _address(array: NDArray[Any]) -> int:
     return address
 
 
-def _place(tensor: torch.Tensor) -> tuple[int, int, int]:
-    """Where a tensor is, and its strides from row to row and from head to head."""
-    return (tensor.data_ptr(), *tensor.stride()[:2])  # type: ignore[return-value]
-
-
-def _split_scale(scale: float | torch.Tensor) -> tuple[float, int | None, int]:
-    """A scale as a number, times the tensor at an address with a stride from head to head."""
+def _split_scale(scale: float | torch.Tensor) -> tuple[float, int, int]:
+    """A scale as a number, times the tensor at an address, 0 for none, with a stride per head."""
     if isinstance(scale, torch.Tensor):
         return 1.0, scale.data_ptr(), scale.stride(0) if scale.dim() else 0
-    return scale, None, 0
+    return scale, 0, 0

@@ -33,6 +33,7 @@ __all__ = [
     "ModelRunner",
     "Only",
     "ParallelContext",
+    "PathRecord",
     "ReplayView",
     "ReqToTokenPool",
     "Request",
@@ -290,6 +291,19 @@ class TreeNode(Protocol):
     id: int
     key: Sequence[int]
     parent: Annotated[Any, Only("", "a streaming session's virtual node is in no tree")]
+
+
+class PathRecord(Protocol):
+    """What ``collect_path_info`` says of a node, SGLang's ``TreePathNodeInfo``.
+
+    Releases before 0.5.22 do not have that class, so its attributes are looked for when they are
+    read: where one is gone, planning fails, and the stock backend serves.
+    """
+
+    node_id: int
+    num_children: Annotated[int, Only(">=0.5.23", "every new node makes us ask for all paths")]
+    parent_id: int
+    path_end: int
 
 
 class TreeCache(Protocol):

@@ -18,13 +18,22 @@ When one is gone, the next is tried.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from itertools import accumulate
 from typing import Any
 
-from prefix_patches.attributes import Request
+from prefix_patches.attributes import PathRecord, Request
 
-__all__ = ["NO_PATH", "Path", "owned_lengths", "path_reader", "tree_with_stable_ids"]
+__all__ = [
+    "NO_PATH",
+    "Path",
+    "added_paths",
+    "owned_lengths",
+    "path_reader",
+    "tree_with_stable_ids",
+]
 
 Path = tuple[tuple[int, ...], tuple[int, ...]]
 PathReader = Callable[[Sequence[Request]], list[Path]]
@@ -61,19 +70,41 @@ def _nodes(reqs: Sequence[Request]) -> list[Any]:
 
 
 def _collect_paths(collect: Callable[[list[int]], Any], reqs: Sequence[Request]) -> list[Path]:
-    """Per id, ``collect`` returns records of ``node_id`` and ``path_end``, without the root.
+    """Per id, ``collect`` returns records without the root's.
 
     An unknown id raises KeyError.
     """
     nodes = _nodes(reqs)
     ids = list({node for node in nodes if type(node) is int})
-    found: dict[Any, Path] = {}
-    for node, path in zip(ids, collect(ids), strict=True):
-        found[node] = (
-            tuple([part.node_id for part in path]),
-            tuple([part.path_end for part in path]),
-        )
+    found = dict(zip(ids, map(_path_of_records, collect(ids)), strict=True))
     return [found.get(node, NO_PATH) if type(node) is int else NO_PATH for node in nodes]
+
+
+def _path_of_records(path: Sequence[PathRecord]) -> Path:
+    return tuple([part.node_id for part in path]), tuple([part.path_end for part in path])
+
+
+def added_paths(core: Any, nodes: list[int], named: Collection[int]) -> list[Path] | None:
+    """Paths of nodes, to be used beside older paths, which name the nodes ``named``.
+
+    None where an older path may lack a node that a new one names: a node that came by a split since
+    then. Downwards from such a node there is one, itself or a lower one, that no older path names,
+    and whose child towards the older path's end is named or on no new path. So it has more
+    children than new paths have unnamed ones of it.
+
+    Args:
+        core: a :func:`tree_with_stable_ids`.
+        nodes: ids, each once; an unknown one raises KeyError.
+        named: ids of all nodes on older paths; none if there are no such paths.
+    """
+    paths: Sequence[Sequence[PathRecord]] = core.collect_path_info(nodes)
+    if named:
+        on_paths = {part.node_id: part for path in paths for part in path}
+        added = [part for part in on_paths.values() if part.node_id not in named]
+        children = Counter([part.parent_id for part in added])
+        if any(getattr(part, "num_children", math.inf) > children[part.node_id] for part in added):
+            return None
+    return list(map(_path_of_records, paths))
 
 
 def _read_linked_nodes(reqs: Sequence[Request]) -> list[Path]:

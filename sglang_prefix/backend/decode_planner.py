@@ -21,11 +21,10 @@ from numpy.typing import NDArray
 from prefix_kernels.executor import PlanExecutor
 from prefix_kernels.plan import PackPlan, verify_plan, verify_slots
 from prefix_patches.attributes import Request
-from prefix_patches.radix_paths import owned_lengths
 from prefix_patches.schedule_context import ScheduleContext
 from sglang_prefix.backend.counters import BackendCounters
 from sglang_prefix.backend.decode_batch import DecodeBatch
-from sglang_prefix.backend.path_cache import PathCache
+from sglang_prefix.backend.path_cache import FoundPaths, PathCache
 from sglang_prefix.backend.workspace import Workspace
 from sglang_prefix.checks import check_same_sharing
 from sglang_prefix.forest import PrefixForest, forest_of_neighbours, forest_of_table
@@ -131,7 +130,7 @@ class DecodePlanner:
         self._counters = counters
         self._gate = gate
         self._verify = verify
-        self._paths = PathCache()
+        self._paths = PathCache(schedule)
         self._planned: _Planned | None = None
 
     def prepare(self, batch: DecodeBatch) -> str | None:
@@ -205,6 +204,11 @@ class DecodePlanner:
         if self._planned is not None:
             self._planned.reqs = None
 
+    def forget(self) -> None:
+        """Read everything of every request and of its tree anew, for the next plan."""
+        self.invalidate()
+        self._paths.forget()
+
     def can_reuse(self, batch: DecodeBatch) -> bool:
         """Whether the plan in use serves this step too: same requests, same rows, same tree.
 
@@ -233,12 +237,14 @@ class DecodePlanner:
         """Plan a batch of lengths ``lens`` [B]; returns as :meth:`prepare` does."""
         reqs = list(batch.reqs)
         complete = len(reqs) == len(lens)
-        settled = self._schedule.settled(reqs)
-        all_settled = all(settled)
-        forest = self._forest_from_paths(batch, reqs, settled, lens) if complete else None
-        if forest is None:
-            if self.req_to_token.device.type != "cpu":
-                return "no-radix-paths" if complete else "no-request-info"
+        found = self._look_up(batch, reqs) if complete else None
+        if found is not None:
+            newcomers = found.newcomers
+            forest = self._forest_of(found, batch, lens)
+        elif self.req_to_token.device.type != "cpu":
+            return "no-radix-paths" if complete else "no-request-info"
+        else:
+            newcomers = list(compress(reqs, map(not_, self._schedule.settled(reqs))))
             forest = PrefixForest.from_rows(
                 self._slot_rows(batch, lens), lens, page_size=self.page_size, prefix_closed=True
             )
@@ -248,10 +254,10 @@ class DecodePlanner:
             predicted = self._counters.predicted_packed_us, self._counters.predicted_stock_us
             arguments = self.groups, planned.reason, predicted, self.page_size
             self.on_plan(forest, *arguments, planned.padded_batch_size)
-        if complete and not all_settled:
+        if complete:
             # Their rows hold the tree's slots from the next step on, so that step plans again.
-            self._schedule.settle(list(compress(reqs, map(not_, settled))))
-        if complete and all_settled:
+            self._schedule.settle(newcomers)
+        if complete and not newcomers:
             planned.reqs, planned.epoch = reqs, self._schedule.epoch
             planned.pool_indices = batch.pool_indices
             planned.states = batch.kv_states() if self._verify else ()
@@ -301,24 +307,17 @@ class DecodePlanner:
             padded_batch_size=batch.padded_batch_size,
         )
 
-    def _forest_from_paths(
-        self, batch: DecodeBatch, reqs: list[Request], settled: list[bool], lens: IntArray
-    ) -> PrefixForest | None:
-        """Forest from the tree, or None if this tree cannot be read on the CPU."""
-        known = reqs if all(settled) else list(compress(reqs, settled))
+    def _look_up(self, batch: DecodeBatch, reqs: list[Request]) -> FoundPaths | None:
+        """The requests' paths, or None if this tree cannot be read on the CPU."""
         began = time.perf_counter()
-        found = self._paths.look_up(batch.tree_cache, known)
+        found = self._paths.look_up(batch.tree_cache, reqs)
         self._counters.path_seconds += time.perf_counter() - began
-        if found is None:
-            return None
-        # A session's row may be owned past the path that the tree can show.
-        owned = np.fromiter(owned_lengths(known), np.int64, len(known))
-        path_of, limits = found.path_of, np.minimum(owned, found.table.lengths[found.path_of])
-        if len(known) < len(reqs):
-            known_paths, known_limits = path_of, limits
-            path_of, limits = (np.full(len(reqs), nothing) for nothing in (-1, 0))
-            path_of[settled], limits[settled] = known_paths, known_limits
-        forest = forest_of_table(found.table, path_of, limits, lens, page_size=self.page_size)
+        return found
+
+    def _forest_of(self, found: FoundPaths, batch: DecodeBatch, lens: IntArray) -> PrefixForest:
+        """The forest of the requests' paths."""
+        table, path_of, limits, _ = found
+        forest = forest_of_table(table, path_of, limits, lens, page_size=self.page_size)
         if self._verify:
             rows = self._slot_rows(batch, lens)
             check_same_sharing(

@@ -1,41 +1,60 @@
-"""SGLang's radix paths, cached by node id."""
+"""SGLang's radix paths, cached by request and by node id."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
+from operator import not_
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from prefix_patches.attributes import Request
-from prefix_patches.radix_paths import path_reader, tree_with_stable_ids
+from prefix_patches.radix_paths import (
+    added_paths,
+    owned_lengths,
+    path_reader,
+    tree_with_stable_ids,
+)
+from prefix_patches.schedule_context import ScheduleContext
 from sglang_prefix.forest import PathTable
 
 __all__ = ["FoundPaths", "PathCache"]
 
 IntArray = NDArray[np.int64]
 
+# The table is read anew when it has more paths than twice the batch and this.
+_SPARE_PATHS = 256
+
 
 class FoundPaths(NamedTuple):
-    """Paths of some requests.
+    """Paths of the requests of a batch.
 
     Attributes:
         table: the paths; may hold others too.
-        path_of: [requests] path of each request in the table.
+        path_of: [B] path of each request in the table; -1 for an empty one.
+        limits: [B] tokens at the start of each request's row that its path vouches for.
+        newcomers: requests that have not settled, whose path is taken to be empty.
     """
 
     table: PathTable
     path_of: IntArray
+    limits: IntArray
+    newcomers: list[Request]
 
 
 class PathCache:
-    """One answer of SGLang's path call, used until a request's node is not in it.
+    """What has been read of requests and of SGLang's tree, used until it may have changed.
 
-    All paths that a plan sees come from one call, so from one state of the tree; they are never
-    mixed with those of another call. What the tree has gone through since then does not matter.
-    A node that a request holds now and that was in the tree at the call has been there in between,
-    and so have all nodes above it. For such a node, these stay as they are:
+    *Of a request*: the node that it holds, and the length of its row that the tree owns. SGLang
+    sets both when it prefills the request and before its second decode step, that is before it
+    settles. So they are read when it has, and the schedule forgets a request that is prefilled
+    again or retracted (``ScheduleContext.known``).
+
+    *Of the tree*: paths by node id. A node that a request holds now and that was in the tree when
+    its path was read has been there in between, and so have all nodes above it. For such a node,
+    these stay as they are:
 
     * *Its id.* Ids are handed out once, also across a reset of the tree; a cache of another tree
       is never asked. So equal ids are one node.
@@ -44,38 +63,108 @@ class PathCache:
       and its end. Nodes are never joined or prolonged.
 
     So a split makes an old path shorter than a new one in nodes, not in tokens: the nodes that it
-    names still end where it says, above the same request. The tokens that two requests have in
-    common, up to the end of the deepest node that both paths name, depend on neither splits nor
-    evictions, and the forest from an old answer is the forest from a new one. Mixing the two would
-    be right as well, but would lose what a request shares with a newcomer whose insert split its
-    node: the old path does not name the new parent, the newcomer's does.
+    names still end where it says, above the same request. What two requests have in common up to
+    the end of the deepest node that both paths name depends on neither splits nor evictions.
 
-    Hence a batch that loses requests, and the first step of one that gains some, which plans
-    without them, make no call; the second step of a newcomer makes one for everybody.
+    Therefore only nodes that the table lacks are asked for. What could be lost is what a newcomer
+    shares with a request whose node it has split: the new path names the new parent, the older one
+    does not. `radix_paths.added_paths` sees that this may be so; then everybody is asked for.
+
+    Args:
+        schedule: knows which requests have settled, and forgets what is known of one.
     """
 
-    def __init__(self) -> None:
-        self._tree: Any = None  # whose paths these are; None if they must not be used again
-        self._row_of: dict[int, int] = {}
-        self._table = PathTable.of(())
+    def __init__(self, schedule: ScheduleContext) -> None:
+        self._schedule = schedule
+        self.forget()
 
     def look_up(self, tree_cache: Any, reqs: Sequence[Request]) -> FoundPaths | None:
-        """Paths of requests that hold nodes of a tree; None if the tree cannot be read.
+        """Paths of the requests of a decode batch; None if the tree cannot be read.
 
         Reads the CPU only.
         """
-        nodes = [req.last_node for req in reqs]
         tree = tree_with_stable_ids(tree_cache)
-        if tree is not None and tree is self._tree:
-            rows = list(map(self._row_of.get, nodes))
-            if None not in rows:
-                return FoundPaths(self._table, np.fromiter(rows, np.int64, len(rows)))
+        if tree is None:
+            return self._read_all(tree_cache, reqs)
+        if tree is not self._tree or len(self._row_of) > 2 * len(reqs) + _SPARE_PATHS:
+            self.forget(tree)
+        places = list(map(self._schedule.known.get, reqs))
+        if None not in places:
+            at = np.fromiter(places, np.int64, len(places))
+            return FoundPaths(self._table, self._path_of[at], self._limits[at], [])
+        others = [row for row, place in enumerate(places) if place is None]
+        settled = self._schedule.settled([reqs[row] for row in others])
+        new = list(compress(others, settled))
+        if not self._add_paths([reqs[row].last_node for row in new]):
+            self.forget(tree)
+            return self.look_up(tree_cache, reqs)
+        # Place -1 is that of an empty path.
+        at = np.asarray([-1 if place is None else place for place in places])
+        path_of, limits = self._path_of[at], self._limits[at]
+        path_of[new], limits[new] = self._facts_of([reqs[row] for row in new])
+        self._remember(reqs, path_of, limits)
+        newcomers = [reqs[row] for row in compress(others, map(not_, settled))]
+        return FoundPaths(self._table, path_of, limits, newcomers)
+
+    def _add_paths(self, nodes: Sequence[Any]) -> bool:
+        """Make the table hold the paths of these nodes; False if it would hide what is shared.
+
+        A streaming session's virtual node is no id and has no path.
+        """
+        unknown = [n for n in dict.fromkeys(nodes) if type(n) is int and n not in self._row_of]
+        if not unknown:
+            return True
+        paths = added_paths(self._tree, unknown, self._named)
+        if paths is None:
+            return False
+        self._row_of |= {node: len(self._row_of) + i for i, node in enumerate(unknown)}
+        self._named.update(*(ids for ids, _ in paths))
+        self._table = self._table.joined(PathTable.of(paths))
+        return True
+
+    def _facts_of(self, reqs: Sequence[Request]) -> tuple[IntArray, IntArray]:
+        """Path and limit of requests whose nodes are in the table."""
+        path_of = np.asarray([self._row_of.get(r.last_node, -1) for r in reqs], dtype=np.int64)
+        return path_of, _limits_of(reqs, self._table, path_of)
+
+    def _remember(self, reqs: Sequence[Request], path_of: IntArray, limits: IntArray) -> None:
+        """Know the requests that have a path, and no others: who has left is forgotten."""
+        self._path_of, self._limits = np.append(path_of, -1), np.append(limits, 0)
+        known = self._schedule.known
+        known.clear()
+        known.update(zip(reqs, range(len(reqs)), strict=True))
+        for row in np.flatnonzero(path_of < 0):
+            del known[reqs[row]]
+
+    def forget(self, tree: Any = None) -> None:
+        """Drop everything; what is read from now on is of ``tree``."""
+        self._tree = tree  # whose paths these are
+        self._row_of: dict[int, int] = {}
+        self._named: set[int] = set()  # nodes on the paths of the table
+        self._table: PathTable = PathTable.of(())
+        # Of the requests in `ScheduleContext.known`, at the places that it says.
+        self._path_of, self._limits = np.full(1, -1), np.zeros(1, dtype=np.int64)
+        self._schedule.known.clear()
+
+    def _read_all(self, tree_cache: Any, reqs: Sequence[Request]) -> FoundPaths | None:
+        """Paths from a tree whose nodes have no lasting ids: nothing is kept."""
+        self.forget()
         read = path_reader(tree_cache)
         if read is None:
             return None
-        paths = read(reqs)
-        self._tree = tree
-        self._table = PathTable.of(paths)
-        # A streaming session's virtual node is no id, and is asked for each time.
-        self._row_of = {node: row for row, node in enumerate(nodes) if type(node) is int}
-        return FoundPaths(self._table, np.arange(len(paths)))
+        settled = self._schedule.settled(reqs)
+        known = list(compress(reqs, settled))
+        table = PathTable.of(read(known))
+        path_of, limits = np.full(len(reqs), -1), np.zeros(len(reqs), dtype=np.int64)
+        path_of[settled] = every = np.arange(len(known))
+        limits[settled] = _limits_of(known, table, every)
+        newcomers = list(compress(reqs, map(not_, settled)))
+        return FoundPaths(table, path_of, limits, newcomers)
+
+
+def _limits_of(reqs: Sequence[Request], table: PathTable, path_of: IntArray) -> IntArray:
+    """Tokens that the tree owns, but no more than the path has: a session's row may hold more."""
+    owned = np.fromiter(owned_lengths(reqs), np.int64, len(reqs))
+    lengths = np.append(table.lengths, 0)  # of path -1, which is empty
+    limits: IntArray = np.minimum(owned, lengths[path_of])
+    return limits

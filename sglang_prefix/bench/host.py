@@ -27,6 +27,20 @@ __all__ = ["HostRun", "decode_rollouts"]
 MIN_REUSED_STEPS = 100
 _ENGINE_REQUESTS = 256
 
+# Most microseconds by group of cases, number of requests and stage of "us".
+_REUSED_STEP = "step that reuses its plan, all hooks (median)"
+TARGETS_US = {
+    ("planning", 256): {
+        "plan_batch": 300,
+        "plan_batch_anew": 300,
+        "native_load": 300,
+        "native_step": 20,
+        "reused_step": 20,
+    },
+    ("planning", 1024): {"plan_batch": 1000, "plan_batch_anew": 1000},
+    ("host", 256): {_REUSED_STEP: 20},
+}
+
 NEW_TOKENS = 240
 # Of the first requests, one after another ends early, so that the batch is planned anew.
 ENDS_EARLY = range(20, 220, 8)
@@ -59,10 +73,25 @@ class HostRun(BenchRun):
             found.append(("host", _ENGINE_REQUESTS, _measure_host))
         return [Case(f"{group}/{n}", group, partial(measure, n)) for group, n, measure in found]
 
+    def conclude(self) -> None:
+        """Compare what was measured with :data:`TARGETS_US`."""
+        cases = {(case["group"], case["num_requests"]): case for case in self.data["cases"]}
+        self.data["targets"] = {
+            f"{group}/{n}: {stage}": _target(cases.get((group, n)), stage, most)
+            for (group, n), stages in TARGETS_US.items()
+            for stage, most in stages.items()
+        }
+
     def _plan(self, num_requests: int) -> dict[str, Any]:
         from sglang_prefix.bench.planning import measure_planning
 
         return measure_planning(num_requests, self._rounds, self.data["seed"])
+
+
+def _target(case: Mapping[str, Any] | None, stage: str, most_us: float) -> dict[str, Any]:
+    value = case["us"].get(stage) if case else None
+    status = "not measured" if value is None else "met" if value <= most_us else "missed"
+    return {"value": value, "status": status, "meaning": f"at most {most_us} us"}
 
 
 def _measure_engine(num_requests: int) -> dict[str, Any]:
@@ -88,7 +117,7 @@ def _measure_host(num_requests: int) -> dict[str, Any]:
     if len(steps["reused"]) < MIN_REUSED_STEPS:
         raise RuntimeError(f"only {len(steps['reused'])} steps reused their plan: not reported")
     times = {
-        "step that reuses its plan, all hooks (median)": 1e6 * median(steps["reused"]),
+        _REUSED_STEP: 1e6 * median(steps["reused"]),
         "step that plans, all hooks (median)": 1e6 * median(steps["planned"]),
     }
     return {"num_requests": num_requests, "counters": found, "seconds": steps, "us": times}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from statistics import median
 from types import SimpleNamespace
@@ -13,6 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from prefix_kernels.executor import AttentionParams
+from prefix_kernels.native_executor import NativeExecutor
 from prefix_kernels.plan_buffers import serialize_plan
 from prefix_kernels.tiles import FUSED_ROWS
 from prefix_kernels.torch_executor import TorchExecutor
@@ -25,7 +28,7 @@ from sglang_prefix.backend.decode_planner import DecodePlanner, LayerGroup
 from sglang_prefix.backend.path_cache import PathCache
 from sglang_prefix.bench.timing import host_seconds, interleaved
 from sglang_prefix.bench.workloads.trees import TreeBatch, pat_tree
-from sglang_prefix.forest import PathTable, PrefixForest, forest_of_table
+from sglang_prefix.forest import PathTable, PrefixForest, RadixPath, forest_of_table
 from sglang_prefix.packing import CPU_PROFILE, GPU_PROFILE, AttentionShape
 from sglang_prefix.packing.planner import PackPlanner
 
@@ -34,6 +37,8 @@ __all__ = ["measure_planning"]
 # Of a root, the branches below it, the groups below each of those, and the requests.
 LEVEL_TOKENS = "512,256,128,64"
 SHAPE = AttentionShape(32, 8, 128, 128, 2, 2)
+_CPU = torch.device("cpu")
+_SPARE_STEPS = 16  # warm-ups among them
 
 
 def measure_planning(num_requests: int, rounds: int, seed: int) -> dict[str, Any]:
@@ -46,11 +51,12 @@ def measure_planning(num_requests: int, rounds: int, seed: int) -> dict[str, Any
     read = path_reader(tree.cache)
     assert read is not None
     paths = read(tree.requests)
-    path_cache = PathCache()
+    schedule = ScheduleContext()
+    schedule.settle(tree.requests)
+    path_cache = PathCache(schedule)
     found = path_cache.look_up(tree.cache, tree.requests)
     assert found is not None
-    table, path_of = found
-    limits = table.lengths[path_of]
+    table, path_of, limits, _ = found
     lens = limits + 1
 
     def make_forest() -> PrefixForest:
@@ -63,7 +69,10 @@ def measure_planning(num_requests: int, rounds: int, seed: int) -> dict[str, Any
     forest = make_forest()
     planner = PackPlanner(SHAPE, CPU_PROFILE)
     gpu_plan = PackPlanner(SHAPE, GPU_PROFILE).plan(forest)
-    batch = _DecodeBatch(tree, lens)
+    batch = _DecodeBatch(
+        tree, lens, LayerGroup(PackPlanner(SHAPE, GPU_PROFILE), _NoExecutor(SHAPE, _CPU))
+    )
+    native = _NativeSteps(tree, lens, rounds)
     stages: dict[str, Callable[[], object]] = {
         # Where the path cache has no answer: the call, and its answer as arrays.
         "sglang_path_call": lambda: read(tree.requests),
@@ -73,12 +82,16 @@ def measure_planning(num_requests: int, rounds: int, seed: int) -> dict[str, Any
         "forest": make_forest,
         "pack_and_lay_out": lambda: planner.plan(forest),
         "plan": lambda: planner.plan(make_forest()),
-        # All that the backend does to plan a batch whose paths are known, slots left out.
+        # All that the backend does to plan a batch, slots left out: of requests that are known
+        # from the plan before; of which everything is read anew; with SGLang's path call besides.
         "plan_batch": batch.plan,
+        "plan_batch_anew": batch.plan_anew,
+        "plan_batch_first": batch.plan_first,
         # What loading a plan into the Triton executor costs the host, launches left out.
         "work_list": make_work_list,
         # A step that goes on as the one before: all of it in a graph.
         "reused_step": batch.keep,
+        **native.stages,
     }
     timed = {name: partial(host_seconds, work) for name, work in stages.items()}
     seconds = interleaved(timed, rounds, warmups=2)
@@ -92,14 +105,21 @@ def measure_planning(num_requests: int, rounds: int, seed: int) -> dict[str, Any
 class _DecodeBatch:
     """A decode batch as SGLang's graph runner hands it over, and the planner that serves it."""
 
-    def __init__(self, tree: _RadixTree, lens: NDArray[np.int64]) -> None:
-        self._schedule = ScheduleContext()
-        shape = LayerGroup(PackPlanner(SHAPE, GPU_PROFILE), _NoExecutor(SHAPE, torch.device("cpu")))
-        self._planner = DecodePlanner(
-            self._schedule, tree.table, 1, [shape], BackendCounters(), verify=False
-        )
+    def __init__(
+        self,
+        tree: _RadixTree,
+        lens: NDArray[np.int64],
+        group: LayerGroup,
+        *,
+        in_graph: bool = True,
         # More than any run does steps, so that no tail runs out of room.
-        shape.planner.reserved_tail_slots = 1 << 20
+        reserved_tail_slots: int = 1 << 20,
+    ) -> None:
+        self._schedule, self._in_graph = ScheduleContext(), in_graph
+        group.planner.reserved_tail_slots = reserved_tail_slots
+        self._planner = DecodePlanner(
+            self._schedule, tree.table, 1, [group], BackendCounters(), verify=False
+        )
         self._lens = lens.copy()
         size = len(lens)
         device_lens = torch.from_numpy(self._lens)
@@ -111,6 +131,7 @@ class _DecodeBatch:
             seq_lens_cpu=device_lens,
             seq_lens_sum=int(lens.sum()),
             req_pool_indices=torch.arange(size),
+            out_cache_loc=torch.zeros(size, dtype=torch.int64),
         )
         batch = SimpleNamespace(
             reqs=tree.requests, tree_cache=tree.cache, req_pool_indices_cpu=torch.arange(size)
@@ -124,6 +145,16 @@ class _DecodeBatch:
         self._planner.invalidate()
         self._step()
 
+    def plan_anew(self) -> None:
+        """The same, where everything is read of each request, on nodes that are known."""
+        self._schedule.known.clear()
+        self.plan()
+
+    def plan_first(self) -> None:
+        """The same, where SGLang is asked for the path of every node."""
+        self._planner.forget()
+        self.plan()
+
     def keep(self) -> None:
         """A step that goes on under the plan, the schedule of the batch included."""
         self._lens += 1
@@ -132,9 +163,49 @@ class _DecodeBatch:
 
     def _step(self) -> None:
         before = self._schedule.push(self._forward_batch)
-        reason = self._planner.prepare(DecodeBatch(self._forward_batch, self._schedule.batch, True))
+        reason = self._planner.prepare(
+            DecodeBatch(self._forward_batch, self._schedule.batch, self._in_graph)
+        )
         self._schedule.pop(before)
         assert reason is None
+
+
+class _NativeSteps:
+    """What the native executor costs beside attention; no stages where it cannot be compiled.
+
+    Of one head with one element, so that next to nothing is computed in a layer.
+    """
+
+    def __init__(self, tree: _RadixTree, lens: NDArray[np.int64], rounds: int) -> None:
+        self.stages: dict[str, Callable[[], object]] = {}
+        if NativeExecutor.why_not(_CPU, torch.float32, torch.float32):
+            return
+        shape = AttentionShape(1, 1, 1, 1, 4, 4)
+        executor, alone = NativeExecutor(shape, _CPU), NativeExecutor(shape, _CPU)
+        planner = PackPlanner(shape, CPU_PROFILE)
+        group = LayerGroup(planner, executor)
+        batch = _DecodeBatch(
+            tree, lens, group, in_graph=False, reserved_tail_slots=rounds + _SPARE_STEPS
+        )
+        rows, plan = torch.arange(len(lens)), executor.plan
+        assert plan is not None
+        loads = NativeExecutor(shape, _CPU)
+        loads.load(plan, tree.table, rows)
+        alone.load(
+            planner.plan(PrefixForest.from_paths([RadixPath((), ())], [0], [1])),
+            tree.table,
+            rows[:1],
+        )
+        cache = torch.zeros(int(tree.table.max()) + 1, 1, 1)
+        q, out, params = torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), AttentionParams(1.0)
+        self.stages = {
+            "native_load": lambda: loads.load(plan, tree.table, rows),
+            "native_cut": loads.cut,
+            # A step that goes on: tails grow by a slot, and the work with them.
+            "native_step": batch.keep,
+            # One layer of one request of one token.
+            "native_call": lambda: alone.run(q, cache, cache, out, None, params),
+        }
 
 
 class _NoExecutor(TorchExecutor):
@@ -142,6 +213,15 @@ class _NoExecutor(TorchExecutor):
 
     def load(self, *args: Any, **kwargs: Any) -> None:
         """Not this time."""
+
+
+@dataclass(eq=False)
+class _Request:
+    """What is read of SGLang's ``Req``, which is equal to itself alone."""
+
+    last_node: Any
+    kv: Any
+    retraction_count: int = 0
 
 
 class _RadixTree:
@@ -174,12 +254,12 @@ class _RadixTree:
                 tree_components=(ComponentType.FULL,),
             )
         )
-        self.requests = []
+        self.requests: list[Any] = []
         for request, row in enumerate(tokens):
             key = RadixKey(array("q", row.tolist()))
             self.cache.insert(InsertParams(key=key, value=allocator.alloc(length)))
             node = self.cache.match_prefix(MatchPrefixParams(key=key)).last_device_node
             kv = SimpleNamespace(cache_protected_len=length)
-            self.requests.append(SimpleNamespace(last_node=node, retraction_count=0, kv=kv))
+            self.requests.append(_Request(node, kv))
             pool.req_to_token[request, :length] = self.cache.path_device_indices(node).int()
         self.table = pool.req_to_token[:num_requests]

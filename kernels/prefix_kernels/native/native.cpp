@@ -118,6 +118,23 @@ void prefix_copy_slots(const Plan* plan, int32_t* slots, int64_t num_slots, cons
   range[0] = low, range[1] = high;
 }
 
+// Let every tail grow by the slot of a new token, and the items of a cut with them; widen `range` by
+// the slots. Returns 0, or 1 and does nothing where a tail has no room left.
+int64_t prefix_append(Work* work, const Plan* plan, int32_t* slots, int64_t* lengths,
+                      const void* new_slots, int64_t are_64_bit, int64_t* range) {
+  const int64_t first = plan->num_packs - plan->num_requests;
+  for (int64_t p = first; p < plan->num_packs; p++)
+    if (plan->slot_offset[p] + lengths[p] >= plan->slot_offset[p + 1]) return 1;
+  for (int64_t p = first; p < plan->num_packs; p++) {
+    const int64_t slot = are_64_bit ? ((const int64_t*)new_slots)[p - first]
+                                    : ((const int32_t*)new_slots)[p - first];
+    slots[plan->slot_offset[p] + lengths[p]++] = int32_t(slot);
+    range[0] = std::min(range[0], slot), range[1] = std::max(range[1], slot);
+  }
+  for (size_t i : work->growing) work->items[i].end++;
+  return 0;
+}
+
 // Run one layer. Returns 0, or 1 with the reason in `message`.
 int64_t prefix_run(Work* work, const Plan* plan, const Layer* layer, char* message, int64_t size) {
   for (int64_t b = 0; b < plan->num_requests; b++) work->open[b] = work->contributions[b];

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <memory>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include "vectors.h"
@@ -69,6 +70,9 @@ struct Item {
 
 struct Work {
   std::vector<Item> items;                      // largest first
+  std::vector<Item> unsorted;                   // as they are cut, kept for its memory, as is
+  std::vector<std::pair<int64_t, size_t>> order;  // -cost and index: sorts faster than items
+  std::vector<size_t> growing;                  // items that end where a tail ends
   std::vector<int64_t> part_indptr;             // the parts of each partial of the plan
   std::vector<int32_t> contributions;           // items of each request
   std::unique_ptr<std::atomic<int32_t>[]> open;  // of those, in the run under way
@@ -85,7 +89,7 @@ int64_t cut(Work& work, const Plan& plan, int64_t num_threads) {
   for (int64_t p = 0; p < plan.num_packs; p++)
     total += double(plan.lengths[p]) * heads * (READ_COST + num_rows(p));
   const double most = num_threads > 1 ? total / (num_threads * ITEMS_PER_THREAD) + 1 : INF;
-  work.items.clear();
+  work.unsorted.clear();
   work.part_indptr.assign(plan.num_partials + 1, 0);
   work.contributions.assign(plan.num_requests, 0);
   for (int64_t p = 0; p < plan.num_packs; p++) {
@@ -110,7 +114,7 @@ int64_t cut(Work& work, const Plan& plan, int64_t num_threads) {
         for (int64_t j = 0; j < count; j += step) {
           const int64_t own = std::min(step, count - j), cost = (end - begin) * token_cost;
           for (int64_t head = few ? -1 : 0; head < (few ? 0 : heads); head++)
-            work.items.push_back({p, split, n, begin, end, j, own, head, cost});
+            work.unsorted.push_back({p, split, n, begin, end, j, own, head, cost});
           for (int64_t i = j; i < j + own; i++)
             work.contributions[plan.queries[first + i]] += int32_t(few ? 1 : heads);
         }
@@ -118,8 +122,19 @@ int64_t cut(Work& work, const Plan& plan, int64_t num_threads) {
     }
   }
   std::partial_sum(work.part_indptr.begin(), work.part_indptr.end(), work.part_indptr.begin());
-  std::stable_sort(work.items.begin(), work.items.end(),
-                   [](const Item& a, const Item& b) { return a.cost > b.cost; });
+  work.order.clear();
+  for (size_t i = 0; i < work.unsorted.size(); i++) work.order.push_back({-work.unsorted[i].cost, i});
+  std::sort(work.order.begin(), work.order.end());
+  work.items.clear();
+  work.growing.clear();
+  for (const auto& [cost, i] : work.order) {
+    const Item& item = work.unsorted[i];
+    const bool is_tail = item.pack >= plan.num_packs - plan.num_requests;
+    const bool is_last = item.split == plan.num_splits[item.pack] - 1;
+    if (is_tail && is_last && item.end == plan.lengths[item.pack])
+      work.growing.push_back(work.items.size());
+    work.items.push_back(item);
+  }
   work.open.reset(new std::atomic<int32_t>[plan.num_requests]);
   return work.part_indptr.back();
 }
