@@ -32,7 +32,7 @@ WORK = (
     "sglang_prefix.cli.bench_kernel.finish",
     "sglang_prefix.cli.bench_serving.finish",
     "sglang_prefix.cli.demo._make_model",
-    "sglang_prefix.cli.demo._run_engine",
+    "sglang_prefix.cli.demo._run_engines",
     "sglang_prefix.cli.doctor._examine",
     "sglang_prefix.cli.kernels.compile_report.compile_variants",
     "sglang_prefix.api_key.requests.request",

@@ -1,21 +1,29 @@
-"""`sglang-prefix demo`: the same questions through stock SGLang and through our backend."""
+"""`sglang-prefix demo`: the same questions through stock decode and through ours."""
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sglang_prefix.bench.engine import EngineProcess, engine_environment
-from sglang_prefix.bench.hooks import zeros
-from sglang_prefix.cli.demo_workload import SAMPLED, document_prompts, questions
+from sglang_prefix.bench.hooks import decode_watch
+from sglang_prefix.bench.serving.questions import SAMPLED, document_prompts, questions
+from sglang_prefix.cli.demo_report import (
+    EXACT,
+    compare,
+    print_table,
+    problems_of,
+    show_answers,
+    show_last_plan,
+)
 from sglang_prefix.cli.options import JsonOption, loadable_model, picture_to_write
 from sglang_prefix.cli.output import console, fail, say, write_json
 
@@ -24,31 +32,22 @@ if TYPE_CHECKING:
 
 __all__ = ["demo"]
 
-# The plan may read this much more than the ideal, since packing trades short shared segments for
-# fewer packs, and in its first step all: nothing is shared yet.
-_READ_SLACK = 1.5
-_MIN_PACKED_SHARE = 0.9
-_MIN_CHANGED_SHARE = 0.5
-# Log probabilities of 16-bit arithmetic may be so much further from those of float32 than stock's.
-_NOISE_FACTOR = 1.5
-_CONTROL_REQUESTS, _CONTROL_TOKENS = 8, 8
-_SHOWN_ANSWERS, _SHOWN_SAMPLES = 4, 2
+_CONTROL_REQUESTS, _CONTROL_TOKENS = 4, 8
 _PICTURES = (".html", ".svg")
 # Of the KV of a batch on the CPU, and of a prompt below its document.
 _MAX_DOCUMENT, _MAX_BATCH_TOKENS, _QUESTION_TOKENS = 1 << 15, 1 << 20, 256
 _RANDOM = "tiny random model"
-_ASK = "sglang_prefix.cli.demo_workload:ask"
-_COUNTERS = "sglang_prefix.bench.engine:counters"
-_EXACT = ("float", "float32")
-_BACKENDS = ("stock", "prefix")
-_PREFILL = """
-Prefill is SGLang's own on both sides. Its CPU backend computes the attention of the cached document
-again for each request: that is the time to the first tokens, and no part of the decode steps.
-"""
-_HOW_TO_READ = """
-The last batch as a tree. A node is KV that several requests share, its readers; a pack reads it
-once for all of them. Below are the requests, with what each holds alone.
-"""
+_QUESTIONS = "sglang_prefix.bench.serving.questions"
+_SAID = {"stock": "stock decode", "prefix": "prefix decode", "zeros": "control"}
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one engine is asked: token ids, the greedy requests first."""
+
+    dtype: str
+    prompts: list[list[int]]
+    num_greedy: int
 
 
 # SGLang's own names. An enumeration, since typer has no lists of literals.
@@ -68,14 +67,14 @@ def demo(
     ] = 16,
     samples: Annotated[
         int, typer.Option(min=2, max=256, help="Samples of one more request about it.")
-    ] = 8,
+    ] = 4,
     document_tokens: Annotated[int, typer.Option(min=500, max=_MAX_DOCUMENT)] = 2000,
-    new_tokens: Annotated[int, typer.Option(min=16, max=_MAX_DOCUMENT)] = 24,
+    new_tokens: Annotated[int, typer.Option(min=16, max=_MAX_DOCUMENT)] = 16,
     dtype: Annotated[
         list[Dtype] | None,
         typer.Option(
             help="May be repeated: float32, then bfloat16, compares the two as well. Default: "
-            "float32 on the CPU, where tokens must be equal; auto, the model's, on a GPU."
+            "these two on a CPU; auto, the model's, on a GPU. On a CPU the second asks half."
         ),
     ] = None,
     picture: Annotated[
@@ -101,6 +100,7 @@ def demo(
             f"legal: up to {_MAX_BATCH_TOKENS:,} tokens in all",
             2,
         )
+    began = time.monotonic()
     import torch
 
     from sglang_prefix.explain.sources import load_tokenizer
@@ -112,28 +112,36 @@ def demo(
         model, name = (
             (model_path, model_path) if model_path else _make_model(root / "model", longest, out)
         )
-        dtypes = [one.value for one in dtype or ()] or ["float32" if device == "cpu" else "auto"]
+        dtypes = [one.value for one in dtype or ()] or (
+            ["float32", "bfloat16"] if device == "cpu" else ["auto"]
+        )
         try:
             tokenizer = load_tokenizer(model)
         except ValueError as error:
             fail(str(error))
-        asked = questions(requests) + [SAMPLED] * samples
-        prompts = document_prompts(tokenizer, asked, document_tokens)
-        runs: list[dict[str, Any]] = []
-        exact = None
-        for one in dtypes:
-            arguments = _arguments(model, device, one, prompts, new_tokens)
-            found = {
-                backend: _run_engine(root, backend, arguments, prompts, requests, new_tokens, out)
-                for backend in _BACKENDS
-            }
-            exact = exact or (found["stock"]["logprobs"] if one in _EXACT else None)
-            runs.append({"dtype": one} | _compare(found, prompts, requests, new_tokens, exact))
-    problems = [f"{run['dtype']}: {problem}" for run in runs for problem in _problems(run)]
-    report = {"device": device, "backend": "prefix", "model": name, "runs": runs}
-    _show_answers(runs[0], asked, requests, tokenizer, out)
-    _print_table(report, out)
-    problems += _show_last_plan(runs[-1], picture, out)
+        loads: list[Load] = []
+        for one in dict.fromkeys(dtypes):
+            # Prefill is most of the time on a CPU, where half of the questions tell enough.
+            part = 2 if device == "cpu" and loads else 1
+            num_greedy = requests // part
+            asked = questions(num_greedy) + [SAMPLED] * max(samples // part, 2)
+            prompts = document_prompts(tokenizer, asked, document_tokens)
+            loads.append(Load(one, prompts, num_greedy))
+        arguments = _arguments(model, device, loads[0].prompts, new_tokens)
+        found = _run_engines(root, arguments, loads, new_tokens, out)
+    runs: list[dict[str, Any]] = []
+    exact = found[0]["stock"]["logprobs"] if loads[0].dtype in EXACT else None
+    for load, answers in zip(loads, found, strict=True):
+        runs.append(
+            {"dtype": load.dtype}
+            | compare(answers, load.prompts, load.num_greedy, new_tokens, exact)
+        )
+    problems = [f"{run['dtype']}: {problem}" for run in runs for problem in problems_of(run)]
+    seconds = time.monotonic() - began
+    report = {"device": device, "backend": "prefix", "model": name, "runs": runs, "wall_s": seconds}
+    show_answers(runs[0], questions(requests) + [SAMPLED] * samples, tokenizer, out)
+    print_table(report, out)
+    problems += show_last_plan(runs[-1], picture, out)
     write_json(report | {"problems": problems}, json_file)
     if problems:
         fail("; ".join(problems))
@@ -161,236 +169,94 @@ def _make_model(directory: Path, longest: int, out: Console) -> tuple[str, str]:
 
 
 def _arguments(
-    model: str, device: str, dtype: str, prompts: list[list[int]], new_tokens: int
+    model: str, device: str, prompts: list[list[int]], new_tokens: int
 ) -> dict[str, Any]:
-    """Of both engines."""
+    """Of all engines; ``prompts`` are those of the largest batch."""
     arguments: dict[str, Any] = {
         "model_path": model,
         "device": device,
-        "dtype": dtype,
+        "decode_attention_backend": "prefix",
         "random_seed": 0,
         "log_level": "warning",
     }
     if device != "cpu":
-        # This release packs on the GPU without graphs only; both engines run alike.
+        # This release packs on the GPU without graphs only; both sides run alike.
         return arguments | {"disable_cuda_graph": True}
-    # Room for the whole batch without sharing: both engines run it in one piece.
-    longest = max(map(len, prompts)) + new_tokens
-    room = len(prompts) * longest + 4096
-    return arguments | {"mem_fraction_static": 0.7, "max_total_tokens": room}
+    # The document once, and what each request has for itself; two engines have to fit.
+    room = max(map(len, prompts)) + len(prompts) * (_QUESTION_TOKENS + new_tokens) + 4096
+    fitting = {"mem_fraction_static": 0.7, "max_total_tokens": room}
+    return arguments | fitting | {"sleep_on_idle": True}
 
 
-def _run_engine(
+def _run_engines(
     root: Path,
-    backend: str,
-    arguments: Mapping[str, Any],
-    prompts: list[list[int]],
-    num_greedy: int,
+    arguments: dict[str, Any],
+    loads: Sequence[Load],
     new_tokens: int,
     out: Console,
-) -> dict[str, Any]:
-    """Run one engine in a process of its own and show how far it is."""
-    control = root / "control"
-    settings = {"SGLANG_PREFIX_KEEP_PLAN": "1", zeros.FILE_VARIABLE: str(control)}
-    is_ours = backend == "prefix"
-    hooks = [zeros.__name__] if is_ours else []
-    flags = {"decode_attention_backend": "prefix"} if is_ours else {}
-    what = f"{backend} engine, {arguments['dtype']}"
-    began = time.monotonic()
-    with (
-        EngineProcess(
-            {**arguments, **flags},
-            environment=engine_environment(settings, hooks=hooks),
-            log=root / f"{backend}.log",
-        ) as engine,
-        out.status(f"{what}: start") as status,
-    ):
-        try:
-            engine.wait_until_ready()
-            status.update(f"{what}: answers")
-            found: dict[str, Any] = engine.ask(
-                _ASK, prompts=prompts, num_greedy=num_greedy, tokens=new_tokens
-            )
-            found["counters"] = engine.ask(_COUNTERS)
-            if is_ours:
-                status.update(f"{what}: control")
-                control.touch()
-                found["control"] = engine.ask(
-                    _ASK,
-                    prompts=prompts[:_CONTROL_REQUESTS],
-                    num_greedy=_CONTROL_REQUESTS,
-                    tokens=_CONTROL_TOKENS,
-                )["tokens"]
-                control.unlink()
-        except RuntimeError as error:
-            fail(f"the {backend} {error}")
-    if not found["step_us"]:
-        fail(f"the {backend} engine never decoded all requests at once: make --requests smaller")
-    out.print(f"{what}: done in {time.monotonic() - began:.0f} s")
+) -> list[dict[str, dict[str, Any]]]:
+    """Let one engine per dtype answer, first with stock decode, then with ours.
+
+    On a CPU all start at once, as a start is mostly imports on one core, and then wait asleep; a
+    GPU has memory for one.
+    """
+    together = arguments["device"] == "cpu"
+    found = []
+    for group in [loads] if together else [[load] for load in loads]:
+        names = " and ".join(load.dtype for load in group)
+        with ExitStack() as stack:
+            began = time.monotonic()
+            with out.status(f"{names}: start"):
+                engines = [
+                    stack.enter_context(_start(root, arguments | {"dtype": load.dtype}))
+                    for load in group
+                ]
+                for engine in engines:
+                    _wait(engine.wait_until_ready)
+            out.print(f"{names}: started in {time.monotonic() - began:.0f} s")
+            for load, engine in zip(group, engines, strict=True):
+                found.append(_ask_all(root / load.dtype, engine, load, new_tokens, out))
+                engine.stop()
     return found
 
 
-def _compare(
-    found: Mapping[str, dict[str, Any]],
-    prompts: list[list[int]],
-    num_greedy: int,
-    new_tokens: int,
-    exact: Any,
-) -> dict[str, Any]:
-    """Put the numbers together; ``exact`` are log probabilities of stock in float32, if known."""
-    from sglang_prefix.bench.serving.compare import compare_logprobs
-    from sglang_prefix.explain.sources import forest_of_prompts
-
-    stock, prefix = (found[backend] for backend in _BACKENDS)
-    counters = prefix["counters"]
-    if not counters:
-        fail("the prefix engine reported no counters: was the plugin loaded?")
-    ours, theirs = (one["tokens"][:num_greedy] for one in (prefix, stock))
-    num_equal = sum(a == b for a, b in zip(ours, theirs, strict=True))
-    num_changed = sum(
-        answer[: len(broken)] != broken
-        for answer, broken in zip(ours, prefix["control"], strict=False)
-    )
-    steps = {name: counters[name] for name in ("packed_steps", "stock_steps", "fallback_steps")}
-    halfway = forest_of_prompts(prompts, new_tokens // 2)
-    run = {
-        "num_requests": len(prompts),
-        "num_greedy": num_greedy,
-        "prompt_tokens": [len(prompt) for prompt in prompts],
-        "new_tokens": new_tokens,
-        "num_requests_equal": num_equal,
-        "logprobs": compare_logprobs(prefix["logprobs"], stock["logprobs"]),
-        "logprobs_from_float32": {
-            backend: compare_logprobs(one["logprobs"], exact)["mean"] if exact else None
-            for backend, one in found.items()
-        },
-        "control_num_requests": len(prefix["control"]),
-        "control_num_requests_changed": num_changed,
-        "kv_read_ratio": counters["kv_read_ratio"] if steps["packed_steps"] else 1.0,
-        "kv_unique_ratio_ideal": halfway.unique_tokens / int(halfway.seq_lens.sum()),
-        "num_packs": counters["num_packs"],
-        **steps,
-        "fallback_reasons": counters["fallback_reasons"],
-        "last_plan": counters["last_plan"],
-    }
-    for backend, one in found.items():
-        run |= {f"{backend}_{key}": one[key] for key in ("tokens", "first_s", "step_us")}
-        run[f"{backend}_tpot_ms"] = median(one["step_us"]) / 1000
-    run["decode_speedup"] = run["stock_tpot_ms"] / run["prefix_tpot_ms"]
-    return run
+def _start(root: Path, arguments: dict[str, Any]) -> EngineProcess:
+    folder = root / arguments["dtype"]
+    folder.mkdir()
+    settings = {"SGLANG_PREFIX_KEEP_PLAN": "1", decode_watch.FOLDER_VARIABLE: str(folder)}
+    environment = engine_environment(settings, hooks=[decode_watch.__name__])
+    return EngineProcess(arguments, environment=environment, log=folder / "log")
 
 
-def _problems(run: Mapping[str, Any]) -> list[str]:
-    """Everything that keeps a run from being evidence."""
-    count, equal = run["num_greedy"], run["num_requests_equal"]
-    changed, tried = run["control_num_requests_changed"], run["control_num_requests"]
-    packed_share = run["packed_steps"] / max(
-        sum(run[f"{path}_steps"] for path in ("packed", "stock", "fallback")), 1
-    )
-    largest_ratio = _READ_SLACK * run["kv_unique_ratio_ideal"] + 1 / run["new_tokens"]
-    ours, theirs = (run["logprobs_from_float32"][backend] for backend in ("prefix", "stock"))
-    problems = []
-    if run["dtype"] in _EXACT:
-        if equal < count:
-            problems.append(f"tokens differ from stock in {count - equal} of {count} requests")
-    elif ours is not None and ours > _NOISE_FACTOR * theirs:
-        problems.append(
-            f"log probabilities are {ours:.3f} from float32's in the mean, and stock's {theirs:.3f}"
-        )
-    if packed_share < _MIN_PACKED_SHARE:
-        problems.append(f"only {packed_share:.0%} of the decode steps were packed")
-    if run["kv_read_ratio"] > largest_ratio:
-        problems.append(f"kv_read_ratio {run['kv_read_ratio']:.3f} is over {largest_ratio:.3f}")
-    if changed < _MIN_CHANGED_SHARE * tried:
-        problems.append(
-            f"broken attention changed only {changed} of {tried} requests, so equal tokens prove "
-            "nothing on this model"
-        )
-    return problems
+def _ask_all(
+    folder: Path, engine: EngineProcess, load: Load, new_tokens: int, out: Console
+) -> dict[str, dict[str, Any]]:
+    """What was answered in each mode, and "document", seconds to read it."""
+    mode, found = decode_watch.mode_file(folder), {}
+    with out.status(f"{load.dtype}: reads the document") as status:
+        document_s = _wait(engine.ask, f"{_QUESTIONS}:read_document", prompt=load.prompts[0])
+        for name, prompts, num_greedy, tokens in (
+            ("stock", load.prompts, load.num_greedy, new_tokens),
+            ("prefix", load.prompts, load.num_greedy, new_tokens),
+            ("zeros", load.prompts[:_CONTROL_REQUESTS], _CONTROL_REQUESTS, _CONTROL_TOKENS),
+        ):
+            status.update(f"{load.dtype}: {_SAID[name]}")
+            mode.write_text(name)
+            asked = {"prompts": prompts, "num_greedy": num_greedy, "tokens": tokens}
+            one = found[name] = _wait(engine.ask, f"{_QUESTIONS}:ask", **asked)
+            if name != "zeros" and not one["step_us"]:
+                fail("the engine never decoded all requests at once: make --requests smaller")
+            one |= decode_watch.step_times(folder, name)
+            out.print(
+                f"{load.dtype}: {_SAID[name]}, {one['first_s']:.0f} s to all first tokens, "
+                f"{one['rest_s']:.0f} s to decode the rest"
+            )
+    return found | {"document": {"first_s": document_s, "rest_s": 0.0}}
 
 
-def _show_answers(
-    run: Mapping[str, Any], asked: list[str], num_greedy: int, tokenizer: Any, out: Console
-) -> None:
-    """Some of what was said, up to where the model ended its answer."""
-    shown = [*range(_SHOWN_ANSWERS), *range(num_greedy, num_greedy + _SHOWN_SAMPLES)]
-    for index in shown:
-        tokens = run["prefix_tokens"][index]
-        end = tokens.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in tokens else None
-        answer = " ".join(tokenizer.decode(tokens[:end], skip_special_tokens=True).split())
-        sampled = " (sampled)" if index >= num_greedy else ""
-        say(out, f"  {asked[index]}{sampled} -> {answer}{'' if end is not None else ' …'}")
-
-
-def _print_table(report: Mapping[str, Any], out: Console) -> None:
-    from rich.table import Table
-
-    runs = report["runs"]
-    columns = [f"{run['dtype']} {backend}" for run in runs for backend in _BACKENDS]
-    first = runs[0]
-    table = Table(
-        "",
-        *columns,
-        title=f"{report['model']}, {report['device']}: {first['num_greedy']} questions and "
-        f"{first['num_requests'] - first['num_greedy']} samples of one more, on one document",
-    )
-
-    def row(name: str, stock: str, prefix: str) -> None:
-        cells = [text.format(**run) for run in runs for text in (stock, prefix)]
-        table.add_row(name, *cells)
-
-    row("answers equal to stock's", "", "{num_requests_equal} of {num_greedy}")
-    row("log probabilities apart, mean", "", "{logprobs[mean]:.5f}")
-    row("  at most, up to where answers part", "", "{logprobs[max]:.5f}")
-    if runs[1:] and runs[0]["dtype"] in _EXACT:
-        row(
-            "  from float32's, mean",
-            "{logprobs_from_float32[stock]:.5f}",
-            "{logprobs_from_float32[prefix]:.5f}",
-        )
-    row(
-        "control: attention broken on purpose",
-        "",
-        "{control_num_requests_changed} of {control_num_requests} change",
-    )
-    row(
-        "decode steps: packed / stock / fallback",
-        "",
-        "{packed_steps} / {stock_steps} / {fallback_steps}",
-    )
-    row("packs in the last step", "", "{num_packs}")
-    row("KV tokens read / KV tokens", "1.000", "{kv_read_ratio:.3f}")
-    row("  every shared token read once", "", "{kv_unique_ratio_ideal:.3f}")
-    row("time per output token, decode steps", "{stock_tpot_ms:.0f} ms", "{prefix_tpot_ms:.0f} ms")
-    row("  speed-up", "", "{decode_speedup:.2f} x")
-    row("time to all first tokens", "{stock_first_s:.1f} s", "{prefix_first_s:.1f} s")
-    out.print(table)
-    if report["device"] == "cpu":
-        out.print(_PREFILL, highlight=False, soft_wrap=True)
-
-
-def _show_last_plan(run: Mapping[str, Any], picture: Path | None, out: Console) -> list[str]:
-    """Print the last batch that was planned as a tree, and draw it where asked to.
-
-    Returns:
-        What keeps it from being shown.
-    """
-    from sglang_prefix.cli.explain import write_picture
-    from sglang_prefix.explain.record import PlanRecord
-    from sglang_prefix.explain.segments import explain
-    from sglang_prefix.explain.text import print_explanation
-
+def _wait(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    """Call, and end with one line where the engine fails."""
     try:
-        record = PlanRecord.from_dict(run["last_plan"])
-        explanation = explain(replace(record, source="last batch of the prefix engine"))
-    except ValueError as error:
-        return [f"the last plan cannot be shown: {error}"]
-    out.print(_HOW_TO_READ, highlight=False, soft_wrap=True)
-    print_explanation(explanation, out)
-    if picture is not None:
-        write_picture(explanation, picture, picture.suffix[1:])
-        text = f"picture: {picture} (open it in a browser)"
-    else:
-        text = "--picture FILE.html draws it"
-    say(out, text)
-    return []
+        return function(*arguments, **named)
+    except RuntimeError as error:
+        fail(f"the {error}")

@@ -1,14 +1,14 @@
-"""The demo's workload: questions about one document, and samples of one more request about it."""
+"""For a model that answers: questions about one document, and samples of one more request."""
 
 from __future__ import annotations
 
 import time
 from typing import Any
 
-from sglang_prefix.bench.engine import greedy
+from sglang_prefix.bench.engine import counter_difference, counters, greedy
 from sglang_prefix.bench.serving.engine_calls import full_batch, top_logprobs
 
-__all__ = ["SAMPLED", "ask", "document_prompts", "questions"]
+__all__ = ["SAMPLED", "ask", "document_prompts", "questions", "read_document"]
 
 # Country, capital, language, currency, river or coast.
 _COUNTRIES = (
@@ -104,7 +104,7 @@ def _document(tokenizer: Any, length: int) -> list[int]:
 
 
 def ask(engine: Any, prompts: list[list[int]], num_greedy: int, tokens: int) -> dict[str, Any]:
-    """Answers to all prompts at once, the first of them cached; runs in the engine's process.
+    """Answers to all prompts at once; runs in the engine's process, which has read the document.
 
     Args:
         engine: SGLang's.
@@ -113,10 +113,11 @@ def ask(engine: Any, prompts: list[list[int]], num_greedy: int, tokens: int) -> 
         tokens: length of every answer.
 
     Returns:
-        "tokens": ids by request. "logprobs": of the greedy ones, see `top_logprobs`. "first_s":
-        seconds until all have their first token. "step_us": see `full_batch`.
+        "tokens": ids by request. "logprobs": of the greedy ones, see `top_logprobs`. "first_s" and
+        "rest_s": seconds until all have their first token, and from there on. "step_us": see
+        `full_batch`. "counters": what was added to them.
     """
-    engine.generate(input_ids=prompts[:1], sampling_params=greedy(1))
+    before = counters(engine)
     sampling = [
         greedy(tokens) | ({} if number < num_greedy else {"temperature": _TEMPERATURE})
         for number in range(len(prompts))
@@ -136,9 +137,19 @@ def ask(engine: Any, prompts: list[list[int]], num_greedy: int, tokens: int) -> 
         newest[index] = chunk
     done = [newest[index] for index in range(len(prompts))]
     finished = [times[index][-1][0] for index in range(len(prompts))]
+    first = max(chunks[0][0] for chunks in times.values())
     return {
         "tokens": [one["output_ids"] for one in done],
         "logprobs": [top_logprobs(one["meta_info"]) for one in done[:num_greedy]],
-        "first_s": max(chunks[0][0] for chunks in times.values()) - began,
+        "first_s": first - began,
+        "rest_s": max(finished) - first,
         "step_us": full_batch(times[len(prompts) - 1], finished),
+        "counters": counter_difference(before, counters(engine)),
     }
+
+
+def read_document(engine: Any, prompt: list[int]) -> float:
+    """Seconds to prefill a prompt, whose document is cached from there on; in that process, too."""
+    began = time.perf_counter()
+    engine.generate(input_ids=[prompt], sampling_params=greedy(1))
+    return time.perf_counter() - began
