@@ -46,8 +46,9 @@ typedef uint8_t U8 __attribute__((vector_size(LANES)));
 struct E4M3 { uint8_t bits; };
 struct E5M2 { uint8_t bits; };
 
-template <class V> V get(const void* from) { V x; std::memcpy(&x, from, sizeof x); return x; }
-template <class V> void put(void* to, V x) { std::memcpy(to, &x, sizeof x); }
+template <class V> using Anywhere __attribute__((aligned(1), may_alias)) = V;
+template <class V> V get(const void* from) { return *(const Anywhere<V>*)from; }
+template <class V> void put(void* to, V x) { *(Anywhere<V>*)to = x; }
 F splat(float x) { return x - F{}; }
 F larger(F a, F b) { return a > b ? a : b; }  // b where a is NaN
 
@@ -162,7 +163,7 @@ template <int S = LANES / 2> void transpose(F* rows) {  // [LANES][LANES] in pla
     if (!(i & S)) exchange<S>(rows[i], rows[i | S], LANE_NUMBERS);
   if constexpr (S > 1) transpose<S / 2>(rows);
 }
-template <int S = LANES / 2> F sums_of(F* rows) {  // [LANES][LANES]: lane i is the sum of row i
+template <int S = LANES / 2> __attribute__((always_inline)) inline F sums_of(F* rows) {  // [LANES][LANES]: lane i is the sum of row i
   for (int i = 0; i < S; i++) {
     exchange<S>(rows[i], rows[i | S], LANE_NUMBERS);
     rows[i] += rows[i | S];
@@ -182,8 +183,9 @@ template <class From, class To> void convert_row(const void* from, void* to, int
   if constexpr (std::is_same_v<From, To>) {
     std::memcpy(to, from, n * sizeof(To));
   } else {
-    for (int64_t i = 0; i < n; i += LANES)
-      store_some((To*)to + i, load_some((const From*)from + i, n - i), n - i);
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) store((To*)to + i, load((const From*)from + i));
+    if (i < n) store_some((To*)to + i, load_some((const From*)from + i, n - i), n - i);
   }
 }
 using Convert = void (*)(const void* from, void* to, int64_t n);
