@@ -9,7 +9,7 @@ PIP_INSTALL := -W 'ignore:Editable installation' -m pip install -q
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all docs-check compat compat-version lint format
-.PHONY: bench-cpu bench-cpu-peers clean
+.PHONY: bench-cpu bench-cpu-peers cpu-profile clean
 .PHONY: gpu-check gpu-bench gpu-tune gpu-serve
 .PHONY: gpu-check-dry gpu-bench-dry gpu-tune-dry gpu-serve-dry
 
@@ -64,6 +64,13 @@ lint: install  ## Check style and types
 format: install  ## Rewrite the sources in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+CPU_PROFILE = docs/results/cpu/$(shell date +%F)-$(shell git describe --always --dirty)-profile.json
+
+cpu-profile: install  ## Measure what work costs this CPU, and plan by it from then on
+	$(BIN)/sglang-prefix bench profile --out build/cpu
+	cp build/cpu/profile.json $(CPU_PROFILE)
+	$(BIN)/sglang-prefix bench profile --write-table $(CPU_PROFILE)
 
 bench-cpu: install  ## Measure our executors against SGLang's own decode, and the host's time
 	$(BIN)/sglang-prefix exec -- $(BIN)/sglang-prefix bench kernel --workload cpu --out build/cpu

@@ -42,21 +42,31 @@ def cost_models(draw: st.DrawFn, profiles: Sequence[DeviceProfile]) -> CostModel
     )
 
 
-def token_bytes(costs: CostModel) -> int:
-    """Bytes of K and V of one token, with its slot index."""
-    s = costs.shape
-    return s.num_kv_heads * (s.head_dim + s.v_head_dim) * s.kv_itemsize + 4
+def token_bytes(costs: CostModel, lone_rows: int = 0) -> float:
+    """Bytes of K and V of one token, with its slot index; what its elements cost; and what
+    multiplying them by the rows of a request that reads alone does."""
+    s, device = costs.shape, costs.device
+    elements = s.num_kv_heads * (s.head_dim + s.v_head_dim)
+    arithmetic = device.element_cost + lone_rows * device.lone_row_cost
+    return elements * (s.kv_itemsize + arithmetic) + 4
+
+
+def lone_bytes(length: int, costs: CostModel) -> float:
+    """Bytes of a segment that one request reads alone."""
+    return length * token_bytes(costs, costs.shape.group_size)
 
 
 def pack_bytes(length: int, readers: int, costs: CostModel) -> float:
-    """Bytes of one shared pack: its fixed cost, its KV once, its queries and partials.
+    """Bytes of one shared pack: its fixed cost, its KV once, its rows, queries and partials.
 
     A query's share of the further row blocks that read the KV is charged evenly.
     """
     s, device = costs.shape, costs.device
     query = s.num_qo_heads * (s.head_dim * s.q_itemsize + 2 * 4 * (s.v_head_dim + 1))
-    blocks = 1 + device.reread_cost * readers * s.group_size / device.max_block_rows
-    return device.pack_bytes + length * token_bytes(costs) * blocks + readers * query
+    elements, rows = s.num_kv_heads * (s.head_dim + s.v_head_dim), readers * s.group_size
+    rereads = device.reread_cost * rows / device.max_block_rows * (elements * s.kv_itemsize + 4)
+    token = token_bytes(costs) + rereads + rows * elements * device.pack_row_cost
+    return device.pack_bytes + length * token + readers * query * device.query_cost
 
 
 def pack_cost(packs: Packs, seq_lens: NDArray[np.integer], costs: CostModel) -> float:
@@ -64,7 +74,7 @@ def pack_cost(packs: Packs, seq_lens: NDArray[np.integer], costs: CostModel) -> 
     lengths = (packs.end - packs.start).tolist()
     readers = np.diff(packs.query_indptr).tolist()
     shared = sum(pack_bytes(n, q, costs) for n, q in zip(lengths, readers, strict=True))
-    return shared + float((seq_lens - packs.tail_start).sum()) * token_bytes(costs)
+    return shared + lone_bytes(int((seq_lens - packs.tail_start).sum()), costs)
 
 
 def pack_set(packs: Packs) -> set[tuple[int, int, frozenset[int]]]:
@@ -106,14 +116,14 @@ def cheapest_fold(forest: PrefixForest, costs: CostModel) -> float:
         for folds in product([False, True], repeat=len(sizes)):
             readers = sum(n for n, fold in zip(sizes, folds, strict=True) if not fold)
             cost = pack_bytes(stop - start, readers, costs) if readers else 0.0
-            cost += sum(folds[len(children) :]) * (stop - start) * token_bytes(costs)
+            cost += lone_bytes(sum(folds[len(children) :]) * (stop - start), costs)
             for child, fold in zip(children, folds, strict=False):
                 cost += best(child, start if fold else stop)
             options.append(cost)
         return min(options)
 
     private = int((forest.seq_lens - forest.shared_lens).sum())
-    return sum(best(root, 0) for root in children_of(forest, -1)) + private * token_bytes(costs)
+    return sum(best(root, 0) for root in children_of(forest, -1)) + lone_bytes(private, costs)
 
 
 def pat_published_rule(forest: PrefixForest, costs: CostModel, *, max_rows: int = 64) -> Packs:

@@ -37,6 +37,7 @@ from sglang_prefix.explain.segments import explain
 from sglang_prefix.explain.sources import Setting, plan_of_tree, read_prompts
 from sglang_prefix.explain.text import print_explanation
 from sglang_prefix.packing import AttentionShape
+from sglang_prefix.packing.cost import PROFILES_FILE, load_cpu_profiles
 from tests.replaced_values import paths_of, replace_value
 from tests.report_files import MADE_UP
 
@@ -89,6 +90,7 @@ DOCUMENTS: dict[str, Any] = {
     "trace": _requests(),
     "workloads": json.loads(REGISTRY.read_text()),
     "tiles": _tile_table(),
+    "profiles": json.loads(PROFILES_FILE.read_text()),
     "server": _server_pages(),
     "stream": {"index": 0, "text": "ab", "output_ids": [1], "meta_info": {"completion_tokens": 1}},
     **{f"result {kind}": make() for kind, make in MADE_UP.items()},
@@ -155,6 +157,7 @@ _READERS: dict[str, Callable[[Path], object]] = {
     "trace": _read_trace,
     "workloads": _read_workloads,
     "tiles": load_tuned_tiles,
+    "profiles": load_cpu_profiles,
     "server": _read_server,
     "stream": _read_stream,
     "result": _read_result,

@@ -163,6 +163,18 @@ def tune_result() -> Result:
     return _result("bench-tune", [case | {"absent": {}, "failed": {}}])
 
 
+def profile_result() -> Result:
+    """Lone requests and two packs on one executor, and the costs that they could lead to."""
+    heads = {"qo": 8, "kv": 2, "dim": 64}
+    alone = {"requests": 1, "tokens": 64, "packs": 0, "lone_requests": 16, "lone_tokens": 64}
+    shared = {"requests": 4, "tokens": 64, "packs": 2, "lone_requests": 8, "lone_tokens": 8}
+    packs = [alone | {"us": 300.0, "raw_us": [300.0]}, shared | {"us": 200.0, "raw_us": [200.0]}]
+    case = {"name": "native/8:2:64", "group": "native", "executor": "native", "heads": heads}
+    fitted = {"pack_bytes": 9e4, "query_cost": 3.0, "element_cost": 2.0, "lone_row_cost": 1.0}
+    profiles = {"native": fitted | {"pack_row_cost": 0.5, "error": 0.07}}
+    return _result("bench-profile", [case | {"itemsize": 2, "packs": packs}], profiles=profiles)
+
+
 def host_result() -> Result:
     """Two stages of planning at two sizes, and one of an engine."""
     cases = [
@@ -178,6 +190,7 @@ MADE_UP: dict[str, Callable[[], Result]] = {
     "bench-serving": serving_result,
     "bench-engine": engine_result,
     "bench-tune": tune_result,
+    "bench-profile": profile_result,
     "bench-host": host_result,
     "gpu-check": check_result,
 }

@@ -30,6 +30,7 @@ PASSED_ON = ("command", "server_args")
 # Where the work of a command begins, which is minutes or more.
 WORK = (
     "sglang_prefix.cli.bench_kernel.finish",
+    "sglang_prefix.cli.bench_profile.finish",
     "sglang_prefix.cli.bench_serving.finish",
     "sglang_prefix.cli.demo._make_model",
     "sglang_prefix.cli.demo._run_engines",
@@ -46,6 +47,7 @@ RESULTS = Path(__file__).parents[1] / "docs" / "results" / "cpu"
 BASES: dict[tuple[str, ...], tuple[list[str], list[str]]] = {
     ("bench", "kernel"): (["--out=out", "--no-plots", "--quick"], []),
     ("bench", "tune"): (["--out=out", "--dry"], []),
+    ("bench", "profile"): (["--out=out", "--dry"], []),
     ("bench", "host"): (["--out=out"], []),
     ("bench", "serving"): (["--out=out", "--model-path=m"], []),
     ("explain",): (["--tree=1,2_3,4"], []),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -55,15 +56,26 @@ def of_forest(
 
 class TestSegments:
     def test_a_tree_on_the_cpu(self) -> None:
-        explanation = of_tree("1,2,4_5000,2000,3", SMALL, "cpu")
+        explanation = of_tree("1,2,4_5000,3,2000", SMALL, "cpu")
         root, left, right, *tails = explanation.segments
         assert (root.tokens, root.num_readers, root.parent, len(root.packs)) == (5000, 4, -1, 1)
         assert (root.tokens_read, root.bytes_saved) == (5000, 3 * 5000 * TOKEN_BYTES)
-        # Two readers of 2,000 tokens are not worth the 480,000 bytes that a pack costs a CPU:
-        # 2 x 264,000 against 480,000 + 264,000 + 2 x 416.
         for node in (left, right):
-            assert (node.tokens, node.num_readers, node.parent, node.packs) == (2000, 2, 0, [])
-            assert (node.tokens_read, node.bytes_saved) == (4000, 0)
+            assert (node.tokens, node.num_readers, node.parent, node.packs) == (3, 2, 0, [])
+            assert (node.tokens_read, node.bytes_saved) == (6, 0)
+        for tail in tails:
+            assert (tail.tokens, tail.start) == (2000, 5003)
+            assert (tail.pack_start, tail.takes_over, tail.tokens_read) == (5000, 3, 2000)
+            assert tail.why == "reads the 3 tokens above itself: there is no pack"
+        assert explanation.stats.kv_tokens_read == 5000 + 4 * 3 + 4 * 2000
+
+    def test_the_bytes_of_a_choice(self) -> None:
+        """Two readers of 2,000 tokens are not worth a pack that costs 480,000 bytes."""
+        device = replace(GPU_PROFILE, name="cpu", reread_cost=0.0, pack_bytes=480_000)
+        forest = of_tree("1,2,4_5000,2000,3", SMALL, "cpu").forest
+        explanation = of_forest(forest, device=device)
+        root, left, right, *_ = explanation.segments
+        for node in (left, right):
             assert node.why == (
                 "no pack: 528 kB moved if each of the 2 below reads it, 745 kB with a pack"
             )
@@ -72,11 +84,6 @@ class TestSegments:
         assert choice.fold_bytes == np.inf
         assert (other.fold_bytes, other.pack_bytes) == (528_000, 744_000 + 2 * QUERY_BYTES)
         assert "too long to be worth reading again" in root.why
-        for tail in tails:
-            assert (tail.tokens, tail.start) == (3, 7000)
-            assert (tail.pack_start, tail.takes_over, tail.tokens_read) == (5000, 2000, 3)
-            assert tail.why == "reads the 2,000 tokens above itself: there is no pack"
-        assert explanation.stats.kv_tokens_read == 5000 + 4 * 2000 + 4 * 3
 
     def test_the_gate_leaves_what_shares_nothing_to_stock(self) -> None:
         explanation = of_tree("6_700")

@@ -16,6 +16,7 @@ from sglang_prefix.bench.workloads.trees import TreeBatch, pat_tree
 from sglang_prefix.forest import PrefixForest
 from sglang_prefix.packing import (
     CPU_PROFILE,
+    CPU_PROFILES,
     GPU_PROFILE,
     POLICIES,
     AttentionShape,
@@ -52,7 +53,18 @@ from tests.pack_reference import (
 DEAR_REREADS = DeviceProfile("dear rereads", 64, 1.0, 1_000, 32, 16)
 # Packs free, so that sharing pays almost anywhere.
 FREE_PACKS = DeviceProfile("free packs", 128, 0.4, 0, 8, 16)
-PROFILES = (CPU_PROFILE, GPU_PROFILE, DEAR_REREADS, FREE_PACKS)
+# Arithmetic as dear as reads, dearer for a request alone, as on CPUs; numbers of no machine.
+DEAR_ROWS = replace(
+    FREE_PACKS,
+    name="dear rows",
+    reread_cost=0.0,
+    pack_bytes=50_000,
+    query_cost=4.0,
+    element_cost=1.5,
+    lone_row_cost=2.0,
+    pack_row_cost=0.25,
+)
+PROFILES = (*CPU_PROFILES.values(), GPU_PROFILE, DEAR_REREADS, FREE_PACKS, DEAR_ROWS)
 
 
 def shape(group: int = 4, *, kv_itemsize: int = 2) -> AttentionShape:
@@ -241,7 +253,7 @@ def test_pat_is_the_cheapest_at_every_length(profile: DeviceProfile) -> None:
     for group in (1, 4, 16):
         costs = CostModel(shape(group), profile)
         for children, own in (((), 2), ((), 5), ((2,), 1), ((3,), 2), ((4, 2), 1), ((4, 5), 1)):
-            longest = 2 * (10 * costs.query_bytes + profile.pack_bytes) / costs.shape.kv_token_bytes
+            longest = 2 * (10 * costs.query_bytes + profile.pack_bytes) / costs.pack_token_bytes
             for length in sorted({int(longest ** (i / 40)) for i in range(41)}):
                 forest = build_batch(family(length, *children, own=own)).forest()
                 best = pytest.approx(cheapest_fold(forest, costs), rel=1e-12)
@@ -253,7 +265,8 @@ def test_pat_is_the_cheapest_at_the_longest_segment_worth_folding(profile: Devic
     """Below which one request goes on alone and two together: worth a pack and three partials."""
     for group in (4, 8, 16):
         costs = CostModel(shape(group), profile)
-        worth = (3 * costs.query_bytes + profile.pack_bytes) // costs.shape.kv_token_bytes
+        gained = int(3 * costs.query_bytes + profile.pack_bytes)
+        worth = gained // costs.shape.kv_token_bytes
         for length in range(worth - 3, worth + worth // 3 + 3, 4):
             forest = build_batch(family(length, 2, own=1, below=3000)).forest()
             best = pytest.approx(cheapest_fold(forest, costs), rel=1e-12)

@@ -209,6 +209,11 @@ class TestOtherKinds:
         ("kind", "title", "row"),
         [
             ("bench-tune", "Tiles", ["dim128/rows16", "16x64", "3.00", "32x64", "2.00", "1.50x"]),
+            (
+                "bench-profile",
+                "Profiles",
+                ["native", "90,000", "3.00", "2.00", "1.00", "0.500", "0.0700"],
+            ),
             ("gpu-check", "Checks", ["dim128", "variants", "1", "0.00100"]),
             ("bench-host", "Host time of planning", ["forest", "32.0", "128"]),
         ],

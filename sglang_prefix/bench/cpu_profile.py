@@ -36,7 +36,7 @@ from sglang_prefix.packing.cost import (
 
 __all__ = ["PROFILES_FILE", "ProfileRun", "fit_profile", "write_profiles"]
 
-_SECONDS_PER_CASE = 2.5
+_SECONDS_PER_CASE = 2.0
 # One head per KV head to eight, and heads of 64.
 _HEADS = ("32:8", "32:32", "64:8", "9:3:64")
 _DTYPES = ("bfloat16", "float32")
@@ -206,14 +206,16 @@ def _least_squares(columns: NDArray[np.float64], goal: NDArray[np.float64]) -> N
     """Least squares without negative results: a column that would get one is left out."""
     scale = columns.max(axis=0, initial=0.0)
     scale[scale == 0] = 1.0
-    found, used = np.zeros(len(scale)), list(range(len(scale)))
+    found: NDArray[np.float64] = np.zeros(len(scale))
+    used = list(range(len(scale)))
     while used:
         values = np.linalg.lstsq(columns[:, used] / scale[used], goal)[0]
         if values.min() >= 0:
             found[used] = values
             break
         del used[int(values.argmin())]
-    return found / scale
+    found /= scale
+    return found
 
 
 def _rounded(value: float) -> float:

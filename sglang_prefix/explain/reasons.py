@@ -30,7 +30,7 @@ _OTHER_POLICIES = {
 
 
 class NodeChoice(NamedTuple):
-    """What was weighed for a node: bytes moved for it and all nodes below, fixed costs included.
+    """What was weighed for a node: bytes moved for it and all nodes below, all costs included.
 
     Attributes:
         start: first position that the node's requests read together or each for themselves;
@@ -66,7 +66,7 @@ def pat_choices(forest: PrefixForest, costs: CostModel) -> list[NodeChoice]:
     """The choice for every node of a forest, as :func:`pack_pat` makes it."""
     tree = (forest.node_begin, forest.node_end)
     model = bytes_of(costs)
-    token, _, query, reread = model
+    lone_token, _, query_token, query, _ = model
     candidates = candidate_starts(*tree, forest.node_start, forest.node_parent, *model)
     indptr, position, origin = candidates
     keeps, _, folds, pack_bytes, fold_bytes, join_bytes = cheapest_choices(
@@ -86,7 +86,7 @@ def pat_choices(forest: PrefixForest, costs: CostModel) -> list[NodeChoice]:
         i = int(chosen[node])
         length = int(forest.node_stop[node] - position[i])
         pack = float(pack_bytes[i]), float(fold_bytes[i])
-        tail = length * token, query + length * reread
+        tail = length * lone_token, query + length * query_token
         found.append(NodeChoice(int(position[i]), *pack, own, join, *tail))
     return found
 
@@ -185,6 +185,6 @@ def notes_of(
     if shape_plan.policy == "pat" and any(record.neighbours.common):
         notes.append(
             "bytes moved, in reasons: by a node and all nodes below it, with partial results, and "
-            "with fixed costs as the bytes that could be read in that time"
+            "with arithmetic and fixed costs as the bytes that could be read in that time"
         )
     return notes

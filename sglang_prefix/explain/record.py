@@ -27,6 +27,7 @@ from sglang_prefix.packing import (
     DeviceProfile,
     policy_named,
 )
+from sglang_prefix.packing.cost import FITTED
 from sglang_prefix.packing.layout import CostedPlan, choose_num_splits
 from sglang_prefix.packing.planner import PackPlanner
 from sglang_prefix.packing.policies import CHUNK_TOKENS
@@ -55,7 +56,7 @@ _MOST: dict[str, float] = {
     **dict.fromkeys(("num_qo_heads", "num_kv_heads", "head_dim", "v_head_dim"), 1 << 16),
     **{"q_itemsize": 16, "kv_itemsize": 16},
     **{"max_block_rows": 1 << 20, "min_split_tokens": 1 << 20, "num_workers": 1 << 16},
-    **{"reread_cost": 1.0, "pack_bytes": _LIMIT},
+    **{"reread_cost": 1.0, **FITTED, "pack_bytes": _LIMIT},
 }
 _MAX_TEXT, _MAX_TEXTS = 4096, 64
 

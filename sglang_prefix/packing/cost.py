@@ -7,11 +7,11 @@ meanwhile.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from prefix_kernels.plan import AttentionShape
+from sglang_prefix.files import read_json
 
 __all__ = [
     "CPU_PROFILE",
@@ -59,10 +59,11 @@ class DeviceProfile:
 
 # Written by `sglang-prefix bench profile --write-table`.
 PROFILES_FILE = Path(__file__).with_name("cpu_profiles.json")
-# What is measured.
-FITTED = ("pack_bytes", "query_cost", "element_cost", "lone_row_cost", "pack_row_cost")
-# Above any measurement, and far from what overflows when a plan is costed.
-_MOST = 1e9
+# What is measured, and what is above any measurement.
+FITTED = {
+    "pack_bytes": 1e9,
+    **dict.fromkeys(("query_cost", "element_cost", "lone_row_cost", "pack_row_cost"), 1e6),
+}
 
 
 def load_cpu_profiles(path: Path) -> dict[str, DeviceProfile]:
@@ -74,23 +75,22 @@ def load_cpu_profiles(path: Path) -> dict[str, DeviceProfile]:
         ValueError: the file is no such table; one line.
     """
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))["profiles"]
+        table = read_json(path)["profiles"]
         found = {}
         for executor in ("native", "torch"):
             values = {name: table[executor][name] for name in FITTED}
             for name, value in values.items():
-                if type(value) not in (int, float) or not 0 <= value <= _MOST:
+                if type(value) not in (int, float) or not 0 <= value <= FITTED[name]:
                     raise ValueError(f"{name} of {executor} is {value!r}")
-            values["pack_bytes"] = int(values["pack_bytes"])
             found[executor] = DeviceProfile(
                 "cpu",
                 max_block_rows=1 << 20,
                 reread_cost=0.0,
                 num_workers=1,
                 min_split_tokens=1 << 20,
-                **values,
+                **values | {"pack_bytes": max(1, int(values["pack_bytes"]))},
             )
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no table of CPU profiles: {error!r}") from error
     return found
 

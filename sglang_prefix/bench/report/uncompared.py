@@ -62,16 +62,16 @@ def profile_section(data: Data) -> Section:
     """The profile of each executor, and the times that it was fitted to."""
     profiles = data.get("profiles") or {}
     names = dict.fromkeys(name for found in profiles.values() for name in found)
-    fitted = [Column("executor", lambda item: item[0])]
-    fitted += [Column(name, lambda item, name=name: item[1].get(name)) for name in names]
+    fitted = [Column(name, name) for name in ("executor", *names)]
     timed = [
         Column("case", "name"),
         *(Column(name, name) for name in ("requests", "tokens", "packs", "us")),
     ]
+    costs = [{"executor": executor, **found} for executor, found in profiles.items()]
     rows = [{**pack, "name": case["name"]} for case in data["cases"] for pack in case["packs"]]
     tables = [
-        tabulate("Profiles: costs beside reading KV, in bytes", fitted, profiles.items()),
-        tabulate("Time of a layer by requests of a pack and its tokens", timed, rows),
+        tabulate("Profiles: costs beside reading KV, in bytes", fitted, costs),
+        tabulate("Time of a layer by pack", timed, rows, is_detail=True),
     ]
     return make_section("What work costs the CPU beside reading KV", data, tables)
 
