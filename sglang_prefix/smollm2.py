@@ -120,7 +120,6 @@ def _download(folder: Path) -> None:
 def _unpack(packed: Path, folder: Path) -> int:
     """Turn the GGUF file into the files of a checkpoint."""
     import torch
-    from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
@@ -141,7 +140,16 @@ def _unpack(packed: Path, folder: Path) -> int:
     tokenizer = AutoTokenizer.from_pretrained(packed.parent, **place)
     tokenizer.model_max_length = config.max_position_embeddings
     tokenizer.save_pretrained(folder)
-    path = folder / "model.safetensors"
-    save_file(weights, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # it was readable by the owner alone
+    _save_weights(weights, folder / "model.safetensors")
     return sum(weight.numel() for weight in weights.values())
+
+
+def _save_weights(weights: dict[str, Any], path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(weights, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk is no OSError to it
+        raise OSError(str(error).removeprefix("Error while serializing: ")) from None
+    path.chmod(0o644)  # it was readable by the owner alone

@@ -3,8 +3,10 @@
 Two engines. One does the model's arithmetic on the CPU, and the backend's own clocks are read: of
 steps that reuse their plan, of plans, and of the hook around each forward pass. The other runs
 SGLang's graph runner with graphs that do nothing (`hooks.step_clock`), so that the CPU does what it
-does beside a GPU, and all of our code in a step is on the clock. Nothing here is the time of
-attention.
+does beside a GPU, and all of our code in a step is on the clock. Neither is the time of attention.
+
+Where asked to, a real model as well: its decode step on the CPU, and attention's part of it, by
+stock and by our executors.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Any
 
 from sglang_prefix.bench.engine import EngineProcess, counters, engine_environment, greedy
 from sglang_prefix.bench.hooks import step_clock
+from sglang_prefix.bench.model_step import NUM_REQUESTS, measure_model
 from sglang_prefix.bench.run import BenchRun, Case
 from sglang_prefix.files import read_json, write_file
 from sglang_prefix.tiny_model import build_tiny_model
@@ -52,7 +55,7 @@ class HostRun(BenchRun):
     """The run of `bench host`: planning alone, then a decode step in the real engine.
 
     Options are "requests" of the batches that are planned, "rounds", and whether to start an
-    "engine", which takes most of the time.
+    "engine" and one with a real "model", which take most of the time.
     """
 
     kind, file_name = "bench-host", "host.json"
@@ -62,6 +65,7 @@ class HostRun(BenchRun):
         try:
             self._requests = [int(count) for count in options["requests"]]
             self._rounds, self._engine = int(options["rounds"]), bool(options["engine"])
+            self._model = bool(options.get("model", False))  # older files have none
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{self.path} cannot be resumed: options: {error!r}") from None
 
@@ -71,6 +75,8 @@ class HostRun(BenchRun):
         if self._engine:
             found.append(("engine", _ENGINE_REQUESTS, _measure_engine))
             found.append(("host", _ENGINE_REQUESTS, _measure_host))
+        if self._model:
+            found.append(("model", NUM_REQUESTS, measure_model))
         return [Case(f"{group}/{n}", group, partial(measure, n)) for group, n, measure in found]
 
     def conclude(self) -> None:

@@ -302,6 +302,7 @@ class HostOptions(TypedDict):
     requests: NotRequired[list[Annotated[int, Field(ge=1, le=1 << 14)]]]
     rounds: NotRequired[Rounds]
     engine: NotRequired[bool]
+    model: NotRequired[bool]
 
 
 class EngineOptions(TypedDict):

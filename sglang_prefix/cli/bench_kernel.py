@@ -242,6 +242,10 @@ def host(
     engine: Annotated[
         bool, typer.Option(help="Run real engines, too: two starts, about a minute.")
     ] = True,
+    model: Annotated[
+        bool,
+        typer.Option(help="Run SmolLM2 as well, fetched once, 93 MB: four minutes on two cores."),
+    ] = False,
     budget_s: Budget = None,
     seed: Seed = 0,
     resume: Resume = False,
@@ -254,7 +258,8 @@ def host(
     """
     from sglang_prefix.bench.host import HostRun
 
-    options = {"requests": requests or [256, 1024], "rounds": rounds, "engine": engine}
+    options = {"requests": requests or [256, 1024], "rounds": rounds}
+    options |= {"engine": engine, "model": model}
     folder = Path() if list_cases else out
     run = start_run(ctx, HostRun, folder, options, seed=seed, device="cpu", resume=resume)
     if list_cases:

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = ["demo"]
 
-_CONTROL_REQUESTS, _CONTROL_TOKENS = 4, 8
+# Of the questions and their answers, what the control repeats: enough to see that it changes them.
+_CONTROL_PART, _CONTROL_TOKENS = 4, 8
 _PICTURES = (".html", ".svg")
 # Of the KV of a batch on the CPU, and of a prompt below its document.
 _MAX_DOCUMENT, _MAX_BATCH_TOKENS, _QUESTION_TOKENS = 1 << 15, 1 << 20, 256
@@ -68,7 +69,7 @@ def demo(
     samples: Annotated[
         int, typer.Option(min=2, max=256, help="Samples of one more request about it.")
     ] = 4,
-    document_tokens: Annotated[int, typer.Option(min=500, max=_MAX_DOCUMENT)] = 2000,
+    document_tokens: Annotated[int, typer.Option(min=500, max=_MAX_DOCUMENT)] = 1900,
     new_tokens: Annotated[int, typer.Option(min=16, max=_MAX_DOCUMENT)] = 16,
     dtype: Annotated[
         list[Dtype] | None,
@@ -158,8 +159,9 @@ def _make_model(directory: Path, longest: int, out: Console) -> tuple[str, str]:
     try:
         with out.status(f"{NAME}: fetch and unpack"):
             build_smollm2(directory)
-    except RuntimeError as error:
-        say(out, f"{error}: a tiny random model answers instead")
+    except (RuntimeError, OSError) as error:
+        why = getattr(error, "strerror", None) or error
+        say(out, f"{why}: a tiny random model answers instead")
         config = TinyModelConfig(head_dim=64)
         build_tiny_model(
             directory, replace(config, context_length=max(longest, config.context_length))
@@ -233,12 +235,13 @@ def _ask_all(
 ) -> dict[str, dict[str, Any]]:
     """What was answered in each mode, and "document", seconds to read it."""
     mode, found = decode_watch.mode_file(folder), {}
+    num_control = load.num_greedy // _CONTROL_PART
     with out.status(f"{load.dtype}: reads the document") as status:
         document_s = _wait(engine.ask, f"{_QUESTIONS}:read_document", prompt=load.prompts[0])
         for name, prompts, num_greedy, tokens in (
             ("stock", load.prompts, load.num_greedy, new_tokens),
             ("prefix", load.prompts, load.num_greedy, new_tokens),
-            ("zeros", load.prompts[:_CONTROL_REQUESTS], _CONTROL_REQUESTS, _CONTROL_TOKENS),
+            ("zeros", load.prompts[:num_control], num_control, _CONTROL_TOKENS),
         ):
             status.update(f"{load.dtype}: {_SAID[name]}")
             mode.write_text(name)

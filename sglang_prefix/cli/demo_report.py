@@ -92,7 +92,7 @@ def compare(
         one = found[backend]
         run |= {f"{backend}_{key}": one[key] for key in _OF_BACKEND}
         run[f"{backend}_tpot_ms"] = median(one["step_us"]) / 1000
-        run[f"{backend}_attention_share"] = one["attention_ms"] / one["step_ms"]
+        run[f"{backend}_attention_share"] = one["attention_ms"] / run[f"{backend}_tpot_ms"]
     run["decode_speedup"] = run["stock_tpot_ms"] / run["prefix_tpot_ms"]
     return run
 

@@ -15,6 +15,7 @@ Data = Mapping[str, Any]
 _HOST_TITLES = {
     "planning": "Host time of planning, us, median",
     "engine": "Host time in the real engine, us",
+    "model": "Decode step of SmolLM2-135M-Instruct on a CPU, us, median",
     "host": "Host time with the device elsewhere, all our code in a decode step, us",
 }
 
