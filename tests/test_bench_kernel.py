@@ -305,7 +305,7 @@ def test_the_peak_of_a_type_without_products_is_that_of_float32(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rates = {torch.float32: 100.0, torch.bfloat16: 2.0, torch.float16: 250.0}
-    monkeypatch.setattr(timing, "_product_rate", lambda dtype, size: rates[dtype])
+    monkeypatch.setattr(timing.Clock, "_rate", lambda self, dtype, size=0: rates[dtype])
     limits = timing.clock_for(CPU).limits(*rates)
     peaks = {name: limits[f"flop_per_s_{name}"] for name in ("float32", "bfloat16", "float16")}
     assert peaks == {"float32": 100.0, "bfloat16": 100.0, "float16": 250.0}

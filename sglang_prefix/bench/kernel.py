@@ -38,7 +38,7 @@ _QUICK_SECONDS = 3.0
 # On a GPU a step is as many layers as hold KV of their own in this many bytes, up to a usual depth.
 _GPU_LAYERS = 32
 _GPU_KV_BYTES = 6 << 30
-_READ = "streaming read"
+_LIMITS = "what the machine reaches"
 _WAITED = "waited"
 _OUR_PREFIXES = ("native/", "torch/", "triton/", "chain/")
 
@@ -234,13 +234,14 @@ def measure_case(
             step.
     """
     progress("laying out")
+    dtype = getattr(torch, case.dtype)
     on_gpu = clock.device.type == "cuda"
     inputs = AttentionInputs.lay_out(
         case.tree,
         case.heads,
         clock.device,
         seed,
-        dtype=getattr(torch, case.dtype),
+        dtype=dtype,
         page_size=case.page_size,
         scattered=case.scattered,
         max_layers=_GPU_LAYERS if on_gpu and not case.is_chain else 1,
@@ -252,15 +253,17 @@ def measure_case(
     ready, absent, failed = prepare_each(timed, clock, progress)
     works = {name: one.step for name, one in ready.items()}
     steps = interleaved(
-        {**works, _READ: lambda: {_READ: clock.bandwidth()}},
+        {**works, _LIMITS: lambda: {"read": clock.bandwidth(), "peak": clock.peak(dtype)}},
         rounds or clock.rounds_within(),
         warmups=0 if clock.dry else 1,
         progress=progress,
     )
-    reads = [read[_READ] for read in steps.pop(_READ)]
+    # Those of the run are of its beginning, and the clock of a processor goes up and down.
+    reached = steps.pop(_LIMITS)
+    reads, peaks = ([each[key] for each in reached] for key in ("read", "peak"))
     floor = _floor(
         inputs,
-        flop_per_s=limits[f"flop_per_s_{case.dtype}"],
+        flop_per_s=max(*peaks, limits[f"flop_per_s_{case.dtype}"]),
         bytes_per_s=max(*reads, limits["read_bytes_per_s"]),
         launch_us=limits["empty_launch_us"],
     )

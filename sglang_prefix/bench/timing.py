@@ -38,7 +38,7 @@ T = TypeVar("T")
 _FLUSH_FACTOR = 4
 # Larger than any cache, so that a read of it comes from memory.
 _STREAM_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}
-_MATRIX_SIZE = {"cpu": 1536, "cuda": 8192}
+_MATRIX_SIZE = {"cpu": 1024, "cuda": 8192}
 _EMPTY_LAUNCHES = 64
 # (floats per iteration of a program, warps, programs per SM); the fastest counts.
 _STREAM_CONFIGS = ((4096, 4, 8), (8192, 8, 4), (16384, 8, 4))
@@ -180,6 +180,8 @@ class Clock:
 
     def __init__(self, device: torch.device, *, dry: bool = False) -> None:
         self.device, self.dry = device, dry
+        self._products: dict[tuple[torch.dtype, int], list[Work]] = {}
+        self._multiplies: dict[torch.dtype, bool] = {}
         if dry:
             self.rounds = (1, 1)
 
@@ -220,27 +222,38 @@ class Clock:
         """Bytes per second of a read of a buffer that is larger than any cache."""
         return self._stream.nbytes / host_seconds(self._stream.sum)
 
+    def peak(self, dtype: torch.dtype) -> float:
+        """Operations per second of the fastest product of matrices that torch has, measured now.
+
+        On a CPU without products of a 16-bit type that is what float32's reach, since a kernel is
+        free to widen its numbers.
+        """
+        most = self._rate(torch.float32)
+        if dtype not in self._multiplies:
+            self._multiplies[dtype] = self._rate(dtype, _SMALL_MATRIX) > most / 4
+        return max(most, self._rate(dtype)) if self._multiplies[dtype] else most
+
     def limits(self, *dtypes: torch.dtype) -> dict[str, float]:
-        """Measured here and now, the fastest of some tries: "limits" of a result.
+        """The fastest of some tries: "limits" of a result.
 
         Args:
-            dtypes: of q and the caches, each with the operations per second that its products
-                reach. On a CPU without products of 16-bit types that is what float32's reach,
-                since a kernel is free to widen them.
+            dtypes: of q and the caches, each with its own :meth:`peak`.
         """
         if self.dry:
             self._try_kernels()
-        size = 64 if self.dry else _MATRIX_SIZE["cpu"]
-        most = _product_rate(torch.float32, size)
-        peaks = dict.fromkeys(dtypes, most)
-        for dtype in dtypes:
-            if dtype != torch.float32 and _product_rate(dtype, min(size, _SMALL_MATRIX)) > most / 4:
-                peaks[dtype] = max(most, _product_rate(dtype, size))
+        tries = range(_LIMIT_TRIES)
         return {
-            "read_bytes_per_s": max(self.bandwidth() for _ in range(_LIMIT_TRIES)),
+            "read_bytes_per_s": max(self.bandwidth() for _ in tries),
             "empty_launch_us": 0.0,
-            **_by_dtype(peaks),
+            **_by_dtype({dtype: max(self.peak(dtype) for _ in tries) for dtype in dtypes}),
         }
+
+    def _rate(self, dtype: torch.dtype, size: int = 0) -> float:
+        size = size or (64 if self.dry else _MATRIX_SIZE["cpu"])
+        key = (dtype, size)
+        if key not in self._products:
+            self._products[key] = _products(dtype, size)
+        return float(2 * size**3 / min(map(host_seconds, self._products[key])))
 
     def rounds_within(self, seconds: float | None = None) -> Callable[[float], int]:
         """Of one round's seconds, how many fit into ``seconds``, those of the clock if None."""
@@ -276,6 +289,7 @@ class GpuClock(Clock):
         self._flush_buffer = torch.ones(flush // 4, device=device)
         self._sums = torch.empty(self._num_sms * 8, device=device)
         self._bandwidth = 0.0
+        self._peaks: dict[torch.dtype, float] = {}
 
     def replayable(self, work: Work) -> Work:
         return capture(work, self.device)
@@ -293,23 +307,25 @@ class GpuClock(Clock):
     def bandwidth(self) -> float:
         return self._bandwidth  # as in `limits`: steady, unlike a CPU's
 
+    def peak(self, dtype: torch.dtype) -> float:
+        return self._peaks[dtype]  # likewise
+
     def limits(self, *dtypes: torch.dtype) -> dict[str, float]:
         free, _ = torch.cuda.mem_get_info(self.device)
         num_floats = min(_STREAM_BYTES["cuda"], free // 4) // 4 >> 20 << 20
         data = torch.ones(num_floats, device=self.device)
         reads = [partial(self._read, data, *config) for config in _STREAM_CONFIGS]
         self._bandwidth = data.nbytes / min(map(self._fastest, reads))
-        peaks = {}
         for dtype in dtypes:
             size = _MATRIX_SIZE["cuda"]
             # Not ones, with which the chip draws less power and clocks higher.
             matrices = torch.randn(2, size, size, device=self.device, dtype=dtype)
-            peaks[dtype] = 2 * size**3 / self._fastest(partial(torch.matmul, *matrices))
+            self._peaks[dtype] = 2 * size**3 / self._fastest(partial(torch.matmul, *matrices))
         empty = self._fastest(self.replayable(self._empty_launches))
         return {
             "read_bytes_per_s": self._bandwidth,
             "empty_launch_us": empty / _EMPTY_LAUNCHES * 1e6,
-            **_by_dtype(peaks),
+            **_by_dtype(self._peaks),
         }
 
     def _empty_launches(self) -> None:
@@ -333,8 +349,8 @@ class GpuClock(Clock):
         return float(began.elapsed_time(ended)) / 1e3
 
 
-def _product_rate(dtype: torch.dtype, size: int) -> float:
-    """Operations per second of the fastest product of matrices that torch has on the CPU."""
+def _products(dtype: torch.dtype, size: int) -> list[Work]:
+    """Ways to multiply two matrices with torch on the CPU."""
     a, b = torch.randn(2, size, size).to(dtype)
     products: list[Work] = [partial(torch.matmul, a, b)]
     if dtype == torch.float32 and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
@@ -342,8 +358,7 @@ def _product_rate(dtype: torch.dtype, size: int) -> float:
         # less well.
         by_onednn = torch.ops.mkldnn._linear_pointwise
         products.append(partial(by_onednn, a, b, None, "none", [], ""))
-    best = min(host_seconds(product) for product in products for _ in range(_LIMIT_TRIES))
-    return 2 * size**3 / best
+    return products
 
 
 def _by_dtype(peaks: Mapping[torch.dtype, float]) -> dict[str, float]:
