@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import weakref
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -50,8 +51,8 @@ class _Plan(ctypes.Structure):  # as in native/work.h
     )
 
 
-# `Layer` of native/work.h: pointers, whole numbers, real ones. It is packed in one call, since to set
-# 26 members one by one takes longer than the compiled code does for a small layer.
+# `Layer` of native/work.h: pointers, whole numbers, real ones. It is packed in one call: to set its
+# members one by one takes longer than the compiled code does for a small layer.
 _LAYER = struct.Struct("9P14q3d")
 
 
@@ -82,7 +83,7 @@ class NativeExecutor(PlanExecutor):
         self._message = ctypes.create_string_buffer(_MESSAGE_BYTES)
         self._plan = _Plan()
         self._layer = ctypes.create_string_buffer(_LAYER.size)
-        self._arrays: list[IntArray] = []  # what the plan points to
+        self._arrays = np.zeros(0, dtype=np.int64)  # what the plan points to
         self._lengths = np.zeros(0, dtype=np.int64)
         self._num_shared = 0
         self._num_threads = 0  # that the work is cut for; 0 where it must be cut anew
@@ -129,7 +130,6 @@ class NativeExecutor(PlanExecutor):
             with torch.inference_mode(False):  # may be written from outside inference mode later
                 self._slot_storage = torch.empty(plan.num_slots, dtype=torch.int32)
         self._kv_slots = self._slot_storage[: plan.num_slots]
-        self._lengths = (plan.pack_end - plan.pack_start).astype(np.int64)
         self._num_shared = plan.num_shared_packs
         self._num_threads = 0
         arrays = {
@@ -137,12 +137,20 @@ class NativeExecutor(PlanExecutor):
             "queries": plan.queries,
             "num_splits": plan.num_splits,
             "slot_offset": plan.slot_offset,
-            "lengths": self._lengths,
+            "lengths": plan.pack_end - plan.pack_start,
             "partial_indptr": plan.partial_indptr,
             "partial_index": plan.partial_index,
             "request_indptr": plan.request_indptr,
+            "starts": plan.pack_start,
         }
-        self._arrays = [np.ascontiguousarray(array, dtype=np.int64) for array in arrays.values()]
+        # In one array, so that there is one address to ask for.
+        self._arrays = np.concatenate(list(arrays.values()), dtype=np.int64)
+        begins = [0, *accumulate(map(len, arrays.values()))]
+        places = dict(zip(arrays, begins, strict=False))
+        first = self._arrays.__array_interface__["data"][0]
+        addresses = {name: first + 8 * place for name, place in places.items()}
+        self._lengths = self._arrays[places["lengths"] :][: plan.num_packs]
+        starts = addresses.pop("starts")
         shape = self.shape
         self._plan = _Plan(
             num_packs=plan.num_packs,
@@ -153,23 +161,22 @@ class NativeExecutor(PlanExecutor):
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
             v_head_dim=shape.v_head_dim,
-            **{name: _address(one) for name, one in zip(arrays, self._arrays, strict=True)},
+            **addresses,
         )
-        starts = np.ascontiguousarray(plan.pack_start, dtype=np.int64)
         rows = req_pool_indices.long().contiguous()
-        found = np.zeros(2, dtype=np.int64)
+        slot_range = (ctypes.c_int64 * 2)()
         self._library.prefix_copy_slots(
             ctypes.byref(self._plan),
-            ctypes.c_void_p(self._kv_slots.data_ptr()),
+            ctypes.c_void_p(self._plan.slots),
             ctypes.c_int64(plan.num_slots),
-            ctypes.c_void_p(_address(starts)),
+            ctypes.c_void_p(starts),
             ctypes.c_void_p(req_to_token.data_ptr()),
             ctypes.c_int64(req_to_token.stride(0)),
             ctypes.c_int64(req_to_token.dtype == torch.int64),
             ctypes.c_void_p(rows.data_ptr()),
-            ctypes.c_void_p(_address(found)),
+            slot_range,
         )
-        self._planned_range = (int(found[0]), int(found[1]))
+        self._planned_range = (slot_range[0], slot_range[1])
 
     def _find_slot_range(self) -> tuple[int, int]:
         return self._planned_range
@@ -272,11 +279,6 @@ def _call(library: ctypes.CDLL, name: str, result: Any, *arguments: Any) -> Any:
     function = library[name]  # a new one, whose result type is ours alone
     function.restype = result
     return function(*arguments)
-
-
-def _address(array: NDArray[Any]) -> int:
-    address: int = array.__array_interface__["data"][0]
-    return address
 
 
 def _split_scale(scale: float | torch.Tensor) -> tuple[float, int, int]:

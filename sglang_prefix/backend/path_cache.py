@@ -74,6 +74,10 @@ class PathCache:
         schedule: knows which requests have settled, and forgets what is known of one.
     """
 
+    _table: PathTable
+    _row_of: dict[int, int]
+    _named: set[int]
+
     def __init__(self, schedule: ScheduleContext) -> None:
         self._schedule = schedule
         self.forget()
@@ -92,18 +96,22 @@ class PathCache:
         if None not in places:
             at = np.fromiter(places, np.int64, len(places))
             return FoundPaths(self._table, self._path_of[at], self._limits[at], [])
-        others = [row for row, place in enumerate(places) if place is None]
-        settled = self._schedule.settled([reqs[row] for row in others])
-        new = list(compress(others, settled))
-        if not self._add_paths([reqs[row].last_node for row in new]):
+        strangers = [row for row, place in enumerate(places) if place is None]
+        settled = self._schedule.settled([reqs[row] for row in strangers])
+        rows = strangers if all(settled) else list(compress(strangers, settled))
+        new = [reqs[row] for row in rows]
+        nodes = [req.last_node for req in new]
+        if not self._add_paths(nodes):
             self.forget(tree)
             return self.look_up(tree_cache, reqs)
         # Place -1 is that of an empty path.
         at = np.asarray([-1 if place is None else place for place in places])
         path_of, limits = self._path_of[at], self._limits[at]
-        path_of[new], limits[new] = self._facts_of([reqs[row] for row in new])
+        if new:
+            found = np.asarray([self._row_of.get(node, -1) for node in nodes])
+            path_of[rows], limits[rows] = found, _limits_of(new, self._table, found)
         self._remember(reqs, path_of, limits)
-        newcomers = [reqs[row] for row in compress(others, map(not_, settled))]
+        newcomers = [reqs[row] for row in compress(strangers, map(not_, settled))]
         return FoundPaths(self._table, path_of, limits, newcomers)
 
     def _add_paths(self, nodes: Sequence[Any]) -> bool:
@@ -111,21 +119,17 @@ class PathCache:
 
         A streaming session's virtual node is no id and has no path.
         """
-        unknown = [n for n in dict.fromkeys(nodes) if type(n) is int and n not in self._row_of]
+        unknown = [n for n in dict.fromkeys(nodes) if n not in self._row_of and type(n) is int]
         if not unknown:
             return True
         paths = added_paths(self._tree, unknown, self._named)
         if paths is None:
             return False
-        self._row_of |= {node: len(self._row_of) + i for i, node in enumerate(unknown)}
-        self._named.update(*(ids for ids, _ in paths))
-        self._table = self._table.joined(PathTable.of(paths))
+        first, added = len(self._row_of), PathTable.of(paths)
+        self._row_of.update(zip(unknown, range(first, first + len(unknown)), strict=True))
+        self._named.update(added.node_ids.tolist())
+        self._table = self._table.joined(added)
         return True
-
-    def _facts_of(self, reqs: Sequence[Request]) -> tuple[IntArray, IntArray]:
-        """Path and limit of requests whose nodes are in the table."""
-        path_of = np.asarray([self._row_of.get(r.last_node, -1) for r in reqs], dtype=np.int64)
-        return path_of, _limits_of(reqs, self._table, path_of)
 
     def _remember(self, reqs: Sequence[Request], path_of: IntArray, limits: IntArray) -> None:
         """Know the requests that have a path, and no others: who has left is forgotten."""
@@ -139,9 +143,9 @@ class PathCache:
     def forget(self, tree: Any = None) -> None:
         """Drop everything; what is read from now on is of ``tree``."""
         self._tree = tree  # whose paths these are
-        self._row_of: dict[int, int] = {}
-        self._named: set[int] = set()  # nodes on the paths of the table
-        self._table: PathTable = PathTable.of(())
+        self._row_of = {}
+        self._named = set()  # nodes on the paths of the table
+        self._table = PathTable.of(())
         # Of the requests in `ScheduleContext.known`, at the places that it says.
         self._path_of, self._limits = np.full(1, -1), np.zeros(1, dtype=np.int64)
         self._schedule.known.clear()

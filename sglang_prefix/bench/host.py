@@ -35,12 +35,13 @@ _REUSED_STEP = "step that reuses its plan, all hooks (median)"
 TARGETS_US = {
     ("planning", 256): {
         "plan_batch": 300,
-        "plan_batch_anew": 300,
+        "plan_batch_newcomers": 300,
         "native_load": 300,
         "native_step": 20,
         "reused_step": 20,
+        "native_layers": 300,
     },
-    ("planning", 1024): {"plan_batch": 1000, "plan_batch_anew": 1000},
+    ("planning", 1024): {"plan_batch": 1000, "plan_batch_newcomers": 1000},
     ("host", 256): {_REUSED_STEP: 20},
 }
 

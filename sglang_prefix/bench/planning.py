@@ -39,6 +39,8 @@ LEVEL_TOKENS = "512,256,128,64"
 SHAPE = AttentionShape(32, 8, 128, 128, 2, 2)
 _CPU = torch.device("cpu")
 _SPARE_STEPS = 16  # warm-ups among them
+_NEWCOMER_STRIDE = 32  # every so manieth request
+_LAYERS = 30
 
 
 def measure_planning(num_requests: int, rounds: int, seed: int) -> dict[str, Any]:
@@ -82,10 +84,10 @@ def measure_planning(num_requests: int, rounds: int, seed: int) -> dict[str, Any
         "forest": make_forest,
         "pack_and_lay_out": lambda: planner.plan(forest),
         "plan": lambda: planner.plan(make_forest()),
-        # All that the backend does to plan a batch, slots left out: of requests that are known
-        # from the plan before; of which everything is read anew; with SGLang's path call besides.
+        # All that the backend does to plan a batch, slots left out: of requests that were in the
+        # batch before; where some are new, on new nodes; where all are, which SGLang is asked for.
         "plan_batch": batch.plan,
-        "plan_batch_anew": batch.plan_anew,
+        "plan_batch_newcomers": batch.plan_newcomers,
         "plan_batch_first": batch.plan_first,
         # What loading a plan into the Triton executor costs the host, launches left out.
         "work_list": make_work_list,
@@ -138,6 +140,7 @@ class _DecodeBatch:
         )
         setattr(self._forward_batch, BATCH_ATTRIBUTE, batch)
         self._schedule.settle(tree.requests)
+        self._reqs = tree.requests
         self.plan()
 
     def plan(self) -> None:
@@ -145,9 +148,11 @@ class _DecodeBatch:
         self._planner.invalidate()
         self._step()
 
-    def plan_anew(self) -> None:
-        """The same, where everything is read of each request, on nodes that are known."""
-        self._schedule.known.clear()
+    def plan_newcomers(self) -> None:
+        """The same, where nothing is known of some requests and of their nodes."""
+        for req in self._reqs[::_NEWCOMER_STRIDE]:
+            del self._schedule.known[req]
+            del self._planner._paths._row_of[req.last_node]
         self.plan()
 
     def plan_first(self) -> None:
@@ -187,6 +192,7 @@ class _NativeSteps:
         batch = _DecodeBatch(
             tree, lens, group, in_graph=False, reserved_tail_slots=rounds + _SPARE_STEPS
         )
+        executor.cut()  # as the first layer does
         rows, plan = torch.arange(len(lens)), executor.plan
         assert plan is not None
         loads = NativeExecutor(shape, _CPU)
@@ -198,13 +204,18 @@ class _NativeSteps:
         )
         cache = torch.zeros(int(tree.table.max()) + 1, 1, 1)
         q, out, params = torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), AttentionParams(1.0)
+
+        def run_layers() -> None:
+            for _ in range(_LAYERS):
+                alone.run(q, cache, cache, out, None, params)
+
         self.stages = {
             "native_load": lambda: loads.load(plan, tree.table, rows),
             "native_cut": loads.cut,
             # A step that goes on: tails grow by a slot, and the work with them.
             "native_step": batch.keep,
-            # One layer of one request of one token.
-            "native_call": lambda: alone.run(q, cache, cache, out, None, params),
+            # The calls of 30 layers, for one request of one token.
+            "native_layers": run_layers,
         }
 
 

@@ -11,6 +11,7 @@
 #include <ATen/Parallel.h>
 
 #include <cstdio>
+#include <limits>
 
 #include "few_rows.h"
 #include "many_rows.h"
@@ -99,21 +100,23 @@ int64_t prefix_products() { return multiplies<BFloat16>() + 2 * multiplies<Half>
 void prefix_copy_slots(const Plan* plan, int32_t* slots, int64_t num_slots, const int64_t* starts,
                        const void* table, int64_t row_stride, int64_t table_is_64_bit,
                        const int64_t* rows, int64_t* range) {
-  std::fill(slots, slots + num_slots, 0);
   int64_t low = num_slots ? INT64_MAX : 0, high = 0;
-  auto copy = [&](const auto* from, int32_t* to, int64_t n) {
+  auto copy = [&]<class T>(const T* from, int32_t* to, int64_t n) {
+    T least = std::numeric_limits<T>::max(), most = 0;
     for (int64_t t = 0; t < n; t++) {
-      low = std::min<int64_t>(low, from[t]);
-      high = std::max<int64_t>(high, from[t]);
+      least = std::min(least, from[t]);
+      most = std::max(most, from[t]);
       to[t] = int32_t(from[t]);
     }
+    if (n) low = std::min<int64_t>(low, least), high = std::max<int64_t>(high, most);
   };
   for (int64_t p = 0; p < plan->num_packs; p++) {
-    const int64_t row = rows[plan->queries[plan->query_indptr[p]]];
+    const int64_t row = rows[plan->queries[plan->query_indptr[p]]], n = plan->lengths[p];
     const int64_t at = row * row_stride + starts[p];
     int32_t* to = slots + plan->slot_offset[p];
-    if (table_is_64_bit) copy((const int64_t*)table + at, to, plan->lengths[p]);
-    else copy((const int32_t*)table + at, to, plan->lengths[p]);
+    if (table_is_64_bit) copy((const int64_t*)table + at, to, n);
+    else copy((const int32_t*)table + at, to, n);
+    std::fill(to + n, slots + plan->slot_offset[p + 1], 0);
   }
   range[0] = low, range[1] = high;
 }
