@@ -104,11 +104,12 @@ def test_what_says_that_memory_does_not_suffice() -> None:
 
 def test_a_result_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "new" / "host.json"
-    write_result(path, result())
+    whole = result()
+    write_result(path, whole)
     for bad in (result(wall_s=float("nan")), result(note=object())):
         with pytest.raises((TypeError, ValueError)):
             write_result(path, bad)
-    assert read_result(path, "bench-host") == json.loads(json.dumps(result()))
+    assert read_result(path, "bench-host") == json.loads(json.dumps(whole))
     assert list(path.parent.iterdir()) == [path]
 
 
