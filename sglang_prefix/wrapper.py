@@ -104,11 +104,12 @@ class PrefixDecodeWrapper:
         self.executor = choose_executor(executor, self.device, self.q_dtype, self.kv_dtype)
         heads, dims = (self.num_qo_heads, self.num_kv_heads), (self.head_dim, self.v_head_dim)
         shape = AttentionShape(*heads, *dims, self.q_dtype.itemsize, self.kv_dtype.itemsize)
+        most = self.max_partials or max(1, _PARTIALS_BYTES // shape.partial_size)
+        options = {"max_parts": most} if self.executor == "native" else {}
         self._executor = make_executor(
-            self.executor, shape, self.device, check_slots=verify_requested()
+            self.executor, shape, self.device, check_slots=verify_requested(), **options
         )
         profile = profile_for(self.executor, self._executor.max_block_rows)
-        most = self.max_partials or max(1, _PARTIALS_BYTES // shape.partial_size)
         self._planner = PackPlanner(shape, profile, policy=policy, max_partials=most)
         self._plan: CostedPlan | None = None
         self._seq_lens = np.zeros(0, dtype=np.int64)  # in use: those planned, or advanced to

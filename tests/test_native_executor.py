@@ -162,6 +162,41 @@ def test_a_tail_grows_no_further_than_into_its_reserved_slots() -> None:
     loaded.check()
 
 
+@with_threads(2, 7)
+def test_threads_end_together(threads: int) -> None:
+    """Each takes the next item when it is done: the last is done soon after all could have been."""
+    groups = [Fork(b // 8 * 8, 300 * (b % 8 > 0), 40 + b % 8) for b in range(512)]
+    for forks in (
+        [Fork(0, 0, 1 << 17)],
+        [Fork(b, 0, 30 + b % 50) for b in range(1024)],
+        groups,
+        [Fork(0, 0, 20 * TILE), *(Fork(b, 0, 100) for b in range(1, 9))],
+    ):
+        loaded = load(make_case(build_batch(forks), head_dim=16), "native", "node")
+        loaded.run()
+        assert isinstance(loaded.executor, NativeExecutor)
+        costs = loaded.executor.item_costs
+        assert (np.diff(costs) <= 0).all()
+        ends = np.zeros(threads, dtype=np.int64)
+        for cost in costs:
+            ends[ends.argmin()] += cost
+        assert ends.max() <= 1.1 * costs.sum() / threads
+
+
+@with_threads(5)
+@pytest.mark.parametrize("spare", [0, 1, 2, 7, 40])
+def test_parts_are_bounded(spare: int, threads: int) -> None:
+    """Whatever the threads would want, the memory is what it may be; a plan runs in any case."""
+    for name, case in cases_for_threads():
+        planned = load(case, "native", "node").plan.num_partials
+        executor = NativeExecutor(case.shape, torch.device("cpu"), max_parts=planned + spare)
+        loaded = load(case, "native", "node", executor=executor)
+        loaded.check()
+        assert planned <= executor.num_parts <= planned + spare, name
+        if spare > 1 and name == "one long request":
+            assert executor.num_parts > planned
+
+
 def test_work_is_not_cut_for_one_thread() -> None:
     for name, case in cases_for_threads():
         loaded = load(case, "native", "node")

@@ -36,6 +36,7 @@ _TYPES = {
 _MAX_GROWN = 128
 _MESSAGE_BYTES = 1000
 _MESSAGE_SIZE = ctypes.c_int64(_MESSAGE_BYTES)
+_MOST_PARTS = 2**62
 
 
 def _members(kind: Any, names: str) -> list[tuple[str, Any]]:
@@ -63,6 +64,10 @@ class NativeExecutor(PlanExecutor):
     depends on them and on the number of threads, so that is done by the first layer after a load.
     While tails grow, the items at their ends grow with them, and the work is seldom cut anew.
 
+    Args:
+        max_parts: how many partials the work may be cut into; None for any number. A plan of more
+            runs, too, and is cut no further.
+
     Attributes:
         num_parts: partials that the work is cut into now, at least those of the plan.
         partial_out, partial_lse: [>= num_parts, Hq, Dv] and [>= num_parts, Hq] float32.
@@ -74,9 +79,15 @@ class NativeExecutor(PlanExecutor):
     name = "native"
 
     def __init__(
-        self, shape: AttentionShape, device: torch.device, *, check_slots: bool = False
+        self,
+        shape: AttentionShape,
+        device: torch.device,
+        *,
+        check_slots: bool = False,
+        max_parts: int | None = None,
     ) -> None:
         super().__init__(shape, device, check_slots=check_slots)
+        self.max_parts = max_parts
         self._library = native_library.library()
         self._work = ctypes.c_void_p(_call(self._library, "prefix_new", ctypes.c_void_p))
         weakref.finalize(self, self._library.prefix_delete, self._work)
@@ -107,6 +118,15 @@ class NativeExecutor(PlanExecutor):
             if dtype not in _TYPES:
                 return f"it does not read {dtype}"
         return native_library.why_not()
+
+    @property
+    def item_costs(self) -> IntArray:
+        """Of the items that the work is cut into, in the order in which threads take them."""
+        size = _call(self._library, "prefix_costs", ctypes.c_int64, self._work, None)
+        costs = np.zeros(size, dtype=np.int64)
+        address = ctypes.c_void_p(_address(costs))
+        _call(self._library, "prefix_costs", ctypes.c_int64, self._work, address)
+        return costs
 
     @property
     def kv_slots(self) -> torch.Tensor:
@@ -262,8 +282,9 @@ class NativeExecutor(PlanExecutor):
 
     def cut(self) -> None:
         """Cut the work for the lengths and threads of now; the first layer to run does it."""
+        most = ctypes.c_int64(_MOST_PARTS if self.max_parts is None else self.max_parts)
         self.num_parts = _call(
-            self._library, "prefix_cut", ctypes.c_int64, self._work, ctypes.byref(self._plan)
+            self._library, "prefix_cut", ctypes.c_int64, self._work, ctypes.byref(self._plan), most
         )
         shape = (self.num_parts, self.shape.num_qo_heads)
         if len(self.partial_lse) < self.num_parts:

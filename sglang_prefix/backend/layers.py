@@ -158,8 +158,10 @@ def _build_group(
     options: dict[str, Any] = {}
     workspace = None
     budget = config.workspace_mib * 2**20 // num_groups
-    # The torch executor takes memory when it needs it; this is what it may come to need.
+    # Executors of the CPU take memory when they need it; this is what they may come to need.
     max_partials = max(1, budget // shape.partial_size)
+    if name == "native":
+        options = {"max_parts": max_partials}
     if name == "triton":
         workspace = _workspace_of(model_runner, shape, config, budget)
         max_partials = workspace.max_partials

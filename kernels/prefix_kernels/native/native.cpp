@@ -20,28 +20,23 @@ namespace {
 
 // A request's output: its parts, weighted by exp(lse of the part - lse of all).
 void merge(const Run& run, int64_t request) {
-  const Plan& plan = run.plan;
-  const Layer& layer = run.layer;
-  const int64_t heads = plan.num_qo_heads, dim = plan.v_head_dim;
-  const int64_t first = run.work.part_indptr[plan.request_indptr[request]];
-  const int64_t last = run.work.part_indptr[plan.request_indptr[request + 1]];
+  const int64_t heads = run.plan.num_qo_heads, dim = run.plan.v_head_dim;
+  const auto [first, last] = run.parts(request);
   float* sum = scratch.row.at_least<float>(dim);
-  const Convert convert = converter_to(layer.q_type);
   for (int64_t head = 0; head < heads; head++) {
-    const float* lse = layer.partial_lse + head;
+    const float* lse = run.layer.partial_lse + head;
     float peak = -INF, total = 0.f;
     for (int64_t i = first; i < last; i++) peak = std::max(peak, lse[i * heads]);
-    for (int64_t i = first; i < last; i++) total += std::exp(lse[i * heads] - peak);
     std::fill(sum, sum + dim, 0.f);
     for (int64_t i = first; i < last; i++) {
-      const float weight = std::exp(lse[i * heads] - peak) / total;
-      const float* values = layer.partial_out + (i * heads + head) * dim;
-      for (int64_t d = 0; weight != 0.f && d < dim; d++) sum[d] += weight * values[d];
+      const float weight = std::exp(lse[i * heads] - peak);
+      if (weight == 0.f) continue;
+      const float* values = run.layer.partial_out + (i * heads + head) * dim;
+      for (int64_t d = 0; d < dim; d++) sum[d] += weight * values[d];
+      total += weight;
     }
-    const int64_t at = request * layer.out_stride + head * layer.out_head_stride;
-    convert(sum, layer.out + at * ITEMSIZE[layer.q_type], dim);
-    if (layer.lse)
-      layer.lse[request * layer.lse_stride + head * layer.lse_head_stride] = peak + std::log(total);
+    for (int64_t d = 0; d < dim; d++) sum[d] /= total;
+    run.write_output(request, head, sum, peak + std::log(total));
   }
 }
 
@@ -60,7 +55,8 @@ void take_items(void* argument) {
       (item.kv_head < 0 ? few[run.layer.kv_type] : many[type])(run, item);
       for (int64_t j = 0; j < item.num_queries; j++) {
         const int64_t request = run.request(item, j);
-        if (run.work.open[request].fetch_sub(1, std::memory_order_acq_rel) == 1)
+        const auto [first, last] = run.parts(request);
+        if (run.work.open[request].fetch_sub(1, std::memory_order_acq_rel) == 1 && last - first > 1)
           merge(run, request);
       }
     }
@@ -88,8 +84,14 @@ void prefix_delete(Work* work) { delete work; }
 
 // Cut a plan for the threads that torch has now; returns the number of parts, which are [parts, Hq,
 // Dv] of output and [parts, Hq] of lse.
-int64_t prefix_cut(Work* work, const Plan* plan) {
-  return cut(*work, *plan, at::get_num_threads());
+int64_t prefix_cut(Work* work, const Plan* plan, int64_t max_parts) {
+  return cut(*work, *plan, at::get_num_threads(), max_parts);
+}
+
+// The costs of the items in the order in which they are taken, where `costs` is given; their number.
+int64_t prefix_costs(const Work* work, int64_t* costs) {
+  for (size_t i = 0; costs && i < work->items.size(); i++) costs[i] = work->items[i].cost;
+  return work->items.size();
 }
 
 // Bit 0: bfloat16 is multiplied as it is; bit 1: float16. Otherwise it is widened to float32.

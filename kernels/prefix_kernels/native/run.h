@@ -45,19 +45,32 @@ struct Run {
   int64_t request(const Item& item, int64_t query) const {
     return plan.queries[plan.query_indptr[item.pack] + item.first_query + query];
   }
-  // Write the output of one row, normalised, and its lse to the part that is the item's.
-  void write_part(const Item& item, int64_t query, int64_t head, const float* out, float peak,
+  // The parts of a request: first, and past the last.
+  std::pair<int64_t, int64_t> parts(int64_t request) const {
+    return {work.part_indptr[plan.request_indptr[request]],
+            work.part_indptr[plan.request_indptr[request + 1]]};
+  }
+  void write_output(int64_t request, int64_t head, const float* out, float lse) const {
+    const int64_t at = request * layer.out_stride + head * layer.out_head_stride;
+    converter_to(layer.q_type)(out, layer.out + at * ITEMSIZE[layer.q_type], plan.v_head_dim);
+    if (layer.lse) layer.lse[request * layer.lse_stride + head * layer.lse_head_stride] = lse;
+  }
+  // Normalise the output of one row, and write it with its lse to the part that is the item's, or
+  // to the layer's output where the request has no other.
+  void write_part(const Item& item, int64_t query, int64_t head, float* out, float peak,
                   float sum) const {
+    const bool empty = item.begin == item.end;
+    const float factor = layer.v_scale(head / plan.group()) / sum;
+    const float lse = empty ? -INF : peak + std::log(sum);
+    for (int64_t d = 0; d < plan.v_head_dim; d++) out[d] = empty ? 0.f : out[d] * factor;
+    const auto [first, last] = parts(request(item, query));
+    if (last - first == 1) return write_output(request(item, query), head, out, lse);
     const int64_t count = plan.query_indptr[item.pack + 1] - plan.query_indptr[item.pack];
     const int64_t place = item.split * count + item.first_query + query;
     const int64_t partial = plan.partial_index[plan.partial_indptr[item.pack] + place];
     const int64_t row = (work.part_indptr[partial] + item.piece) * plan.num_qo_heads + head;
-    const bool empty = item.begin == item.end;
-    const float factor = empty ? 0.f : layer.v_scale(head / plan.group()) / sum;
-    float* to = layer.partial_out + row * plan.v_head_dim;
-    for (int64_t d = 0, n = plan.v_head_dim; d < n; d += LANES)
-      store_some(to + d, load_some(out + d, n - d) * factor, n - d);
-    layer.partial_lse[row] = empty ? -INF : peak + std::log(sum);
+    std::copy_n(out, plan.v_head_dim, layer.partial_out + row * plan.v_head_dim);
+    layer.partial_lse[row] = lse;
   }
 };
 

@@ -46,6 +46,7 @@ typedef uint8_t U8 __attribute__((vector_size(LANES)));
 struct E4M3 { uint8_t bits; };
 struct E5M2 { uint8_t bits; };
 
+// Not by memcpy: GCC then reads a vector again for each of its uses.
 template <class V> using Anywhere __attribute__((aligned(1), may_alias)) = V;
 template <class V> V get(const void* from) { return *(const Anywhere<V>*)from; }
 template <class V> void put(void* to, V x) { *(Anywhere<V>*)to = x; }
@@ -163,7 +164,8 @@ template <int S = LANES / 2> void transpose(F* rows) {  // [LANES][LANES] in pla
     if (!(i & S)) exchange<S>(rows[i], rows[i | S], LANE_NUMBERS);
   if constexpr (S > 1) transpose<S / 2>(rows);
 }
-template <int S = LANES / 2> __attribute__((always_inline)) inline F sums_of(F* rows) {  // [LANES][LANES]: lane i is the sum of row i
+template <int S = LANES / 2>  // [LANES][LANES]: lane i is the sum of row i
+__attribute__((always_inline)) inline F sums_of(F* rows) {
   for (int i = 0; i < S; i++) {
     exchange<S>(rows[i], rows[i | S], LANE_NUMBERS);
     rows[i] += rows[i | S];

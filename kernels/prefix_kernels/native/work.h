@@ -79,8 +79,9 @@ struct Work {
 };
 
 // A split of the plan that would keep one thread busy while others wait is cut further; its
-// partials then have several parts. Returns the number of parts.
-int64_t cut(Work& work, const Plan& plan, int64_t num_threads) {
+// partials then have several parts, in all no more than `max_parts` or the plan's own. Returns the
+// number of parts.
+int64_t cut(Work& work, const Plan& plan, int64_t num_threads, int64_t max_parts) {
   const int64_t group = plan.group(), heads = plan.num_kv_heads;
   auto num_rows = [&](int64_t p) {
     return (plan.query_indptr[p + 1] - plan.query_indptr[p]) * group;
@@ -89,6 +90,7 @@ int64_t cut(Work& work, const Plan& plan, int64_t num_threads) {
   for (int64_t p = 0; p < plan.num_packs; p++)
     total += double(plan.lengths[p]) * heads * (READ_COST + num_rows(p));
   const double most = num_threads > 1 ? total / (num_threads * ITEMS_PER_THREAD) + 1 : INF;
+  int64_t spare = std::max<int64_t>(0, max_parts - plan.num_partials);
   work.unsorted.clear();
   work.part_indptr.assign(plan.num_partials + 1, 0);
   work.contributions.assign(plan.num_requests, 0);
@@ -101,11 +103,14 @@ int64_t cut(Work& work, const Plan& plan, int64_t num_threads) {
     const int64_t token_cost =
         (few ? heads : 1) * (READ_COST + std::min(rows, step * group));
     const int64_t wanted = int64_t(double(chunk) * token_cost / most) + 1;
-    const int64_t pieces = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, chunk / MIN_PIECE));
+    const int64_t most_pieces =
+        std::min(chunk / MIN_PIECE, 1 + spare / std::max<int64_t>(1, plan.num_splits[p] * count));
+    const int64_t pieces = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, most_pieces));
     const int64_t piece = std::max(round_up(divide_up(chunk, pieces), few ? FEW_TILE : TILE), TILE);
     for (int64_t split = 0; split < plan.num_splits[p]; split++) {
       const int64_t low = std::min(split * chunk, length), high = std::min(low + chunk, length);
       const int64_t num_pieces = std::max<int64_t>(1, divide_up(high - low, piece));
+      spare -= (num_pieces - 1) * count;
       for (int64_t j = 0; j < count; j++)
         work.part_indptr[1 + plan.partial_index[plan.partial_indptr[p] + split * count + j]] =
             num_pieces;
