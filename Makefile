@@ -76,19 +76,22 @@ bench-cpu: install  ## Measure our executors against SGLang's own decode, and th
 	$(BIN)/sglang-prefix exec -- $(BIN)/sglang-prefix bench kernel --workload cpu --out build/cpu
 	$(BIN)/sglang-prefix exec -- $(BIN)/sglang-prefix bench host --out build/cpu
 
-# vLLM wants another torch than SGLang, so it gets an environment of its own, without SGLang.
+# vLLM wants another torch than SGLang, so it gets an environment of its own, without SGLang. As
+# built for CPUs it is not on PyPI; a mirror may have it.
 PEERS := .venv-peers
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 $(PEERS)/.installed: .ci/peers.txt pyproject.toml
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install -q --upgrade pip
-	$(PEERS)/bin/python -m pip install -q -r .ci/peers.txt
+	$(PEERS)/bin/python -m pip install -q -r .ci/peers.txt || \
+		$(PEERS)/bin/python -m pip install -q --extra-index-url $(TORCH_INDEX) -r .ci/peers.txt
 	$(PEERS)/bin/python $(PIP_INSTALL) --no-deps -e .
 	@touch $@
 
 # Half an hour on two cores; what is left then is measured by a second call with --resume.
 bench-cpu-peers: $(PEERS)/.installed  ## Measure ours against vLLM's attention on this CPU (PEERS_ARGS=--resume)
-	$(PEERS)/bin/sglang-prefix bench kernel $(if $(findstring --resume,$(PEERS_ARGS)),,--workload cpu-peers) \
+	$(PEERS)/bin/sglang-prefix bench kernel --workload cpu-peers \
 		--out build/cpu-peers --budget-s 1800 --no-plots $(PEERS_ARGS)
 
 # On a GPU host: its own python3 with what CONTRIBUTING.md lists; nothing is installed.
