@@ -7,7 +7,7 @@ of NaN before a layer runs, so that whatever is read or left unwritten by mistak
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from prefix_kernels.native_executor import NativeExecutor
 from prefix_kernels.oracle import KERNEL_TOLERANCES, TOLERANCES, decode_attention_oracle
 from prefix_kernels.plan import AttentionShape, PackPlan, verify_plan
 from prefix_kernels.triton_executor import LAUNCH_MODES, MERGE_MODES, TritonExecutor
-from sglang_prefix.packing import CPU_PROFILE, DeviceProfile
+from sglang_prefix.packing import DeviceProfile
 from sglang_prefix.packing.planner import PackPlanner
 from tests.forests import Batch
 
@@ -43,7 +43,7 @@ IntArray = NDArray[np.int64]
 Outputs = tuple[torch.Tensor, torch.Tensor]
 
 # Packs are nearly free, so that short generated batches have some; with splits, short ones too.
-WHOLE = replace(CPU_PROFILE, name="whole", pack_bytes=100)
+WHOLE = DeviceProfile("whole", 1 << 20, 0.0, 100, 1, 1 << 20)
 SPLITS = DeviceProfile("splits", 16, 0.4, 100, 24, 8)
 
 # Every way to run a plan: an executor by name, and its options.

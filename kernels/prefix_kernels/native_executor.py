@@ -124,7 +124,7 @@ class NativeExecutor(PlanExecutor):
         """Of the items that the work is cut into, in the order in which threads take them."""
         size = _call(self._library, "prefix_costs", ctypes.c_int64, self._work, None)
         costs = np.zeros(size, dtype=np.int64)
-        address = ctypes.c_void_p(_address(costs))
+        address = ctypes.c_void_p(costs.ctypes.data)
         _call(self._library, "prefix_costs", ctypes.c_int64, self._work, address)
         return costs
 

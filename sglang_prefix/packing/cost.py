@@ -95,9 +95,9 @@ def load_cpu_profiles(path: Path) -> dict[str, DeviceProfile]:
     return found
 
 
-# By executor. The file names the measurement that it was made of. Its numbers are ratios, of
-# arithmetic and fixed costs to reads, that two cores of one processor have; another one differs
-# less from them than the choices that they decide differ from each other.
+# By executor. The table names the result file that it was made of, of two threads of an AMD EPYC
+# with AVX2. Its numbers are ratios to the time of a read: a processor that is faster at everything
+# has the same ones; where arithmetic is much faster than reads, as with AMX, they are too high.
 CPU_PROFILES = load_cpu_profiles(PROFILES_FILE)
 CPU_PROFILE = CPU_PROFILES["native"]
 
