@@ -76,8 +76,8 @@ bench-cpu: install  ## Measure our executors against SGLang's own decode, and th
 	$(BIN)/sglang-prefix exec -- $(BIN)/sglang-prefix bench kernel --workload cpu --out build/cpu
 	$(BIN)/sglang-prefix exec -- $(BIN)/sglang-prefix bench host --out build/cpu
 
-# vLLM wants another torch than SGLang, so it gets an environment of its own, without SGLang. As
-# built for CPUs it is not on PyPI; a mirror may have it.
+# vLLM wants another torch than SGLang, so it gets an environment of its own, without SGLang. That
+# torch, built for CPUs, is on PyTorch's own index.
 PEERS := .venv-peers
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 

@@ -266,6 +266,16 @@ def test_nan_stays_with_its_request(dtype: torch.dtype) -> None:
     assert_close((out[clean], lse[clean]), expected, KERNEL_TOLERANCES)
 
 
+def test_nan_stays_with_its_head() -> None:
+    """Rows that fill no vector are copied; what lies behind K's may not be left from V's."""
+    case = make_case(build_batch([Fork(0, 0, 100)]), group=4, head_dim=12, v_head_dim=20)
+    expected_out, expected_lse = case.oracle()
+    case.v_cache[:, 1] = torch.nan
+    out, lse = load(case, "native", "node").run()
+    assert out[:, 4:].isnan().all()
+    assert_close((out[:, :4], lse), (expected_out[:, :4], expected_lse), KERNEL_TOLERANCES)
+
+
 def check_compiled(flags: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Both kinds of items in all dtypes, by what these options compile."""
     use_library_of(flags, monkeypatch)

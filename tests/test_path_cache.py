@@ -157,7 +157,9 @@ def test_what_nobody_holds_any_more_is_dropped(scheduler: Scheduler) -> None:
         node = scheduler._match((*SYSTEM[:5], 100 + token))[0]
         look_up(cache, scheduler.cache, [req, make_request(9, (), node)])
         assert len(cache._row_of) <= _SPARE_PATHS + 5
-        assert len(cache._schedule.known) == 2
+        assert len(cache._known) == 2
+    look_up(cache, scheduler.cache, [req])
+    assert list(cache._known) == [req]
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -121,7 +121,7 @@ class NativeExecutor(PlanExecutor):
 
     @property
     def item_costs(self) -> IntArray:
-        """Of the items that the work is cut into, in the order in which threads take them."""
+        """Of the items of the work, as threads take them: for tests of how even it is cut."""
         size = _call(self._library, "prefix_costs", ctypes.c_int64, self._work, None)
         costs = np.zeros(size, dtype=np.int64)
         address = ctypes.c_void_p(costs.ctypes.data)
@@ -209,7 +209,12 @@ class NativeExecutor(PlanExecutor):
 
         Raises:
             RuntimeError: a tail has used up its reserved slots.
+            ValueError: there are fewer slots than requests.
         """
+        if len(new_slots) < self._plan.num_requests:
+            raise ValueError(
+                f"new_slots has {len(new_slots)} elements; legal: {self._plan.num_requests} or more"
+            )
         self._append(seq_lens, new_slots)  # which widens the range of slots, too
 
     def _append(self, seq_lens: torch.Tensor, new_slots: torch.Tensor) -> None:

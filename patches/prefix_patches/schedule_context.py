@@ -50,8 +50,6 @@ class ScheduleContext:
         graph_labels: the labels under which each decode graph is captured, see
             `graph_labels.py`; none where graphs hold nothing of ours.
         graph_label: the label being captured, or chosen for the step under way.
-        known: what the backend's path cache remembers of requests that have settled. A request that
-            is prefilled or retracted is taken out.
         on_passed_by: called with the reason, a value of :data:`PASSED_BY`, for every pass that
             generates tokens and is no decode.
         seconds: host time that publishing a batch took, for each of the newest passes.
@@ -67,7 +65,6 @@ class ScheduleContext:
         self.epoch = 0
         self.graph_labels: tuple[str, ...] = ()
         self.graph_label = ""
-        self.known: dict[Request, int] = {}
         self.on_passed_by: Callable[[str], None] | None = None
         self.seconds: deque[float] = deque(maxlen=500)
 
@@ -113,12 +110,6 @@ def _unsettle(batch: ScheduleBatch) -> None:
     for req in batch.reqs or ():
         if id(req) not in decoding:
             vars(req).pop(_SETTLED_ATTRIBUTE, None)
-            _forget(req)
-
-
-def _forget(req: Request) -> None:
-    for schedule in _CONTEXTS:
-        schedule.known.pop(req, None)
 
 
 def schedule_context_of(model_runner: ModelRunner) -> ScheduleContext | None:
@@ -155,7 +146,6 @@ def _forward(original: Any, self: Any, forward_batch: Any, *args: Any, **kwargs:
 def _reset_for_retract(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     for schedule in _CONTEXTS:
         schedule.epoch += 1
-    _forget(self)
     return original(self, *args, **kwargs)
 
 

@@ -244,7 +244,7 @@ class PrefixAttnBackend(DelegatingBackend):
             try:
                 reason = self._planner.prepare(batch)
             except Exception:
-                self._planner.invalidate()
+                self._planner.forget()
                 if self._verify or (batch.in_graph and self._labels.ranks_must_agree):
                     raise
                 self._log_failure("planning")

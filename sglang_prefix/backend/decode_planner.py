@@ -130,7 +130,7 @@ class DecodePlanner:
         self._counters = counters
         self._gate = gate
         self._verify = verify
-        self._paths = PathCache(schedule)
+        self.paths = PathCache(schedule)
         self._planned: _Planned | None = None
 
     def prepare(self, batch: DecodeBatch) -> str | None:
@@ -207,7 +207,7 @@ class DecodePlanner:
     def forget(self) -> None:
         """Read everything of every request and of its tree anew, for the next plan."""
         self.invalidate()
-        self._paths.forget()
+        self.paths.forget()
 
     def can_reuse(self, batch: DecodeBatch) -> bool:
         """Whether the plan in use serves this step too: same requests, same rows, same tree.
@@ -310,7 +310,7 @@ class DecodePlanner:
     def _look_up(self, batch: DecodeBatch, reqs: list[Request]) -> FoundPaths | None:
         """The requests' paths, or None if this tree cannot be read on the CPU."""
         began = time.perf_counter()
-        found = self._paths.look_up(batch.tree_cache, reqs)
+        found = self.paths.look_up(batch.tree_cache, reqs)
         self._counters.path_seconds += time.perf_counter() - began
         return found
 

@@ -49,8 +49,9 @@ class PathCache:
 
     *Of a request*: the node that it holds, and the length of its row that the tree owns. SGLang
     sets both when it prefills the request and before its second decode step, that is before it
-    settles. So they are read when it has, and the schedule forgets a request that is prefilled
-    again or retracted (``ScheduleContext.known``).
+    settles. So they are read when it has. One that is prefilled again or retracted is no longer
+    settled; it settles again with a plan, whose look-up has dropped what was known before. So a
+    schedule has one cache.
 
     *Of the tree*: paths by node id. A node that a request holds now and that was in the tree when
     its path was read has been there in between, and so have all nodes above it. For such a node,
@@ -71,11 +72,12 @@ class PathCache:
     does not. `radix_paths.added_paths` sees that this may be so; then everybody is asked for.
 
     Args:
-        schedule: knows which requests have settled, and forgets what is known of one.
+        schedule: knows which requests have settled.
     """
 
     _table: PathTable
     _row_of: dict[int, int]
+    _known: dict[Request, int]
     _named: set[int]
 
     def __init__(self, schedule: ScheduleContext) -> None:
@@ -92,13 +94,19 @@ class PathCache:
             return self._read_all(tree_cache, reqs)
         if tree is not self._tree or len(self._row_of) > 2 * len(reqs) + _SPARE_PATHS:
             self.forget(tree)
-        places = list(map(self._schedule.known.get, reqs))
+        settled = self._schedule.settled(reqs)
+        places = list(map(self._known.get, reqs))
+        if not all(settled):  # what was known of the others is of before their prefill
+            places = [
+                place if is_one else None for place, is_one in zip(places, settled, strict=True)
+            ]
         if None not in places:
             at = np.fromiter(places, np.int64, len(places))
-            return FoundPaths(self._table, self._path_of[at], self._limits[at], [])
-        strangers = [row for row, place in enumerate(places) if place is None]
-        settled = self._schedule.settled([reqs[row] for row in strangers])
-        rows = strangers if all(settled) else list(compress(strangers, settled))
+            path_of, limits = self._path_of[at], self._limits[at]
+            if len(reqs) < len(self._known):
+                self._remember(reqs, path_of, limits)
+            return FoundPaths(self._table, path_of, limits, [])
+        rows = [row for row, place in enumerate(places) if place is None and settled[row]]
         new = [reqs[row] for row in rows]
         nodes = [req.last_node for req in new]
         if not self._add_paths(nodes):
@@ -111,7 +119,7 @@ class PathCache:
             found = np.asarray([self._row_of.get(node, -1) for node in nodes])
             path_of[rows], limits[rows] = found, _limits_of(new, self._table, found)
         self._remember(reqs, path_of, limits)
-        newcomers = [reqs[row] for row in compress(strangers, map(not_, settled))]
+        newcomers = list(compress(reqs, map(not_, settled)))
         return FoundPaths(self._table, path_of, limits, newcomers)
 
     def _add_paths(self, nodes: Sequence[Any]) -> bool:
@@ -125,7 +133,7 @@ class PathCache:
         paths = added_paths(self._tree, unknown, self._named)
         if paths is None:
             return False
-        first, added = len(self._row_of), PathTable.of(paths)
+        first, added = len(self._table.lengths), PathTable.of(paths)
         self._row_of.update(zip(unknown, range(first, first + len(unknown)), strict=True))
         self._named.update(added.node_ids.tolist())
         self._table = self._table.joined(added)
@@ -134,11 +142,9 @@ class PathCache:
     def _remember(self, reqs: Sequence[Request], path_of: IntArray, limits: IntArray) -> None:
         """Know the requests that have a path, and no others: who has left is forgotten."""
         self._path_of, self._limits = np.append(path_of, -1), np.append(limits, 0)
-        known = self._schedule.known
-        known.clear()
-        known.update(zip(reqs, range(len(reqs)), strict=True))
+        self._known = dict(zip(reqs, range(len(reqs)), strict=True))
         for row in np.flatnonzero(path_of < 0):
-            del known[reqs[row]]
+            del self._known[reqs[row]]
 
     def forget(self, tree: Any = None) -> None:
         """Drop everything; what is read from now on is of ``tree``."""
@@ -146,9 +152,9 @@ class PathCache:
         self._row_of = {}
         self._named = set()  # nodes on the paths of the table
         self._table = PathTable.of(())
-        # Of the requests in `ScheduleContext.known`, at the places that it says.
+        # Of the requests of the newest batch, at these places.
+        self._known = {}
         self._path_of, self._limits = np.full(1, -1), np.zeros(1, dtype=np.int64)
-        self._schedule.known.clear()
 
     def _read_all(self, tree_cache: Any, reqs: Sequence[Request]) -> FoundPaths | None:
         """Paths from a tree whose nodes have no lasting ids: nothing is kept."""

@@ -41,7 +41,7 @@ def measure_model(num_requests: int) -> dict[str, Any]:
         root = Path(name)
         try:
             build_smollm2(root / "model")
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             raise NotRunError(str(error)) from None
         engines = {
             executor: stack.enter_context(_start(root, executor))

@@ -24,6 +24,8 @@ _MIN_PACKED_SHARE = 0.9
 _MIN_CHANGED_SHARE = 0.5
 # Log probabilities of 16-bit arithmetic may be so much further from those of float32 than stock's.
 _NOISE_FACTOR = 1.5
+# Where no float32 was run: in the mean from stock's, which rounding explains.
+_MAX_APART = 0.3
 _SHOWN_ANSWERS, _SHOWN_SAMPLES = 4, 2
 _BACKENDS = ("stock", "prefix")
 _OF_BACKEND = ("tokens", "first_s", "rest_s", "step_us", "step_ms", "attention_ms")
@@ -108,7 +110,13 @@ def problems_of(run: Mapping[str, Any]) -> list[str]:
     if run["dtype"] in EXACT:
         if equal < count:
             problems.append(f"tokens differ from stock in {count - equal} of {count} requests")
-    elif ours is not None and ours > _NOISE_FACTOR * theirs:
+    elif ours is None:
+        if run["logprobs"]["mean"] > _MAX_APART:
+            problems.append(
+                f"log probabilities are {run['logprobs']['mean']:.3f} from stock's in the mean; "
+                f"{run['dtype']} explains {_MAX_APART}"
+            )
+    elif ours > _NOISE_FACTOR * theirs:
         problems.append(
             f"log probabilities are {ours:.3f} from float32's in the mean, and stock's {theirs:.3f}"
         )
@@ -168,7 +176,8 @@ def print_table(report: Mapping[str, Any], out: Console) -> None:
     if report["device"] == "cpu":  # elsewhere the host's clock does not see it
         shares = [f"{{{backend}_attention_share:.0%}}" for backend in _BACKENDS]
         row("  attention's part of it", *shares)
-    row("time to all first tokens", "{stock_first_s:.1f} s", "{prefix_first_s:.1f} s")
+    # Ours asks again what the cache then holds whole, so its time would be of something else.
+    row("time to all first tokens", "{stock_first_s:.1f} s", "")
     out.print(table)
     if report["device"] == "cpu":
         prefill_s = sum(run["prefill_s"] for run in runs)

@@ -117,7 +117,8 @@ def tables(page: Page) -> Problems:
     for line, text in enumerate(page.text.splitlines(), 1):
         named = re.findall(r"docs/results/cpu/[\w.-]+\.json", text)
         file = named[-1] if named else file
-        is_row = re.match(r"\| \d+ \| \d+ \+ \d+ \|", text)
+        # Of ours beside stock, and beside vLLM.
+        is_row = re.match(r"\| (\d+ \| \d+ \+ \d+|[\w,]+ \| \d+:\d+:\d+) \|", text)
         if is_row and (file is None or text not in _rows_of(file)):
             yield line, f"this row does not stand in {file}"
 
@@ -246,13 +247,30 @@ def _origin(package: str) -> Path:
 @cache
 def _rows_of(file: str) -> set[str]:
     """The rows of a `bench kernel` file of the CPU, as the tables have them."""
-    rows = set()
-    for case in json.loads(_text(file))["cases"]:
-        names = ("sglang-torch-native", "torch/query", "torch/pat")
-        stock, query, pat = (case["providers"][name]["ms"] for name in names)
-        *shared, own = case["tree"].split("_")[1].split(",")
-        cells = [case["batch"], f"{(shared or [0])[0]} + {own}", case["dtype"], case["slots"]]
-        cells += [f"{ms:.1f}" for ms in (stock, query, pat)]
-        cells += [f"{stock / pat:.2f}x", f"{query / pat:.2f}x"]
-        rows.add(f"| {' | '.join(map(str, cells))} |")
-    return rows
+    cases = json.loads(_text(file))["cases"]
+    return {row for case in cases for row in (_beside_stock(case), _beside_vllm(case)) if row}
+
+
+def _beside_stock(case: dict[str, Any]) -> str | None:
+    names = ("sglang-torch-native", "torch/query", "torch/pat")
+    if not case["providers"].keys() >= set(names):
+        return None
+    stock, query, pat = (case["providers"][name]["ms"] for name in names)
+    *shared, own = case["tree"].split("_")[1].split(",")
+    cells = [case["batch"], f"{(shared or [0])[0]} + {own}", case["dtype"], case["slots"]]
+    cells += [f"{ms:.1f}" for ms in (stock, query, pat)]
+    cells += [f"{stock / pat:.2f}x", f"{query / pat:.2f}x"]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _beside_vllm(case: dict[str, Any]) -> str | None:
+    names = ("vllm-cpu", "native/query", "native/pat")
+    if not case["providers"].keys() >= set(names):
+        return None
+    vllm, query, pat = (case["providers"][name]["kernel_us"] / 1e3 for name in names)
+    floor = case["floor"]["us"] / 1e3
+    heads = case["heads"]
+    cells = [case["tree"], f"{heads['qo']}:{heads['kv']}:{heads['dim']}", case["dtype"]]
+    cells += [case["slots"], *(f"{ms:.2f}" for ms in (floor, vllm, query, pat))]
+    cells += [f"{vllm / pat:.2f}x", f"{query / pat:.2f}x", f"{pat / floor:.2f}"]
+    return f"| {' | '.join(cells)} |"

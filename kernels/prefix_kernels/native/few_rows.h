@@ -105,7 +105,6 @@ void softmax_row(float* scores, int64_t n, float scale, float cap, float* out, i
   peak = now;
 }
 
-
 // `T`: what KV is read as; where it is that and fills whole vectors, it is read where it lies.
 template <class T> void attend_few(const Run& run, const Item& item) {
   const Plan& plan = run.plan;
@@ -113,18 +112,20 @@ template <class T> void attend_few(const Run& run, const Item& item) {
   const int64_t heads = plan.num_kv_heads, group = plan.group(), rows = item.num_queries * group;
   const int64_t dim = plan.head_dim, v_dim = plan.v_head_dim;
   const int64_t q_stride = round_up(dim, LANES), out_stride = round_up(v_dim, LANES);
-  const int64_t copied = TOKENS * std::max(q_stride, out_stride);
+  // K's copies and V's apart: what lies behind a row is read, too, and stays 0.
+  const int64_t copied = TOKENS * (q_stride + out_stride);
   float* q = scratch.q.at_least<float>(heads * rows * q_stride);  // [Hkv, rows, D]
   float* scores = scratch.scores.at_least<float>(heads * rows * FEW_TILE);
   float* out = scratch.out.at_least<float>(heads * rows * out_stride);
   float* peak = scratch.state.at_least<float>(2 * heads * rows);
   float* sum = peak + heads * rows;
-  T* copies = scratch.k.at_least<T>(copied);
+  T* k_copies = scratch.k.at_least<T>(copied);
+  T* v_copies = k_copies + TOKENS * q_stride;
   char* zeros = scratch.row.at_least<char>(v_dim * sizeof(float));
   std::fill(out, out + heads * rows * out_stride, 0.f);
   std::fill(peak, sum, -INF);
   std::fill(sum, sum + heads * rows, 0.f);
-  std::fill(copies, copies + copied, T(0.f));
+  std::fill(k_copies, k_copies + copied, T(0.f));
   std::fill(zeros, zeros + v_dim * sizeof(float), 0);
   auto row_of = [=](int64_t query, int64_t head) {
     return head / group * rows + query * group + head % group;
@@ -141,7 +142,7 @@ template <class T> void attend_few(const Run& run, const Item& item) {
   const Convert convert = converter_from<T>(layer.kv_type);
   // The rows of one head from token `t` on: `place` says where a token's is. Those that follow the
   // last token are `past`.
-  auto read = [&](auto place, int64_t t, int64_t end, int64_t size, int64_t stride,
+  auto read = [&](auto place, int64_t t, int64_t end, int64_t size, int64_t stride, T* copies,
                   const char* past) {
     Rows<T> found;
     found.itemsize = ITEMSIZE[layer.kv_type];
@@ -160,7 +161,7 @@ template <class T> void attend_few(const Run& run, const Item& item) {
       for (int64_t h = 0; h < heads; h++) {
         auto key = [&](int64_t slot) { return layer.key(slot, h); };
         const Rows<T> k =
-            read(key, first + t, first + n, dim, q_stride, key(slots[first + n - 1]));
+            read(key, first + t, first + n, dim, q_stride, k_copies, key(slots[first + n - 1]));
         static constexpr std::array DOTS = {dot<T, 1>, dot<T, 2>, dot<T, 3>, dot<T, ROWS>};
         for (int64_t j = 0, r = h * rows; j < rows; j += ROWS, r += ROWS)
           DOTS[std::min<int64_t>(rows - j, ROWS) - 1](q + r * q_stride, q_stride, k,
@@ -172,7 +173,7 @@ template <class T> void attend_few(const Run& run, const Item& item) {
     for (int64_t t = 0; t < n; t += TOKENS)
       for (int64_t h = 0; h < heads; h++) {
         auto value = [&](int64_t slot) { return layer.value(slot, h); };
-        const Rows<T> v = read(value, first + t, first + n, v_dim, out_stride, zeros);
+        const Rows<T> v = read(value, first + t, first + n, v_dim, out_stride, v_copies, zeros);
         static constexpr std::array ADDS = {add_values<T, 1>, add_values<T, 2>, add_values<T, 3>,
                                             add_values<T, ROWS>};
         for (int64_t j = 0, r = h * rows; j < rows; j += ROWS, r += ROWS)

@@ -69,10 +69,11 @@ struct Item {
 };
 
 struct Work {
-  std::vector<Item> items;                      // largest first
-  std::vector<Item> unsorted;                   // as they are cut, kept for its memory, as is
-  std::vector<std::pair<int64_t, size_t>> order;  // -cost and index: sorts faster than items
-  std::vector<size_t> growing;                  // items that end where a tail ends
+  std::vector<Item> items;      // largest first
+  std::vector<size_t> growing;  // items that end where a tail ends
+  // Scratch of `cut`, members so that its memory is used again: items as cut; -cost and index.
+  std::vector<Item> unsorted;
+  std::vector<std::pair<int64_t, size_t>> order;
   std::vector<int64_t> part_indptr;             // the parts of each partial of the plan
   std::vector<int32_t> contributions;           // items of each request
   std::unique_ptr<std::atomic<int32_t>[]> open;  // of those, in the run under way

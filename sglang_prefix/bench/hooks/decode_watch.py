@@ -9,7 +9,7 @@ zeros     packed decode gives zeros: whoever claims that equal tokens show a cor
           must show that a broken one changes them
 ========  ==================================================================================
 
-``steps.json`` holds a list for each decode step: the mode, the number of requests, seconds of the
+``steps.jsonl`` has a line for each decode step: the mode, the number of requests, seconds of the
 model's forward pass, and those of them that our backend had, SGLang's attention included.
 """
 
@@ -25,12 +25,11 @@ from types import ModuleType
 from typing import Any
 
 from sglang_prefix.bench.hooks import patch_after_import
-from sglang_prefix.files import read_json, write_file
 
 __all__ = ["FOLDER_VARIABLE", "mode_file", "step_times"]
 
 FOLDER_VARIABLE = "SGLANG_PREFIX_DECODE_WATCH"
-_STEPS = "steps.json"
+_STEPS = "steps.jsonl"
 _MODES = ("prefix", "stock", "zeros")
 
 
@@ -41,7 +40,8 @@ def mode_file(folder: Path) -> Path:
 
 def step_times(folder: Path, mode: str) -> Mapping[str, float]:
     """Medians over the steps of a mode that had all requests: "step_ms", "attention_ms"."""
-    steps = [step for step in read_json(folder / _STEPS) if step[0] == mode]
+    lines = map(json.loads, (folder / _STEPS).read_text().splitlines())
+    steps = [step for step in lines if step[0] == mode]
     most = max(step[1] for step in steps)
     of_all = [step for step in steps if step[1] == most]
     return {
@@ -51,14 +51,13 @@ def step_times(folder: Path, mode: str) -> Mapping[str, float]:
 
 
 class DecodeWatch:
-    """The mode of the step under way, its clock, and the steps before it."""
+    """The mode of the step under way, and its clock."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._mode = _MODES[0]
         self._attention_s = self._began = 0.0
         self._batch_size = 0  # of a decode step, else 0
-        self._steps: list[tuple[str, int, float, float]] = []
 
     def clock_backend(self, module: ModuleType) -> None:
         """Clock what our backend prepares and runs, be it its own or the stock backend's."""
@@ -83,8 +82,9 @@ class DecodeWatch:
             pop(self_, previous)
             if self._batch_size:
                 seconds = time.perf_counter() - self._began
-                self._steps.append((self._mode, self._batch_size, seconds, self._attention_s))
-                write_file(self._folder / _STEPS, json.dumps(self._steps))
+                step = (self._mode, self._batch_size, seconds, self._attention_s)
+                with (self._folder / _STEPS).open("a") as file:
+                    print(json.dumps(step), file=file)
 
         schedule.push, schedule.pop = begin, end
 

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from sglang_prefix.bench.providers.base import Provider, check_memory, import_reason
+from sglang_prefix.bench.run import NotRunError
 from sglang_prefix.bench.workloads.inputs import AttentionInputs
 from sglang_prefix.bench.workloads.trees import TreeBatch
 
@@ -48,6 +49,8 @@ class VllmCpu(Provider):
         super().__init__(inputs)
         self._operators: Any = importlib.import_module(_OPERATORS)
         heads, size = inputs.heads, inputs.batch.batch_size
+        if heads.dim % 16 or heads.v_dim != heads.dim:
+            raise NotRunError(f"heads are {heads}; vLLM's are multiples of 16, V's as wide as K's")
         self._isa = _instructions(inputs.k.dtype, heads.dim)
         table, slots, places = lay_out_blocks(inputs.batch)
         num_blocks = int(table.max()) + 1
