@@ -46,12 +46,13 @@ def table(data: dict[str, Any], first: tuple[str, ...], rows: Iterable[tuple[str
 
 def cells(case: dict[str, Any]) -> list[str]:
     tokens, providers = case["tokens"], case["providers"]
-    gains = [over(case, OURS, PEER) or 0, over_unshared(case, OURS) or 0]
+    times = (providers.get(name, {}).get("ms") for name in (PEER, QUERY, OURS))
+    gains = (over(case, OURS, PEER), over_unshared(case, OURS))
     return [
         str(case["batch"]),
         f"{tokens['logical']:,}",
         f"{tokens['logical'] / tokens['ideal']:.2f}x",
-        *(f"{providers[name]['ms']:.0f}" for name in (PEER, QUERY, OURS)),
-        *(f"{gain:.2f}x" + " (slower)" * (gain < 1) for gain in gains),
+        *("no room" if ms is None else f"{ms:.1f}" for ms in times),
+        *("" if gain is None else f"{gain:.2f}x" + " (slower)" * (gain < 1) for gain in gains),
         f"{1 / providers[OURS]['kv_read_ratio']:.2f}x less",
     ]
