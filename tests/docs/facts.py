@@ -252,7 +252,7 @@ def _rows_of(file: str) -> set[str]:
 
 
 def _beside_stock(case: dict[str, Any]) -> str | None:
-    names = ("sglang-torch-native", "torch/query", "torch/pat")
+    names = ("sglang-torch-native", "native/query", "native/pat")
     if not case["providers"].keys() >= set(names):
         return None
     stock, query, pat = (case["providers"][name]["ms"] for name in names)

@@ -56,7 +56,7 @@ PLANTED = {
     "<!-- docs-check: tested by tests/nonesuch.py -->\n```bash\ntrue\n```": (
         "there is no test tests/nonesuch.py"
     ),
-    "`docs/results/cpu/2026-11-21-6d537cb-kernel.json`\n\n| 32 | 2048 + 128 | 1 |": (
+    "`docs/results/cpu/2026-11-29-598929c-kernel.json`\n\n| 32 | 2048 + 128 | 1 |": (
         "this row does not stand in"
     ),
 }
