@@ -96,7 +96,7 @@ def limits_of(device: torch.device) -> DeviceLimits:
 def make_gate(name: str, device: torch.device, stock_name: str) -> Gate | None:
     """The gate of a setting; None where every batch is packed.
 
-    On the CPU that is also what "auto" comes to: even the torch executor is faster than SGLang's
+    On the CPU that is also what "auto" comes to: the native executor is faster than SGLang's
     ``torch_native`` whatever is shared (docs/performance.md).
     """
     if name != "auto" or device.type != "cuda":
