@@ -94,7 +94,9 @@ def measure_planning(num_requests: int, rounds: int, seed: int) -> dict[str, Any
         "reused_step": batch.keep,
         **native.stages,
     }
-    timed = {name: partial(host_seconds, work) for name, work in stages.items()}
+    timed: dict[str, Callable[[], float]] = {
+        name: partial(host_seconds, work) for name, work in stages.items()
+    }
     timed["plan_batch_newcomers"] = batch.newcomers_seconds
     seconds = interleaved(timed, rounds, warmups=2)
     return {
