@@ -156,6 +156,8 @@ def test_a_tail_grows_no_further_than_into_its_reserved_slots() -> None:
     for _ in range(16):
         loaded.executor.append(*case.grow())
     before = loaded.executor.kv_slots.clone()
+    with pytest.raises(ValueError, match="new_slots has 1 elements; legal: 2 or more"):
+        loaded.executor.append(case.seq_lens, case.newest_slots[:1])
     with pytest.raises(RuntimeError, match="used up its reserved slots"):
         loaded.executor.append(case.seq_lens, case.newest_slots)
     assert torch.equal(loaded.executor.kv_slots, before)

@@ -61,6 +61,22 @@ Dry = Annotated[
     bool,
     typer.Option("--dry", help="Tiny shapes in Triton's interpreter: shows the logic, no speed."),
 ]
+WriteTable = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Measure nothing: take this result file into --table instead.",
+        callback=readable_file,
+    ),
+]
+Table = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="What plans or kernels read. Default: the installed one.",
+        callback=writable_file,
+    ),
+]
 ListCases = Annotated[bool, typer.Option("--list", help="Print the names of the cases, run none.")]
 
 
@@ -188,22 +204,8 @@ def tune(
     resume: Resume = False,
     dry: Dry = False,
     list_cases: ListCases = False,
-    write_table: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Measure nothing: take this result file into --table instead.",
-            callback=readable_file,
-        ),
-    ] = None,
-    table: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Table of tiles. Default: the installed one.",
-            callback=writable_file,
-        ),
-    ] = None,
+    write_table: WriteTable = None,
+    table: Table = None,
     json_file: JsonOption = None,
 ) -> None:
     """Time the forward kernel with every tile that is worth trying, on this GPU.

@@ -13,12 +13,14 @@ from sglang_prefix.cli.bench_kernel import (
     Out,
     Resume,
     Seed,
+    Table,
+    WriteTable,
     finish,
     make_run,
     print_names,
     start_run,
 )
-from sglang_prefix.cli.options import JsonOption, readable_file, writable_file
+from sglang_prefix.cli.options import JsonOption
 from sglang_prefix.cli.output import console
 
 __all__ = ["profile"]
@@ -34,22 +36,8 @@ def profile(
         bool, typer.Option("--dry", help="Tiny shapes: shows the logic, measures nothing.")
     ] = False,
     list_cases: ListCases = False,
-    write_table: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Measure nothing: make this result file the --table instead.",
-            callback=readable_file,
-        ),
-    ] = None,
-    table: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Table of CPU profiles. Default: the installed one.",
-            callback=writable_file,
-        ),
-    ] = None,
+    write_table: WriteTable = None,
+    table: Table = None,
     json_file: JsonOption = None,
 ) -> None:
     """Time packs of all kinds on this CPU, and fit the costs that the policy pat weighs.

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from sglang_prefix.cli import demo
+from sglang_prefix.cli import demo, demo_report
 from sglang_prefix.cli.main import app
 from sglang_prefix.explain.record import PlanRecord
 from sglang_prefix.explain.segments import explain
@@ -56,6 +56,30 @@ def test_the_demo_compares_and_tells(tmp_path: Path) -> None:
     assert f"of {report['wall_s']:.0f} s. It is SGLang's own on both sides" in run.stdout
     assert "What is the capital of France? -> The capital of France is Paris." in run.stdout
     assert_the_picture_shows_the_last_batch(report["runs"][-1], run.stdout, picture.read_text())
+
+
+def test_16_bit_answers_are_held_to_stocks_where_float32_was_not_run() -> None:
+    run: dict[str, Any] = {
+        "dtype": "bfloat16",
+        "num_greedy": 8,
+        "num_requests_equal": 3,
+        "num_steps": 15,
+        "packed_steps": 15,
+        "packed_steps_of_stock": 0,
+        "control_num_requests": 2,
+        "control_num_requests_changed": 2,
+        "kv_read_ratio": 0.1,
+        "kv_unique_ratio_ideal": 0.1,
+        "new_tokens": 16,
+        "logprobs": {"mean": 0.06},
+        "logprobs_from_float32": {"prefix": None, "stock": None},
+    }
+    assert demo_report.problems_of(run) == []
+    (problem,) = demo_report.problems_of(run | {"logprobs": {"mean": 0.5}})
+    assert "0.500 from stock's" in problem
+    distances = {"prefix": 0.07, "stock": 0.04}
+    (problem,) = demo_report.problems_of(run | {"logprobs_from_float32": distances})
+    assert "0.070 from float32's" in problem
 
 
 def assert_the_picture_shows_the_last_batch(run: dict[str, Any], printed: str, page: str) -> None:
