@@ -45,7 +45,8 @@ def assert_same(
         found = ours.requests[rid]
         count = len(expected["output_ids"])
         if rid.endswith("aborted"):
-            assert found["finish"] == "abort"
+            # A client that lags behind the engine aborts too late, and has all the tokens.
+            assert {found["finish"], expected["finish"]} <= {"abort", "length"}, rid
             count = min(count, len(found["output_ids"]))
         else:
             assert found["finish"] == "length"
@@ -64,7 +65,7 @@ def _first_tie(found: Mapping[str, Any], expected: Mapping[str, Any], gap: float
     """The first token that differs, if its logprob does not; else the number of tokens.
 
     Greedy decoding has two best tokens there, and how float32 rounds chooses. In the tests' model
-    request m19 of the crowd has two that are 2e-6 apart in float64.
+    request m019 of the crowd has two that are 2e-6 apart in float64.
     """
     ids, logprobs = (
         list(zip(found[name], expected[name], strict=False)) for name in ("output_ids", "logprobs")

@@ -53,7 +53,8 @@ def grove() -> tuple[Request, ...]:
 def crowd(count: int = 240) -> tuple[Request, ...]:
     """Hundreds of short requests over six branches of two roots, joining and leaving all the time.
 
-    Every seventh is aborted in the middle, and its id comes back later.
+    Every seventh is aborted in the middle, and its id comes back later. No id is the beginning of
+    another: SGLang aborts all that begin with the one that it is given.
     """
     rng = random.Random(6)
     roots = [_tokens(rng, 60) for _ in range(2)]
@@ -63,7 +64,7 @@ def crowd(count: int = 240) -> tuple[Request, ...]:
         prompt = branches[rng.randrange(6)] + _tokens(rng, 1 + rng.randrange(20))
         if i % 11 == 0:
             prompt = _tokens(rng, 20 + rng.randrange(60))
-        requests.append(Request(f"m{i}", prompt, 6 + rng.randrange(28), after=max(0, i - 24)))
+        requests.append(Request(f"m{i:03}", prompt, 6 + rng.randrange(28), after=max(0, i - 24)))
     cut = [replace(r, max_new_tokens=50, abort_after=4) for r in requests[::7]]
     return (*cut, *requests)
 
