@@ -18,16 +18,9 @@ import torch
 from typer.testing import CliRunner
 
 from prefix_kernels import compile_report, plan_buffers, triton_executor
-from prefix_kernels.compile_report import (
-    ARCHS,
-    KernelReport,
-    KernelVariant,
-    TileReport,
-    compile_variants,
-    find_problems,
-    kernel_variants,
-)
-from prefix_kernels.tiles import ROW_CLASSES, TileConfig, TileShape
+from prefix_kernels.compile_report import KernelVariant, compile_variants, kernel_variants
+from prefix_kernels.kernel_report import KernelReport, TileReport, find_problems
+from prefix_kernels.tiles import ARCHS, ROW_CLASSES, TileConfig, TileShape
 from sglang_prefix.cli.main import app
 from tests.attention import SPLITS, TRITON, WAYS, load, make_case
 from tests.forests import Fork, build_batch
@@ -209,7 +202,9 @@ def test_control_the_checks_can_fail() -> None:
 
 
 def report_of(variant: KernelVariant, **changes: Any) -> KernelReport:
-    tile = TileReport(variant.tile.block_m, variant.tile.block_n, 400, {"matrix": 400}, 300)
+    tile = TileReport(
+        variant.tile.block_m, variant.tile.block_n, 1 << 15, 400, {"matrix": 400}, 300
+    )
     report = KernelReport(
         variant, "sm_90", "3.0", 128, 0, 1000, 2000, ("HMMA",), (16,), 1500, (tile,)
     )

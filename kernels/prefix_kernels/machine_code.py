@@ -1,9 +1,9 @@
-"""How many instructions a compiled kernel spends on KV, read from its machine code.
+"""How many instructions a compiled kernel spends on KV, counted in its machine code.
 
-The counting rule, for NVIDIA's SASS as ``cuobjdump -sass`` prints it:
+The counting rule, the same for all architectures; `sass.py` and `amdgcn.py` read their text:
 
 - A loop is a backward branch that its target leads to without leaving the instructions between
-  the two. Blocks that the assembler moved behind the kernel, such as waits and shuffles of
+  the two. Blocks that an assembler moved behind the kernel, such as waits and shuffles of
   diverged warps, jump back as well, but are no loops by this rule.
 - A KV loop is a loop that has matrix instructions and no smaller loop that has some. Where a
   kernel has no matrix instructions, as in float32, asynchronous copies stand for them.
@@ -18,19 +18,18 @@ The counting rule, for NVIDIA's SASS as ``cuobjdump -sass`` prints it:
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-__all__ = ["KINDS", "Instruction", "KvLoop", "find_kv_loops", "parse_sass"]
+__all__ = ["KINDS", "Instruction", "KvLoop", "MachineCode", "find_kv_loops"]
 
 # Of instructions, by what executes them:
 # - "matrix": the matrix unit's products;
-# - "float": float32 arithmetic, comparisons and selections, with exp2 and the like;
-# - "conversion": from one number format to another, F2F among them;
-# - "integer": arithmetic and comparisons, addresses, masks and moves, also those of the uniform
-#   path that runs beside the threads;
+# - "float": other arithmetic of floats, comparisons and selections, exp2 and the like;
+# - "conversion": from one number format to another;
+# - "integer": arithmetic and comparisons, addresses, masks and moves, also those that run once for
+#   a warp;
 # - "copy": asynchronous copies to shared memory, and waiting for them;
 # - "global", "shared": other loads and stores; the latter with Blackwell's tensor memory;
 # - "local": loads and stores of what spilled;
@@ -51,30 +50,6 @@ KINDS = (
     "other",
 )
 
-# The first that matches the name without its modifiers, in this order.
-_SASS_KINDS = (
-    (
-        "integer",
-        r"U?(IMAD|IADD|IADD3|LEA|SHF|SHL|SHR|LOP|LOP3|ISETP|IMNMX|VIADD|VIADDMNMX|VIMNMX3?|IABS"
-        r"|PRMT|SEL|MOV|SGXT|BMSK|POPC|FLO|BREV|I2I|IDP|P2R|R2P|PLOP3|PSETP)|CS2R|CS2UR|R2UR|LEPC",
-    ),
-    ("conversion", r"U?(F2F|F2FP|F2I|F2IP|I2F|I2FP|FRND)"),
-    ("matrix", r"[A-Z]G?MMA|UTC[A-Z]*MMA"),
-    ("float", r"MUFU|U?[FHD](ADD|MUL|FMA|MNMX|SEL|SET|SETP|CHK|SWZADD)\d*"),
-    ("copy", r"LDGSTS|LDGDEPBAR|DEPBAR|ARRIVES|UTMALDG|UTMASTG|UTMACMDFLUSH|UBLKCP"),
-    ("global", r"LDG|STG|LD|ST|ATOM|ATOMG|RED|REDG|CCTL"),
-    ("shared", r"LDS|LDSM|STS|STSM|ATOMS|LDTM|STTM|UTCCP"),
-    ("local", r"LDL|STL|CCTLL"),
-    ("shuffle", r"SHFL|REDUX|VOTE|VOTEU|MATCH"),
-    ("barrier", r"BAR|WARPGROUP|WARPSYNC|SYNCS|MEMBAR|ERRBAR|FENCE|UTCBAR|UTCATOMSWS"),
-)
-_SASS_KIND = re.compile("|".join(f"(?P<{kind}>{names})" for kind, names in _SASS_KINDS))
-_SASS_COPIES = ("LDGSTS", "UTMALDG", "UBLKCP")
-_SASS_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@\S+ +)?([A-Z]\w*)(\S*)([^;]*);")
-_SASS_TARGET = re.compile(r"^\s*(?:.*, *)?0x([0-9a-f]+)\s*$")
-_SASS_BRANCHES = ("BRA", "CALL", "JMP")  # the assembler also leaves loops by a predicated CALL
-_SASS_ENDS = ("EXIT", "RET", "BRX", "JMX", "KILL")
-
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
@@ -83,16 +58,41 @@ class Instruction:
     Attributes:
         name: without predicate, modifiers and operands.
         kind: one of :data:`KINDS`.
-        starts_copy: whether it copies to shared memory asynchronously.
+        copy_bytes: that a thread copies to shared memory asynchronously; 0 if it does not.
         target: place in the kernel of what a branch leads to.
         falls_through: whether the one behind it may be next.
     """
 
     name: str
     kind: str
-    starts_copy: bool = False
+    copy_bytes: int = 0
     target: int | None = None
     falls_through: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class MachineCode:
+    """A kernel as the device runs it.
+
+    Attributes:
+        registers: per thread.
+        spill_bytes: memory per thread, which holds what did not fit into registers.
+        code: the instructions, without padding.
+    """
+
+    registers: int
+    spill_bytes: int
+    code: Sequence[Instruction]
+
+    @property
+    def matrix_instructions(self) -> tuple[str, ...]:
+        """Their names."""
+        return tuple(sorted({one.name for one in self.code if one.kind == "matrix"}))
+
+    @property
+    def copy_bytes(self) -> tuple[int, ...]:
+        """Widths of the asynchronous copies to shared memory."""
+        return tuple(sorted({one.copy_bytes for one in self.code} - {0}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,32 +109,6 @@ class KvLoop:
     first_copy_instructions: int | None
 
 
-def parse_sass(text: str) -> list[Instruction]:
-    """Read the kernel that ``cuobjdump -sass`` printed, without the padding at its end.
-
-    Raises:
-        ValueError: there is no instruction.
-    """
-    lines = _SASS_LINE.findall(text)
-    places = {int(line[0], 16): place for place, line in enumerate(lines)}
-    code = []
-    for place, (_, predicate, name, _modifiers, operands) in enumerate(lines):
-        target, falls_through = None, name not in _SASS_ENDS or bool(predicate)
-        if name in _SASS_BRANCHES and (address := _SASS_TARGET.match(operands)):
-            target = places.get(int(address[1], 16))
-            # A condition is a predicate or stands before the address; a call returns.
-            is_plain = not predicate and "," not in operands
-            falls_through = not is_plain or name == "CALL"
-            if target == place and is_plain:  # the assembler's mark of the end
-                break
-        found = _SASS_KIND.fullmatch(name)
-        kind = found.lastgroup if found and found.lastgroup else "other"
-        code.append(Instruction(name, kind, name in _SASS_COPIES, target, falls_through))
-    if not code:
-        raise ValueError(f"no instruction in what cuobjdump printed: {text[:1000]}")
-    return code
-
-
 def find_kv_loops(code: Sequence[Instruction]) -> list[KvLoop]:
     """The KV loops of a kernel by ascending number of matrix instructions, see the module.
 
@@ -143,7 +117,7 @@ def find_kv_loops(code: Sequence[Instruction]) -> list[KvLoop]:
     """
     loops = _find_loops(code)
     inner = _innermost(code, loops, lambda one: one.kind == "matrix")
-    inner = inner or _innermost(code, loops, lambda one: one.starts_copy)
+    inner = inner or _innermost(code, loops, lambda one: one.copy_bytes > 0)
     return [
         KvLoop(_count(code, loop), _before_copy(code, loop, loops, inner))
         for loop in sorted(inner, key=lambda loop: _matrix_size(code, loop))
@@ -211,7 +185,7 @@ def _before_copy(
     top = min(around, key=len).start if around else 0
     before = [one for one in kv_loops if top <= one.start < loop.start]
     begin = before[-1].stop if before else top
-    copy = next((place for place in range(begin, loop.stop) if code[place].starts_copy), None)
+    copy = next((place for place in range(begin, loop.stop) if code[place].copy_bytes), None)
     if copy is None or not before:
         return None if copy is None else copy - top
     # The branch to this tile leads furthest; an earlier one may skip no more than the other loop.

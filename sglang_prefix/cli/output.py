@@ -14,7 +14,7 @@ from sglang_prefix.files import write_file
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["FLAG", "STDOUT", "complain", "console", "fail", "say", "write_json"]
+__all__ = ["FLAG", "STDOUT", "complain", "console", "fail", "say", "write_json", "write_text"]
 
 FLAG, STDOUT = "--json", "-"
 # Of a message, which may quote what a user gave; what is longer loses its middle.
@@ -40,9 +40,12 @@ def say(out: Console, text: str) -> None:
 
 def write_json(data: Mapping[str, Any] | Sequence[Any], target: str | None) -> None:
     """Write `data` to where `--json` points: a file, standard output ("-") or nowhere (None)."""
-    if target is None:
-        return
-    text = json.dumps(data, indent=2) + "\n"
+    if target is not None:
+        write_text(json.dumps(data, indent=2) + "\n", target)
+
+
+def write_text(text: str, target: str) -> None:
+    """Write to a file, or to standard output ("-")."""
     if target == STDOUT:
         sys.stdout.write(text)
         return
