@@ -81,6 +81,7 @@ _SIDE_WARPS = 4
 _DEFAULT_STAGES = 3  # Triton's own, where a launch names none
 
 _INTERPRET = "TRITON_INTERPRET"
+_MAX_VERSION_CHARS = 1 << 16  # of the file that names Triton's version, in its first lines
 # Triton's names of what is not called the same there.
 _TRITON_DTYPES = {
     "fp8_e4m3": "fp8e4nv",
@@ -214,9 +215,11 @@ def triton_version(folder: Path | None = None) -> str:
     else:
         source = folder / "triton" / "__init__.py"
     try:
-        found = re.search(r"^__version__ = ['\"](\S+)['\"]", source.read_text(), re.MULTILINE)
+        with source.open(encoding="utf-8", errors="replace") as file:
+            text = file.read(_MAX_VERSION_CHARS)
     except OSError:
-        found = None
+        text = ""
+    found = re.search(r"^__version__ = ['\"](\S+)['\"]", text, re.MULTILINE)
     if found is None:
         raise ValueError(f"{folder or 'the environment'} has no Triton")
     return found[1]

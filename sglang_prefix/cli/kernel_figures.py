@@ -30,7 +30,7 @@ MAX_GROWTH = 0.05
 
 # Nothing in a kernel has more; its instructions have 16 bytes each.
 Count = Annotated[int, Field(ge=0, lt=1 << 32)]
-Name = Annotated[str, Field(min_length=1, max_length=64)]
+Name = Annotated[str, Field(pattern=r"^[\w.+-]{1,64}$")]
 # Of a variant as a whole; its tiles have more.
 _FIGURES = {
     "registers": "registers",

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from sglang_prefix.cli.kernel_figures import Comparison, Variant
 
 
-__all__ = ["kernels"]
+__all__ = ["kernels", "print_changes"]
 
 # Columns of the table in a file or a pipe, where nothing says how wide a line may be.
 _FILE_WIDTH = 140
@@ -156,7 +156,7 @@ def _read_figures(path: Path, version: str, arch: str) -> list[Variant]:
     except OSError as error:
         fail(f"--compare is {path}: {error.strerror}", 2)
     except ResultError as error:
-        fail(str(error), 2)
+        fail(f"--compare: {error}", 2)
     return found
 
 
@@ -184,7 +184,8 @@ def _as_text(reports: list[KernelReport], version: str, arch: str) -> str:
     """
     head = {"kind": "kernels", "schema": 1, "triton": version, "arch": arch}
     text = json.dumps(head | {"num_kv_heads": compile_report.NUM_KV_HEADS})
-    lines = ",\n".join(json.dumps(report.as_dict()) for report in reports)
+    rows = [{k: v for k, v in report.as_dict().items() if k not in head} for report in reports]
+    lines = ",\n".join(map(json.dumps, rows))
     return f'{text[:-1]}, "variants": [\n{lines}\n]}}\n'
 
 
@@ -195,7 +196,7 @@ def _compare(
     from sglang_prefix.cli.kernel_figures import MAX_GROWTH, compare_figures
 
     found = compare_figures(before, [report.as_dict() for report in reports])
-    _print_changes(found, f"changes since {path}", out)
+    print_changes(found, f"changes since {path}", out)
     return [
         f"{' '.join(_target(one.variant))}: {one.figure} grew from {one.before} to {one.now}, "
         f"by more than {MAX_GROWTH:.0%}"
@@ -247,13 +248,15 @@ def _target(variant: Variant) -> tuple[str, ...]:
     )
 
 
-def _print_changes(found: Comparison, title: str, out: Console) -> None:
+def print_changes(found: Comparison, title: str, out: Console) -> None:
+    """Print a table of what changed, if anything, and how many variants are as they were."""
     from rich.table import Table
+    from rich.text import Text
 
     one_sided = [(one, "not in the file") for one in found.added]
     one_sided += [(one, "in the file alone") for one in found.gone]
     if found.changes or one_sided:
-        table = Table(title=title, title_justify="left")
+        table = Table(title=Text(title), title_justify="left")
         for name in (*_TARGETS, "figure"):
             table.add_column(name, no_wrap=True)
         for name in ("before", "now", "change"):
