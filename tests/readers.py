@@ -88,8 +88,13 @@ def kernel_figures() -> dict[str, Any]:
         "kv_bytes_in_flight": 196608, "num_instructions": 1426,
         "tiles": [{"block_m": 16, "block_n": 64, **loop}],
     }  # fmt: skip
-    merge = {"kernel": "merge", "kv_dtype": "fp32", "kv_bytes_in_flight": None, "tiles": []}
-    head = {"kind": "kernels", "schema": 1, "triton": "3.0.0", "arch": "sm_90", "num_kv_heads": 8}
+    merge: dict[str, Any] = {
+        "kernel": "merge",
+        "kv_dtype": "fp32",
+        "kv_bytes_in_flight": None,
+        "tiles": [],
+    }
+    head = {"kind": "kernels", "schema": 1, "triton": "3.0.0", "arch": "sm_90"}
     return {**head, "variants": [forward, forward | merge]}
 
 

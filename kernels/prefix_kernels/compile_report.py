@@ -40,7 +40,6 @@ __all__ = [
     "ALL_ARCHS",
     "DEFAULT_DTYPES",
     "HEAD_DIMS",
-    "NUM_KV_HEADS",
     "KernelVariant",
     "compile_variants",
     "kernel_variants",
@@ -51,7 +50,6 @@ __all__ = [
 # Shared memory that one program may use, by what can be compiled for.
 ALL_ARCHS = ARCHS | AMD_ARCHS
 
-NUM_KV_HEADS = 8  # of every variant; it is a constant in the code
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 
 _ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4}  # all others have one byte
@@ -90,6 +88,7 @@ _TRITON_DTYPES = {
     "fp8_e5m2fnuz": "fp8e5b16",
 }
 _FLOATS = ("sm_scale", "v_factor", "logit_cap")
+_NUM_KV_HEADS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,7 +343,7 @@ def _arguments(variant: KernelVariant) -> tuple[Any, dict[str, str], dict[str, A
     from prefix_kernels.merge import merge_kernel
     from prefix_kernels.plan_buffers import append_slots_kernel, copy_slots_kernel
 
-    heads = {"NUM_KV_HEADS": NUM_KV_HEADS}
+    heads = {"NUM_KV_HEADS": _NUM_KV_HEADS}
     block = {"BLOCK": variant.tile.block_n}
     # SGLang's table is int32, what it passes per request is int64.
     if variant.kernel == "copy_slots":

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
-from prefix_kernels.compile_report import NUM_KV_HEADS, KernelVariant
+from prefix_kernels.compile_report import KernelVariant
 from sglang_prefix.bench.results import ResultError, check_type
 from sglang_prefix.files import read_json
 
@@ -89,7 +89,6 @@ class Figures(TypedDict):
     schema: Literal[1]
     triton: Name
     arch: Name
-    num_kv_heads: Count
     variants: Annotated[list[VariantFigures], Field(max_length=10_000)]
 
 
@@ -152,8 +151,7 @@ def read_figures(path: Path, triton: str, arch: str) -> dict[str, Any]:
     except ValueError as error:
         raise ResultError(f"{path}: {error}") from None
     check_type(path, data, TypeAdapter(Figures), "is no file of `sglang-prefix kernels --json`")
-    here = {"triton": triton, "arch": arch, "num_kv_heads": NUM_KV_HEADS}
-    for key, value in here.items():
+    for key, value in (("triton", triton), ("arch", arch)):
         if data[key] != value:
             raise ResultError(f"{path} cannot be compared: its {key} is {data[key]}, not {value}")
     found: dict[str, Any] = data
