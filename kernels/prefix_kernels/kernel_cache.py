@@ -12,7 +12,6 @@ interprets its kernels cannot compile them.
 
 from __future__ import annotations
 
-import hashlib
 import multiprocessing
 import os
 import signal
@@ -25,16 +24,16 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+from prefix_kernels.triton_identity import TritonIdentity
+
 __all__ = [
     "CacheCounts",
     "CachedKernel",
     "KernelLaunch",
-    "TritonIdentity",
     "collect_launches",
     "compile_launches",
     "counted",
     "find_launches",
-    "installed_triton",
     "recorded_launches",
 ]
 
@@ -93,31 +92,6 @@ class CachedKernel:
     key: str
     num_bytes: int
     was_there: bool
-
-
-@dataclass(frozen=True, slots=True)
-class TritonIdentity:
-    """A Triton, as its cache knows it: caches are shared by those that are equal.
-
-    Attributes:
-        version: of the release.
-        key: a hash of the files that make the compiler, those of one Python release among them.
-    """
-
-    version: str
-    key: str
-
-    def __str__(self) -> str:
-        digest = hashlib.sha256(self.key.encode()).hexdigest()
-        return f"Triton {self.version} ({digest[:8]})"
-
-
-def installed_triton() -> TritonIdentity:
-    """The Triton of this process."""
-    import triton
-    from triton.runtime.cache import triton_key
-
-    return TritonIdentity(triton.__version__, triton_key())
 
 
 @contextmanager
@@ -273,7 +247,7 @@ def _prepare(folder: str = "", arch: str = "", triton_key: str | None = None) ->
     if not folder:
         return
     os.environ["TRITON_CACHE_DIR"] = folder
-    # What the steps in between are is not looked at again, and is most of the bytes.
+    # The steps in between are most of the bytes, and no launch reads them.
     os.environ["TRITON_STORE_BINARY_ONLY"] = "1"
     from triton.runtime import cache
     from triton.runtime.driver import driver
@@ -311,8 +285,22 @@ def _compile(launch: KernelLaunch) -> CachedKernel:
     with counted() as counts:
         compiled = _ask_for(launch)
     files = [Path(path) for path in compiled.metadata_group.values()]
+    if counts.compiled:
+        files = _without_source(files, compiled.hash)
     num_bytes = sum(file.stat().st_size for file in files)
-    return CachedKernel(launch, files[0].parent.name, num_bytes, counts.compiled == 0)
+    return CachedKernel(launch, files[0].parent.name, num_bytes, not counts.compiled)
+
+
+def _without_source(files: list[Path], key: str) -> list[Path]:
+    """Take the first step of compiling out of an entry: it is half of it, and no launch reads it."""
+    from triton.runtime.cache import get_cache_manager
+
+    kept = [file for file in files if file.suffix != ".source"]
+    (metadata,) = (file.name for file in kept if file.suffix == ".json")
+    get_cache_manager(key).put_group(metadata, {file.name: str(file) for file in kept})
+    for file in set(files) - set(kept):
+        file.unlink()
+    return kept
 
 
 def _find(launch: KernelLaunch) -> bool:
