@@ -38,6 +38,7 @@ __all__ = [
     "programs_for_registers",
     "programs_for_shared_memory",
     "row_classes",
+    "warm_up_sizes",
     "widest_block",
 ]
 
@@ -234,6 +235,15 @@ def choose_launches(facts: PlanFacts, shape: TileShape, mode: str) -> list[Launc
         LaunchConfig(i, _choose_tile(rows, facts.kv_length, shape))
         for i, rows in enumerate(sorted(classes))
     ]
+
+
+def warm_up_sizes(group_size: int, most: int) -> set[int]:
+    """Batch sizes, up to ``most``, that between them make a server launch every kernel it has.
+
+    Launches are fixed but for the class of the widest tile, which follows from the batch size: the
+    smallest batch of each class.
+    """
+    return {min(size, most) for size in (1, *(rows // group_size + 1 for rows in ROW_CLASSES))}
 
 
 def widest_block(mode: str, shape: TileShape) -> int:
