@@ -66,7 +66,7 @@ EXPLAINED = {
     "--api-key": ["--base-url=http://127.0.0.1:1"],
 }
 # Of `kernels`, what goes with a cache alone.
-OF_A_CACHE = ("--model-shape", "--triton")
+OF_A_CACHE = ("--model-shape", "--wheel")
 
 
 class ReachedError(Exception):

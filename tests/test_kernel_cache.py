@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -38,13 +39,14 @@ from sglang_prefix.kernel_cache import settle
 ARCH = "sm_90"
 LAYERS = ServedLayers(2, 1, 16, 16, "fp16", "fp16")
 KERNELS = Path(kernel_cache.__file__).parent
-# What a process of its own does: with a compiler that only raises, it asks for launches before and
-# after the cache is settled where it lies now.
+# What a process of its own does, with a compiler that only raises: it asks for launches before and
+# after the cache is settled where it lies now, and then for the real ones, on tensors.
 TAKE = """
 import json, pickle, sys
 from prefix_kernels import kernel_cache
+from prefix_kernels.launch import fix_key, recorded
 from sglang_prefix.kernel_cache import settle
-folder, arch, launches = pickle.load(sys.stdin.buffer)
+folder, arch, launches, work = pickle.load(sys.stdin.buffer)
 kernel_cache._prepare(folder, arch)
 from triton.compiler.compiler import ASTSource
 def refuse(self, *_, **__):
@@ -61,7 +63,18 @@ def ask():
 before, moved = ask(), settle(folder)
 with kernel_cache.counted() as counts:
     after = ask()
-print(json.dumps([kernel_cache.__file__, before, moved, after, counts.found, counts.compiled]))
+real = set()
+def take(kernel, grid, arguments):
+    fix_key(kernel)
+    try:
+        kernel.warmup(grid=grid, **arguments)
+    except RuntimeError:
+        return
+    real.add(kernel_cache.KernelLaunch.of(kernel, arguments))
+with recorded(take, run=False):
+    work()
+counted = [counts.found, counts.compiled]
+print(json.dumps([kernel_cache.__file__, before, moved, after, counted, real == set(launches[:4])]))
 """
 
 
@@ -97,26 +110,26 @@ def test_another_process_takes_everything_from_a_cache_that_has_moved(tmp_path: 
         changed(run, q_ptr=Pointer("bfloat16", is_aligned=True)),
         changed(run, q_ptr=Pointer("float16", is_aligned=False)),
     ]
-    path, before, settled, after, found, num_compiled = taken(moved, [*launches, *others], copy)
+    what = (str(moved), ARCH, [*launches, *others], work)
+    path, before, settled, after, counted, real_ones_are_there = taken(what, copy)
     assert Path(path).is_relative_to(copy)
     names = [one.name for one in launches]
     assert before == names + ["pack_forward_kernel"] * len(others)
     assert settled == len(launches)
     assert after == ["pack_forward_kernel"] * len(others)
-    assert (found, num_compiled) == (len(launches), 0)
+    assert counted == [len(launches), 0]
+    assert real_ones_are_there
     before_looking = sorted(moved.rglob("*"))
     looked = kernel_cache.find_launches([*launches, *others], moved, ARCH)
     assert looked == [True] * len(launches) + [False] * len(others)
     assert sorted(moved.rglob("*")) == before_looking
 
 
-def taken(folder: Path, launches: list[KernelLaunch], sources: Path) -> Any:
-    import pickle
-
+def taken(what: object, sources: Path) -> Any:
     paths = [str(sources), *(path for path in sys.path if Path(path) != KERNELS.parent)]
     done = subprocess.run(
         [sys.executable, "-c", TAKE],
-        input=pickle.dumps((str(folder), ARCH, launches)),
+        input=pickle.dumps(what),
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         check=True,
@@ -365,7 +378,7 @@ def test_what_the_command_prints(tmp_path: Path) -> None:
         (["--cache", "new", "--model-shape", "32:7:128"], "it is '32:7:128'; legal: QO:KV:DIM"),
         (["--cache", "new", "--model-shape", "32:8:128:0"], "it is '32:8:128:0'; legal: QO:KV:DIM"),
         (["--cache", "new", "--model-shape", "32:8:512"], "it is '32:8:512'; legal: QO:KV:DIM"),
-        (["--cache", "new", "--triton", "a file"], "--triton a file: it is no wheel of Triton"),
+        (["--cache", "new", "--wheel", "a file"], "--wheel a file: it is no wheel of Triton"),
     ],
 )
 def test_mistakes(
@@ -384,7 +397,7 @@ def test_a_wheel_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
 
     def complaint(wheel: Path) -> str:
-        options = ["--cache", "new", "--triton", str(wheel)]
+        options = ["--cache", "new", "--wheel", str(wheel)]
         done = CliRunner().invoke(app, [*BASE, *options])
         assert done.exit_code == 2
         (line,) = done.stderr.splitlines()
