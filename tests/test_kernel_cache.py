@@ -156,17 +156,18 @@ def seen() -> Iterator[set[Any]]:
         yield found
 
 
-@pytest.mark.parametrize("group_size", [1, 4, 5, 8])
+@pytest.mark.parametrize("group_size", [1, 3, 4, 8])
+@pytest.mark.parametrize("mode", LAUNCH_MODES)
 def test_a_batch_of_any_size_launches_what_was_compiled(
-    group_size: int, monkeypatch: pytest.MonkeyPatch
+    mode: str, group_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layers = replace(LAYERS, num_qo_heads=group_size)
     with seen() as compiled:
-        launch_all([layers], ARCH)
+        launch_all([layers], ARCH, modes=[mode])
     sizes = range(1, max(ROW_CLASSES) + 3)
     monkeypatch.setattr(server_launches, "warm_up_sizes", lambda *_: sizes)
     with seen() as launched:
-        launch_all([layers], ARCH)
+        launch_all([layers], ARCH, modes=[mode])
     assert {name for name, _ in compiled} == {
         "copy_slots_kernel", "append_slots_kernel", "pack_forward_kernel", "merge_kernel",
     }  # fmt: skip

@@ -237,15 +237,6 @@ def choose_launches(facts: PlanFacts, shape: TileShape, mode: str) -> list[Launc
     ]
 
 
-def warm_up_sizes(group_size: int, most: int) -> set[int]:
-    """Batch sizes, up to ``most``, that between them make a server launch every kernel it has.
-
-    Launches are fixed but for the class of the widest tile, which follows from the batch size: the
-    smallest batch of each class.
-    """
-    return {min(size, most) for size in (1, *(rows // group_size + 1 for rows in ROW_CLASSES))}
-
-
 def widest_block(mode: str, shape: TileShape) -> int:
     """Rows of the widest tile that a launch mode has for head dims."""
     return FUSED_ROWS[-1] if mode == "fused" else row_classes(shape)[-1]
@@ -255,6 +246,15 @@ def row_classes(shape: TileShape) -> tuple[int, ...]:
     """Rows of the tiles that hold an accumulator of this shape in registers, ascending."""
     dim = next_power_of_two(shape.v_head_dim)
     return tuple(rows for rows in ROW_CLASSES if rows * dim <= _LARGEST_ACCUMULATOR)
+
+
+def warm_up_sizes(group_size: int, most: int) -> set[int]:
+    """Batch sizes, up to ``most``, that between them make a server launch every kernel it has.
+
+    Launches are fixed but for the class of the widest tile, which follows from the batch size: the
+    smallest batch of each class.
+    """
+    return {min(size, most) for size in (1, *(rows // group_size + 1 for rows in ROW_CLASSES))}
 
 
 def formula_tile(block_m: int, shape: TileShape) -> TileConfig:
