@@ -5,6 +5,7 @@ Compiles four kernels, once.
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -119,9 +120,10 @@ def test_another_process_takes_everything_from_a_cache_that_has_moved(tmp_path: 
     assert after == ["pack_forward_kernel"] * len(others)
     assert counted == [len(launches), 0]
     assert real_ones_are_there
+    (moved / compiled[0].key / f"{launches[0].name}.json").write_text("{")
     before_looking = sorted(moved.rglob("*"))
     looked = kernel_cache.find_launches([*launches, *others], moved, ARCH)
-    assert looked == [True] * len(launches) + [False] * len(others)
+    assert looked == [False, *[True] * (len(launches) - 1), *[False] * len(others)]
     assert sorted(moved.rglob("*")) == before_looking
 
 
@@ -339,6 +341,18 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> list[KernelLaunch]:
 
 
 @pytest.mark.usefixtures("stub")
+def test_a_disk_that_is_full_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile_launches(*_: Any, **__: Any) -> Iterator[CachedKernel]:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        yield
+
+    monkeypatch.setattr(kernel_cache, "compile_launches", compile_launches)
+    done = CliRunner().invoke(app, [*BASE, "--cache", str(tmp_path)])
+    assert done.exit_code == 1
+    assert done.stderr == f"sglang-prefix: cannot write to {tmp_path}: No space left on device\n"
+
+
+@pytest.mark.usefixtures("stub")
 def test_what_the_command_prints(tmp_path: Path) -> None:
     triton_here = installed_triton()
     done = CliRunner().invoke(app, [*BASE, "--cache", str(tmp_path), "--json"])
@@ -361,7 +375,7 @@ def test_what_the_command_prints(tmp_path: Path) -> None:
     assert done.exit_code == 1
     assert "1 kernels have moved here" in done.stderr
     assert "2 of 4 kernels for sm_90" in done.stderr
-    assert "2 kernels would be compiled: k1, k3" in done.stderr
+    assert "2 kernels are missing or damaged: k1, k3" in done.stderr
     assert json.loads(done.stdout) == expected | {"found": 2, "moved": 1}
 
 

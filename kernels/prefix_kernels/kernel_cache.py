@@ -43,6 +43,8 @@ _WARP_SIZE = 32
 # An integer is 1, or a multiple of this one, or neither: Triton compiles for each of the three.
 _DIVISOR = 16
 _INT32 = 1 << 31
+# What a damaged entry makes of reading it.
+_DAMAGES = (OSError, ValueError, KeyError, TypeError, StopIteration)
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,13 +284,16 @@ def _collect(work: Callable[[], object]) -> list[KernelLaunch]:
 
 
 def _compile(launch: KernelLaunch) -> CachedKernel:
-    with counted() as counts:
-        compiled = _ask_for(launch)
+    from triton import knobs
+
+    was_there = _find(launch)
+    knobs.compilation.always_compile = not was_there  # also over a damaged entry
+    compiled = _ask_for(launch)
     files = [Path(path) for path in compiled.metadata_group.values()]
-    if counts.compiled:
+    if not was_there:
         files = _without_source(files, compiled.hash)
     num_bytes = sum(file.stat().st_size for file in files)
-    return CachedKernel(launch, files[0].parent.name, num_bytes, not counts.compiled)
+    return CachedKernel(launch, files[0].parent.name, num_bytes, was_there)
 
 
 def _without_source(files: list[Path], key: str) -> list[Path]:
@@ -304,6 +309,7 @@ def _without_source(files: list[Path], key: str) -> list[Path]:
 
 
 def _find(launch: KernelLaunch) -> bool:
+    """Whether the cache has what a launch needs, and Triton can read it."""
     from triton import knobs
     from triton.runtime.cache import FileCacheManager
 
@@ -319,11 +325,12 @@ def _find(launch: KernelLaunch) -> bool:
                 raise _NotThereError
             return group
 
-    knobs.cache.manager_class = Lookup
-    try:
-        _ask_for(launch)
-    except _NotThereError:
-        return False
+    with knobs.cache.scope():
+        knobs.cache.manager_class = Lookup
+        try:
+            _ask_for(launch)
+        except (_NotThereError, *_DAMAGES):
+            return False
     return True
 
 

@@ -17,7 +17,7 @@ from sglang_prefix.kernel_cache import settle
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["DEFAULT_SHAPES", "check_shape", "run"]
+__all__ = ["DEFAULT_SHAPES", "check_shape", "find_triton", "run"]
 
 # Heads of one rank: Llama 3 8B and Qwen3 8B; Llama 3 70B and Qwen3 32B.
 DEFAULT_SHAPES = ("32:8:128", "64:8:128")
@@ -70,7 +70,7 @@ def run(
     """
     if check and not folder.is_dir():
         fail(f"--cache {folder} is no folder; legal: one that this command has filled", 2)
-    triton = _find_triton(wheel)
+    triton = find_triton(wheel)
     out = console(json_file)
     launches = _launches(shapes, tuple(dtypes), arch, merges, has_cap, out)
     report: dict[str, object] = {
@@ -86,7 +86,7 @@ def run(
         _write(launches, folder, triton, report, out, jobs, json_file)
 
 
-def _find_triton(wheel: Path | None) -> TritonIdentity:
+def find_triton(wheel: Path | None) -> TritonIdentity:
     """The Triton whose cache is meant; ends the command if the wheel is of another release."""
     installed = installed_triton()
     if wheel is None:
@@ -133,7 +133,10 @@ def _write(
 ) -> None:
     arch = str(report["arch"])
     compiled = kernel_cache.compile_launches(launches, folder, arch, triton=triton, jobs=jobs)
-    kernels = track(compiled, len(launches), f"compiling for {arch}", out)
+    try:
+        kernels = track(compiled, len(launches), f"compiling for {arch}", out)
+    except OSError as error:
+        fail(f"cannot write to {folder}: {error.strerror}")
     num_bytes, num_new = sum(k.num_bytes for k in kernels), sum(not k.was_there for k in kernels)
     size = f"{num_bytes / 2**20:.1f} MiB"
     say(out, f"{len(kernels)} kernels for {arch}, {size}; {num_new} of them compiled now")
@@ -164,4 +167,4 @@ def _check(
     if not all(found):
         missing = [one.name for one, is_there in zip(launches, found, strict=True) if not is_there]
         names = ", ".join(dict.fromkeys(missing))
-        fail(f"{len(missing)} kernels would be compiled: {names}")
+        fail(f"{len(missing)} kernels are missing or damaged: {names}")
