@@ -19,9 +19,18 @@ from prefix_kernels.compile_report import (
     triton_version,
 )
 from prefix_kernels.kernel_report import KernelReport, find_problems
-from prefix_kernels.tiles import MERGE_MODES
-from sglang_prefix.cli.options import MAX_TOKENS, JsonOption, existing_path, readable_file
-from sglang_prefix.cli.output import complain, console, fail, say, write_text
+from prefix_kernels.tiles import ARCHS, MERGE_MODES
+from sglang_prefix.cli import kernel_cache
+from sglang_prefix.cli.options import (
+    MAX_TOKENS,
+    JsonOption,
+    checked,
+    existing_path,
+    folder_to_write,
+    is_given,
+    readable_file,
+)
+from sglang_prefix.cli.output import complain, console, fail, say, track, write_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,8 +47,13 @@ _FILE_WIDTH = 140
 _MAX_GROUP, _MAX_JOBS = 256, 256
 _TARGETS = ("kernel", "dtypes", "merge", "dim", "tile")
 
+# What goes with `--cache` alone, and what with the report alone.
+_OF_THE_CACHE = ("check", "model_shape", "logit_cap", "wheel")
+_OF_THE_REPORT = ("head_dim", "group_size", "kv_length", "triton", "compare")
+
 
 def kernels(
+    context: typer.Context,
     arch: Annotated[str, typer.Option(help=f"One of {', '.join(ALL_ARCHS)}.")],
     head_dim: Annotated[
         list[int] | None,
@@ -90,6 +104,37 @@ def kernels(
             callback=readable_file,
         ),
     ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Compile what a server launches into this Triton cache instead.",
+            callback=folder_to_write,
+        ),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only say whether the cache has it all.")
+    ] = False,
+    model_shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="QO:KV:DIM[:VDIM]",
+            help="Heads of one rank and head dims that the cache is for; may be repeated. Default: "
+            f"{' and '.join(kernel_cache.DEFAULT_SHAPES)}.",
+            callback=checked(kernel_cache.check_shape),
+        ),
+    ] = None,
+    logit_cap: Annotated[
+        bool, typer.Option("--logit-cap", help="The cache is for layers that cap their logits.")
+    ] = False,
+    wheel: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The cache is for another Python, whose wheel of the same Triton this is.",
+            callback=readable_file,
+        ),
+    ] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Compile every kernel variant for an architecture; needs no GPU.
@@ -98,25 +143,56 @@ def kernels(
     warp issues in the inner loop for 64 tokens of KV, and before the first copy of KV. Ends with 1
     if a variant of head dim 128 or less spills, if one does not fit into shared memory, or if an
     inner loop has grown by more than 5% since the file of --compare.
+
+    With --cache, servers that are started with TRITON_CACHE_DIR=DIR compile nothing.
     """
-    _check("arch", [arch], list(ALL_ARCHS))
+    _check_given(context, cache)
+    _check("arch", [arch], list(ALL_ARCHS if cache is None else ARCHS))
     _check("head-dim", head_dim or [], list(HEAD_DIMS))
     _check("merge", merge or [], list(MERGE_MODES))
     legal = {"/".join(pair): pair for pair in legal_dtypes(arch)}
     _check("dtype", dtype or [], list(legal), f" with --arch {arch}")
+    dtypes = [legal[name] for name in dict.fromkeys(dtype)] if dtype else None
+    merges = tuple(dict.fromkeys(merge or MERGE_MODES))
+    if cache is not None:
+        kernel_cache.run(
+            cache,
+            arch,
+            model_shape or kernel_cache.DEFAULT_SHAPES,
+            dtypes or DEFAULT_DTYPES[:1],
+            merges,
+            has_cap=logit_cap,
+            wheel=wheel,
+            check=check,
+            jobs=jobs,
+            json_file=json_file,
+        )
+        return
     lengths = {"kv_lengths": dict.fromkeys(kv_length)} if kv_length else {}
     variants = kernel_variants(
         arch,
         head_dims=dict.fromkeys(head_dim or HEAD_DIMS),
-        dtypes=[legal[name] for name in dict.fromkeys(dtype)] if dtype else None,
-        merges=dict.fromkeys(merge or MERGE_MODES),
+        dtypes=dtypes,
+        merges=merges,
         group_size=group_size,
         **lengths,
     )
+    _report(list(variants), arch, jobs, triton, compare, json_file)
+
+
+def _report(
+    variants: list[KernelVariant],
+    arch: str,
+    jobs: int | None,
+    triton: Path | None,
+    compare: Path | None,
+    json_file: str | None,
+) -> None:
+    """Compile, print, compare and write; ends the command if something is wrong."""
     version = _find_triton(triton)
     before = None if compare is None else _read_figures(compare, version, arch)
     out = console(json_file)
-    reports = _compile(list(variants), arch, jobs, triton, out)
+    reports = _compile(variants, arch, jobs, triton, out)
     _print_table(reports, f"{arch}, Triton {version}", out)
     problems = find_problems(reports)
     if before is not None:
@@ -127,6 +203,14 @@ def kernels(
         for problem in problems[:-1]:
             complain(problem)
         fail(problems[-1])
+
+
+def _check_given(context: typer.Context, cache: Path | None) -> None:
+    """End the command if an option stands there that goes with another task."""
+    for name in _OF_THE_CACHE if cache is None else _OF_THE_REPORT:
+        if is_given(context, name):
+            option = f"--{name.replace('_', '-')}"
+            fail(f"{option} goes {'with' if cache is None else 'without'} --cache only", 2)
 
 
 def _check(
@@ -163,13 +247,9 @@ def _read_figures(path: Path, version: str, arch: str) -> list[Variant]:
 def _compile(
     variants: list[KernelVariant], arch: str, jobs: int | None, triton: Path | None, out: Console
 ) -> list[KernelReport]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("compiling for {task.description}"), BarColumn(), MofNCompleteColumn())
     reports = compile_report.compile_variants(variants, arch, jobs=jobs, triton_folder=triton)
     try:
-        with Progress(*columns, TimeElapsedColumn(), console=out, transient=True) as progress:
-            return list(progress.track(reports, total=len(variants), description=arch))
+        return track(reports, len(variants), f"compiling for {arch}", out)
     except Exception as error:
         # A Triton of any release may fail in any way; our environment's must not.
         if triton is None:
