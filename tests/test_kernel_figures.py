@@ -73,15 +73,15 @@ def test_a_loop_is_one_iteration(main_reports: list[KernelReport]) -> None:
         for tile in report.tiles:
             by_kind, warps = tile.loop_instructions_by_kind, report.variant.tile.num_warps
             assert sum(by_kind.values()) == tile.loop_instructions
-            assert by_kind["other"] < tile.loop_instructions / 25
+            assert by_kind["other"] < tile.loop_instructions / 20
             # HMMA takes 16 x 8 x 16 per warp, HGMMA 64 x 64 x 16 of K and 64 x 128 x 16 of V per
             # four warps.
             products = tile.block_m * tile.block_n * 2 * 128
             hmma, hgmma = products // (16 * 8 * 16 * warps), 128 // 16 + 64 // 16
             assert by_kind["matrix"] == (hgmma if tile.block_m >= 64 else hmma)
             copies = tile.kv_bytes // (32 * 16 * warps)
-            # Each of K and V is committed once; there is one wait.
-            assert by_kind["copy"] == copies + 3
+            # Each of K and V is committed once, and waited for together or one by one.
+            assert by_kind["copy"] - copies in (3, 4)
             assert tile.first_copy_instructions is not None
             assert 100 < tile.first_copy_instructions < 1000
 
