@@ -76,7 +76,6 @@ build/triton-%/triton/__init__.py: | $(STAMP)
 	$(BIN)/python -m pip install -q --no-deps --target build/triton-$* 'triton==$*'
 
 kernels-audit: install build/triton-$(GPU_TRITON)/triton/__init__.py  ## Count the kernels' instructions, with two Tritons, and commit the result
-	rm -f $(AUDITED)-*.json
 	status=0; \
 	$(AUDIT) --json $(AUDITED)-$$($(BIN)/python -c 'import triton; print(triton.__version__)').json \
 		|| status=1; \
