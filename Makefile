@@ -9,7 +9,7 @@ PIP_INSTALL := -W 'ignore:Editable installation' -m pip install -q
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all docs-check compat compat-version lint format
-.PHONY: bench-cpu bench-cpu-peers cpu-profile clean
+.PHONY: bench-cpu bench-cpu-peers cpu-profile kernels-audit clean
 .PHONY: gpu-check gpu-bench gpu-tune gpu-serve
 .PHONY: gpu-check-dry gpu-bench-dry gpu-tune-dry gpu-serve-dry
 
@@ -64,6 +64,23 @@ lint: install  ## Check style and types
 format: install  ## Rewrite the sources in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# What the compilers make of the main kernels: the environment's Triton, and that of the GPU hosts.
+# Both run before a variant that spills ends the target with a status of 1.
+GPU_TRITON := 3.6.0
+AUDIT := $(BIN)/sglang-prefix kernels --arch sm_90 --head-dim 64 --head-dim 128 --head-dim 256 \
+	--kv-length 4096
+AUDITED := docs/results/compiled/sm_90-triton
+
+build/triton-%/triton/__init__.py: | $(STAMP)
+	$(BIN)/python -m pip install -q --no-deps --target build/triton-$* 'triton==$*'
+
+kernels-audit: install build/triton-$(GPU_TRITON)/triton/__init__.py  ## Count the kernels' instructions, with two Tritons, and commit the result
+	status=0; \
+	$(AUDIT) --json $(AUDITED)-$$($(BIN)/python -c 'import triton; print(triton.__version__)').json \
+		|| status=1; \
+	$(AUDIT) --triton build/triton-$(GPU_TRITON) --json $(AUDITED)-$(GPU_TRITON).json || status=1; \
+	exit $$status
 
 CPU_PROFILE = docs/results/cpu/$(shell date +%F)-$(shell git describe --always --dirty)-profile.json
 

@@ -31,6 +31,8 @@ from sglang_prefix.bench.serving.servers import RunningServer, ServerError, desc
 from sglang_prefix.bench.serving.stream import Answer, add_chunk
 from sglang_prefix.bench.serving.workloads import REGISTRY, load_workloads, scale_trace
 from sglang_prefix.bench.workloads.traces import read_trace, trace_batches
+from sglang_prefix.cli.kernel_figures import compare_figures, read_figures
+from sglang_prefix.cli.kernels import print_changes
 from sglang_prefix.explain.picture import html_page, svg_picture
 from sglang_prefix.explain.record import read_record
 from sglang_prefix.explain.segments import explain
@@ -41,7 +43,7 @@ from sglang_prefix.packing.cost import PROFILES_FILE, load_cpu_profiles
 from tests.replaced_values import paths_of, replace_value
 from tests.report_files import MADE_UP
 
-__all__ = ["DOCUMENTS", "REFUSALS", "read", "serve_pages"]
+__all__ = ["DOCUMENTS", "REFUSALS", "kernel_figures", "read", "serve_pages"]
 
 # What a reader may raise. It is one line; commands print it and end with status 2.
 REFUSALS = (ValueError, ServerError)
@@ -75,6 +77,27 @@ def _server_pages() -> dict[str, Any]:
     return {"server_info": info | {"internal_states": states}, "model_info": {"model_path": "m"}}
 
 
+def kernel_figures() -> dict[str, Any]:
+    """What `sglang-prefix kernels --json` writes of two variants, with made-up figures."""
+    tile = {"block_m": 16, "block_n": 64, "num_warps": 4, "num_stages": 3, "max_registers": 168}
+    target = {"head_dim": 128, "dtype": "bf16", "kv_dtype": "bf16", "merge": "launch"}
+    loop = {"loop_instructions": 400, "first_copy_instructions": 362}
+    forward: dict[str, Any] = {
+        "kernel": "pack_forward", **target, "group_size": 4, "tile": tile, "narrow_tile": None,
+        "registers": 154, "spill_bytes": 0, "shared_bytes": 71680, "programs_per_sm": 3,
+        "kv_bytes_in_flight": 196608, "num_instructions": 1426,
+        "tiles": [{"block_m": 16, "block_n": 64, **loop}],
+    }  # fmt: skip
+    merge: dict[str, Any] = {
+        "kernel": "merge",
+        "kv_dtype": "fp32",
+        "kv_bytes_in_flight": None,
+        "tiles": [],
+    }
+    head = {"kind": "kernels", "schema": 1, "triton": "3.0.0", "arch": "sm_90"}
+    return {**head, "variants": [forward, forward | merge]}
+
+
 def _requests() -> list[dict[str, Any]]:
     one = {"timestamp": 0, "input_length": 1100, "output_length": 9, "hash_ids": [0, 1, 2]}
     return [one, one | {"timestamp": 900, "hash_ids": [0, 1, 3]}]
@@ -90,6 +113,7 @@ DOCUMENTS: dict[str, Any] = {
     "trace": _requests(),
     "workloads": json.loads(REGISTRY.read_text()),
     "tiles": _tile_table(),
+    "kernels": kernel_figures(),
     "profiles": json.loads(PROFILES_FILE.read_text()),
     "server": _server_pages(),
     "stream": {"index": 0, "text": "ab", "output_ids": [1], "meta_info": {"completion_tokens": 1}},
@@ -135,6 +159,13 @@ def _read_result(path: Path) -> None:
     build_page([Source(path.name, path, read_result(path))], title="results", plots=False)
 
 
+def _read_kernels(path: Path) -> None:
+    found = read_figures(path, "3.0.0", "sm_90")["variants"]
+    for one, other in ((found, kernel_figures()["variants"]), (found, found)):
+        comparison = compare_figures(one, other)
+        print_changes(comparison, "changes", Console(file=io.StringIO()))
+
+
 def _read_stream(path: Path) -> None:
     try:
         add_chunk([Answer(0.0)], path.read_bytes(), {"max_new_tokens": 9})
@@ -157,6 +188,7 @@ _READERS: dict[str, Callable[[Path], object]] = {
     "trace": _read_trace,
     "workloads": _read_workloads,
     "tiles": load_tuned_tiles,
+    "kernels": _read_kernels,
     "profiles": load_cpu_profiles,
     "server": _read_server,
     "stream": _read_stream,

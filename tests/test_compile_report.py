@@ -19,14 +19,14 @@ from typer.testing import CliRunner
 
 from prefix_kernels import compile_report, plan_buffers, triton_executor
 from prefix_kernels.compile_report import (
-    ARCHS,
-    KernelReport,
+    ALL_ARCHS,
     KernelVariant,
     compile_variants,
-    find_problems,
     kernel_variants,
+    triton_version,
 )
-from prefix_kernels.tiles import ROW_CLASSES, TileConfig, TileShape
+from prefix_kernels.kernel_report import AMD_ARCHS, KernelReport, TileReport, find_problems
+from prefix_kernels.tiles import ARCHS, ROW_CLASSES, TileConfig, TileShape
 from sglang_prefix.cli.main import app
 from tests.attention import SPLITS, TRITON, WAYS, load, make_case
 from tests.forests import Fork, build_batch
@@ -106,10 +106,23 @@ def variant_of(name: str, arguments: dict[str, Any], merge: str) -> KernelVarian
     return KernelVariant(kernel, 64, "fp16", "fp16", tile, narrow, merge)
 
 
-def test_an_architecture_without_fp8_has_no_such_variant() -> None:
-    for arch in ARCHS:
+def test_an_architecture_has_the_formats_of_8_bits_that_it_converts() -> None:
+    formats = {"sm_80": set(), "gfx942": {"fp8_e4m3fnuz"}}
+    for arch in ALL_ARCHS:
         dtypes = {variant.kv_dtype for variant in kernel_variants(arch)}
-        assert ("fp8_e4m3" in dtypes) == (arch != "sm_80")
+        assert {n for n in dtypes if n.startswith("fp8")} == formats.get(arch, {"fp8_e4m3"})
+
+
+@pytest.mark.parametrize("arch", AMD_ARCHS)
+def test_tiles_for_amd(arch: str) -> None:
+    """Waves have 64 threads; there is no bound on registers; 64 KiB of LDS hold two stages."""
+    launched = list(kernel_variants(arch, head_dims=[128, 256]))
+    for one in launched:
+        if one.kernel.startswith("pack_forward"):
+            for tile in (one.tile, one.narrow_tile or one.tile):
+                assert (tile.num_warps, tile.num_stages, tile.max_registers) == (4, 2, 0)
+    rows = {one.tile.block_m for one in launched if one.head_dim == 128}
+    assert rows == {4, *ROW_CLASSES}  # 4: those of the merge
 
 
 # Compiled.
@@ -139,7 +152,7 @@ def test_sm_90(dtype: str) -> None:
         [*command, *options, "--jobs", str(JOBS)], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr
-    reports: list[dict[str, Any]] = json.loads(done.stdout)
+    reports: list[dict[str, Any]] = json.loads(done.stdout)["variants"]
     kernels = {"pack_forward", "pack_forward_fused", "copy_slots", "append_slots"}
     assert {report["kernel"] for report in reports} == kernels
     assert {report["kv_dtype"] for report in reports} == {dtype.split("/")[1], "int32"}
@@ -170,6 +183,29 @@ def test_other_shapes(arch: str, head_dim: int, merge: str) -> None:
         if report.variant.kernel == "pack_forward":
             name = wide if report.variant.tile.block_m >= 64 else "HMMA"
             assert name in report.instructions
+
+
+@pytest.mark.parametrize("arch", AMD_ARCHS)
+def test_amd(arch: str) -> None:
+    """They compile, with the matrix unit, into the LDS that there is. None has ever run."""
+    variants = kernel_variants(arch, head_dims=[128], kv_lengths=[4096], merges=["launch"])
+    chosen = [v for v in variants if v.tile.block_m in (16, 64) and v.kv_dtype == "bf16"]
+    assert [v.kernel for v in chosen] == ["pack_forward", "pack_forward", "pack_forward_fused"]
+    reports = compiled(chosen[:2], arch)
+    assert find_problems(reports) == []
+    for report in reports:
+        assert all(name.startswith("v_mfma_f32") for name in report.instructions)
+        assert 0 < report.shared_bytes <= report.shared_limit == AMD_ARCHS[arch]
+        (tile,) = report.tiles
+        assert tile.loop_instructions_by_kind["matrix"] > 0
+        assert report.programs_per_sm > 0
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("arch", AMD_ARCHS)
+def test_amd_whole(arch: str) -> None:
+    variants = kernel_variants(arch, head_dims=[128], kv_lengths=[4096])
+    assert find_problems(compiled(variants, arch)) == []
 
 
 @pytest.mark.extended
@@ -208,7 +244,13 @@ def test_control_the_checks_can_fail() -> None:
 
 
 def report_of(variant: KernelVariant, **changes: Any) -> KernelReport:
-    return replace(KernelReport(variant, "sm_90", 128, 0, 1000, 2000, ("HMMA",), (16,)), **changes)
+    tile = TileReport(
+        variant.tile.block_m, variant.tile.block_n, 1 << 15, 400, {"matrix": 400}, 300
+    )
+    report = KernelReport(
+        variant, "sm_90", "3.0", 128, 0, 1000, 2000, ("HMMA",), (16,), 1500, (tile,)
+    )
+    return replace(report, **changes)
 
 
 def test_occupancy_is_what_registers_and_shared_memory_allow() -> None:
@@ -225,6 +267,26 @@ def test_occupancy_is_what_registers_and_shared_memory_allow() -> None:
     ):
         report = report_of(variant, registers=registers, shared_bytes=shared)
         assert report.as_dict()["programs_per_sm"] == report.programs_per_sm == programs
+        # One of the two stages is ahead.
+        assert report.as_dict()["kv_bytes_in_flight"] == programs * report.tiles[0].kv_bytes
+
+
+def test_occupancy_of_amd() -> None:
+    """A SIMD has 512 registers per lane, in eights, and eight waves; LDS is as the arch has it."""
+    for registers, shared, warps, programs in (
+        (128, 1000, 4, 4),
+        (129, 1000, 4, 3),
+        (257, 1000, 4, 1),
+        (32, 1000, 4, 8),
+        (128, 1000, 8, 2),
+        (128, 20 * 1024, 4, 3),
+        (128, 64 * 1024, 4, 1),
+        (32, 0, 4, 8),
+    ):
+        variant = forward_variant(TileConfig(16, 64, warps, 2))
+        changes = {"arch": "gfx942", "shared_limit": 64 * 1024}
+        report = report_of(variant, registers=registers, shared_bytes=shared, **changes)
+        assert report.programs_per_sm == programs
 
 
 @pytest.mark.parametrize(
@@ -234,10 +296,11 @@ def test_occupancy_is_what_registers_and_shared_memory_allow() -> None:
         ({"shared_bytes": 2000}, []),
         ({"spill_bytes": 8}, ["head dim 128 16x64 spills 8 bytes"]),
         ({"shared_bytes": 2001}, ["2001 bytes of shared memory, over 2000", "head dim 256"]),
+        ({"tiles": ()}, ["head dim 256 16x64 has no KV loop"]),
     ],
 )
 def test_status_of_the_command(
-    changes: dict[str, int], complaints: list[str], monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], complaints: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tile = TileConfig(16, 64, 4, 3)
     variants = [forward_variant(tile), forward_variant(tile, head_dim=256)]
@@ -245,7 +308,9 @@ def test_status_of_the_command(
     monkeypatch.setattr(compile_report, "compile_variants", lambda *_, **__: iter(reports))
     done = CliRunner().invoke(app, ["kernels", "--arch", "sm_90", "--json"])
     assert done.exit_code == (1 if complaints else 0)
-    assert [row["head_dim"] for row in json.loads(done.stdout)] == [128, 256]
+    written = json.loads(done.stdout)
+    assert [row["head_dim"] for row in written["variants"]] == [128, 256]
+    assert (written["arch"], written["triton"]) == ("sm_90", triton_version())
     for complaint in complaints:
         assert complaint in done.stderr
     assert "head dim 256 16x64 spills" not in done.stderr
@@ -255,7 +320,7 @@ def test_status_of_the_command(
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["--arch", "sm_70"], "--arch is sm_70; legal: sm_80, sm_90, sm_100"),
+        (["--arch", "sm_70"], "--arch is sm_70; legal: sm_80, sm_90, sm_100, gfx942, gfx950"),
         (["--arch", "sm_90", "--head-dim", "77"], "--head-dim is 77; legal: 64, 80,"),
         (["--arch", "sm_90", "--merge", "no"], "--merge is no; legal: launch, in_kernel"),
         (["--arch", "sm_80", "--dtype", "bf16/fp8_e4m3"], "legal with --arch sm_80: bf16/bf16"),

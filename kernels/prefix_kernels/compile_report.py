@@ -10,14 +10,18 @@ import multiprocessing
 import os
 import re
 import signal
-import subprocess
-import tempfile
+import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from prefix_kernels.amdgcn import read_amdgcn
+from prefix_kernels.kernel_report import AMD_ARCHS, COUNTED_TOKENS, KernelReport, TileReport
+from prefix_kernels.machine_code import MachineCode, find_kv_loops
+from prefix_kernels.sass import disassemble
 from prefix_kernels.tiles import (
     ARCHS,
     FUSED_ROWS,
@@ -29,55 +33,62 @@ from prefix_kernels.tiles import (
     choose_launches,
     load_tuned_tiles,
     next_power_of_two,
-    programs_for_registers,
-    programs_for_shared_memory,
     row_classes,
 )
 
 __all__ = [
-    "ARCHS",
+    "ALL_ARCHS",
     "DEFAULT_DTYPES",
     "HEAD_DIMS",
-    "SPILL_FREE_HEAD_DIM",
-    "KernelReport",
     "KernelVariant",
     "compile_variants",
-    "find_problems",
     "kernel_variants",
     "legal_dtypes",
+    "triton_version",
 ]
+
+# Shared memory that one program may use, by what can be compiled for.
+ALL_ARCHS = ARCHS | AMD_ARCHS
 
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 
-_ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8_e4m3": 1, "fp8_e5m2": 1}
+_ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4}  # all others have one byte
 # Dtypes of q, which is the output's, and of the caches.
 _DTYPES = (
     ("bf16", "bf16"),
     ("bf16", "fp8_e4m3"),
+    ("bf16", "fp8_e4m3fnuz"),
     ("bf16", "fp8_e5m2"),
+    ("bf16", "fp8_e5m2fnuz"),
     ("fp16", "fp16"),
     ("fp16", "fp8_e4m3"),
+    ("fp16", "fp8_e4m3fnuz"),
     ("fp16", "fp8_e5m2"),
+    ("fp16", "fp8_e5m2fnuz"),
     ("fp32", "fp32"),
 )
-DEFAULT_DTYPES = _DTYPES[:2]
+DEFAULT_DTYPES = _DTYPES[:3]
+# What an architecture converts, if not the formats of the OCP; gfx942 has AMD's own.
+_FP8_DTYPES = {"sm_80": ("fp8_e5m2",), "gfx942": ("fp8_e4m3fnuz", "fp8_e5m2fnuz")}
+_OCP_DTYPES = ("fp8_e4m3", "fp8_e5m2")
+# Those with matrix instructions that take q from shared memory.
+_WGMMA_ARCHS = ("sm_90", "sm_100")
 # Between two of these lengths, the choice of a tile is the same.
 _KV_LENGTHS = tuple(1 << bit for bit in range(12))
 _SIDE_WARPS = 4
 _DEFAULT_STAGES = 3  # Triton's own, where a launch names none
 
-# Head dims up to this one must not spill: they are what most models have.
-SPILL_FREE_HEAD_DIM = 128
-
-_MAX_WARPS_PER_SM = 64
 _INTERPRET = "TRITON_INTERPRET"
+_MAX_VERSION_CHARS = 1 << 16  # of the file that names Triton's version, in its first lines
 # Triton's names of what is not called the same there.
-_TRITON_DTYPES = {"fp8_e4m3": "fp8e4nv", "fp8_e5m2": "fp8e5"}
+_TRITON_DTYPES = {
+    "fp8_e4m3": "fp8e4nv",
+    "fp8_e4m3fnuz": "fp8e4b8",
+    "fp8_e5m2": "fp8e5",
+    "fp8_e5m2fnuz": "fp8e5b16",
+}
 _FLOATS = ("sm_scale", "v_factor", "logit_cap")
 _NUM_KV_HEADS = 8
-# Names of matrix instructions in SASS: Ampere's, Hopper's and Blackwell's.
-_MATRIX_INSTRUCTION = re.compile(r"\b([HQ]MMA|[HQ]GMMA|UTC[HQ]MMA)\b")
-_ASYNC_COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global[^,]*?, \[[^]]*\], (?:0x)?(\w+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,48 +116,10 @@ class KernelVariant:
     group_size: int = 4
 
 
-@dataclass(frozen=True, slots=True)
-class KernelReport:
-    """One compiled kernel variant.
-
-    Attributes:
-        variant: what was compiled.
-        arch: "sm_80", "sm_90" or "sm_100".
-        registers: per thread.
-        spill_bytes: stack per thread, which holds what did not fit into registers.
-        shared_bytes: shared memory of a program.
-        shared_limit: what the architecture allows.
-        instructions: names of the matrix instructions in the binary.
-        async_copy_bytes: widths of the asynchronous copies from global to shared memory.
-    """
-
-    variant: KernelVariant
-    arch: str
-    registers: int
-    spill_bytes: int
-    shared_bytes: int
-    shared_limit: int
-    instructions: tuple[str, ...]
-    async_copy_bytes: tuple[int, ...]
-
-    @property
-    def programs_per_sm(self) -> int:
-        """Programs that an SM runs at a time, by registers and shared memory: the occupancy."""
-        return min(
-            programs_for_registers(self.variant.tile.num_warps, self.registers),
-            programs_for_shared_memory(self.shared_bytes, self.arch),
-            _MAX_WARPS_PER_SM // self.variant.tile.num_warps,
-        )
-
-    def as_dict(self) -> dict[str, Any]:
-        """One object, as JSON has it, with one for each tile in it."""
-        report = asdict(self)
-        return report.pop("variant") | report | {"programs_per_sm": self.programs_per_sm}
-
-
 def legal_dtypes(arch: str) -> tuple[tuple[str, str], ...]:
-    """Dtypes of q and the caches that an architecture has: sm_80 cannot convert fp8 e4m3."""
-    return tuple(pair for pair in _DTYPES if arch != "sm_80" or pair[1] != "fp8_e4m3")
+    """Dtypes of q and the caches that an architecture has, by its formats of 8 bits."""
+    legal = _FP8_DTYPES.get(arch, _OCP_DTYPES)
+    return tuple(pair for pair in _DTYPES if pair[1] in _ITEMSIZES or pair[1] in legal)
 
 
 def kernel_variants(
@@ -155,29 +128,36 @@ def kernel_variants(
     head_dims: Iterable[int] = HEAD_DIMS,
     dtypes: Iterable[tuple[str, str]] | None = None,
     merges: Iterable[str] = MERGE_MODES,
+    kv_lengths: Iterable[int] = _KV_LENGTHS,
     group_size: int = 4,
 ) -> Iterator[KernelVariant]:
     """List what `TritonExecutor` launches in all of its modes, on all devices of an architecture.
 
+    For AMD's, which it has not been adapted to, what it would launch there: see `_for_amd`.
+
     Args:
-        arch: a key of :data:`ARCHS`.
+        arch: a key of :data:`ALL_ARCHS`.
         head_dims: elements per head.
         dtypes: of q and the caches; None for those of :data:`DEFAULT_DTYPES` that the arch has.
         merges: of :data:`MERGE_MODES`.
+        kv_lengths: tokens of the packs.
         group_size: query heads per KV head.
     """
     if dtypes is None:
         dtypes = [pair for pair in legal_dtypes(arch) if pair in DEFAULT_DTYPES]
-    pairs, merges = tuple(dtypes), tuple(merges)
+    pairs, merges, lengths = tuple(dtypes), tuple(merges), tuple(kv_lengths)
     tuned = load_tuned_tiles(TABLE)
     devices = (None, *(name for name, device in tuned.items() if device.arch == arch))
     for head_dim in head_dims:
         for dtype, kv_dtype in pairs:
-            shape = TileShape(
-                head_dim, head_dim, _ITEMSIZES[dtype], _ITEMSIZES[kv_dtype], arch != "sm_80"
-            )
+            q_itemsize, kv_itemsize = (_ITEMSIZES.get(name, 1) for name in (dtype, kv_dtype))
+            has_wgmma = arch in _WGMMA_ARCHS
+            shape = TileShape(head_dim, head_dim, q_itemsize, kv_itemsize, has_wgmma)
+            tiles = list(_forward_tiles(shape, devices, lengths))
+            if arch in AMD_ARCHS:
+                tiles = [(name, _for_amd(t), n and _for_amd(n)) for name, t, n in tiles]
             for merge in merges:
-                for kernel, tile, narrow in _forward_tiles(shape, devices):
+                for kernel, tile, narrow in tiles:
                     yield KernelVariant(
                         kernel, head_dim, dtype, kv_dtype, tile, narrow, merge, group_size
                     )
@@ -190,20 +170,30 @@ def kernel_variants(
         yield KernelVariant(name, 0, "int32", "int32", tile)
 
 
+def _for_amd(tile: TileConfig) -> TileConfig:
+    """A tile for waves of 64 threads, within the 64 KiB of shared memory of gfx942.
+
+    Four waves fill the four SIMDs of a compute unit, with 512 registers per thread; eight would
+    have 256. Nothing bounds the registers there. Two stages fit: KV tiles of 64 KiB and q besides
+    would not.
+    """
+    return replace(tile, num_warps=4, num_stages=2, max_registers=0)
+
+
 def _forward_tiles(
-    shape: TileShape, devices: Iterable[str | None]
+    shape: TileShape, devices: Iterable[str | None], kv_lengths: Iterable[int]
 ) -> Iterator[tuple[str, TileConfig, TileConfig | None]]:
     """Each row class at each KV length on each device, then the pairs of a fused launch."""
     launches = [
         one
         for device in devices
         for rows in row_classes(shape)
-        for length in _KV_LENGTHS
+        for length in kv_lengths
         for one in choose_launches(
             PlanFacts((rows,), length), replace(shape, device=device), "streams"
         )
     ]
-    for length in _KV_LENGTHS:
+    for length in kv_lengths:
         launches += choose_launches(PlanFacts((FUSED_ROWS[-1],), length), shape, "fused")
     for narrow, wide in dict.fromkeys((one.tile, one.wide_tile) for one in launches):
         if wide is None:
@@ -212,38 +202,56 @@ def _forward_tiles(
             yield "pack_forward_fused", wide, narrow
 
 
-def find_problems(reports: Iterable[KernelReport]) -> list[str]:
-    """One line for each variant that spills, up to head dim 128, or does not fit."""
-    problems = []
-    for report in reports:
-        variant = report.variant
-        tile = f"{variant.tile.block_m}x{variant.tile.block_n}"
-        name = f"{variant.kernel} {variant.dtype}/{variant.kv_dtype} head dim {variant.head_dim}"
-        if report.spill_bytes and variant.head_dim <= SPILL_FREE_HEAD_DIM:
-            problems.append(f"{name} {tile} spills {report.spill_bytes} bytes")
-        if report.shared_bytes > report.shared_limit:
-            size = f"{report.shared_bytes} bytes of shared memory, over {report.shared_limit}"
-            problems.append(f"{name} {tile} uses {size}")
-    return problems
+def triton_version(folder: Path | None = None) -> str:
+    """The version of the Triton in a folder, or of the environment's; nothing is imported.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if folder is None:
+        spec = find_spec("triton")
+        source = Path(spec.origin) if spec and spec.origin else Path()
+    else:
+        source = folder / "triton" / "__init__.py"
+    try:
+        with source.open(encoding="utf-8", errors="replace") as file:
+            text = file.read(_MAX_VERSION_CHARS)
+    except OSError:
+        text = ""
+    found = re.search(r"^__version__ = ['\"](\S+)['\"]", text, re.MULTILINE)
+    if found is None:
+        raise ValueError(f"{folder or 'the environment'} has no Triton")
+    return found[1]
 
 
 def compile_variants(
-    variants: Iterable[KernelVariant], arch: str, *, jobs: int | None = None
+    variants: Iterable[KernelVariant],
+    arch: str,
+    *,
+    jobs: int | None = None,
+    triton_folder: Path | None = None,
 ) -> Iterator[KernelReport]:
     """Compile variants, several at a time, and report on each in their order.
 
     Args:
         variants: what to compile.
-        arch: a key of :data:`ARCHS`.
+        arch: a key of :data:`ALL_ARCHS`.
         jobs: processes at work; None for one per CPU.
+        triton_folder: has the Triton to compile with, as ``pip install --target`` leaves it; None
+            for the environment's.
+
+    Raises:
+        ImportError: the Triton of that folder cannot be used.
     """
     variants = list(variants)
     jobs = max(1, min(jobs or len(os.sched_getaffinity(0)), len(variants)))
+    folder = None if triton_folder is None else str(triton_folder.resolve())
     # Spawned, so that the workers' Triton reads the environment afresh.
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _ignore_interrupts)
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(jobs, context, _begin_worker, (folder,))
     interpret = os.environ.pop(_INTERPRET, None)
     try:
-        reports = pool.map(_compile, variants, [arch] * len(variants))
+        reports = pool.map(_compile, variants, [arch] * len(variants), [folder] * len(variants))
     finally:
         if interpret is not None:
             os.environ[_INTERPRET] = interpret
@@ -253,17 +261,22 @@ def compile_variants(
         pool.shutdown(cancel_futures=True)
 
 
-def _ignore_interrupts() -> None:
-    """Ctrl-C ends the parent, which then ends the workers."""
+def _begin_worker(triton_folder: str | None) -> None:
+    # Ctrl-C ends the parent, which then ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Not in PYTHONPATH: a spawned process takes its path from the parent.
+    if triton_folder is not None:
+        sys.path.insert(0, triton_folder)
 
 
-def _compile(variant: KernelVariant, arch: str) -> KernelReport:
+def _compile(variant: KernelVariant, arch: str, triton_folder: str | None = None) -> KernelReport:
     """Compile as a launch with aligned tensors does."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    if triton_folder is not None and not triton.__file__.startswith(triton_folder):
+        raise ImportError(f"triton was imported from {triton.__file__}")
     kernel, pointers, constants = _arguments(variant)
     signature, hints = {}, {}
     for index, name in enumerate(kernel.arg_names):
@@ -281,22 +294,46 @@ def _compile(variant: KernelVariant, arch: str) -> KernelReport:
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     if tile.max_registers:
         options["maxnreg"] = tile.max_registers
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constants, hints),
-        target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32),
-        options=options,
-    )
-    copies = {int(size, 16) for size in _ASYNC_COPY.findall(compiled.asm["ptx"])}
-    usage, sass = _disassemble(compiled.asm["cubin"])
+    is_amd = arch in AMD_ARCHS
+    target = GPUTarget("hip", arch, 64) if is_amd else GPUTarget("cuda", int(arch[3:]), 32)
+    source = ASTSource(kernel, signature, constants, hints)
+    compiled = triton.compile(source, target=target, options=options)
+    asm = compiled.asm
+    binary = read_amdgcn(asm["amdgcn"]) if is_amd else disassemble(asm["cubin"])
     return KernelReport(
         variant,
         arch,
-        registers=int(usage[1]),
-        spill_bytes=int(usage[2]),
+        triton.__version__,
+        registers=binary.registers,
+        spill_bytes=binary.spill_bytes,
         shared_bytes=int(compiled.metadata.shared),
-        shared_limit=ARCHS[arch],
-        instructions=tuple(sorted(set(_MATRIX_INSTRUCTION.findall(sass)))),
-        async_copy_bytes=tuple(sorted(copies)),
+        shared_limit=ALL_ARCHS[arch],
+        instructions=binary.matrix_instructions,
+        async_copy_bytes=binary.copy_bytes,
+        num_instructions=len(binary.code),
+        tiles=_tile_reports(variant, binary),
+    )
+
+
+def _tile_reports(variant: KernelVariant, binary: MachineCode) -> tuple[TileReport, ...]:
+    """What each tile of a forward kernel costs; nothing if its loops are not as many."""
+    if not variant.kernel.startswith("pack_forward"):
+        return ()
+    tiles = [tile for tile in (variant.narrow_tile, variant.tile) if tile]
+    loops = find_kv_loops(binary.code)
+    if len(loops) != len(tiles):
+        return ()
+    token_bytes = 2 * variant.head_dim * _ITEMSIZES.get(variant.kv_dtype, 1)
+    return tuple(
+        TileReport(
+            tile.block_m,
+            tile.block_n,
+            tile.block_n * token_bytes,
+            round(sum(loop.counts.values()) * COUNTED_TOKENS / tile.block_n),
+            {kind: round(n * COUNTED_TOKENS / tile.block_n) for kind, n in loop.counts.items()},
+            loop.first_copy_instructions,
+        )
+        for tile, loop in zip(tiles, loops, strict=True)
     )
 
 
@@ -340,19 +377,3 @@ def _arguments(variant: KernelVariant) -> tuple[Any, dict[str, str], dict[str, A
         "MERGES": variant.merge == "in_kernel",
     }
     return pack_forward_kernel, pointers, constants
-
-
-def _disassemble(cubin: bytes) -> tuple[re.Match[str], str]:
-    """Registers and stack bytes per thread of a binary, and its text."""
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.TemporaryDirectory() as folder:
-        binary = Path(folder, "kernel.cubin")
-        binary.write_bytes(cubin)
-        command = [str(tools / "cuobjdump"), "-res-usage", "-sass", str(binary)]
-        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    usage = re.search(r"REG:(\d+) STACK:(\d+)", printed)
-    if usage is None:
-        raise RuntimeError(f"cuobjdump printed no resource usage: {printed[:1000]}")
-    return usage, printed

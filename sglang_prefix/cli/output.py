@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import typer
 
@@ -14,7 +14,19 @@ from sglang_prefix.files import write_file
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["FLAG", "STDOUT", "complain", "console", "fail", "say", "write_json"]
+__all__ = [
+    "FLAG",
+    "STDOUT",
+    "complain",
+    "console",
+    "fail",
+    "say",
+    "track",
+    "write_json",
+    "write_text",
+]
+
+T = TypeVar("T")
 
 FLAG, STDOUT = "--json", "-"
 # Of a message, which may quote what a user gave; what is longer loses its middle.
@@ -38,11 +50,26 @@ def say(out: Console, text: str) -> None:
     out.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+def track(items: Iterable[T], total: int, description: str, out: Console) -> list[T]:
+    """Everything of `items`, with a bar that shows how many of `total` are there."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    bar = Progress(
+        *columns, TimeElapsedColumn(), console=out, transient=True, disable=not out.is_terminal
+    )
+    with bar:
+        return list(bar.track(items, total=total, description=description))
+
+
 def write_json(data: Mapping[str, Any] | Sequence[Any], target: str | None) -> None:
     """Write `data` to where `--json` points: a file, standard output ("-") or nowhere (None)."""
-    if target is None:
-        return
-    text = json.dumps(data, indent=2) + "\n"
+    if target is not None:
+        write_text(json.dumps(data, indent=2) + "\n", target)
+
+
+def write_text(text: str, target: str) -> None:
+    """Write to a file, or to standard output ("-")."""
     if target == STDOUT:
         sys.stdout.write(text)
         return
