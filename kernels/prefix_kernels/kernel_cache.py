@@ -12,6 +12,7 @@ interprets its kernels cannot compile them.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -43,8 +44,6 @@ _WARP_SIZE = 32
 # An integer is 1, or a multiple of this one, or neither: Triton compiles for each of the three.
 _DIVISOR = 16
 _INT32 = 1 << 31
-# What a damaged entry makes of reading it.
-_DAMAGES = (OSError, ValueError, KeyError, TypeError, StopIteration)
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,16 +319,18 @@ def _find(launch: KernelLaunch) -> bool:
             self.cache_dir = os.path.join(knobs.cache.dir, key)
 
         def get_group(self, filename: str) -> dict[str, str]:
-            group = super().get_group(filename)
-            if not group or filename not in group:
-                raise _NotThereError
+            try:
+                group: dict[str, str] = super().get_group(filename) or {}
+                json.loads(Path(group[filename]).read_bytes())
+            except (OSError, ValueError, KeyError):  # missing or damaged
+                raise _NotThereError from None
             return group
 
     with knobs.cache.scope():
         knobs.cache.manager_class = Lookup
         try:
             _ask_for(launch)
-        except (_NotThereError, *_DAMAGES):
+        except _NotThereError:
             return False
     return True
 
