@@ -139,6 +139,13 @@ class TileConfig:
         fitting = programs_for_shared_memory(self.shared_bytes(shape), arch)
         return max(1, min(self.programs_per_sm, fitting))
 
+    def sm_share(self, shape: TileShape) -> float:
+        """Part of an SM that a program takes: of its registers, or of its shared memory."""
+        registers = 32 * self.num_warps * (-(-self.max_registers // 8) * 8)
+        limit = ARCHS["sm_90" if shape.has_wgmma else "sm_80"] + _RESERVED_BYTES
+        shared = self.shared_bytes(shape) + _RESERVED_BYTES
+        return max(registers / _REGISTERS_PER_SM, shared / limit)
+
     def shared_bytes(self, shape: TileShape) -> int:
         """Shared memory of a program: what `compile_report` finds, or up to a few KiB more."""
         dim, v_dim = next_power_of_two(shape.head_dim), next_power_of_two(shape.v_head_dim)

@@ -28,7 +28,8 @@ from sglang_prefix.packing import (
     policy_named,
 )
 from sglang_prefix.packing.cost import FITTED
-from sglang_prefix.packing.layout import CostedPlan, choose_num_splits
+from sglang_prefix.packing.layout import CostedPlan
+from sglang_prefix.packing.splits import choose_num_splits
 from sglang_prefix.packing.planner import PackPlanner
 from sglang_prefix.packing.policies import CHUNK_TOKENS
 

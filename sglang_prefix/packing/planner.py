@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -17,7 +16,8 @@ from sglang_prefix.packing import (
     DeviceProfile,
     policy_named,
 )
-from sglang_prefix.packing.layout import CostedPlan, choose_num_splits
+from sglang_prefix.packing.layout import CostedPlan
+from sglang_prefix.packing.splits import choose_num_splits
 from sglang_prefix.packing.packs import Packs
 
 __all__ = ["RESERVED_TAIL_SLOTS", "PackPlanner", "profile_for", "warm_up"]
@@ -35,7 +35,7 @@ def profile_for(executor: str, max_block_rows: int | None = None) -> DeviceProfi
         max_block_rows: rows that it takes in one pass; None for the profile's own.
     """
     profile = CPU_PROFILES.get(executor, GPU_PROFILE)
-    return replace(profile, max_block_rows=max_block_rows) if max_block_rows else profile
+    return profile.narrowed_to(max_block_rows) if max_block_rows else profile
 
 
 @cache

@@ -1,0 +1,100 @@
+"""What plans for a GPU cost: the tiles of the Triton kernels on a device's multiprocessors.
+
+Nothing here was measured on a GPU. Residency, warps and bytes in flight follow from the tiles that
+the kernels launch; instructions are counts from compiled code; times are estimates from both, to be
+replaced by measurements.
+"""
+
+from __future__ import annotations
+
+from prefix_kernels.tiles import (
+    PlanFacts,
+    TileConfig,
+    TileShape,
+    choose_launches,
+    next_power_of_two,
+    row_classes,
+)
+from sglang_prefix.packing.cost import DeviceProfile, TileCost
+
+__all__ = ["GPU_PROFILE", "H200_BYTES_PER_S", "H200_SMS", "gpu_profile"]
+
+# NVIDIA's data sheet.
+H200_BYTES_PER_S, H200_SMS = 4.8e12, 132
+
+# Counted in the binaries for sm_90 (bfloat16, head dim 128): instructions of a warp for 64 KV tokens
+# in the loop over tiles, by rows of the tile. That of 32 rows is an estimate from the others.
+_LOOP_INSTRUCTIONS = {16: 297, 32: 410, 64: 434, 128: 412}
+_COUNTED_TOKENS, _COUNTED_DIMS = 64, 256
+# Estimates: a clock under load, schedulers of a multiprocessor, and the share of their slots that
+# one program of eight warps fills; together some 2,060 clocks for a tile of 128 x 64.
+_CLOCKS_PER_US = 1900.0
+_SCHEDULERS = 4
+_ISSUED_SHARE = 0.4
+# Estimates, by rows: the loads before an item's first KV copy wait for each other (item, tail length
+# and queries, slots and q, KV), and after the loop the results are scaled and stored.
+_ITEM_US = {16: 2.0, 32: 2.3, 64: 2.6, 128: 3.0}
+# Estimate: from the issue of a copy to its arrival, on a loaded device.
+_LATENCY_US = 1.0
+# Tokens of a pack that is in no way short.
+_LONG = 1 << 20
+# Two tiles of KV: an item of fewer has nothing to load ahead.
+_MIN_SPLIT_TOKENS = 128
+
+
+def gpu_profile(
+    shape: TileShape,
+    *,
+    mode: str = "streams",
+    num_sms: int = H200_SMS,
+    read_bytes_per_s: float = H200_BYTES_PER_S,
+    in_graph: bool = False,
+) -> DeviceProfile:
+    """The profile of the Triton kernels on a GPU.
+
+    Args:
+        shape: head dims and item sizes of the layers, and the device by which tuned tiles are found.
+        mode: one of `tiles.LAUNCH_MODES`.
+        num_sms: multiprocessors of the device.
+        read_bytes_per_s: bandwidth of its main memory.
+        in_graph: whether launches are those of the graphs of large batches.
+    """
+    classes = row_classes(shape)
+    facts = PlanFacts.of_every_plan(classes[-1], 1) if in_graph else PlanFacts(classes, _LONG)
+    sm_bytes_per_us = read_bytes_per_s / num_sms / 1e6
+    tiles = []
+    for launch in choose_launches(facts, shape, mode):
+        share = launch.tiles[-1].sm_share(shape)
+        tiles += [_tile_cost(tile, shape, share) for tile in launch.tiles]
+    token_bytes = (shape.head_dim + shape.v_head_dim) * shape.kv_itemsize
+    # A further row block finds the KV in the L2 cache, and its instructions take their time.
+    reread = tiles[-1].token_us / (token_bytes / sm_bytes_per_us)
+    return DeviceProfile(
+        name="cuda",
+        max_block_rows=tiles[-1].rows,
+        reread_cost=min(1.0, reread),
+        pack_bytes=0,
+        min_split_tokens=_MIN_SPLIT_TOKENS,
+        num_sms=num_sms,
+        read_bytes_per_us=read_bytes_per_s / 1e6,
+        tiles=tuple(tiles),
+    )
+
+
+def _tile_cost(tile: TileConfig, shape: TileShape, sm_share: float) -> TileCost:
+    dims = next_power_of_two(shape.head_dim) + next_power_of_two(shape.v_head_dim)
+    instructions = _LOOP_INSTRUCTIONS[tile.block_m] * dims / _COUNTED_DIMS / _COUNTED_TOKENS
+    issued = _SCHEDULERS * _ISSUED_SHARE * _CLOCKS_PER_US
+    kv_tile = tile.block_n * dims * shape.kv_itemsize
+    return TileCost(
+        rows=tile.block_m,
+        tokens=tile.block_n,
+        sm_share=sm_share,
+        item_us=_ITEM_US[tile.block_m],
+        token_us=instructions * tile.num_warps / issued,
+        lone_bytes_per_us=(tile.num_stages - 1) * kv_tile / _LATENCY_US,
+    )
+
+
+# Of the kernels for head dim 128 and 16-bit KV on an H200, by its data sheet.
+GPU_PROFILE = gpu_profile(TileShape(128, 128, 2, 2))
