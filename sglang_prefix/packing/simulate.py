@@ -14,8 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from prefix_kernels.work_list import TILE_CLASS_FIELD, build_work_list
+from prefix_kernels.work_list import TILE_CLASS_FIELD, build_work_list, tile_classes
 from sglang_prefix.packing.layout import CostedPlan
+from sglang_prefix.packing.splits import tile_table
 
 __all__ = ["Simulation", "simulate"]
 
@@ -32,21 +33,26 @@ class Simulation(NamedTuple):
 
     Attributes:
         makespan_us: time of the forward stage, launches left out.
-        bound_us: what no plan with these reads could stay below: the bandwidth, the instructions of
-            all multiprocessors or the places for programs, and the fixed cost of the first items.
-        longest_us: the longest item, alone on the device.
+        work_us: the work of the plan's packs without splits, if all workers of all classes had equal
+            parts of it.
+        shortest_us: the longest pack in the shortest splits that are allowed, alone on the device.
         merge_us: time of reading the partial results once more.
     """
 
     makespan_us: float
-    bound_us: float
-    longest_us: float
+    work_us: float
+    shortest_us: float
     merge_us: float
 
     @property
     def total_us(self) -> float:
         """Both stages."""
         return self.makespan_us + self.merge_us
+
+    @property
+    def bound_us(self) -> float:
+        """What is to be expected of a good plan with these packs."""
+        return max(self.work_us, self.shortest_us)
 
 
 class _Items(NamedTuple):
@@ -59,29 +65,23 @@ class _Items(NamedTuple):
 
 def simulate(plan: CostedPlan) -> Simulation:
     """Simulate a plan on the GPU that it was made for."""
-    device, tiles = plan.costs.device, plan.costs.device.tiles
-    items = _items_of(plan)
-    work = [
-        (tile, found)
-        for tile, found in zip(tiles, items, strict=True)
-        if len(found.num_bytes)
-    ]
-    read_us = sum(found.num_bytes.sum() for _, found in work) / device.read_bytes_per_us
-    issue_us = sum(found.issue_us.sum() for _, found in work) / device.num_sms
-    alone = [
-        tile.item_us + np.maximum(found.num_bytes / tile.lone_bytes_per_us, found.issue_us)
-        for tile, found in work
-    ]
-    places_us = sum(
-        tile.sm_share * time.sum() for (tile, _), time in zip(work, alone, strict=True)
-    ) / device.num_sms
-    bound = max(min(tile.item_us for tile, _ in work) + max(read_us, issue_us), places_us)
-    shape = plan.costs.shape
+    shape, device = plan.costs.shape, plan.costs.device
+    rows = np.diff(plan.query_indptr) * shape.group_size
+    classes = tile_classes(rows, [tile.rows for tile in device.tiles])
+    block_rows, tokens, workers, *times = tile_table(plan.costs)[classes].T
+    item_us, token_us, read_us, issue_us, row_us = times
+    lengths = plan.pack_end - plan.pack_start
+    items = shape.num_kv_heads * -(-rows // block_rows)
+    each_us = np.maximum(np.maximum(read_us, issue_us), token_us / workers)
+    # Nobody reads before the first item's fixed time is over.
+    fixed_us = max((items * item_us / workers).sum(), item_us.max())
+    work_us = float(fixed_us + (items * lengths * each_us).sum())
+    least = np.minimum(np.maximum(device.min_split_tokens, tokens), lengths)
     merged = plan.num_partials if plan.num_partials > plan.batch_size else 0
     return Simulation(
-        _Device(plan, work, max(bound, 1e-3) / _STEPS).run(),
-        bound,
-        max(float(time.max()) for time in alone),
+        _Device(plan, max(work_us, 1e-3) / _STEPS).run(),
+        work_us,
+        float((item_us + least * token_us).max()),
         merged * shape.partial_size / (device.read_bytes_per_us * _L2_SPEEDUP),
     )
 
@@ -116,12 +116,13 @@ class _Device:
 
     Args:
         plan: what runs.
-        work: tile classes and their items.
         least_us: time is not divided finer.
     """
 
-    def __init__(self, plan: CostedPlan, work: list[tuple], least_us: float) -> None:
+    def __init__(self, plan: CostedPlan, least_us: float) -> None:
         device = plan.costs.device
+        found = zip(device.tiles, _items_of(plan), strict=True)
+        work = [(tile, items) for tile, items in found if len(items.num_bytes)]
         self._num_sms, self._bandwidth = device.num_sms, device.read_bytes_per_us
         self._least_us = least_us
         self._free = np.ones(device.num_sms)

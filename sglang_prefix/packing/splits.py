@@ -1,9 +1,8 @@
-"""Into how many splits packs are cut, so that their work fills the device.
+"""Into how many splits packs are cut, so that their work fills a GPU.
 
-The kernels run each tile class with as many programs as the multiprocessors hold of it, its workers.
-A worker takes every ``workers``-th item of a list, the longest first. So if all items of a class
-are given out in ``k`` rounds, none of its workers has more than ``k`` of the longest, nor more than
-the average and one of the longest.
+The kernels run a tile class with as many programs as the multiprocessors hold of it, its workers.
+A worker takes every ``workers``-th item of a list, the longest first. More splits spread the work
+more evenly; each costs an item's fixed time, and a partial result of every request.
 """
 
 from __future__ import annotations
@@ -22,23 +21,25 @@ __all__ = ["choose_num_splits", "tile_table"]
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
 
-# Numbers of rounds that are tried, from the fewest on. The average and one item is 12% more than the
-# average at eight rounds; fixed costs and partial results decide long before more would pay.
-_ROUNDS_TRIED = 8
+# Limits that are tried: the longest pack of a class by these, and those that fill one round of the
+# workers, two, and so on, from the least number of rounds on.
+_PARTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
+_ROUNDS_TRIED = 4
+# The share of the work of narrower classes, which begins later, that fills what a class leaves idle.
+# By simulation (`simulate.py`): of 0 to 0.4, that with the shortest makespans.
+_FILLED_SHARE = 0.1
 
 
 def choose_num_splits(packs: Packs, seq_lens: IntArray, costs: CostModel) -> IntArray:
-    """Cut packs so that the fullest worker of each tile class has the least to do.
+    """Cut packs so that each tile class takes the least time, in whole tiles of KV.
 
-    For every number of rounds ``k``, the shortest split (in whole tiles of KV) with which the items
-    of a class fit into ``k`` rounds of its workers; of these the one with the least bound on the
-    time of the fullest worker, its fixed costs included, and on that of the merge. A pack gets the
-    fewest splits that are none longer than that. In tiles that stays so when a tail grows:
-    ``ceil(ceil(tokens / splits) / tile)`` is ``ceil(tiles / splits)``, whatever the tokens.
+    Of each class the longest split is chosen, in tiles; a pack gets the fewest splits that are no
+    longer. That stays so when a tail grows: splits are cut on the device at equal numbers of tokens,
+    and ``ceil(ceil(tokens / splits) / tile)`` is ``ceil(ceil(tokens / tile) / splits)``.
 
     Example: 64 requests of group size 4 share 8,192 tokens, 8 KV heads, 132 workers for tiles of
     128 x 64. One split is two row blocks of 8 heads, 16 items. Nine splits of 911 tokens are 144
-    items, two rounds of 15 tiles; eight of 1,024 are 128 items, one round of 16 tiles.
+    items, two rounds of 15 tiles; eight of 1,024 are 128 items, one round of 16 tiles, and chosen.
 
     Args:
         packs: shared packs and tail starts.
@@ -60,19 +61,18 @@ def choose_num_splits(packs: Packs, seq_lens: IntArray, costs: CostModel) -> Int
         costs.shape.num_kv_heads,
         costs.device.min_split_tokens,
         tile_table(costs),
-        _ROUNDS_TRIED,
     )
 
 
 @lru_cache(maxsize=64)
 def tile_table(costs: CostModel) -> FloatArray:
-    """[C, 7] of each tile class: rows, KV tokens, workers; microseconds of a worker for an item, for
-    a KV token and for a row's partial result, while all workers are busy; and of the device for
-    writing and merging the partial result of a row.
+    """[C, 8] of each tile class, times in microseconds: rows and KV tokens of a tile; workers; an
+    item without its KV, and one token of it, for a worker alone on the device; of the whole device,
+    reading a token, its instructions, and writing and merging the partial result of a row.
     """
     device, shape = costs.device, costs.shape
     head_bytes = shape.kv_token_bytes / shape.num_kv_heads
-    partial_bytes = shape.partial_size / shape.num_qo_heads
+    row_bytes = shape.partial_bytes / shape.num_qo_heads
     return np.array(
         [
             (
@@ -80,9 +80,10 @@ def tile_table(costs: CostModel) -> FloatArray:
                 tile.tokens,
                 device.num_sms * tile.programs,
                 tile.item_us,
-                tile.programs * max(tile.token_us, head_bytes / device.sm_bytes_per_us),
-                tile.programs * partial_bytes / device.sm_bytes_per_us,
-                2 * partial_bytes / device.read_bytes_per_us,
+                max(tile.token_us, head_bytes / tile.lone_bytes_per_us),
+                head_bytes / device.read_bytes_per_us,
+                tile.token_us / device.num_sms,
+                row_bytes / device.read_bytes_per_us,
             )
             for tile in device.tiles
         ]
@@ -100,79 +101,115 @@ def count_splits(
     num_kv_heads: int,
     min_split_tokens: int,
     table: FloatArray,
-    rounds_tried: int,
 ) -> IntArray:
-    """The loop behind :func:`choose_num_splits`."""
-    shared, batch = len(start), len(seq_lens)
-    num_splits = np.ones(shared + batch, dtype=np.int64)
-    tiles, items, member = (
-        np.empty(shared + batch),
-        np.empty(shared + batch),
-        np.empty(shared + batch, dtype=np.int64),
-    )
-    for tile_class in range(len(table)):
-        block_rows, tokens, workers, item_us, token_us, row_us, merge_us = table[tile_class]
-        below = table[tile_class - 1, 0] if tile_class > 0 else 0.0
-        is_widest = tile_class == len(table) - 1
-        count, work_us, all_rows = 0, 0.0, 0.0
-        for pack in range(shared + batch):
-            if pack < shared:
-                rows = (query_indptr[pack + 1] - query_indptr[pack]) * group_size
-                length = end[pack] - start[pack]
-            else:
-                rows = group_size
-                length = seq_lens[pack - shared] - tail_start[pack - shared]
-            if rows <= below or (rows > block_rows and not is_widest):
-                continue
-            member[count] = pack
-            tiles[count] = max(1.0, np.ceil(length / tokens))
-            items[count] = num_kv_heads * np.ceil(rows / block_rows)
-            work_us += items[count] * length * token_us
-            all_rows += num_kv_heads * rows
-            count += 1
-        if count == 0:
+    """The loop behind :func:`choose_num_splits`, class by class, the narrowest first."""
+    shared, size, widest = len(start), len(start) + len(seq_lens), len(table) - 1
+    num_splits, tile_class = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.int64)
+    tiles, items = np.empty(size), np.empty(size)  # of KV of each pack; of it without splits
+    sums = np.zeros((len(table), 3))  # of its items: number, rows, KV tokens
+    for pack in range(size):
+        if pack < shared:
+            rows = (query_indptr[pack + 1] - query_indptr[pack]) * group_size
+            length = end[pack] - start[pack]
+        else:
+            rows, length = group_size, seq_lens[pack - shared] - tail_start[pack - shared]
+        number = 0
+        while number < widest and table[number, 0] < rows:
+            number += 1
+        tile_class[pack] = number
+        tiles[pack] = max(1.0, np.ceil(length / table[number, 1]))
+        items[pack] = num_kv_heads * np.ceil(rows / table[number, 0])
+        sums[number, 0] += items[pack]
+        sums[number, 1] += num_kv_heads * rows
+        sums[number, 2] += items[pack] * length
+    behind_us = 0.0
+    for number in range(len(table)):
+        if sums[number, 0] == 0:
             continue
-        rows_of_item = min(block_rows, all_rows / items[:count].sum())
-        fixed_us = item_us + row_us * rows_of_item
-        extra_us = fixed_us / workers + merge_us * rows_of_item
-        longest = tiles[:count].max()
-        shortest = min(longest, max(1.0, np.ceil(min_split_tokens / tokens)))
-        best_us, best, limit = np.inf, longest, longest
-        first = np.ceil(items_of(tiles, items, count, longest) / workers)
-        for rounds in range(first, first + rounds_tried):
-            limit = finest_limit(tiles, items, count, rounds * workers, shortest, limit)
-            num_items = items_of(tiles, items, count, limit)
-            worst_us = fixed_us + limit * tokens * token_us
-            mean_us = work_us / workers + num_items * fixed_us / workers
-            bound_us = min(rounds * worst_us, mean_us + worst_us)
-            bound_us += num_items * merge_us * rows_of_item
-            if bound_us < best_us:
-                best_us, best = bound_us, limit
-            if limit == shortest:
-                break
-        for i in range(count):
-            num_splits[member[i]] = np.ceil(tiles[i] / best)
+        mine = np.flatnonzero(tile_class == number)
+        limit, class_us = choose_limit(
+            tiles[mine], items[mine], sums[number], table[number], min_split_tokens, behind_us
+        )
+        behind_us += class_us
+        for pack in mine:
+            num_splits[pack] = np.ceil(tiles[pack] / limit)
     return num_splits
 
 
 @jit
-def items_of(tiles: FloatArray, items: FloatArray, count: int, limit: float) -> float:
+def choose_limit(
+    tiles: FloatArray,
+    items: FloatArray,
+    sums: FloatArray,
+    costs: FloatArray,
+    min_split_tokens: int,
+    behind_us: float,
+) -> tuple[float, float]:
+    """The most tiles of KV in a split of one class, and the time of the class with its work spread
+    evenly.
+
+    Args:
+        tiles, items: [n] of the packs: tiles of KV, and work items without splits.
+        sums: of the packs: items without splits, rows and KV tokens of all of them.
+        costs: a row of :func:`tile_table`.
+        min_split_tokens: of a split.
+        behind_us: time of the classes that are launched behind this one.
+    """
+    longest = tiles.max()
+    shortest = min(longest, max(1.0, np.ceil(min_split_tokens / costs[1])))
+    least_rounds = np.ceil(sums[0] / costs[2])
+    limit = longest
+    best_us, best, best_even_us = np.inf, longest, 0.0
+    for step in range(_ROUNDS_TRIED + len(_PARTS)):
+        if step < _ROUNDS_TRIED:
+            room = (least_rounds + step) * costs[2]
+            limit = finest_limit(tiles, items, room, shortest, limit)
+            tried = limit
+        else:
+            tried = max(shortest, np.ceil(longest / _PARTS[step - _ROUNDS_TRIED]))
+        num_items = items_of(tiles, items, tried)
+        even_us, idle_us = class_times(num_items, tried, sums, costs)
+        us = even_us + max(0.0, idle_us - _FILLED_SHARE * behind_us)
+        if us < best_us:
+            best_us, best, best_even_us = us, tried, even_us
+    return best, best_even_us
+
+
+@jit
+def class_times(
+    num_items: float, limit: float, sums: FloatArray, costs: FloatArray
+) -> tuple[float, float]:
+    """Time of a class with its work spread evenly over the workers, and what it takes longer where
+    there are not enough items for all of them: in the last round, and for the longest item."""
+    unsplit, rows, all_tokens = sums
+    _, tile_tokens, workers, item_us, token_us, read_us, issue_us, row_us = costs
+    even_us = num_items * (item_us / workers + rows / unsplit * row_us)
+    even_us += all_tokens * max(read_us, issue_us, token_us / workers)
+    average_us = item_us + all_tokens / num_items * token_us
+    longest_us = item_us + limit * tile_tokens * token_us
+    last_round = num_items - (np.ceil(num_items / workers) - 1) * workers
+    idle_us = max(0.0, average_us - even_us * last_round / num_items)
+    return even_us, idle_us + longest_us - average_us
+
+
+@jit
+def items_of(tiles: FloatArray, items: FloatArray, limit: float) -> float:
     """Work items if no split has more than ``limit`` tiles of KV."""
     total = 0.0
-    for i in range(count):
+    for i in range(len(tiles)):
         total += items[i] * np.ceil(tiles[i] / limit)
     return total
 
 
 @jit
 def finest_limit(
-    tiles: FloatArray, items: FloatArray, count: int, room: float, low: float, high: float
+    tiles: FloatArray, items: FloatArray, room: float, low: float, high: float
 ) -> float:
     """The shortest limit in [low, high] with which there are at most ``room`` items; ``high`` if
     there is none."""
     while low < high:
         middle = np.floor((low + high) / 2)
-        if items_of(tiles, items, count, middle) <= room:
+        if items_of(tiles, items, middle) <= room:
             high = middle
         else:
             low = middle + 1
