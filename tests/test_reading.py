@@ -73,7 +73,7 @@ def run(*arguments: str | Path) -> list[str]:
     return done.stderr.splitlines()
 
 
-NUMBERS = ("num_qo_heads", "max_block_rows", "num_workers", "min_split_tokens")
+NUMBERS = ("num_qo_heads", "max_block_rows", "num_sms", "read_bytes_per_us", "min_split_tokens")
 DAMAGED: list[tuple[Path_, Any]] = [
     (("source",), "\ud800"),
     (("notes",), ["\ud800"]),
@@ -107,7 +107,7 @@ def test_splits_are_planned_and_not_read(value: int) -> None:
 
 
 LLAMA = AttentionShape(32, 8, 128, 128, 2, 2)
-MANY = {"num_workers": 1 << 16, "min_split_tokens": 1, "max_block_rows": 1 << 20}
+MANY = {"num_sms": 1 << 12, "min_split_tokens": 1, "max_block_rows": 1 << 20}
 LARGE: list[tuple[str, str, dict[str, Any], str]] = [
     ("1,20000_9,9", "pat", {}, "at most 16384 items"),
     ("1,8000_2000000000,9", "query", {}, "KV tokens of all requests; legal: up to"),

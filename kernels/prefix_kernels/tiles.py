@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,6 +26,7 @@ __all__ = [
     "ROW_CLASSES",
     "TABLE",
     "LaunchConfig",
+    "LaunchSetting",
     "PlanFacts",
     "TileConfig",
     "TileShape",
@@ -182,6 +183,22 @@ class PlanFacts:
     def of_every_plan(cls, padded_batch_size: int, group_size: int) -> PlanFacts:
         """Of every plan of a batch of this size."""
         return cls((padded_batch_size * group_size,), None)
+
+
+class LaunchSetting(NamedTuple):
+    """What an executor's launches depend on beside the plan.
+
+    Attributes:
+        shape: as in :func:`choose_launches`.
+        mode: one of :data:`LAUNCH_MODES`.
+        num_sms: multiprocessors; 0 in the interpreter.
+        is_fixed: whether the launches serve every plan of a padded batch size, as in a graph.
+    """
+
+    shape: TileShape
+    mode: str
+    num_sms: int
+    is_fixed: bool
 
 
 @dataclass(frozen=True, slots=True)

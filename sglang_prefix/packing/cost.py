@@ -95,8 +95,9 @@ class DeviceProfile:
     def narrowed_to(self, max_block_rows: int) -> DeviceProfile:
         """The same for an executor whose widest tile has so many rows, if that is fewer."""
         rows = min(self.max_block_rows, max_block_rows)
-        tiles = tuple(tile for tile in self.tiles if tile.rows <= rows)
-        return replace(self, max_block_rows=rows, tiles=tiles)
+        tiles = [tile for tile in self.tiles if tile.rows < rows]
+        tiles += [replace(tile, rows=rows) for tile in self.tiles if tile.rows >= rows][:1]
+        return replace(self, max_block_rows=rows, tiles=tuple(tiles))
 
 
 # Written by `sglang-prefix bench profile --write-table`.

@@ -8,6 +8,7 @@ replaced by measurements.
 from __future__ import annotations
 
 from prefix_kernels.tiles import (
+    LaunchSetting,
     PlanFacts,
     TileConfig,
     TileShape,
@@ -17,7 +18,7 @@ from prefix_kernels.tiles import (
 )
 from sglang_prefix.packing.cost import DeviceProfile, TileCost
 
-__all__ = ["GPU_PROFILE", "H200_BYTES_PER_S", "H200_SMS", "gpu_profile"]
+__all__ = ["GPU_PROFILE", "H200_BYTES_PER_S", "H200_SMS", "L2_SPEEDUP", "gpu_profile"]
 
 # NVIDIA's data sheet.
 H200_BYTES_PER_S, H200_SMS = 4.8e12, 132
@@ -34,6 +35,9 @@ _ISSUED_SHARE = 0.4
 # Estimates, by rows: the loads before an item's first KV copy wait for each other (item, tail length
 # and queries, slots and q, KV), and after the loop the results are scaled and stored.
 _ITEM_US = {16: 2.0, 32: 2.3, 64: 2.6, 128: 3.0}
+# Estimate: what the L2 cache delivers over main memory. Partial results are written to memory, and
+# read from there by the merge.
+L2_SPEEDUP = 2.5
 # Estimate: from the issue of a copy to its arrival, on a loaded device.
 _LATENCY_US = 1.0
 # Tokens of a pack that is in no way short.
@@ -43,27 +47,25 @@ _MIN_SPLIT_TOKENS = 128
 
 
 def gpu_profile(
-    shape: TileShape,
-    *,
-    mode: str = "streams",
-    num_sms: int = H200_SMS,
+    setting: LaunchSetting,
     read_bytes_per_s: float = H200_BYTES_PER_S,
-    in_graph: bool = False,
+    *,
+    batch_rows: int | None = None,
 ) -> DeviceProfile:
     """The profile of the Triton kernels on a GPU.
 
     Args:
-        shape: head dims and item sizes of the layers, and the device by which tuned tiles are found.
-        mode: one of `tiles.LAUNCH_MODES`.
-        num_sms: multiprocessors of the device.
-        read_bytes_per_s: bandwidth of its main memory.
-        in_graph: whether launches are those of the graphs of large batches.
+        setting: of the executor; in the interpreter, the multiprocessors are those of an H200.
+        read_bytes_per_s: bandwidth of main memory.
+        batch_rows: query rows of a padded batch, for the tile classes of its graph; None for all.
     """
-    classes = row_classes(shape)
-    facts = PlanFacts.of_every_plan(classes[-1], 1) if in_graph else PlanFacts(classes, _LONG)
+    shape, num_sms = setting.shape, setting.num_sms or H200_SMS
+    facts = PlanFacts(row_classes(shape), _LONG)
+    if batch_rows is not None:
+        facts = PlanFacts.of_every_plan(batch_rows, 1)
     sm_bytes_per_us = read_bytes_per_s / num_sms / 1e6
     tiles = []
-    for launch in choose_launches(facts, shape, mode):
+    for launch in choose_launches(facts, shape, setting.mode):
         share = launch.tiles[-1].sm_share(shape)
         tiles += [_tile_cost(tile, shape, share) for tile in launch.tiles]
     token_bytes = (shape.head_dim + shape.v_head_dim) * shape.kv_itemsize
@@ -75,6 +77,7 @@ def gpu_profile(
         reread_cost=min(1.0, reread),
         pack_bytes=0,
         min_split_tokens=_MIN_SPLIT_TOKENS,
+        query_cost=(1 + 1 / L2_SPEEDUP) / 2,
         num_sms=num_sms,
         read_bytes_per_us=read_bytes_per_s / 1e6,
         tiles=tuple(tiles),
@@ -97,4 +100,4 @@ def _tile_cost(tile: TileConfig, shape: TileShape, sm_share: float) -> TileCost:
 
 
 # Of the kernels for head dim 128 and 16-bit KV on an H200, by its data sheet.
-GPU_PROFILE = gpu_profile(TileShape(128, 128, 2, 2))
+GPU_PROFILE = gpu_profile(LaunchSetting(TileShape(128, 128, 2, 2), "streams", H200_SMS, False))

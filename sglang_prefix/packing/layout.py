@@ -11,6 +11,7 @@ from prefix_kernels.plan import PackPlan
 from sglang_prefix.jit import jit
 from sglang_prefix.packing.cost import CostModel
 from sglang_prefix.packing.packs import Packs
+from sglang_prefix.packing.splits import ClassLoad, class_loads
 
 __all__ = ["CostedPlan", "PlanStats"]
 
@@ -31,6 +32,10 @@ class PlanStats:
             pass per request.
         num_packs: packs, the tails included.
         num_partials: partial results, one per (pack split, query).
+        waves: on a GPU, rounds in which the items of a tile class are given out to its programs,
+            of the class with the most work; None elsewhere.
+        balance: on a GPU, the time of a program if all of a class had equal parts of the work over
+            that of the fullest, added up over the classes, by estimated costs; None elsewhere.
     """
 
     kv_tokens_read: int
@@ -41,6 +46,8 @@ class PlanStats:
     bytes_ratio: float
     num_packs: int
     num_partials: int
+    waves: float | None = None
+    balance: float | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,6 +113,12 @@ class CostedPlan(PackPlan):
             self.costs.device.max_block_rows,
         )
 
+    def loads(self) -> list[ClassLoad]:
+        """How the work lies on the programs of each tile class; none without such classes."""
+        qo_rows = np.diff(self.query_indptr) * self.costs.shape.group_size
+        lengths = self.pack_end - self.pack_start
+        return class_loads(qo_rows, lengths, self.num_splits, self.costs)
+
     def stats(self, grown_tokens: int = 0) -> PlanStats:
         """Statistics of this plan after its tails have grown by ``grown_tokens`` in all."""
         shape = self.costs.shape
@@ -119,6 +132,11 @@ class CostedPlan(PackPlan):
         output_bytes = self.batch_size * shape.num_qo_heads * shape.v_head_dim * shape.q_itemsize
         moved = read * shape.kv_token_bytes + self.num_partials * shape.query_bytes + output_bytes
         moved += merged * shape.partial_bytes
+        waves = balance = None
+        if loads := self.loads():
+            waves = max(loads, key=lambda load: load.even_us).waves
+            fullest_us = sum(load.fullest_us for load in loads)
+            balance = sum(load.even_us for load in loads) / fullest_us
         stock = logical * shape.kv_token_bytes + self.batch_size * shape.query_bytes + output_bytes
         return PlanStats(
             read,
@@ -129,6 +147,8 @@ class CostedPlan(PackPlan):
             moved / stock,
             self.num_packs,
             self.num_partials,
+            waves,
+            balance,
         )
 
 

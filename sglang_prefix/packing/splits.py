@@ -7,16 +7,18 @@ more evenly; each costs an item's fixed time, and a partial result of every requ
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+from prefix_kernels.work_list import tile_classes
 from sglang_prefix.jit import jit
 from sglang_prefix.packing.cost import CostModel
 from sglang_prefix.packing.packs import Packs
 
-__all__ = ["choose_num_splits", "tile_table"]
+__all__ = ["ClassLoad", "choose_num_splits", "class_loads", "tile_table"]
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -25,7 +27,7 @@ FloatArray = NDArray[np.float64]
 # workers, two, and so on, from the least number of rounds on.
 _PARTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
 _ROUNDS_TRIED = 4
-# The share of the work of narrower classes, which begins later, that fills what a class leaves idle.
+# Of the work of narrower classes, which begins later, what fills the time that a class leaves idle.
 # By simulation (`simulate.py`): of 0 to 0.4, that with the shortest makespans.
 _FILLED_SHARE = 0.1
 
@@ -34,8 +36,8 @@ def choose_num_splits(packs: Packs, seq_lens: IntArray, costs: CostModel) -> Int
     """Cut packs so that each tile class takes the least time, in whole tiles of KV.
 
     Of each class the longest split is chosen, in tiles; a pack gets the fewest splits that are no
-    longer. That stays so when a tail grows: splits are cut on the device at equal numbers of tokens,
-    and ``ceil(ceil(tokens / splits) / tile)`` is ``ceil(ceil(tokens / tile) / splits)``.
+    longer. That stays so when a tail grows: splits are cut on the device into equal numbers of
+    tokens, and ``ceil(ceil(tokens / splits) / tile)`` is ``ceil(ceil(tokens / tile) / splits)``.
 
     Example: 64 requests of group size 4 share 8,192 tokens, 8 KV heads, 132 workers for tiles of
     128 x 64. One split is two row blocks of 8 heads, 16 items. Nine splits of 911 tokens are 144
@@ -88,6 +90,62 @@ def tile_table(costs: CostModel) -> FloatArray:
             for tile in device.tiles
         ]
     )
+
+
+@dataclass(frozen=True, slots=True)
+class ClassLoad:
+    """How the work of a plan's packs of one tile class lies on its workers.
+
+    Attributes:
+        rows: of a tile.
+        num_items: work items, a tile's KV head each.
+        num_workers: programs of the class that the device runs at a time.
+        even_us, fullest_us: estimated time of a worker if all have equal parts, and of the fullest,
+            while all are busy.
+    """
+
+    rows: int
+    num_items: int
+    num_workers: int
+    even_us: float
+    fullest_us: float
+
+    @property
+    def waves(self) -> float:
+        """Rounds in which the items are given out; of the last only a part, if it is no integer."""
+        return self.num_items / self.num_workers
+
+
+def class_loads(
+    qo_rows: IntArray, lengths: IntArray, num_splits: IntArray, costs: CostModel
+) -> list[ClassLoad]:
+    """Of each tile class in use, the widest last.
+
+    Args:
+        qo_rows: [P] query rows of each pack.
+        lengths: [P] its KV tokens.
+        num_splits: [P] its splits.
+        costs: shape and device; there are none where it has no tile classes.
+    """
+    found = []
+    tiles = costs.device.tiles
+    classes = tile_classes(qo_rows, [tile.rows for tile in tiles]) if tiles else qo_rows
+    for number, tile in enumerate(tiles):
+        mine = np.flatnonzero(classes == number)
+        if not len(mine):
+            continue
+        _, _, workers, item_us, token_us, read_us, issue_us, _ = tile_table(costs)[number]
+        each_us = max(token_us, workers * max(read_us, issue_us))
+        us = item_us + each_us * -(-lengths[mine] // num_splits[mine])
+        items = costs.shape.num_kv_heads * num_splits[mine] * -(-qo_rows[mine] // tile.rows)
+        # The list has the longest first; the first worker takes the first item of every round.
+        order = np.argsort(-us, kind="stable")
+        rounds = np.diff(-(-np.cumsum(items[order]) // int(workers)), prepend=0)
+        even_us, fullest_us = us @ items / workers, us[order] @ rounds
+        found.append(
+            ClassLoad(tile.rows, int(items.sum()), int(workers), float(even_us), float(fullest_us))
+        )
+    return found
 
 
 @jit
