@@ -37,7 +37,12 @@ TOKEN_BYTES, QUERY_BYTES = 132, 416
 LLAMA = AttentionShape(32, 8, 128, 128, 2, 2)
 DEVICES = (CPU_PROFILE, GPU_PROFILE)
 # Of reads alone.
-COSTS: dict[str, Any] = {"query_cost": 1.0, "element_cost": 0.0, "lone_row_cost": 0.0, "pack_row_cost": 0.0}
+COSTS: dict[str, Any] = {
+    "query_cost": 1.0,
+    "element_cost": 0.0,
+    "lone_row_cost": 0.0,
+    "pack_row_cost": 0.0,
+}
 
 
 def of_tree(tree: str, shape: AttentionShape = LLAMA, device: str = "h200") -> Explanation:

@@ -29,9 +29,9 @@ from sglang_prefix.packing import (
 )
 from sglang_prefix.packing.cost import FITTED
 from sglang_prefix.packing.layout import CostedPlan
-from sglang_prefix.packing.splits import choose_num_splits
 from sglang_prefix.packing.planner import PackPlanner
 from sglang_prefix.packing.policies import CHUNK_TOKENS
+from sglang_prefix.packing.splits import choose_num_splits
 
 __all__ = [
     "SCHEMA",

@@ -23,8 +23,8 @@ __all__ = ["GPU_PROFILE", "H200_BYTES_PER_S", "H200_SMS", "L2_SPEEDUP", "gpu_pro
 # NVIDIA's data sheet.
 H200_BYTES_PER_S, H200_SMS = 4.8e12, 132
 
-# Counted in the binaries for sm_90 (bfloat16, head dim 128): instructions of a warp for 64 KV tokens
-# in the loop over tiles, by rows of the tile. That of 32 rows is an estimate from the others.
+# Counted in the binaries for sm_90 (bfloat16, head dim 128, Triton 3.6.0): instructions of a warp
+# for 64 KV tokens in the loop over tiles, by rows of the tile. That of 32 rows is an estimate.
 _LOOP_INSTRUCTIONS = {16: 297, 32: 410, 64: 434, 128: 412}
 _COUNTED_TOKENS, _COUNTED_DIMS = 64, 256
 # Estimates: a clock under load, schedulers of a multiprocessor, and the share of their slots that
@@ -32,8 +32,8 @@ _COUNTED_TOKENS, _COUNTED_DIMS = 64, 256
 _CLOCKS_PER_US = 1900.0
 _SCHEDULERS = 4
 _ISSUED_SHARE = 0.4
-# Estimates, by rows: the loads before an item's first KV copy wait for each other (item, tail length
-# and queries, slots and q, KV), and after the loop the results are scaled and stored.
+# Estimates, by rows: the loads before an item's first KV copy wait for each other (item, length and
+# queries, slots and q, KV), and after the loop the results are scaled and stored.
 _ITEM_US = {16: 2.0, 32: 2.3, 64: 2.6, 128: 3.0}
 # Estimate: what the L2 cache delivers over main memory. Partial results are written to memory, and
 # read from there by the merge.

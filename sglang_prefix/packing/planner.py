@@ -21,8 +21,8 @@ from sglang_prefix.packing import (
 )
 from sglang_prefix.packing.gpu import H200_BYTES_PER_S, gpu_profile
 from sglang_prefix.packing.layout import CostedPlan
-from sglang_prefix.packing.splits import choose_num_splits
 from sglang_prefix.packing.packs import Packs
+from sglang_prefix.packing.splits import choose_num_splits
 
 __all__ = ["RESERVED_TAIL_SLOTS", "PackPlanner", "planner_for", "warm_up"]
 

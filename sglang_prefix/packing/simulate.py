@@ -1,9 +1,9 @@
 """How long a plan's forward stage would take on a GPU, by the costs that it was planned with.
 
 As the device does it: programs of the widest class are placed first, on multiprocessors that have
-room for them, and each takes every n-th item of its class. Programs that read share the bandwidth of
-main memory, and those of one multiprocessor its instructions; in an item's fixed time its program
-reads nothing. A model, to compare plans with each other; its times are no measurements.
+room for them, and each takes every n-th item of its class. Programs that read share the bandwidth
+of main memory, and those of one multiprocessor its instructions; in the fixed time of an item its
+program reads nothing. A model, to compare plans with each other; its times are no measurements.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from prefix_kernels.work_list import TILE_CLASS_FIELD, build_work_list, tile_cla
 from sglang_prefix.packing.cost import TileCost
 from sglang_prefix.packing.gpu import L2_SPEEDUP
 from sglang_prefix.packing.layout import CostedPlan
-from sglang_prefix.packing.splits import tile_table
+from sglang_prefix.packing.splits import even_token_us, tile_table
 
 __all__ = ["Simulation", "simulate"]
 
@@ -70,13 +70,13 @@ def simulate(plan: CostedPlan) -> Simulation:
     shape, device = plan.costs.shape, plan.costs.device
     rows = np.diff(plan.query_indptr) * shape.group_size
     classes = tile_classes(rows, [tile.rows for tile in device.tiles])
-    columns = tile_table(plan.costs)[classes].T
-    block_rows, tokens, workers, item_us, token_us, read_us, issue_us, _ = columns
+    table = tile_table(plan.costs)
+    block_rows, tokens, num_sms, programs, item_us, lone_us, issue_us = table[classes, :7].T
     lengths = plan.pack_end - plan.pack_start
     items = shape.num_kv_heads * -(-rows // block_rows)
-    each_us = np.maximum(np.maximum(read_us, issue_us), token_us / workers)
+    each_us = np.array([even_token_us(row) for row in table])[classes]
     # Nobody reads before the first item's fixed time is over.
-    fixed_us = max((items * item_us / workers).sum(), item_us.max())
+    fixed_us = max((items * item_us / (num_sms * programs)).sum(), item_us.max())
     work_us = fixed_us + (items * lengths * each_us).sum()
     least = np.minimum(np.maximum(device.min_split_tokens, tokens), lengths)
     merged = plan.num_partials if plan.num_partials > plan.batch_size else 0
@@ -84,7 +84,7 @@ def simulate(plan: CostedPlan) -> Simulation:
     return Simulation(
         _Device(plan, max(work_us, 1e-3) / _STEPS).run(),
         float(work_us),
-        float((item_us + least * token_us).max()),
+        float((item_us + least * np.maximum(lone_us, issue_us)).max()),
         partials_us,
         partials_us / L2_SPEEDUP,
     )
@@ -137,7 +137,9 @@ class _Device:
         first = np.cumsum([0, *sizes[:-1]])
         # Of each program: its class, next item and the items behind it; of its tile; its place.
         self._class = np.repeat(np.arange(len(classes)), counts)
-        self._next = np.concatenate([at + np.arange(n) for at, n in zip(first, counts, strict=True)])
+        self._next = np.concatenate(
+            [at + np.arange(n) for at, n in zip(first, counts, strict=True)]
+        )
         self._stop, self._stride = (first + sizes)[self._class], np.array(counts)[self._class]
         tiles = [items.tile for items in classes]
         self._share = np.array([tile.sm_share for tile in tiles])[self._class]

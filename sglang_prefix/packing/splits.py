@@ -68,9 +68,10 @@ def choose_num_splits(packs: Packs, seq_lens: IntArray, costs: CostModel) -> Int
 
 @lru_cache(maxsize=64)
 def tile_table(costs: CostModel) -> FloatArray:
-    """[C, 8] of each tile class, times in microseconds: rows and KV tokens of a tile; workers; an
-    item without its KV, and one token of it, for a worker alone on the device; of the whole device,
-    reading a token, its instructions, and writing and merging the partial result of a row.
+    """[C, 9] of each tile class: rows and KV tokens of a tile; multiprocessors, programs of one.
+    Then microseconds: of an item without its KV; for a token, of a program that reads alone and of
+    the instructions on a multiprocessor; of the whole device, for reading a token, and for writing
+    and merging the partial result of a row.
     """
     device, shape = costs.device, costs.shape
     head_bytes = shape.kv_token_bytes / shape.num_kv_heads
@@ -80,11 +81,12 @@ def tile_table(costs: CostModel) -> FloatArray:
             (
                 tile.rows,
                 tile.tokens,
-                device.num_sms * tile.programs,
+                device.num_sms,
+                tile.programs,
                 tile.item_us,
-                max(tile.token_us, head_bytes / tile.lone_bytes_per_us),
+                head_bytes / tile.lone_bytes_per_us,
+                tile.token_us,
                 head_bytes / device.read_bytes_per_us,
-                tile.token_us / device.num_sms,
                 row_bytes / device.read_bytes_per_us,
             )
             for tile in device.tiles
@@ -134,16 +136,16 @@ def class_loads(
         mine = np.flatnonzero(classes == number)
         if not len(mine):
             continue
-        _, _, workers, item_us, token_us, read_us, issue_us, _ = tile_table(costs)[number]
-        each_us = max(token_us, workers * max(read_us, issue_us))
-        us = item_us + each_us * -(-lengths[mine] // num_splits[mine])
+        _, _, num_sms, programs, item_us, *_ = row = tile_table(costs)[number]
+        workers = int(num_sms * programs)
+        us = item_us + workers * even_token_us(row) * -(-lengths[mine] // num_splits[mine])
         items = costs.shape.num_kv_heads * num_splits[mine] * -(-qo_rows[mine] // tile.rows)
         # The list has the longest first; the first worker takes the first item of every round.
         order = np.argsort(-us, kind="stable")
-        rounds = np.diff(-(-np.cumsum(items[order]) // int(workers)), prepend=0)
+        rounds = np.diff(-(-np.cumsum(items[order]) // workers), prepend=0)
         even_us, fullest_us = us @ items / workers, us[order] @ rounds
         found.append(
-            ClassLoad(tile.rows, int(items.sum()), int(workers), float(even_us), float(fullest_us))
+            ClassLoad(tile.rows, int(items.sum()), workers, float(even_us), float(fullest_us))
         )
     return found
 
@@ -215,12 +217,13 @@ def choose_limit(
     """
     longest = tiles.max()
     shortest = min(longest, max(1.0, np.ceil(min_split_tokens / costs[1])))
-    least_rounds = np.ceil(sums[0] / costs[2])
+    workers = costs[2] * costs[3]
+    least_rounds = np.ceil(sums[0] / workers)
     limit = longest
     best_us, best, best_even_us = np.inf, longest, 0.0
     for step in range(_ROUNDS_TRIED + len(_PARTS)):
         if step < _ROUNDS_TRIED:
-            room = (least_rounds + step) * costs[2]
+            room = (least_rounds + step) * workers
             limit = finest_limit(tiles, items, room, shortest, limit)
             tried = limit
         else:
@@ -240,14 +243,26 @@ def class_times(
     """Time of a class with its work spread evenly over the workers, and what it takes longer where
     there are not enough items for all of them: in the last round, and for the longest item."""
     unsplit, rows, all_tokens = sums
-    _, tile_tokens, workers, item_us, token_us, read_us, issue_us, row_us = costs
+    _, tile_tokens, num_sms, programs, item_us, lone_us, issue_us, _, row_us = costs
+    workers = num_sms * programs
     even_us = num_items * (item_us / workers + rows / unsplit * row_us)
-    even_us += all_tokens * max(read_us, issue_us, token_us / workers)
+    even_us += all_tokens * even_token_us(costs)
+    # Of programs that begin together, those on one multiprocessor share its instructions.
+    neighbours = np.ceil(num_items / num_sms) if num_items <= workers else 1.0
+    token_us = max(lone_us, neighbours * issue_us)
     average_us = item_us + all_tokens / num_items * token_us
     longest_us = item_us + limit * tile_tokens * token_us
     last_round = num_items - (np.ceil(num_items / workers) - 1) * workers
     idle_us = max(0.0, average_us - even_us * last_round / num_items)
     return even_us, idle_us + longest_us - average_us
+
+
+@jit
+def even_token_us(costs: FloatArray) -> float:
+    """Time of the whole device for one token with all workers busy; of a row of the table."""
+    num_sms, programs, _, lone_us, issue_us, read_us = costs[2:8]
+    us: float = max(read_us, issue_us / num_sms, lone_us / (num_sms * programs))
+    return us
 
 
 @jit
