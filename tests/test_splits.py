@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,7 @@ from tests.forests import PAT_TREES, Batch, batches
 
 IntArray = NDArray[np.int64]
 
+DOCS = Path(__file__).parents[1] / "docs" / "kernels.md"
 LLAMA = AttentionShape(32, 8, 128, 128, 2, 2)
 HEADS = ((32, 8), (64, 8), (8, 1), (16, 4))
 # Multiprocessors and bandwidth by data sheets: A100, H100, H200, B200.
@@ -309,6 +311,7 @@ def test_plans_take_little_more_than_their_work(name: str) -> None:
     idle is no more than an item of each class, and such cases are few."""
     over = []
     found = simulations(device(name))
+    assert f"Tests simulate {len(found)} cases on each" in " ".join(DOCS.read_text().split())
     for case, (plan, simulated) in found.items():
         ratio = simulated.makespan_us / simulated.bound_us
         if ratio > 1.15:

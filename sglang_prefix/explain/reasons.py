@@ -170,7 +170,7 @@ def notes_of(
     elif not device.tiles:
         splits = "none, one pass uses all of the device"
     elif (plan.num_splits == 1).all():
-        splits = "none, more would take longer than they balance"
+        splits = "none, more would cost more time than they save"
     else:
         longest = (-(-(plan.pack_end - plan.pack_start) // plan.num_splits)).max()
         splits = f"of up to {longest:,} tokens, which take the least time by estimated costs"

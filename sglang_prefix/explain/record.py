@@ -62,7 +62,7 @@ _MOST: dict[str, float] = {
     **{"lone_bytes_per_us": 1e9},
     **{"reread_cost": 1.0, **FITTED, "pack_bytes": _LIMIT},
 }
-_LEAST = {"read_bytes_per_us": 1e-3, "lone_bytes_per_us": 1e-3, "sm_share": 1 / 64}
+_LEAST = {"pack_bytes": 0, "read_bytes_per_us": 1e-3, "lone_bytes_per_us": 1e-3, "sm_share": 1 / 64}
 _MAX_TEXT, _MAX_TEXTS, _MAX_TILES = 4096, 64, 8
 
 
