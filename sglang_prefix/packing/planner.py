@@ -116,8 +116,15 @@ class PackPlanner:
         self._query_policy = policy_named("query")
 
     def costs_of(self, padded_batch_size: int | None) -> CostModel:
-        """The costs of batches of a padded size; None for any."""
-        if padded_batch_size is None or self._batch_profile is None:
+        """The costs of batches of a padded size; None for any.
+
+        Raises:
+            ValueError: the size is no positive integer.
+        """
+        if padded_batch_size is None:
+            return self.costs
+        padded_batch_size = check_integer("padded_batch_size", padded_batch_size)
+        if self._batch_profile is None:
             return self.costs
         found = self._batch_costs.get(padded_batch_size)
         if found is None:
@@ -133,7 +140,8 @@ class PackPlanner:
             padded_batch_size: requests with the padding behind them; None where that is no matter.
 
         Raises:
-            ValueError: the batch has more requests than partials are allowed.
+            ValueError: the batch has more requests than partials are allowed, or an argument is
+                none that it can be.
         """
         if not isinstance(forest, PrefixForest):
             raise refusal("forest", forest, "a PrefixForest")
