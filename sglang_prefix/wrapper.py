@@ -15,8 +15,9 @@ from prefix_kernels.plan import AttentionShape, verify_plan, verify_slots
 from sglang_prefix import checks
 from sglang_prefix.config import verify_requested
 from sglang_prefix.forest import PrefixForest
+from sglang_prefix.gate import limits_of
 from sglang_prefix.packing.layout import CostedPlan, PlanStats
-from sglang_prefix.packing.planner import PackPlanner, profile_for
+from sglang_prefix.packing.planner import planner_for
 
 __all__ = ["PrefixDecodeWrapper"]
 
@@ -109,8 +110,8 @@ class PrefixDecodeWrapper:
         self._executor = make_executor(
             self.executor, shape, self.device, check_slots=verify_requested(), **options
         )
-        profile = profile_for(self.executor, self._executor.max_block_rows)
-        self._planner = PackPlanner(shape, profile, policy=policy, max_partials=most)
+        bandwidth = limits_of(self.device).read_bytes_per_s
+        self._planner = planner_for(self._executor, bandwidth, policy=policy, max_partials=most)
         self._plan: CostedPlan | None = None
         self._seq_lens = np.zeros(0, dtype=np.int64)  # in use: those planned, or advanced to
         self._req_to_token = torch.empty(0, 0, dtype=torch.int32)

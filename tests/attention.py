@@ -22,6 +22,7 @@ from prefix_kernels.triton_executor import LAUNCH_MODES, MERGE_MODES, TritonExec
 from sglang_prefix.packing import DeviceProfile
 from sglang_prefix.packing.planner import PackPlanner
 from tests.forests import Batch
+from tests.pack_reference import splitting
 
 __all__ = [
     "KERNEL_TOLERANCES",
@@ -43,8 +44,8 @@ IntArray = NDArray[np.int64]
 Outputs = tuple[torch.Tensor, torch.Tensor]
 
 # Packs are nearly free, so that short generated batches have some; with splits, short ones too.
-WHOLE = DeviceProfile("whole", 1 << 20, 0.0, 100, 1, 1 << 20)
-SPLITS = DeviceProfile("splits", 16, 0.4, 100, 24, 8)
+WHOLE = DeviceProfile("whole", 1 << 20, 0.0, 100, 1 << 20)
+SPLITS = splitting(DeviceProfile("splits", 16, 0.4, 100, 8), num_workers=24)
 
 # Every way to run a plan: an executor by name, and its options.
 WAYS: dict[str, dict[str, Any]] = {"torch": {}, "native": {}} | {

@@ -6,6 +6,7 @@ Written from the documentation, not from ``sglang_prefix.packing``.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import product
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from sglang_prefix.forest import PrefixForest
-from sglang_prefix.packing import AttentionShape, CostModel, DeviceProfile, Packs
+from sglang_prefix.packing import AttentionShape, CostModel, DeviceProfile, Packs, TileCost
 from sglang_prefix.packing.packs import PacksBuilder
 
 __all__ = [
@@ -24,10 +25,18 @@ __all__ = [
     "pack_cost",
     "pack_set",
     "pat_published_rule",
+    "splitting",
     "tail_requests",
 ]
 
 GROUPS = (1, 2, 3, 4, 5, 7, 8, 16)
+
+
+def splitting(profile: DeviceProfile, *, num_workers: int) -> DeviceProfile:
+    """The profile with programs, for which packs are split in any number of tokens; nothing but a
+    token takes time."""
+    tile = TileCost(profile.max_block_rows, 1, 1.0, 0.0, token_us=1.0, lone_bytes_per_us=1e9)
+    return replace(profile, num_sms=num_workers, read_bytes_per_us=1e9, tiles=(tile,))
 
 
 @st.composite
@@ -66,7 +75,12 @@ def pack_bytes(length: int, readers: int, costs: CostModel) -> float:
     elements, rows = s.num_kv_heads * (s.head_dim + s.v_head_dim), readers * s.group_size
     rereads = device.reread_cost * rows / device.max_block_rows * (elements * s.kv_itemsize + 4)
     token = token_bytes(costs) + rereads + rows * elements * device.pack_row_cost
-    return device.pack_bytes + length * token + readers * query * device.query_cost
+    fixed = float(device.pack_bytes)
+    if device.tiles:  # an item per KV head, each of which takes a part of a multiprocessor
+        tile = device.tiles[0]
+        read_meanwhile = tile.item_us * device.read_bytes_per_us / device.num_sms
+        fixed += s.num_kv_heads * tile.sm_share * read_meanwhile
+    return fixed + length * token + readers * query * device.query_cost
 
 
 def pack_cost(packs: Packs, seq_lens: NDArray[np.integer], costs: CostModel) -> float:

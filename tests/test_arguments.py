@@ -174,7 +174,8 @@ def right_for(function: Callable[..., Any], case: AttentionCase) -> Arguments:
         },
         PrefixForest: {name: getattr(BATCH.forest(), name) for name in PrefixForest.__slots__},
         PackPlanner: {"shape": shape, "device": CPU_PROFILE},
-        PackPlanner.plan: {"forest": BATCH.forest()},
+        PackPlanner.plan: {"forest": BATCH.forest(), "padded_batch_size": 3},
+        PackPlanner.costs_of: {"padded_batch_size": 3},
         AttentionShape: dict.fromkeys(AttentionShape.__slots__, 2),
     }
     return rights[function]
@@ -187,14 +188,16 @@ CALLABLES: dict[str, Any] = {
     "forest": PrefixForest,
     "planner": PackPlanner,
     "planner.plan": PackPlanner.plan,
+    "planner.costs_of": PackPlanner.costs_of,
     "shape": AttentionShape,
 }
+# Of our own types, which a caller does not make: checked where they are made.
+OUR_OWN = [("planner", name) for name in ("shape", "device", "batch_profile")]
 EVERY_ARGUMENT = [
     pytest.param(function, argument, id=f"{name}-{argument}")
     for name, function in CALLABLES.items()
     for argument in inspect.signature(function).parameters
-    # Of our own types, which a caller does not make: checked where they are made.
-    if argument != "self" and (name, argument) not in (("planner", "shape"), ("planner", "device"))
+    if argument != "self" and (name, argument) not in OUR_OWN
 ]
 
 
@@ -206,7 +209,7 @@ def test_every_public_method_is_here() -> None:
     assert public_methods(PrefixDecodeWrapper) == {"plan", "advance", "run"}
     constructors = {n for n in vars(PrefixForest) if n.startswith("from_")}
     assert constructors <= set(CALLABLES)
-    assert public_methods(PackPlanner) == {"plan"}
+    assert public_methods(PackPlanner) == {"plan", "costs_of"}
 
 
 def is_refused(argument: str, call: Callable[[], Any]) -> tuple[bool, Any]:
@@ -227,7 +230,7 @@ def attempt(function: Any, argument: str, value: Any) -> bool:
     case, wrapper = fresh()
     arguments = right_for(function, case) | {argument: value}
     owner: Any = wrapper
-    if function is PackPlanner.plan:
+    if function in (PackPlanner.plan, PackPlanner.costs_of):
         owner = PackPlanner(AttentionShape(4, 2, 16, 16, 4, 4), CPU_PROFILE)
     is_method = "self" in inspect.signature(function).parameters
     called = [owner] if is_method else []

@@ -53,8 +53,8 @@ def predicted(device: DeviceProfile, call_us: float) -> list[dict[str, Any]]:
     return cases
 
 
-def device_with(**costs: float) -> DeviceProfile:
-    return DeviceProfile("cpu", 1 << 20, 0.0, int(costs.pop("pack_bytes")), 1, 1 << 20, **costs)
+def device_with(**costs: Any) -> DeviceProfile:
+    return DeviceProfile("cpu", 1 << 20, 0.0, int(costs.pop("pack_bytes")), 1 << 20, **costs)
 
 
 def test_the_fit_finds_what_times_were_made_of() -> None:

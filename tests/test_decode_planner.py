@@ -351,7 +351,7 @@ def test_no_plan_is_reused_after_only_one_group_got_its_plan(
     reqs = scheduler.start(A, B)
     scheduler.decode(reqs)
 
-    def fail(forest: Any) -> None:
+    def fail(*_: Any) -> None:
         raise RuntimeError("raised on purpose by a test")
 
     counted = scheduler.counted()

@@ -36,6 +36,13 @@ SMALL = AttentionShape(4, 2, 8, 8, 4, 4)
 TOKEN_BYTES, QUERY_BYTES = 132, 416
 LLAMA = AttentionShape(32, 8, 128, 128, 2, 2)
 DEVICES = (CPU_PROFILE, GPU_PROFILE)
+# Of reads alone.
+COSTS: dict[str, Any] = {
+    "query_cost": 1.0,
+    "element_cost": 0.0,
+    "lone_row_cost": 0.0,
+    "pack_row_cost": 0.0,
+}
 
 
 def of_tree(tree: str, shape: AttentionShape = LLAMA, device: str = "h200") -> Explanation:
@@ -71,7 +78,7 @@ class TestSegments:
 
     def test_the_bytes_of_a_choice(self) -> None:
         """Two readers of 2,000 tokens are not worth a pack that costs 480,000 bytes."""
-        device = replace(GPU_PROFILE, name="cpu", reread_cost=0.0, pack_bytes=480_000)
+        device = replace(CPU_PROFILE, **COSTS, pack_bytes=480_000)
         forest = of_tree("1,2,4_5000,2000,3", SMALL, "cpu").forest
         explanation = of_forest(forest, device=device)
         root, left, right, *_ = explanation.segments

@@ -45,7 +45,7 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("path", "value", "message"),
         [
-            ("schema", 7, "schema 7; legal: 2"),
+            ("schema", 7, "schema 7; legal: 3"),
             ("neighbours", None, "damaged: neighbours: "),
             ("neighbours common", [9000, 9, 9], "its requests do not fit together"),
             ("neighbours seq_lens", [9, 9, "x", 9], "seq_lens.2: Input should be a valid integer"),

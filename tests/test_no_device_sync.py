@@ -20,7 +20,7 @@ from sglang_prefix.backend.decode_batch import DecodeBatch
 from sglang_prefix.backend.decode_planner import DecodePlanner, LayerGroup
 from sglang_prefix.gate import Gate, limits_of
 from sglang_prefix.packing import AttentionShape
-from sglang_prefix.packing.planner import PackPlanner, profile_for
+from sglang_prefix.packing.planner import planner_for
 from tests.scheduling import NUM_ROWS, SHAPES, Request, Scheduler
 
 CAPACITY = PlanCapacity(NUM_ROWS, 1 << 14, 1 << 13, 1 << 9)
@@ -57,7 +57,7 @@ def device_shape(qo_heads: int, kv_heads: int, dim: int) -> LayerGroup:
     executor = TritonExecutor(shape, DEVICE, capacity=CAPACITY)
     # Policy "node" packs every node however small.
     options: Any = {"policy": "node", "max_partials": CAPACITY.partials}
-    return LayerGroup(PackPlanner(shape, profile_for("triton"), **options), executor)
+    return LayerGroup(planner_for(executor, **options), executor)
 
 
 @pytest.fixture(autouse=True)

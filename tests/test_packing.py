@@ -46,13 +46,14 @@ from tests.pack_reference import (
     pack_cost,
     pack_set,
     pat_published_rule,
+    splitting,
     tail_requests,
 )
 
 # Neither an executor's nor a device's: rereads as dear as reads, small tiles, packs nearly free.
-DEAR_REREADS = DeviceProfile("dear rereads", 64, 1.0, 1_000, 32, 16)
+DEAR_REREADS = splitting(DeviceProfile("dear rereads", 64, 1.0, 1_000, 16), num_workers=32)
 # Packs free, so that sharing pays almost anywhere.
-FREE_PACKS = DeviceProfile("free packs", 128, 0.4, 0, 8, 16)
+FREE_PACKS = splitting(DeviceProfile("free packs", 128, 0.4, 0, 16), num_workers=8)
 # Arithmetic as dear as reads, dearer for a request alone, as on CPUs; numbers of no machine.
 DEAR_ROWS = replace(
     FREE_PACKS,
@@ -253,7 +254,7 @@ def test_pat_is_the_cheapest_at_every_length(profile: DeviceProfile) -> None:
     for group in (1, 4, 16):
         costs = CostModel(shape(group), profile)
         for children, own in (((), 2), ((), 5), ((2,), 1), ((3,), 2), ((4, 2), 1), ((4, 5), 1)):
-            longest = 2 * (10 * costs.query_bytes + profile.pack_bytes) / costs.pack_token_bytes
+            longest = 2 * (10 * costs.query_bytes + costs.pack_bytes) / costs.pack_token_bytes
             for length in sorted({int(longest ** (i / 40)) for i in range(41)}):
                 forest = build_batch(family(length, *children, own=own)).forest()
                 best = pytest.approx(cheapest_fold(forest, costs), rel=1e-12)
@@ -265,7 +266,7 @@ def test_pat_is_the_cheapest_at_the_longest_segment_worth_folding(profile: Devic
     """Below which one request goes on alone and two together: worth a pack and three partials."""
     for group in (4, 8, 16):
         costs = CostModel(shape(group), profile)
-        gained = int(3 * costs.query_bytes + profile.pack_bytes)
+        gained = int(3 * costs.query_bytes + costs.pack_bytes)
         worth = gained // costs.shape.kv_token_bytes
         for length in range(worth - 3, worth + worth // 3 + 3, 4):
             forest = build_batch(family(length, 2, own=1, below=3000)).forest()

@@ -21,18 +21,16 @@ from sglang_prefix.packing import (
     AttentionShape,
     CostModel,
     DeviceProfile,
-    policy_named,
 )
-from sglang_prefix.packing.layout import CostedPlan, choose_num_splits
-from sglang_prefix.packing.packs import Packs
+from sglang_prefix.packing.layout import CostedPlan
 from sglang_prefix.packing.planner import RESERVED_TAIL_SLOTS, PackPlanner
 from tests.forests import Batch, Fork, batches, build_batch, comb_batch, random_batch
-from tests.pack_reference import cost_models
+from tests.pack_reference import cost_models, splitting
 
 SHAPE = AttentionShape(8, 2, 64, 64, 2, 2)
 CPU = torch.device("cpu")
 # Cuts even the short packs of generated batches.
-MANY_SPLITS = DeviceProfile("many splits", 16, 0.4, 1_000, 48, 8)
+MANY_SPLITS = splitting(DeviceProfile("many splits", 16, 0.4, 1_000, 8), num_workers=48)
 # Three levels, uneven tails, one request that ends inside a node, one alone.
 FORKS = [Fork(0, 0, 400), Fork(0, 300, 90), Fork(1, 360, 11), Fork(0, 200, 0), Fork(9, 0, 70)]
 FORKS += [Fork(0, 300, 30), Fork(1, 360, 50)]
@@ -207,34 +205,6 @@ def test_splits_cover_a_pack_in_order(length: int, num_splits: int) -> None:
         assert begin <= end <= begin + longest
         at = end
     assert at == length
-
-
-def test_long_packs_are_split_to_fill_the_device() -> None:
-    """The worked example of choose_num_splits: 32 tails of 4,096 tokens, then 4."""
-    costs = CostModel(AttentionShape(32, 8, 128, 128, 2, 2), GPU_PROFILE)
-    for count, expected in ((32, 2), (4, 9)):
-        assert _splits_of_tails([4096] * count, costs) == [expected] * count
-    assert _splits_of_tails([0, 1, 256], costs) == [1, 1, 1]
-    cpu = CostModel(costs.shape, CPU_PROFILE)
-    assert _splits_of_tails([1 << 22] * 4, cpu) == [1] * 4
-
-
-def test_splits_are_shares_of_the_work_of_all_row_blocks(batch: Batch) -> None:
-    forest = batch.forest()
-    costs = CostModel(AttentionShape(32, 8, 128, 128, 2, 2), replace(GPU_PROFILE, num_workers=8))
-    packs = policy_named("pat")(forest, costs)
-    readers = np.append(np.diff(packs.query_indptr), np.ones(forest.batch_size, dtype=np.int64))
-    lengths = np.append(packs.end - packs.start, forest.seq_lens - packs.tail_start)
-    blocks = np.ceil(readers * 4 / costs.device.max_block_rows)
-    share = max(256, int(np.ceil((lengths * blocks).sum() * 8 / 8)))
-    expected = np.maximum(1, np.ceil(lengths / share)).astype(int)
-    assert choose_num_splits(packs, forest.seq_lens, costs).tolist() == expected.tolist()
-
-
-def _splits_of_tails(lengths: list[int], costs: CostModel) -> list[int]:
-    empty, first = np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64)
-    packs = Packs(empty, empty, first, empty, np.zeros(len(lengths), dtype=np.int64))
-    return choose_num_splits(packs, np.asarray(lengths), costs).tolist()  # type: ignore[no-any-return]
 
 
 def test_a_bound_on_partials_costs_splits_first_then_sharing(batch: Batch) -> None:

@@ -73,7 +73,9 @@ def run(*arguments: str | Path) -> list[str]:
     return done.stderr.splitlines()
 
 
-NUMBERS = ("num_qo_heads", "max_block_rows", "num_workers", "min_split_tokens")
+NUMBERS = ("num_qo_heads", "max_block_rows", "num_sms", "read_bytes_per_us", "min_split_tokens")
+# A tile of one token whose items cost nothing, so that splits are as many as there are programs.
+TILE = {"rows": 1 << 20, "tokens": 1, "sm_share": 1 / 64, "item_us": 0.0, "token_us": 1.0}
 DAMAGED: list[tuple[Path_, Any]] = [
     (("source",), "\ud800"),
     (("notes",), ["\ud800"]),
@@ -81,6 +83,11 @@ DAMAGED: list[tuple[Path_, Any]] = [
     (("answer", "reason"), "\ud800"),
     (("plans", 0, "device", "name"), "\ud800"),
     (("source",), "a\x1b[31m"),
+    *((("plans", 0, "device", "tiles", 0, name), 0) for name in ("rows", "sm_share", "tokens")),
+    (("plans", 0, "device", "tiles", 0, "item_us"), -1.0),
+    (("plans", 0, "device", "tiles", 0, "lone_bytes_per_us"), 0.0),
+    (("plans", 0, "device", "read_bytes_per_us"), 0.0),
+    (("plans", 0, "device", "tiles"), [TILE | {"lone_bytes_per_us": 1.0}] * 9),
     *((("plans", 0, "shape" if "heads" in name else "device", name), 10**30) for name in NUMBERS),
     (("plans", 0, "shape", "v_head_dim"), 2**31),
     # As many splits as tokens: what a plan's own numbers of splits once claimed.
@@ -107,7 +114,10 @@ def test_splits_are_planned_and_not_read(value: int) -> None:
 
 
 LLAMA = AttentionShape(32, 8, 128, 128, 2, 2)
-MANY = {"num_workers": 1 << 16, "min_split_tokens": 1, "max_block_rows": 1 << 20}
+MANY = {
+    **{"num_sms": 1 << 12, "min_split_tokens": 1, "max_block_rows": 1 << 20},
+    **{"read_bytes_per_us": 1e9, "tiles": [TILE | {"lone_bytes_per_us": 1e9}]},
+}
 LARGE: list[tuple[str, str, dict[str, Any], str]] = [
     ("1,20000_9,9", "pat", {}, "at most 16384 items"),
     ("1,8000_2000000000,9", "query", {}, "KV tokens of all requests; legal: up to"),

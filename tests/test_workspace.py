@@ -12,8 +12,8 @@ from prefix_kernels.tiles import FUSED_ROWS, ROW_CLASSES
 from prefix_kernels.work_list import build_work_list
 from sglang_prefix.backend.workspace import Workspace, size_workspace
 from sglang_prefix.config import PrefixConfig
-from sglang_prefix.packing import POLICIES
-from sglang_prefix.packing.planner import PackPlanner, profile_for
+from sglang_prefix.packing import GPU_PROFILE, POLICIES
+from sglang_prefix.packing.planner import PackPlanner
 from tests.engine.bare_backend import make_layer, make_runner
 from tests.forests import random_batch
 
@@ -78,7 +78,7 @@ def test_every_plan_of_a_sure_batch_fits(classes: tuple[int, ...], policy: str, 
         assert workspace.sure_batch_size == rows
         planner = PackPlanner(
             shape,
-            profile_for("triton", classes[-1]),
+            GPU_PROFILE.narrowed_to(classes[-1]),
             policy=policy,
             max_partials=workspace.max_partials,
             reserved_tail_slots=room,

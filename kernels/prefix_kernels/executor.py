@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from prefix_kernels.arguments import check_choice
 from prefix_kernels.plan import AttentionShape, PackPlan
+from prefix_kernels.tiles import LaunchSetting
 
 __all__ = [
     "EXECUTORS",
@@ -93,6 +94,11 @@ class PlanExecutor(ABC):
     @property
     def max_block_rows(self) -> int | None:
         """Query rows (requests times group size) that read KV in one pass; None for any number."""
+        return None
+
+    @property
+    def launch_setting(self) -> LaunchSetting | None:
+        """What decides the launches; None where there are none, on the CPU."""
         return None
 
     @property

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,6 +26,7 @@ __all__ = [
     "ROW_CLASSES",
     "TABLE",
     "LaunchConfig",
+    "LaunchSetting",
     "PlanFacts",
     "TileConfig",
     "TileShape",
@@ -140,6 +141,13 @@ class TileConfig:
         fitting = programs_for_shared_memory(self.shared_bytes(shape), arch)
         return max(1, min(self.programs_per_sm, fitting))
 
+    def sm_share(self, shape: TileShape) -> float:
+        """Part of an SM that a program takes: of its registers, or of its shared memory."""
+        registers = 32 * self.num_warps * (-(-self.max_registers // 8) * 8)
+        limit = ARCHS["sm_90" if shape.has_wgmma else "sm_80"] + _RESERVED_BYTES
+        shared = self.shared_bytes(shape) + _RESERVED_BYTES
+        return max(registers / _REGISTERS_PER_SM, shared / limit)
+
     def shared_bytes(self, shape: TileShape) -> int:
         """Shared memory of a program: what `compile_report` finds, or up to a few KiB more."""
         dim, v_dim = next_power_of_two(shape.head_dim), next_power_of_two(shape.v_head_dim)
@@ -176,6 +184,22 @@ class PlanFacts:
     def of_every_plan(cls, padded_batch_size: int, group_size: int) -> PlanFacts:
         """Of every plan of a batch of this size."""
         return cls((padded_batch_size * group_size,), None)
+
+
+class LaunchSetting(NamedTuple):
+    """What an executor's launches depend on beside the plan.
+
+    Attributes:
+        shape: as in :func:`choose_launches`.
+        mode: one of :data:`LAUNCH_MODES`.
+        num_sms: multiprocessors; 0 in the interpreter.
+        is_fixed: whether the launches serve every plan of a padded batch size, as in a graph.
+    """
+
+    shape: TileShape
+    mode: str
+    num_sms: int
+    is_fixed: bool
 
 
 @dataclass(frozen=True, slots=True)

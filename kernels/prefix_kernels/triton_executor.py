@@ -22,6 +22,7 @@ from prefix_kernels.tiles import (
     MERGE_MODES,
     ROW_CLASSES,
     LaunchConfig,
+    LaunchSetting,
     PlanFacts,
     TileShape,
     choose_launches,
@@ -123,6 +124,11 @@ class TritonExecutor(PlanExecutor):
     def max_block_rows(self) -> int:
         """Query rows (requests times group size) that read KV in one pass."""
         return widest_block(self._mode, self._tile_shape)
+
+    @property
+    def launch_setting(self) -> LaunchSetting:
+        """What decides the launches."""
+        return LaunchSetting(self._tile_shape, self._mode, self._num_sms, self._launches_are_fixed)
 
     @property
     def buffers(self) -> PlanBuffers:

@@ -193,7 +193,7 @@ class DecodePlanner:
             lens = batch.device_lengths(count)
         forest = _private_forest(lens)
         for group in self.groups:
-            self._load(group, group.planner.plan(forest), batch)
+            self._load(group, group.planner.plan(forest, batch.padded_batch_size), batch)
 
     def fits(self, batch: DecodeBatch) -> bool:
         """Whether some plan of the batch's size can be served."""
@@ -274,7 +274,8 @@ class DecodePlanner:
             return "gate-nothing-shared"
         if not self.fits(batch):
             return "workspace"
-        plans = [group.planner.plan(forest) for group in self.groups]
+        size = planned.padded_batch_size
+        plans = [group.planner.plan(forest, size) for group in self.groups]
         if any(plan.refused_partials for plan in plans):
             return "workspace"
         if self._gate is not None:

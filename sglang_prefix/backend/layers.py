@@ -20,7 +20,8 @@ from sglang_prefix.backend.decode_planner import LayerGroup
 from sglang_prefix.backend.fallback import REASONS, layer_reason
 from sglang_prefix.backend.workspace import Workspace, size_workspace
 from sglang_prefix.config import PrefixConfig
-from sglang_prefix.packing.planner import RESERVED_TAIL_SLOTS, PackPlanner, profile_for
+from sglang_prefix.gate import limits_of
+from sglang_prefix.packing.planner import RESERVED_TAIL_SLOTS, planner_for
 
 __all__ = ["ModelLayers", "find_layers"]
 
@@ -171,9 +172,9 @@ def _build_group(
             "merge": config.merge_mode,
         }
     executor = make_executor(name, shape, device, check_slots=config.verify, **options)
-    planner = PackPlanner(
-        shape,
-        profile_for(name, executor.max_block_rows),
+    planner = planner_for(
+        executor,
+        limits_of(device).read_bytes_per_s,
         policy=config.policy,
         max_partials=max_partials,
     )

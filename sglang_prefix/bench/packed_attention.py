@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,8 +11,9 @@ import torch
 from prefix_kernels import plan_buffers
 from prefix_kernels.executor import PlanExecutor, make_executor
 from prefix_kernels.plan import AttentionShape, PackPlan
+from sglang_prefix.gate import limits_of
 from sglang_prefix.packing import DeviceProfile
-from sglang_prefix.packing.planner import PackPlanner, profile_for
+from sglang_prefix.packing.planner import PackPlanner, planner_for
 
 __all__ = ["PackedAttention"]
 
@@ -52,13 +52,13 @@ class PackedAttention:
     ) -> None:
         self._make = partial(make_executor, executor, shape, device, **options)
         self.executor: PlanExecutor = self._make()
-        profile = profile or profile_for(executor)
-        if self.executor.max_block_rows is not None:
-            rows = min(profile.max_block_rows, self.executor.max_block_rows)
-            profile = replace(profile, max_block_rows=rows)
-        self.plan = PackPlanner(
-            shape, profile, policy=policy, reserved_tail_slots=reserved_tail_slots
-        ).plan
+        plans: dict[str, Any] = {"policy": policy, "reserved_tail_slots": reserved_tail_slots}
+        if profile is None:
+            bandwidth = limits_of(device).read_bytes_per_s
+            self.plan = planner_for(self.executor, bandwidth, **plans).plan
+        else:
+            rows = self.executor.max_block_rows or profile.max_block_rows
+            self.plan = PackPlanner(shape, profile.narrowed_to(rows), **plans).plan
 
     def load(
         self,

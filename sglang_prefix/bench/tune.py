@@ -51,7 +51,7 @@ _PACKS_PER_SM = 3
 _LEAST_TOKENS = 1024
 _LEAST_KV_BYTES = 256 << 20
 # One split per pack, however long it is.
-_UNSPLIT = replace(GPU_PROFILE, name="unsplit", num_workers=1)
+_UNSPLIT = replace(GPU_PROFILE, name="unsplit", tiles=())
 # Every graph launches the class of 16 rows and that of all rows of its batch, most often 128.
 _ROWS = (16, 128, 64, 32)
 

@@ -63,7 +63,7 @@ class LastPlan:
             source="last plan of a running server",
             page_size=page_size,
             neighbours=Neighbours.of(forest),
-            plans=tuple(_plan_of(group) for group in groups),
+            plans=tuple(_plan_of(group, padded_batch_size) for group in groups),
             answer=Answer(self._config.gate, reason, *predicted),
             launch_mode=self._config.launch_mode,
             graph_rows=padded_batch_size if on_gpu else None,
@@ -71,9 +71,9 @@ class LastPlan:
         ).as_dict()
 
 
-def _plan_of(group: LayerGroup) -> ShapePlan:
+def _plan_of(group: LayerGroup, padded_batch_size: int) -> ShapePlan:
     planner = group.planner
-    costs = planner.costs
+    costs = planner.costs_of(padded_batch_size)
     return ShapePlan(
         group.num_layers, planner.policy_name, planner.max_partials, costs.shape, costs.device
     )

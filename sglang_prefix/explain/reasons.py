@@ -165,17 +165,22 @@ def notes_of(
             f"shown: the plan of {plural(shape_plan.num_layers, 'layer')}; {others} more for "
             "layers of another shape"
         )
-    share = f"an equal share of the work of {device.num_workers} programs"
     if plan.num_partials < ample.num_partials:
         splits = "none, so that the plan fits into the workspace"
-    elif device.num_workers <= 1:
+    elif not device.tiles:
         splits = "none, one pass uses all of the device"
     elif (plan.num_splits == 1).all():
-        splits = f"none, no pack is more than {share}"
+        splits = "none, more would cost more time than they save"
     else:
         longest = (-(-(plan.pack_end - plan.pack_start) // plan.num_splits)).max()
-        splits = f"of up to {longest:,} tokens, no more than {share}"
+        splits = f"of up to {longest:,} tokens, which take the least time by estimated costs"
     notes.append(f"splits: {splits}")
+    for load in plan.loads():
+        notes.append(
+            f"tiles of {load.rows} rows: {plural(load.num_items, 'work item')} on "
+            f"{load.num_workers:,} programs, {load.waves:.2f} waves, "
+            f"balance {load.even_us / load.fullest_us:.2f}"
+        )
     most = plan.costs.row_blocks(int(np.diff(plan.query_indptr).max()))
     if most > 1:
         notes.append(

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cache
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,9 +28,10 @@ from sglang_prefix.packing import (
     policy_named,
 )
 from sglang_prefix.packing.cost import FITTED
-from sglang_prefix.packing.layout import CostedPlan, choose_num_splits
+from sglang_prefix.packing.layout import CostedPlan
 from sglang_prefix.packing.planner import PackPlanner
 from sglang_prefix.packing.policies import CHUNK_TOKENS
+from sglang_prefix.packing.splits import choose_num_splits
 
 __all__ = [
     "SCHEMA",
@@ -42,7 +43,7 @@ __all__ = [
     "read_record",
 ]
 
-SCHEMA = 2
+SCHEMA = 3
 _KIND = "plan"
 _DAMAGED = "it is damaged: "
 
@@ -55,10 +56,14 @@ _MAX_PARTIALS = 1 << 18
 _MOST: dict[str, float] = {
     **dict.fromkeys(("num_qo_heads", "num_kv_heads", "head_dim", "v_head_dim"), 1 << 16),
     **{"q_itemsize": 16, "kv_itemsize": 16},
-    **{"max_block_rows": 1 << 20, "min_split_tokens": 1 << 20, "num_workers": 1 << 16},
+    **{"max_block_rows": 1 << 20, "min_split_tokens": 1 << 20, "num_sms": 1 << 12},
+    **{"read_bytes_per_us": 1e9, "rows": 1 << 20, "tokens": 1 << 20, "sm_share": 1.0},
+    **dict.fromkeys(("item_us", "token_us"), 1e6),
+    **{"lone_bytes_per_us": 1e9},
     **{"reread_cost": 1.0, **FITTED, "pack_bytes": _LIMIT},
 }
-_MAX_TEXT, _MAX_TEXTS = 4096, 64
+_LEAST = {"pack_bytes": 0, "read_bytes_per_us": 1e-3, "lone_bytes_per_us": 1e-3, "sm_share": 1 / 64}
+_MAX_TEXT, _MAX_TEXTS, _MAX_TILES = 4096, 64, 8
 
 
 def _printable(text: str) -> str:
@@ -78,12 +83,18 @@ def _one_of(legal: Iterable[str]) -> Any:
 
 
 def _amounts(found: AttentionShape | DeviceProfile) -> Any:
-    """Check numbers: counts begin at 1, other amounts at 0."""
-    for name, value in asdict(found).items():
+    """Check numbers: counts begin at 1, what is divided by above 0, other amounts at 0."""
+    values = asdict(found)
+    tiles = values.pop("tiles", ())
+    if len(tiles) > _MAX_TILES:
+        raise ValueError(f"there are {len(tiles)} tiles; legal: up to {_MAX_TILES}")
+    for name, value in chain(values.items(), *(tile.items() for tile in tiles)):
         if isinstance(value, str):
             if len(_printable(value)) > _MAX_TEXT:
                 raise ValueError(f"{name} is longer than {_MAX_TEXT} characters")
-        elif not int(isinstance(value, int)) <= value <= _MOST[name]:
+            continue
+        least = _LEAST.get(name, int(isinstance(value, int)))
+        if not least <= value <= _MOST[name]:
             raise ValueError(f"{name} is {value}")
     return found
 

@@ -15,7 +15,8 @@ from sglang_prefix.explain.record import Answer, Neighbours, PlanRecord, ShapePl
 from sglang_prefix.explain.segments import tile_shape
 from sglang_prefix.files import one_line, parse_json, read_text
 from sglang_prefix.forest import PrefixForest, RadixPath
-from sglang_prefix.packing import AttentionShape
+from sglang_prefix.packing import CPU_PROFILE, AttentionShape
+from sglang_prefix.packing.gpu import gpu_profile
 
 __all__ = [
     "Setting",
@@ -193,8 +194,8 @@ def _one_line(error: Exception) -> str:
 def _plan(forest: PrefixForest, source: str, setting: Setting) -> PlanRecord:
     import torch
 
-    from prefix_kernels.tiles import row_classes
-    from sglang_prefix.packing.planner import profile_for
+    from prefix_kernels.tiles import LaunchSetting
+    from sglang_prefix.gate import H200, limits_of
 
     has_gpu = torch.cuda.is_available()
     device = setting.device or ("cuda" if has_gpu else "cpu")
@@ -211,9 +212,12 @@ def _plan(forest: PrefixForest, source: str, setting: Setting) -> PlanRecord:
         others = ", ".join(f"--device {name}" for name in where if name != device)
         note += f", as this machine has it; others: {others}"
     if device == "cpu":
-        profile, answer = profile_for("native"), Answer("auto", None)
+        profile, answer = CPU_PROFILE, Answer("auto", None)
     else:
-        profile = profile_for("triton", row_classes(tile_shape(setting.shape, gpu))[-1])
+        limits = H200 if device == "h200" else limits_of(torch.device("cuda"))
+        launches = LaunchSetting(tile_shape(setting.shape, gpu), "streams", limits.num_sms, True)
+        rows = forest.batch_size * setting.shape.group_size  # as in a decode graph of that size
+        profile = gpu_profile(launches, limits.read_bytes_per_s, batch_rows=rows)
         answer = Answer("auto", "gate-nothing-shared")
     plan = ShapePlan(1, setting.policy, None, setting.shape, profile)
     if device != "cpu" and forest.num_nodes:
@@ -224,7 +228,6 @@ def _plan(forest: PrefixForest, source: str, setting: Setting) -> PlanRecord:
         neighbours=Neighbours.of(forest),
         plans=(plan,),
         answer=answer,
-        # As in a decode graph of this batch size.
         graph_rows=forest.batch_size if device != "cpu" else None,
         gpu=gpu,
         notes=(note,),

@@ -3,11 +3,12 @@
 from sglang_prefix.packing.cost import (
     CPU_PROFILE,
     CPU_PROFILES,
-    GPU_PROFILE,
     AttentionShape,
     CostModel,
     DeviceProfile,
+    TileCost,
 )
+from sglang_prefix.packing.gpu import GPU_PROFILE
 from sglang_prefix.packing.packs import Packs
 from sglang_prefix.packing.policies import POLICIES, PackPolicy, policy_named
 
@@ -21,5 +22,6 @@ __all__ = [
     "DeviceProfile",
     "PackPolicy",
     "Packs",
+    "TileCost",
     "policy_named",
 ]

@@ -7,7 +7,7 @@ meanwhile.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prefix_kernels.plan import AttentionShape
@@ -17,13 +17,39 @@ __all__ = [
     "CPU_PROFILE",
     "CPU_PROFILES",
     "FITTED",
-    "GPU_PROFILE",
     "PROFILES_FILE",
     "AttentionShape",
     "CostModel",
     "DeviceProfile",
+    "TileCost",
     "load_cpu_profiles",
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class TileCost:
+    """What a tile class of the Triton kernels takes on a GPU.
+
+    Attributes:
+        rows: query rows of a tile.
+        tokens: KV tokens of a tile.
+        sm_share: part of a multiprocessor that one program takes, in registers or shared memory.
+        item_us: time of a work item beside its KV: before the first copy and after the loop.
+        token_us: time that the instructions for one KV token take on a multiprocessor.
+        lone_bytes_per_us: what one program reads at most, with all of its copies in flight.
+    """
+
+    rows: int
+    tokens: int
+    sm_share: float
+    item_us: float
+    token_us: float
+    lone_bytes_per_us: float
+
+    @property
+    def programs(self) -> int:
+        """Programs that a multiprocessor runs at a time; a share of a third is three."""
+        return max(1, int(1 / self.sm_share + 1e-9))
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,25 +62,42 @@ class DeviceProfile:
         reread_cost: cost of a further row block reading the same KV, as a share of reading it
             from main memory; below 1 because the KV then comes from a cache.
         pack_bytes: fixed cost of one pack, in bytes the device could have read instead.
-        num_workers: programs that run at the same time; packs are split until they fill it.
-        min_split_tokens: no pack is cut into splits shorter than this.
+        min_split_tokens: no pack is cut into splits shorter than this, or than a tile.
         query_cost: cost of one more query in a pack, over that of the bytes of q and its partial.
         element_cost: cost of an element of KV, in bytes, beyond reading it: of converting and
             copying it. Like the two below, 0 where it hides behind reads.
         lone_row_cost: cost of multiplying an element by a row of a request that reads alone.
         pack_row_cost: the same by a row of a pack.
+        num_sms: multiprocessors of a GPU.
+        read_bytes_per_us: bandwidth of its main memory.
+        tiles: its tile classes by ascending rows, the last of ``max_block_rows``; packs are split
+            until they fill the programs of their class. None: one pass uses all of the device.
     """
 
     name: str
     max_block_rows: int
     reread_cost: float
     pack_bytes: int
-    num_workers: int
     min_split_tokens: int
     query_cost: float = 1.0
     element_cost: float = 0.0
     lone_row_cost: float = 0.0
     pack_row_cost: float = 0.0
+    num_sms: int = 1
+    read_bytes_per_us: float = 1.0
+    tiles: tuple[TileCost, ...] = ()
+
+    @property
+    def sm_bytes_per_us(self) -> float:
+        """A multiprocessor's share of the bandwidth."""
+        return self.read_bytes_per_us / self.num_sms
+
+    def narrowed_to(self, max_block_rows: int) -> DeviceProfile:
+        """The same for an executor whose widest tile has so many rows, if that is fewer."""
+        rows = min(self.max_block_rows, max_block_rows)
+        tiles = [tile for tile in self.tiles if tile.rows < rows]
+        tiles += [replace(tile, rows=rows) for tile in self.tiles if tile.rows >= rows][:1]
+        return replace(self, max_block_rows=rows, tiles=tuple(tiles))
 
 
 # Written by `sglang-prefix bench profile --write-table`.
@@ -86,7 +129,6 @@ def load_cpu_profiles(path: Path) -> dict[str, DeviceProfile]:
                 "cpu",
                 max_block_rows=1 << 20,
                 reread_cost=0.0,
-                num_workers=1,
                 min_split_tokens=1 << 20,
                 **values | {"pack_bytes": max(1, int(values["pack_bytes"]))},
             )
@@ -100,18 +142,6 @@ def load_cpu_profiles(path: Path) -> dict[str, DeviceProfile]:
 # has the same ones; where arithmetic is much faster than reads, as with AMX, they are too high.
 CPU_PROFILES = load_cpu_profiles(PROFILES_FILE)
 CPU_PROFILE = CPU_PROFILES["native"]
-
-# 128 rows is the widest tile of the kernels. The other figures come from the data sheet and are not
-# measured: 132 SMs at two programs each; a program costs about 2 us to start and drain at
-# 4.8 TB/s / 132 SMs; L2 delivers some 2.5 times what main memory does.
-GPU_PROFILE = DeviceProfile(
-    name="cuda",
-    max_block_rows=128,
-    reread_cost=0.4,
-    pack_bytes=72_000,
-    num_workers=264,
-    min_split_tokens=256,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +173,13 @@ class CostModel:
         share = self.device.reread_cost * self.shape.group_size / self.device.max_block_rows
         arithmetic = self.device.pack_row_cost * self._multiplications
         return share * self.shape.kv_token_bytes + arithmetic
+
+    @property
+    def pack_bytes(self) -> float:
+        """Fixed cost of one pack: on a GPU that of an item per KV head, in the narrowest tile."""
+        device = self.device
+        per_head = sum(tile.item_us * tile.sm_share for tile in device.tiles[:1])
+        return device.pack_bytes + self.shape.num_kv_heads * per_head * device.sm_bytes_per_us
 
     @property
     def query_bytes(self) -> float:

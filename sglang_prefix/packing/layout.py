@@ -11,8 +11,9 @@ from prefix_kernels.plan import PackPlan
 from sglang_prefix.jit import jit
 from sglang_prefix.packing.cost import CostModel
 from sglang_prefix.packing.packs import Packs
+from sglang_prefix.packing.splits import ClassLoad, class_loads
 
-__all__ = ["CostedPlan", "PlanStats", "choose_num_splits"]
+__all__ = ["CostedPlan", "PlanStats"]
 
 IntArray = NDArray[np.int64]
 
@@ -31,6 +32,10 @@ class PlanStats:
             pass per request.
         num_packs: packs, the tails included.
         num_partials: partial results, one per (pack split, query).
+        waves: on a GPU, rounds in which the items of a tile class are given out to its programs,
+            of the class with the most work; None elsewhere.
+        balance: on a GPU, the time of a program if all of a class had equal parts of the work over
+            that of the fullest, added up over the classes, by estimated costs; None elsewhere.
     """
 
     kv_tokens_read: int
@@ -41,6 +46,8 @@ class PlanStats:
     bytes_ratio: float
     num_packs: int
     num_partials: int
+    waves: float | None = None
+    balance: float | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,6 +113,12 @@ class CostedPlan(PackPlan):
             self.costs.device.max_block_rows,
         )
 
+    def loads(self) -> list[ClassLoad]:
+        """How the work lies on the programs of each tile class; none without such classes."""
+        qo_rows = np.diff(self.query_indptr) * self.costs.shape.group_size
+        lengths = self.pack_end - self.pack_start
+        return class_loads(qo_rows, lengths, self.num_splits, self.costs)
+
     def stats(self, grown_tokens: int = 0) -> PlanStats:
         """Statistics of this plan after its tails have grown by ``grown_tokens`` in all."""
         shape = self.costs.shape
@@ -119,6 +132,11 @@ class CostedPlan(PackPlan):
         output_bytes = self.batch_size * shape.num_qo_heads * shape.v_head_dim * shape.q_itemsize
         moved = read * shape.kv_token_bytes + self.num_partials * shape.query_bytes + output_bytes
         moved += merged * shape.partial_bytes
+        waves = balance = None
+        if loads := self.loads():
+            waves = max(loads, key=lambda load: load.even_us).waves
+            fullest_us = sum(load.fullest_us for load in loads)
+            balance = sum(load.even_us for load in loads) / fullest_us
         stock = logical * shape.kv_token_bytes + self.batch_size * shape.query_bytes + output_bytes
         return PlanStats(
             read,
@@ -129,72 +147,9 @@ class CostedPlan(PackPlan):
             moved / stock,
             self.num_packs,
             self.num_partials,
+            waves,
+            balance,
         )
-
-
-def choose_num_splits(packs: Packs, seq_lens: IntArray, costs: CostModel) -> IntArray:
-    """Cut packs so that the splits fill the device once, none much longer than the average.
-
-    The work of the whole batch, in tokens walked by a program, is divided by the programs that
-    run at the same time; a pack gets as many splits as that share goes into it, but none shorter
-    than ``min_split_tokens``. Example: 32 tails of 4,096 tokens, 8 KV heads, 264 workers: a share
-    is 32 * 4096 * 8 / 264 = 3,972 tokens, hence two splits each; 4 tails: 497 tokens, nine splits.
-
-    Args:
-        packs: shared packs and tail starts.
-        seq_lens: [B] KV tokens of each request.
-        costs: shape and device.
-
-    Returns:
-        [S + B] splits of each shared pack, then of each tail; at least 1.
-    """
-    device = costs.device
-    if device.num_workers <= 1:
-        return np.ones(len(packs.start) + len(seq_lens), dtype=np.int64)
-    return count_splits(
-        packs.start,
-        packs.end,
-        packs.query_indptr,
-        packs.tail_start,
-        seq_lens,
-        costs.shape.group_size,
-        costs.shape.num_kv_heads,
-        device.max_block_rows,
-        device.num_workers,
-        device.min_split_tokens,
-    )
-
-
-@jit
-def count_splits(
-    start: IntArray,
-    end: IntArray,
-    query_indptr: IntArray,
-    tail_start: IntArray,
-    seq_lens: IntArray,
-    group_size: int,
-    num_kv_heads: int,
-    max_block_rows: int,
-    num_workers: int,
-    min_split_tokens: int,
-) -> IntArray:
-    """The loop behind :func:`choose_num_splits`."""
-    shared, batch = len(start), len(seq_lens)
-    lengths = np.empty(shared + batch, dtype=np.int64)
-    tail_blocks = -(-group_size // max_block_rows)
-    work = 0
-    for pack in range(shared):
-        rows = (query_indptr[pack + 1] - query_indptr[pack]) * group_size
-        lengths[pack] = end[pack] - start[pack]
-        work += lengths[pack] * -(-rows // max_block_rows)
-    for request in range(batch):
-        lengths[shared + request] = seq_lens[request] - tail_start[request]
-        work += lengths[shared + request] * tail_blocks
-    share = max(min_split_tokens, -(-work * num_kv_heads // num_workers))
-    num_splits = np.empty_like(lengths)
-    for pack in range(shared + batch):
-        num_splits[pack] = max(1, -(-lengths[pack] // share))
-    return num_splits
 
 
 @jit

@@ -54,5 +54,5 @@ def bytes_of(costs: CostModel) -> tuple[float, float, float, float, float]:
         float(costs.pack_token_bytes),
         float(costs.query_token_bytes),
         float(costs.query_bytes),
-        float(costs.device.pack_bytes),
+        float(costs.pack_bytes),
     )

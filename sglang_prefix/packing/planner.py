@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import numpy as np
 
 from prefix_kernels.arguments import INT64_MAX, check_integer, refusal
+from prefix_kernels.executor import PlanExecutor
 from sglang_prefix.forest import PrefixForest, RadixPath
 from sglang_prefix.packing import (
     CPU_PROFILES,
@@ -17,25 +19,41 @@ from sglang_prefix.packing import (
     DeviceProfile,
     policy_named,
 )
-from sglang_prefix.packing.layout import CostedPlan, choose_num_splits
+from sglang_prefix.packing.gpu import H200_BYTES_PER_S, gpu_profile
+from sglang_prefix.packing.layout import CostedPlan
 from sglang_prefix.packing.packs import Packs
+from sglang_prefix.packing.splits import choose_num_splits
 
-__all__ = ["RESERVED_TAIL_SLOTS", "PackPlanner", "profile_for", "warm_up"]
+__all__ = ["RESERVED_TAIL_SLOTS", "PackPlanner", "planner_for", "warm_up"]
 
 # Tokens that a tail may grow by before its slots need a new plan. At 8 bytes a slot, 256 requests
 # cost 0.5 MB; at one token a step a plan lives for at most this many steps.
 RESERVED_TAIL_SLOTS = 256
 
 
-def profile_for(executor: str, max_block_rows: int | None = None) -> DeviceProfile:
-    """The device profile that plans for an executor are made with.
+def planner_for(
+    executor: PlanExecutor, read_bytes_per_s: float = H200_BYTES_PER_S, **options: Any
+) -> PackPlanner:
+    """A planner of plans for an executor.
 
     Args:
-        executor: "torch", "native" or "triton".
-        max_block_rows: rows that it takes in one pass; None for the profile's own.
+        executor: what runs them.
+        read_bytes_per_s: bandwidth of its device; the CPU's profiles are ratios to that.
+        options: of :class:`PackPlanner`.
     """
-    profile = CPU_PROFILES.get(executor, GPU_PROFILE)
-    return replace(profile, max_block_rows=max_block_rows) if max_block_rows else profile
+    setting, group_size = executor.launch_setting, executor.shape.group_size
+    if setting is None:
+        return PackPlanner(executor.shape, CPU_PROFILES[executor.name], **options)
+
+    def batch_profile(padded_batch_size: int) -> DeviceProfile:
+        return gpu_profile(setting, read_bytes_per_s, batch_rows=padded_batch_size * group_size)
+
+    return PackPlanner(
+        executor.shape,
+        gpu_profile(setting, read_bytes_per_s),
+        batch_profile=batch_profile if setting.is_fixed else None,
+        **options,
+    )
 
 
 @cache
@@ -68,6 +86,8 @@ class PackPlanner:
             its splits first and its sharing next, so a bound of at least the batch size always
             holds. Nothing of the size of the refused plan is made.
         reserved_tail_slots: tokens that each tail may grow by.
+        batch_profile: the profile for batches of a padded size, where launches are fixed by that;
+            None for ``device`` at all sizes.
 
     Raises:
         ValueError: the policy is unknown, or a number is no integer that it can be.
@@ -81,8 +101,11 @@ class PackPlanner:
         policy: str = "pat",
         max_partials: int | None = None,
         reserved_tail_slots: int = RESERVED_TAIL_SLOTS,
+        batch_profile: Callable[[int], DeviceProfile] | None = None,
     ) -> None:
         self.costs = CostModel(shape, device)
+        self._batch_profile = batch_profile
+        self._batch_costs: dict[int, CostModel] = {}
         self.policy_name = policy
         if max_partials is not None:
             max_partials = check_integer("max_partials", max_partials, most=INT64_MAX)
@@ -92,11 +115,33 @@ class PackPlanner:
         warm_up()
         self._query_policy = policy_named("query")
 
-    def plan(self, forest: PrefixForest) -> CostedPlan:
-        """Pack a forest and lay the plan out, within the bound on partials.
+    def costs_of(self, padded_batch_size: int | None) -> CostModel:
+        """The costs of batches of a padded size; None for any.
 
         Raises:
-            ValueError: the batch has more requests than partials are allowed.
+            ValueError: the size is no positive integer.
+        """
+        if padded_batch_size is None:
+            return self.costs
+        padded_batch_size = check_integer("padded_batch_size", padded_batch_size)
+        if self._batch_profile is None:
+            return self.costs
+        found = self._batch_costs.get(padded_batch_size)
+        if found is None:
+            found = CostModel(self.costs.shape, self._batch_profile(padded_batch_size))
+            self._batch_costs[padded_batch_size] = found
+        return found
+
+    def plan(self, forest: PrefixForest, padded_batch_size: int | None = None) -> CostedPlan:
+        """Pack a forest and lay the plan out, within the bound on partials.
+
+        Args:
+            forest: what the batch shares.
+            padded_batch_size: requests with the padding behind them; None where that is no matter.
+
+        Raises:
+            ValueError: the batch has more requests than partials are allowed, or an argument is
+                none that it can be.
         """
         if not isinstance(forest, PrefixForest):
             raise refusal("forest", forest, "a PrefixForest")
@@ -105,24 +150,31 @@ class PackPlanner:
                 f"max_partials={self.max_partials} is below the batch size {forest.batch_size}; "
                 "legal: at least one partial per request"
             )
-        packs = self._policy(forest, self.costs)
+        costs = self.costs_of(padded_batch_size)
+        packs = self._policy(forest, costs)
         least = len(packs.queries) + forest.batch_size  # without splits: one per pack and query
         if not self._allows(least):
-            private = self._query_policy(forest, self.costs)
-            return self._lay_out(private, forest, split=False, refused_partials=least)
-        plan = self._lay_out(packs, forest, split=True)
+            private = self._query_policy(forest, costs)
+            return self._lay_out(private, forest, costs, split=False, refused_partials=least)
+        plan = self._lay_out(packs, forest, costs, split=True)
         if self._allows(plan.num_partials):
             return plan
-        return self._lay_out(packs, forest, split=False)
+        return self._lay_out(packs, forest, costs, split=False)
 
     def _allows(self, num_partials: int) -> bool:
         return self.max_partials is None or num_partials <= self.max_partials
 
     def _lay_out(
-        self, packs: Packs, forest: PrefixForest, *, split: bool, refused_partials: int = 0
+        self,
+        packs: Packs,
+        forest: PrefixForest,
+        costs: CostModel,
+        *,
+        split: bool,
+        refused_partials: int = 0,
     ) -> CostedPlan:
         if split:
-            num_splits = choose_num_splits(packs, forest.seq_lens, self.costs)
+            num_splits = choose_num_splits(packs, forest.seq_lens, costs)
         else:
             num_splits = np.ones(len(packs.start) + forest.batch_size, dtype=np.int64)
         return CostedPlan.build(
@@ -131,6 +183,6 @@ class PackPlanner:
             num_splits,
             reserved_tail_slots=self.reserved_tail_slots,
             kv_tokens_unique=forest.unique_tokens,
-            costs=self.costs,
+            costs=costs,
             refused_partials=refused_partials,
         )

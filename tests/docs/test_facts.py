@@ -207,10 +207,24 @@ def test_the_bytes_and_splits_in_the_text(forest: PrefixForest) -> None:
     query = SHAPE.query_bytes + SHAPE.partial_bytes
     for number in (SHAPE.kv_token_bytes, query, 6 * SHAPE.kv_token_bytes, 2 * query):
         assert f"| {number:,} |" in text
-    assert gpu.num_splits.tolist() == [4, 1, 2, 1, 1, 1, 1, 1]
-    assert "are cut into 4 splits and branch B into 2" in text
-    assert f"{gpu.num_partials}\npartial results" in text
+    assert gpu.num_splits.tolist() == [8, 2, 3, 1, 1, 1, 1, 1]
+    assert "are cut into 8 splits, branch A into 2 and branch B into 3" in text
+    assert f"has {gpu.num_partials} partial results" in text
     assert f"plan has {cpu.num_partials}" in text
+
+
+def test_the_splits_in_the_text() -> None:
+    text = " ".join((ROOT / "docs/kernels.md").read_text().split())
+    workers = [132 * tile.programs for tile in GPU_PROFILE.tiles]
+    assert GPU_PROFILE.num_sms == 132
+    assert "{}, {}, {} and {} on 132 multiprocessors".format(*workers) in text
+    path = RadixPath((1,), (8192,))
+    forest = PrefixForest.from_paths([path] * 64, [8192] * 64, [8192 + 256] * 64)
+    plan = PackPlanner(SHAPE, GPU_PROFILE).plan(forest)
+    assert plan.num_splits[0] == 8
+    wide = plan.loads()[-1]
+    assert wide.num_items == 128
+    assert f"the {wide.num_workers} workers" in text
 
 
 def _tokens(plan: CostedPlan, pack: int) -> int:

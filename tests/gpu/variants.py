@@ -13,7 +13,7 @@ from prefix_kernels.tiles import LAUNCH_MODES, MERGE_MODES
 from sglang_prefix.bench.workloads.inputs import AttentionInputs
 from sglang_prefix.bench.workloads.registry import Heads
 from sglang_prefix.bench.workloads.trees import Tree, random_tree, shared_then_private
-from sglang_prefix.packing import GPU_PROFILE, POLICIES, DeviceProfile
+from sglang_prefix.packing import GPU_PROFILE, POLICIES, DeviceProfile, TileCost
 
 __all__ = ["ALL_MODES", "CPU_EXECUTORS", "EAGER", "Modes", "Variant", "variants"]
 
@@ -27,7 +27,16 @@ CPU_EXECUTORS: tuple[Modes, ...] = (("torch", ""), ("native", ""))
 # Each mode once: what the other pairs add is checked where nothing else varies.
 _TWO_MODES: tuple[Modes, ...] = (ALL_MODES[0], ALL_MODES[-1])
 # Packs are nearly free and splits short, so that small batches have both.
-EAGER = DeviceProfile("eager", 128, 0.4, 100, 264, 32)
+EAGER = DeviceProfile(
+    "eager",
+    max_block_rows=128,
+    reread_cost=0.4,
+    pack_bytes=100,
+    min_split_tokens=32,
+    num_sms=264,
+    read_bytes_per_us=1e9,
+    tiles=(TileCost(128, 4, sm_share=1.0, item_us=0, token_us=1, lone_bytes_per_us=1e9),),
+)
 _DIMS = (
     *((64, 64), (80, 80), (96, 96), (128, 128), (192, 192), (256, 256)),
     *((192, 128), (64, 96), (128, 64)),

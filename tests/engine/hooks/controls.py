@@ -150,7 +150,7 @@ def watch_plan(module: ModuleType) -> None:
     planner_class = module.PackPlanner
     plan = planner_class.plan
 
-    def watched(self: Any, forest: Any) -> Any:
+    def watched(self: Any, forest: Any, padded_batch_size: int | None = None) -> Any:
         now, planner = mode(), self
         if now in POLICIES:
             planner = planner_class(
@@ -160,7 +160,7 @@ def watch_plan(module: ModuleType) -> None:
                 max_partials=self.max_partials,
                 reserved_tail_slots=self.reserved_tail_slots,
             )
-        made = plan(planner, forest)
+        made = plan(planner, forest, padded_batch_size)
         STEP.plans.append((planner, forest, made))
         return made
 
