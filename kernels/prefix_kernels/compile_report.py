@@ -327,7 +327,12 @@ def _arguments(variant: KernelVariant) -> tuple[Any, dict[str, str], dict[str, A
     pointers |= {"q": q, "k": kv, "v": kv, "k_scale": "fp32", "v_scale": "fp32"}
     narrow = variant.narrow_tile
     tile, wide = (narrow, variant.tile) if narrow else (variant.tile, None)
+    stride = _NUM_KV_HEADS * variant.head_dim
     constants = outputs | {
+        "K_STRIDE": stride,
+        "K_HEAD_STRIDE": variant.head_dim,
+        "V_STRIDE": stride,
+        "V_HEAD_STRIDE": variant.head_dim,
         "HEAD_DIM": variant.head_dim,
         "BLOCK_D": next_power_of_two(variant.head_dim),
         "BLOCK_M": tile.block_m,

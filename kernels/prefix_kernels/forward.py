@@ -59,16 +59,16 @@ def pack_forward_kernel(
     # Elements from request or slot to the next, and from head to head.
     q_stride,
     q_head_stride,
-    k_stride,
-    k_head_stride,
-    v_stride,
-    v_head_stride,
     out_stride,
     out_head_stride,
     lse_stride,
     lse_head_stride,
     k_scale_stride,
     v_scale_stride,
+    K_STRIDE: tl.constexpr,
+    K_HEAD_STRIDE: tl.constexpr,
+    V_STRIDE: tl.constexpr,
+    V_HEAD_STRIDE: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -103,9 +103,9 @@ def pack_forward_kernel(
                     k_scale_ptr, v_scale_ptr, item_ptr, kv_slots_ptr, queries_ptr, partials_ptr,
                     tail_lengths_ptr, arrivals_ptr, request_indptr_ptr, kv_head,
                     sm_scale, v_factor, logit_cap,
-                    q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
+                    q_stride, q_head_stride,
                     out_stride, out_head_stride, lse_stride, lse_head_stride,
-                    k_scale_stride, v_scale_stride,
+                    k_scale_stride, v_scale_stride, K_STRIDE, K_HEAD_STRIDE, V_STRIDE, V_HEAD_STRIDE,
                     NUM_KV_HEADS, GROUP_SIZE, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV,
                     WIDE_BLOCK_M, WIDE_BLOCK_N, HAS_CAP, HAS_SCALES, WRITES_LSE, MERGES,
                 )  # fmt: skip
@@ -115,9 +115,9 @@ def pack_forward_kernel(
                 k_scale_ptr, v_scale_ptr, item_ptr, kv_slots_ptr, queries_ptr, partials_ptr,
                 tail_lengths_ptr, arrivals_ptr, request_indptr_ptr, kv_head,
                 sm_scale, v_factor, logit_cap,
-                q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
+                q_stride, q_head_stride,
                 out_stride, out_head_stride, lse_stride, lse_head_stride,
-                k_scale_stride, v_scale_stride,
+                k_scale_stride, v_scale_stride, K_STRIDE, K_HEAD_STRIDE, V_STRIDE, V_HEAD_STRIDE,
                 NUM_KV_HEADS, GROUP_SIZE, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV,
                 BLOCK_M, BLOCK_N, HAS_CAP, HAS_SCALES, WRITES_LSE, MERGES,
             )  # fmt: skip
@@ -142,9 +142,11 @@ def _attend_item(
     k_scale_ptr, v_scale_ptr, item_ptr, kv_slots_ptr, queries_ptr, partials_ptr,
     tail_lengths_ptr, arrivals_ptr, request_indptr_ptr, kv_head,
     sm_scale, v_factor, logit_cap,
-    q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
+    q_stride, q_head_stride,
     out_stride, out_head_stride, lse_stride, lse_head_stride,
     k_scale_stride, v_scale_stride,
+    K_STRIDE: tl.constexpr, K_HEAD_STRIDE: tl.constexpr,
+    V_STRIDE: tl.constexpr, V_HEAD_STRIDE: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -178,13 +180,14 @@ def _attend_item(
     scale = sm_scale
     if HAS_SCALES:
         scale *= tl.load(k_scale_ptr + kv_head * k_scale_stride)
-    if not HAS_CAP:
-        scale *= LOG2E
+    to_base_2 = scale * LOG2E
+    if HAS_CAP:
+        to_base_2 = 1.0
 
     tokens = tl.arange(0, BLOCK_N)
     slots = tl.load(slots_ptr + tl.minimum(begin + tokens, last))
-    k_ptr += kv_head.to(tl.int64) * k_head_stride
-    v_ptr += kv_head.to(tl.int64) * v_head_stride
+    k_ptr += kv_head.to(tl.int64) * K_HEAD_STRIDE
+    v_ptr += kv_head.to(tl.int64) * V_HEAD_STRIDE
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     values = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -192,26 +195,26 @@ def _attend_item(
         slot = slots.to(tl.int64)
         slots = tl.load(slots_ptr + tl.minimum(start + BLOCK_N + tokens, last))
         k = tl.load(
-            k_ptr + slot[None, :] * k_stride + dims[:, None],
-            mask=(dims < HEAD_DIM)[:, None],
+            k_ptr + slot[:, None] * K_STRIDE + dims[None, :],
+            mask=(dims < HEAD_DIM)[None, :],
             other=0.0,
         )
-        scores = tl.dot(q, k.to(q.dtype), input_precision="ieee") * scale
+        scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
         if HAS_CAP:
             # cap * tanh(x / cap), and from here on in base 2. Near 0 by the series: the quotient
             # would lose the digits that a cap far above the scores leaves.
-            ratio = scores * (1 / logit_cap)
+            ratio = scores * (scale / logit_cap)
             square = ratio * ratio
             series = ratio * (1 - square * (1 / 3 - square * (2 / 15 - square * (17 / 315))))
             quotient = 1 - 2 / (tl.exp2(ratio * (2 * LOG2E)) + 1)
             scores = tl.where(square < 1 / 16, series, quotient) * (logit_cap * LOG2E)
         scores = tl.where((start + tokens < end)[None, :], scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, 1))
+        new_peak = tl.maximum(peak, tl.max(scores, 1) * to_base_2)
         shrink = tl.exp2(peak - new_peak)
-        weights = tl.exp2(scores - new_peak[:, None])
+        weights = tl.exp2(scores * to_base_2 - new_peak[:, None])
         total = total * shrink + tl.sum(weights, 1)
         v = tl.load(
-            v_ptr + slot[:, None] * v_stride + v_dims[None, :],
+            v_ptr + slot[:, None] * V_STRIDE + v_dims[None, :],
             mask=(v_dims < V_HEAD_DIM)[None, :],
             other=0.0,
         )
