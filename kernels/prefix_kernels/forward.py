@@ -208,7 +208,8 @@ def _attend_item(
             series = ratio * (1 - square * (1 / 3 - square * (2 / 15 - square * (17 / 315))))
             quotient = 1 - 2 / (tl.exp2(ratio * (2 * LOG2E)) + 1)
             scores = tl.where(square < 1 / 16, series, quotient) * (logit_cap * LOG2E)
-        scores = tl.where((tokens < end - start)[None, :], scores, float("-inf"))
+        if end - start < BLOCK_N:
+            scores = tl.where((tokens < end - start)[None, :], scores, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1) * to_base_2)
         shrink = tl.exp2(peak - new_peak)
         weights = tl.exp2(scores * to_base_2 - new_peak[:, None])
