@@ -342,7 +342,11 @@ def _arguments(variant: KernelVariant) -> tuple[Any, dict[str, str], dict[str, A
         "LIST": 0,
         "HAS_CAP": False,
         "HAS_SCALES": kv.startswith("fp8"),
+        "FOLDS_SCALE": True,
         "MERGES": variant.merge == "in_kernel",
+        "CARRIES_ITEM": tile.block_m <= 32 and wide is None,
+        "BRANCHES_FOR_TAIL": True,
+        "HALF_PRODUCTS": variant.dtype == "bf16" and kv.startswith("fp8"),
     }
     return pack_forward_kernel, pointers, constants
 
