@@ -346,7 +346,7 @@ def _arguments(variant: KernelVariant) -> tuple[Any, dict[str, str], dict[str, A
         "MERGES": variant.merge == "in_kernel",
         "CARRIES_ITEM": tile.block_m <= 32 and wide is None,
         "BRANCHES_FOR_TAIL": True,
-        "HALF_PRODUCTS": variant.dtype == "bf16" and kv.startswith("fp8"),
+        "HALF_PRODUCTS": True,
     }
     return pack_forward_kernel, pointers, constants
 

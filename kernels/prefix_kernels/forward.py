@@ -24,6 +24,7 @@ __all__ = ["pack_forward_kernel"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+SMALLEST = tl.constexpr(2.0**-126)  # normal number of float32
 ITEM_FIELDS = tl.constexpr(work_list.ITEM_FIELDS)
 TO_OUT = tl.constexpr(work_list.TO_OUT)
 TO_PARTIALS = tl.constexpr(work_list.TO_PARTIALS)
@@ -227,12 +228,24 @@ def _attend_item(
         mask=row_exists[:, None] & (dims < HEAD_DIM)[None, :],
         other=0.0,
     )
-    scale = sm_scale
+    scale = tl.full([BLOCK_M], 1.0, tl.float32) * sm_scale
     if HAS_SCALES:
         scale *= tl.load(k_scale_ptr + kv_head * k_scale_stride)
-    to_base_2 = scale * LOG2E
-    if not FOLDS_SCALE:
-        to_base_2 = 1.0
+    if HALF_PRODUCTS and q.dtype == tl.bfloat16 and k_ptr.dtype.element_ty.is_fp8():
+        q, undo = _half_rows(q, scale)
+        scale = tl.abs(scale) * undo
+    elif HAS_SCALES:
+        # What comes after a maximum must not be negative.
+        q = tl.where((scale < 0)[:, None], -q, q)
+        scale = tl.abs(scale)
+    # On scores on their way into the exponent. A score of -inf times 0 would be NaN.
+    to_base_2 = tl.full([BLOCK_M], 1.0, tl.float32)
+    if FOLDS_SCALE:
+        to_base_2 = scale * LOG2E
+        if HAS_SCALES or q.dtype == tl.float16:
+            to_base_2 = tl.maximum(to_base_2, SMALLEST, propagate_nan=tl.PropagateNan.ALL)
+    # Weights in float16 are up to 2**15 instead of 1, so that those of 2**-39 still count.
+    LIFT: tl.constexpr = 15.0 if q.dtype == tl.float16 else 0.0
 
     k_ptr += kv_head.to(tl.int64) * K_HEAD_STRIDE
     v_ptr += kv_head.to(tl.int64) * V_HEAD_STRIDE
@@ -251,18 +264,18 @@ def _attend_item(
         if HAS_CAP:
             # cap * tanh(x / cap), and from here on in base 2. Near 0 by the series: the quotient
             # would lose the digits that a cap far above the scores leaves.
-            ratio = scores * (scale / logit_cap)
+            ratio = scores * (scale / logit_cap)[:, None]
             square = ratio * ratio
             series = ratio * (1 - square * (1 / 3 - square * (2 / 15 - square * (17 / 315))))
             quotient = 1 - 2 / (tl.exp2(ratio * (2 * LOG2E)) + 1)
             scores = tl.where(square < 1 / 16, series, quotient) * (logit_cap * LOG2E)
         elif not FOLDS_SCALE:
-            scores *= scale * LOG2E
+            scores *= (scale * LOG2E)[:, None]
         if not BRANCHES_FOR_TAIL or end - start < BLOCK_N:
             scores = tl.where((tokens < end - start)[None, :], scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, 1) * to_base_2)
+        new_peak = tl.maximum(peak, tl.max(scores, 1) * to_base_2 - LIFT)
         shrink = tl.exp2(peak - new_peak)
-        weights = tl.exp2(scores * to_base_2 - new_peak[:, None])
+        weights = tl.exp2(scores * to_base_2[:, None] - new_peak[:, None])
         total = total * shrink + tl.sum(weights, 1)
         v = tl.load(
             v_ptr + slot[:, None] * V_STRIDE + v_dims[None, :],
@@ -274,6 +287,21 @@ def _attend_item(
         )
         peak = new_peak
     return peak, total, values
+
+
+@triton.jit
+def _half_rows(q, scale):
+    """Rows of q in float16, each times a power of two, and what undoes that.
+
+    The largest value of a row comes to lie below 2**15, which leaves the most room for the others:
+    values down to 2**-31 of it keep all of their bits, those below 2**-40 of it are lost.
+    """
+    largest = tl.max(tl.abs(q.to(tl.float32)), 1)
+    shift = tl.minimum(141 - (largest.to(tl.int32, bitcast=True) >> 23), 126)
+    factor = ((127 + shift) << 23).to(tl.float32, bitcast=True)
+    undo = ((127 - shift) << 23).to(tl.float32, bitcast=True)
+    factor = tl.where(scale < 0, -factor, factor)
+    return (q.to(tl.float32) * factor[:, None]).to(tl.float16), undo
 
 
 @triton.jit
