@@ -93,6 +93,8 @@ class KernelVariant:
         merge: of the forward stage, one of :data:`MERGE_MODES`: with "in_kernel", the program that
             completes a request merges it.
         group_size: query heads per KV head.
+        overlaps_merge: whether the launch of the merge begins before that of the forward stage
+            ends, see `TritonExecutor`.
     """
 
     kernel: str
@@ -103,6 +105,7 @@ class KernelVariant:
     narrow_tile: TileConfig | None = None
     merge: str = "launch"
     group_size: int = 4
+    overlaps_merge: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,6 +324,7 @@ def _arguments(variant: KernelVariant) -> tuple[Any, dict[str, str], dict[str, A
         "V_HEAD_DIM": variant.head_dim,
         "BLOCK_DV": next_power_of_two(variant.head_dim),
         "WRITES_LSE": False,
+        "OVERLAPS_MERGE": variant.overlaps_merge,
     }
     if variant.kernel == "merge":
         return merge_kernel, pointers, outputs

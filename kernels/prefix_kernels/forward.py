@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from prefix_kernels import plan_buffers, work_list
-from prefix_kernels.merge import merge_heads
+from prefix_kernels.merge import last_block_merge, merge_heads
 
 __all__ = ["pack_forward_kernel"]
 
@@ -90,11 +90,14 @@ def pack_forward_kernel(
     FOLDS_SCALE: tl.constexpr,  # into the exponent: without a cap, and `sm_scale` above 0
     WRITES_LSE: tl.constexpr,
     MERGES: tl.constexpr,  # whether the program that completes a request merges its partials
+    OVERLAPS_MERGE: tl.constexpr,  # whether the launch of the merge may begin before this one ends
     # Of the tile, see `TileConfig`.
     CARRIES_ITEM: tl.constexpr,
     BRANCHES_FOR_TAIL: tl.constexpr,
     HALF_PRODUCTS: tl.constexpr,
 ):
+    if OVERLAPS_MERGE:  # its programs wait for the end of all of ours, see `merge_kernel`
+        tl.extra.cuda.gdc_launch_dependents()
     num_tiles = tl.load(plan_ptr + HEADER_NUM_ITEMS + LIST) * NUM_KV_HEADS
     items_ptr = plan_ptr + tl.load(plan_ptr + HEADER_ITEMS + LIST)
     queries_ptr = plan_ptr + tl.load(plan_ptr + HEADER_QUERIES)
@@ -361,40 +364,7 @@ def _write_item(
             query = tl.load(block_queries_ptr + rows // GROUP_SIZE, mask=row_exists, other=0)
             last_block_merge(
                 partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr, arrivals_ptr,
-                request_indptr_ptr, query, goes_to_partial, kv_head,
+                request_indptr_ptr, rows, query, goes_to_partial, kv_head,
                 out_stride, out_head_stride, lse_stride, lse_head_stride,
-                NUM_KV_HEADS, GROUP_SIZE, V_HEAD_DIM, BLOCK_DV, WRITES_LSE,
+                NUM_KV_HEADS, GROUP_SIZE, V_HEAD_DIM, BLOCK_M, BLOCK_DV, WRITES_LSE,
             )  # fmt: skip
-
-
-@triton.jit
-def last_block_merge(
-    partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr, arrivals_ptr, request_indptr_ptr,
-    query, goes_to_partial, kv_head,
-    out_stride, out_head_stride, lse_stride, lse_head_stride,
-    NUM_KV_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr,
-    V_HEAD_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, WRITES_LSE: tl.constexpr,
-):  # fmt: skip
-    """Count this tile's rows, and merge the requests whose partials are all there.
-
-    A request is complete for a KV head when every grouped head of every partial has been counted.
-    Which program completes it is chance. The result is not, since partials are merged in order.
-    """
-    tl.debug_barrier()  # the partials of all threads come before the count
-    counter_ptr = arrivals_ptr + query * NUM_KV_HEADS + kv_head
-    before = tl.atomic_add(counter_ptr, 1, mask=goes_to_partial, sem="acq_rel", scope="gpu")
-    begin = tl.load(request_indptr_ptr + query, mask=goes_to_partial, other=0)
-    end = tl.load(request_indptr_ptr + query + 1, mask=goes_to_partial, other=0)
-    completes = goes_to_partial & (before == (end - begin) * GROUP_SIZE - 1)
-    tl.store(counter_ptr, 0, mask=completes)
-    tl.debug_barrier()
-    waiting = tl.where(completes, query, -1)  # at most one row of a request is its last
-    for _ in range(tl.sum(completes.to(tl.int32), 0)):
-        request = tl.max(waiting, 0)
-        waiting = tl.where(waiting == request, -1, waiting)
-        merge_heads(
-            partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr, request, kv_head,
-            tl.load(request_indptr_ptr + request), tl.load(request_indptr_ptr + request + 1),
-            out_stride, out_head_stride, lse_stride, lse_head_stride,
-            NUM_KV_HEADS, GROUP_SIZE, V_HEAD_DIM, BLOCK_DV, WRITES_LSE,
-        )  # fmt: skip

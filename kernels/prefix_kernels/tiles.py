@@ -7,6 +7,7 @@ No tuning happens here or at serving time. What was measured on a device stands 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
@@ -20,10 +21,13 @@ from prefix_kernels.plan import AttentionShape, PackPlan
 
 __all__ = [
     "ARCHS",
+    "AUTO",
     "FUSED_ROWS",
+    "GRAPH_ROWS",
     "LAUNCH_MODES",
     "MERGE_MODES",
     "ROW_CLASSES",
+    "SMALL_BATCH",
     "TABLE",
     "LaunchConfig",
     "PlanFacts",
@@ -32,8 +36,10 @@ __all__ = [
     "TunedDevice",
     "candidate_tiles",
     "choose_launches",
+    "choose_modes",
     "formula_tile",
     "load_tuned_tiles",
+    "measured_device",
     "next_power_of_two",
     "programs_for_registers",
     "programs_for_shared_memory",
@@ -41,9 +47,10 @@ __all__ = [
     "widest_block",
 ]
 
-# How a plan is launched and merged, see `TritonExecutor`.
+# How a plan is launched and merged, see `TritonExecutor`; "auto" is for `choose_modes` to resolve.
 LAUNCH_MODES = ("streams", "fused")
 MERGE_MODES = ("launch", "in_kernel")
+AUTO = "auto"
 
 # Shared memory that one program may use, in bytes (CUDA programming guide, compute capabilities).
 ARCHS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
@@ -53,6 +60,14 @@ ARCHS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 ROW_CLASSES = (16, 32, 64, 128)
 # The two classes of a fused launch: the most frequent one, and the least one for wgmma.
 FUSED_ROWS = (16, 64)
+# The classes of a graph, beside that of its batch's most rows: those of a fused launch. A pack of
+# 17 to 64 rows in the tile of 128 would have an SM to itself and issue 1.7 times the instructions
+# (docs/kernels.md).
+GRAPH_ROWS = FUSED_ROWS
+# Requests of a batch that is small: where no pack has more rows than a fused launch's wide tile,
+# one launch that merges, too, is one node of a graph instead of three. With more requests programs
+# have several items each, and pay for the count of arrivals at the end of every one.
+SMALL_BATCH = 16
 
 # Accumulators, in rows times elements of v: four warps hold 64 x 128 and eight hold twice as much
 # without spilling, as `sglang-prefix kernels` shows. 128 x 256 spills, with 16 warps as well.
@@ -91,8 +106,8 @@ class TileShape:
         q_itemsize, kv_itemsize: bytes per element of q, and of the caches.
         has_wgmma: whether the device has wgmma or tcgen05, which take q from shared memory;
             elsewhere q is in registers.
-        device: as ``torch.cuda.get_device_name`` has it, to use what was measured there; None for
-            the formula.
+        device: as ``torch.cuda.get_device_name`` has it, to use what was measured there or on
+            another of its chip; None for the formula.
     """
 
     head_dim: int
@@ -155,9 +170,10 @@ class PlanFacts:
     """What of a plan decides its launches.
 
     Attributes:
-        qo_rows: query rows (requests times group size) of the packs, every number once.
+        qo_rows: query rows (requests times group size) of the packs, every number once; of every
+            plan of a batch, the rows that there must be a tile for.
         kv_length: tokens of the longest pack, once its tail has grown. None if the launches must
-            serve every plan of a batch whose rows ``qo_rows`` has, because a graph holds them.
+            serve every plan of a batch, because a graph holds them.
     """
 
     qo_rows: tuple[int, ...]
@@ -172,9 +188,16 @@ class PlanFacts:
         return cls(tuple(rows.tolist()), int(lengths.max()))
 
     @classmethod
-    def of_every_plan(cls, padded_batch_size: int, group_size: int) -> PlanFacts:
-        """Of every plan of a batch of this size."""
-        return cls((padded_batch_size * group_size,), None)
+    def of_every_plan(
+        cls, padded_batch_size: int, group_size: int, graph_rows: tuple[int, ...] = GRAPH_ROWS
+    ) -> PlanFacts:
+        """Of every plan of a batch of this size.
+
+        A class more is a launch more, which ends at once where it finds nothing to do. So there are
+        those of ``graph_rows`` that the batch can outgrow, and the one that holds all of its rows.
+        """
+        most = padded_batch_size * group_size
+        return cls((*(rows for rows in graph_rows if rows < most), most), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,16 +251,36 @@ def choose_launches(facts: PlanFacts, shape: TileShape, mode: str) -> list[Launc
             return [LaunchConfig(0, *_fused_tiles(facts.kv_length, shape))]
         return [LaunchConfig(0, _choose_tile(FUSED_ROWS[0], facts.kv_length, shape))]
     classes = {_row_class(rows, shape) for rows in facts.qo_rows}
-    if facts.kv_length is None:  # two launches in a graph: the narrowest tile, and all rows at once
-        classes.add(ROW_CLASSES[0])
     return [
         LaunchConfig(i, _choose_tile(rows, facts.kv_length, shape))
         for i, rows in enumerate(sorted(classes))
     ]
 
 
+def choose_modes(
+    padded_batch_size: int, group_size: int, mode: str = AUTO, merge: str = AUTO
+) -> tuple[str, str]:
+    """Choose how the plans of a batch size are launched and merged.
+
+    It depends on what a graph knows, the size of the batch, and not on the plan.
+
+    Args:
+        padded_batch_size: requests, padding included.
+        group_size: query heads per KV head.
+        mode: one of :data:`LAUNCH_MODES`, which wins, or :data:`AUTO`.
+        merge: one of :data:`MERGE_MODES`, which wins, or :data:`AUTO`.
+
+    Returns:
+        One of :data:`LAUNCH_MODES` and one of :data:`MERGE_MODES`.
+    """
+    fits_fused = padded_batch_size * group_size <= FUSED_ROWS[-1]
+    is_small = fits_fused and padded_batch_size <= SMALL_BATCH
+    chosen = ("fused", "in_kernel") if is_small else ("streams", "launch")
+    return (chosen[0] if mode == AUTO else mode), (chosen[1] if merge == AUTO else merge)
+
+
 def widest_block(mode: str, shape: TileShape) -> int:
-    """Rows of the widest tile that a launch mode has for head dims."""
+    """Rows of the widest tile that a launch mode, or "auto", has for head dims."""
     return FUSED_ROWS[-1] if mode == "fused" else row_classes(shape)[-1]
 
 
@@ -314,8 +357,9 @@ def _row_class(qo_rows: int, shape: TileShape) -> int:
 
 def _choose_tile(block_m: int, kv_length: int | None, shape: TileShape) -> TileConfig:
     """The tile of a row class that was fastest on ``shape.device``, else the formula's."""
-    device = _load_once(TABLE).get(shape.device) if shape.device else None
-    measured = device.tiles.get((shape, block_m)) if device else None
+    name = measured_device(shape.device) if shape.device else None
+    tiles = _load_once(TABLE)[name].tiles if name else {}
+    measured = tiles.get((replace(shape, device=name), block_m))
     return _for_length(measured or formula_tile(block_m, shape), kv_length)
 
 
@@ -337,8 +381,9 @@ def _for_length(tile: TileConfig, kv_length: int | None) -> TileConfig:
     """The narrowest KV tile for packs that fit into one, with nothing to load ahead.
 
     All other lengths get the one width. What a tile has past the end of a pack repeats the last
-    slot, which the L1 cache answers, while every width more is a kernel that the first short batch
-    would wait seconds for.
+    slot: its copies pass by the L1 cache (`LDGSTS.BYPASS` in the binary), so they cost traffic of
+    the L2 cache, and none of main memory. Every width more would be a kernel that the first short
+    batch waits seconds for.
     """
     if kv_length is None or kv_length > _MIN_BLOCK_N:
         return tile
@@ -382,6 +427,31 @@ def load_tuned_tiles(path: Path) -> dict[str, TunedDevice]:
 
 
 _load_once = cache(load_tuned_tiles)  # the choice is made for every plan
+# The chip in a device's name: "NVIDIA H100 PCIe", "NVIDIA H100 80GB HBM3 MIG 3g.40gb", but none in
+# "NVIDIA GeForce RTX 4090", whose series has several.
+_CHIP = re.compile(r"NVIDIA [A-Z]+\d+\w*\b")
+
+
+def measured_device(device: str) -> str | None:
+    """The device in the table whose tiles are for ``device``; None where only the formula is.
+
+    That is itself, or the first one of the same chip. Boards and MIG slices of a chip have the same
+    multiprocessors: what a tile needs of registers, shared memory and the matrix unit is the same,
+    and what memory has for each of them is close. An H200 is no H100: it reads 1.4 times as fast.
+
+    Args:
+        device: as ``torch.cuda.get_device_name`` has it.
+    """
+    table = _load_once(TABLE)
+    if device in table:
+        return device
+    chip = _chip(device)
+    return next((name for name in table if chip and _chip(name) == chip), None)
+
+
+def _chip(device: str) -> str | None:
+    found = _CHIP.match(device)
+    return found and found[0]
 
 
 def _read_device(name: str, entry: dict[str, Any]) -> TunedDevice:

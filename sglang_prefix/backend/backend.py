@@ -141,7 +141,9 @@ class PrefixAttnBackend(DelegatingBackend):
             model_runner.page_size,
             self._layers.groups,
             self.counters,
-            gate=make_gate(config.gate, req_to_token.device, stock_name),
+            gate=make_gate(
+                config.gate, req_to_token.device, stock_name, self._layers.executor_names
+            ),
             verify=config.verify,
             on_plan=self._last_plan.note if self._last_plan else None,
         )

@@ -52,7 +52,8 @@ _LEAST_TOKENS = 1024
 _LEAST_KV_BYTES = 256 << 20
 # One split per pack, however long it is.
 _UNSPLIT = replace(GPU_PROFILE, name="unsplit", num_workers=1)
-# Every graph launches the class of 16 rows and that of all rows of its batch, most often 128.
+# Every graph launches the class of 16 rows, and most of them that of 64 and that of all rows of
+# their batch, most often 128.
 _ROWS = (16, 128, 64, 32)
 
 
@@ -128,7 +129,14 @@ class TileWork:
         """Record the launches of a plan, and which of them is that of the row class."""
         shape = inputs.heads.shape(inputs.q.dtype, inputs.k.dtype)
         # Owns the buffers that the launches read.
-        self._attention = PackedAttention(shape, inputs.q.device, policy="node", profile=_UNSPLIT)
+        self._attention = PackedAttention(
+            shape,
+            inputs.q.device,
+            policy="node",
+            profile=_UNSPLIT,
+            mode="streams",
+            merge="launch",
+        )
         plan = self._attention.plan(inputs.batch.forest())
         self._attention.load(plan, inputs.req_to_token, inputs.req_pool_indices)
         self._outputs = inputs.outputs()
