@@ -22,6 +22,7 @@ from prefix_kernels.compile_report import (
     ARCHS,
     KernelReport,
     KernelVariant,
+    TileReport,
     compile_variants,
     find_problems,
     kernel_variants,
@@ -208,7 +209,11 @@ def test_control_the_checks_can_fail() -> None:
 
 
 def report_of(variant: KernelVariant, **changes: Any) -> KernelReport:
-    return replace(KernelReport(variant, "sm_90", 128, 0, 1000, 2000, ("HMMA",), (16,)), **changes)
+    tile = TileReport(variant.tile.block_m, variant.tile.block_n, 400, {"matrix": 400}, 300)
+    report = KernelReport(
+        variant, "sm_90", "3.0", 128, 0, 1000, 2000, ("HMMA",), (16,), 1500, (tile,)
+    )
+    return replace(report, **changes)
 
 
 def test_occupancy_is_what_registers_and_shared_memory_allow() -> None:

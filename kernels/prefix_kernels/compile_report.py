@@ -12,12 +12,13 @@ import re
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from prefix_kernels.machine_code import Instruction, find_kv_loops, parse_sass
 from prefix_kernels.tiles import (
     ARCHS,
     FUSED_ROWS,
@@ -41,6 +42,7 @@ __all__ = [
     "SPILL_FREE_HEAD_DIM",
     "KernelReport",
     "KernelVariant",
+    "TileReport",
     "compile_variants",
     "find_problems",
     "kernel_variants",
@@ -70,6 +72,7 @@ _DEFAULT_STAGES = 3  # Triton's own, where a launch names none
 SPILL_FREE_HEAD_DIM = 128
 
 _MAX_WARPS_PER_SM = 64
+_COUNTED_TOKENS = 64  # of KV, to which the instructions of a loop are scaled
 _INTERPRET = "TRITON_INTERPRET"
 # Triton's names of what is not called the same there.
 _TRITON_DTYPES = {"fp8_e4m3": "fp8e4nv", "fp8_e5m2": "fp8e5"}
@@ -109,28 +112,76 @@ class KernelVariant:
 
 
 @dataclass(frozen=True, slots=True)
+class TileReport:
+    """What a tile of a forward kernel costs, by the counting rule of `machine_code`.
+
+    Attributes:
+        block_m, block_n: query rows and KV tokens.
+        loop_instructions: that a warp issues in the inner loop for 64 KV tokens.
+        loop_instructions_by_kind: the same for each of `machine_code.KINDS` that it has; of a tile
+            of 128 tokens rounded one by one.
+        first_copy_instructions: that a warp issues for an item before its first copy of KV; None
+            where nothing is copied asynchronously.
+    """
+
+    block_m: int
+    block_n: int
+    loop_instructions: int
+    loop_instructions_by_kind: dict[str, int]
+    first_copy_instructions: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class KernelReport:
     """One compiled kernel variant.
 
     Attributes:
         variant: what was compiled.
         arch: "sm_80", "sm_90" or "sm_100".
+        triton: the compiler's version.
         registers: per thread.
         spill_bytes: stack per thread, which holds what did not fit into registers.
         shared_bytes: shared memory of a program.
         shared_limit: what the architecture allows.
         instructions: names of the matrix instructions in the binary.
         async_copy_bytes: widths of the asynchronous copies from global to shared memory.
+        num_instructions: of the whole kernel.
+        tiles: what each tile of a forward kernel costs, by ascending rows.
     """
 
     variant: KernelVariant
     arch: str
+    triton: str
     registers: int
     spill_bytes: int
     shared_bytes: int
     shared_limit: int
     instructions: tuple[str, ...]
     async_copy_bytes: tuple[int, ...]
+    num_instructions: int
+    tiles: tuple[TileReport, ...]
+
+    @property
+    def loop_instructions(self) -> int | None:
+        """Of the tile of most rows, see :class:`TileReport`; None but of a forward kernel."""
+        return self.tiles[-1].loop_instructions if self.tiles else None
+
+    @property
+    def first_copy_instructions(self) -> int | None:
+        """Of the tile of most rows, see :class:`TileReport`; None but of a forward kernel."""
+        return self.tiles[-1].first_copy_instructions if self.tiles else None
+
+    @property
+    def kv_bytes_in_flight(self) -> int | None:
+        """Bytes of KV that an SM has asked for at a time; None but of a forward kernel.
+
+        Those of all resident programs, of the tile of most rows: all stages but the one in use.
+        """
+        if not self.tiles:
+            return None
+        variant, tile = self.variant, self.variant.tile
+        kv_tile = tile.block_n * 2 * variant.head_dim * _ITEMSIZES[variant.kv_dtype]
+        return self.programs_per_sm * (tile.num_stages - 1) * kv_tile
 
     @property
     def programs_per_sm(self) -> int:
@@ -144,7 +195,10 @@ class KernelReport:
     def as_dict(self) -> dict[str, Any]:
         """One object, as JSON has it, with one for each tile in it."""
         report = asdict(self)
-        return report.pop("variant") | report | {"programs_per_sm": self.programs_per_sm}
+        derived = (
+            "loop_instructions", "first_copy_instructions", "programs_per_sm", "kv_bytes_in_flight"
+        )  # fmt: skip
+        return report.pop("variant") | report | {name: getattr(self, name) for name in derived}
 
 
 def legal_dtypes(arch: str) -> tuple[tuple[str, str], ...]:
@@ -291,16 +345,43 @@ def _compile(variant: KernelVariant, arch: str) -> KernelReport:
     )
     copies = {int(size, 16) for size in _ASYNC_COPY.findall(compiled.asm["ptx"])}
     usage, sass = _disassemble(compiled.asm["cubin"])
+    code = parse_sass(sass)
     return KernelReport(
         variant,
         arch,
+        triton.__version__,
         registers=int(usage[1]),
         spill_bytes=int(usage[2]),
         shared_bytes=int(compiled.metadata.shared),
         shared_limit=ARCHS[arch],
         instructions=tuple(sorted(set(_MATRIX_INSTRUCTION.findall(sass)))),
         async_copy_bytes=tuple(sorted(copies)),
+        num_instructions=len(code),
+        tiles=tuple(_tile_reports(variant, code)),
     )
+
+
+def _tile_reports(variant: KernelVariant, code: Sequence[Instruction]) -> Iterator[TileReport]:
+    """What each tile of a forward kernel costs.
+
+    Raises:
+        RuntimeError: the kernel has not one KV loop for each of its tiles.
+    """
+    if not variant.kernel.startswith("pack_forward"):
+        return
+    tiles = [tile for tile in (variant.narrow_tile, variant.tile) if tile]
+    loops = find_kv_loops(code)
+    if len(loops) != len(tiles):
+        raise RuntimeError(f"{len(loops)} KV loops in a kernel of {len(tiles)} tiles: {variant}")
+    for tile, loop in zip(tiles, loops, strict=True):
+        scale = _COUNTED_TOKENS / tile.block_n
+        yield TileReport(
+            tile.block_m,
+            tile.block_n,
+            round(sum(loop.counts.values()) * scale),
+            {kind: round(count * scale) for kind, count in loop.counts.items()},
+            loop.first_copy_instructions,
+        )
 
 
 def _arguments(variant: KernelVariant) -> tuple[Any, dict[str, str], dict[str, Any]]:

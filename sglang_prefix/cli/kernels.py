@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["kernels"]
 
 # Columns of the table in a file or a pipe, where nothing says how wide a line may be.
-_FILE_WIDTH = 120
+_FILE_WIDTH = 140
 # Heads per KV head of any model, rounded up; a compiler takes some 500 MB.
 _MAX_GROUP, _MAX_JOBS = 256, 256
 
@@ -65,7 +65,8 @@ def kernels(
 ) -> None:
     """Compile every kernel variant for an architecture; needs no GPU.
 
-    Reports registers, spills, shared memory and matrix instructions. Ends with 1 if a variant of
+    Reports registers, spills, shared memory and matrix instructions, what a warp issues in the inner
+    loop for 64 tokens of KV, and what it issues for an item before its first copy of KV. Ends with 1 if a variant of
     head dim 128 or less spills, or if one does not fit into shared memory.
     """
     _check("arch", [arch], list(ARCHS))
@@ -117,7 +118,8 @@ def _print_table(reports: list[KernelReport], arch: str, out: Console) -> None:
     table = Table(title=f"sglang-prefix kernels, {arch}", title_justify="left")
     for name in ("kernel", "dtypes", "merge"):
         table.add_column(name, no_wrap=True)
-    for name in ("dim", "tile", "warps", "stages", "regs", "spill B", "smem KiB", "per SM"):
+    columns = ("dim", "tile", "warps", "stages", "regs", "spill B", "smem KiB", "per SM")
+    for name in (*columns, "loop", "first copy"):
         table.add_column(name, justify="right")
     table.add_column("mma")
     section = None
@@ -139,6 +141,8 @@ def _print_table(reports: list[KernelReport], arch: str, out: Console) -> None:
             str(report.spill_bytes),
             f"{report.shared_bytes / 1024:.1f}",
             str(report.programs_per_sm),
+            " ".join(str(tile.loop_instructions) for tile in report.tiles),
+            " ".join(str(tile.first_copy_instructions or "") for tile in report.tiles),
             " ".join(report.instructions),
         )
     if not out.is_terminal:
