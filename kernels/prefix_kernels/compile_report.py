@@ -337,7 +337,7 @@ def _compile(variant: KernelVariant, arch: str) -> KernelReport:
     tile = variant.tile
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     if tile.max_registers:
-        options["maxnreg"] = tile.max_registers
+        options["maxnreg"] = tile.register_bound(variant.merge == "in_kernel")
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, hints),
         target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32),
@@ -429,9 +429,7 @@ def _arguments(variant: KernelVariant) -> tuple[Any, dict[str, str], dict[str, A
         "HAS_SCALES": kv.startswith("fp8"),
         "FOLDS_SCALE": True,
         "MERGES": variant.merge == "in_kernel",
-        "CARRIES_ITEM": tile.block_m <= 32 and wide is None,
-        "BRANCHES_FOR_TAIL": True,
-        "HALF_PRODUCTS": True,
+        **tile.switches,
     }
     return pack_forward_kernel, pointers, constants
 

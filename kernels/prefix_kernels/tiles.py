@@ -73,11 +73,14 @@ SMALL_BATCH = 16
 # without spilling, as `sglang-prefix kernels` shows. 128 x 256 spills, with 16 warps as well.
 _FOUR_WARPS = 64 * 128
 _LARGEST_ACCUMULATOR = 128 * 128
-# Registers per thread. Three programs of four warps share an SM within 168, which is enough for
-# 16 rows up to head dim 128.
+# Registers per thread. Within 168, three programs of four warps share an SM, or one of them and one
+# of eight: enough for 16 rows up to head dim 128, and for 128 rows where wgmma reads q from shared
+# memory.
 _MAX_REGISTERS = 255
 _NARROW_TILE = 16 * 128
-_NARROW_REGISTERS = 168
+_SHARING_REGISTERS = 168
+# Rows of the tiles that have registers left for a next item.
+_CARRYING_ROWS = 32
 
 # What an SM must have outstanding at 4.8 TB/s and a latency of about 1 us.
 _LEAST_AHEAD_BYTES = 36 * 1024
@@ -135,6 +138,14 @@ class TileConfig:
         num_stages: KV tiles in flight or in use.
         max_registers: per thread. Without a bound of ours ptxas sets its own and spills to keep
             to it.
+        carries_item: whether a program loads what its next item says during the KV loop of this
+            one, for a few registers. Not in fused launches.
+        branches_for_tail: whether only the last KV tile of an item is masked, by a branch.
+        half_products: whether bfloat16 queries are multiplied with 8-bit caches in float16, to which
+            there is a conversion in one step.
+
+    The last three change no result beyond rounding. They are switches for measuring both ways on
+    one device; the defaults are what executes fewer instructions (docs/kernels.md).
     """
 
     block_m: int
@@ -142,6 +153,22 @@ class TileConfig:
     num_warps: int
     num_stages: int
     max_registers: int = _MAX_REGISTERS
+    carries_item: bool = False
+    branches_for_tail: bool = True
+    half_products: bool = True
+
+    @property
+    def switches(self) -> dict[str, bool]:
+        """The kernel's arguments of those names."""
+        names = ("carries_item", "branches_for_tail", "half_products")
+        return {name.upper(): getattr(self, name) for name in names}
+
+    def register_bound(self, merges: bool) -> int:
+        """Registers per thread of a kernel, which may merge, too.
+
+        Beside that, a tile of eight warps spills within any bound that lets others share its SM.
+        """
+        return _MAX_REGISTERS if merges and self.num_warps == 8 else self.max_registers
 
     @property
     def programs_per_sm(self) -> int:
@@ -302,12 +329,14 @@ def formula_tile(block_m: int, shape: TileShape) -> TileConfig:
     while block_n > _MIN_BLOCK_N and 2 * block_n * token_bytes > _KV_BYTES_IN_FLIGHT:
         block_n //= 2
     accumulator = block_m * next_power_of_two(shape.v_head_dim)
+    shares = accumulator <= _NARROW_TILE or (block_m == ROW_CLASSES[-1] and shape.has_wgmma)
     return TileConfig(
         block_m,
         block_n,
         num_warps=4 if block_m <= 64 and accumulator <= _FOUR_WARPS else 8,
         num_stages=max(2, min(4, _KV_BYTES_IN_FLIGHT // (block_n * token_bytes) + 1)),
-        max_registers=_NARROW_REGISTERS if accumulator <= _NARROW_TILE else _MAX_REGISTERS,
+        max_registers=_SHARING_REGISTERS if shares else _MAX_REGISTERS,
+        carries_item=block_m <= _CARRYING_ROWS,
     )
 
 
@@ -320,9 +349,10 @@ def candidate_tiles(block_m: int, shape: TileShape) -> Iterator[TileConfig]:
     """
     dim, v_dim = next_power_of_two(shape.head_dim), next_power_of_two(shape.v_head_dim)
     # Warps of a program and registers of a thread, so that one to four programs share an SM.
-    warps_registers = ((4, 128), (4, 168), (4, 255), (8, 128), (8, 255))
+    warps_registers = ((4, 128), (4, 168), (4, 255), (8, 128), (8, 168), (8, 255))
     for (warps, registers), block_n, stages in product(warps_registers, (32, 64, 128), (2, 3, 4)):
-        tile = TileConfig(block_m, block_n, warps, stages, registers)
+        carries = block_m <= _CARRYING_ROWS
+        tile = TileConfig(block_m, block_n, warps, stages, registers, carries_item=carries)
         programs = tile.programs_per_sm
         kv_tile = block_n * (dim + v_dim) * shape.kv_itemsize
         floats = block_m * (v_dim + block_n) // (32 * warps)  # accumulators and scores of a thread

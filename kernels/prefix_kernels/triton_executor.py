@@ -247,16 +247,17 @@ class TritonExecutor(PlanExecutor):
             logit_cap=params.logit_cap,
             q_stride=q.stride(0),
             q_head_stride=q.stride(1),
-            k_stride=k_cache.stride(0),
-            k_head_stride=k_cache.stride(1),
-            v_stride=v_cache.stride(0),
-            v_head_stride=v_cache.stride(1),
+            K_STRIDE=k_cache.stride(0),
+            K_HEAD_STRIDE=k_cache.stride(1),
+            V_STRIDE=v_cache.stride(0),
+            V_HEAD_STRIDE=v_cache.stride(1),
             **outputs,
             k_scale_stride=k_scale_stride,
             v_scale_stride=v_scale_stride,
             HEAD_DIM=shape.head_dim,
             BLOCK_D=max(16, next_power_of_two(shape.head_dim)),
             HAS_CAP=params.logit_cap > 0,
+            FOLDS_SCALE=params.logit_cap <= 0 and params.sm_scale * k_factor > 0,
             HAS_SCALES=k_scales is not self._one or v_scales is not self._one,
         )
         self._streams.run([partial(self._launch, *one, forward) for one in self._launches])
@@ -281,9 +282,10 @@ class TritonExecutor(PlanExecutor):
             BLOCK_N=tile.block_n,
             WIDE_BLOCK_M=wide.block_m if wide else 0,
             WIDE_BLOCK_N=wide.block_n if wide else 0,
+            **tile.switches,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
-            maxnreg=tile.max_registers,
+            maxnreg=tile.register_bound(arguments["MERGES"]),
         )
 
     def _split_scale(self, scale: float | torch.Tensor) -> tuple[float, torch.Tensor, int]:

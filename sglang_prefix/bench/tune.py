@@ -155,6 +155,7 @@ class TileWork:
         programs = min(self._num_units, self._num_sms * tile.resident_programs(self.shape))
         options = {
             "BLOCK_N": tile.block_n,
+            **tile.switches,
             "num_warps": tile.num_warps,
             "num_stages": tile.num_stages,
             "maxnreg": tile.max_registers,
