@@ -427,7 +427,6 @@ def _arguments(variant: KernelVariant) -> tuple[Any, dict[str, str], dict[str, A
         "LIST": 0,
         "HAS_CAP": False,
         "HAS_SCALES": kv.startswith("fp8"),
-        "FOLDS_SCALE": True,
         "MERGES": variant.merge == "in_kernel",
         **tile.switches,
     }

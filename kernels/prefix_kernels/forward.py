@@ -87,7 +87,6 @@ def pack_forward_kernel(
     LIST: tl.constexpr,  # which of the plan's work lists
     HAS_CAP: tl.constexpr,
     HAS_SCALES: tl.constexpr,
-    FOLDS_SCALE: tl.constexpr,  # into the exponent: without a cap, and `sm_scale` above 0
     WRITES_LSE: tl.constexpr,
     MERGES: tl.constexpr,  # whether the program that completes a request merges its partials
     OVERLAPS_MERGE: tl.constexpr,  # whether the launch of the merge may begin before this one ends
@@ -128,9 +127,11 @@ def pack_forward_kernel(
                     q_stride, q_head_stride, k_scale_stride,
                     K_STRIDE, K_HEAD_STRIDE, V_STRIDE, V_HEAD_STRIDE,
                     GROUP_SIZE, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV,
-                    WIDE_BLOCK_M, WIDE_BLOCK_N, HAS_CAP, HAS_SCALES, FOLDS_SCALE,
+                    WIDE_BLOCK_M, WIDE_BLOCK_N, HAS_CAP, HAS_SCALES,
                     BRANCHES_FOR_TAIL, HALF_PRODUCTS,
                 )  # fmt: skip
+                if CARRIES_ITEM:
+                    length = _load_length(following, tail_lengths_ptr)
                 _write_item(
                     out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr, v_scale_ptr, item_ptr,
                     queries_ptr, partials_ptr, arrivals_ptr, request_indptr_ptr,
@@ -146,7 +147,7 @@ def pack_forward_kernel(
                 q_stride, q_head_stride, k_scale_stride,
                 K_STRIDE, K_HEAD_STRIDE, V_STRIDE, V_HEAD_STRIDE,
                 GROUP_SIZE, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV,
-                BLOCK_M, BLOCK_N, HAS_CAP, HAS_SCALES, FOLDS_SCALE,
+                BLOCK_M, BLOCK_N, HAS_CAP, HAS_SCALES,
                 BRANCHES_FOR_TAIL, HALF_PRODUCTS,
             )  # fmt: skip
             if CARRIES_ITEM:
@@ -206,7 +207,7 @@ def _attend_item(
     GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_CAP: tl.constexpr, HAS_SCALES: tl.constexpr, FOLDS_SCALE: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_SCALES: tl.constexpr,
     BRANCHES_FOR_TAIL: tl.constexpr, HALF_PRODUCTS: tl.constexpr,
 ):  # fmt: skip
     first_query, first_head, num_rows, first_slot, _, split, num_splits, _ = item
@@ -231,6 +232,7 @@ def _attend_item(
         mask=row_exists[:, None] & (dims < HEAD_DIM)[None, :],
         other=0.0,
     )
+    # Rows of q have the sign of their scale, so that the maximum of a row stays one when scaled.
     scale = tl.full([BLOCK_M], 1.0, tl.float32) * sm_scale
     if HAS_SCALES:
         scale *= tl.load(k_scale_ptr + kv_head * k_scale_stride)
@@ -238,12 +240,11 @@ def _attend_item(
         q, undo = _half_rows(q, scale)
         scale = tl.abs(scale) * undo
     elif HAS_SCALES:
-        # What comes after a maximum must not be negative.
         q = tl.where((scale < 0)[:, None], -q, q)
         scale = tl.abs(scale)
-    # On scores on their way into the exponent. A score of -inf times 0 would be NaN.
+    # Factor on scores in the exponent. At least a number above 0, since -inf times 0 is NaN.
     to_base_2 = tl.full([BLOCK_M], 1.0, tl.float32)
-    if FOLDS_SCALE:
+    if not HAS_CAP:
         to_base_2 = scale * LOG2E
         if HAS_SCALES or q.dtype == tl.float16:
             to_base_2 = tl.maximum(to_base_2, SMALLEST, propagate_nan=tl.PropagateNan.ALL)
@@ -272,8 +273,6 @@ def _attend_item(
             series = ratio * (1 - square * (1 / 3 - square * (2 / 15 - square * (17 / 315))))
             quotient = 1 - 2 / (tl.exp2(ratio * (2 * LOG2E)) + 1)
             scores = tl.where(square < 1 / 16, series, quotient) * (logit_cap * LOG2E)
-        elif not FOLDS_SCALE:
-            scores *= (scale * LOG2E)[:, None]
         if not BRANCHES_FOR_TAIL or end - start < BLOCK_N:
             scores = tl.where((tokens < end - start)[None, :], scores, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1) * to_base_2 - LIFT)

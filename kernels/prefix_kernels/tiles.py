@@ -81,6 +81,7 @@ _NARROW_TILE = 16 * 128
 _SHARING_REGISTERS = 168
 # Rows of the tiles that have registers left for a next item.
 _CARRYING_ROWS = 32
+_SWITCHES = ("carries_item", "branches_for_tail", "half_products")  # of a tile
 
 # What an SM must have outstanding at 4.8 TB/s and a latency of about 1 us.
 _LEAST_AHEAD_BYTES = 36 * 1024
@@ -160,8 +161,7 @@ class TileConfig:
     @property
     def switches(self) -> dict[str, bool]:
         """The kernel's arguments of those names."""
-        names = ("carries_item", "branches_for_tail", "half_products")
-        return {name.upper(): getattr(self, name) for name in names}
+        return {name.upper(): getattr(self, name) for name in _SWITCHES}
 
     def register_bound(self, merges: bool) -> int:
         """Registers per thread of a kernel, which may merge, too.
@@ -494,7 +494,8 @@ def _read_device(name: str, entry: dict[str, Any]) -> TunedDevice:
     for row in rows:
         if set(row) != {*shape_fields, *tile_fields}:
             raise ValueError(f"a tile of {name} has the fields {', '.join(row)}")
-        if any(type(value) is not int or not 0 < value <= _MAX_FIELD for value in row.values()):
+        numbers = [row[key] for key in row if key not in _SWITCHES]
+        if any(type(value) is not int or not 0 < value <= _MAX_FIELD for value in numbers):
             raise ValueError(f"a tile of {name} has a value that is no positive integer: {row}")
         dims = {key: row[key] for key in shape_fields}
         shape = TileShape(**dims, has_wgmma=arch != "sm_80", device=name)

@@ -257,8 +257,10 @@ class TritonExecutor(PlanExecutor):
             HEAD_DIM=shape.head_dim,
             BLOCK_D=max(16, next_power_of_two(shape.head_dim)),
             HAS_CAP=params.logit_cap > 0,
-            FOLDS_SCALE=params.logit_cap <= 0 and params.sm_scale * k_factor > 0,
-            HAS_SCALES=k_scales is not self._one or v_scales is not self._one,
+            # A scale that is not above 0 needs what those from a tensor get.
+            HAS_SCALES=k_scales is not self._one
+            or v_scales is not self._one
+            or params.sm_scale * k_factor <= 0,
         )
         self._streams.run([partial(self._launch, *one, forward) for one in self._launches])
         if merges_after:
