@@ -231,8 +231,9 @@ def kernel_variants(
     for head_dim in head_dims:
         for dtype, kv_dtype in pairs:
             shape = TileShape(
-                head_dim, head_dim, _ITEMSIZES[dtype], _ITEMSIZES[kv_dtype], arch != "sm_80"
-            )
+                head_dim, head_dim, _ITEMSIZES[dtype], _ITEMSIZES[kv_dtype], arch != "sm_80",
+                has_tensor_memory=arch == "sm_100",
+            )  # fmt: skip
             for merge in merges:
                 for kernel, tile, narrow in _forward_tiles(shape, devices):
                     yield KernelVariant(

@@ -29,6 +29,7 @@ __all__ = [
     "ROW_CLASSES",
     "SMALL_BATCH",
     "TABLE",
+    "TILE_FIELDS",
     "LaunchConfig",
     "PlanFacts",
     "TileConfig",
@@ -74,8 +75,7 @@ SMALL_BATCH = 16
 _FOUR_WARPS = 64 * 128
 _LARGEST_ACCUMULATOR = 128 * 128
 # Registers per thread. Within 168, three programs of four warps share an SM, or one of them and one
-# of eight: enough for 16 rows up to head dim 128, and for 128 rows where wgmma reads q from shared
-# memory.
+# of eight: enough for 16 rows up to head dim 128, and for 128 rows with wgmma.
 _MAX_REGISTERS = 255
 _NARROW_TILE = 16 * 128
 _SHARING_REGISTERS = 168
@@ -112,6 +112,8 @@ class TileShape:
             elsewhere q is in registers.
         device: as ``torch.cuda.get_device_name`` has it, to use what was measured there or on
             another of its chip; None for the formula.
+        has_tensor_memory: whether that is tcgen05, whose results go to tensor memory and come from
+            there through registers.
     """
 
     head_dim: int
@@ -120,6 +122,7 @@ class TileShape:
     kv_itemsize: int
     has_wgmma: bool = True
     device: str | None = None
+    has_tensor_memory: bool = False
 
     @classmethod
     def of(cls, shape: AttentionShape, device: str | None = None) -> TileShape:
@@ -142,8 +145,8 @@ class TileConfig:
         carries_item: whether a program loads what its next item says during the KV loop of this
             one, for a few registers. Not in fused launches.
         branches_for_tail: whether only the last KV tile of an item is masked, by a branch.
-        half_products: whether bfloat16 queries are multiplied with 8-bit caches in float16, to which
-            there is a conversion in one step.
+        half_products: whether bfloat16 queries are multiplied with 8-bit caches in float16, to
+            which there is a conversion in one step.
 
     The last three change no result beyond rounding. They are switches for measuring both ways on
     one device; the defaults are what executes fewer instructions (docs/kernels.md).
@@ -190,6 +193,9 @@ class TileConfig:
             return self.num_stages * kv_tile + q + _SCRATCH_BYTES
         weights = self.block_m * self.block_n * shape.q_itemsize
         return (self.num_stages - 1) * kv_tile + q + weights + _SCRATCH_BYTES
+
+
+TILE_FIELDS = tuple(field.name for field in fields(TileConfig))
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +251,11 @@ class LaunchConfig:
     def tiles(self) -> tuple[TileConfig, ...]:
         """Its tiles, by ascending rows."""
         return (self.tile,) if self.wide_tile is None else (self.tile, self.wide_tile)
+
+    def with_tiles(self, changes: Mapping[str, Any]) -> LaunchConfig:
+        """The same launch with other values of fields of its tiles."""
+        wide = self.wide_tile and replace(self.wide_tile, **changes)
+        return replace(self, tile=replace(self.tile, **changes), wide_tile=wide)
 
     def num_programs(self, shape: TileShape, num_sms: int, num_tiles: int | None) -> int:
         """Programs to launch: as many as run at a time, or fewer if there are fewer tiles.
@@ -329,7 +340,8 @@ def formula_tile(block_m: int, shape: TileShape) -> TileConfig:
     while block_n > _MIN_BLOCK_N and 2 * block_n * token_bytes > _KV_BYTES_IN_FLIGHT:
         block_n //= 2
     accumulator = block_m * next_power_of_two(shape.v_head_dim)
-    shares = accumulator <= _NARROW_TILE or (block_m == ROW_CLASSES[-1] and shape.has_wgmma)
+    is_hopper = shape.has_wgmma and not shape.has_tensor_memory
+    shares = accumulator <= _NARROW_TILE or (is_hopper and block_m == ROW_CLASSES[-1])
     return TileConfig(
         block_m,
         block_n,
@@ -489,17 +501,17 @@ def _read_device(name: str, entry: dict[str, Any]) -> TunedDevice:
     if arch not in ARCHS:
         raise ValueError(f"arch of {name} is {arch!r}; legal: {', '.join(ARCHS)}")
     shape_fields = ("head_dim", "v_head_dim", "q_itemsize", "kv_itemsize")
-    tile_fields = [field.name for field in fields(TileConfig)]
     tiles: dict[tuple[TileShape, int], TileConfig] = {}
     for row in rows:
-        if set(row) != {*shape_fields, *tile_fields}:
+        if set(row) != {*shape_fields, *TILE_FIELDS}:
             raise ValueError(f"a tile of {name} has the fields {', '.join(row)}")
         numbers = [row[key] for key in row if key not in _SWITCHES]
         if any(type(value) is not int or not 0 < value <= _MAX_FIELD for value in numbers):
             raise ValueError(f"a tile of {name} has a value that is no positive integer: {row}")
         dims = {key: row[key] for key in shape_fields}
         shape = TileShape(**dims, has_wgmma=arch != "sm_80", device=name)
-        tile = TileConfig(**{key: row[key] for key in tile_fields})
+        shape = replace(shape, has_tensor_memory=arch == "sm_100")
+        tile = TileConfig(**{key: row[key] for key in TILE_FIELDS})
         candidates = candidate_tiles(tile.block_m, shape)
         if tile.block_m not in row_classes(shape) or tile not in candidates:
             raise ValueError(f"a tile of {name} is not among its candidate_tiles: {asdict(tile)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,6 +26,7 @@ from prefix_kernels.tiles import (
     LAUNCH_MODES,
     MERGE_MODES,
     ROW_CLASSES,
+    TILE_FIELDS,
     LaunchConfig,
     PlanFacts,
     TileShape,
@@ -65,6 +67,8 @@ class TritonExecutor(PlanExecutor):
         overlap_merge: whether the launch of the merge begins before the forward stage ends, where
             that is one launch and the device has programmatic dependent launch. Not yet run on a
             GPU, so it is off.
+        tile_changes: values of fields of :class:`~prefix_kernels.tiles.TileConfig` that all tiles
+            get, to measure a switch both ways.
 
     Attributes:
         modes: launch and merge mode of the plan in use, "auto" resolved.
@@ -83,6 +87,7 @@ class TritonExecutor(PlanExecutor):
         graph_rows: tuple[int, ...] = GRAPH_ROWS,
         wide_first: bool = True,
         overlap_merge: bool = False,
+        tile_changes: Mapping[str, Any] | None = None,
         check_slots: bool = False,
     ) -> None:
         super().__init__(shape, device, check_slots=check_slots)
@@ -90,6 +95,8 @@ class TritonExecutor(PlanExecutor):
         check_choice("merge", merge, (AUTO, *MERGE_MODES))
         if not set(graph_rows) <= set(ROW_CLASSES):
             raise refusal("graph_rows", graph_rows, f"some of {ROW_CLASSES}")
+        if not set(tile_changes or ()) <= set(TILE_FIELDS):
+            raise refusal("tile_changes", tile_changes, f"values of {', '.join(TILE_FIELDS)}")
         tile_shape = TileShape.of(shape)
         if not row_classes(tile_shape):
             raise ValueError(
@@ -100,11 +107,17 @@ class TritonExecutor(PlanExecutor):
         if device.type == "cuda":
             major, _ = torch.cuda.get_device_capability(device)
             gpu = torch.cuda.get_device_name(device)
-            tile_shape = replace(tile_shape, has_wgmma=major in _WGMMA_MAJORS, device=gpu)
+            tile_shape = replace(
+                tile_shape,
+                has_wgmma=major in _WGMMA_MAJORS,
+                device=gpu,
+                has_tensor_memory=major == _WGMMA_MAJORS[-1],
+            )
         self._tile_shape = tile_shape
         self._asked_modes = mode, merge
         self.modes = choose_modes(1, shape.group_size, mode, merge)
         self._graph_rows = graph_rows
+        self._tile_changes = dict(tile_changes or {})
         self._launches_are_fixed = capacity is not None
         self._overlaps_merge = overlap_merge and major >= _DEPENDENT_LAUNCH_MAJOR
         self._buffers = PlanBuffers(shape, device, capacity)
@@ -172,6 +185,7 @@ class TritonExecutor(PlanExecutor):
         else:
             facts = PlanFacts.of(plan, group_size)
         launches = choose_launches(facts, self._tile_shape, modes[0])
+        launches = [one.with_tiles(self._tile_changes) for one in launches]
         block_rows = [tile.block_m for one in launches for tile in one.tiles]
         items, partials = build_work_list(plan, group_size, block_rows)
         if len(launches) == 1:
@@ -231,7 +245,7 @@ class TritonExecutor(PlanExecutor):
             WRITES_LSE=lse is not None,
             OVERLAPS_MERGE=overlaps_merge,
         )
-        forward: dict[str, Any] = dict(  # noqa: C408
+        forward: dict[str, Any] = dict(
             q_ptr=q,
             k_ptr=k_cache,
             v_ptr=v_cache,

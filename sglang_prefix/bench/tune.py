@@ -104,9 +104,11 @@ class TileWork:
         dtype = torch.float16 if dry else torch.bfloat16
         kv_dtype = dtype if pack.kv_dtype == "bf16" else torch.float8_e4m3fn
         # As TritonExecutor has it.
-        has_wgmma = dry or torch.cuda.get_device_capability(device)[0] in (9, 10)
+        major = 9 if dry else torch.cuda.get_device_capability(device)[0]
         sizes = (dtype.itemsize, kv_dtype.itemsize)
-        self.shape = TileShape(heads.dim, heads.dim, *sizes, has_wgmma)
+        self.shape = TileShape(
+            heads.dim, heads.dim, *sizes, major in (9, 10), has_tensor_memory=major == 10
+        )
         token_bytes = 2 * heads.kv * heads.dim * kv_dtype.itemsize
         self.num_packs, self.tokens = (2, 33) if dry else _size(self._num_sms, token_bytes)
         self.kv_bytes = self.num_packs * self.tokens * token_bytes
