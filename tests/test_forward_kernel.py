@@ -48,7 +48,7 @@ def seed(pytestconfig: pytest.Config) -> int:
 def crowd(requests: int, *, tokens: int = 20, tail: int = 3) -> Batch:
     """Requests that share tokens; every fourth has none of its own, the last is alone."""
     tails = [(b % 4) and tail + b % 5 for b in range(requests)]
-    forks = [Fork(0, 0, tokens), *(Fork(0, tokens, own) for own in tails), Fork(0, 0, 19)]
+    forks = [Fork(0, 0, tokens), *(Fork(0, tokens, own) for own in tails), Fork(0, 0, 5)]
     return build_batch(forks, growth=4)
 
 
@@ -157,7 +157,7 @@ def test_scales_that_are_not_above_zero(
 
 # The interpreter's bfloat16 products are wrong, but with 8-bit caches there are none.
 @pytest.mark.parametrize("kv_dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
-@pytest.mark.parametrize("exponent", [-120, -24, 0, 16, 17, 100])
+@pytest.mark.parametrize("exponent", [-112, -24, 0, 16, 17, 100])
 def test_half_products_of_queries_beyond_float16(
     exponent: int, kv_dtype: torch.dtype, seed: int
 ) -> None:
