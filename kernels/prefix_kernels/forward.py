@@ -138,7 +138,7 @@ def pack_forward_kernel(
                     peak, total, values, kv_head, v_factor,
                     out_stride, out_head_stride, lse_stride, lse_head_stride, v_scale_stride,
                     NUM_KV_HEADS, GROUP_SIZE, V_HEAD_DIM, BLOCK_DV, WIDE_BLOCK_M,
-                    HAS_SCALES, WRITES_LSE, MERGES,
+                    HAS_SCALES, WRITES_LSE, MERGES, CARRIES_ITEM,
                 )  # fmt: skip
         else:
             peak, total, values = _attend_item(
@@ -158,7 +158,7 @@ def pack_forward_kernel(
                 peak, total, values, kv_head, v_factor,
                 out_stride, out_head_stride, lse_stride, lse_head_stride, v_scale_stride,
                 NUM_KV_HEADS, GROUP_SIZE, V_HEAD_DIM, BLOCK_DV, BLOCK_M,
-                HAS_SCALES, WRITES_LSE, MERGES,
+                HAS_SCALES, WRITES_LSE, MERGES, CARRIES_ITEM,
             )  # fmt: skip
         item = following
     if MERGES and LIST == 0:
@@ -315,6 +315,7 @@ def _write_item(
     NUM_KV_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr,
     V_HEAD_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     HAS_SCALES: tl.constexpr, WRITES_LSE: tl.constexpr, MERGES: tl.constexpr,
+    CARRIES_ITEM: tl.constexpr,
 ):  # fmt: skip
     # An empty split has no peak; its result is zeros with an lse of -inf.
     divisor = tl.where(total > 0, total, 1.0)
@@ -336,7 +337,7 @@ def _write_item(
     is_dim = (v_dims < V_HEAD_DIM)[None, :]
     # One store after the other, the narrower type first, and `partial` loaded for each: this order
     # keeps the fewest values in the layout of a store at any time.
-    if targets & TO_OUT != 0:
+    if not CARRIES_ITEM or targets & TO_OUT != 0:
         partial = tl.load(block_partials_ptr + rows // GROUP_SIZE, mask=row_exists, other=0)
         query = tl.load(block_queries_ptr + rows // GROUP_SIZE, mask=row_exists, other=0)
         goes_to_out = row_exists & (partial < 0)
@@ -349,7 +350,7 @@ def _write_item(
         if WRITES_LSE:
             lse_row = query.to(tl.int64) * lse_stride + head * lse_head_stride
             tl.store(lse_ptr + lse_row, lse, mask=goes_to_out)
-    if targets & TO_PARTIALS != 0:
+    if not CARRIES_ITEM or targets & TO_PARTIALS != 0:
         partial = tl.load(block_partials_ptr + rows // GROUP_SIZE, mask=row_exists, other=-1)
         goes_to_partial = partial >= 0
         partial_row = partial.to(tl.int64) * (NUM_KV_HEADS * GROUP_SIZE) + head

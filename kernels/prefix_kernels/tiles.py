@@ -142,8 +142,9 @@ class TileConfig:
         num_stages: KV tiles in flight or in use.
         max_registers: per thread. Without a bound of ours ptxas sets its own and spills to keep
             to it.
-        carries_item: whether a program loads what its next item says during the KV loop of this
-            one, for a few registers. Not in fused launches.
+        carries_item: whether a program makes its items cheap for a few registers: it loads what
+            the next one says during the KV loop of this one, and branches around the output or the
+            partials where no row goes there. Not in fused launches.
         branches_for_tail: whether only the last KV tile of an item is masked, by a branch.
         half_products: whether bfloat16 queries are multiplied with 8-bit caches in float16, to
             which there is a conversion in one step.
@@ -340,8 +341,10 @@ def formula_tile(block_m: int, shape: TileShape) -> TileConfig:
     while block_n > _MIN_BLOCK_N and 2 * block_n * token_bytes > _KV_BYTES_IN_FLIGHT:
         block_n //= 2
     accumulator = block_m * next_power_of_two(shape.v_head_dim)
-    is_hopper = shape.has_wgmma and not shape.has_tensor_memory
-    shares = accumulator <= _NARROW_TILE or (is_hopper and block_m == ROW_CLASSES[-1])
+    # Elsewhere, and where KV or q are converted on the way, 128 rows spill within that bound.
+    by_wgmma = shape.has_wgmma and not shape.has_tensor_memory
+    by_wgmma &= shape.q_itemsize == shape.kv_itemsize == 2
+    shares = accumulator <= _NARROW_TILE or (by_wgmma and block_m == ROW_CLASSES[-1])
     return TileConfig(
         block_m,
         block_n,
