@@ -88,8 +88,9 @@ class TritonExecutor(PlanExecutor):
         super().__init__(shape, device, check_slots=check_slots)
         check_choice("mode", mode, (AUTO, *LAUNCH_MODES))
         check_choice("merge", merge, (AUTO, *MERGE_MODES))
-        if not set(graph_rows) <= set(ROW_CLASSES):
-            raise refusal("graph_rows", graph_rows, f"some of {ROW_CLASSES}")
+        for rows in graph_rows:
+            if rows not in ROW_CLASSES:
+                raise refusal("graph_rows", rows, ", ".join(map(str, ROW_CLASSES)))
         tile_shape = TileShape.of(shape)
         if not row_classes(tile_shape):
             raise ValueError(
@@ -231,7 +232,7 @@ class TritonExecutor(PlanExecutor):
             WRITES_LSE=lse is not None,
             OVERLAPS_MERGE=overlaps_merge,
         )
-        forward: dict[str, Any] = dict(  # noqa: C408
+        forward: dict[str, Any] = dict(
             q_ptr=q,
             k_ptr=k_cache,
             v_ptr=v_cache,
