@@ -45,6 +45,11 @@ _WGMMA_MAJORS = (9, 10)
 _DEPENDENT_LAUNCH_MAJOR = 9
 
 
+def _major_of(device: torch.device) -> int:
+    """Major compute capability; 0 in the interpreter."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+
+
 class TritonExecutor(PlanExecutor):
     """Runs plans with the pack-forward and merge kernels. ``run`` allocates nothing.
 
@@ -97,9 +102,8 @@ class TritonExecutor(PlanExecutor):
                 f"v_head_dim={shape.v_head_dim} has no tile of the Triton kernels; legal: less, or "
                 "the executor 'torch'"
             )
-        major = 0
+        major = _major_of(device)
         if device.type == "cuda":
-            major, _ = torch.cuda.get_device_capability(device)
             gpu = torch.cuda.get_device_name(device)
             tile_shape = replace(tile_shape, has_wgmma=major in _WGMMA_MAJORS, device=gpu)
         self._tile_shape = tile_shape
