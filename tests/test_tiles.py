@@ -118,8 +118,10 @@ def test_classes_of_a_graph() -> None:
 
 @pytest.mark.parametrize(
     ("batch_size", "group_size", "is_small"),
-    [(1, 4, True), (16, 4, True), (17, 4, False), (8, 8, True), (9, 8, False)]
-    + [(SMALL_BATCH, 1, True), (SMALL_BATCH + 1, 1, False), (1, 64, True), (1, 65, False)],
+    [
+        *((1, 4, True), (16, 4, True), (17, 4, False), (8, 8, True), (9, 8, False)),
+        *((SMALL_BATCH, 1, True), (SMALL_BATCH + 1, 1, False), (1, 64, True), (1, 65, False)),
+    ],
 )
 def test_small_batches_are_one_launch(batch_size: int, group_size: int, is_small: bool) -> None:
     auto = ("fused", "in_kernel") if is_small else ("streams", "launch")

@@ -62,7 +62,7 @@ ROW_CLASSES = (16, 32, 64, 128)
 # The two classes of a fused launch: the most frequent one, and the least one for wgmma.
 FUSED_ROWS = (16, 64)
 # The classes of a graph, beside that of its batch's most rows: those of a fused launch. A pack of
-# 17 to 64 rows in the tile of 128 would have an SM to itself and issue 1.7 times the instructions
+# 17 to 64 rows in the tile of 128 would take most of an SM and almost twice the instructions
 # (docs/kernels.md).
 GRAPH_ROWS = FUSED_ROWS
 # Requests of a batch that is small: where no pack has more rows than a fused launch's wide tile,
@@ -480,9 +480,9 @@ _CHIP = re.compile(r"NVIDIA [A-Z]+\d+\w*\b")
 def measured_device(device: str) -> str | None:
     """The device in the table whose tiles are for ``device``; None where only the formula is.
 
-    That is itself, or the first one of the same chip. Boards and MIG slices of a chip have the same
-    multiprocessors: what a tile needs of registers, shared memory and the matrix unit is the same,
-    and what memory has for each of them is close. An H200 is no H100: it reads 1.4 times as fast.
+    That is itself, or the first one of the same chip by its name. Boards and MIG slices of a chip
+    have the same multiprocessors, with the same registers, shared memory and matrix unit. Their
+    memory differs, so measuring a device itself is better.
 
     Args:
         device: as ``torch.cuda.get_device_name`` has it.

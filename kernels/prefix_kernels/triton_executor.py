@@ -47,6 +47,11 @@ _WGMMA_MAJORS = (9, 10)
 _DEPENDENT_LAUNCH_MAJOR = 9
 
 
+def _major_of(device: torch.device) -> int:
+    """Major compute capability; 0 in the interpreter."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+
+
 class TritonExecutor(PlanExecutor):
     """Runs plans with the pack-forward and merge kernels. ``run`` allocates nothing.
 
@@ -93,19 +98,20 @@ class TritonExecutor(PlanExecutor):
         super().__init__(shape, device, check_slots=check_slots)
         check_choice("mode", mode, (AUTO, *LAUNCH_MODES))
         check_choice("merge", merge, (AUTO, *MERGE_MODES))
-        if not set(graph_rows) <= set(ROW_CLASSES):
-            raise refusal("graph_rows", graph_rows, f"some of {ROW_CLASSES}")
-        if not set(tile_changes or ()) <= set(TILE_FIELDS):
-            raise refusal("tile_changes", tile_changes, f"values of {', '.join(TILE_FIELDS)}")
+        for rows in graph_rows:
+            if rows not in ROW_CLASSES:
+                raise refusal("graph_rows", rows, ", ".join(map(str, ROW_CLASSES)))
+        for field in tile_changes or ():
+            if field not in TILE_FIELDS:
+                raise refusal("tile_changes", field, ", ".join(TILE_FIELDS))
         tile_shape = TileShape.of(shape)
         if not row_classes(tile_shape):
             raise ValueError(
                 f"v_head_dim={shape.v_head_dim} has no tile of the Triton kernels; legal: less, or "
                 "the executor 'torch'"
             )
-        major = 0
+        major = _major_of(device)
         if device.type == "cuda":
-            major, _ = torch.cuda.get_device_capability(device)
             gpu = torch.cuda.get_device_name(device)
             tile_shape = replace(
                 tile_shape,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from prefix_kernels.tiles import ROW_CLASSES
+from prefix_kernels.tiles import ROW_CLASSES, SMALL_BATCH
 from sglang_prefix.backend.decode_batch import DecodeBatch
 from sglang_prefix.backend.decode_planner import DecodePlanner, LayerGroup
 
@@ -28,7 +28,7 @@ def warm_up(
 ) -> float:
     """Run every layer once for each set of launches, on the slot that belongs to no request.
 
-    Launches are fixed but for the class of the widest tile, which follows from the batch size.
+    Launches follow from the batch size: their mode, and the class of the widest tile.
 
     Args:
         planner: the planner; without a plan afterwards.
@@ -54,11 +54,11 @@ def warm_up(
 
 
 def _batch_sizes(planner: DecodePlanner) -> list[int]:
-    """The smallest batch for each class of the widest tile, for each group size."""
+    """The smallest batch of each mode, and for each class of the widest tile and group size."""
     sizes = set()
     for group in planner.groups:
         group_size = group.planner.costs.shape.group_size
-        smallest = {1, *(rows // group_size + 1 for rows in ROW_CLASSES)}
+        smallest = {1, SMALL_BATCH + 1, *(rows // group_size + 1 for rows in ROW_CLASSES)}
         most = group.workspace.capacity.batch_rows if group.workspace else 1
         sizes |= {min(size, most) for size in smallest}
     return sorted(sizes)
