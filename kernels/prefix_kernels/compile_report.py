@@ -236,6 +236,7 @@ def kernel_variants(
             )  # fmt: skip
             for merge in merges:
                 for kernel, tile, narrow in _forward_tiles(shape, devices):
+                    tile = tile.merging() if merge == "in_kernel" else tile
                     yield KernelVariant(
                         kernel, head_dim, dtype, kv_dtype, tile, narrow, merge, group_size
                     )
@@ -338,7 +339,7 @@ def _compile(variant: KernelVariant, arch: str) -> KernelReport:
     tile = variant.tile
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     if tile.max_registers:
-        options["maxnreg"] = tile.register_bound(variant.merge == "in_kernel")
+        options["maxnreg"] = tile.max_registers
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, hints),
         target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32),

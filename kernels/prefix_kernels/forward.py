@@ -121,44 +121,28 @@ def pack_forward_kernel(
             is_wide = item[7] > 0
         if is_wide:
             if WIDE_BLOCK_M > 0:  # a constant: not compiled without a second class
-                peak, total, values = _attend_item(
-                    q_ptr, k_ptr, v_ptr, k_scale_ptr, kv_slots_ptr, queries_ptr,
-                    item, length, kv_head, sm_scale, logit_cap,
-                    q_stride, q_head_stride, k_scale_stride,
-                    K_STRIDE, K_HEAD_STRIDE, V_STRIDE, V_HEAD_STRIDE,
-                    GROUP_SIZE, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV,
-                    WIDE_BLOCK_M, WIDE_BLOCK_N, HAS_CAP, HAS_SCALES,
-                    BRANCHES_FOR_TAIL, HALF_PRODUCTS,
-                )  # fmt: skip
-                if CARRIES_ITEM:
-                    length = _load_length(following, tail_lengths_ptr)
-                _write_item(
-                    out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr, v_scale_ptr, item_ptr,
-                    queries_ptr, partials_ptr, arrivals_ptr, request_indptr_ptr,
-                    peak, total, values, kv_head, v_factor,
-                    out_stride, out_head_stride, lse_stride, lse_head_stride, v_scale_stride,
-                    NUM_KV_HEADS, GROUP_SIZE, V_HEAD_DIM, BLOCK_DV, WIDE_BLOCK_M,
-                    HAS_SCALES, WRITES_LSE, MERGES, CARRIES_ITEM,
+                length = _attend_item(
+                    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr,
+                    k_scale_ptr, v_scale_ptr, kv_slots_ptr, queries_ptr, partials_ptr,
+                    tail_lengths_ptr, arrivals_ptr, request_indptr_ptr,
+                    item, item_ptr, following, length, kv_head, sm_scale, v_factor, logit_cap,
+                    q_stride, q_head_stride, out_stride, out_head_stride, lse_stride, lse_head_stride,
+                    k_scale_stride, v_scale_stride, K_STRIDE, K_HEAD_STRIDE, V_STRIDE, V_HEAD_STRIDE,
+                    NUM_KV_HEADS, GROUP_SIZE, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV,
+                    WIDE_BLOCK_M, WIDE_BLOCK_N, HAS_CAP, HAS_SCALES, WRITES_LSE, MERGES,
+                    CARRIES_ITEM, BRANCHES_FOR_TAIL, HALF_PRODUCTS,
                 )  # fmt: skip
         else:
-            peak, total, values = _attend_item(
-                q_ptr, k_ptr, v_ptr, k_scale_ptr, kv_slots_ptr, queries_ptr,
-                item, length, kv_head, sm_scale, logit_cap,
-                q_stride, q_head_stride, k_scale_stride,
-                K_STRIDE, K_HEAD_STRIDE, V_STRIDE, V_HEAD_STRIDE,
-                GROUP_SIZE, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV,
-                BLOCK_M, BLOCK_N, HAS_CAP, HAS_SCALES,
-                BRANCHES_FOR_TAIL, HALF_PRODUCTS,
-            )  # fmt: skip
-            if CARRIES_ITEM:
-                length = _load_length(following, tail_lengths_ptr)
-            _write_item(
-                out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr, v_scale_ptr, item_ptr,
-                queries_ptr, partials_ptr, arrivals_ptr, request_indptr_ptr,
-                peak, total, values, kv_head, v_factor,
-                out_stride, out_head_stride, lse_stride, lse_head_stride, v_scale_stride,
-                NUM_KV_HEADS, GROUP_SIZE, V_HEAD_DIM, BLOCK_DV, BLOCK_M,
-                HAS_SCALES, WRITES_LSE, MERGES, CARRIES_ITEM,
+            length = _attend_item(
+                q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr,
+                k_scale_ptr, v_scale_ptr, kv_slots_ptr, queries_ptr, partials_ptr,
+                tail_lengths_ptr, arrivals_ptr, request_indptr_ptr,
+                item, item_ptr, following, length, kv_head, sm_scale, v_factor, logit_cap,
+                q_stride, q_head_stride, out_stride, out_head_stride, lse_stride, lse_head_stride,
+                k_scale_stride, v_scale_stride, K_STRIDE, K_HEAD_STRIDE, V_STRIDE, V_HEAD_STRIDE,
+                NUM_KV_HEADS, GROUP_SIZE, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV,
+                BLOCK_M, BLOCK_N, HAS_CAP, HAS_SCALES, WRITES_LSE, MERGES,
+                CARRIES_ITEM, BRANCHES_FOR_TAIL, HALF_PRODUCTS,
             )  # fmt: skip
         item = following
     if MERGES and LIST == 0:
@@ -199,6 +183,47 @@ def _load_length(item, tail_lengths_ptr):
 
 @triton.jit
 def _attend_item(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr,
+    k_scale_ptr, v_scale_ptr, kv_slots_ptr, queries_ptr, partials_ptr,
+    tail_lengths_ptr, arrivals_ptr, request_indptr_ptr,
+    item, item_ptr, following, length, kv_head, sm_scale, v_factor, logit_cap,
+    q_stride, q_head_stride, out_stride, out_head_stride, lse_stride, lse_head_stride,
+    k_scale_stride, v_scale_stride,
+    K_STRIDE: tl.constexpr, K_HEAD_STRIDE: tl.constexpr,
+    V_STRIDE: tl.constexpr, V_HEAD_STRIDE: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_SCALES: tl.constexpr, WRITES_LSE: tl.constexpr,
+    MERGES: tl.constexpr, CARRIES_ITEM: tl.constexpr,
+    BRANCHES_FOR_TAIL: tl.constexpr, HALF_PRODUCTS: tl.constexpr,
+):  # fmt: skip
+    """Compute one item for one KV head; returns the length of the following item's pack."""
+    peak, total, values = _attend_kv(
+        q_ptr, k_ptr, v_ptr, k_scale_ptr, kv_slots_ptr, queries_ptr,
+        item, length, kv_head, sm_scale, logit_cap,
+        q_stride, q_head_stride, k_scale_stride,
+        K_STRIDE, K_HEAD_STRIDE, V_STRIDE, V_HEAD_STRIDE,
+        GROUP_SIZE, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV,
+        BLOCK_M, BLOCK_N, HAS_CAP, HAS_SCALES,
+        BRANCHES_FOR_TAIL, HALF_PRODUCTS,
+    )  # fmt: skip
+    if CARRIES_ITEM:  # what it says has arrived by now
+        length = _load_length(following, tail_lengths_ptr)
+    _write_item(
+        out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr, v_scale_ptr, item_ptr,
+        queries_ptr, partials_ptr, arrivals_ptr, request_indptr_ptr,
+        peak, total, values, kv_head, v_factor,
+        out_stride, out_head_stride, lse_stride, lse_head_stride, v_scale_stride,
+        NUM_KV_HEADS, GROUP_SIZE, V_HEAD_DIM, BLOCK_DV, BLOCK_M,
+        HAS_SCALES, WRITES_LSE, MERGES, CARRIES_ITEM,
+    )  # fmt: skip
+    return length
+
+
+@triton.jit
+def _attend_kv(
     q_ptr, k_ptr, v_ptr, k_scale_ptr, kv_slots_ptr, queries_ptr,
     item, length, kv_head, sm_scale, logit_cap,
     q_stride, q_head_stride, k_scale_stride,

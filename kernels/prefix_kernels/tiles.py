@@ -167,12 +167,12 @@ class TileConfig:
         """The kernel's arguments of those names."""
         return {name.upper(): getattr(self, name) for name in _SWITCHES}
 
-    def register_bound(self, merges: bool) -> int:
-        """Registers per thread of a kernel, which may merge, too.
+    def merging(self) -> TileConfig:
+        """The same tile in a kernel that merges, too.
 
-        Beside that, a tile of eight warps spills within any bound that lets others share its SM.
+        Beside that, eight warps spill within any bound that lets other programs share their SM.
         """
-        return _MAX_REGISTERS if merges and self.num_warps == 8 else self.max_registers
+        return replace(self, max_registers=_MAX_REGISTERS) if self.num_warps == 8 else self
 
     @property
     def programs_per_sm(self) -> int:
@@ -252,6 +252,11 @@ class LaunchConfig:
     def tiles(self) -> tuple[TileConfig, ...]:
         """Its tiles, by ascending rows."""
         return (self.tile,) if self.wide_tile is None else (self.tile, self.wide_tile)
+
+    def merging(self) -> LaunchConfig:
+        """The same launch of a kernel that merges, too."""
+        wide = self.wide_tile and self.wide_tile.merging()
+        return replace(self, tile=self.tile.merging(), wide_tile=wide)
 
     def with_tiles(self, changes: Mapping[str, Any]) -> LaunchConfig:
         """The same launch with other values of fields of its tiles."""

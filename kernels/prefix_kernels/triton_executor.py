@@ -191,6 +191,8 @@ class TritonExecutor(PlanExecutor):
         else:
             facts = PlanFacts.of(plan, group_size)
         launches = choose_launches(facts, self._tile_shape, modes[0])
+        if modes[1] == "in_kernel":
+            launches = [one.merging() for one in launches]
         launches = [one.with_tiles(self._tile_changes) for one in launches]
         block_rows = [tile.block_m for one in launches for tile in one.tiles]
         items, partials = build_work_list(plan, group_size, block_rows)
@@ -307,7 +309,7 @@ class TritonExecutor(PlanExecutor):
             **tile.switches,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
-            maxnreg=tile.register_bound(arguments["MERGES"]),
+            maxnreg=tile.max_registers,
         )
 
     def _split_scale(self, scale: float | torch.Tensor) -> tuple[float, torch.Tensor, int]:
