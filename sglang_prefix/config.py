@@ -34,7 +34,7 @@ class PrefixConfig:
         executor: ``SGLANG_PREFIX_EXECUTOR``: what runs the plans: "native" is compiled code for
             CPUs, "torch" torch operations, "triton" kernels, "auto" the fastest that works.
         launch_mode, merge_mode: ``SGLANG_PREFIX_LAUNCH_MODE``, ``SGLANG_PREFIX_MERGE_MODE``: how
-            the Triton executor launches, see docs/kernels.md.
+            the Triton executor launches, see docs/kernels.md; "auto" goes by the batch size.
         workspace_mib: ``SGLANG_PREFIX_WORKSPACE_MIB``: memory for plans and partial results, in
             MiB; of the torch executor, for partial results.
     """
@@ -46,8 +46,8 @@ class PrefixConfig:
     verify: bool = False
     keep_plan: bool = False
     executor: str = "auto"
-    launch_mode: str = "streams"
-    merge_mode: str = "launch"
+    launch_mode: str = "auto"
+    merge_mode: str = "auto"
     workspace_mib: int = 256
 
     @classmethod
@@ -58,7 +58,7 @@ class PrefixConfig:
             ValueError: a variable has a value that is not legal; the message names both.
         """
         from prefix_kernels.executor import EXECUTORS
-        from prefix_kernels.tiles import LAUNCH_MODES, MERGE_MODES
+        from prefix_kernels.tiles import AUTO, LAUNCH_MODES, MERGE_MODES
         from sglang_prefix.packing import POLICIES
 
         env = os.environ if env is None else env
@@ -66,8 +66,8 @@ class PrefixConfig:
             "gate": GATES,
             "policy": tuple(POLICIES),
             "executor": EXECUTORS,
-            "launch_mode": LAUNCH_MODES,
-            "merge_mode": MERGE_MODES,
+            "launch_mode": (AUTO, *LAUNCH_MODES),
+            "merge_mode": (AUTO, *MERGE_MODES),
         }
         default = cls()
         chosen = {

@@ -9,8 +9,10 @@ favours them. A batch in which nothing is shared is never packed.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -35,6 +37,8 @@ __all__ = [
 ]
 
 IntArray = NDArray[np.int64]
+
+logger = logging.getLogger(__name__)
 
 # Round figures, to be replaced by measurements. L2 delivers some 2.5 times what main memory does; a
 # program whose neighbours are idle draws up to twice its share of the bandwidth; attention attains
@@ -77,20 +81,59 @@ _FLOP_PER_SM = {8: 2.9e12, 9: 7.5e12, 10: 15e12}
 H200 = DeviceLimits(4.8e12, 990e12, 50 << 20, 132)
 
 
+# Where the driver does not say: of boards by their names in torch, from NVIDIA's data sheets for
+# A100, L4, L40S, H100, H200 and DGX B200. A MIG slice has a part of it and a name of its own.
+_READ_BYTES_PER_S = {
+    "NVIDIA A100-PCIE-40GB": 1.555e12,
+    "NVIDIA A100-SXM4-40GB": 1.555e12,
+    "NVIDIA A100 80GB PCIe": 1.935e12,
+    "NVIDIA A100-SXM4-80GB": 2.039e12,
+    "NVIDIA L4": 0.3e12,
+    "NVIDIA L40S": 0.864e12,
+    "NVIDIA H100 PCIe": 2.0e12,
+    "NVIDIA H100 80GB HBM3": 3.35e12,
+    "NVIDIA H100 NVL": 3.9e12,
+    "NVIDIA H200": H200.read_bytes_per_s,
+    "NVIDIA H200 NVL": H200.read_bytes_per_s,
+    "NVIDIA B200": 8.0e12,
+}
+
+
 def limits_of(device: torch.device) -> DeviceLimits:
-    """Limits from what the driver says of a CUDA device; those of an H200 elsewhere."""
+    """Limits of a CUDA device, from its driver and data sheets; those of an H200 elsewhere.
+
+    What neither says is taken from an H200, too, and the log says so once.
+    """
     if device.type != "cuda":
         return H200
     found = torch.cuda.get_device_properties(device)
+    sms = found.multi_processor_count
     # kHz, twice per clock, over a bus of so many bits
     bandwidth = 2e3 * getattr(found, "memory_clock_rate", 0)
     bandwidth *= getattr(found, "memory_bus_width", 0) / 8
-    sms = found.multi_processor_count
+    bandwidth = bandwidth or _READ_BYTES_PER_S.get(found.name, 0.0)
+    flop_per_sm = _FLOP_PER_SM.get(found.major, 0.0)
+    l2_bytes = getattr(found, "L2_cache_size", 0)
+    unknown = {
+        f"a bandwidth of {H200.read_bytes_per_s / 1e12:.1f} TB/s": bandwidth,
+        f"{_FLOP_PER_SM[9] / 1e12:.1f} TFLOP/s per multiprocessor": flop_per_sm,
+        f"{H200.l2_bytes >> 20} MiB of L2 cache": l2_bytes,
+    }
+    assumed = ", ".join(figure for figure, value in unknown.items() if not value)
+    if assumed:
+        _say_assumed(found.name, assumed)
     return DeviceLimits(
         bandwidth or H200.read_bytes_per_s,
-        sms * _FLOP_PER_SM.get(found.major, _FLOP_PER_SM[9]),
-        getattr(found, "L2_cache_size", 0) or H200.l2_bytes,
+        sms * (flop_per_sm or _FLOP_PER_SM[9]),
+        l2_bytes or H200.l2_bytes,
         sms,
+    )
+
+
+@cache
+def _say_assumed(name: str, assumed: str) -> None:
+    logger.warning(
+        "prefix attention: the gate does not know the GPU %s; it takes an H200's %s", name, assumed
     )
 
 

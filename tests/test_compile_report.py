@@ -92,17 +92,19 @@ def variant_of(name: str, arguments: dict[str, Any], merge: str) -> KernelVarian
     kernel = name.removesuffix("_kernel")
     defaults = {"num_warps": 4, "num_stages": 3, "maxnreg": 0}
     options = [arguments.pop(key, default) for key, default in defaults.items()]
+    switches = [arguments[key] for key in TileConfig(1, 1, 1, 1).switches if key in arguments]
     if "BLOCK" in arguments:
         tile = TileConfig(1, arguments["BLOCK"], *options)
         return KernelVariant(kernel, 0, "int32", "int32", tile)
     if kernel == "merge":
         tile = TileConfig(arguments["GROUP_SIZE"], 1, *options)
         return KernelVariant(kernel, 64, "fp16", "fp32", tile)
-    tile = TileConfig(arguments["BLOCK_M"], arguments["BLOCK_N"], *options)
+    tile = TileConfig(arguments["BLOCK_M"], arguments["BLOCK_N"], *options, *switches)
     narrow = None
     if arguments["WIDE_BLOCK_M"]:
         kernel, narrow = "pack_forward_fused", tile
-        tile = TileConfig(arguments["WIDE_BLOCK_M"], arguments["WIDE_BLOCK_N"], *options)
+        rows, tokens = arguments["WIDE_BLOCK_M"], arguments["WIDE_BLOCK_N"]
+        tile = TileConfig(rows, tokens, *options, *switches)
     return KernelVariant(kernel, 64, "fp16", "fp16", tile, narrow, merge)
 
 

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from triton.runtime.interpreter import InterpreterBuilder
 
 from prefix_kernels.native_executor import NativeExecutor
+from prefix_kernels.plan import PackPlan
 from prefix_kernels.plan_buffers import PlanCapacity, serialize_plan
 from prefix_kernels.torch_executor import TorchExecutor
 from prefix_kernels.triton_executor import TritonExecutor
-from prefix_kernels.work_list import ITEM_FIELDS
+from prefix_kernels.work_list import ITEM_FIELDS, build_work_list
 from sglang_prefix.packing import POLICIES
 from tests.attention import (
     SPLITS,
@@ -233,10 +236,12 @@ def test_options_that_are_refused() -> None:
     executor = build_executor(case.shape, TRITON[0], capacity=small)
     with pytest.raises(ValueError, match=r"partials=\d+.*legal: up to .*partials="):
         executor.load(plan, case.req_to_token, case.req_pool_indices)
-    with pytest.raises(ValueError, match=r"mode='both'; legal: 'streams', 'fused'"):
+    with pytest.raises(ValueError, match=r"mode='both'; legal: 'auto', 'streams', 'fused'"):
         TritonExecutor(case.shape, torch.device("cpu"), mode="both")
-    with pytest.raises(ValueError, match=r"merge='never'; legal: 'launch', 'in_kernel'"):
+    with pytest.raises(ValueError, match=r"merge='never'; legal: 'auto', 'launch', 'in_kernel'"):
         TritonExecutor(case.shape, torch.device("cpu"), merge="never")
+    with pytest.raises(ValueError, match="graph_rows=48; legal: 16, 32, 64, 128"):
+        TritonExecutor(case.shape, torch.device("cpu"), graph_rows=(16, 48))
     slot_offset = plan.slot_offset.copy()
     slot_offset[-1] = 1 << 31
     with pytest.raises(ValueError, match=r"2147483648 kv_slots.*legal: up to 2147483647"):
@@ -261,15 +266,66 @@ def test_a_slot_of_more_than_32_bits_is_none(way: str) -> None:
         load(case, way).run()
 
 
-def test_arrivals_are_counted_back_to_zero_and_survive_an_aborted_step() -> None:
-    batch = random_batch(15, num_requests=9, max_tokens=90, growth=4)
-    case = make_case(batch, group=3, head_dim=16)
-    loaded = load(case, "triton-streams-in_kernel", "node", SPLITS)
-    assert (np.diff(loaded.plan.request_indptr) > 1).any()
+@pytest.mark.parametrize(
+    ("mode", "group"),
+    [
+        *(("fused", 3), ("fused", 16)),
+        *(pytest.param("fused", group, marks=pytest.mark.extended) for group in (1, 5, 8)),
+        pytest.param("streams", 7, marks=pytest.mark.extended),
+    ],
+)
+def test_arrivals_are_counted_back_to_zero_and_survive_an_aborted_step(
+    mode: str, group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once per query and row block: where 64 or 128 rows are no whole queries, one is in two."""
+    forks = [Fork(0, 0, 12), *(Fork(0, 9, 1 + b % 3) for b in range(18)), *[Fork(1, 10, 2)] * 3]
+    batch = build_batch(forks, growth=1)
+    loaded = load(make_case(batch, group=group, head_dim=16), f"triton-{mode}-in_kernel", "node")
     assert isinstance(loaded.executor, TritonExecutor)
-    arrivals = loaded.executor.buffers.arrivals
+    arrivals = loaded.executor.buffers.arrivals[: loaded.plan.batch_size]
+    counted: list[int] = []
+    count = InterpreterBuilder.create_atomic_rmw
+
+    def note(self: object, op: object, ptr: object, value: object, mask: Any, *how: object) -> Any:
+        counted.append(int(mask.data.sum()))
+        return count(self, op, ptr, value, mask, *how)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_atomic_rmw", note)
     loaded.check()
     assert not arrivals.any()
+    expected, straddling = expected_arrivals(loaded.executor, loaded.plan, group)
+    assert sum(counted) == expected * loaded.case.shape.num_kv_heads
+    assert (straddling > 0) == (group in (3, 5, 7))
     arrivals.fill_(1)  # a step that was given up half-way
-    loaded.executor.append(*case.grow())
+    loaded.executor.append(*loaded.case.grow())
     loaded.check()
+    assert not arrivals.any()
+
+
+def expected_arrivals(executor: TritonExecutor, plan: PackPlan, group: int) -> tuple[int, int]:
+    """Pairs of a row block and a query in it that has partials, and those that are halves."""
+    classes = [tile.block_m for one, _ in executor._launches for tile in one.tiles]
+    items, _ = build_work_list(plan, group, classes)
+    several = np.diff(plan.request_indptr) > 1
+    whole = halves = 0
+    for first_query, _, first_row, rows, *_, tile_class in items.tolist():
+        block = np.arange(first_row, min(first_row + classes[tile_class], rows))
+        queries, sizes = np.unique(plan.queries[first_query + block // group], return_counts=True)
+        whole += int(several[queries].sum())
+        halves += int((several[queries] & (sizes < group)).sum())
+    assert whole > 0
+    return whole, halves
+
+
+def test_modes_follow_the_batch_size() -> None:
+    """One executor: a small batch merges in its only launch, a large one is launched by classes."""
+    executor = None
+    one, several = ("fused", "in_kernel"), ("streams", "launch")
+    for size, modes in ((3, one), (17, several), (5, one)):
+        batch = random_batch(size, num_requests=size, max_tokens=24)
+        case = make_case(batch, num_kv_heads=1, head_dim=16)
+        executor = executor or TritonExecutor(case.shape, torch.device("cpu"))
+        loaded = load(case, TRITON[0], "node", SPLITS, executor=executor)
+        assert executor.modes == modes
+        loaded.check()
+        assert not executor.buffers.arrivals.any()

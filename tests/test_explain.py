@@ -61,6 +61,18 @@ def of_forest(
     return explain(PlanRecord("test", 1, Neighbours.of(forest), plans, Answer("always", None)))
 
 
+def test_tiles_are_those_of_a_graph_of_the_batch_size() -> None:
+    """8 groups of 8 requests by 4 heads: 32 rows, for which a graph has the tile of 64."""
+    record = plan_of_tree("8,64_2000,100", Setting(LLAMA, "h200"))
+    for mode in ("auto", "streams", "fused"):
+        segments = explain(replace(record, launch_mode=mode)).segments
+        tiles = {pack.tile for segment in segments[:8] for pack in segment.packs}
+        assert tiles == {(64, 64)}
+        assert {pack.tile for segment in segments[8:] for pack in segment.packs} == {(16, 64)}
+    alone = explain(replace(record, graph_rows=None)).segments  # launches that fit this plan
+    assert {pack.tile for pack in alone[0].packs} == {(32, 64)}
+
+
 class TestSegments:
     def test_a_tree_on_the_cpu(self) -> None:
         explanation = of_tree("1,2,4_5000,3,2000", SMALL, "cpu")

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
+from sglang_prefix import gate
 from sglang_prefix.forest import PrefixForest
 from sglang_prefix.gate import (
     DeviceLimits,
@@ -121,3 +126,42 @@ def test_the_gate_of_a_cpu(name: str, executor: str, gate: type | None) -> None:
     if made is not None:
         forest = one_prefix(2, 1, 1)
         assert choose(made, forest)
+
+
+H100 = {"name": "NVIDIA H100 80GB HBM3", "major": 9, "L2_cache_size": 50 << 20}
+
+
+@pytest.mark.parametrize(
+    ("properties", "bandwidth", "assumed"),
+    [
+        (H100 | {"memory_clock_rate": 2619000, "memory_bus_width": 5120}, 3.352e12, None),
+        (H100, 3.35e12, None),
+        (H100 | {"name": "NVIDIA A100-SXM4-80GB", "major": 8}, 2.039e12, None),
+        (H100 | {"name": "NVIDIA B200", "major": 10}, 8e12, None),
+        (H100 | {"name": "NVIDIA H100 MIG 1g.10gb"}, 4.8e12, "a bandwidth of 4.8 TB/s"),
+        (H100 | {"major": 12}, 3.35e12, "7.5 TFLOP/s per multiprocessor"),
+        (H100 | {"name": "R1", "L2_cache_size": 0}, 4.8e12, "4.8 TB/s, 50 MiB of L2 cache"),
+    ],
+)
+def test_limits_of_a_gpu_and_what_the_log_says_of_an_unknown_one(
+    properties: dict[str, Any],
+    bandwidth: float,
+    assumed: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    found = SimpleNamespace(multi_processor_count=114, **properties)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    gate._say_assumed.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        limits = [limits_of(torch.device("cuda", 0)) for _ in range(2)]
+    assert limits[0] == limits[1]
+    assert limits[0].read_bytes_per_s == pytest.approx(bandwidth, rel=1e-3)
+    assert (limits[0].l2_bytes, limits[0].num_sms) == (50 << 20, 114)
+    flops = {8: 2.9e12, 10: 15e12}.get(properties["major"], 7.5e12)
+    assert limits[0].flop_per_s == 114 * flops
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == (assumed is not None)  # once
+    if assumed:
+        assert said[0].endswith(assumed)
+        assert properties["name"] in said[0]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from prefix_kernels.tiles import MERGE_MODES
 from sglang_prefix.bench.graphs import launches_of
 from sglang_prefix.bench.workloads.inputs import MismatchError
 from tests.gpu.checks import GraphServer
@@ -19,10 +20,22 @@ from tests.gpu.variants import ALL_MODES
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
 
-@pytest.fixture(params=ALL_MODES, ids="/".join)
+# Tile classes of 16, 64 and 128 rows, and for comparison those of 16 and 128.
+TWO_CLASSES = [
+    pytest.param((("streams", merge), {"graph_rows": (16,)}), marks=pytest.mark.extended)
+    for merge in MERGE_MODES
+]
+
+
+@pytest.fixture(
+    params=[*((modes, {}) for modes in ALL_MODES), *TWO_CLASSES],
+    ids=["/".join(modes) for modes in ALL_MODES] + [f"two/{merge}" for merge in MERGE_MODES],
+)
 def server(request: pytest.FixtureRequest, pytestconfig: pytest.Config) -> GraphServer:
     seed = int(pytestconfig.option.hypothesis_seed)
-    return GraphServer(request.param, Setting(torch.device("cpu"), seed, dry=True, control=False))
+    modes, options = request.param
+    setting = Setting(torch.device("cpu"), seed, dry=True, control=False)
+    return GraphServer(modes, setting, **options)
 
 
 def launched(server: GraphServer) -> list[tuple[Any, ...]]:
@@ -87,3 +100,21 @@ def test_control_the_plan_is_not_loaded(server: GraphServer) -> None:
         server.replay()
         with pytest.raises(MismatchError):
             inputs.compare(server.outputs)
+
+
+def test_tile_classes_of_a_capture(server: GraphServer, request: pytest.FixtureRequest) -> None:
+    """84 rows: what a pack needs is there, and every class is in use by one of the plans."""
+    two = "two" in request.node.name
+    blocks = [
+        again.keywords[name]
+        for again in launches_of(server.step)
+        for name in ("BLOCK_M", "WIDE_BLOCK_M")
+        if again.keywords.get(name)
+    ]
+    wanted = [16, 128] if two else [16, 64] if "fused" in request.node.name else [16, 64, 128]
+    assert sorted(blocks) == wanted
+    used = torch.zeros(len(blocks) if "fused" not in request.node.name else 1, dtype=torch.bool)
+    for _, inputs, plan in server.served:
+        server.load(plan, inputs)
+        used |= server.attention.work_item_counts()[: len(used)] > 0
+    assert used.all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,22 @@ from hypothesis import strategies as st
 from prefix_kernels import tiles
 from prefix_kernels.compile_report import HEAD_DIMS, kernel_variants, legal_dtypes
 from prefix_kernels.tiles import (
+    FUSED_ROWS,
+    GRAPH_ROWS,
+    LAUNCH_MODES,
+    MERGE_MODES,
     ROW_CLASSES,
+    SMALL_BATCH,
     TABLE,
     PlanFacts,
     TileConfig,
     TileShape,
     candidate_tiles,
     choose_launches,
+    choose_modes,
     formula_tile,
     load_tuned_tiles,
+    measured_device,
     next_power_of_two,
     row_classes,
     widest_block,
@@ -32,7 +40,7 @@ ROOT = Path(__file__).parents[1]
 DEVICE = "NVIDIA H200"
 SHAPE = TileShape(128, 128, 2, 2, device=DEVICE)
 # Compiles without spilling for sm_90, as `test_a_wide_tile_compiles` says.
-WIDE = TileConfig(16, 128, 4, 2, 168)
+WIDE = TileConfig(16, 128, 4, 2, 168, carries_item=True)
 ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8_e4m3": 1, "fp8_e5m2": 1}
 
 dims = st.sampled_from([16, 40, *HEAD_DIMS])
@@ -43,8 +51,9 @@ lengths = st.integers(0, 1 << 20)
 
 
 def tile_for(rows: int, length: int | None, shape: TileShape) -> TileConfig:
-    """The tile that holds ``rows``: of the last launch, since one in a graph may come before it."""
-    return choose_launches(PlanFacts((rows,), length), shape, "streams")[-1].tile
+    """The tile that holds ``rows``."""
+    (launch,) = choose_launches(PlanFacts((rows,), length), shape, "streams")
+    return launch.tile
 
 
 @given(rows=st.integers(1, 4096), length=lengths, shape=shapes)
@@ -66,14 +75,65 @@ def test_a_tile_fits_its_packs_and_the_device(rows: int, length: int, shape: Til
 def test_streams_have_a_launch_for_each_row_class_in_use(
     rows: list[int], length: int, shape: TileShape
 ) -> None:
-    for facts in (PlanFacts(tuple(rows), length), PlanFacts((max(rows),), None)):
-        launches = choose_launches(facts, shape, "streams")
-        found = [launch.tile.block_m for launch in launches]
-        wanted = {tile_for(number, length, shape).block_m for number in facts.qo_rows}
-        # In a graph also the narrowest, for tails.
-        assert found == sorted(wanted | ({16} if facts.kv_length is None else set()))
-        assert [launch.work_list for launch in launches] == [*range(len(launches))]
-        assert found[-1] <= widest_block("streams", shape)
+    launches = choose_launches(PlanFacts(tuple(rows), length), shape, "streams")
+    found = [launch.tile.block_m for launch in launches]
+    assert found == sorted({tile_for(number, length, shape).block_m for number in rows})
+    assert [launch.work_list for launch in launches] == [*range(len(launches))]
+    assert found[-1] <= widest_block("streams", shape) == widest_block("auto", shape)
+
+
+@given(batch_size=st.integers(1, 600), group_size=st.integers(1, 130), shape=shapes)
+def test_a_graph_has_tiles_for_every_plan_of_its_batch(
+    batch_size: int, group_size: int, shape: TileShape
+) -> None:
+    """Tails in the narrowest, all requests in one block where a tile holds them, and 64 between."""
+    most = batch_size * group_size
+    classes = {
+        graph_rows: [
+            launch.tile.block_m
+            for launch in choose_launches(
+                PlanFacts.of_every_plan(batch_size, group_size, graph_rows), shape, "streams"
+            )
+        ]
+        for graph_rows in (GRAPH_ROWS, FUSED_ROWS[:1])
+    }
+    legal = row_classes(shape)
+    widest = min((rows for rows in legal if rows >= most), default=legal[-1])
+    assert classes[FUSED_ROWS[:1]] == sorted({16, widest})
+    middle = {64} if most > 64 and 64 in legal else set()
+    assert classes[GRAPH_ROWS] == sorted({16, widest} | middle)
+    assert PlanFacts.of_every_plan(batch_size, group_size).kv_length is None
+
+
+def test_classes_of_a_graph() -> None:
+    def classes(batch_size: int, *graph_rows: tuple[int, ...]) -> list[int]:
+        facts = PlanFacts.of_every_plan(batch_size, 4, *graph_rows)
+        return [launch.tile.block_m for launch in choose_launches(facts, SHAPE, "streams")]
+
+    assert [classes(size) for size in (4, 5, 8, 9, 16)] == [[16], *[[16, 32]] * 2, *[[16, 64]] * 2]
+    assert classes(17) == classes(256) == [16, 64, 128]
+    assert classes(17, (16,)) == [16, 128]
+    assert classes(17, ()) == [128]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "group_size", "is_small"),
+    [
+        *((1, 4, True), (16, 4, True), (17, 4, False), (8, 8, True), (9, 8, False)),
+        *((SMALL_BATCH, 1, True), (SMALL_BATCH + 1, 1, False), (1, 64, True), (1, 65, False)),
+    ],
+)
+def test_small_batches_are_one_launch(batch_size: int, group_size: int, is_small: bool) -> None:
+    auto = ("fused", "in_kernel") if is_small else ("streams", "launch")
+    assert choose_modes(batch_size, group_size) == auto
+    for mode, merge in product(LAUNCH_MODES, MERGE_MODES):  # what is asked for wins
+        assert choose_modes(batch_size, group_size, mode, merge) == (mode, merge)
+        assert choose_modes(batch_size, group_size, mode) == (mode, auto[1])
+        assert choose_modes(batch_size, group_size, merge=merge) == (auto[0], merge)
+    if is_small:  # every pack has a tile of its own
+        facts = PlanFacts.of_every_plan(batch_size, group_size)
+        (launch,) = choose_launches(facts, SHAPE, auto[0])
+        assert launch.tiles[-1].block_m >= batch_size * group_size
 
 
 @given(rows=st.integers(1, 600), length=lengths, shape=shapes)
@@ -153,9 +213,32 @@ def test_the_table_has_the_first_word_on_its_device(tuned: None) -> None:
         (16, replace(SHAPE, head_dim=64)),
     ):
         assert tile_for(rows, 1000, shape) == formula_tile(16 if rows < 17 else 32, shape)
+    # Another board and a slice of its chip.
+    for device in ("NVIDIA H200 NVL", "NVIDIA H200 MIG 3g.71gb"):
+        assert measured_device(device) == DEVICE
+        assert tile_for(9, 1000, replace(SHAPE, device=device)) == WIDE
     facts = PlanFacts((64,), 1000)  # a fused pair was not measured
     elsewhere = replace(SHAPE, device=None)
     assert choose_launches(facts, SHAPE, "fused") == choose_launches(facts, elsewhere, "fused")
+
+
+def test_devices_of_one_chip_share_their_tiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    boards = ["NVIDIA A100-SXM4-80GB", "NVIDIA H100 PCIe", "NVIDIA H100 80GB HBM3"]
+    boards += ["NVIDIA GeForce RTX 4090", "NVIDIA L4"]
+    content = {name: table(row())[DEVICE] for name in boards}
+    monkeypatch.setattr(tiles, "TABLE", write(tmp_path / "table.json", content))
+    for device, found in {
+        **{name: name for name in boards},
+        "NVIDIA A100 80GB PCIe": boards[0],
+        "NVIDIA A100-PCIE-40GB": boards[0],
+        "NVIDIA H100 NVL": boards[1],
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb": boards[1],
+        **dict.fromkeys(("NVIDIA H200", "NVIDIA GH200 480GB", "NVIDIA H20", "NVIDIA H1"), None),
+        **dict.fromkeys(("NVIDIA GeForce RTX 3090", "NVIDIA L40S", "AMD Instinct MI300X"), None),
+    }.items():
+        assert measured_device(device) == found
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,8 @@ class KernelVariant:
         merge: of the forward stage, one of :data:`MERGE_MODES`: with "in_kernel", the program that
             completes a request merges it.
         group_size: query heads per KV head.
+        overlaps_merge: whether the launch of the merge begins before that of the forward stage
+            ends, see `TritonExecutor`.
     """
 
     kernel: str
@@ -114,6 +116,7 @@ class KernelVariant:
     narrow_tile: TileConfig | None = None
     merge: str = "launch"
     group_size: int = 4
+    overlaps_merge: bool = False
 
 
 def legal_dtypes(arch: str) -> tuple[tuple[str, str], ...]:
@@ -151,13 +154,16 @@ def kernel_variants(
     for head_dim in head_dims:
         for dtype, kv_dtype in pairs:
             q_itemsize, kv_itemsize = (_ITEMSIZES.get(name, 1) for name in (dtype, kv_dtype))
-            has_wgmma = arch in _WGMMA_ARCHS
-            shape = TileShape(head_dim, head_dim, q_itemsize, kv_itemsize, has_wgmma)
+            shape = TileShape(
+                head_dim, head_dim, q_itemsize, kv_itemsize, arch in _WGMMA_ARCHS,
+                has_tensor_memory=arch == "sm_100",
+            )  # fmt: skip
             tiles = list(_forward_tiles(shape, devices, lengths))
             if arch in AMD_ARCHS:
                 tiles = [(name, _for_amd(t), n and _for_amd(n)) for name, t, n in tiles]
             for merge in merges:
                 for kernel, tile, narrow in tiles:
+                    tile = tile.merging() if merge == "in_kernel" else tile
                     yield KernelVariant(
                         kernel, head_dim, dtype, kv_dtype, tile, narrow, merge, group_size
                     )
@@ -358,13 +364,19 @@ def _arguments(variant: KernelVariant) -> tuple[Any, dict[str, str], dict[str, A
         "V_HEAD_DIM": variant.head_dim,
         "BLOCK_DV": next_power_of_two(variant.head_dim),
         "WRITES_LSE": False,
+        "OVERLAPS_MERGE": variant.overlaps_merge,
     }
     if variant.kernel == "merge":
         return merge_kernel, pointers, outputs
     pointers |= {"q": q, "k": kv, "v": kv, "k_scale": "fp32", "v_scale": "fp32"}
     narrow = variant.narrow_tile
     tile, wide = (narrow, variant.tile) if narrow else (variant.tile, None)
+    stride = _NUM_KV_HEADS * variant.head_dim
     constants = outputs | {
+        "K_STRIDE": stride,
+        "K_HEAD_STRIDE": variant.head_dim,
+        "V_STRIDE": stride,
+        "V_HEAD_STRIDE": variant.head_dim,
         "HEAD_DIM": variant.head_dim,
         "BLOCK_D": next_power_of_two(variant.head_dim),
         "BLOCK_M": tile.block_m,
@@ -375,5 +387,6 @@ def _arguments(variant: KernelVariant) -> tuple[Any, dict[str, str], dict[str, A
         "HAS_CAP": False,
         "HAS_SCALES": kv.startswith("fp8"),
         "MERGES": variant.merge == "in_kernel",
+        **tile.switches,
     }
     return pack_forward_kernel, pointers, constants

@@ -18,13 +18,16 @@ import triton
 import triton.language as tl
 
 from prefix_kernels import plan_buffers, work_list
-from prefix_kernels.merge import merge_heads
+from prefix_kernels.merge import last_block_merge, merge_heads
 
 __all__ = ["pack_forward_kernel"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+SMALLEST = tl.constexpr(2.0**-126)  # normal number of float32
 ITEM_FIELDS = tl.constexpr(work_list.ITEM_FIELDS)
+TO_OUT = tl.constexpr(work_list.TO_OUT)
+TO_PARTIALS = tl.constexpr(work_list.TO_PARTIALS)
 HEADER_NUM_ITEMS = tl.constexpr(plan_buffers.HEADER_NUM_ITEMS)
 HEADER_ITEMS = tl.constexpr(plan_buffers.HEADER_ITEMS)
 HEADER_QUERIES = tl.constexpr(plan_buffers.HEADER_QUERIES)
@@ -56,19 +59,21 @@ def pack_forward_kernel(
     sm_scale,
     v_factor,
     logit_cap,
-    # Elements from request or slot to the next, and from head to head.
+    # Elements from request to the next, and from head to head.
     q_stride,
     q_head_stride,
-    k_stride,
-    k_head_stride,
-    v_stride,
-    v_head_stride,
     out_stride,
     out_head_stride,
     lse_stride,
     lse_head_stride,
     k_scale_stride,
     v_scale_stride,
+    # Elements from slot to the next, and from head to head. They are those of the engine's pool, so
+    # they never change; as runtime values they would cost a 64-bit product for every row.
+    K_STRIDE: tl.constexpr,
+    K_HEAD_STRIDE: tl.constexpr,
+    V_STRIDE: tl.constexpr,
+    V_HEAD_STRIDE: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -84,43 +89,62 @@ def pack_forward_kernel(
     HAS_SCALES: tl.constexpr,
     WRITES_LSE: tl.constexpr,
     MERGES: tl.constexpr,  # whether the program that completes a request merges its partials
+    OVERLAPS_MERGE: tl.constexpr,  # whether the launch of the merge may begin before this one ends
+    # Of the tile, see `TileConfig`.
+    CARRIES_ITEM: tl.constexpr,
+    BRANCHES_FOR_TAIL: tl.constexpr,
+    HALF_PRODUCTS: tl.constexpr,
 ):
+    if OVERLAPS_MERGE:  # its programs wait for the end of all of ours, see `merge_kernel`
+        tl.extra.cuda.gdc_launch_dependents()
     num_tiles = tl.load(plan_ptr + HEADER_NUM_ITEMS + LIST) * NUM_KV_HEADS
     items_ptr = plan_ptr + tl.load(plan_ptr + HEADER_ITEMS + LIST)
     queries_ptr = plan_ptr + tl.load(plan_ptr + HEADER_QUERIES)
     partials_ptr = plan_ptr + tl.load(plan_ptr + HEADER_PARTIALS)
     request_indptr_ptr = plan_ptr + tl.load(plan_ptr + HEADER_REQUEST_INDPTR)
-    for index in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+    step = tl.num_programs(0)
+    first = tl.program_id(0)
+    item = _load_item(items_ptr + first // NUM_KV_HEADS * ITEM_FIELDS, first < num_tiles)
+    length = _load_length(item, tail_lengths_ptr)
+    for index in range(first, num_tiles, step):
         item_ptr = items_ptr + index // NUM_KV_HEADS * ITEM_FIELDS
         kv_head = index % NUM_KV_HEADS
+        if not CARRIES_ITEM:
+            item = _load_item(item_ptr, True)
+            length = _load_length(item, tail_lengths_ptr)
+        following = item
+        if CARRIES_ITEM:
+            next_index = index + tl.minimum(step, num_tiles - 1 - index)
+            following = _load_item(items_ptr + next_index // NUM_KV_HEADS * ITEM_FIELDS, True)
         is_wide = False
         if WIDE_BLOCK_M > 0:
-            is_wide = tl.load(item_ptr + 8) > 0
+            is_wide = item[7] > 0
         if is_wide:
             if WIDE_BLOCK_M > 0:  # a constant: not compiled without a second class
-                _attend_item(
+                length = _attend_item(
                     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr,
-                    k_scale_ptr, v_scale_ptr, item_ptr, kv_slots_ptr, queries_ptr, partials_ptr,
-                    tail_lengths_ptr, arrivals_ptr, request_indptr_ptr, kv_head,
-                    sm_scale, v_factor, logit_cap,
-                    q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
-                    out_stride, out_head_stride, lse_stride, lse_head_stride,
-                    k_scale_stride, v_scale_stride,
+                    k_scale_ptr, v_scale_ptr, kv_slots_ptr, queries_ptr, partials_ptr,
+                    tail_lengths_ptr, arrivals_ptr, request_indptr_ptr,
+                    item, item_ptr, following, length, kv_head, sm_scale, v_factor, logit_cap,
+                    q_stride, q_head_stride, out_stride, out_head_stride, lse_stride, lse_head_stride,
+                    k_scale_stride, v_scale_stride, K_STRIDE, K_HEAD_STRIDE, V_STRIDE, V_HEAD_STRIDE,
                     NUM_KV_HEADS, GROUP_SIZE, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV,
                     WIDE_BLOCK_M, WIDE_BLOCK_N, HAS_CAP, HAS_SCALES, WRITES_LSE, MERGES,
+                    CARRIES_ITEM, BRANCHES_FOR_TAIL, HALF_PRODUCTS,
                 )  # fmt: skip
         else:
-            _attend_item(
+            length = _attend_item(
                 q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr,
-                k_scale_ptr, v_scale_ptr, item_ptr, kv_slots_ptr, queries_ptr, partials_ptr,
-                tail_lengths_ptr, arrivals_ptr, request_indptr_ptr, kv_head,
-                sm_scale, v_factor, logit_cap,
-                q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
-                out_stride, out_head_stride, lse_stride, lse_head_stride,
-                k_scale_stride, v_scale_stride,
+                k_scale_ptr, v_scale_ptr, kv_slots_ptr, queries_ptr, partials_ptr,
+                tail_lengths_ptr, arrivals_ptr, request_indptr_ptr,
+                item, item_ptr, following, length, kv_head, sm_scale, v_factor, logit_cap,
+                q_stride, q_head_stride, out_stride, out_head_stride, lse_stride, lse_head_stride,
+                k_scale_stride, v_scale_stride, K_STRIDE, K_HEAD_STRIDE, V_STRIDE, V_HEAD_STRIDE,
                 NUM_KV_HEADS, GROUP_SIZE, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV,
                 BLOCK_M, BLOCK_N, HAS_CAP, HAS_SCALES, WRITES_LSE, MERGES,
+                CARRIES_ITEM, BRANCHES_FOR_TAIL, HALF_PRODUCTS,
             )  # fmt: skip
+        item = following
     if MERGES and LIST == 0:
         # Padding rows have no partials, so no program completes them. Merging none gives zeros.
         for row in range(
@@ -137,54 +161,123 @@ def pack_forward_kernel(
 
 
 @triton.jit
+def _load_item(item_ptr, exists):
+    """What of an item its attention needs; zeros if there is none."""
+    first_query = tl.load(item_ptr, mask=exists, other=0)
+    first_head = tl.load(item_ptr + 2, mask=exists, other=0)
+    rows = tl.load(item_ptr + 3, mask=exists, other=0)
+    first_slot = tl.load(item_ptr + 4, mask=exists, other=0)
+    tokens = tl.load(item_ptr + 5, mask=exists, other=0)
+    split = tl.load(item_ptr + 6, mask=exists, other=0)
+    num_splits = tl.load(item_ptr + 7, mask=exists, other=0)
+    tile_class = tl.load(item_ptr + 8, mask=exists, other=0)
+    return first_query, first_head, rows, first_slot, tokens, split, num_splits, tile_class
+
+
+@triton.jit
+def _load_length(item, tail_lengths_ptr):
+    """Tokens of an item's pack. Those of a tail change under the plan."""
+    tokens = item[4]
+    return tl.load(tail_lengths_ptr - 1 - tokens, mask=tokens < 0, other=tokens)
+
+
+@triton.jit
 def _attend_item(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr,
-    k_scale_ptr, v_scale_ptr, item_ptr, kv_slots_ptr, queries_ptr, partials_ptr,
-    tail_lengths_ptr, arrivals_ptr, request_indptr_ptr, kv_head,
-    sm_scale, v_factor, logit_cap,
-    q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
-    out_stride, out_head_stride, lse_stride, lse_head_stride,
+    k_scale_ptr, v_scale_ptr, kv_slots_ptr, queries_ptr, partials_ptr,
+    tail_lengths_ptr, arrivals_ptr, request_indptr_ptr,
+    item, item_ptr, following, length, kv_head, sm_scale, v_factor, logit_cap,
+    q_stride, q_head_stride, out_stride, out_head_stride, lse_stride, lse_head_stride,
     k_scale_stride, v_scale_stride,
+    K_STRIDE: tl.constexpr, K_HEAD_STRIDE: tl.constexpr,
+    V_STRIDE: tl.constexpr, V_HEAD_STRIDE: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_CAP: tl.constexpr, HAS_SCALES: tl.constexpr, WRITES_LSE: tl.constexpr,
-    MERGES: tl.constexpr,
+    MERGES: tl.constexpr, CARRIES_ITEM: tl.constexpr,
+    BRANCHES_FOR_TAIL: tl.constexpr, HALF_PRODUCTS: tl.constexpr,
 ):  # fmt: skip
-    slots_ptr = kv_slots_ptr + tl.load(item_ptr + 4)
-    length = tl.load(item_ptr + 5)
-    if length < 0:  # a tail: its length changes under the plan
-        length = tl.load(tail_lengths_ptr - 1 - length)
+    """Compute one item for one KV head; returns the length of the following item's pack."""
+    peak, total, values = _attend_kv(
+        q_ptr, k_ptr, v_ptr, k_scale_ptr, kv_slots_ptr, queries_ptr,
+        item, length, kv_head, sm_scale, logit_cap,
+        q_stride, q_head_stride, k_scale_stride,
+        K_STRIDE, K_HEAD_STRIDE, V_STRIDE, V_HEAD_STRIDE,
+        GROUP_SIZE, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV,
+        BLOCK_M, BLOCK_N, HAS_CAP, HAS_SCALES,
+        BRANCHES_FOR_TAIL, HALF_PRODUCTS,
+    )  # fmt: skip
+    if CARRIES_ITEM:  # what it says has arrived by now
+        length = _load_length(following, tail_lengths_ptr)
+    _write_item(
+        out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr, v_scale_ptr, item_ptr,
+        queries_ptr, partials_ptr, arrivals_ptr, request_indptr_ptr,
+        peak, total, values, kv_head, v_factor,
+        out_stride, out_head_stride, lse_stride, lse_head_stride, v_scale_stride,
+        NUM_KV_HEADS, GROUP_SIZE, V_HEAD_DIM, BLOCK_DV, BLOCK_M,
+        HAS_SCALES, WRITES_LSE, MERGES, CARRIES_ITEM,
+    )  # fmt: skip
+    return length
+
+
+@triton.jit
+def _attend_kv(
+    q_ptr, k_ptr, v_ptr, k_scale_ptr, kv_slots_ptr, queries_ptr,
+    item, length, kv_head, sm_scale, logit_cap,
+    q_stride, q_head_stride, k_scale_stride,
+    K_STRIDE: tl.constexpr, K_HEAD_STRIDE: tl.constexpr,
+    V_STRIDE: tl.constexpr, V_HEAD_STRIDE: tl.constexpr,
+    GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_SCALES: tl.constexpr,
+    BRANCHES_FOR_TAIL: tl.constexpr, HALF_PRODUCTS: tl.constexpr,
+):  # fmt: skip
+    first_query, first_head, num_rows, first_slot, _, split, num_splits, _ = item
+    slots_ptr = kv_slots_ptr + first_slot
     # The rule of `plan.split_bounds`.
-    chunk = tl.cdiv(length, tl.load(item_ptr + 7))
-    begin = tl.minimum(tl.load(item_ptr + 6) * chunk, length)
+    chunk = ((length + num_splits - 1).to(tl.uint32) // num_splits.to(tl.uint32)).to(tl.int32)
+    begin = tl.minimum(split * chunk, length)
     end = tl.minimum(begin + chunk, length)
     last = tl.maximum(end - 1, 0)
+    tokens = tl.arange(0, BLOCK_N)
+    slots = tl.load(slots_ptr + tl.minimum(begin + tokens, last))
 
-    rows = tl.load(item_ptr + 2) + tl.arange(0, BLOCK_M)
-    row_exists = rows < tl.load(item_ptr + 3)
-    first_query = tl.load(item_ptr)
+    rows = first_head + tl.arange(0, BLOCK_M)
+    row_exists = rows < num_rows
     query = tl.load(queries_ptr + first_query + rows // GROUP_SIZE, mask=row_exists, other=0)
-    head = kv_head * GROUP_SIZE + rows % GROUP_SIZE
     dims = tl.arange(0, BLOCK_D)
     v_dims = tl.arange(0, BLOCK_DV)
-    q_row = query.to(tl.int64) * q_stride + head * q_head_stride
+    q_head = kv_head * GROUP_SIZE + rows % GROUP_SIZE
+    q_row = query.to(tl.int64) * q_stride + q_head * q_head_stride
     q = tl.load(
         q_ptr + q_row[:, None] + dims[None, :],
         mask=row_exists[:, None] & (dims < HEAD_DIM)[None, :],
         other=0.0,
     )
-    scale = sm_scale
+    # Rows of q have the sign of their scale, so that the maximum of a row stays one when scaled.
+    scale = tl.full([BLOCK_M], 1.0, tl.float32) * sm_scale
     if HAS_SCALES:
         scale *= tl.load(k_scale_ptr + kv_head * k_scale_stride)
+    if HALF_PRODUCTS and q.dtype == tl.bfloat16 and k_ptr.dtype.element_ty.is_fp8():
+        q, undo = _half_rows(q, scale)
+        scale = tl.abs(scale) * undo
+    elif HAS_SCALES:
+        q = tl.where((scale < 0)[:, None], -q, q)
+        scale = tl.abs(scale)
+    # Factor on scores in the exponent. At least a number above 0, since -inf times 0 is NaN.
+    to_base_2 = tl.full([BLOCK_M], 1.0, tl.float32)
     if not HAS_CAP:
-        scale *= LOG2E
+        to_base_2 = scale * LOG2E
+        if HAS_SCALES or q.dtype == tl.float16:
+            to_base_2 = tl.maximum(to_base_2, SMALLEST, propagate_nan=tl.PropagateNan.ALL)
+    # Weights in float16 are up to 2**15 instead of 1, so that those of 2**-39 still count.
+    LIFT: tl.constexpr = 15.0 if q.dtype == tl.float16 else 0.0
 
-    tokens = tl.arange(0, BLOCK_N)
-    slots = tl.load(slots_ptr + tl.minimum(begin + tokens, last))
-    k_ptr += kv_head.to(tl.int64) * k_head_stride
-    v_ptr += kv_head.to(tl.int64) * v_head_stride
+    k_ptr += kv_head.to(tl.int64) * K_HEAD_STRIDE
+    v_ptr += kv_head.to(tl.int64) * V_HEAD_STRIDE
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     values = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -192,26 +285,27 @@ def _attend_item(
         slot = slots.to(tl.int64)
         slots = tl.load(slots_ptr + tl.minimum(start + BLOCK_N + tokens, last))
         k = tl.load(
-            k_ptr + slot[None, :] * k_stride + dims[:, None],
-            mask=(dims < HEAD_DIM)[:, None],
+            k_ptr + slot[:, None] * K_STRIDE + dims[None, :],
+            mask=(dims < HEAD_DIM)[None, :],
             other=0.0,
         )
-        scores = tl.dot(q, k.to(q.dtype), input_precision="ieee") * scale
+        scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
         if HAS_CAP:
             # cap * tanh(x / cap), and from here on in base 2. Near 0 by the series: the quotient
             # would lose the digits that a cap far above the scores leaves.
-            ratio = scores * (1 / logit_cap)
+            ratio = scores * (scale / logit_cap)[:, None]
             square = ratio * ratio
             series = ratio * (1 - square * (1 / 3 - square * (2 / 15 - square * (17 / 315))))
             quotient = 1 - 2 / (tl.exp2(ratio * (2 * LOG2E)) + 1)
             scores = tl.where(square < 1 / 16, series, quotient) * (logit_cap * LOG2E)
-        scores = tl.where((start + tokens < end)[None, :], scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, 1))
+        if not BRANCHES_FOR_TAIL or end - start < BLOCK_N:
+            scores = tl.where((tokens < end - start)[None, :], scores, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 1) * to_base_2 - LIFT)
         shrink = tl.exp2(peak - new_peak)
-        weights = tl.exp2(scores - new_peak[:, None])
+        weights = tl.exp2(scores * to_base_2[:, None] - new_peak[:, None])
         total = total * shrink + tl.sum(weights, 1)
         v = tl.load(
-            v_ptr + slot[:, None] * v_stride + v_dims[None, :],
+            v_ptr + slot[:, None] * V_STRIDE + v_dims[None, :],
             mask=(v_dims < V_HEAD_DIM)[None, :],
             other=0.0,
         )
@@ -219,18 +313,35 @@ def _attend_item(
             weights.to(q.dtype), v.to(q.dtype), values * shrink[:, None], input_precision="ieee"
         )
         peak = new_peak
+    return peak, total, values
 
-    # The rows' queries are read again instead of kept, since they would take registers during the
-    # loop, once for every layout that uses them. Volatile, else the compiler keeps them.
-    rows = tl.load(item_ptr + 2, volatile=True) + tl.arange(0, BLOCK_M)
-    row_exists = rows < tl.load(item_ptr + 3, volatile=True)
-    first_query = tl.load(item_ptr, volatile=True)
-    first_partial = tl.load(item_ptr + 1)
-    query = tl.load(queries_ptr + first_query + rows // GROUP_SIZE, mask=row_exists, other=0)
-    partial = tl.load(partials_ptr + first_partial + rows // GROUP_SIZE, mask=row_exists, other=0)
-    head = kv_head * GROUP_SIZE + rows % GROUP_SIZE
-    goes_to_out = row_exists & (partial < 0)
 
+@triton.jit
+def _half_rows(q, scale):
+    """Rows of q in float16, each times a power of two, and what undoes that.
+
+    The largest value of a row comes to lie below 2**15, which leaves the most room for the others:
+    values down to 2**-31 of it keep all of their bits, those below 2**-40 of it are lost.
+    """
+    largest = tl.max(tl.abs(q.to(tl.float32)), 1)
+    shift = tl.minimum(141 - (largest.to(tl.int32, bitcast=True) >> 23), 126)
+    factor = ((127 + shift) << 23).to(tl.float32, bitcast=True)
+    undo = ((127 - shift) << 23).to(tl.float32, bitcast=True)
+    factor = tl.where(scale < 0, -factor, factor)
+    return (q.to(tl.float32) * factor[:, None]).to(tl.float16), undo
+
+
+@triton.jit
+def _write_item(
+    out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr, v_scale_ptr, item_ptr,
+    queries_ptr, partials_ptr, arrivals_ptr, request_indptr_ptr,
+    peak, total, values, kv_head, v_factor,
+    out_stride, out_head_stride, lse_stride, lse_head_stride, v_scale_stride,
+    NUM_KV_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr,
+    V_HEAD_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    HAS_SCALES: tl.constexpr, WRITES_LSE: tl.constexpr, MERGES: tl.constexpr,
+    CARRIES_ITEM: tl.constexpr,
+):  # fmt: skip
     # An empty split has no peak; its result is zeros with an lse of -inf.
     divisor = tl.where(total > 0, total, 1.0)
     lse = tl.where(total > 0, (peak + tl.log2(divisor)) * LN2, float("-inf"))
@@ -238,63 +349,47 @@ def _attend_item(
     if HAS_SCALES:
         factor *= tl.load(v_scale_ptr + kv_head * v_scale_stride)
     values *= (factor / divisor)[:, None]
+
+    # The item is read again instead of kept, since what follows from it would take registers during
+    # the loop, once for every layout that uses it. Volatile, else the compiler keeps it.
+    rows = tl.load(item_ptr + 2, volatile=True) + tl.arange(0, BLOCK_M)
+    row_exists = rows < tl.load(item_ptr + 3, volatile=True)
+    head = kv_head * GROUP_SIZE + rows % GROUP_SIZE
+    block_queries_ptr = queries_ptr + tl.load(item_ptr, volatile=True)
+    block_partials_ptr = partials_ptr + tl.load(item_ptr + 1)
+    targets = tl.load(item_ptr + 9)
+    v_dims = tl.arange(0, BLOCK_DV)
     is_dim = (v_dims < V_HEAD_DIM)[None, :]
     # One store after the other, the narrower type first, and `partial` loaded for each: this order
     # keeps the fewest values in the layout of a store at any time.
-    out_row = query.to(tl.int64)
-    tl.store(
-        out_ptr + (out_row * out_stride + head * out_head_stride)[:, None] + v_dims[None, :],
-        values.to(out_ptr.dtype.element_ty),
-        mask=goes_to_out[:, None] & is_dim,
-    )
-    if WRITES_LSE:
-        tl.store(lse_ptr + out_row * lse_stride + head * lse_head_stride, lse, mask=goes_to_out)
-    partial = tl.load(partials_ptr + first_partial + rows // GROUP_SIZE, mask=row_exists, other=-1)
-    goes_to_partial = partial >= 0
-    partial_row = partial.to(tl.int64) * (NUM_KV_HEADS * GROUP_SIZE) + head
-    tl.store(
-        partial_out_ptr + partial_row[:, None] * V_HEAD_DIM + v_dims[None, :],
-        values,
-        mask=goes_to_partial[:, None] & is_dim,
-    )
-    tl.store(partial_lse_ptr + partial_row, lse, mask=goes_to_partial)
-    if MERGES:
-        last_block_merge(
-            partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr, arrivals_ptr, request_indptr_ptr,
-            query, goes_to_partial, kv_head,
-            out_stride, out_head_stride, lse_stride, lse_head_stride,
-            NUM_KV_HEADS, GROUP_SIZE, V_HEAD_DIM, BLOCK_DV, WRITES_LSE,
-        )  # fmt: skip
-
-
-@triton.jit
-def last_block_merge(
-    partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr, arrivals_ptr, request_indptr_ptr,
-    query, goes_to_partial, kv_head,
-    out_stride, out_head_stride, lse_stride, lse_head_stride,
-    NUM_KV_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr,
-    V_HEAD_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, WRITES_LSE: tl.constexpr,
-):  # fmt: skip
-    """Count this tile's rows, and merge the requests whose partials are all there.
-
-    A request is complete for a KV head when every grouped head of every partial has been counted.
-    Which program completes it is chance. The result is not, since partials are merged in order.
-    """
-    tl.debug_barrier()  # the partials of all threads come before the count
-    counter_ptr = arrivals_ptr + query * NUM_KV_HEADS + kv_head
-    before = tl.atomic_add(counter_ptr, 1, mask=goes_to_partial, sem="acq_rel", scope="gpu")
-    begin = tl.load(request_indptr_ptr + query, mask=goes_to_partial, other=0)
-    end = tl.load(request_indptr_ptr + query + 1, mask=goes_to_partial, other=0)
-    completes = goes_to_partial & (before == (end - begin) * GROUP_SIZE - 1)
-    tl.store(counter_ptr, 0, mask=completes)
-    tl.debug_barrier()
-    waiting = tl.where(completes, query, -1)  # at most one row of a request is its last
-    for _ in range(tl.sum(completes.to(tl.int32), 0)):
-        request = tl.max(waiting, 0)
-        waiting = tl.where(waiting == request, -1, waiting)
-        merge_heads(
-            partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr, request, kv_head,
-            tl.load(request_indptr_ptr + request), tl.load(request_indptr_ptr + request + 1),
-            out_stride, out_head_stride, lse_stride, lse_head_stride,
-            NUM_KV_HEADS, GROUP_SIZE, V_HEAD_DIM, BLOCK_DV, WRITES_LSE,
-        )  # fmt: skip
+    if not CARRIES_ITEM or targets & TO_OUT != 0:
+        partial = tl.load(block_partials_ptr + rows // GROUP_SIZE, mask=row_exists, other=0)
+        query = tl.load(block_queries_ptr + rows // GROUP_SIZE, mask=row_exists, other=0)
+        goes_to_out = row_exists & (partial < 0)
+        out_row = query.to(tl.int64) * out_stride + head * out_head_stride
+        tl.store(
+            out_ptr + out_row[:, None] + v_dims[None, :],
+            values.to(out_ptr.dtype.element_ty),
+            mask=goes_to_out[:, None] & is_dim,
+        )
+        if WRITES_LSE:
+            lse_row = query.to(tl.int64) * lse_stride + head * lse_head_stride
+            tl.store(lse_ptr + lse_row, lse, mask=goes_to_out)
+    if not CARRIES_ITEM or targets & TO_PARTIALS != 0:
+        partial = tl.load(block_partials_ptr + rows // GROUP_SIZE, mask=row_exists, other=-1)
+        goes_to_partial = partial >= 0
+        partial_row = partial.to(tl.int64) * (NUM_KV_HEADS * GROUP_SIZE) + head
+        tl.store(
+            partial_out_ptr + partial_row[:, None] * V_HEAD_DIM + v_dims[None, :],
+            values,
+            mask=goes_to_partial[:, None] & is_dim,
+        )
+        tl.store(partial_lse_ptr + partial_row, lse, mask=goes_to_partial)
+        if MERGES:
+            query = tl.load(block_queries_ptr + rows // GROUP_SIZE, mask=row_exists, other=0)
+            last_block_merge(
+                partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr, arrivals_ptr,
+                request_indptr_ptr, rows, query, goes_to_partial, kv_head,
+                out_stride, out_head_stride, lse_stride, lse_head_stride,
+                NUM_KV_HEADS, GROUP_SIZE, V_HEAD_DIM, BLOCK_M, BLOCK_DV, WRITES_LSE,
+            )  # fmt: skip

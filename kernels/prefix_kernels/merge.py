@@ -11,7 +11,7 @@ import triton.language as tl
 
 from prefix_kernels import plan_buffers
 
-__all__ = ["merge_heads", "merge_kernel"]
+__all__ = ["last_block_merge", "merge_heads", "merge_kernel"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -34,14 +34,22 @@ def merge_kernel(
     V_HEAD_DIM: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     WRITES_LSE: tl.constexpr,
+    OVERLAPS_MERGE: tl.constexpr,
 ):
     """Grid (rows, Hkv). A request with one partial has been written by the forward kernel; a row
     without partials is padding and gets zeros.
+
+    With ``OVERLAPS_MERGE`` programs may begin while the forward kernel runs (programmatic dependent
+    launch, CUDA programming guide; compute capability 9.0). They find their partials meanwhile, in
+    a plan that was there before that kernel, and wait for its end before they read any. Those that
+    have nothing to merge wait, too, since the end of this launch stands for the end of both.
     """
     request = tl.program_id(0)
     request_indptr_ptr = plan_ptr + tl.load(plan_ptr + HEADER_REQUEST_INDPTR)
     begin = tl.load(request_indptr_ptr + request)
     end = tl.load(request_indptr_ptr + request + 1)
+    if OVERLAPS_MERGE:
+        tl.extra.cuda.gdc_wait()
     if end - begin != 1:
         merge_heads(
             partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr, request, tl.program_id(1),
@@ -104,3 +112,48 @@ def merge_heads(
             lse = (peak + tl.log2(divisor)) * LN2
             lse_row_ptr = lse_ptr + tl.cast(request, tl.int64) * lse_stride
             tl.store(lse_row_ptr + head * lse_head_stride, lse, mask=head_exists)
+
+
+@triton.jit
+def last_block_merge(
+    partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr, arrivals_ptr, request_indptr_ptr,
+    rows, query, goes_to_partial, kv_head,
+    out_stride, out_head_stride, lse_stride, lse_head_stride,
+    NUM_KV_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr,
+    V_HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
+    WRITES_LSE: tl.constexpr,
+):  # fmt: skip
+    """Count this tile's rows, and merge the requests whose partials are all there.
+
+    A request is complete for a KV head when every grouped head of every partial has been counted.
+    The first row of a query in the tile counts for all that the tile has of it: the others may be
+    in the next row block, where the group size does not divide the tile's rows. Which program
+    completes a request is chance. The result is not, since partials are merged in order.
+
+    Args:
+        rows: [BLOCK_M] rows of the pack.
+        query: [BLOCK_M] batch row of each.
+        goes_to_partial: [BLOCK_M] whether a row has written a partial.
+    """
+    tl.debug_barrier()  # the partials of all threads come before the count
+    within = tl.arange(0, BLOCK_M)
+    head = rows % GROUP_SIZE
+    counts = goes_to_partial & ((head == 0) | (within == 0))
+    rows_here = tl.minimum(GROUP_SIZE - head, BLOCK_M - within)
+    counter_ptr = arrivals_ptr + query * NUM_KV_HEADS + kv_head
+    before = tl.atomic_add(counter_ptr, rows_here, mask=counts, sem="acq_rel", scope="gpu")
+    begin = tl.load(request_indptr_ptr + query, mask=counts, other=0)
+    end = tl.load(request_indptr_ptr + query + 1, mask=counts, other=0)
+    completes = counts & (before + rows_here == (end - begin) * GROUP_SIZE)
+    tl.store(counter_ptr, 0, mask=completes)
+    tl.debug_barrier()
+    waiting = tl.where(completes, query, -1)  # at most one row of a request is its last
+    for _ in range(tl.sum(completes.to(tl.int32), 0)):
+        request = tl.max(waiting, 0)
+        waiting = tl.where(waiting == request, -1, waiting)
+        merge_heads(
+            partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr, request, kv_head,
+            tl.load(request_indptr_ptr + request), tl.load(request_indptr_ptr + request + 1),
+            out_stride, out_head_stride, lse_stride, lse_head_stride,
+            NUM_KV_HEADS, GROUP_SIZE, V_HEAD_DIM, BLOCK_DV, WRITES_LSE,
+        )  # fmt: skip

@@ -7,6 +7,7 @@ No tuning happens here or at serving time. What was measured on a device stands 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
@@ -20,11 +21,15 @@ from prefix_kernels.plan import AttentionShape, PackPlan
 
 __all__ = [
     "ARCHS",
+    "AUTO",
     "FUSED_ROWS",
+    "GRAPH_ROWS",
     "LAUNCH_MODES",
     "MERGE_MODES",
     "ROW_CLASSES",
+    "SMALL_BATCH",
     "TABLE",
+    "TILE_FIELDS",
     "LaunchConfig",
     "LaunchSetting",
     "PlanFacts",
@@ -33,8 +38,10 @@ __all__ = [
     "TunedDevice",
     "candidate_tiles",
     "choose_launches",
+    "choose_modes",
     "formula_tile",
     "load_tuned_tiles",
+    "measured_device",
     "next_power_of_two",
     "programs_for_registers",
     "programs_for_shared_memory",
@@ -43,9 +50,10 @@ __all__ = [
     "widest_block",
 ]
 
-# How a plan is launched and merged, see `TritonExecutor`.
+# How a plan is launched and merged, see `TritonExecutor`; "auto" is for `choose_modes` to resolve.
 LAUNCH_MODES = ("streams", "fused")
 MERGE_MODES = ("launch", "in_kernel")
+AUTO = "auto"
 
 # Shared memory that one program may use, in bytes (CUDA programming guide, compute capabilities).
 ARCHS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
@@ -55,16 +63,27 @@ ARCHS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 ROW_CLASSES = (16, 32, 64, 128)
 # The two classes of a fused launch: the most frequent one, and the least one for wgmma.
 FUSED_ROWS = (16, 64)
+# The classes of a graph, beside that of its batch's most rows: those of a fused launch. A pack of
+# 17 to 64 rows in the tile of 128 would take most of an SM and almost twice the instructions
+# (docs/kernels.md).
+GRAPH_ROWS = FUSED_ROWS
+# Requests of a batch that is small: where no pack has more rows than a fused launch's wide tile,
+# one launch that merges, too, is one node of a graph instead of three. With more requests programs
+# have several items each, and pay for the count of arrivals at the end of every one.
+SMALL_BATCH = 16
 
 # Accumulators, in rows times elements of v: four warps hold 64 x 128 and eight hold twice as much
 # without spilling, as `sglang-prefix kernels` shows. 128 x 256 spills, with 16 warps as well.
 _FOUR_WARPS = 64 * 128
 _LARGEST_ACCUMULATOR = 128 * 128
-# Registers per thread. Three programs of four warps share an SM within 168, which is enough for
-# 16 rows up to head dim 128.
+# Registers per thread. Within 168, three programs of four warps share an SM, or one of them and one
+# of eight: enough for 16 rows up to head dim 128, and for 128 rows with wgmma.
 _MAX_REGISTERS = 255
 _NARROW_TILE = 16 * 128
-_NARROW_REGISTERS = 168
+_SHARING_REGISTERS = 168
+# Rows of the tiles that have registers left for a next item.
+_CARRYING_ROWS = 32
+_SWITCHES = ("carries_item", "branches_for_tail", "half_products")  # of a tile
 
 # What an SM must have outstanding at 4.8 TB/s and a latency of about 1 us.
 _LEAST_AHEAD_BYTES = 36 * 1024
@@ -93,8 +112,10 @@ class TileShape:
         q_itemsize, kv_itemsize: bytes per element of q, and of the caches.
         has_wgmma: whether the device has wgmma or tcgen05, which take q from shared memory;
             elsewhere q is in registers.
-        device: as ``torch.cuda.get_device_name`` has it, to use what was measured there; None for
-            the formula.
+        device: as ``torch.cuda.get_device_name`` has it, to use what was measured there or on
+            another of its chip; None for the formula.
+        has_tensor_memory: whether that is tcgen05, whose results go to tensor memory and come from
+            there through registers.
     """
 
     head_dim: int
@@ -103,6 +124,7 @@ class TileShape:
     kv_itemsize: int
     has_wgmma: bool = True
     device: str | None = None
+    has_tensor_memory: bool = False
 
     @classmethod
     def of(cls, shape: AttentionShape, device: str | None = None) -> TileShape:
@@ -122,6 +144,15 @@ class TileConfig:
         num_stages: KV tiles in flight or in use.
         max_registers: per thread. Without a bound of ours ptxas sets its own and spills to keep
             to it.
+        carries_item: whether a program makes its items cheap for a few registers: it loads what
+            the next one says during the KV loop of this one, and branches around the output or the
+            partials where no row goes there. Not in fused launches.
+        branches_for_tail: whether only the last KV tile of an item is masked, by a branch.
+        half_products: whether bfloat16 queries are multiplied with 8-bit caches in float16, to
+            which there is a conversion in one step.
+
+    The last three change no result beyond rounding. They are switches for measuring both ways on
+    one device; the defaults are what executes fewer instructions (docs/kernels.md).
     """
 
     block_m: int
@@ -129,6 +160,21 @@ class TileConfig:
     num_warps: int
     num_stages: int
     max_registers: int = _MAX_REGISTERS
+    carries_item: bool = False
+    branches_for_tail: bool = True
+    half_products: bool = True
+
+    @property
+    def switches(self) -> dict[str, bool]:
+        """The kernel's arguments of those names."""
+        return {name.upper(): getattr(self, name) for name in _SWITCHES}
+
+    def merging(self) -> TileConfig:
+        """The same tile in a kernel that merges, too.
+
+        Beside that, eight warps spill within any bound that lets other programs share their SM.
+        """
+        return replace(self, max_registers=_MAX_REGISTERS) if self.num_warps == 8 else self
 
     @property
     def programs_per_sm(self) -> int:
@@ -159,14 +205,18 @@ class TileConfig:
         return (self.num_stages - 1) * kv_tile + q + weights + _SCRATCH_BYTES
 
 
+TILE_FIELDS = tuple(field.name for field in fields(TileConfig))
+
+
 @dataclass(frozen=True, slots=True)
 class PlanFacts:
     """What of a plan decides its launches.
 
     Attributes:
-        qo_rows: query rows (requests times group size) of the packs, every number once.
+        qo_rows: query rows (requests times group size) of the packs, every number once; of every
+            plan of a batch, the rows that there must be a tile for.
         kv_length: tokens of the longest pack, once its tail has grown. None if the launches must
-            serve every plan of a batch whose rows ``qo_rows`` has, because a graph holds them.
+            serve every plan of a batch, because a graph holds them.
     """
 
     qo_rows: tuple[int, ...]
@@ -181,9 +231,16 @@ class PlanFacts:
         return cls(tuple(rows.tolist()), int(lengths.max()))
 
     @classmethod
-    def of_every_plan(cls, padded_batch_size: int, group_size: int) -> PlanFacts:
-        """Of every plan of a batch of this size."""
-        return cls((padded_batch_size * group_size,), None)
+    def of_every_plan(
+        cls, padded_batch_size: int, group_size: int, graph_rows: tuple[int, ...] = GRAPH_ROWS
+    ) -> PlanFacts:
+        """Of every plan of a batch of this size.
+
+        A class more is a launch more, which ends at once where it finds nothing to do. So there are
+        those of ``graph_rows`` that the batch can outgrow, and the one that holds all of its rows.
+        """
+        most = padded_batch_size * group_size
+        return cls((*(rows for rows in graph_rows if rows < most), most), None)
 
 
 class LaunchSetting(NamedTuple):
@@ -221,6 +278,16 @@ class LaunchConfig:
         """Its tiles, by ascending rows."""
         return (self.tile,) if self.wide_tile is None else (self.tile, self.wide_tile)
 
+    def merging(self) -> LaunchConfig:
+        """The same launch of a kernel that merges, too."""
+        wide = self.wide_tile and self.wide_tile.merging()
+        return replace(self, tile=self.tile.merging(), wide_tile=wide)
+
+    def with_tiles(self, changes: Mapping[str, Any]) -> LaunchConfig:
+        """The same launch with other values of fields of its tiles."""
+        wide = self.wide_tile and replace(self.wide_tile, **changes)
+        return replace(self, tile=replace(self.tile, **changes), wide_tile=wide)
+
     def num_programs(self, shape: TileShape, num_sms: int, num_tiles: int | None) -> int:
         """Programs to launch: as many as run at a time, or fewer if there are fewer tiles.
 
@@ -253,16 +320,36 @@ def choose_launches(facts: PlanFacts, shape: TileShape, mode: str) -> list[Launc
             return [LaunchConfig(0, *_fused_tiles(facts.kv_length, shape))]
         return [LaunchConfig(0, _choose_tile(FUSED_ROWS[0], facts.kv_length, shape))]
     classes = {_row_class(rows, shape) for rows in facts.qo_rows}
-    if facts.kv_length is None:  # two launches in a graph: the narrowest tile, and all rows at once
-        classes.add(ROW_CLASSES[0])
     return [
         LaunchConfig(i, _choose_tile(rows, facts.kv_length, shape))
         for i, rows in enumerate(sorted(classes))
     ]
 
 
+def choose_modes(
+    padded_batch_size: int, group_size: int, mode: str = AUTO, merge: str = AUTO
+) -> tuple[str, str]:
+    """Choose how the plans of a batch size are launched and merged.
+
+    It depends on what a graph knows, the size of the batch, and not on the plan.
+
+    Args:
+        padded_batch_size: requests, padding included.
+        group_size: query heads per KV head.
+        mode: one of :data:`LAUNCH_MODES`, which wins, or :data:`AUTO`.
+        merge: one of :data:`MERGE_MODES`, which wins, or :data:`AUTO`.
+
+    Returns:
+        One of :data:`LAUNCH_MODES` and one of :data:`MERGE_MODES`.
+    """
+    fits_fused = padded_batch_size * group_size <= FUSED_ROWS[-1]
+    is_small = fits_fused and padded_batch_size <= SMALL_BATCH
+    chosen = ("fused", "in_kernel") if is_small else ("streams", "launch")
+    return (chosen[0] if mode == AUTO else mode), (chosen[1] if merge == AUTO else merge)
+
+
 def widest_block(mode: str, shape: TileShape) -> int:
-    """Rows of the widest tile that a launch mode has for head dims."""
+    """Rows of the widest tile that a launch mode, or "auto", has for head dims."""
     return FUSED_ROWS[-1] if mode == "fused" else row_classes(shape)[-1]
 
 
@@ -275,10 +362,11 @@ def row_classes(shape: TileShape) -> tuple[int, ...]:
 def warm_up_sizes(group_size: int, most: int) -> set[int]:
     """Batch sizes, up to ``most``, that between them make a server launch every kernel it has.
 
-    Launches are fixed but for the class of the widest tile, which follows from the batch size: the
-    smallest batch of each class.
+    Launches follow from the batch size: their mode, and the class of the widest tile. The smallest
+    batch of each.
     """
-    return {min(size, most) for size in (1, *(rows // group_size + 1 for rows in ROW_CLASSES))}
+    smallest = {1, SMALL_BATCH + 1, *(rows // group_size + 1 for rows in ROW_CLASSES)}
+    return {min(size, most) for size in smallest}
 
 
 def formula_tile(block_m: int, shape: TileShape) -> TileConfig:
@@ -293,12 +381,17 @@ def formula_tile(block_m: int, shape: TileShape) -> TileConfig:
     while block_n > _MIN_BLOCK_N and 2 * block_n * token_bytes > _KV_BYTES_IN_FLIGHT:
         block_n //= 2
     accumulator = block_m * next_power_of_two(shape.v_head_dim)
+    # Elsewhere, and where KV or q are converted on the way, 128 rows spill within that bound.
+    by_wgmma = shape.has_wgmma and not shape.has_tensor_memory
+    by_wgmma &= shape.q_itemsize == shape.kv_itemsize == 2
+    shares = accumulator <= _NARROW_TILE or (by_wgmma and block_m == ROW_CLASSES[-1])
     return TileConfig(
         block_m,
         block_n,
         num_warps=4 if block_m <= 64 and accumulator <= _FOUR_WARPS else 8,
         num_stages=max(2, min(4, _KV_BYTES_IN_FLIGHT // (block_n * token_bytes) + 1)),
-        max_registers=_NARROW_REGISTERS if accumulator <= _NARROW_TILE else _MAX_REGISTERS,
+        max_registers=_SHARING_REGISTERS if shares else _MAX_REGISTERS,
+        carries_item=block_m <= _CARRYING_ROWS,
     )
 
 
@@ -311,9 +404,10 @@ def candidate_tiles(block_m: int, shape: TileShape) -> Iterator[TileConfig]:
     """
     dim, v_dim = next_power_of_two(shape.head_dim), next_power_of_two(shape.v_head_dim)
     # Warps of a program and registers of a thread, so that one to four programs share an SM.
-    warps_registers = ((4, 128), (4, 168), (4, 255), (8, 128), (8, 255))
+    warps_registers = ((4, 128), (4, 168), (4, 255), (8, 128), (8, 168), (8, 255))
     for (warps, registers), block_n, stages in product(warps_registers, (32, 64, 128), (2, 3, 4)):
-        tile = TileConfig(block_m, block_n, warps, stages, registers)
+        carries = block_m <= _CARRYING_ROWS
+        tile = TileConfig(block_m, block_n, warps, stages, registers, carries_item=carries)
         programs = tile.programs_per_sm
         kv_tile = block_n * (dim + v_dim) * shape.kv_itemsize
         floats = block_m * (v_dim + block_n) // (32 * warps)  # accumulators and scores of a thread
@@ -348,8 +442,9 @@ def _row_class(qo_rows: int, shape: TileShape) -> int:
 
 def _choose_tile(block_m: int, kv_length: int | None, shape: TileShape) -> TileConfig:
     """The tile of a row class that was fastest on ``shape.device``, else the formula's."""
-    device = _load_once(TABLE).get(shape.device) if shape.device else None
-    measured = device.tiles.get((shape, block_m)) if device else None
+    name = measured_device(shape.device) if shape.device else None
+    tiles = _load_once(TABLE)[name].tiles if name else {}
+    measured = tiles.get((replace(shape, device=name), block_m))
     return _for_length(measured or formula_tile(block_m, shape), kv_length)
 
 
@@ -371,8 +466,9 @@ def _for_length(tile: TileConfig, kv_length: int | None) -> TileConfig:
     """The narrowest KV tile for packs that fit into one, with nothing to load ahead.
 
     All other lengths get the one width. What a tile has past the end of a pack repeats the last
-    slot, which the L1 cache answers, while every width more is a kernel that the first short batch
-    would wait seconds for.
+    slot: its copies pass by the L1 cache (`LDGSTS.BYPASS` in the binary), so they cost traffic of
+    the L2 cache, and none of main memory. Every width more would be a kernel that the first short
+    batch waits seconds for.
     """
     if kv_length is None or kv_length > _MIN_BLOCK_N:
         return tile
@@ -416,6 +512,31 @@ def load_tuned_tiles(path: Path) -> dict[str, TunedDevice]:
 
 
 _load_once = cache(load_tuned_tiles)  # the choice is made for every plan
+# The chip in a device's name: "NVIDIA H100 PCIe", "NVIDIA H100 80GB HBM3 MIG 3g.40gb", but none in
+# "NVIDIA GeForce RTX 4090", whose series has several.
+_CHIP = re.compile(r"NVIDIA [A-Z]+\d+\w*\b")
+
+
+def measured_device(device: str) -> str | None:
+    """The device in the table whose tiles are for ``device``; None where only the formula is.
+
+    That is itself, or the first one of the same chip by its name. Boards and MIG slices of a chip
+    have the same multiprocessors, with the same registers, shared memory and matrix unit. Their
+    memory differs, so measuring a device itself is better.
+
+    Args:
+        device: as ``torch.cuda.get_device_name`` has it.
+    """
+    table = _load_once(TABLE)
+    if device in table:
+        return device
+    chip = _chip(device)
+    return next((name for name in table if chip and _chip(name) == chip), None)
+
+
+def _chip(device: str) -> str | None:
+    found = _CHIP.match(device)
+    return found and found[0]
 
 
 def _read_device(name: str, entry: dict[str, Any]) -> TunedDevice:
@@ -423,16 +544,17 @@ def _read_device(name: str, entry: dict[str, Any]) -> TunedDevice:
     if arch not in ARCHS:
         raise ValueError(f"arch of {name} is {arch!r}; legal: {', '.join(ARCHS)}")
     shape_fields = ("head_dim", "v_head_dim", "q_itemsize", "kv_itemsize")
-    tile_fields = [field.name for field in fields(TileConfig)]
     tiles: dict[tuple[TileShape, int], TileConfig] = {}
     for row in rows:
-        if set(row) != {*shape_fields, *tile_fields}:
+        if set(row) != {*shape_fields, *TILE_FIELDS}:
             raise ValueError(f"a tile of {name} has the fields {', '.join(row)}")
-        if any(type(value) is not int or not 0 < value <= _MAX_FIELD for value in row.values()):
+        numbers = [row[key] for key in row if key not in _SWITCHES]
+        if any(type(value) is not int or not 0 < value <= _MAX_FIELD for value in numbers):
             raise ValueError(f"a tile of {name} has a value that is no positive integer: {row}")
         dims = {key: row[key] for key in shape_fields}
         shape = TileShape(**dims, has_wgmma=arch != "sm_80", device=name)
-        tile = TileConfig(**{key: row[key] for key in tile_fields})
+        shape = replace(shape, has_tensor_memory=arch == "sm_100")
+        tile = TileConfig(**{key: row[key] for key in TILE_FIELDS})
         candidates = candidate_tiles(tile.block_m, shape)
         if tile.block_m not in row_classes(shape) or tile not in candidates:
             raise ValueError(f"a tile of {name} is not among its candidate_tiles: {asdict(tile)}")

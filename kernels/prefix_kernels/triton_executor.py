@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,22 +12,27 @@ import torch
 from numpy.typing import NDArray
 from triton.runtime.interpreter import InterpretedFunction
 
-from prefix_kernels.arguments import INT32_MAX, check_choice
+from prefix_kernels.arguments import INT32_MAX, check_choice, refusal
 from prefix_kernels.executor import AttentionParams, PlanExecutor
 from prefix_kernels.forward import pack_forward_kernel
 from prefix_kernels.launch import launch
 from prefix_kernels.merge import merge_kernel
 from prefix_kernels.plan import AttentionShape, PackPlan
 from prefix_kernels.plan_buffers import PlanBuffers, PlanCapacity, serialize_plan
+from prefix_kernels.streams import LaunchStreams
 from prefix_kernels.tiles import (
+    AUTO,
+    GRAPH_ROWS,
     LAUNCH_MODES,
     MERGE_MODES,
     ROW_CLASSES,
+    TILE_FIELDS,
     LaunchConfig,
     LaunchSetting,
     PlanFacts,
     TileShape,
     choose_launches,
+    choose_modes,
     next_power_of_two,
     row_classes,
     widest_block,
@@ -36,8 +43,14 @@ __all__ = ["LAUNCH_MODES", "MERGE_MODES", "TritonExecutor"]
 
 IntArray = NDArray[np.int64]
 
-# Compute capabilities with wgmma or tcgen05.
+# Compute capabilities with wgmma or tcgen05, and the first with programmatic dependent launch.
 _WGMMA_MAJORS = (9, 10)
+_DEPENDENT_LAUNCH_MAJOR = 9
+
+
+def _major_of(device: torch.device) -> int:
+    """Major compute capability; 0 in the interpreter."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
 class TritonExecutor(PlanExecutor):
@@ -46,14 +59,25 @@ class TritonExecutor(PlanExecutor):
     Args:
         shape, device, check_slots: as of :class:`PlanExecutor`; the device is a CUDA device, or the
             CPU under the interpreter.
-        mode: "streams", one launch per tile class, each on its own stream; or "fused", one launch
-            for the two classes that have the same number of warps.
-        merge: "launch", a launch of its own; or "in_kernel", by the forward program that ends last
-            for a request.
+        mode: "streams", one launch per tile class, each on its own stream; "fused", one launch
+            for the two classes that have the same number of warps; or "auto", what
+            :func:`~prefix_kernels.tiles.choose_modes` says of a batch size.
+        merge: "launch", a launch of its own; "in_kernel", by the forward program that ends last
+            for a request; or "auto", likewise.
         capacity: fixed sizes of the buffers. Launches are fixed then, too: under every plan of the
             same padded batch size, ``append`` and ``run`` launch the same kernels on the same
             addresses, so that a captured graph replays under all of them. None to let the buffers
             grow and to fit the launches to each plan.
+        graph_rows: of fixed launches, rows of the tiles beside the one that holds a whole batch.
+        wide_first: whether launches of wider tiles have streams of higher priority.
+        overlap_merge: whether the launch of the merge begins before the forward stage ends, where
+            that is one launch and the device has programmatic dependent launch. Not yet run on a
+            GPU, so it is off.
+        tile_changes: values of fields of :class:`~prefix_kernels.tiles.TileConfig` that all tiles
+            get, to measure a switch both ways.
+
+    Attributes:
+        modes: launch and merge mode of the plan in use, "auto" resolved.
     """
 
     name = "triton"
@@ -63,28 +87,46 @@ class TritonExecutor(PlanExecutor):
         shape: AttentionShape,
         device: torch.device,
         *,
-        mode: str = "streams",
-        merge: str = "launch",
+        mode: str = AUTO,
+        merge: str = AUTO,
         capacity: PlanCapacity | None = None,
+        graph_rows: tuple[int, ...] = GRAPH_ROWS,
+        wide_first: bool = True,
+        overlap_merge: bool = False,
+        tile_changes: Mapping[str, Any] | None = None,
         check_slots: bool = False,
     ) -> None:
         super().__init__(shape, device, check_slots=check_slots)
-        check_choice("mode", mode, LAUNCH_MODES)
-        check_choice("merge", merge, MERGE_MODES)
+        check_choice("mode", mode, (AUTO, *LAUNCH_MODES))
+        check_choice("merge", merge, (AUTO, *MERGE_MODES))
+        for rows in graph_rows:
+            if rows not in ROW_CLASSES:
+                raise refusal("graph_rows", rows, ", ".join(map(str, ROW_CLASSES)))
+        for field in tile_changes or ():
+            if field not in TILE_FIELDS:
+                raise refusal("tile_changes", field, ", ".join(TILE_FIELDS))
         tile_shape = TileShape.of(shape)
         if not row_classes(tile_shape):
             raise ValueError(
                 f"v_head_dim={shape.v_head_dim} has no tile of the Triton kernels; legal: less, or "
                 "the executor 'torch'"
             )
+        major = _major_of(device)
         if device.type == "cuda":
-            major, _ = torch.cuda.get_device_capability(device)
             gpu = torch.cuda.get_device_name(device)
-            tile_shape = replace(tile_shape, has_wgmma=major in _WGMMA_MAJORS, device=gpu)
+            tile_shape = replace(
+                tile_shape,
+                has_wgmma=major in _WGMMA_MAJORS,
+                device=gpu,
+                has_tensor_memory=major == _WGMMA_MAJORS[-1],
+            )
         self._tile_shape = tile_shape
-        self._mode = mode
-        self._merges_in_kernel = merge == "in_kernel"
+        self._asked_modes = mode, merge
+        self.modes = choose_modes(1, shape.group_size, mode, merge)
+        self._graph_rows = graph_rows
+        self._tile_changes = dict(tile_changes or {})
         self._launches_are_fixed = capacity is not None
+        self._overlaps_merge = overlap_merge and major >= _DEPENDENT_LAUNCH_MAJOR
         self._buffers = PlanBuffers(shape, device, capacity)
         self._launches: list[tuple[LaunchConfig, int]] = []  # each with its number of programs
         self._num_slots = 0
@@ -92,14 +134,10 @@ class TritonExecutor(PlanExecutor):
         with torch.inference_mode(False):
             self._one = torch.ones(1, device=device)
             self._no_lse = torch.empty(1, 1, device=device)
+        self._streams = LaunchStreams(device, wide_first=wide_first)
         self._num_sms = 0
-        self._streams: list[torch.cuda.Stream] = []
         if device.type == "cuda":
             self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-            # One more than there are launches beside the first: see `_side_streams`.
-            self._streams = [torch.cuda.Stream(device) for _ in ROW_CLASSES]
-            self._fork = torch.cuda.Event()
-            self._joins = [torch.cuda.Event() for _ in ROW_CLASSES[1:]]
 
     @classmethod
     def why_not(
@@ -123,7 +161,7 @@ class TritonExecutor(PlanExecutor):
     @property
     def max_block_rows(self) -> int:
         """Query rows (requests times group size) that read KV in one pass."""
-        return widest_block(self._mode, self._tile_shape)
+        return widest_block(self._asked_modes[0], self._tile_shape)
 
     @property
     def launch_setting(self) -> LaunchSetting:
@@ -153,11 +191,15 @@ class TritonExecutor(PlanExecutor):
         padded_batch_size: int,
     ) -> None:
         group_size, is_fixed = self.shape.group_size, self._launches_are_fixed
+        modes = choose_modes(padded_batch_size, group_size, *self._asked_modes)
         if is_fixed:
-            facts = PlanFacts.of_every_plan(padded_batch_size, group_size)
+            facts = PlanFacts.of_every_plan(padded_batch_size, group_size, self._graph_rows)
         else:
             facts = PlanFacts.of(plan, group_size)
-        launches = choose_launches(facts, self._tile_shape, self._mode)
+        launches = choose_launches(facts, self._tile_shape, modes[0])
+        if modes[1] == "in_kernel":
+            launches = [one.merging() for one in launches]
+        launches = [one.with_tiles(self._tile_changes) for one in launches]
         block_rows = [tile.block_m for one in launches for tile in one.tiles]
         items, partials = build_work_list(plan, group_size, block_rows)
         if len(launches) == 1:
@@ -168,7 +210,7 @@ class TritonExecutor(PlanExecutor):
             raise ValueError(f"the plan has {len(items)} work items; legal: 2**31 tiles in all")
         serialized = serialize_plan(plan, lists, partials, padded_batch_size)
         self._buffers.load(plan, serialized, req_to_token, req_pool_indices, padded_batch_size)
-        self._launches = []  # from here on nothing is refused
+        self._launches, self.modes = [], modes  # from here on nothing is refused
         for one, own in zip(launches, lists, strict=True):
             num_tiles = None if is_fixed else len(own) * self.shape.num_kv_heads
             num_programs = one.num_programs(self._tile_shape, self._num_sms, num_tiles)
@@ -195,6 +237,10 @@ class TritonExecutor(PlanExecutor):
         k_factor, k_scales, k_scale_stride = self._split_scale(params.k_scale)
         v_factor, v_scales, v_scale_stride = self._split_scale(params.v_scale)
         buffers, shape = self._buffers, self.shape
+        merges_in_kernel = self.modes[1] == "in_kernel"
+        merges_after = self._needs_merge and not merges_in_kernel
+        # The launch before the merge must be the one that the merge waits for.
+        overlaps_merge = self._overlaps_merge and merges_after and len(self._launches) == 1
         lse_or_none = self._no_lse if lse is None else lse
         outputs: dict[str, Any] = dict(  # noqa: C408
             out_ptr=out,
@@ -211,8 +257,9 @@ class TritonExecutor(PlanExecutor):
             V_HEAD_DIM=shape.v_head_dim,
             BLOCK_DV=max(16, next_power_of_two(shape.v_head_dim)),
             WRITES_LSE=lse is not None,
+            OVERLAPS_MERGE=overlaps_merge,
         )
-        self._forward(
+        forward: dict[str, Any] = dict(
             q_ptr=q,
             k_ptr=k_cache,
             v_ptr=v_cache,
@@ -222,57 +269,37 @@ class TritonExecutor(PlanExecutor):
             tail_lengths_ptr=buffers.tail_lengths,
             arrivals_ptr=buffers.arrivals,
             padded_batch_size=self.padded_batch_size,
-            MERGES=self._merges_in_kernel,
+            MERGES=merges_in_kernel,
             sm_scale=params.sm_scale * k_factor,
             v_factor=v_factor,
             logit_cap=params.logit_cap,
             q_stride=q.stride(0),
             q_head_stride=q.stride(1),
-            k_stride=k_cache.stride(0),
-            k_head_stride=k_cache.stride(1),
-            v_stride=v_cache.stride(0),
-            v_head_stride=v_cache.stride(1),
+            K_STRIDE=k_cache.stride(0),
+            K_HEAD_STRIDE=k_cache.stride(1),
+            V_STRIDE=v_cache.stride(0),
+            V_HEAD_STRIDE=v_cache.stride(1),
             **outputs,
             k_scale_stride=k_scale_stride,
             v_scale_stride=v_scale_stride,
             HEAD_DIM=shape.head_dim,
             BLOCK_D=max(16, next_power_of_two(shape.head_dim)),
             HAS_CAP=params.logit_cap > 0,
-            HAS_SCALES=k_scales is not self._one or v_scales is not self._one,
+            # A scale that is not above 0 needs what those from a tensor get.
+            HAS_SCALES=k_scales is not self._one
+            or v_scales is not self._one
+            or params.sm_scale * k_factor <= 0,
         )
-        if self._needs_merge and not self._merges_in_kernel:
+        self._streams.run([partial(self._launch, *one, forward) for one in self._launches])
+        if merges_after:
             launch(
                 merge_kernel,
                 (self.padded_batch_size, self.shape.num_kv_heads),
                 **outputs,
                 num_warps=4,
+                # Only where it is asked for: an option is part of the key of a compiled kernel.
+                **({"launch_pdl": True} if overlaps_merge else {}),
             )
-
-    def _forward(self, **arguments: Any) -> None:
-        """Launch the forward stage; the first launch on the current stream, others beside it."""
-        if len(self._launches) > 1 and self._streams:
-            current = torch.cuda.current_stream(self.device)
-            side = self._side_streams(current)
-            self._fork.record(current)
-            for stream, join, one in zip(side, self._joins, self._launches[1:], strict=False):
-                stream.wait_event(self._fork)
-                with torch.cuda.stream(stream):
-                    self._launch(*one, arguments)
-                join.record(stream)
-            self._launch(*self._launches[0], arguments)
-            for join, _ in zip(self._joins, side, strict=False):
-                current.wait_event(join)
-            return
-        for one in self._launches:
-            self._launch(*one, arguments)
-
-    def _side_streams(self, current: torch.cuda.Stream) -> list[torch.cuda.Stream]:
-        """Streams for the launches after the first, none of them ``current``.
-
-        torch hands out streams from a pool of 32 in turn, so one of ours can be the caller's.
-        """
-        others = [s for s in self._streams if s.cuda_stream != current.cuda_stream]
-        return others[: len(self._launches) - 1]
 
     def _launch(self, config: LaunchConfig, num_programs: int, arguments: dict[str, Any]) -> None:
         tile, wide = config.tile, config.wide_tile
@@ -285,6 +312,7 @@ class TritonExecutor(PlanExecutor):
             BLOCK_N=tile.block_n,
             WIDE_BLOCK_M=wide.block_m if wide else 0,
             WIDE_BLOCK_N=wide.block_n if wide else 0,
+            **tile.switches,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
             maxnreg=tile.max_registers,

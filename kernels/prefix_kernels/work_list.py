@@ -7,23 +7,32 @@ from numpy.typing import NDArray
 
 from prefix_kernels.plan import PackPlan
 
-__all__ = ["ITEM_FIELDS", "TILE_CLASS_FIELD", "build_work_list", "tile_classes"]
+__all__ = [
+    "ITEM_FIELDS",
+    "TILE_CLASS_FIELD",
+    "TO_OUT",
+    "TO_PARTIALS",
+    "build_work_list",
+    "tile_classes",
+]
 
 IntArray = NDArray[np.int64]
 Int32Array = NDArray[np.int32]
 
 # Fields of an item, in this order:
-#   0  index of the pack's first query in `queries`
-#   1  index of the split's first partial in `partials`
-#   2  first row of the block, among the pack's rows (query, grouped head)
-#   3  rows of the pack
+#   0  index in `queries` of the query that the block's first row belongs to
+#   1  index of that query's partial in `partials`
+#   2  grouped head of the block's first row; 0 if a group's heads fill a block, or several do
+#   3  rows (query, grouped head) of the pack from that query's first head on
 #   4  index of the pack's first slot in `kv_slots`
 #   5  tokens of a shared pack; -1 - b for the tail of request b
 #   6  split
 #   7  splits of the pack
 #   8  tile class
-ITEM_FIELDS = 9
+#   9  where its rows go: TO_OUT and TO_PARTIALS, added up
+ITEM_FIELDS = 10
 TILE_CLASS_FIELD = 8
+TO_OUT, TO_PARTIALS = 1, 2
 
 
 def tile_classes(qo_rows: IntArray, block_rows: list[int]) -> IntArray:
@@ -70,10 +79,13 @@ def build_work_list(
     tokens = lengths.copy()
     tokens[plan.num_shared_packs :] = np.arange(-1, -1 - plan.batch_size, -1)
     items = np.empty((len(pack), ITEM_FIELDS), dtype=np.int32)
-    items[:, 0] = plan.query_indptr[pack]
-    items[:, 1] = plan.partial_indptr[pack] + split * num_queries[pack]
-    items[:, 2] = block * block_m[pack]
-    items[:, 3] = rows[pack]
+    first_row = block * block_m[pack]
+    first_query, first_head = np.divmod(first_row, group_size)
+    partial = plan.partial_indptr[pack] + split * num_queries[pack] + first_query
+    items[:, 0] = plan.query_indptr[pack] + first_query
+    items[:, 1] = partial
+    items[:, 2] = first_head
+    items[:, 3] = rows[pack] - first_row + first_head
     items[:, 4] = plan.slot_offset[pack]
     items[:, 5] = tokens[pack]
     items[:, 6] = split
@@ -83,4 +95,10 @@ def build_work_list(
     first_partial = plan.request_indptr[:-1]
     target = np.arange(plan.num_partials, dtype=np.int32)
     target[first_partial[plan.request_indptr[1:] - first_partial == 1]] = -1
-    return items, target[plan.partial_index]
+    partials = target[plan.partial_index]
+    end_row = np.minimum(first_row + block_m[pack], rows[pack])
+    block_queries = -(-end_row // group_size) - first_query
+    to_out = np.concatenate(([0], np.cumsum(partials < 0)))
+    to_out = to_out[partial + block_queries] - to_out[partial]
+    items[:, 9] = (to_out > 0) * TO_OUT + (to_out < block_queries) * TO_PARTIALS
+    return items, partials

@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -171,6 +172,8 @@ def _build_group(
             "mode": config.launch_mode,
             "merge": config.merge_mode,
         }
+        if device.type == "cuda":
+            _say_whose_tiles(torch.cuda.get_device_name(device))
     executor = make_executor(name, shape, device, check_slots=config.verify, **options)
     planner = planner_for(
         executor,
@@ -179,6 +182,17 @@ def _build_group(
         max_partials=max_partials,
     )
     return LayerGroup(planner, executor, num_layers, workspace)
+
+
+@cache
+def _say_whose_tiles(gpu: str) -> None:
+    """Log whose measurements choose the tiles, unless that is the GPU itself."""
+    from prefix_kernels.tiles import measured_device
+
+    measured = measured_device(gpu)
+    if measured != gpu:
+        source = f"those measured on {measured}" if measured else "the formula's"
+        logger.info("prefix attention: no tiles were measured on %s; it gets %s", gpu, source)
 
 
 def _workspace_of(

@@ -151,7 +151,7 @@ class KernelCase(Case):
 
 
 class TileTimes(TypedDict):
-    tile: dict[str, Count]
+    tile: dict[str, Count | bool]
     kernel_us: Positive
 
 

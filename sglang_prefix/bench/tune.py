@@ -52,7 +52,8 @@ _LEAST_TOKENS = 1024
 _LEAST_KV_BYTES = 256 << 20
 # One split per pack, however long it is.
 _UNSPLIT = replace(GPU_PROFILE, name="unsplit", tiles=())
-# Every graph launches the class of 16 rows and that of all rows of its batch, most often 128.
+# Every graph launches the class of 16 rows, and most of them that of 64 and that of all rows of
+# their batch, most often 128.
 _ROWS = (16, 128, 64, 32)
 
 
@@ -103,9 +104,11 @@ class TileWork:
         dtype = torch.float16 if dry else torch.bfloat16
         kv_dtype = dtype if pack.kv_dtype == "bf16" else torch.float8_e4m3fn
         # As TritonExecutor has it.
-        has_wgmma = dry or torch.cuda.get_device_capability(device)[0] in (9, 10)
+        major = 9 if dry else torch.cuda.get_device_capability(device)[0]
         sizes = (dtype.itemsize, kv_dtype.itemsize)
-        self.shape = TileShape(heads.dim, heads.dim, *sizes, has_wgmma)
+        self.shape = TileShape(
+            heads.dim, heads.dim, *sizes, major in (9, 10), has_tensor_memory=major == 10
+        )
         token_bytes = 2 * heads.kv * heads.dim * kv_dtype.itemsize
         self.num_packs, self.tokens = (2, 33) if dry else _size(self._num_sms, token_bytes)
         self.kv_bytes = self.num_packs * self.tokens * token_bytes
@@ -128,7 +131,14 @@ class TileWork:
         """Record the launches of a plan, and which of them is that of the row class."""
         shape = inputs.heads.shape(inputs.q.dtype, inputs.k.dtype)
         # Owns the buffers that the launches read.
-        self._attention = PackedAttention(shape, inputs.q.device, policy="node", profile=_UNSPLIT)
+        self._attention = PackedAttention(
+            shape,
+            inputs.q.device,
+            policy="node",
+            profile=_UNSPLIT,
+            mode="streams",
+            merge="launch",
+        )
         plan = self._attention.plan(inputs.batch.forest())
         self._attention.load(plan, inputs.req_to_token, inputs.req_pool_indices)
         self._outputs = inputs.outputs()
@@ -147,6 +157,7 @@ class TileWork:
         programs = min(self._num_units, self._num_sms * tile.resident_programs(self.shape))
         options = {
             "BLOCK_N": tile.block_n,
+            **tile.switches,
             "num_warps": tile.num_warps,
             "num_stages": tile.num_stages,
             "maxnreg": tile.max_registers,

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
-from prefix_kernels.tiles import LAUNCH_MODES
+from prefix_kernels.tiles import AUTO, LAUNCH_MODES
 from sglang_prefix.files import read_json
 from sglang_prefix.forest import PrefixForest
 from sglang_prefix.packing import (
@@ -215,7 +215,7 @@ class PlanRecord:
         neighbours: who shares what.
         plans: what a plan for each attention shape is made for; at least one.
         answer: who serves the batch.
-        launch_mode: how the Triton executor launches.
+        launch_mode: how the Triton executor launches, or "auto" for what it chooses.
         graph_rows: rows of the decode graph, padding included; None outside graphs.
         gpu: the GPU's name, by which tuned tiles are found; None for none.
         notes: what was assumed, for people.
@@ -226,7 +226,7 @@ class PlanRecord:
     neighbours: Neighbours
     plans: Annotated[tuple[ShapePlan, ...], Field(min_length=1, max_length=_MAX_TEXTS)]
     answer: Answer
-    launch_mode: Annotated[str, _one_of(LAUNCH_MODES)] = "streams"
+    launch_mode: Annotated[str, _one_of((AUTO, *LAUNCH_MODES))] = AUTO
     graph_rows: Count | None = None
     gpu: Text | None = None
     notes: Annotated[tuple[Text, ...], Field(max_length=_MAX_TEXTS)] = ()

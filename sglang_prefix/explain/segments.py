@@ -8,7 +8,13 @@ from typing import Any
 import numpy as np
 
 from prefix_kernels.plan import AttentionShape
-from prefix_kernels.tiles import PlanFacts, TileShape, choose_launches, row_classes
+from prefix_kernels.tiles import (
+    PlanFacts,
+    TileShape,
+    choose_launches,
+    choose_modes,
+    row_classes,
+)
 from prefix_kernels.work_list import tile_classes
 from sglang_prefix.explain.reasons import leaves, notes_of, reasons_of
 from sglang_prefix.explain.record import PlanRecord, ShapePlan
@@ -217,7 +223,9 @@ def _tiles(record: PlanRecord, plan: CostedPlan) -> list[tuple[int, int] | None]
         facts = PlanFacts.of(plan, group_size)
     else:
         facts = PlanFacts.of_every_plan(record.graph_rows, group_size)
-    launches = choose_launches(facts, shape, record.launch_mode)
+    batch_size = record.graph_rows or plan.batch_size
+    mode, _ = choose_modes(batch_size, group_size, record.launch_mode)
+    launches = choose_launches(facts, shape, mode)
     tiles = [tile for launch in launches for tile in launch.tiles]
     qo_rows = np.diff(plan.query_indptr) * group_size
     chosen = tile_classes(qo_rows, [tile.block_m for tile in tiles])

@@ -133,7 +133,8 @@ def lay_out(tree: Tree, setting: Setting, size: int, number: int = 0) -> Attenti
     """Inputs of a batch that is served under the capture."""
     return AttentionInputs.lay_out(
         tree,
-        Heads(6, 2, 16, 16) if setting.dry else Heads(32, 8),
+        # Rows of a whole batch fill the tile of 128; queries straddle row blocks of 16 and 64.
+        Heads(24, 2, 16, 16) if setting.dry else Heads(32, 8),
         setting.device,
         setting.seed + number,
         dtype=torch.float32 if setting.dry else torch.bfloat16,
@@ -163,17 +164,21 @@ def forests_to_serve(setting: Setting, size: int) -> list[tuple[str, Tree, str, 
 class GraphServer:
     """Static tensors, as an engine's graph knows them, and a step captured under single tokens.
 
+    Args:
+        modes: launch and merge mode.
+        setting: where.
+        options: further ones of the Triton executor.
+
     Attributes:
         served: name, inputs and plan of the batches that the graph is to serve.
         replay: the captured step.
         outputs: what it writes.
     """
 
-    def __init__(self, modes: Modes, setting: Setting) -> None:
+    def __init__(self, modes: Modes, setting: Setting, **options: Any) -> None:
         size = 7 if setting.dry else 24
         first = lay_out(shared_then_private(size, 0, 1), setting, size)
-        options: dict[str, Any] = {"mode": modes[0], "merge": modes[1]}
-        options["reserved_tail_slots"] = GROWTH
+        options |= {"mode": modes[0], "merge": modes[1], "reserved_tail_slots": GROWTH}
         shape = first.heads.shape(first.q.dtype, first.k.dtype)
         self.attention = PackedAttention(shape, setting.device, **options)
         self.served: list[tuple[str, AttentionInputs, PackPlan]] = []

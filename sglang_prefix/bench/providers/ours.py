@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from prefix_kernels.tiles import LAUNCH_MODES, MERGE_MODES
+from prefix_kernels.tiles import AUTO, LAUNCH_MODES, MERGE_MODES
 from prefix_kernels.torch_executor import merge_blocks, merge_partials
 from sglang_prefix.bench.packed_attention import PackedAttention
 from sglang_prefix.bench.providers.base import Provider, ProviderMaker
@@ -17,7 +17,7 @@ from sglang_prefix.bench.workloads.inputs import AttentionInputs
 
 __all__ = ["Chain", "NativeOurs", "TorchOurs", "TritonOurs", "chains", "our_providers"]
 
-_USUAL = (LAUNCH_MODES[0], MERGE_MODES[0])
+_USUAL = (AUTO, AUTO)
 # A usual depth. The cost of launches does not depend on the batch.
 _CHAIN_LAYERS = 32
 # Classes of rows in use, and the policy that leads to it on requests that share a short prefix:
@@ -165,8 +165,7 @@ def our_providers(
     first = policies[0]
     variants = product(policies, LAUNCH_MODES, MERGE_MODES) if all_launches else ()
     for policy, mode, merge in variants:
-        wanted = policy == first or (merge == _USUAL[1] and not dry)
-        if wanted and (mode, merge) != _USUAL:
+        if policy == first or (merge == MERGE_MODES[0] and not dry):
             name = f"triton/{policy}/{mode}/{merge}"
             makers[name] = partial(TritonOurs, policy=policy, mode=mode, merge=merge)
     return makers
