@@ -18,15 +18,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from prefix_kernels.launches import FUSED_ROWS, MERGE_MODES, PlanFacts, choose_launches
 from prefix_kernels.tiles import (
     ARCHS,
-    FUSED_ROWS,
-    MERGE_MODES,
     TABLE,
-    PlanFacts,
     TileConfig,
     TileShape,
-    choose_launches,
     load_tuned_tiles,
     next_power_of_two,
     programs_for_registers,

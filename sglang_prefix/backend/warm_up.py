@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from prefix_kernels.tiles import ROW_CLASSES, SMALL_BATCH
+from prefix_kernels.launches import SMALL_BATCH
+from prefix_kernels.tiles import ROW_CLASSES
 from sglang_prefix.backend.decode_batch import DecodeBatch
 from sglang_prefix.backend.decode_planner import DecodePlanner, LayerGroup
 

@@ -16,7 +16,7 @@ from prefix_kernels.compile_report import (
     kernel_variants,
     legal_dtypes,
 )
-from prefix_kernels.tiles import MERGE_MODES
+from prefix_kernels.launches import MERGE_MODES
 from sglang_prefix.cli.options import JsonOption
 from sglang_prefix.cli.output import complain, console, fail, write_json
 
