@@ -58,7 +58,7 @@ class PrefixConfig:
             ValueError: a variable has a value that is not legal; the message names both.
         """
         from prefix_kernels.executor import EXECUTORS
-        from prefix_kernels.tiles import AUTO, LAUNCH_MODES, MERGE_MODES
+        from prefix_kernels.launches import AUTO, LAUNCH_MODES, MERGE_MODES
         from sglang_prefix.packing import POLICIES
 
         env = os.environ if env is None else env

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from triton.runtime import interpreter
 
-from prefix_kernels.tiles import LAUNCH_MODES
+from prefix_kernels.launches import LAUNCH_MODES
 from prefix_kernels.triton_executor import TritonExecutor
 from prefix_kernels.work_list import ITEM_FIELDS, TO_OUT, TO_PARTIALS, build_work_list
 from sglang_prefix.packing import POLICIES

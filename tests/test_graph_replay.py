@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from prefix_kernels.tiles import MERGE_MODES
+from prefix_kernels.launches import MERGE_MODES
 from sglang_prefix.bench.graphs import launches_of
 from sglang_prefix.bench.workloads.inputs import MismatchError
 from tests.gpu.checks import GraphServer

@@ -31,8 +31,9 @@ from typer.testing import CliRunner
 
 from prefix_kernels import forward, kernel_cache, launch, merge, plan_buffers, server_launches
 from prefix_kernels.kernel_cache import CachedKernel, KernelLaunch, Pointer
+from prefix_kernels.launches import LAUNCH_MODES, MERGE_MODES
 from prefix_kernels.server_launches import ServedLayers, launch_all
-from prefix_kernels.tiles import LAUNCH_MODES, MERGE_MODES, ROW_CLASSES
+from prefix_kernels.tiles import ROW_CLASSES
 from prefix_kernels.triton_identity import installed_triton, triton_of_wheel
 from sglang_prefix.cli.main import app
 from sglang_prefix.kernel_cache import settle

@@ -14,15 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from prefix_kernels.launches import LaunchSetting, PlanFacts, choose_launches
 from prefix_kernels.plan import split_bounds
-from prefix_kernels.tiles import (
-    LaunchSetting,
-    PlanFacts,
-    TileShape,
-    choose_launches,
-    formula_tile,
-    row_classes,
-)
+from prefix_kernels.tiles import TileShape, formula_tile, row_classes
 from prefix_kernels.work_list import ITEM_FIELDS, build_work_list
 from sglang_prefix.bench.workloads.trees import (
     TreeBatch,
@@ -64,7 +58,7 @@ UNRELATED = [(1, 8192), (4, 4096), (32, 4096), (64, 8192), (100, 777)]
 
 
 def setting(num_sms: int = 132, mode: str = "streams", dim: int = 128) -> LaunchSetting:
-    return LaunchSetting(TileShape(dim, dim, 2, 2), mode, num_sms, False)
+    return LaunchSetting(TileShape(dim, dim, 2, 2), 1, num_sms, mode)
 
 
 def device(name: str) -> DeviceProfile:
@@ -127,7 +121,7 @@ class TestTiles:
     def test_a_graph_has_its_own_classes(self, rows: int) -> None:
         launches = choose_launches(PlanFacts.of_every_plan(rows, 1), setting().shape, "streams")
         captured = [tile.block_m for launch in launches for tile in launch.tiles]
-        profile = gpu_profile(setting(), batch_rows=rows)
+        profile = gpu_profile(setting(), padded_batch_size=rows)
         assert [tile.rows for tile in profile.tiles] == captured
         assert profile.max_block_rows == captured[-1]
 

@@ -14,26 +14,28 @@ from hypothesis import strategies as st
 
 from prefix_kernels import tiles
 from prefix_kernels.compile_report import HEAD_DIMS, kernel_variants, legal_dtypes
-from prefix_kernels.tiles import (
+from prefix_kernels.launches import (
     FUSED_ROWS,
     GRAPH_ROWS,
     LAUNCH_MODES,
     MERGE_MODES,
-    ROW_CLASSES,
     SMALL_BATCH,
-    TABLE,
     PlanFacts,
+    choose_launches,
+    choose_modes,
+    widest_block,
+)
+from prefix_kernels.tiles import (
+    ROW_CLASSES,
+    TABLE,
     TileConfig,
     TileShape,
     candidate_tiles,
-    choose_launches,
-    choose_modes,
     formula_tile,
     load_tuned_tiles,
     measured_device,
     next_power_of_two,
     row_classes,
-    widest_block,
 )
 
 ROOT = Path(__file__).parents[1]

@@ -6,9 +6,10 @@ import re
 
 import pytest
 
+from prefix_kernels.launches import FUSED_ROWS
 from prefix_kernels.plan import AttentionShape
 from prefix_kernels.plan_buffers import PlanCapacity, serialize_plan
-from prefix_kernels.tiles import FUSED_ROWS, ROW_CLASSES
+from prefix_kernels.tiles import ROW_CLASSES
 from prefix_kernels.work_list import build_work_list
 from sglang_prefix.backend.workspace import Workspace, size_workspace
 from sglang_prefix.config import PrefixConfig

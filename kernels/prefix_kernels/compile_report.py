@@ -20,17 +20,14 @@ from typing import Any
 
 from prefix_kernels.amdgcn import read_amdgcn
 from prefix_kernels.kernel_report import AMD_ARCHS, COUNTED_TOKENS, KernelReport, TileReport
+from prefix_kernels.launches import FUSED_ROWS, MERGE_MODES, PlanFacts, choose_launches
 from prefix_kernels.machine_code import MachineCode, find_kv_loops
 from prefix_kernels.sass import disassemble
 from prefix_kernels.tiles import (
     ARCHS,
-    FUSED_ROWS,
-    MERGE_MODES,
     TABLE,
-    PlanFacts,
     TileConfig,
     TileShape,
-    choose_launches,
     load_tuned_tiles,
     next_power_of_two,
     row_classes,

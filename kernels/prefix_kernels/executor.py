@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from prefix_kernels.arguments import check_choice
+from prefix_kernels.launches import LaunchSetting
 from prefix_kernels.plan import AttentionShape, PackPlan
-from prefix_kernels.tiles import LaunchSetting
 
 __all__ = [
     "EXECUTORS",

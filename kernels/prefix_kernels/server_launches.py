@@ -10,17 +10,10 @@ import numpy as np
 import torch
 
 from prefix_kernels.executor import AttentionParams
+from prefix_kernels.launches import LAUNCH_MODES, MERGE_MODES, warm_up_sizes
 from prefix_kernels.plan import AttentionShape, PackPlan
 from prefix_kernels.plan_buffers import HEADER_SIZE, PlanCapacity
-from prefix_kernels.tiles import (
-    LAUNCH_MODES,
-    MERGE_MODES,
-    ROW_CLASSES,
-    TABLE,
-    TileShape,
-    load_tuned_tiles,
-    warm_up_sizes,
-)
+from prefix_kernels.tiles import ROW_CLASSES, TABLE, TileShape, load_tuned_tiles
 from prefix_kernels.triton_executor import TritonExecutor
 from prefix_kernels.work_list import ITEM_FIELDS
 

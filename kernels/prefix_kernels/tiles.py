@@ -1,7 +1,7 @@
-"""Which launches, and which tiles in them, compute a plan: one pure function decides.
+"""The tiles of the pack-forward kernel: which there are, what they take, and the fastest ones.
 
-No tuning happens here or at serving time. What was measured on a device stands in
-`tuned_tiles.json`; a formula is for everything else.
+No tuning happens at serving time. What was measured on a device stands in `tuned_tiles.json`; a
+formula is for everything else. `launches.py` chooses among them.
 """
 
 from __future__ import annotations
@@ -13,47 +13,30 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
-from prefix_kernels.plan import AttentionShape, PackPlan
+from prefix_kernels.plan import AttentionShape
 
 __all__ = [
     "ARCHS",
-    "AUTO",
-    "FUSED_ROWS",
-    "GRAPH_ROWS",
-    "LAUNCH_MODES",
-    "MERGE_MODES",
+    "MIN_BLOCK_N",
     "ROW_CLASSES",
-    "SMALL_BATCH",
     "TABLE",
     "TILE_FIELDS",
-    "LaunchConfig",
-    "LaunchSetting",
-    "PlanFacts",
     "TileConfig",
     "TileShape",
     "TunedDevice",
     "candidate_tiles",
-    "choose_launches",
-    "choose_modes",
     "formula_tile",
     "load_tuned_tiles",
     "measured_device",
+    "measured_tile",
     "next_power_of_two",
     "programs_for_registers",
     "programs_for_shared_memory",
     "row_classes",
-    "warm_up_sizes",
-    "widest_block",
 ]
 
-# How a plan is launched and merged, see `TritonExecutor`; "auto" is for `choose_modes` to resolve.
-LAUNCH_MODES = ("streams", "fused")
-MERGE_MODES = ("launch", "in_kernel")
-AUTO = "auto"
 
 # Shared memory that one program may use, in bytes (CUDA programming guide, compute capabilities).
 ARCHS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
@@ -61,16 +44,6 @@ ARCHS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 # Query rows of the tiles. The smallest is the matrix unit's; 64 is the least that Hopper's wgmma
 # and Blackwell's tcgen05 take.
 ROW_CLASSES = (16, 32, 64, 128)
-# The two classes of a fused launch: the most frequent one, and the least one for wgmma.
-FUSED_ROWS = (16, 64)
-# The classes of a graph, beside that of its batch's most rows: those of a fused launch. A pack of
-# 17 to 64 rows in the tile of 128 would take most of an SM and almost twice the instructions
-# (docs/kernels.md).
-GRAPH_ROWS = FUSED_ROWS
-# Requests of a batch that is small: where no pack has more rows than a fused launch's wide tile,
-# one launch that merges, too, is one node of a graph instead of three. With more requests programs
-# have several items each, and pay for the count of arrivals at the end of every one.
-SMALL_BATCH = 16
 
 # Accumulators, in rows times elements of v: four warps hold 64 x 128 and eight hold twice as much
 # without spilling, as `sglang-prefix kernels` shows. 128 x 256 spills, with 16 warps as well.
@@ -90,14 +63,12 @@ _LEAST_AHEAD_BYTES = 36 * 1024
 # KV bytes that one program keeps in flight or in use. Three such programs fit the shared memory of
 # an SM of sm_90 and sm_100, two fit that of sm_80; with the rows of q, any tile stays below it.
 _KV_BYTES_IN_FLIGHT = 64 * 1024
-_MIN_BLOCK_N = 16
+MIN_BLOCK_N = 16
 _MAX_BLOCK_N = 64  # 128 compiles without spilling, too; whether it is faster must be measured
 
 _REGISTERS_PER_SM = 64 * 1024
 _RESERVED_BYTES = 1024  # an SM's own, for each program that it runs (CUDA programming guide)
 _SCRATCH_BYTES = 1024
-# Triton's interpreter runs programs one after another. A few show that the loop over items works.
-_INTERPRETED_PROGRAMS = 8
 
 # Written by `sglang-prefix bench tune --write-table`.
 TABLE = Path(__file__).with_name("tuned_tiles.json")
@@ -208,165 +179,10 @@ class TileConfig:
 TILE_FIELDS = tuple(field.name for field in fields(TileConfig))
 
 
-@dataclass(frozen=True, slots=True)
-class PlanFacts:
-    """What of a plan decides its launches.
-
-    Attributes:
-        qo_rows: query rows (requests times group size) of the packs, every number once; of every
-            plan of a batch, the rows that there must be a tile for.
-        kv_length: tokens of the longest pack, once its tail has grown. None if the launches must
-            serve every plan of a batch, because a graph holds them.
-    """
-
-    qo_rows: tuple[int, ...]
-    kv_length: int | None
-
-    @classmethod
-    def of(cls, plan: PackPlan, group_size: int) -> PlanFacts:
-        """Of one plan."""
-        rows = np.unique(np.diff(plan.query_indptr)) * group_size
-        lengths = plan.pack_end - plan.pack_start
-        lengths[plan.num_shared_packs :] += plan.reserved_tail_slots
-        return cls(tuple(rows.tolist()), int(lengths.max()))
-
-    @classmethod
-    def of_every_plan(
-        cls, padded_batch_size: int, group_size: int, graph_rows: tuple[int, ...] = GRAPH_ROWS
-    ) -> PlanFacts:
-        """Of every plan of a batch of this size.
-
-        A class more is a launch more, which ends at once where it finds nothing to do. So there are
-        those of ``graph_rows`` that the batch can outgrow, and the one that holds all of its rows.
-        """
-        most = padded_batch_size * group_size
-        return cls((*(rows for rows in graph_rows if rows < most), most), None)
-
-
-class LaunchSetting(NamedTuple):
-    """What an executor's launches depend on beside the plan.
-
-    Attributes:
-        shape: as in :func:`choose_launches`.
-        mode: one of :data:`LAUNCH_MODES`.
-        num_sms: multiprocessors; 0 in the interpreter.
-        is_fixed: whether the launches serve every plan of a padded batch size, as in a graph.
-    """
-
-    shape: TileShape
-    mode: str
-    num_sms: int
-    is_fixed: bool
-
-
-@dataclass(frozen=True, slots=True)
-class LaunchConfig:
-    """One launch of the forward stage: a work list, and the tile or tiles that take its items.
-
-    Attributes:
-        work_list: which of the plan's work lists.
-        tile: the tile; of a fused launch the narrow one.
-        wide_tile: the second tile of a fused launch.
-    """
-
-    work_list: int
-    tile: TileConfig
-    wide_tile: TileConfig | None = None
-
-    @property
-    def tiles(self) -> tuple[TileConfig, ...]:
-        """Its tiles, by ascending rows."""
-        return (self.tile,) if self.wide_tile is None else (self.tile, self.wide_tile)
-
-    def merging(self) -> LaunchConfig:
-        """The same launch of a kernel that merges, too."""
-        wide = self.wide_tile and self.wide_tile.merging()
-        return replace(self, tile=self.tile.merging(), wide_tile=wide)
-
-    def with_tiles(self, changes: Mapping[str, Any]) -> LaunchConfig:
-        """The same launch with other values of fields of its tiles."""
-        wide = self.wide_tile and replace(self.wide_tile, **changes)
-        return replace(self, tile=replace(self.tile, **changes), wide_tile=wide)
-
-    def num_programs(self, shape: TileShape, num_sms: int, num_tiles: int | None) -> int:
-        """Programs to launch: as many as run at a time, or fewer if there are fewer tiles.
-
-        Args:
-            shape: as in :func:`choose_launches`.
-            num_sms: multiprocessors; 0 in the interpreter.
-            num_tiles: work items times KV heads; None where the launch must not depend on it.
-        """
-        resident = num_sms * self.tiles[-1].resident_programs(shape) or _INTERPRETED_PROGRAMS
-        return resident if num_tiles is None else max(1, min(num_tiles, resident))
-
-
-def choose_launches(facts: PlanFacts, shape: TileShape, mode: str) -> list[LaunchConfig]:
-    """Choose the launches of a plan. Nothing else decides what the forward stage launches.
-
-    A pack takes the smallest tile that holds its rows; more rows than the largest tile has are
-    taken in several blocks. "streams" has a launch for each row class in use, "fused" has one
-    launch of up to two tiles.
-
-    Args:
-        facts: of the plan, or of every plan that a graph must serve.
-        shape: head dims, item sizes, the matrix unit and the device.
-        mode: one of :data:`LAUNCH_MODES`.
-
-    Returns:
-        By ascending rows; a launch's place is the number of its work list.
-    """
-    if mode == "fused":
-        if max(facts.qo_rows) > FUSED_ROWS[0]:
-            return [LaunchConfig(0, *_fused_tiles(facts.kv_length, shape))]
-        return [LaunchConfig(0, _choose_tile(FUSED_ROWS[0], facts.kv_length, shape))]
-    classes = {_row_class(rows, shape) for rows in facts.qo_rows}
-    return [
-        LaunchConfig(i, _choose_tile(rows, facts.kv_length, shape))
-        for i, rows in enumerate(sorted(classes))
-    ]
-
-
-def choose_modes(
-    padded_batch_size: int, group_size: int, mode: str = AUTO, merge: str = AUTO
-) -> tuple[str, str]:
-    """Choose how the plans of a batch size are launched and merged.
-
-    It depends on what a graph knows, the size of the batch, and not on the plan.
-
-    Args:
-        padded_batch_size: requests, padding included.
-        group_size: query heads per KV head.
-        mode: one of :data:`LAUNCH_MODES`, which wins, or :data:`AUTO`.
-        merge: one of :data:`MERGE_MODES`, which wins, or :data:`AUTO`.
-
-    Returns:
-        One of :data:`LAUNCH_MODES` and one of :data:`MERGE_MODES`.
-    """
-    fits_fused = padded_batch_size * group_size <= FUSED_ROWS[-1]
-    is_small = fits_fused and padded_batch_size <= SMALL_BATCH
-    chosen = ("fused", "in_kernel") if is_small else ("streams", "launch")
-    return (chosen[0] if mode == AUTO else mode), (chosen[1] if merge == AUTO else merge)
-
-
-def widest_block(mode: str, shape: TileShape) -> int:
-    """Rows of the widest tile that a launch mode, or "auto", has for head dims."""
-    return FUSED_ROWS[-1] if mode == "fused" else row_classes(shape)[-1]
-
-
 def row_classes(shape: TileShape) -> tuple[int, ...]:
     """Rows of the tiles that hold an accumulator of this shape in registers, ascending."""
     dim = next_power_of_two(shape.v_head_dim)
     return tuple(rows for rows in ROW_CLASSES if rows * dim <= _LARGEST_ACCUMULATOR)
-
-
-def warm_up_sizes(group_size: int, most: int) -> set[int]:
-    """Batch sizes, up to ``most``, that between them make a server launch every kernel it has.
-
-    Launches follow from the batch size: their mode, and the class of the widest tile. The smallest
-    batch of each.
-    """
-    smallest = {1, SMALL_BATCH + 1, *(rows // group_size + 1 for rows in ROW_CLASSES)}
-    return {min(size, most) for size in smallest}
 
 
 def formula_tile(block_m: int, shape: TileShape) -> TileConfig:
@@ -378,7 +194,7 @@ def formula_tile(block_m: int, shape: TileShape) -> TileConfig:
     dims = next_power_of_two(shape.head_dim) + next_power_of_two(shape.v_head_dim)
     token_bytes = dims * max(shape.kv_itemsize, shape.q_itemsize)
     block_n = _MAX_BLOCK_N if shape.has_wgmma or block_m < 128 else _MAX_BLOCK_N // 2
-    while block_n > _MIN_BLOCK_N and 2 * block_n * token_bytes > _KV_BYTES_IN_FLIGHT:
+    while block_n > MIN_BLOCK_N and 2 * block_n * token_bytes > _KV_BYTES_IN_FLIGHT:
         block_n //= 2
     accumulator = block_m * next_power_of_two(shape.v_head_dim)
     # Elsewhere, and where KV or q are converted on the way, 128 rows spill within that bound.
@@ -432,47 +248,6 @@ def programs_for_shared_memory(shared_bytes: int, arch: str) -> int:
 def next_power_of_two(number: int) -> int:
     """The smallest power of two that is at least ``number``."""
     return 1 << max(number - 1, 0).bit_length()
-
-
-def _row_class(qo_rows: int, shape: TileShape) -> int:
-    """Rows of the smallest tile that holds ``qo_rows``; of the largest one where none does."""
-    legal = row_classes(shape)
-    return next((rows for rows in legal if rows >= qo_rows), legal[-1])
-
-
-def _choose_tile(block_m: int, kv_length: int | None, shape: TileShape) -> TileConfig:
-    """The tile of a row class that was fastest on ``shape.device``, else the formula's."""
-    name = measured_device(shape.device) if shape.device else None
-    tiles = _load_once(TABLE)[name].tiles if name else {}
-    measured = tiles.get((replace(shape, device=name), block_m))
-    return _for_length(measured or formula_tile(block_m, shape), kv_length)
-
-
-def _fused_tiles(kv_length: int | None, shape: TileShape) -> tuple[TileConfig, TileConfig]:
-    """The narrow and the wide tile of a launch that has both.
-
-    One kernel has one number of warps, stages and registers: those of the wide tile, which its
-    accumulator needs, and the fewer stages, which both have room for. Tiles that were measured
-    alone say nothing about such a pair, so the formula chooses.
-    """
-    narrow, wide = (
-        _for_length(formula_tile(_row_class(rows, shape), shape), kv_length) for rows in FUSED_ROWS
-    )
-    wide = replace(wide, num_stages=min(narrow.num_stages, wide.num_stages))
-    return replace(wide, block_m=narrow.block_m, block_n=narrow.block_n), wide
-
-
-def _for_length(tile: TileConfig, kv_length: int | None) -> TileConfig:
-    """The narrowest KV tile for packs that fit into one, with nothing to load ahead.
-
-    All other lengths get the one width. What a tile has past the end of a pack repeats the last
-    slot: its copies pass by the L1 cache (`LDGSTS.BYPASS` in the binary), so they cost traffic of
-    the L2 cache, and none of main memory. Every width more would be a kernel that the first short
-    batch waits seconds for.
-    """
-    if kv_length is None or kv_length > _MIN_BLOCK_N:
-        return tile
-    return replace(tile, block_n=_MIN_BLOCK_N, num_stages=2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -532,6 +307,13 @@ def measured_device(device: str) -> str | None:
         return device
     chip = _chip(device)
     return next((name for name in table if chip and _chip(name) == chip), None)
+
+
+def measured_tile(block_m: int, shape: TileShape) -> TileConfig | None:
+    """The tile of a row class that was fastest on ``shape.device``; None where none was."""
+    name = measured_device(shape.device) if shape.device else None
+    tiles = _load_once(TABLE)[name].tiles if name else {}
+    return tiles.get((replace(shape, device=name), block_m))
 
 
 def _chip(device: str) -> str | None:

@@ -16,27 +16,23 @@ from prefix_kernels.arguments import INT32_MAX, check_choice, refusal
 from prefix_kernels.executor import AttentionParams, PlanExecutor
 from prefix_kernels.forward import pack_forward_kernel
 from prefix_kernels.launch import launch
-from prefix_kernels.merge import merge_kernel
-from prefix_kernels.plan import AttentionShape, PackPlan
-from prefix_kernels.plan_buffers import PlanBuffers, PlanCapacity, serialize_plan
-from prefix_kernels.streams import LaunchStreams
-from prefix_kernels.tiles import (
+from prefix_kernels.launches import (
     AUTO,
     GRAPH_ROWS,
     LAUNCH_MODES,
     MERGE_MODES,
-    ROW_CLASSES,
-    TILE_FIELDS,
     LaunchConfig,
     LaunchSetting,
     PlanFacts,
-    TileShape,
     choose_launches,
     choose_modes,
-    next_power_of_two,
-    row_classes,
     widest_block,
 )
+from prefix_kernels.merge import merge_kernel
+from prefix_kernels.plan import AttentionShape, PackPlan
+from prefix_kernels.plan_buffers import PlanBuffers, PlanCapacity, serialize_plan
+from prefix_kernels.streams import LaunchStreams
+from prefix_kernels.tiles import ROW_CLASSES, TILE_FIELDS, TileShape, next_power_of_two, row_classes
 from prefix_kernels.work_list import TILE_CLASS_FIELD, build_work_list
 
 __all__ = ["LAUNCH_MODES", "MERGE_MODES", "TritonExecutor"]
@@ -166,7 +162,14 @@ class TritonExecutor(PlanExecutor):
     @property
     def launch_setting(self) -> LaunchSetting:
         """What decides the launches."""
-        return LaunchSetting(self._tile_shape, self._mode, self._num_sms, self._launches_are_fixed)
+        return LaunchSetting(
+            self._tile_shape,
+            self.shape.group_size,
+            self._num_sms,
+            self._asked_modes[0],
+            self._launches_are_fixed,
+            self._graph_rows,
+        )
 
     @property
     def buffers(self) -> PlanBuffers:

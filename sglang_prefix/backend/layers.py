@@ -198,7 +198,8 @@ def _say_whose_tiles(gpu: str) -> None:
 def _workspace_of(
     model_runner: ModelRunner, shape: AttentionShape, config: PrefixConfig, budget: int
 ) -> Workspace:
-    from prefix_kernels.tiles import TileShape, widest_block
+    from prefix_kernels.launches import widest_block
+    from prefix_kernels.tiles import TileShape
 
     # Batches are padded to multiples of what parallelism asks for.
     padded = -(-model_runner.req_to_token_pool.size // 64) * 64

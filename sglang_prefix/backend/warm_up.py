@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from prefix_kernels import kernel_cache
-from prefix_kernels.tiles import warm_up_sizes
+from prefix_kernels.launches import warm_up_sizes
 from sglang_prefix.backend.decode_batch import DecodeBatch
 from sglang_prefix.backend.decode_planner import DecodePlanner, LayerGroup
 from sglang_prefix.kernel_cache import settle

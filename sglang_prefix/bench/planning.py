@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 
 from prefix_kernels.executor import AttentionParams
+from prefix_kernels.launches import FUSED_ROWS
 from prefix_kernels.native_executor import NativeExecutor
 from prefix_kernels.plan_buffers import serialize_plan
-from prefix_kernels.tiles import FUSED_ROWS
 from prefix_kernels.torch_executor import TorchExecutor
 from prefix_kernels.work_list import build_work_list
 from prefix_patches.radix_paths import path_reader

@@ -19,7 +19,8 @@ from prefix_kernels.compile_report import (
     triton_version,
 )
 from prefix_kernels.kernel_report import KernelReport, find_problems
-from prefix_kernels.tiles import ARCHS, MERGE_MODES
+from prefix_kernels.launches import MERGE_MODES
+from prefix_kernels.tiles import ARCHS
 from sglang_prefix.cli import kernel_cache
 from sglang_prefix.cli.options import (
     MAX_TOKENS,

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
-from prefix_kernels.tiles import AUTO, LAUNCH_MODES
+from prefix_kernels.launches import AUTO, LAUNCH_MODES
 from sglang_prefix.files import read_json
 from sglang_prefix.forest import PrefixForest
 from sglang_prefix.packing import (

@@ -7,14 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from prefix_kernels.launches import PlanFacts, choose_launches, choose_modes
 from prefix_kernels.plan import AttentionShape
-from prefix_kernels.tiles import (
-    PlanFacts,
-    TileShape,
-    choose_launches,
-    choose_modes,
-    row_classes,
-)
+from prefix_kernels.tiles import TileShape, row_classes
 from prefix_kernels.work_list import tile_classes
 from sglang_prefix.explain.reasons import leaves, notes_of, reasons_of
 from sglang_prefix.explain.record import PlanRecord, ShapePlan

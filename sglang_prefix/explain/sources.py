@@ -194,7 +194,7 @@ def _one_line(error: Exception) -> str:
 def _plan(forest: PrefixForest, source: str, setting: Setting) -> PlanRecord:
     import torch
 
-    from prefix_kernels.tiles import LaunchSetting
+    from prefix_kernels.launches import LaunchSetting
     from sglang_prefix.gate import H200, limits_of
 
     has_gpu = torch.cuda.is_available()
@@ -215,9 +215,12 @@ def _plan(forest: PrefixForest, source: str, setting: Setting) -> PlanRecord:
         profile, answer = CPU_PROFILE, Answer("auto", None)
     else:
         limits = H200 if device == "h200" else limits_of(torch.device("cuda"))
-        launches = LaunchSetting(tile_shape(setting.shape, gpu), "streams", limits.num_sms, True)
-        rows = forest.batch_size * setting.shape.group_size  # as in a decode graph of that size
-        profile = gpu_profile(launches, limits.read_bytes_per_s, batch_rows=rows)
+        shape = setting.shape
+        launches = LaunchSetting(tile_shape(shape, gpu), shape.group_size, limits.num_sms)
+        # As in a decode graph of that size.
+        profile = gpu_profile(
+            launches, limits.read_bytes_per_s, padded_batch_size=forest.batch_size
+        )
         answer = Answer("auto", "gate-nothing-shared")
     plan = ShapePlan(1, setting.policy, None, setting.shape, profile)
     if device != "cpu" and forest.num_nodes:

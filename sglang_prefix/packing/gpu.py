@@ -7,15 +7,8 @@ replaced by measurements.
 
 from __future__ import annotations
 
-from prefix_kernels.tiles import (
-    LaunchSetting,
-    PlanFacts,
-    TileConfig,
-    TileShape,
-    choose_launches,
-    next_power_of_two,
-    row_classes,
-)
+from prefix_kernels.launches import LaunchSetting
+from prefix_kernels.tiles import TileConfig, TileShape, next_power_of_two
 from sglang_prefix.packing.cost import DeviceProfile, TileCost
 
 __all__ = ["GPU_PROFILE", "H200_BYTES_PER_S", "H200_SMS", "L2_SPEEDUP", "gpu_profile"]
@@ -40,8 +33,6 @@ _ITEM_US = {16: 2.0, 32: 2.3, 64: 2.6, 128: 3.0}
 L2_SPEEDUP = 2.5
 # Estimate: from the issue of a copy to its arrival, on a loaded device.
 _LATENCY_US = 1.0
-# Tokens of a pack that is in no way short.
-_LONG = 1 << 20
 # Two tiles of KV: an item of fewer has nothing to load ahead.
 _MIN_SPLIT_TOKENS = 128
 
@@ -50,22 +41,19 @@ def gpu_profile(
     setting: LaunchSetting,
     read_bytes_per_s: float = H200_BYTES_PER_S,
     *,
-    batch_rows: int | None = None,
+    padded_batch_size: int | None = None,
 ) -> DeviceProfile:
     """The profile of the Triton kernels on a GPU.
 
     Args:
         setting: of the executor; in the interpreter, the multiprocessors are those of an H200.
         read_bytes_per_s: bandwidth of main memory.
-        batch_rows: query rows of a padded batch, for the tile classes of its graph; None for all.
+        padded_batch_size: for the tile classes of its launches; None for those of any large batch.
     """
     shape, num_sms = setting.shape, setting.num_sms or H200_SMS
-    facts = PlanFacts(row_classes(shape), _LONG)
-    if batch_rows is not None:
-        facts = PlanFacts.of_every_plan(batch_rows, 1)
     sm_bytes_per_us = read_bytes_per_s / num_sms / 1e6
     tiles = []
-    for launch in choose_launches(facts, shape, setting.mode):
+    for launch in setting.launches(padded_batch_size):
         share = launch.tiles[-1].sm_share(shape)
         tiles += [_tile_cost(tile, shape, share) for tile in launch.tiles]
     token_bytes = (shape.head_dim + shape.v_head_dim) * shape.kv_itemsize
@@ -100,4 +88,4 @@ def _tile_cost(tile: TileConfig, shape: TileShape, sm_share: float) -> TileCost:
 
 
 # Of the kernels for head dim 128 and 16-bit KV on an H200, by its data sheet.
-GPU_PROFILE = gpu_profile(LaunchSetting(TileShape(128, 128, 2, 2), "streams", H200_SMS, False))
+GPU_PROFILE = gpu_profile(LaunchSetting(TileShape(128, 128, 2, 2), 4, H200_SMS))

@@ -41,17 +41,17 @@ def planner_for(
         read_bytes_per_s: bandwidth of its device; the CPU's profiles are ratios to that.
         options: of :class:`PackPlanner`.
     """
-    setting, group_size = executor.launch_setting, executor.shape.group_size
+    setting = executor.launch_setting
     if setting is None:
         return PackPlanner(executor.shape, CPU_PROFILES[executor.name], **options)
 
     def batch_profile(padded_batch_size: int) -> DeviceProfile:
-        return gpu_profile(setting, read_bytes_per_s, batch_rows=padded_batch_size * group_size)
+        return gpu_profile(setting, read_bytes_per_s, padded_batch_size=padded_batch_size)
 
     return PackPlanner(
         executor.shape,
         gpu_profile(setting, read_bytes_per_s),
-        batch_profile=batch_profile if setting.is_fixed else None,
+        batch_profile=batch_profile,
         **options,
     )
 
@@ -86,7 +86,7 @@ class PackPlanner:
             its splits first and its sharing next, so a bound of at least the batch size always
             holds. Nothing of the size of the refused plan is made.
         reserved_tail_slots: tokens that each tail may grow by.
-        batch_profile: the profile for batches of a padded size, where launches are fixed by that;
+        batch_profile: the profile for batches of a padded size, where launches follow from that;
             None for ``device`` at all sizes.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from prefix_kernels.tiles import LAUNCH_MODES, MERGE_MODES
+from prefix_kernels.launches import LAUNCH_MODES, MERGE_MODES
 from sglang_prefix.bench.workloads.inputs import AttentionInputs
 from sglang_prefix.bench.workloads.registry import Heads
 from sglang_prefix.bench.workloads.trees import Tree, random_tree, shared_then_private

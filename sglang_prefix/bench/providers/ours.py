@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from prefix_kernels.tiles import AUTO, LAUNCH_MODES, MERGE_MODES
+from prefix_kernels.launches import AUTO, LAUNCH_MODES, MERGE_MODES
 from prefix_kernels.torch_executor import merge_blocks, merge_partials
 from sglang_prefix.bench.packed_attention import PackedAttention
 from sglang_prefix.bench.providers.base import Provider, ProviderMaker
