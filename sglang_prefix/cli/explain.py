@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["explain", "write_picture"]
 
 _SOURCES = ("--tree", "--prompts", "--base-url", "--plan")
+_OF_A_WATCH = ("--watch", "--base-url", "--api-key", "--interval")
 _OF_A_NEW_PLAN = ("--heads", "--dtype", "--page-size", "--policy", "--device", "--stock-backend")
 
 
@@ -62,6 +63,16 @@ def explain(
         ),
     ] = None,
     api_key: ApiKeyOption = None,
+    watch: Annotated[
+        bool,
+        typer.Option(
+            "--watch",
+            help="Show what the server of --base-url packs, again and again until Ctrl-C.",
+        ),
+    ] = False,
+    interval: Annotated[
+        float, typer.Option(min=0.2, max=60, help="Seconds between two looks of --watch.")
+    ] = 2.0,
     plan: Annotated[
         Path | None,
         typer.Option(
@@ -104,7 +115,8 @@ def explain(
     json_file: JsonOption = None,
 ) -> None:
     """Show which KV a batch shares, how it is packed, and why."""
-    given = {f"--{name.replace('_', '-')}" for name in context.params if is_given(context, name)}
+    options = {p.name: p.opts[0] for p in context.command.params if p.name}
+    given = [options[name] for name in context.params if is_given(context, name)]
     named = [name for name in _SOURCES if name in given]
     extra = [name for name in _OF_A_NEW_PLAN if name in given]
     if len(named) != 1:
@@ -116,6 +128,13 @@ def explain(
         fail("--tokenizer goes with --prompts alone", 2)
     if api_key is not None and base_url is None:
         fail("--api-key goes with --base-url alone", 2)
+    if "--interval" in given and not watch:
+        fail("--interval goes with --watch alone", 2)
+    if watch:
+        unwatched = [name for name in given if name not in _OF_A_WATCH]
+        if unwatched:
+            names = ", ".join(unwatched)
+            fail(f"--watch does not go with {names}; legal: {', '.join(_OF_A_WATCH[1:])}", 2)
     if extra and (base_url or plan):
         names = ", ".join(extra)
         fail(f"{names}: a plan that was made has its own; legal with --tree, --prompts", 2)
@@ -131,6 +150,11 @@ def explain(
     from sglang_prefix.explain.text import print_explanation
 
     try:
+        if base_url is not None and watch:
+            from sglang_prefix.cli.watch import watch as watch_server
+
+            watch_server(base_url, ApiKey.find(api_key), interval)
+            return
         if base_url is not None:
             record = plan_of_server(base_url, ApiKey.find(api_key))
         elif plan is not None:
