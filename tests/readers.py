@@ -151,10 +151,9 @@ def _read_server(path: Path) -> None:
     with serve_pages({name: json.dumps(page).encode() for name, page in pages.items()}) as url:
         describe(RunningServer("prefix", url))
         read_counters(RunningServer("prefix", url))
-        reading = read_server(RunningServer("prefix", url))
-    line = plain_line(reading, since(reading, reading))
-    assert line.isprintable()
-    Console(file=io.StringIO()).print(*view(reading, since(reading, reading)))
+        before, after = (read_server(RunningServer("prefix", url)) for _ in range(2))
+    assert plain_line(after, since(before, after)).isprintable()
+    Console(file=io.StringIO()).print(*view(after, since(before, after)))
 
 
 _READERS: dict[str, Callable[[Path], object]] = {

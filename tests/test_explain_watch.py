@@ -29,7 +29,8 @@ from sglang_prefix.cli.watch import Reading, plain_line, since, view
 from tests.readers import plan_document
 
 # What a server answers in turn: a status and its counters, per rank; the last again and again.
-Answers = Sequence[tuple[int, Sequence[Mapping[str, Any]]]]
+Answer = tuple[int, Sequence[Mapping[str, Any]]]
+Answers = Sequence[Answer]
 
 
 def report(packed: int, **more: Any) -> dict[str, Any]:
@@ -127,7 +128,7 @@ class TestInterval:
 class TestCommand:
     def test_a_line_for_each_look(self, monkeypatch: pytest.MonkeyPatch) -> None:
         plan = plan_document("cpu")
-        looks = [(200, [report(n, last_plan=plan)]) for n in (8, 18)]
+        looks: list[Answer] = [(200, [report(n, last_plan=plan)]) for n in (8, 18)]
         done = watched(looks, monkeypatch)
         assert done.exit_code == 0, done.output
         first, second = (line[9:] for line in done.stdout.splitlines())
@@ -146,7 +147,13 @@ class TestCommand:
         assert second.endswith("; newest plans of 2: 6 packs, 10 partial results")
 
     def test_a_server_goes_away_and_comes_back(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        answers = [(200, [report(50)]), (503, []), (401, []), (200, [{}]), (200, [report(6)])]
+        answers: list[Answer] = [
+            (200, [report(50)]),
+            (503, []),
+            (401, []),
+            (200, [{}]),
+            (200, [report(6)]),
+        ]
         done = watched(answers, monkeypatch)
         assert done.exit_code == 0, done.output
         lines = [line[9:] for line in done.stdout.splitlines()]
@@ -167,7 +174,7 @@ class TestCommand:
         ],
     )
     def test_what_cannot_be_watched_is_one_line(
-        self, monkeypatch: pytest.MonkeyPatch, answer: Any, told: str
+        self, monkeypatch: pytest.MonkeyPatch, answer: Answer, told: str
     ) -> None:
         done = watched([answer], monkeypatch)
         assert (done.exit_code, done.stdout) == (2, "")
@@ -179,7 +186,7 @@ class TestCommand:
 def test_in_a_terminal_ctrl_c_ends_it_with_the_cursor_back() -> None:
     """Counts are shown in place, the tree below them, and a server that is gone above."""
     plan = plan_document("cpu")
-    answers = [(200, [report(n, last_plan=plan)]) for n in (4, 8)]
+    answers: list[Answer] = [(200, [report(n, last_plan=plan)]) for n in (4, 8)]
     with served([*answers, (500, [])]) as url:
         command = [sys.executable, "-m", "sglang_prefix.cli.main", "explain", "--base-url", url]
         ours, theirs = pty.openpty()
