@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def selectors(query: str) -> Iterator[tuple[str, dict[str, str]]]:
         yield metric or patterns[0], dict.fromkeys(grouped, "") | values
 
 
-def unknown_names(query: str, samples: Mapping[str, list[Mapping[str, str]]]) -> list[str]:
+def unknown_names(query: str, samples: Mapping[str, Sequence[Mapping[str, str]]]) -> list[str]:
     """What a query names and a server does not show.
 
     Args:
