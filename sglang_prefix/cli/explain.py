@@ -67,7 +67,7 @@ def explain(
         bool,
         typer.Option(
             "--watch",
-            help="Show what the server of --base-url packs, again and again until Ctrl-C.",
+            help="Show what the server of --base-url packs, refreshed until Ctrl-C.",
         ),
     ] = False,
     interval: Annotated[
@@ -132,9 +132,11 @@ def explain(
         fail("--interval goes with --watch alone", 2)
     if watch:
         unwatched = [name for name in given if name not in _OF_A_WATCH]
-        if unwatched:
+        if unwatched or base_url is None:
             names = ", ".join(unwatched)
             fail(f"--watch does not go with {names}; legal: {', '.join(_OF_A_WATCH[1:])}", 2)
+        _watch(base_url, api_key, interval)
+        return
     if extra and (base_url or plan):
         names = ", ".join(extra)
         fail(f"{names}: a plan that was made has its own; legal with --tree, --prompts", 2)
@@ -150,11 +152,6 @@ def explain(
     from sglang_prefix.explain.text import print_explanation
 
     try:
-        if base_url is not None and watch:
-            from sglang_prefix.cli.watch import watch as watch_server
-
-            watch_server(base_url, ApiKey.find(api_key), interval)
-            return
         if base_url is not None:
             record = plan_of_server(base_url, ApiKey.find(api_key))
         elif plan is not None:
@@ -179,6 +176,16 @@ def explain(
         write_picture(explanation, path, "svg" if path is svg else "html")
         say(out, f"picture: {path}")
     write_json(explanation.as_dict(), json_file)
+
+
+def _watch(url: str, api_key: str | None, interval_s: float) -> None:
+    from sglang_prefix.cli.watch import watch
+
+    try:
+        key = ApiKey.find(api_key)
+    except ValueError as error:
+        fail(str(error), 2)
+    watch(url, key, interval_s)
 
 
 def write_picture(explanation: Explanation, path: Path, kind: str) -> None:
