@@ -44,6 +44,11 @@ def reading(at: float, packed: int, start: str = "", **more: Any) -> Reading:
     return Reading(at, report(packed, **more), num_packs=3, starts=(start,))
 
 
+def _state(counters: Mapping[str, Any]) -> dict[str, Any]:
+    """A rank that took so long to start."""
+    return {"sglang_prefix": [counters], "startup_time": {"scheduler_e2e": counters.get("e2e", 1)}}
+
+
 @contextlib.contextmanager
 def served(answers: Answers) -> Iterator[str]:
     left = list(answers)
@@ -51,7 +56,7 @@ def served(answers: Answers) -> Iterator[str]:
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             status, reports = left.pop(0) if len(left) > 1 else left[0]
-            states = [{"sglang_prefix": [r]} if r else {} for r in reports]
+            states = [_state(r) if r else {} for r in reports]
             self.send_response(status)
             self.end_headers()
             self.wfile.write(json.dumps({"internal_states": states}).encode())
@@ -99,12 +104,13 @@ class TestInterval:
     @pytest.mark.parametrize(("start", "packed"), [("a", 20), ("b", 400)])
     def test_a_restart_is_counted_from_zero(self, start: str, packed: int) -> None:
         """Seen by counters that fell, or by another start that has counted further already."""
-        before = reading(10.0, 100, "a", fallback_steps=9, fallback_reasons={"error": 9})
-        found = since(before, reading(20.0, packed, start))
+        errors: dict[str, Any] = {"fallback_steps": 9, "fallback_reasons": {"error": 9}}
+        before = reading(10.0, 100, "a", **errors)
+        found = since(before, reading(20.0, packed, start, **errors))
         assert found.restarted
         assert found.counters["packed_steps"] == packed
         assert found.counters["kv_tokens_read"] == 10 * packed
-        assert min(v for v in found.counters.values() if isinstance(v, int)) >= 0
+        assert found.counters["fallback_reasons"] == {"error": 9}
 
     def test_nothing_happened(self) -> None:
         before, after = reading(10.0, 100, "a"), reading(12.0, 100, "a")
@@ -164,6 +170,13 @@ class TestCommand:
         ]
         assert len(lines) == len(told)
         assert all(text in line for text, line in zip(told, lines, strict=True))
+
+    def test_a_server_that_was_restarted_unseen(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It has counted further than before."""
+        done = watched([(200, [report(50)]), (200, [report(90, e2e=2)])], monkeypatch)
+        _, _, told, line = (line[9:] for line in done.stdout.splitlines())
+        assert "was restarted" in told
+        assert line.startswith("last 2.0 s: decode steps 45.0/s, ")
 
     @pytest.mark.parametrize(
         ("answer", "told"),
