@@ -33,6 +33,7 @@ from sglang_prefix.bench.serving.workloads import REGISTRY, load_workloads, scal
 from sglang_prefix.bench.workloads.traces import read_trace, trace_batches
 from sglang_prefix.cli.kernel_figures import compare_figures, read_figures
 from sglang_prefix.cli.kernels import print_changes
+from sglang_prefix.cli.watch import plain_line, read_server, since, view
 from sglang_prefix.explain.picture import html_page, svg_picture
 from sglang_prefix.explain.record import read_record
 from sglang_prefix.explain.segments import explain
@@ -69,11 +70,13 @@ def _tile_table() -> dict[str, Any]:
 
 def _server_pages() -> dict[str, Any]:
     counters = {f"{name}_steps": 3 for name in ("packed", "stock", "fallback")}
-    counters |= {"kv_tokens_read": 5, "kv_tokens_logical": 9, "num_packs": 2}
+    counters |= {"kv_tokens_read": 5, "kv_tokens_logical": 9, "num_packs": 2, "plans": 1}
     report: dict[str, Any] = counters | {"stock_reasons": {"gate-no-gain": 3}, "last_plan": None}
+    report["executor"] = "native"
     info: dict[str, Any] = {"dtype": "float32", "load_format": "auto", "version": "0.5.23"}
     info |= {"max_total_num_tokens": 99, "attention_backend": "prefix"}
-    states = [{"sglang_prefix": [report]}, {"sglang_prefix": [report]}]
+    state = {"sglang_prefix": [report], "startup_time": {"scheduler_e2e": 1.5}}
+    states = [state, {"sglang_prefix": [report]}]
     return {"server_info": info | {"internal_states": states}, "model_info": {"model_path": "m"}}
 
 
@@ -179,6 +182,9 @@ def _read_server(path: Path) -> None:
     with serve_pages({name: json.dumps(page).encode() for name, page in pages.items()}) as url:
         describe(RunningServer("prefix", url))
         read_counters(RunningServer("prefix", url))
+        before, after = (read_server(RunningServer("prefix", url)) for _ in range(2))
+    assert plain_line(after, since(before, after)).isprintable()
+    Console(file=io.StringIO()).print(*view(after, since(before, after)))
 
 
 _READERS: dict[str, Callable[[Path], object]] = {

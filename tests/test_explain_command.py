@@ -135,6 +135,15 @@ class TestCommand:
             ("--prompts /nowhere --tokenizer x", "'--prompts': /nowhere: No such file"),
             ("--plan /nowhere", "'--plan': /nowhere: No such file or directory; legal: a file"),
             ("--plan /dev/null --heads 8,2,64", "--heads: a plan that was made has its own"),
+            ("--tree 1_2 --watch", "--watch does not go with --tree; legal: --base-url, --api-key"),
+            ("--base-url http://h:1 --watch --json", "--watch does not go with --json; legal: --b"),
+            ("--base-url http://h:1 --watch --svg a.svg", "--watch does not go with --svg; legal"),
+            ("--base-url http://h:1 --interval 3", "--interval goes with --watch alone"),
+            (
+                "--base-url http://h:1 --watch --interval 0.1",
+                "'--interval': Input should be greater than or equal to 0.2; legal: 0.2 to 60",
+            ),
+            ("--base-url http://127.0.0.1:9 --watch", "http://127.0.0.1:9/server_info does not an"),
             ("--base-url http://127.0.0.1:9", "no server answers at http://127.0.0.1:9"),
             (
                 "--base-url nonsense",

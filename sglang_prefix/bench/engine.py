@@ -31,6 +31,7 @@ __all__ = [
     "free_port",
     "greedy",
     "is_free",
+    "sum_of_ranks",
     "write_plugin",
 ]
 
@@ -168,12 +169,17 @@ def is_free(port: int) -> bool:
 
 
 def counters(engine: Any) -> dict[str, Any]:
-    """The backend's counters, added up over ranks; empty for a stock engine.
+    """The backend's counters, added up over ranks; empty for a stock engine."""
+    return sum_of_ranks(engine.get_server_info())
+
+
+def sum_of_ranks(info: Mapping[str, Any]) -> dict[str, Any]:
+    """The counters in an answer of ``/server_info``, added up; empty for a stock server.
 
     Ranks with batches of their own all answer, in any order.
     """
     found: dict[str, Any] = {}
-    for state in engine.get_server_info()["internal_states"]:
+    for state in info["internal_states"]:
         # A rank has one for each model runner; the first is the target model's.
         first, *_ = state.get("sglang_prefix") or [{}]
         for name, value in first.items():

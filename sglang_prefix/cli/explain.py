@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["explain", "write_picture"]
 
 _SOURCES = ("--tree", "--prompts", "--base-url", "--plan")
+_OF_A_WATCH = ("--watch", "--base-url", "--api-key", "--interval")
 _OF_A_NEW_PLAN = ("--heads", "--dtype", "--page-size", "--policy", "--device", "--stock-backend")
 
 
@@ -62,6 +63,16 @@ def explain(
         ),
     ] = None,
     api_key: ApiKeyOption = None,
+    watch: Annotated[
+        bool,
+        typer.Option(
+            "--watch",
+            help="Show what the server of --base-url packs, refreshed until Ctrl-C.",
+        ),
+    ] = False,
+    interval: Annotated[
+        float, typer.Option(min=0.2, max=60, help="Seconds between two looks of --watch.")
+    ] = 2.0,
     plan: Annotated[
         Path | None,
         typer.Option(
@@ -104,7 +115,8 @@ def explain(
     json_file: JsonOption = None,
 ) -> None:
     """Show which KV a batch shares, how it is packed, and why."""
-    given = {f"--{name.replace('_', '-')}" for name in context.params if is_given(context, name)}
+    options = {p.name: p.opts[0] for p in context.command.params if p.name}
+    given = [options[name] for name in context.params if is_given(context, name)]
     named = [name for name in _SOURCES if name in given]
     extra = [name for name in _OF_A_NEW_PLAN if name in given]
     if len(named) != 1:
@@ -116,6 +128,15 @@ def explain(
         fail("--tokenizer goes with --prompts alone", 2)
     if api_key is not None and base_url is None:
         fail("--api-key goes with --base-url alone", 2)
+    if "--interval" in given and not watch:
+        fail("--interval goes with --watch alone", 2)
+    if watch:
+        unwatched = [name for name in given if name not in _OF_A_WATCH]
+        if unwatched or base_url is None:
+            names = ", ".join(unwatched)
+            fail(f"--watch does not go with {names}; legal: {', '.join(_OF_A_WATCH[1:])}", 2)
+        _watch(base_url, api_key, interval)
+        return
     if extra and (base_url or plan):
         names = ", ".join(extra)
         fail(f"{names}: a plan that was made has its own; legal with --tree, --prompts", 2)
@@ -155,6 +176,16 @@ def explain(
         write_picture(explanation, path, "svg" if path is svg else "html")
         say(out, f"picture: {path}")
     write_json(explanation.as_dict(), json_file)
+
+
+def _watch(url: str, api_key: str | None, interval_s: float) -> None:
+    from sglang_prefix.cli.watch import watch
+
+    try:
+        key = ApiKey.find(api_key)
+    except ValueError as error:
+        fail(str(error), 2)
+    watch(url, key, interval_s)
 
 
 def write_picture(explanation: Explanation, path: Path, kind: str) -> None:

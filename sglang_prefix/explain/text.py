@@ -25,6 +25,7 @@ __all__ = [
     "row_of",
     "rows_of",
     "totals",
+    "tree_of",
 ]
 
 # Three lines each in the terminal: a few screens, no wider than one.
@@ -242,13 +243,14 @@ def print_explanation(explanation: Explanation, out: Console) -> None:
         table.add_column(name, justify="right")
     for *cells, share in totals(explanation):
         table.add_row(*cells, f"{share:.3f}")
-    out.print(_tree(explanation))
+    out.print(tree_of(explanation))
     out.print(table)
     for line in (counts_line(explanation), gate_line(explanation), *explanation.notes):
         out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _tree(explanation: Explanation) -> Tree:
+def tree_of(explanation: Explanation) -> Tree:
+    """The batch, and its rows below each other as their segments are."""
     from rich.text import Text
     from rich.tree import Tree
 

@@ -8,8 +8,11 @@ import os
 import re
 import subprocess
 import sys
+import time
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
@@ -28,9 +31,11 @@ from sglang_prefix.bench.serving.servers import (
     wait_until_ready,
 )
 from sglang_prefix.bench.serving.workloads import load_workloads
+from sglang_prefix.cli import watch
 from sglang_prefix.cli.main import app
 from sglang_prefix.explain.record import read_record
 from sglang_prefix.explain.segments import explain
+from tests.dashboard import queries, unknown_names
 from tests.engine.comparisons import assert_packed
 from tests.engine.releases import BACKEND_FLAG
 
@@ -62,6 +67,13 @@ class Server:
         answer = requests.post(url, json=body, timeout=CALL_S, headers=KEY.headers)
         found: list[dict[str, Any]] = answer.json()
         return found
+
+    def stream(self, text: str, max_new_tokens: int) -> None:
+        """A request whose answer comes in pieces."""
+        sampling = {"max_new_tokens": max_new_tokens, "ignore_eos": True}
+        body: Any = {"text": text, "sampling_params": sampling, "stream": True}
+        url = f"{self.url}/generate"
+        assert requests.post(url, json=body, timeout=CALL_S, headers=KEY.headers).content
 
     def counters(self) -> dict[str, Any]:
         """All counters of the backend."""
@@ -151,6 +163,35 @@ def test_explain_shows_the_last_plan(server: Server, tmp_path: Path) -> None:
     assert str(KEY.value) not in target.read_text() + picture.read_text() + shown.output
 
 
+def test_watch_shows_what_came_since_the_last_look(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests between two looks, then Ctrl-C."""
+    before, now = server.counters(), 0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += 2
+        if now > 2:
+            raise KeyboardInterrupt
+        server.generate("Buds open late. " * 30, 6, 16)
+
+    clock = SimpleNamespace(sleep=sleep, monotonic=lambda: now, strftime=time.strftime)
+    monkeypatch.setattr(watch, "time", clock)
+    arguments = ["explain", "--base-url", server.url, "--watch", "--interval", "0.2"]
+    shown = CliRunner().invoke(app, arguments, env=KEY.environment)
+    assert shown.exit_code == 0, shown.output
+    first, second = shown.stdout.splitlines()
+    after = counter_difference(before, server.counters())
+    assert f" total: decode steps {before['packed_steps']:,}, packed 100.0%, " in first
+    assert f" last 2.0 s: decode steps {after['packed_steps'] / 2:.1f}/s, " in second
+    interval, total = second.split("; total: ")
+    assert f"KV read ratio {after['kv_read_ratio']:.3f}, " in interval
+    assert f"KV read ratio {server.counters()['kv_read_ratio']:.3f}, " in total
+    assert f"newest plan: {server.counters()['num_packs']} pack" in total
+    assert str(KEY.value) not in shown.output
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [
@@ -199,6 +240,19 @@ def test_the_counters_stand_on_metrics_and_move(server: Server) -> None:
         for name in ("sglang_prefix_kv_tokens_read_total", "sglang_prefix_kv_tokens_logical_total")
     )
     assert 0 < read < 0.4 * logical
+
+
+def test_the_dashboard_names_metrics_and_labels_that_there_are(server: Server) -> None:
+    """Without Prometheus, which `test_dashboard.py` has."""
+    server.generate("A branch. " * 40, 4, 8)
+    server.stream("A branch. " * 40, 8)
+    samples = defaultdict(list)
+    for family in text_string_to_metric_families(server.get("/metrics")):
+        for sample in family.samples:
+            samples[sample.name].append(sample.labels)
+    unknown = [name for _, query in queries() for name in unknown_names(query, samples)]
+    # No step of this server is unpacked: the executor native packs every batch.
+    assert unknown == ["sglang_prefix_unpacked_steps_total{'reason': '', 'model_name': ''}"]
 
 
 def test_the_log_says_what_was_packed(server: Server) -> None:

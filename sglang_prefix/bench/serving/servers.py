@@ -24,6 +24,9 @@ from sglang_prefix.bench.results import ResultError, check_type
 from sglang_prefix.files import read_tail
 
 __all__ = [
+    "Count",
+    "Name",
+    "Report",
     "RunningServer",
     "ServerError",
     "cpu_environment",
@@ -40,41 +43,41 @@ _POLL_S = 0.3
 _HOST = "127.0.0.1"
 
 
-_Count = Annotated[int, Field(ge=0, lt=1 << 62)]
-_Counts = Annotated[dict[str, _Count], Field(max_length=1000)]
-_Name = Annotated[str, Field(max_length=4096)]
+Count = Annotated[int, Field(ge=0, lt=1 << 62)]
+_Counts = Annotated[dict[str, Count], Field(max_length=1000)]
+Name = Annotated[str, Field(max_length=4096)]
 
 
-class _Report(TypedDict):
+class Report(TypedDict):
     """Counters of one model runner, of which a run takes the difference."""
 
-    packed_steps: NotRequired[_Count]
-    stock_steps: NotRequired[_Count]
-    fallback_steps: NotRequired[_Count]
-    kv_tokens_read: NotRequired[_Count]
-    kv_tokens_logical: NotRequired[_Count]
+    packed_steps: NotRequired[Count]
+    stock_steps: NotRequired[Count]
+    fallback_steps: NotRequired[Count]
+    kv_tokens_read: NotRequired[Count]
+    kv_tokens_logical: NotRequired[Count]
     stock_reasons: NotRequired[_Counts]
     fallback_reasons: NotRequired[_Counts]
 
 
 class _State(TypedDict):
-    sglang_prefix: NotRequired[list[_Report]]
+    sglang_prefix: NotRequired[list[Report]]
 
 
 class _ServerInfo(TypedDict):
     """What is read of ``/server_info``; all else is left out."""
 
     internal_states: Annotated[list[_State], Field(max_length=1 << 16)]
-    version: NotRequired[_Name | None]
-    load_format: NotRequired[_Name | None]
-    dtype: NotRequired[_Name | None]
-    attention_backend: NotRequired[_Name | None]
-    decode_attention_backend: NotRequired[_Name | None]
-    max_total_num_tokens: NotRequired[_Count | None]
+    version: NotRequired[Name | None]
+    load_format: NotRequired[Name | None]
+    dtype: NotRequired[Name | None]
+    attention_backend: NotRequired[Name | None]
+    decode_attention_backend: NotRequired[Name | None]
+    max_total_num_tokens: NotRequired[Count | None]
 
 
 class _ModelInfo(TypedDict):
-    model_path: NotRequired[_Name | None]
+    model_path: NotRequired[Name | None]
 
 
 class ServerError(RuntimeError):
@@ -135,16 +138,17 @@ class RunningServer:
         Raises:
             ServerError: it does not answer, or with something else.
         """
-        return self._get("server_info", _ServerInfo)
+        return self.get("server_info", _ServerInfo)
 
     def get_model_info(self) -> dict[str, Any]:
         """As :meth:`get_server_info`."""
-        return self._get("model_info", _ModelInfo)
+        return self.get("model_info", _ModelInfo)
 
-    def _get(self, page: str, kind: Any) -> dict[str, Any]:
+    def get(self, page: str, kind: Any, timeout_s: float = _CALL_S) -> dict[str, Any]:
+        """Of a page, the part that a type of pydantic's names; raises as the others do."""
         url = f"{self.url}/{page}"
         try:
-            data = ask_json(url, self.key, timeout_s=_CALL_S)
+            data = ask_json(url, self.key, timeout_s=timeout_s)
             found: dict[str, Any] = check_type(url, data, TypeAdapter(kind), "is not SGLang's")
         except requests.RequestException as error:
             why = why_failed(error, url, self.key)
