@@ -179,6 +179,17 @@ _DEFAULT = {
         model="qwen3",
         needs="any-name-on-cpu",
     ),
+    # Two labels of graphs, on which ranks with batches of their own agree; their gates flip.
+    "dp-attention graphs": Scenario(
+        (GROVE, *_under(GROVE, "stock", "zeros", "packed", "alone")),
+        OURS
+        | {"tp_size": 2, "dp_size": 2}
+        | {"enable_dp_attention": True, "disable_overlap_schedule": True},
+        VERIFY | TWO_RANKS | INTERPRETED,
+        ("controls", "cpu", "graphs"),
+        model="qwen3",
+        needs="any-name-on-cpu",
+    ),
     "trainer": Scenario(
         (*_under(ROLLOUTS, "zeros"), *_TRAINED_STOCK, _RELOAD, *TRAINED),
         OURS,
