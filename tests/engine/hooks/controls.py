@@ -2,7 +2,8 @@
 
 ``SGLANG_PREFIX_TEST_MODE_FILE`` names a file that holds the mode of the moment, so that one engine
 serves all controls. Only public functions are replaced: ``PlanExecutor.run``,
-``DecodePlanner.prepare`` and ``decide_ahead``, ``PackPlanner.plan``, ``ScheduleContext.push`` and ``launch``.
+``DecodePlanner.prepare`` and ``decide_ahead``, ``PackPlanner.plan``, ``ScheduleContext.push`` and
+``launch``.
 
 ===================  =========================================================================
 zeros                packed decode gives zeros

@@ -64,7 +64,8 @@ class FrozenGraphs(GraphBackend):
 
         forward_fn, launches = self.captured[shape_key]
         rank = torch.distributed.get_rank()
-        say(f"replay {shape_key.variant_label} {shape_key.size} on rank {rank}")
+        label, size = shape_key.variant_label, shape_key.size
+        say(f"replay {label} {size} on rank {rank} in mode {mode()}")
         _replayed = list(launches)
         try:
             out = forward_fn()
