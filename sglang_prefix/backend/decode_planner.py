@@ -122,8 +122,8 @@ class DecodePlanner:
         Raises:
             RuntimeError: ``verify`` found a difference.
         """
-        planned = self._decided_ahead(batch)
-        if planned is None:
+        planned = self._planned
+        if planned is None or not planned.is_decided(batch):
             reason = self.decide(batch)
             planned = self._planned
             if planned is None:
@@ -166,20 +166,11 @@ class DecodePlanner:
         planned = self._planned
         if planned is None:
             return None
-        planned.decided_ahead = batch.schedule_batch
+        scheduled = batch.schedule_batch
+        planned.decided_ahead = None if scheduled is None else scheduled.seq_lens_cpu
         if not planned.plans:
             return None
         return (0.0, 1.0) if self._gate is None else (planned.packed_us, planned.stock_us)
-
-    def _decided_ahead(self, batch: DecodeBatch) -> PlannedBatch | None:
-        """The plan of a step that has been decided already; None if it has not."""
-        planned = self._planned
-        if planned is None or planned.decided_ahead is None:
-            return None
-        lens = batch.host_lengths(len(planned.lens))
-        if planned.decided_ahead is not batch.schedule_batch or lens is None:
-            return None
-        return planned if np.array_equal(lens, planned.lens + planned.steps) else None
 
     def _make_ready(self, planned: PlannedBatch, batch: DecodeBatch) -> None:
         """Bring the executors to the step at hand: by a slot per tail, or by loading the plan."""

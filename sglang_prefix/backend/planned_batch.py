@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from prefix_patches.attributes import Request, ScheduleBatch
+from prefix_patches.attributes import Request
+from sglang_prefix.backend.decode_batch import DecodeBatch
 from sglang_prefix.packing.layout import CostedPlan
 
 __all__ = ["PlannedBatch", "grown"]
@@ -30,7 +31,8 @@ class PlannedBatch:
         plans: one for each group; none where it cannot be packed, or will not be.
         kv_tokens_read, kv_tokens_logical: what its step adds to the counters of that name.
         packed_us, stock_us: the gate's predictions.
-        decided_ahead: the schedule batch whose step has been decided, and is still to be prepared.
+        decided_ahead: the scheduled lengths of a step that has been decided, and is still to be
+            prepared.
         ready: for what the executors were made ready last: the padded size, and the step.
         reqs: its requests; None if no later step may reuse the plan.
         epoch: of the schedule at that time.
@@ -49,7 +51,7 @@ class PlannedBatch:
     kv_tokens_logical: int = 0
     packed_us: float = 0.0
     stock_us: float = 0.0
-    decided_ahead: ScheduleBatch | None = None
+    decided_ahead: torch.Tensor | None = None
     ready: tuple[int, int] | None = None
     reqs: list[Request] | None = None
     epoch: int = -1
@@ -57,6 +59,15 @@ class PlannedBatch:
     pool_indices: torch.Tensor | None = None
     states: Sequence[Any] = ()
     steps: int = 0
+
+    def is_decided(self, batch: DecodeBatch) -> bool:
+        """Whether the step of a batch has been decided ahead: SGLang makes its lengths once."""
+        scheduled = batch.schedule_batch
+        return (
+            self.decided_ahead is not None
+            and scheduled is not None
+            and scheduled.seq_lens_cpu is self.decided_ahead
+        )
 
 
 def grown(plan: CostedPlan, steps: int) -> CostedPlan:
