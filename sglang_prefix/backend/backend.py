@@ -296,7 +296,8 @@ class PrefixAttnBackend(DelegatingBackend):
         """Plan the batch, and choose the graph that serves it."""
         agreed = self._labels.agreed
         if agreed and self._planner is not None:
-            # As on every other rank: they pad to one size, and have workspaces of one size.
+            # As on every other rank: workspaces are of one size, and batches are padded to one.
+            # Where they are not, SGLang itself lets ranks replay graphs of different sizes.
             agreed = self._planner.fits(batch)
         counts = not batch.is_idle
         reason = self._plan(batch, packed=agreed) if counts else None
