@@ -31,6 +31,7 @@ __all__ = [
     "SharingGate",
     "limits_of",
     "make_gate",
+    "pays",
     "predict_packed",
     "predict_stock",
     "triton_kv_splits",
@@ -162,6 +163,11 @@ class Decision(NamedTuple):
     stock_us: float
 
 
+def pays(packed_us: float, stock_us: float, *, packs: bool) -> bool:
+    """Whether packing is predicted to pay, with hysteresis: ``packs`` says that it is under way."""
+    return packed_us < (stock_us if packs else stock_us * (1 - _ENTER_GAIN))
+
+
 class Gate:
     """Decides batch by batch, with hysteresis.
 
@@ -182,8 +188,7 @@ class Gate:
             shape = plan.costs.shape
             packed += layers * predict_packed(plan, self._limits)
             stock += layers * predict_stock(forest, shape, self._limits, self._stock_name)
-        bound = stock if self._packs else stock * (1 - _ENTER_GAIN)
-        self._packs = packed < bound
+        self._packs = pays(packed, stock, packs=self._packs)
         return Decision(self._packs, None if self._packs else "gate-no-gain", packed, stock)
 
     def leave(self) -> None:

@@ -94,6 +94,8 @@ class Scheduler:
         page_size: tokens per KV page.
         reserved_tail_slots: tokens that a plan's tails may grow by.
         verify: the planner checks every plan and step.
+        gate: the planner's.
+        ranks_agree: whether :meth:`decode_agreed` may pack against the gate.
     """
 
     def __init__(
@@ -102,6 +104,8 @@ class Scheduler:
         page_size: int = 1,
         reserved_tail_slots: int = RESERVED_TAIL_SLOTS,
         verify: bool = True,
+        gate: Any = None,
+        ranks_agree: bool = False,
     ) -> None:
         self.page_size = page_size
         self.allocator, self.cache = _pools(page_size)
@@ -130,7 +134,14 @@ class Scheduler:
             for shape in shapes
         ]
         self.planner = DecodePlanner(
-            self.schedule, self.table, page_size, self.groups, self.counters, verify=verify
+            self.schedule,
+            self.table,
+            page_size,
+            self.groups,
+            self.counters,
+            gate=gate,
+            ranks_agree=ranks_agree,
+            verify=verify,
         )
 
     def prefill(self, *prompts: Sequence[int]) -> list[Request]:
@@ -202,6 +213,27 @@ class Scheduler:
         forward_batch.seq_lens_cpu.add_(1)
         return Step(*(now - then for now, then in zip(self.counted(), before, strict=True)))
 
+    def decode_agreed(
+        self, reqs: Sequence[Request], packed: bool | None, *, pads: int = 0
+    ) -> tuple[tuple[float, float] | None, str | None]:
+        """A decode step on whose graph ranks have agreed; compared with the oracle if it is packed.
+
+        Args:
+            reqs: the requests of the batch.
+            packed: what ranks agreed on; None for an eager step.
+            pads: rows of padding, which the batch gets after it has been scheduled.
+
+        Returns:
+            What the planner predicted ahead of the step, and what it said to it.
+        """
+        forward_batch = self.decode_batch(reqs, pads=pads)
+        batch = vars(forward_batch)[BATCH_ATTRIBUTE]
+        predicted = self.planner.decide_ahead(DecodeBatch.scheduled(batch))
+        reason = self.prepare(forward_batch, packed=packed)
+        if reason is None:
+            self.check_attention(forward_batch, len(reqs))
+        return predicted, reason
+
     def decode_batch(
         self,
         reqs: Sequence[Request],
@@ -216,12 +248,14 @@ class Scheduler:
             self.grow(req, (int(torch.randint(1000, (1,))),))
         return self._forward_batch("DECODE", held, pads, reqs if published else None)
 
-    def prepare(self, forward_batch: Any, *, in_graph: bool = False) -> str | None:
+    def prepare(
+        self, forward_batch: Any, *, in_graph: bool = False, packed: bool | None = None
+    ) -> str | None:
         """What the planner says within the forward pass; counted as the backend counts."""
         previous = self.schedule.push(forward_batch)
         try:
             batch = DecodeBatch(forward_batch, self.schedule.batch, in_graph)
-            reason = self.planner.prepare(batch)
+            reason = self.planner.prepare(batch, packed=packed)
         finally:
             self.schedule.pop(previous)
         if reason is None:
@@ -232,8 +266,8 @@ class Scheduler:
         """A forward pass that our decode has no part in."""
         self.schedule.pop(self.schedule.push(self._forward_batch(mode, reqs, 0, reqs)))
 
-    def check_attention(self, forward_batch: Any) -> None:
-        """Both executors' outputs for this batch are the oracle's."""
+    def check_attention(self, forward_batch: Any, count: int | None = None) -> None:
+        """Both executors' outputs for this batch are the oracle's, for the first rows or all."""
         for group, (qo_heads, _, dim), (k_cache, v_cache) in zip(
             self.groups, SHAPES, self.caches, strict=True
         ):
@@ -249,7 +283,8 @@ class Scheduler:
                 forward_batch.seq_lens,
                 sm_scale=dim**-0.5,
             )
-            assert_close((out, lse), expected)
+            out, lse = out[:count], lse[:count]
+            assert_close((out, lse), (expected[0][:count], expected[1][:count]))
 
     def grow(self, req: Request, tokens: Sequence[int]) -> None:
         """Append tokens to a request, on pages of its own."""
@@ -294,7 +329,10 @@ class Scheduler:
         forward_batch = make_forward_batch(mode, rows, lens, new_slots, pads)
         if reqs is not None:
             batch: Any = ScheduleBatch(reqs=list(reqs), tree_cache=self.cache)
-            batch.req_pool_indices_cpu = torch.tensor(rows, dtype=torch.int64)
+            batch.req_pool_indices = torch.tensor(rows, dtype=torch.int64)
+            batch.req_pool_indices_cpu = batch.req_pool_indices
+            batch.seq_lens = batch.seq_lens_cpu = torch.tensor(lens, dtype=torch.int64)
+            batch.out_cache_loc = torch.tensor(new_slots, dtype=torch.int64)
             setattr(forward_batch, BATCH_ATTRIBUTE, batch)
         return forward_batch
 

@@ -3,6 +3,7 @@
 ====================  ========================================================================
 ``schedule_context``  the schedule batch of a forward pass, for the backend
 ``graph_labels``      decode graphs under several labels
+``rank_agreement``    what ranks tell each other before a step of DP attention
 ``radix_paths``       where requests stand in the radix tree
 ``resolution``        SGLang's arguments, resolved as if our name had not been given
 ``stock_backend``     the backend to delegate to, SGLang's settings, its decode attention on a CPU

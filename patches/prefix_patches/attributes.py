@@ -279,9 +279,15 @@ class ScheduleBatch(Protocol):
     """The requests behind a forward pass."""
 
     decoding_reqs: Sequence[Request] | None
+    forward_mode: ForwardMode
+    inner_idle_batch: Any  # another one, which runs in its place; None where it runs itself
+    out_cache_loc: torch.Tensor
     req_pool_indices: torch.Tensor
     req_pool_indices_cpu: torch.Tensor | None
     reqs: list[Request]
+    seq_lens: torch.Tensor
+    seq_lens_cpu: torch.Tensor | None
+    spec_info: Any
     tree_cache: Any  # read through `radix_paths.py`
 
 

@@ -33,6 +33,8 @@ BATCH_ATTRIBUTE = "_sglang_prefix_schedule_batch"
 PASSED_BY = {"TARGET_VERIFY": "speculative-verify", "DLLM_EXTEND": "diffusion"}
 # Of a request: its number of retractions when it last decoded.
 _SETTLED_ATTRIBUTE = "_sglang_prefix_settled"
+# Of a schedule batch: the label that ranks agreed on for its step.
+_LABEL_ATTRIBUTE = "_sglang_prefix_label"
 # Of a model runner: its schedule context.
 _CONTEXT_ATTRIBUTE = "_sglang_prefix_schedule_context"
 
@@ -50,6 +52,9 @@ class ScheduleContext:
         graph_labels: the labels under which each decode graph is captured, see
             `graph_labels.py`; none where graphs hold nothing of ours.
         graph_label: the label being captured, or chosen for the step under way.
+        vote, agree: where ranks with batches of their own must replay the same label, see
+            `rank_agreement.py`, else None. The first gives the numbers of this rank before a step,
+            from its batch or None; the second the label, from those of all ranks.
         on_passed_by: called with the reason, a value of :data:`PASSED_BY`, for every pass that
             generates tokens and is no decode.
         seconds: host time that publishing a batch took, for each of the newest passes.
@@ -65,8 +70,19 @@ class ScheduleContext:
         self.epoch = 0
         self.graph_labels: tuple[str, ...] = ()
         self.graph_label = ""
+        self.vote: Callable[[ScheduleBatch | None], tuple[int, ...]] | None = None
+        self.agree: Callable[[Sequence[Sequence[int]]], str] | None = None
         self.on_passed_by: Callable[[str], None] | None = None
         self.seconds: deque[float] = deque(maxlen=500)
+
+    @property
+    def agreed_label(self) -> str | None:
+        """What ranks agreed on for the pass under way; None in passes that no exchange preceded."""
+        return None if self.batch is None else vars(self.batch).get(_LABEL_ATTRIBUTE)
+
+    def note_label(self, batch: ScheduleBatch, label: str) -> None:
+        """Note what ranks agreed on for the next pass of a batch."""
+        setattr(batch, _LABEL_ATTRIBUTE, label)
 
     def push(self, forward_batch: Any) -> Any:
         """Publish the batch behind ``forward_batch``; return what was published before."""

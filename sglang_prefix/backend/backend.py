@@ -151,7 +151,7 @@ class PrefixAttnBackend(DelegatingBackend):
                 self._server_reason = "cuda-graph"
                 self._layers = replace(self._layers, group_of={}, groups=[])
                 return
-            self._labels.use(model_runner, config.gate)
+            self._labels.use(model_runner, config.gate, self._predict)
         req_to_token = self.req_to_token_pool.req_to_token
         self._planner = DecodePlanner(
             self._schedule,
@@ -162,6 +162,7 @@ class PrefixAttnBackend(DelegatingBackend):
             gate=make_gate(
                 config.gate, req_to_token.device, stock_name, self._layers.executor_names
             ),
+            ranks_agree=self._labels.agrees,
             verify=config.verify,
             on_plan=self._last_plan.note if self._last_plan else None,
         )
@@ -253,8 +254,15 @@ class PrefixAttnBackend(DelegatingBackend):
             # k and v have been written, and perhaps scaled in place: not a second time.
             return self.stock.forward(q, k, v, layer, forward_batch, False, **kwargs)
 
-    def _plan(self, batch: DecodeBatch) -> str | None:
-        """Prepare a batch of requests; why it is the stock backend's, None if it is packed."""
+    def _predict(self, batch: DecodeBatch) -> tuple[float, float] | None:
+        """Plan a batch that has been scheduled; the gate's predictions, None if it is stock's."""
+        self._end_step()
+        if self._planner is None or self._server_reason or batch_reason(batch.forward_batch):
+            return None
+        return self._planner.decide_ahead(batch)
+
+    def _plan(self, batch: DecodeBatch, *, packed: bool | None = None) -> str | None:
+        """Prepare a batch, as ranks agreed; why it is the stock backend's, None if it is packed."""
         reason = self._server_reason or batch_reason(batch.forward_batch)
         if reason is None and batch.in_graph and not self._labels.names:
             # After a switch of PD roles SGLang captures what it was started not to capture.
@@ -262,10 +270,11 @@ class PrefixAttnBackend(DelegatingBackend):
         if reason is None:
             assert self._planner is not None
             try:
-                reason = self._planner.prepare(batch)
+                reason = self._planner.prepare(batch, packed=packed)
             except Exception:
                 self._planner.forget()
-                if self._verify or (batch.in_graph and self._labels.ranks_must_agree):
+                alone = batch.in_graph and packed is None and self._labels.ranks_must_agree
+                if self._verify or alone:
                     raise
                 self._log_failure("planning")
                 reason = "error"
@@ -285,12 +294,17 @@ class PrefixAttnBackend(DelegatingBackend):
 
     def _begin_replay(self, batch: DecodeBatch) -> StepState:
         """Plan the batch, and choose the graph that serves it."""
+        agreed = self._labels.agreed
+        if agreed and self._planner is not None:
+            # As on every other rank: workspaces are of one size, and batches are padded to one.
+            # Where they are not, SGLang itself lets ranks replay graphs of different sizes.
+            agreed = self._planner.fits(batch)
         counts = not batch.is_idle
-        reason = self._plan(batch) if counts else None
+        reason = self._plan(batch, packed=agreed) if counts else None
         if counts and reason is None:
             self._labels.choose(packed=True)
             return PACKED_REPLAY
-        packed = self._labels.without_stock
+        packed = self._labels.without_stock or bool(agreed)
         if packed:
             assert self._planner is not None
             self._planner.prepare_private(batch)
@@ -314,9 +328,8 @@ class PrefixAttnBackend(DelegatingBackend):
         """Count a pass that generates tokens on the stock backend and is no decode step."""
         self._end_step()
         self.counters.say(reason)
-        self.counters.count_stock_step(reason)
-        if self._metrics is not None:
-            self._metrics.update(self.counters)
+        self._step = StepState(reason=reason, counts=True)
+        self._end_step()
 
     def _give_up_step(self, reason: str) -> None:
         """Leave the rest of this step to the stock backend, and count it there."""

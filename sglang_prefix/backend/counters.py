@@ -13,7 +13,7 @@ from sglang_prefix.backend.fallback import GATE_REASONS, REASONS
 __all__ = ["BackendCounters"]
 
 # The gate at work: nothing to tell.
-_USUAL = ("gate-nothing-shared", "gate-no-gain")
+_USUAL = ("gate-nothing-shared", "gate-no-gain", "gate-other-ranks")
 
 # Steps that medians are taken over.
 _NEWEST = 500

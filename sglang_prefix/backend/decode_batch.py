@@ -10,9 +10,21 @@ from numpy.typing import NDArray
 
 from prefix_patches.attributes import ForwardBatch, ReplayView, Request, ScheduleBatch
 
-__all__ = ["DecodeBatch"]
+__all__ = ["DecodeBatch", "ScheduledRows"]
 
 IntArray = NDArray[np.int64]
+
+
+class ScheduledRows(NamedTuple):
+    """What planning reads of a forward batch, before there is one: rows that are not padded yet."""
+
+    batch_size: int
+    out_cache_loc: torch.Tensor
+    req_pool_indices: torch.Tensor
+    seq_lens: torch.Tensor
+    seq_lens_cpu: torch.Tensor | None
+    spec_info: Any
+    seq_lens_sum: int | None = None
 
 
 class DecodeBatch(NamedTuple):
@@ -22,14 +34,29 @@ class DecodeBatch(NamedTuple):
     No property reads a device. Rows at the end of a batch may be padding of a graph.
 
     Attributes:
-        forward_batch: SGLang's ``ForwardBatch``, or what its graph runner hands over instead.
+        forward_batch: SGLang's ``ForwardBatch``, or what its graph runner hands over instead; rows
+            where a batch has been scheduled, and nothing more.
         schedule_batch: SGLang's ``ScheduleBatch`` behind it; None where none is known.
         in_graph: the step is a graph's, so its tails grow inside the graph.
     """
 
-    forward_batch: ForwardBatch | ReplayView
+    forward_batch: ForwardBatch | ReplayView | ScheduledRows
     schedule_batch: ScheduleBatch | None
     in_graph: bool = False
+
+    @classmethod
+    def scheduled(cls, batch: ScheduleBatch) -> DecodeBatch:
+        """The decode batch that a schedule batch is about to become."""
+        lens = batch.seq_lens if batch.seq_lens_cpu is None else batch.seq_lens_cpu
+        rows = ScheduledRows(
+            len(lens),
+            batch.out_cache_loc,
+            batch.req_pool_indices,
+            batch.seq_lens,
+            batch.seq_lens_cpu,
+            batch.spec_info,
+        )
+        return cls(rows, batch)
 
     @property
     def padded_batch_size(self) -> int:

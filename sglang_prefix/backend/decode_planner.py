@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import compress
 from operator import not_
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from prefix_patches.schedule_context import ScheduleContext
 from sglang_prefix.backend.counters import BackendCounters
 from sglang_prefix.backend.decode_batch import DecodeBatch
 from sglang_prefix.backend.path_cache import FoundPaths, PathCache
+from sglang_prefix.backend.planned_batch import PlannedBatch, grown
 from sglang_prefix.backend.workspace import Workspace
 from sglang_prefix.checks import check_same_sharing
 from sglang_prefix.forest import PrefixForest, forest_of_neighbours, forest_of_table
@@ -45,39 +45,6 @@ class LayerGroup(NamedTuple):
     workspace: Workspace | None = None  # of the executor; None where it takes what it needs
 
 
-@dataclass(slots=True)
-class _Planned:
-    """The batch that was planned last, and the steps since then.
-
-    Attributes:
-        lens: [B] lengths that were planned for; each later step adds one token to each.
-        sum_of_lengths: of those, padding included.
-        padded_batch_size: its requests and the padding behind them.
-        reason: why the stock backend serves it; None if it is packed.
-        kv_tokens_read, kv_tokens_logical, gain_us: what its step adds to the counters of that name.
-        reqs: its requests; None if no later step may reuse the plan.
-        epoch: of the schedule at that time.
-        max_steps: later steps for which tails have room.
-        pool_indices: of the requests, on the CPU; None where the CPU does not know them.
-        states: of the requests, with ``verify`` alone.
-        steps: later steps taken.
-    """
-
-    lens: IntArray
-    sum_of_lengths: int
-    padded_batch_size: int
-    reason: str | None = None
-    kv_tokens_read: int = 0
-    kv_tokens_logical: int = 0
-    gain_us: float = 0.0
-    reqs: list[Request] | None = None
-    epoch: int = -1
-    max_steps: int = 0
-    pool_indices: torch.Tensor | None = None
-    states: Sequence[Any] = ()
-    steps: int = 0
-
-
 class DecodePlanner:
     """Keeps the plans of a model runner's decode batches.
 
@@ -92,6 +59,9 @@ class DecodePlanner:
     What the gate decides holds as long as the plan would: a batch that is left to the stock
     backend costs no more per step than one that is packed.
 
+    Where ranks must agree, a step is decided ahead, when it has been scheduled (:meth:`decide`),
+    and prepared as they agreed. A batch then has a plan also where its own rank would not pack it.
+
     Args:
         schedule: what is known of the batches' requests.
         req_to_token: SGLang's table, [rows, context] int32 on the device.
@@ -99,6 +69,7 @@ class DecodePlanner:
         groups: a planner and an executor for each attention shape of the model.
         counters: where plans are counted.
         gate: decides whether a batch is packed; None to pack every one.
+        ranks_agree: whether a batch may have to be packed against its own gate.
         verify: compare the forest with the slot rows at every plan; raise on a difference.
         on_plan: told of every batch that was planned, with the arguments of `LastPlan.note`.
 
@@ -115,6 +86,7 @@ class DecodePlanner:
         counters: BackendCounters,
         *,
         gate: Gate | SharingGate | None = None,
+        ranks_agree: bool = False,
         verify: bool = False,
         on_plan: Callable[..., None] | None = None,
     ) -> None:
@@ -129,14 +101,19 @@ class DecodePlanner:
         self._schedule = schedule
         self._counters = counters
         self._gate = gate
+        self._ranks_agree = ranks_agree
         self._verify = verify
         self.paths = PathCache(schedule)
-        self._planned: _Planned | None = None
+        self._planned: PlannedBatch | None = None
 
-    def prepare(self, batch: DecodeBatch) -> str | None:
+    def prepare(self, batch: DecodeBatch, *, packed: bool | None = None) -> str | None:
         """Make the executors ready for a decode batch: by the plan in use, or by a new one.
 
         Controls of tests replace this method.
+
+        Args:
+            batch: the batch.
+            packed: whether ranks agreed to pack the step; None to do as :meth:`decide` says.
 
         Returns:
             None when they are, else the reason to leave the batch to the stock backend, a key of
@@ -145,21 +122,71 @@ class DecodePlanner:
         Raises:
             RuntimeError: ``verify`` found a difference.
         """
+        planned = self._planned
+        if planned is None or not planned.is_decided(batch):
+            reason = self.decide(batch)
+            planned = self._planned
+            if planned is None:
+                return reason
+        planned.decided_ahead = None
+        if packed is None:
+            packed = planned.reason is None
+        if not packed or not planned.plans:
+            return planned.reason or ("gate-other-ranks" if self.fits(batch) else "workspace")
+        self._make_ready(planned, batch)
+        return None
+
+    def decide(self, batch: DecodeBatch) -> str | None:
+        """Plan a batch, or see that its plan still holds, and ask the gate; loads nothing.
+
+        Returns:
+            None where it should be packed, else as :meth:`prepare` does.
+        """
         began = time.perf_counter()
         planned = self._planned
         if planned is not None and self.can_reuse(batch):
             planned.steps += 1
             self._counters.count_reused_step(time.perf_counter() - began)
-            if planned.reason is None and not batch.in_graph:
-                self.append(batch)
             return planned.reason
-        self.invalidate()
+        self._planned = None
         lens = batch.host_lengths(batch.num_requests)
         if lens is None or len(lens) == 0:
             return "no-request-info"
         reason = self.replan(batch, lens)
         self._counters.plan_seconds += time.perf_counter() - began
         return reason
+
+    def decide_ahead(self, batch: DecodeBatch) -> tuple[float, float] | None:
+        """Decide a step that has been scheduled, and whose batch comes to :meth:`prepare` next.
+
+        Returns:
+            Microseconds predicted for it packed, and stock; None where it cannot be packed.
+        """
+        self.decide(batch)
+        planned = self._planned
+        if planned is None:
+            return None
+        scheduled = batch.schedule_batch
+        planned.decided_ahead = None if scheduled is None else scheduled.seq_lens_cpu
+        if not planned.plans:
+            return None
+        return (0.0, 1.0) if self._gate is None else (planned.packed_us, planned.stock_us)
+
+    def _make_ready(self, planned: PlannedBatch, batch: DecodeBatch) -> None:
+        """Bring the executors to the step at hand: by a slot per tail, or by loading the plan."""
+        size, before = batch.padded_batch_size, planned.ready
+        planned.ready = size, planned.steps
+        if before == (size, planned.steps - 1):
+            if not batch.in_graph:
+                self.append(batch)
+            return
+        began = time.perf_counter()
+        for group, plan in zip(self.groups, planned.plans, strict=True):
+            # Padding may have changed, or a step have been stock's, since the plan was made.
+            self._load(group, grown(plan, planned.steps), batch)
+        if before is None:
+            self._counters.count_plan(plan.num_packs, plan.num_partials)
+        self._counters.plan_seconds += time.perf_counter() - began
 
     def count_step(self) -> None:
         """Count the step prepared last as packed, with what it read. Called when it has ended."""
@@ -171,7 +198,7 @@ class DecodePlanner:
         grown = planned.steps * len(planned.lens)
         counters.kv_tokens_read += planned.kv_tokens_read + grown
         counters.kv_tokens_logical += planned.kv_tokens_logical + grown
-        counters.predicted_gain_us += planned.gain_us
+        counters.predicted_gain_us += planned.stock_us - planned.packed_us
 
     def append(self, batch: DecodeBatch) -> None:
         """Let every tail grow by this step's slot. A graph holds the call, other steps make it."""
@@ -248,7 +275,7 @@ class DecodePlanner:
             forest = PrefixForest.from_rows(
                 self._slot_rows(batch, lens), lens, page_size=self.page_size, prefix_closed=True
             )
-        planned = _Planned(lens, batch.sum_of_lengths, batch.padded_batch_size)
+        planned = PlannedBatch(lens, batch.sum_of_lengths, batch.padded_batch_size)
         planned.reason = self._plan_forest(planned, forest, batch)
         if self.on_plan is not None:
             predicted = self._counters.predicted_packed_us, self._counters.predicted_stock_us
@@ -266,10 +293,11 @@ class DecodePlanner:
         return planned.reason
 
     def _plan_forest(
-        self, planned: _Planned, forest: PrefixForest, batch: DecodeBatch
+        self, planned: PlannedBatch, forest: PrefixForest, batch: DecodeBatch
     ) -> str | None:
-        """Plan, ask the gate, and take the plans into use; the reason not to, or None."""
-        if self._gate is not None and forest.num_nodes == 0:
+        """Plan, and ask the gate; the reason to leave the batch to stock, or None."""
+        nothing_shared = self._gate is not None and forest.num_nodes == 0
+        if self._gate is not None and nothing_shared and not self._ranks_agree:
             self._gate.leave()
             return "gate-nothing-shared"
         if not self.fits(batch):
@@ -278,27 +306,30 @@ class DecodePlanner:
         plans = [group.planner.plan(forest, size) for group in self.groups]
         if any(plan.refused_partials for plan in plans):
             return "workspace"
+        reason = None
         if self._gate is not None:
             layers = [group.num_layers for group in self.groups]
             decision = self._gate.choose(list(zip(plans, layers, strict=True)), forest)
-            planned.gain_us = decision.stock_us - decision.packed_us
+            planned.packed_us, planned.stock_us = decision.packed_us, decision.stock_us
             self._counters.predicted_packed_us = decision.packed_us
             self._counters.predicted_stock_us = decision.stock_us
-            if not decision.packs:
-                return decision.reason
+            reason = decision.reason
+            if nothing_shared:
+                self._gate.leave()
+                reason = "gate-nothing-shared"
+        if reason is not None and not self._ranks_agree:
+            return reason
         for group, plan in zip(self.groups, plans, strict=True):
             if group.workspace and plan.num_slots > group.workspace.capacity.slots:
                 return "workspace"
-        for group, plan in zip(self.groups, plans, strict=True):
-            if self._verify:
+        if self._verify:
+            for plan in plans:
                 verify_plan(plan)
                 verify_slots(plan, self._slot_rows(batch, planned.lens))
-            self._load(group, plan, batch)
-        plan = plans[-1]
-        self._counters.count_plan(plan.num_packs, plan.num_partials)
-        planned.kv_tokens_read = plan.kv_tokens_read
+        planned.plans = plans
+        planned.kv_tokens_read = plans[-1].kv_tokens_read
         planned.kv_tokens_logical = int(planned.lens.sum())
-        return None
+        return reason
 
     def _load(self, group: LayerGroup, plan: PackPlan, batch: DecodeBatch) -> None:
         group.executor.load(
@@ -338,7 +369,7 @@ def _private_forest(lens: IntArray) -> PrefixForest:
     return forest_of_neighbours(np.arange(len(lens)), nothing, lens)
 
 
-def _has_same_pool_indices(planned: _Planned, batch: DecodeBatch) -> bool:
+def _has_same_pool_indices(planned: PlannedBatch, batch: DecodeBatch) -> bool:
     """Whether requests have kept their rows of ``req_to_token``, as far as the CPU knows."""
     found, known = batch.pool_indices, planned.pool_indices
     if found is known:
@@ -349,7 +380,7 @@ def _has_same_pool_indices(planned: _Planned, batch: DecodeBatch) -> bool:
     return True
 
 
-def _verify_step(planned: _Planned, batch: DecodeBatch) -> None:
+def _verify_step(planned: PlannedBatch, batch: DecodeBatch) -> None:
     if batch.kv_states() != planned.states:
         raise RuntimeError(
             "SGLANG_PREFIX_VERIFY: a request moved in the radix tree or to another row, or was "

@@ -11,7 +11,9 @@ from collections.abc import Collection
 from prefix_patches.attributes import AttentionLayer, ForwardBatch, ModelRunner, ReplayView
 from prefix_patches.install import lacks_attributes
 from prefix_patches.kv_pool import is_block_quantized, is_slot_major
+from prefix_patches.rank_agreement import why_not
 from prefix_patches.stock_backend import resolved_args, runs_dp_attention
+from sglang_prefix.backend.decode_batch import ScheduledRows
 from sglang_prefix.checks import KV_DTYPES, Q_DTYPES
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "has_dp_attention",
     "has_tensor_parallelism",
     "layer_reason",
+    "ranks_must_agree",
     "server_reason",
 ]
 
@@ -30,8 +33,8 @@ REASONS = {
     "unknown-attributes": "this SGLang is newer than this package, and lacks what we read of it",
     "gate-never": "SGLANG_PREFIX_GATE=never",
     "cuda-graph": "the executor cannot run in decode graphs; --disable-cuda-graph packs",
-    "dp-attention": "ranks with batches of their own may not choose between graphs; "
-    "SGLANG_PREFIX_GATE=always packs",
+    "dp-attention": "ranks with batches of their own must agree on a graph, and this SGLang, or "
+    "SGLANG_SCHEDULER_SKIP_ALL_GATHER, keeps them from it; SGLANG_PREFIX_GATE=always packs",
     "torch-compile": "--enable-torch-compile has not been tried with our kernels",
     "pd-multiplexing": "--enable-pdmux shares the GPU between prefill and decode",
     "draft-model": "this is the draft model of speculative decoding",
@@ -72,8 +75,9 @@ REASONS = {
     # Not a fallback: the gate says so.
     "gate-nothing-shared": "no two requests of the batch share KV",
     "gate-no-gain": "packing is predicted to be no faster",
+    "gate-other-ranks": "packing is predicted not to help the slowest rank of DP attention",
 }
-GATE_REASONS = ("gate-never", "gate-nothing-shared", "gate-no-gain")
+GATE_REASONS = ("gate-never", "gate-nothing-shared", "gate-no-gain", "gate-other-ranks")
 
 
 def server_reason(model_runner: ModelRunner, gate: str) -> str | None:
@@ -92,9 +96,8 @@ def server_reason(model_runner: ModelRunner, gate: str) -> str | None:
         "kv-quantized": is_block_quantized(pool) or args.kv_cache_dtype in _BLOCK_QUANTIZED,
         "kv-layout": not is_slot_major(pool) or _is_set("SGLANG_USE_HND_KVCACHE"),
         "kv-dtype": pool.dtype not in KV_DTYPES or model_runner.dtype not in Q_DTYPES,
-        "dp-attention": gate == "auto"
-        and has_dp_attention(model_runner)
-        and captures_decode(model_runner),
+        "dp-attention": ranks_must_agree(model_runner, gate)
+        and (_is_set("SGLANG_SCHEDULER_SKIP_ALL_GATHER") or why_not() is not None),
         "torch-compile": device != "cpu" and args.enable_torch_compile,
         "two-batch-overlap": args.enable_two_batch_overlap,
         "pd-multiplexing": args.enable_pdmux,
@@ -103,7 +106,7 @@ def server_reason(model_runner: ModelRunner, gate: str) -> str | None:
     return next((reason for reason, holds in found.items() if holds), None)
 
 
-def batch_reason(forward_batch: ForwardBatch | ReplayView) -> str | None:
+def batch_reason(forward_batch: ForwardBatch | ReplayView | ScheduledRows) -> str | None:
     """Why a decode batch is left to the stock backend unseen; None to plan it."""
     if forward_batch.spec_info is not None:
         return "speculative"
@@ -117,6 +120,11 @@ def batch_reason(forward_batch: ForwardBatch | ReplayView) -> str | None:
 def has_dp_attention(model_runner: ModelRunner) -> bool:
     """Whether the ranks of this server decode batches of their own."""
     return runs_dp_attention(resolved_args(model_runner))
+
+
+def ranks_must_agree(model_runner: ModelRunner, gate: str) -> bool:
+    """Whether ranks with batches of their own may choose between graphs, and so must agree."""
+    return gate == "auto" and has_dp_attention(model_runner) and captures_decode(model_runner)
 
 
 def has_tensor_parallelism(model_runner: ModelRunner) -> bool:

@@ -5,8 +5,14 @@ from __future__ import annotations
 import logging
 
 from prefix_patches.attributes import ModelRunner
+from prefix_patches.rank_agreement import install as join_exchange
 from prefix_patches.schedule_context import ScheduleContext
-from sglang_prefix.backend.fallback import has_dp_attention, has_tensor_parallelism
+from sglang_prefix.backend.fallback import (
+    has_dp_attention,
+    has_tensor_parallelism,
+    ranks_must_agree,
+)
+from sglang_prefix.backend.rank_agreement import Predict, RankAgreement
 from sglang_prefix.backend.workspace import Workspace
 
 __all__ = ["PACKED", "STOCK", "GraphLabels"]
@@ -20,17 +26,27 @@ class GraphLabels:
     """Labels of a model runner's decode graphs, one graph per batch size and label.
 
     "packed" graphs hold our kernels, "stock" graphs do not, and each step replays one of the two.
-    All ranks of a tensor-parallel group must replay the same label: the all-reduce inside a graph
-    reads what the other ranks' graphs wrote. They do, because they decide by the same numbers of
-    the host.
+    All ranks of a tensor-parallel group must replay the same label. The attention in which the
+    graphs differ is each rank's own, and both hold the same collectives in the same order, but a
+    collective in a graph reads its peers' memory at addresses that were exchanged for that very
+    graph when it was captured: SGLang's custom all-reduce does (``register_graph_buffers``), which
+    also gathers the tokens of DP attention in 0.5.23, and so does NCCL with registered buffers. A
+    rank that replays the other graph has written somewhere else.
+
+    Ranks decide by the same numbers of the host, so they choose the same. With DP attention they
+    have batches of their own, and agree before the step (:class:`RankAgreement`).
 
     Args:
         schedule: where SGLang's graph runner reads the labels. It has none until :meth:`use`.
+
+    Attributes:
+        agrees: whether ranks agree on a label before each step.
     """
 
     def __init__(self, schedule: ScheduleContext) -> None:
         self._schedule = schedule
         self._has_one_label = False
+        self.agrees = False
         self._captured_size = 0
         self._is_parallel = False
 
@@ -38,6 +54,14 @@ class GraphLabels:
     def ranks_must_agree(self) -> bool:
         """Whether all ranks of a tensor-parallel group must choose the same of two graphs."""
         return self._is_parallel and len(self.names) > 1
+
+    @property
+    def agreed(self) -> bool | None:
+        """Whether ranks agreed to pack the step under way; None where they need not agree.
+
+        A pass that no exchange preceded, a warm-up, is stock's on every rank.
+        """
+        return self._schedule.agreed_label == PACKED if self.agrees else None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -54,12 +78,24 @@ class GraphLabels:
         """Whether the graph being captured is to hold our kernels."""
         return self._schedule.graph_label == PACKED
 
-    def use(self, model_runner: ModelRunner, gate: str) -> None:
-        """Capture decode graphs with our kernels, and also without if the gate may choose stock."""
+    def use(self, model_runner: ModelRunner, gate: str, predict: Predict) -> None:
+        """Capture decode graphs with our kernels, and also without if the gate may choose stock.
+
+        Args:
+            model_runner: whose graphs.
+            gate: the setting.
+            predict: as of :class:`RankAgreement`.
+        """
         self._schedule.graph_labels = (PACKED, STOCK) if gate == "auto" else (PACKED,)
-        # Ranks with batches of their own cannot agree on a label.
-        self._has_one_label = has_dp_attention(model_runner)
         self._is_parallel = has_tensor_parallelism(model_runner)
+        # Ranks with batches of their own, each of which may outgrow its workspace.
+        self._has_one_label = has_dp_attention(model_runner)
+        self.agrees = ranks_must_agree(model_runner, gate)
+        if self.agrees:
+            join_exchange()
+            agreement = RankAgreement(predict)
+            self._schedule.vote = agreement.vote
+            self._schedule.agree = lambda votes: PACKED if agreement.agree(votes) else STOCK
 
     def begin_captures(self, workspace: Workspace | None, max_batch_size: int) -> None:
         """Begin to capture graphs of up to ``max_batch_size`` requests.

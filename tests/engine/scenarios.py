@@ -234,6 +234,17 @@ EXTENDED = {
         VERIFY | INTERPRETED | {"SGLANG_PREFIX_GATE": "always"},
         ("controls", "graphs"),
     ),
+    # Two labels of graphs, on which ranks with batches of their own agree; their gates flip.
+    "dp-attention graphs": Scenario(
+        (GROVE, *_under(GROVE, "stock", "zeros", "packed", "alone")),
+        OURS
+        | {"tp_size": 2, "dp_size": 2}
+        | {"enable_dp_attention": True, "disable_overlap_schedule": True},
+        VERIFY | TWO_RANKS | INTERPRETED,
+        ("controls", "cpu", "graphs"),
+        model="qwen3",
+        needs="any-name-on-cpu",
+    ),
     "tp-2": Scenario(_compared(FOREST, 0.5), OURS | {"tp_size": 2}, VERIFY | TWO_RANKS),
     "sliding": Scenario(_compared(FOREST, 0.45), OURS, VERIFY, model="sliding"),
     # Three requests with the same adapter are too few for the default policy to pack on a CPU.

@@ -288,6 +288,36 @@ def test_each_step_replays_the_graph_that_the_gate_chose(results: Results) -> No
         assert set(replays(log, label)) >= {4, 10}
 
 
+@needs("any-name-on-cpu")
+@pytest.mark.scenarios("dp-attention graphs")
+def test_ranks_with_batches_of_their_own_replay_the_same_label(results: Results) -> None:
+    """Each has a gate of its own, and both flip."""
+    log, sections = results("dp-attention graphs").log, results("dp-attention graphs").sections
+    stock = sections["grove stock"]
+    for name in ("grove", "grove packed", "grove alone"):
+        assert_same(sections[name], stock)
+        assert sections[name].counters["fallback_reasons"] == {}
+    assert changes_half(sections["grove zeros"], stock)
+    assert stock.counters["packed_steps"] == 0
+    packing = sections["grove packed"].counters
+    assert (packing["stock_steps"], packing["kv_read_ratio"] < 0.75) == (0, True)
+    flipping = sections["grove"].counters
+    assert flipping["packed_steps"] >= 3
+    assert flipping["stock_reasons"].keys() >= {"gate-no-gain", "gate-other-ranks"}
+    for mode in ("none", "stock", "packed", "alone"):
+        first, second = (labels_of(log, mode, rank) for rank in (0, 1))
+        assert len(first) == len(second) > 10  # idle ranks replay, too
+        # Ranks that choose each for itself show that a difference would be seen.
+        assert (first == second) is (mode != "alone")
+        if mode == "none":
+            assert set(first) == {"packed", "stock"}
+
+
+def labels_of(log: str, mode: str, rank: int) -> list[str]:
+    """Labels of the graphs that a rank replayed in a mode, one after the other."""
+    return re.findall(rf"test hook: replay /(\w+) \d+ on rank {rank} in mode {mode}\b", log)
+
+
 def replays(log: str, label: str) -> list[int]:
     """Batch sizes of the graphs with a label that were replayed."""
     return [int(size) for size in re.findall(rf"test hook: replay /{label} (\d+)", log)]

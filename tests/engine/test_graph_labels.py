@@ -129,8 +129,8 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> type[FixedGate]:
         # A batch that outgrows the workspace needs a graph, too.
         ("always", 100_000, "", ["packed", "stock"]),
         ("never", MAX_BATCH_SIZE, "", []),
-        # A graph's all-reduce reads what the same graph of the other ranks wrote.
-        ("auto", MAX_BATCH_SIZE, DP_ATTENTION, []),
+        ("auto", MAX_BATCH_SIZE, DP_ATTENTION, ["packed", "stock"]),
+        ("auto", 100_000, DP_ATTENTION, ["packed", "stock"]),
         ("always", MAX_BATCH_SIZE, DP_ATTENTION, ["packed"]),
     ],
 )
@@ -148,15 +148,16 @@ def test_ranks_with_batches_of_their_own_need_a_workspace_for_every_batch() -> N
         graphs.backend.init_cuda_graph_state(100_000, 100_000)
 
 
+def fail(*args: Any, **options: Any) -> None:
+    raise RuntimeError("raised on purpose by a test")
+
+
 @pytest.mark.parametrize(
     ("gate", "max_batch_size"), [("auto", MAX_BATCH_SIZE), ("always", 100_000)]
 )
 def test_a_rank_that_cannot_plan_does_not_choose_another_graph_than_the_others(
     gate: str, max_batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*args: Any) -> None:
-        raise RuntimeError("raised on purpose by a test")
-
     monkeypatch.setattr(DecodePlanner, "prepare", fail)
     alone, one_of_two = Graphs(gate), Graphs(gate, flags="--tp-size 2")
     for graphs in (alone, one_of_two):
@@ -166,6 +167,41 @@ def test_a_rank_that_cannot_plan_does_not_choose_another_graph_than_the_others(
     with pytest.raises(RuntimeError, match="on purpose"):
         one_of_two.replay(2, 2)
     assert one_of_two.counted["fallback_reasons"] == {}
+
+
+@pytest.mark.parametrize("can_plan", [True, False])
+@pytest.mark.parametrize("label", ["packed", "stock", None])
+def test_a_step_replays_the_label_that_ranks_agreed_on(
+    label: str | None, can_plan: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a rank's gate says, and whether it can plan or is idle."""
+    graphs = Graphs(flags=DP_ATTENTION)
+    graphs.backend.init_cuda_graph_state(MAX_BATCH_SIZE, MAX_BATCH_SIZE)
+    monkeypatch.setattr(type(graphs.schedule), "agreed_label", label)
+    if not can_plan:
+        monkeypatch.setattr(DecodePlanner, "decide", fail)
+    expected = label or "stock"
+    for FixedGate.packs in (True, False):
+        assert graphs.replay(2, 4) == graphs.replay(0, 4, "IDLE") == expected
+    counted = graphs.counted
+    if not can_plan:
+        assert counted["fallback_reasons"] == {"error": 2}
+    elif label == "packed":
+        assert counted["packed_steps"] == 2
+    else:
+        assert counted["stock_reasons"] == {"gate-other-ranks": 1, "gate-no-gain": 1}
+
+
+def test_a_padded_size_that_no_plan_fits_is_stocks_on_every_rank(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    graphs = Graphs(flags=DP_ATTENTION)
+    monkeypatch.setattr(type(graphs.schedule), "agreed_label", "packed")
+    assert graphs.backend._planner is not None
+    graphs.backend._planner.max_batch_size = 2
+    assert graphs.replay(1, 4) == graphs.replay(0, 4, "IDLE") == "stock"
+    assert graphs.counted["fallback_reasons"] == {"workspace": 1}
+    assert graphs.replay(1, 2) == graphs.replay(0, 2, "IDLE") == "packed"
 
 
 def test_steps_are_counted_under_the_graph_that_they_replay() -> None:
@@ -188,7 +224,7 @@ def test_an_idle_rank_replays_a_graph_and_counts_nothing(gate: str, label: str) 
 
 def test_a_batch_that_nothing_is_known_of_gets_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a schedule batch; on the CPU its rows are compared."""
-    monkeypatch.setattr(DecodePlanner, "prepare", lambda self, batch: "no-request-info")
+    monkeypatch.setattr(DecodePlanner, "prepare", lambda self, batch, **_: "no-request-info")
     always = Graphs("always")
     assert always.replay(3, 4) == "packed"
     for group in always.backend._layers.groups:

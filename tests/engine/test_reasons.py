@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from prefix_kernels import native_library
 from prefix_kernels.executor import PlanExecutor
+from prefix_patches import rank_agreement
 from prefix_patches.attention_layers import attention_layers
 from prefix_patches.schedule_context import PASSED_BY
 from sglang_prefix.backend import backend as backend_module
@@ -34,16 +36,17 @@ SERVERS: dict[str, dict[str, Any]] = {
     "torch-compile": {"device": "cuda", "flags": "--enable-torch-compile"},
     "two-batch-overlap": {"flags": "--enable-two-batch-overlap"},
     "pd-multiplexing": {"flags": "--enable-pdmux"},
-    "dp-attention": {
-        "device": "cuda",
-        "flags": "--tp-size 2 --dp-size 2 --enable-dp-attention",
-        "gate": "auto",
-    },
     "gate-never": {"gate": "never"},
 }
 VARIABLES = {
     "metadata-glue-graph": "SGLANG_ENABLE_METADATA_GLUE_GRAPH",
     "kv-layout": "SGLANG_USE_HND_KVCACHE",
+    "dp-attention": "SGLANG_SCHEDULER_SKIP_ALL_GATHER",
+}
+DP_ATTENTION = {
+    "device": "cuda",
+    "flags": "--tp-size 2 --dp-size 2 --enable-dp-attention",
+    "gate": "auto",
 }
 SCALED = {"k_scale": torch.ones(()), "v_scale": torch.ones(())}
 LAYERS: dict[str, dict[str, Any]] = {
@@ -68,6 +71,7 @@ ELSEWHERE = {
     "unknown-argument": "test_kv_write",
     "workspace": "test_graph_labels",
     "gate-no-gain": "test_gate",
+    "gate-other-ranks": "test_rank_agreement",
     "gate-nothing-shared": "test_no_device_sync",
     "no-request-info": "test_decode_planner",
     "no-radix-paths": "test_decode_planner",
@@ -109,22 +113,45 @@ def test_servers_that_go_to_stock(reason: str) -> None:
     assert reason_of(SERVERS[reason]) == reason
 
 
-def test_decode_graphs_alone_are_no_reason_and_with_dp_attention_the_gate_can_be_set() -> None:
-    assert reason_of({"device": "cuda", "gate": "auto"}) is None
-    assert reason_of(SERVERS["dp-attention"] | {"gate": "always"}) is None
-
-
-@pytest.mark.parametrize(("device", "reason"), [("npu:0", "dp-attention"), ("cpu", None)])
-def test_any_device_but_the_cpu_may_have_decode_graphs(device: str, reason: str | None) -> None:
-    assert reason_of(SERVERS["dp-attention"] | {"device": device}) == reason
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, "dp-attention"),
+        ({"device": "npu:0"}, "dp-attention"),
+        ({"device": "cpu"}, None),
+        ({"gate": "always"}, None),
+        ({"flags": ""}, None),
+    ],
+)
+@pytest.mark.parametrize("hindrance", ["a variable", "a release"])
+def test_ranks_that_cannot_agree_on_a_graph_go_to_stock_where_they_would_have_to(
+    hindrance: str, changes: dict[str, Any], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = DP_ATTENTION | changes
+    assert reason_of(server) is None
+    if hindrance == "a variable":
+        monkeypatch.setenv("SGLANG_SCHEDULER_SKIP_ALL_GATHER", "1")
+    else:
+        monkeypatch.setattr(rank_agreement, "_INFO", f"{rank_agreement._HOME}:DPSyncInfo")
+        monkeypatch.setattr(
+            rank_agreement,
+            "TOUCHED",
+            [
+                replace(touch, symbol=touch.symbol.replace("MLPSyncBatchInfo", "DPSyncInfo"))
+                for touch in rank_agreement.TOUCHED
+            ],
+        )
+    assert reason_of(server) == reason
 
 
 @pytest.mark.parametrize("reason", VARIABLES)
 def test_environment_variables_that_go_to_stock(
     reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    changes = DP_ATTENTION if reason == "dp-attention" else {}
+    assert reason_of(changes) is None
     monkeypatch.setenv(VARIABLES[reason], "1")
-    assert reason_of({}) == reason
+    assert reason_of(changes) == reason
 
 
 @pytest.mark.parametrize("reason", [None, *LAYERS])

@@ -91,6 +91,7 @@ def run_graphs_on_cpu(
     patch_after_import(
         {
             f"{runner}.model_runner_components.cuda_graph_setup": _capture_on_cpu,
+            f"{runner}.forward_batch_info": _replay_idle_batches,
             f"{runner}.runner.decode_cuda_graph_runner": replace_device,
             f"{layers}.torch_native_backend": _complete_torch_native,
             "sglang_prefix.backend.fallback": _say_that_decode_is_captured,
@@ -101,6 +102,11 @@ def run_graphs_on_cpu(
 @contextlib.contextmanager
 def _no_stream(stream: Any = None) -> Iterator[Any]:
     yield SimpleNamespace(stream=None)
+
+
+def _replay_idle_batches(module: ModuleType) -> None:
+    """Let a rank without requests replay a graph with the others, as it does on a GPU."""
+    module.ForwardMode.is_cpu_graph = module.ForwardMode.is_cuda_graph
 
 
 def _capture_on_cpu(module: ModuleType) -> None:

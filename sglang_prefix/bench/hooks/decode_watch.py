@@ -92,8 +92,8 @@ class DecodeWatch:
         """Mode "stock"."""
         prepare = module.DecodePlanner.prepare
 
-        def prepare_or_not(self_: Any, batch: Any) -> Any:
-            return "gate-no-gain" if self._mode == "stock" else prepare(self_, batch)
+        def prepare_or_not(self_: Any, batch: Any, **options: Any) -> Any:
+            return "gate-no-gain" if self._mode == "stock" else prepare(self_, batch, **options)
 
         module.DecodePlanner.prepare = prepare_or_not
 

@@ -2,7 +2,8 @@
 
 ``SGLANG_PREFIX_TEST_MODE_FILE`` names a file that holds the mode of the moment, so that one engine
 serves all controls. Only public functions are replaced: ``PlanExecutor.run``,
-``DecodePlanner.prepare``, ``PackPlanner.plan``, ``ScheduleContext.push`` and ``launch``.
+``DecodePlanner.prepare`` and ``decide_ahead``, ``PackPlanner.plan``, ``ScheduleContext.push`` and
+``launch``.
 
 ===================  =========================================================================
 zeros                packed decode gives zeros
@@ -103,9 +104,9 @@ def widest_pages(executor: Any) -> tuple[Any, Any]:
 
 def watch_prepare(module: ModuleType) -> None:
     """Modes plan-error, stock and compare-plans; tells of batches with padding."""
-    prepare = module.DecodePlanner.prepare
+    prepare, decide_ahead = module.DecodePlanner.prepare, module.DecodePlanner.decide_ahead
 
-    def watched(self: Any, batch: Any) -> Any:
+    def watched(self: Any, batch: Any, **options: Any) -> Any:
         now = mode()
         if now == "plan-error":
             raise RuntimeError("raised on purpose by a test")
@@ -117,13 +118,16 @@ def watch_prepare(module: ModuleType) -> None:
         complete = len(batch.reqs) == batch.padded_batch_size
         settled = complete and all(STEP.schedule.settled(batch.reqs))
         STEP.newest_slots, STEP.plans = batch.new_slots, []
-        reason = prepare(self, batch)
+        reason = prepare(self, batch, **options)
         if now == "compare-plans" and settled and reason is None:
             for planner, forest, plan in tuple(STEP.plans):
                 compare_plans(planner, forest, plan, batch)
         return reason
 
-    module.DecodePlanner.prepare = watched
+    def ahead(self: Any, batch: Any) -> Any:
+        return None if mode() == "stock" else decide_ahead(self, batch)
+
+    module.DecodePlanner.prepare, module.DecodePlanner.decide_ahead = watched, ahead
 
 
 def compare_plans(planner: Any, forest: Any, plan: Any, batch: Any) -> None:

@@ -5,8 +5,9 @@ buffers. Each launch of ours is replaced by the one that was recorded at capture
 and grid, and its arguments by raw address. Only q and the output, which the model allocates anew in
 each run, are taken from the run. So a launch that depends on the plan shows, as it would on a GPU.
 
-Two more modes: "packed" packs every batch that shares anything; without a mode the gate packs every
-second one, so that the graphs of both kinds are replayed.
+More modes: "packed" packs every batch that shares anything; without a mode the gate packs every
+second one, so that the graphs of both kinds are replayed. In mode "alone" ranks that should agree
+choose each for itself, which on a GPU would be wrong.
 """
 
 from __future__ import annotations
@@ -59,8 +60,12 @@ class FrozenGraphs(GraphBackend):
     def replay(self, shape_key: Any, static_forward_batch: Any, **kwargs: Any) -> Any:
         """Run what was captured over what stands in the static buffers."""
         global _replayed
+        import torch
+
         forward_fn, launches = self.captured[shape_key]
-        say(f"replay {shape_key.variant_label} {shape_key.size}")
+        rank = torch.distributed.get_rank()
+        label, size = shape_key.variant_label, shape_key.size
+        say(f"replay {label} {size} on rank {rank} in mode {mode()}")
         _replayed = list(launches)
         try:
             out = forward_fn()
@@ -81,10 +86,28 @@ class FlippingGate:
         from sglang_prefix.gate import Decision
 
         self._packs = mode() == "packed" or not self._packs
-        return Decision(self._packs, None if self._packs else "gate-no-gain", 1.0, 2.0)
+        packed_us, stock_us = (1.0, 2.0) if self._packs else (2.0, 1.0)
+        return Decision(self._packs, None if self._packs else "gate-no-gain", packed_us, stock_us)
 
     def leave(self) -> None:
         """See the real gate."""
+
+
+def let_each_rank_choose(module: ModuleType) -> None:
+    """Mode "alone": a rank hears its own vote and no other."""
+    agreement = module.RankAgreement
+    vote, agree = agreement.vote, agreement.agree
+    own: list[Any] = []
+
+    def note(self: Any, scheduled: Any) -> Any:
+        own[:] = [vote(self, scheduled)]
+        return own[0]
+
+    def hear(self: Any, votes: Any) -> bool:
+        found: bool = agree(self, own if mode() == "alone" else votes)
+        return found
+
+    agreement.vote, agreement.agree = note, hear
 
 
 def flip_the_gate(module: ModuleType) -> None:
@@ -93,4 +116,10 @@ def flip_the_gate(module: ModuleType) -> None:
 
 
 run_graphs_on_cpu(FrozenGraphs, BATCH_SIZES)
-patch_after_import({"prefix_kernels.launch": freeze_launches, "sglang_prefix.gate": flip_the_gate})
+patch_after_import(
+    {
+        "prefix_kernels.launch": freeze_launches,
+        "sglang_prefix.backend.rank_agreement": let_each_rank_choose,
+        "sglang_prefix.gate": flip_the_gate,
+    }
+)
