@@ -365,7 +365,7 @@ def test_a_gpu_host_needs_neither_pydantic_nor_sglang(tmp_path: Path) -> None:
     found = data["cases"][0]["providers"]["triton/pat"]
     assert min(found[f"{part}_ms"] for part in ("plan", "copy", "forward", "append")) > 0
     assert found["merge_ms"] is None  # it is launched with the forward pass
-    assert (found["mode"], found["merge"]) == ("streams", "launch")
+    assert (found["mode"], found["merge"]) == ("auto", "auto")
     assert len(read_result(tmp_path / "tune.json")["not_run"]) == 3
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,10 +33,25 @@ TOOLS = ("memcheck", "racecheck")
 SANITIZER_S = 150
 
 
+# Graphs: launch and merge mode, and further options of the executor. The last two are switches
+# that change nothing in the interpreter, or little.
+GRAPHS: dict[str, tuple[Modes, dict[str, Any]]] = {
+    f"graph/{'/'.join(modes)}": (modes, {}) for modes in ALL_MODES
+}
+MORE_GRAPHS: dict[str, tuple[Modes, dict[str, Any]]] = {
+    "graph/overlap": (("fused", "launch"), {"overlap_merge": True}),
+    "graph/two-classes": (("streams", "launch"), {"graph_rows": (16,), "wide_first": False}),
+}
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Tiny variants in a dry run."""
+    """Tiny variants in a dry run, and fewer graphs."""
+    dry = metafunc.config.getoption("--dry", False)
+    if "graph" in metafunc.fixturenames:
+        graphs = GRAPHS if dry else GRAPHS | MORE_GRAPHS
+        metafunc.parametrize("graph", [*graphs.values()], ids=[*graphs])
     if "variant" in metafunc.fixturenames:
-        found = variants(dry=metafunc.config.getoption("--dry", False))
+        found = variants(dry=dry)
         first = metafunc.function is test_variants
         found = found[:HEADLINE] if first else found[HEADLINE:]
         metafunc.parametrize("variant", found, ids=[variant.name for variant in found])
@@ -45,10 +61,12 @@ def test_variants(variant: Variant, setting: Setting, record_property: Note) -> 
     check(variant, setting, record_property)
 
 
-@pytest.mark.parametrize("modes", ALL_MODES, ids=[f"graph/{a}/{b}" for a, b in ALL_MODES])
-def test_graph(modes: Modes, setting: Setting, record_property: Note) -> None:
+def test_graph(
+    graph: tuple[Modes, dict[str, Any]], setting: Setting, record_property: Note
+) -> None:
     """A step is captured under single tokens, and serves other forests by replays."""
-    server = GraphServer(modes, setting)
+    modes, options = graph
+    server = GraphServer(modes, setting, **options)
     errors: Errors = {}
     with setting.verdict():
         for name, inputs, plan in server.served:
