@@ -29,7 +29,7 @@ def test_a_bare_host_without_a_gpu_skips_and_says_what_is_missing(tmp_path: Path
     code, printed = gpu_check("--out", tmp_path / "check.json")
     assert code == 0, printed
     assert "no GPU here; --dry runs tiny shapes without one" in printed
-    assert f"{len(variants()) + 7} skipped" in printed
+    assert f"{len(variants()) + 9} skipped" in printed
     assert not (tmp_path / "check.json").exists()
 
 
