@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from prefix_kernels.arguments import INT64_MAX, check_integer, refusal
-from prefix_kernels.executor import PlanExecutor
 from sglang_prefix.forest import PrefixForest, RadixPath
 from sglang_prefix.packing import (
     CPU_PROFILES,
@@ -23,6 +22,9 @@ from sglang_prefix.packing.gpu import H200_BYTES_PER_S, gpu_profile
 from sglang_prefix.packing.layout import CostedPlan
 from sglang_prefix.packing.packs import Packs
 from sglang_prefix.packing.splits import choose_num_splits
+
+if TYPE_CHECKING:
+    from prefix_kernels.executor import PlanExecutor
 
 __all__ = ["RESERVED_TAIL_SLOTS", "PackPlanner", "planner_for", "warm_up"]
 
