@@ -37,7 +37,6 @@ from tests.forests import Batch, Fork, batches, build_batch, random_batch
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
 WAY = "triton-streams-launch"
-SWITCHES = ("carries_item", "branches_for_tail", "half_products")
 
 
 @pytest.fixture
