@@ -155,12 +155,13 @@ def make_gate(
 
 
 class Decision(NamedTuple):
-    """What the gate decided, why (a key of `fallback.REASONS`, or None), and its predictions."""
+    """What the gate decided, why (a key of `fallback.REASONS`, or None), and its predictions, zeros
+    if it makes none."""
 
     packs: bool
     reason: str | None
-    packed_us: float
-    stock_us: float
+    packed_us: float = 0.0
+    stock_us: float = 0.0
 
 
 def pays(packed_us: float, stock_us: float, *, packs: bool) -> bool:
@@ -202,7 +203,7 @@ class SharingGate:
 
     def choose(self, plans: Sequence[tuple[CostedPlan, int]], forest: PrefixForest) -> Decision:
         """Pack."""
-        return Decision(True, None, 0.0, 0.0)
+        return Decision(True, None)
 
     def leave(self) -> None:
         """Nothing to note."""

@@ -40,7 +40,7 @@ def planned(forest: PrefixForest, shape: AttentionShape = LLAMA_8B) -> CostedPla
     return PackPlanner(shape, GPU_PROFILE).plan(forest)
 
 
-def choose(gate: Gate | SharingGate, forest: PrefixForest) -> bool:
+def choose(gate: Gate, forest: PrefixForest) -> bool:
     return gate.choose([(planned(forest), 32)], forest).packs
 
 
@@ -125,7 +125,7 @@ def test_the_gate_of_a_cpu(name: str, executor: str, gate: type | None) -> None:
     assert type(made) is (gate or type(None))
     if made is not None:
         forest = one_prefix(2, 1, 1)
-        assert choose(made, forest)
+        assert made.choose([(planned(forest), 32)], forest) == (True, None, 0.0, 0.0)
 
 
 H100 = {"name": "NVIDIA H100 80GB HBM3", "major": 9, "L2_cache_size": 50 << 20}

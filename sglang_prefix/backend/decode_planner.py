@@ -311,8 +311,9 @@ class DecodePlanner:
             layers = [group.num_layers for group in self.groups]
             decision = self._gate.choose(list(zip(plans, layers, strict=True)), forest)
             planned.packed_us, planned.stock_us = decision.packed_us, decision.stock_us
-            self._counters.predicted_packed_us = decision.packed_us
-            self._counters.predicted_stock_us = decision.stock_us
+            if decision.stock_us > 0:
+                self._counters.predicted_packed_us = decision.packed_us
+                self._counters.predicted_stock_us = decision.stock_us
             reason = decision.reason
             if nothing_shared:
                 self._gate.leave()
