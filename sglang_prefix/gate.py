@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from sglang_prefix.forest import PrefixForest
 from sglang_prefix.packing import AttentionShape
+from sglang_prefix.packing.gpu import H200_BYTES_PER_S, H200_SMS, L2_SPEEDUP
 from sglang_prefix.packing.layout import CostedPlan
 
 __all__ = [
@@ -44,7 +45,6 @@ logger = logging.getLogger(__name__)
 # Round figures, to be replaced by measurements. L2 delivers some 2.5 times what main memory does; a
 # program whose neighbours are idle draws up to twice its share of the bandwidth; attention attains
 # some 40% of the matrix units' rate; a launch inside a graph costs about 2 us with its gap.
-_L2_SPEEDUP = 2.5
 _LONE_PROGRAM_SPEEDUP = 2.0
 _ATTAINED_FLOP_SHARE = 0.4
 _LAUNCH_US = 2.0
@@ -79,7 +79,7 @@ class DeviceLimits:
 # A100 (312e12 / 108), H100 and H200 (990e12 / 132), and B200 (2,250e12 / 148).
 _FLOP_PER_SM = {8: 2.9e12, 9: 7.5e12, 10: 15e12}
 # NVIDIA's data sheet for the H200.
-H200 = DeviceLimits(4.8e12, 990e12, 50 << 20, 132)
+H200 = DeviceLimits(H200_BYTES_PER_S, 990e12, 50 << 20, H200_SMS)
 
 
 # Where the driver does not say: of boards by their names in torch, from NVIDIA's data sheets for
@@ -280,7 +280,7 @@ def _predict(
 ) -> float:
     """Microseconds of one layer that reads ``tokens`` from memory and others from the cache."""
     speed = limits.read_bytes_per_s
-    read = (tokens + cached_tokens / _L2_SPEEDUP) * shape.kv_token_bytes + side_bytes
+    read = (tokens + cached_tokens / L2_SPEEDUP) * shape.kv_token_bytes + side_bytes
     per_head = longest_tokens * shape.kv_token_bytes / shape.num_kv_heads
     alone = per_head / (speed / limits.num_sms * _LONE_PROGRAM_SPEEDUP)
     return 1e6 * max(read / speed, alone) + num_launches * _LAUNCH_US

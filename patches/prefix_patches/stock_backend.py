@@ -129,7 +129,7 @@ def build_stock(model_runner: ModelRunner, name: str, own_name: str) -> Any:
     if getattr(model_runner, "decode_attention_backend_str", None) == own_name:
         model_runner.decode_attention_backend_str = name
     factory = import_module(_REGISTRY).ATTENTION_BACKENDS[name]
-    return getattr(factory, _FACTORY, factory)(model_runner)
+    return getattr(factory, "_sglang_prefix_stock_factory", factory)(model_runner)
 
 
 def wrap_factories(own_name: str, create: Callable[[ModelRunner, str], Any]) -> None:
@@ -146,12 +146,8 @@ def wrap_factories(own_name: str, create: Callable[[ModelRunner, str], Any]) -> 
     """
     registry = import_module(_REGISTRY).ATTENTION_BACKENDS
     for name, factory in registry.items():
-        if name != own_name and not hasattr(factory, _FACTORY):
+        if name != own_name and not hasattr(factory, "_sglang_prefix_stock_factory"):
             registry[name] = _wrapped(name, factory, create)
-
-
-# Of a factory that we have put in place of SGLang's: SGLang's.
-_FACTORY = "_sglang_prefix_stock_factory"
 
 
 def _wrapped(
@@ -165,7 +161,7 @@ def _wrapped(
             return factory(model_runner)
         return create(model_runner, name)
 
-    setattr(build, _FACTORY, factory)
+    vars(build)["_sglang_prefix_stock_factory"] = factory  # whose place ours has taken
     return build
 
 
