@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -129,7 +129,9 @@ def build_stock(model_runner: ModelRunner, name: str, own_name: str) -> Any:
     if getattr(model_runner, "decode_attention_backend_str", None) == own_name:
         model_runner.decode_attention_backend_str = name
     factory = import_module(_REGISTRY).ATTENTION_BACKENDS[name]
-    return getattr(factory, "_sglang_prefix_stock_factory", factory)(model_runner)
+    if isinstance(factory, _Wrapping):
+        factory = factory.factory
+    return factory(model_runner)
 
 
 def wrap_factories(own_name: str, create: Callable[[ModelRunner, str], Any]) -> None:
@@ -146,23 +148,25 @@ def wrap_factories(own_name: str, create: Callable[[ModelRunner, str], Any]) -> 
     """
     registry = import_module(_REGISTRY).ATTENTION_BACKENDS
     for name, factory in registry.items():
-        if name != own_name and not hasattr(factory, "_sglang_prefix_stock_factory"):
-            registry[name] = _wrapped(name, factory, create)
+        if name != own_name and not isinstance(factory, _Wrapping):
+            registry[name] = _Wrapping(name, factory, create)
 
 
-def _wrapped(
-    name: str, factory: Callable[[ModelRunner], Any], create: Callable[[ModelRunner, str], Any]
-) -> Callable[[ModelRunner], Any]:
-    @functools.wraps(factory)
-    def build(model_runner: ModelRunner) -> Any:
+@dataclass(frozen=True, slots=True)
+class _Wrapping:
+    """What stands in the place of a factory of SGLang's."""
+
+    name: str
+    factory: Callable[[ModelRunner], Any]
+    create: Callable[[ModelRunner, str], Any]
+
+    def __call__(self, model_runner: ModelRunner) -> Any:
+        """Build ours over it, or it alone where it does not decode for the target model."""
         args = resolved_args(model_runner)
-        decodes = name == (args.decode_attention_backend or args.attention_backend)
+        decodes = self.name == (args.decode_attention_backend or args.attention_backend)
         if model_runner.is_draft_worker or not decodes:
-            return factory(model_runner)
-        return create(model_runner, name)
-
-    vars(build)["_sglang_prefix_stock_factory"] = factory  # whose place ours has taken
-    return build
+            return self.factory(model_runner)
+        return self.create(model_runner, self.name)
 
 
 def torch_native_decode() -> Callable[..., None]:
