@@ -73,7 +73,7 @@ STEPS = (
         45,
         (_check("policies-and-modes or real-profile or graph"),),
         "stop if wrong",
-        dry=("-k", "same-bits or graph/fused/in_kernel"),
+        dry=("-k", "same-bits"),
         must_hold=True,
     ),
     Step(
@@ -86,7 +86,7 @@ STEPS = (
             ),
         ),
         "what else is right",
-        dry=("-k", "padding or group/5"),
+        dry=("-k", "group/5"),
     ),
     Step(
         "limits",
