@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,8 +18,9 @@ from prefix_kernels.compile_report import (
     legal_dtypes,
 )
 from prefix_kernels.tiles import MERGE_MODES
-from sglang_prefix.cli.options import JsonOption
-from sglang_prefix.cli.output import complain, console, fail, write_json
+from sglang_prefix.cli import kernel_cache
+from sglang_prefix.cli.options import JsonOption, checked, folder_to_write, is_given, readable_file
+from sglang_prefix.cli.output import complain, console, fail, track, write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,7 +34,13 @@ _FILE_WIDTH = 120
 _MAX_GROUP, _MAX_JOBS = 256, 256
 
 
+# What goes with `--cache` alone, and what with the report alone.
+_OF_THE_CACHE = ("check", "model_shape", "logit_cap", "triton")
+_OF_THE_REPORT = ("head_dim", "group_size")
+
+
 def kernels(
+    context: typer.Context,
     arch: Annotated[str, typer.Option(help=f"One of {', '.join(ARCHS)}.")],
     head_dim: Annotated[
         list[int] | None,
@@ -61,23 +69,73 @@ def kernels(
         int | None,
         typer.Option(min=1, max=_MAX_JOBS, help="Compilers at work. Default: one per CPU."),
     ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Compile what a server launches into this Triton cache instead.",
+            callback=folder_to_write,
+        ),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only say whether the cache has it all.")
+    ] = False,
+    model_shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="QO:KV:DIM[:VDIM]",
+            help="Heads of one rank and head dims that the cache is for; may be repeated. Default: "
+            f"{' and '.join(kernel_cache.DEFAULT_SHAPES)}.",
+            callback=checked(kernel_cache.check_shape),
+        ),
+    ] = None,
+    logit_cap: Annotated[
+        bool, typer.Option("--logit-cap", help="The cache is for layers that cap their logits.")
+    ] = False,
+    triton: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="WHEEL",
+            help="The cache is for another Python, whose wheel of the same Triton this is.",
+            callback=readable_file,
+        ),
+    ] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Compile every kernel variant for an architecture; needs no GPU.
 
     Reports registers, spills, shared memory and matrix instructions. Ends with 1 if a variant of
     head dim 128 or less spills, or if one does not fit into shared memory.
+
+    With --cache, servers that are started with TRITON_CACHE_DIR=DIR compile nothing.
     """
     _check("arch", [arch], list(ARCHS))
     _check("head-dim", head_dim or [], list(HEAD_DIMS))
     _check("merge", merge or [], list(MERGE_MODES))
     legal = {"/".join(pair): pair for pair in legal_dtypes(arch)}
     _check("dtype", dtype or [], list(legal), f" with --arch {arch}")
+    dtypes = [legal[name] for name in dict.fromkeys(dtype)] if dtype else None
+    merges = tuple(dict.fromkeys(merge or MERGE_MODES))
+    _check_given(context, cache)
+    if cache is not None:
+        kernel_cache.run(
+            cache,
+            arch,
+            model_shape or kernel_cache.DEFAULT_SHAPES,
+            dtypes or DEFAULT_DTYPES[:1],
+            merges,
+            has_cap=logit_cap,
+            wheel=triton,
+            check=check,
+            jobs=jobs,
+            json_file=json_file,
+        )
+        return
     variants = kernel_variants(
         arch,
         head_dims=dict.fromkeys(head_dim or HEAD_DIMS),
-        dtypes=[legal[name] for name in dict.fromkeys(dtype)] if dtype else None,
-        merges=dict.fromkeys(merge or MERGE_MODES),
+        dtypes=dtypes,
+        merges=merges,
         group_size=group_size,
     )
     out = console(json_file)
@@ -89,6 +147,14 @@ def kernels(
         for problem in problems[:-1]:
             complain(problem)
         fail(problems[-1])
+
+
+def _check_given(context: typer.Context, cache: Path | None) -> None:
+    """End the command if an option stands there that goes with another task."""
+    for name in _OF_THE_CACHE if cache is None else _OF_THE_REPORT:
+        if is_given(context, name):
+            option = f"--{name.replace('_', '-')}"
+            fail(f"{option} goes {'with' if cache is None else 'without'} --cache only", 2)
 
 
 def _check(
@@ -103,12 +169,8 @@ def _check(
 def _compile(
     variants: list[KernelVariant], arch: str, jobs: int | None, out: Console
 ) -> list[KernelReport]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("compiling for {task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=out, transient=True) as progress:
-        reports = compile_report.compile_variants(variants, arch, jobs=jobs)
-        return list(progress.track(reports, total=len(variants), description=arch))
+    reports = compile_report.compile_variants(variants, arch, jobs=jobs)
+    return track(reports, len(variants), f"compiling for {arch}", out)
 
 
 def _print_table(reports: list[KernelReport], arch: str, out: Console) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import typer
 
@@ -14,7 +14,9 @@ from sglang_prefix.files import write_file
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["FLAG", "STDOUT", "complain", "console", "fail", "say", "write_json"]
+__all__ = ["FLAG", "STDOUT", "complain", "console", "fail", "say", "track", "write_json"]
+
+T = TypeVar("T")
 
 FLAG, STDOUT = "--json", "-"
 # Of a message, which may quote what a user gave; what is longer loses its middle.
@@ -36,6 +38,18 @@ def console(json_target: str | None = None) -> Console:
 def say(out: Console, text: str) -> None:
     """Print one line of text as it is."""
     out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def track(items: Iterable[T], total: int, description: str, out: Console) -> list[T]:
+    """Everything of `items`, with a bar that shows how many of `total` are there."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    bar = Progress(
+        *columns, TimeElapsedColumn(), console=out, transient=True, disable=not out.is_terminal
+    )
+    with bar:
+        return list(bar.track(items, total=total, description=description))
 
 
 def write_json(data: Mapping[str, Any] | Sequence[Any], target: str | None) -> None:

@@ -1,0 +1,158 @@
+"""What a server launches: every kernel for its layers, from the executor itself, without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import product
+
+import numpy as np
+import torch
+
+from prefix_kernels.executor import AttentionParams
+from prefix_kernels.plan import AttentionShape, PackPlan
+from prefix_kernels.plan_buffers import HEADER_SIZE, PlanCapacity
+from prefix_kernels.tiles import (
+    LAUNCH_MODES,
+    MERGE_MODES,
+    ROW_CLASSES,
+    TABLE,
+    TileShape,
+    load_tuned_tiles,
+)
+from prefix_kernels.triton_executor import TritonExecutor
+from prefix_kernels.work_list import ITEM_FIELDS
+
+__all__ = ["TORCH_DTYPES", "ServedLayers", "launch_all", "warm_up_sizes"]
+
+# By the names that `compile_report` has for them.
+TORCH_DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+_CPU = torch.device("cpu")
+# Of an executor on the CPU, where no plan is larger than one of one token per request.
+_MAX_PARTS = 2
+# Tokens from row to row of SGLang's `req_to_token`: the context length and some more. Triton
+# compiles for multiples of 16 and for others.
+_ROW_STRIDES = (64, 68)
+# What SGLang releases have for the indices and the lengths of requests; slots are int64 in all.
+_INDEX_DTYPES = (torch.int64, torch.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class ServedLayers:
+    """Attention layers of a model on one rank.
+
+    Attributes:
+        num_qo_heads, num_kv_heads: of one rank.
+        head_dim, v_head_dim: elements per head of q and k, and of v.
+        dtype, kv_dtype: of q and the caches, keys of :data:`TORCH_DTYPES`.
+        has_cap: whether logits are capped.
+    """
+
+    num_qo_heads: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    dtype: str
+    kv_dtype: str
+    has_cap: bool = False
+
+    @property
+    def shape(self) -> AttentionShape:
+        """The same for planners and executors.
+
+        Raises:
+            ValueError: query heads do not come in whole groups.
+        """
+        return AttentionShape(
+            self.num_qo_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            self.v_head_dim,
+            TORCH_DTYPES[self.dtype].itemsize,
+            TORCH_DTYPES[self.kv_dtype].itemsize,
+        )
+
+
+def warm_up_sizes(group_size: int, most: int) -> set[int]:
+    """Batch sizes, up to ``most``, that between them make a server launch every kernel it has.
+
+    Launches are fixed but for the class of the widest tile, which follows from the batch size: the
+    smallest batch of each class.
+    """
+    return {min(size, most) for size in (1, *(rows // group_size + 1 for rows in ROW_CLASSES))}
+
+
+def launch_all(
+    layers: Iterable[ServedLayers],
+    arch: str,
+    *,
+    modes: Iterable[str] = LAUNCH_MODES,
+    merges: Iterable[str] = MERGE_MODES,
+) -> None:
+    """Make every launch that a server makes for layers; to be recorded, see `kernel_cache`.
+
+    Args:
+        layers: of all models.
+        arch: a key of `tiles.ARCHS`; what was measured on devices of it is launched, too.
+        modes, merges: ways to launch and to merge.
+    """
+    tuned = load_tuned_tiles(TABLE)
+    devices = (None, *(name for name, device in tuned.items() if device.arch == arch))
+    for one, mode, merge, device in product(layers, modes, merges, devices):
+        _launch_layer(one, mode, merge, arch, device)
+
+
+def _launch_layer(
+    layer: ServedLayers, mode: str, merge: str, arch: str, device: str | None
+) -> None:
+    shape = layer.shape
+    for size in sorted(warm_up_sizes(shape.group_size, max(ROW_CLASSES) + 1)):
+        executor = TritonExecutor(shape, _CPU, mode=mode, merge=merge, capacity=_capacity(size))
+        # On the CPU the executor is one for Hopper, of no name.
+        executor._tile_shape = replace(
+            TileShape.of(shape), has_wgmma=arch != "sm_80", device=device
+        )
+        for stride, index_dtype in product(_ROW_STRIDES, _INDEX_DTYPES):
+            indices = torch.zeros(size, dtype=index_dtype)
+            executor.load(_plan(size), torch.zeros(1, stride, dtype=torch.int32), indices)
+            executor.append(torch.ones_like(indices), torch.zeros(size, dtype=torch.int64))
+        dtype, kv_dtype = TORCH_DTYPES[layer.dtype], TORCH_DTYPES[layer.kv_dtype]
+        q = torch.zeros(size, layer.num_qo_heads, layer.head_dim, dtype=dtype)
+        out = torch.zeros(size, layer.num_qo_heads, layer.v_head_dim, dtype=dtype)
+        k = torch.zeros(2, layer.num_kv_heads, layer.head_dim, dtype=kv_dtype)
+        v = torch.zeros(2, layer.num_kv_heads, layer.v_head_dim, dtype=kv_dtype)
+        cap = float(layer.has_cap)
+        executor.run(q, k, v, out, None, AttentionParams(1.0, cap))
+        if kv_dtype.itemsize == 1:  # as with a checkpoint that brings scales, which is a tensor
+            scale = torch.ones(())
+            executor.run(q, k, v, out, None, AttentionParams(1.0, cap, scale, scale))
+
+
+def _capacity(size: int) -> PlanCapacity:
+    """For a plan of ``size`` requests of one token each."""
+    values = HEADER_SIZE + 1 + size * (3 + _MAX_PARTS * (6 + ITEM_FIELDS * max(ROW_CLASSES)))
+    return PlanCapacity(size, values, size, size)
+
+
+def _plan(size: int) -> PackPlan:
+    """Requests of one token each, which share nothing."""
+    steps, ones = np.arange(size + 1), np.ones(size, dtype=np.int64)
+    return PackPlan(
+        seq_lens=ones,
+        pack_start=0 * ones,
+        pack_end=ones,
+        query_indptr=steps,
+        queries=steps[:-1],
+        num_splits=ones,
+        slot_offset=steps,
+        partial_indptr=steps,
+        partial_index=steps[:-1],
+        request_indptr=steps,
+        reserved_tail_slots=0,
+    )
