@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -20,8 +21,11 @@ from sglang_prefix.cli.bench_kernel import (
     print_names,
     start_run,
 )
-from sglang_prefix.cli.options import JsonOption, existing_path, folder_to_write
-from sglang_prefix.cli.output import console, say
+from sglang_prefix.cli.options import JsonOption, existing_path, folder_to_write, readable_file
+from sglang_prefix.cli.output import console, say, track
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["gpu"]
 
@@ -57,8 +61,21 @@ def gpu(
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="Triton's cache, as `kernels --cache` writes it.",
-            callback=existing_path,
+            help="Triton's cache. What the steps launch and it lacks is compiled into it first.",
+            callback=folder_to_write,
+            rich_help_panel=_CARRYING,
+        ),
+    ] = None,
+    arch: Annotated[
+        Literal["sm_80", "sm_90", "sm_100"],
+        typer.Option(help="That the cache is for.", rich_help_panel=_CARRYING),
+    ] = "sm_90",
+    triton: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="WHEEL",
+            help="Of the host's Triton, if its Python is another: the same release as here.",
+            callback=readable_file,
             rich_help_panel=_CARRYING,
         ),
     ] = None,
@@ -110,17 +127,7 @@ def gpu(
     """
     screen = console(json_file)
     if pack is not None:
-        from sglang_prefix.bench.gpu.pack import pack as make
-
-        target = pack
-        sizes = make_run(
-            lambda: make(target, cache=cache, kit=kit, fasttree=fasttree), target, "--pack"
-        )
-        for name, size in (sizes | {"in all": sum(sizes.values())}).items():
-            say(screen, f"{size / 2**20:6.1f} MiB  {name}")
-        for name, given in (("cache", cache), ("kit", kit), ("fasttree", fasttree)):
-            if given is None:
-                say(screen, f"     none      {name}: --{name} names no folder")
+        _pack(pack, screen, arch, triton, cache=cache, kit=kit, fasttree=fasttree)
         return
     if use is not None:
         from sglang_prefix.bench.gpu.use import ROOT, use_results
@@ -137,3 +144,35 @@ def gpu(
     options = {"carried": str(carried) if carried else None}
     run = start_run(ctx, GpuRun, out, options, seed=seed, dry=dry, resume=resume)
     finish(run, _BUDGET_S if budget_s is None else budget_s, screen, json_file)
+
+
+def _pack(
+    folder: Path, screen: Console, arch: str, wheel: Path | None, **parts: Path | None
+) -> None:
+    """Fill the cache, make the folder, and say what it holds."""
+    from sglang_prefix.bench.gpu import pack as module
+
+    if cache := parts["cache"]:
+        _fill(cache, arch, wheel, screen)
+    sizes = make_run(lambda: module.pack(folder, **parts), folder, "--pack")
+    for name, size in (sizes | {"in all": sum(sizes.values())}).items():
+        say(screen, f"{size / 2**20:6.1f} MiB  {name}")
+    for name in (name for name, given in parts.items() if given is None):
+        say(screen, f"      none  {name}: --{name} names no folder")
+
+
+def _fill(cache: Path, arch: str, wheel: Path | None, screen: Console) -> None:
+    """Compile what the steps launch and the cache lacks."""
+    from prefix_kernels.kernel_cache import collect_launches, compile_launches
+    from sglang_prefix.bench.gpu import launches as module
+    from sglang_prefix.cli.kernel_cache import find_triton
+
+    triton = find_triton(wheel)
+    with screen.status("asking the steps what they launch"):
+        found = [one for work in module.WORKS for one in collect_launches(partial(work, arch))]
+    launches = dict.fromkeys(found)
+    compiled = compile_launches(launches, cache, arch, triton=triton)
+    kernels = track(compiled, len(launches), f"compiling for {arch}", screen)
+    new = sum(not kernel.was_there for kernel in kernels)
+    of_triton = f"{arch} and Triton {triton.version} ({triton.digest})"
+    say(screen, f"{len(kernels)} kernels for {of_triton} in {cache}; {new} compiled now")

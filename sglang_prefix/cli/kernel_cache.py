@@ -17,7 +17,7 @@ from sglang_prefix.kernel_cache import settle
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["DEFAULT_SHAPES", "check_shape", "run"]
+__all__ = ["DEFAULT_SHAPES", "check_shape", "find_triton", "run"]
 
 # Heads of one rank: Llama 3 8B and Qwen3 8B; Llama 3 70B and Qwen3 32B.
 DEFAULT_SHAPES = ("32:8:128", "64:8:128")
@@ -70,7 +70,7 @@ def run(
     """
     if check and not folder.is_dir():
         fail(f"--cache {folder} is no folder; legal: one that this command has filled", 2)
-    triton = _find_triton(wheel)
+    triton = find_triton(wheel)
     out = console(json_file)
     launches = _launches(shapes, tuple(dtypes), arch, merges, has_cap, out)
     report: dict[str, object] = {
@@ -86,7 +86,7 @@ def run(
         _write(launches, folder, triton, report, out, jobs, json_file)
 
 
-def _find_triton(wheel: Path | None) -> TritonIdentity:
+def find_triton(wheel: Path | None) -> TritonIdentity:
     """The Triton whose cache is meant; ends the command if the wheel is of another release."""
     installed = installed_triton()
     if wheel is None:

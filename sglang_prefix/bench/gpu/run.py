@@ -20,6 +20,7 @@ from sglang_prefix.bench.providers.fasttree import FOLDER_VARIABLE
 from sglang_prefix.bench.results import KINDS, ResultError, read_result
 from sglang_prefix.bench.run import BenchRun, Case, NotRunError
 from sglang_prefix.files import read_json, read_tail
+from sglang_prefix.kernel_cache import settle
 
 __all__ = ["GpuRun"]
 
@@ -58,6 +59,7 @@ class GpuRun(BenchRun):
             with tarfile.open(file) as archive:
                 archive.extractall(target, filter="data")
             if name == CACHE:
+                settle(target)
                 self._environment["TRITON_CACHE_DIR"] = str(target)
             elif name == FASTTREE:
                 self._environment[FOLDER_VARIABLE] = str(target)
@@ -103,6 +105,7 @@ class GpuRun(BenchRun):
         """Run them side by side; why some failed, by their logs' names, and if one was killed."""
         budget_s = step.limit_s - _MARGIN_S
         meant = {"{folder}": folder, "{tests}": _TESTS, "{budget_s}": budget_s}
+        meant["{cache}"] = self._cache
         dry = ("--dry", *step.dry) if self.data["dry"] else ()
         deadline = time.monotonic() + step.limit_s
         failed: dict[str, str] = {}

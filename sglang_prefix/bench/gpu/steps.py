@@ -21,8 +21,8 @@ class Step:
         name: unique; the folder of its results.
         limit_s: seconds after which it is killed.
         commands: arguments of Python, one list per process; all run at once. ``{folder}``,
-            ``{tests}`` and ``{budget_s}`` stand for the step's folder, the GPU tests, and the time
-            after which it should begin nothing more.
+            ``{tests}``, ``{cache}`` and ``{budget_s}`` stand for the step's folder, the GPU tests,
+            Triton's cache, and the time after which it should begin nothing more.
         decides: what its numbers are for.
         dry: arguments that a dry run adds, beside ``--dry``.
         must_hold: unless its results are right, nothing after it is run.
@@ -67,6 +67,18 @@ STEPS = (
         (("-m", "sglang_prefix.bench.gpu.layer", "{folder}/facts.json"),),
         "whether kernels were found or compiled",
         must_hold=True,
+    ),
+    Step(
+        "compile",
+        30,
+        (
+            (
+                *("-m", "sglang_prefix.cli.main", "kernels", "--cache", "{cache}"),
+                *("--arch", "sm_90", "--model-shape", "32:8:128", "--model-shape", "8:1:128"),
+            ),
+        ),
+        "nothing: all cores compile what was not carried",
+        after=("cache", "compiled"),
     ),
     Step(
         "correct",

@@ -141,7 +141,8 @@ def measured_block(data: Data, source: str, groups: tuple[str, ...] | None) -> s
 def _row(case: Data, ours: str | None) -> list[str]:
     mine, heads = provider_of(case, ours), case["heads"]
     cells = [case.get("tree") or case["name"], f"{heads['qo']}:{heads['kv']}:{heads['dim']}"]
-    cells.append(number_text((case.get("floor") or {}).get("us", 0)))
+    floor = (case.get("floor") or {}).get("us")
+    cells.append(number_text(floor) if floor else "")
     for name in (fastest(case, "stock", "kernel_us"), fastest(case, "peer", "kernel_us"), ours):
         us = provider_of(case, name).get("kernel_us")
         cells += [str(name), number_text(us)] if us else ["not measured", ""]
