@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["BACKEND_NAME", "GATES", "PrefixConfig", "verify_requested"]
+__all__ = ["BACKEND_NAME", "GATES", "PrefixConfig", "verify_requested", "wrap_requested"]
 
 # Value of SGLang's attention backend flags that chooses our backend.
 BACKEND_NAME = "prefix"
@@ -23,6 +23,8 @@ class PrefixConfig:
             faster, "always" every batch it can, "never" none. The CPU executors are faster than the
             stock backend whatever is shared, so there "auto" is "always".
         policy: ``SGLANG_PREFIX_POLICY``: name of the packing policy.
+        wrap: ``SGLANG_PREFIX``: pack the decode of whatever backend SGLang has chosen or was told,
+            without our name.
         stock_backend: ``SGLANG_PREFIX_STOCK_BACKEND``: SGLang attention backend to delegate to;
             None for the one that SGLang would have chosen.
         verify: ``SGLANG_PREFIX_VERIFY``: check every plan against the slot rows and raise on a
@@ -39,6 +41,7 @@ class PrefixConfig:
 
     gate: str = "auto"
     policy: str = "pat"
+    wrap: bool = False
     stock_backend: str | None = None
     verify: bool = False
     keep_plan: bool = False
@@ -73,11 +76,17 @@ class PrefixConfig:
         }
         return cls(
             **chosen,
+            wrap=_switch(env, "SGLANG_PREFIX"),
             stock_backend=env.get("SGLANG_PREFIX_STOCK_BACKEND") or None,
             verify=verify_requested(env),
             keep_plan=_switch(env, "SGLANG_PREFIX_KEEP_PLAN"),
             workspace_mib=_positive_int(env, "SGLANG_PREFIX_WORKSPACE_MIB", default.workspace_mib),
         )
+
+
+def wrap_requested() -> bool:
+    """Whether ``SGLANG_PREFIX`` has any value but 0, legal or not: who asks reads it once more."""
+    return os.environ.get("SGLANG_PREFIX", "") not in ("", "0")
 
 
 def verify_requested(env: Mapping[str, str] | None = None) -> bool:

@@ -29,6 +29,7 @@ __all__ = [
     "Decision",
     "DeviceLimits",
     "Gate",
+    "SharingGate",
     "limits_of",
     "load_limits",
     "make_gate",
@@ -124,15 +125,20 @@ def limits_of(device: torch.device) -> DeviceLimits:
     return replace(said, **measured)
 
 
-def make_gate(name: str, device: torch.device, stock_name: str) -> Gate | None:
+def make_gate(
+    name: str, device: torch.device, stock_name: str, executors: Sequence[str]
+) -> Gate | SharingGate | None:
     """The gate of a setting; None where every batch is packed.
 
-    On the CPU that is also what "auto" comes to: the native executor is faster than SGLang's
-    ``torch_native`` whatever is shared (docs/performance.md).
+    On the CPU that is what "auto" comes to with the native executor, which is faster than SGLang's
+    ``torch_native`` whatever is shared. The torch executor may be slower where nothing is
+    (docs/performance.md).
     """
-    if name != "auto" or device.type != "cuda":
+    if name != "auto":
         return None
-    return Gate(limits_of(device), stock_name)
+    if device.type == "cuda":
+        return Gate(limits_of(device), stock_name)
+    return SharingGate() if "torch" in executors else None
 
 
 class Decision(NamedTuple):
@@ -171,6 +177,18 @@ class Gate:
     def leave(self) -> None:
         """Note a batch that goes to the stock backend without being planned."""
         self._packs = False
+
+
+class SharingGate:
+    """Packs every batch in which anything is shared; predicts nothing. Its caller sees to others,
+    as with any gate."""
+
+    def choose(self, plans: Sequence[tuple[CostedPlan, int]], forest: PrefixForest) -> Decision:
+        """Pack."""
+        return Decision(True, None, 0.0, 0.0)
+
+    def leave(self) -> None:
+        """Nothing to note."""
 
 
 def predict_packed(plan: CostedPlan, limits: DeviceLimits) -> float:

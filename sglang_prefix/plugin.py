@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sglang_prefix.config import BACKEND_NAME, PrefixConfig
+from sglang_prefix.config import BACKEND_NAME, PrefixConfig, wrap_requested
 
 if TYPE_CHECKING:
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
@@ -22,7 +22,10 @@ __all__ = ["create_prefix_backend", "register"]
 
 
 def register() -> None:
-    """Make `prefix` a legal value of SGLang's attention backend flags. May be called again."""
+    """Make `prefix` a legal value of SGLang's attention backend flags. May be called again.
+
+    With ``SGLANG_PREFIX=1`` no flag is needed: whatever backend SGLang chooses is ours over it.
+    """
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
     from sglang.srt.server_args import ATTENTION_BACKEND_CHOICES, add_attention_backend_choices
 
@@ -33,6 +36,10 @@ def register() -> None:
     register_attention_backend(BACKEND_NAME)(create_prefix_backend)
     if BACKEND_NAME not in ATTENTION_BACKEND_CHOICES:
         add_attention_backend_choices([BACKEND_NAME])
+    if wrap_requested():
+        from prefix_patches.stock_backend import wrap_factories
+
+        wrap_factories(BACKEND_NAME, create_prefix_backend)
 
 
 def _named_stock() -> str | None:
@@ -50,11 +57,12 @@ def _check_choice(choice: StockChoice) -> None:
     check_model(choice.architecture, choice.decode, uses_mla=choice.uses_mla)
 
 
-def create_prefix_backend(runner: ModelRunner) -> AttentionBackend:
+def create_prefix_backend(runner: ModelRunner, wrapped: str | None = None) -> AttentionBackend:
     """Build the backend for one model runner.
 
     Args:
         runner: SGLang's model runner, as handed over by its attention registry.
+        wrapped: the stock backend that SGLang was about to build; None where our name was given.
 
     Raises:
         RuntimeError: SGLang is outside the supported range; `backend/backend.py` raises for
@@ -67,4 +75,4 @@ def create_prefix_backend(runner: ModelRunner) -> AttentionBackend:
 
     from sglang_prefix.backend.backend import create_backend
 
-    return create_backend(runner)
+    return create_backend(runner, wrapped)

@@ -36,6 +36,12 @@ def test_every_setting(name: str, value: str) -> None:
     assert config == dataclasses.replace(PrefixConfig(), **{name.lower(): parsed})
 
 
+def test_the_switch() -> None:
+    assert PrefixConfig.from_env({"SGLANG_PREFIX": "1"}) == PrefixConfig(wrap=True)
+    with pytest.raises(ValueError, match="SGLANG_PREFIX='yes' is not legal; legal: 0, 1"):
+        PrefixConfig.from_env({"SGLANG_PREFIX": "yes"})
+
+
 @pytest.mark.parametrize(
     ("name", "value", "legal"),
     [
@@ -63,9 +69,10 @@ def test_a_value_that_is_not_legal_names_variable_and_values(
 
 
 def test_the_table_in_the_docs_lists_every_setting_and_its_default() -> None:
-    rows = dict(re.findall(r"^\| `SGLANG_PREFIX_(\w+)` \| `?([^|`]*)`? \|", DOCS.read_text(), re.M))
+    rows = dict(re.findall(r"^\| `SGLANG_PREFIX(\w*)` \| `?([^|`]*)`? \|", DOCS.read_text(), re.M))
     default = dataclasses.asdict(PrefixConfig())
-    assert rows.keys() == {name.upper() for name in default}
+    rows["_WRAP"] = rows.pop("")
+    assert rows.keys() == {f"_{name.upper()}" for name in default}
     for name, value in default.items():
         shown = {None: "", False: "0"}.get(value, str(value))
-        assert rows[name.upper()].strip() == shown, name
+        assert rows[f"_{name.upper()}"].strip() == shown, name

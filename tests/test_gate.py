@@ -10,7 +10,9 @@ from sglang_prefix.forest import PrefixForest
 from sglang_prefix.gate import (
     DeviceLimits,
     Gate,
+    SharingGate,
     limits_of,
+    make_gate,
     predict_packed,
     predict_stock,
     triton_kv_splits,
@@ -33,7 +35,7 @@ def planned(forest: PrefixForest, shape: AttentionShape = LLAMA_8B) -> CostedPla
     return PackPlanner(shape, GPU_PROFILE).plan(forest)
 
 
-def choose(gate: Gate, forest: PrefixForest) -> bool:
+def choose(gate: Gate | SharingGate, forest: PrefixForest) -> bool:
     return gate.choose([(planned(forest), 32)], forest).packs
 
 
@@ -102,3 +104,20 @@ def test_splits_are_those_of_sglangs_kernel(seed: int) -> None:
         arguments = (len(lens), 1, heads, kv_heads, 8, H200.num_sms)
         kernel[(1,)](found, torch.from_numpy(lens), *arguments, MAX_NUM_SEQ=64)
         assert (triton_kv_splits(lens, shape, H200.num_sms) == found.numpy()).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "executor", "gate"),
+    [
+        ("auto", "torch", SharingGate),
+        ("auto", "native", None),
+        ("auto", "triton", None),
+        ("always", "torch", None),
+    ],
+)
+def test_the_gate_of_a_cpu(name: str, executor: str, gate: type | None) -> None:
+    made = make_gate(name, torch.device("cpu"), "torch_native", [executor])
+    assert type(made) is (gate or type(None))
+    if made is not None:
+        forest = one_prefix(2, 1, 1)
+        assert choose(made, forest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from importlib import import_module
@@ -22,6 +23,7 @@ __all__ = [
     "resolved_args",
     "runs_dp_attention",
     "torch_native_decode",
+    "wrap_factories",
 ]
 
 _REGISTRY = "sglang.srt.layers.attention.attention_registry"
@@ -31,7 +33,8 @@ _RESOLUTION = "sglang.srt.arg_groups.overrides"
 TOUCHED = (
     Touch(
         f"{_REGISTRY}:ATTENTION_BACKENDS",
-        why="with `--attention-backend prefix` SGLang builds no stock backend itself",
+        why="with `--attention-backend prefix` SGLang builds no stock backend itself; with "
+        "SGLANG_PREFIX=1 it builds ours instead of it",
         releases=f"{RELEASES}, a dict from names to factories",
         kind=dict,
     ),
@@ -125,7 +128,45 @@ def build_stock(model_runner: ModelRunner, name: str, own_name: str) -> Any:
         model_runner.prefill_attention_backend_str = name
     if getattr(model_runner, "decode_attention_backend_str", None) == own_name:
         model_runner.decode_attention_backend_str = name
-    return import_module(_REGISTRY).ATTENTION_BACKENDS[name](model_runner)
+    factory = import_module(_REGISTRY).ATTENTION_BACKENDS[name]
+    return getattr(factory, _FACTORY, factory)(model_runner)
+
+
+def wrap_factories(own_name: str, create: Callable[[ModelRunner, str], Any]) -> None:
+    """Have SGLang build our backend wherever it would build a stock one for decode. Idempotent.
+
+    SGLang knows nothing of it: every rule of its that goes by a backend's name finds the stock
+    backend's. A runner that decodes with another backend than it prefills with has both built;
+    only the former is ours. Draft models keep their own. Backends that are registered later than
+    this is called are not wrapped.
+
+    Args:
+        own_name: our name, which is never wrapped.
+        create: makes a backend from a runner and the name of the stock backend.
+    """
+    registry = import_module(_REGISTRY).ATTENTION_BACKENDS
+    for name, factory in registry.items():
+        if name != own_name and not hasattr(factory, _FACTORY):
+            registry[name] = _wrapped(name, factory, create)
+
+
+# Of a factory that we have put in place of SGLang's: SGLang's.
+_FACTORY = "_sglang_prefix_stock_factory"
+
+
+def _wrapped(
+    name: str, factory: Callable[[ModelRunner], Any], create: Callable[[ModelRunner, str], Any]
+) -> Callable[[ModelRunner], Any]:
+    @functools.wraps(factory)
+    def build(model_runner: ModelRunner) -> Any:
+        args = resolved_args(model_runner)
+        decodes = name == (args.decode_attention_backend or args.attention_backend)
+        if model_runner.is_draft_worker or not decodes:
+            return factory(model_runner)
+        return create(model_runner, name)
+
+    setattr(build, _FACTORY, factory)
+    return build
 
 
 def torch_native_decode() -> Callable[..., None]:

@@ -28,7 +28,7 @@ from sglang_prefix.backend.path_cache import FoundPaths, PathCache
 from sglang_prefix.backend.workspace import Workspace
 from sglang_prefix.checks import check_same_sharing
 from sglang_prefix.forest import PrefixForest, forest_of_neighbours, forest_of_table
-from sglang_prefix.gate import Gate
+from sglang_prefix.gate import Gate, SharingGate
 from sglang_prefix.packing.planner import PackPlanner
 
 __all__ = ["DecodePlanner", "LayerGroup"]
@@ -114,7 +114,7 @@ class DecodePlanner:
         groups: Sequence[LayerGroup],
         counters: BackendCounters,
         *,
-        gate: Gate | None = None,
+        gate: Gate | SharingGate | None = None,
         verify: bool = False,
         on_plan: Callable[..., None] | None = None,
     ) -> None:

@@ -10,7 +10,7 @@ from packaging.version import Version
 from prefix_patches.attributes import ModelRunner
 from prefix_patches.stock_backend import prefill_name, resolved_args
 
-__all__ = ["REFUSED", "check_cpu_prefill", "check_model", "check_stock_rules"]
+__all__ = ["REFUSED", "check_cpu_prefill", "check_model", "check_stock_rules", "why_refused"]
 
 # Models of which nothing could be packed. Most ask for the backend's name themselves, and hand over
 # what only the backends that they know understand: 0.5.23, models/deepseek_v2.py and
@@ -62,6 +62,12 @@ def check_cpu_prefill(model_runner: ModelRunner, own_name: str) -> None:
         )
 
 
+def why_refused(architecture: str, stock_name: str, *, uses_mla: bool) -> str | None:
+    """Why nothing of a model could be packed, as the end of a sentence; None if something can."""
+    keys = (stock_name, "mla" if uses_mla else "", architecture)
+    return next((REFUSED[key] for key in keys if key in REFUSED), None)
+
+
 def check_model(architecture: str, stock_name: str, *, uses_mla: bool) -> None:
     """Refuse a model of which nothing could be packed, and which our name would break.
 
@@ -73,8 +79,7 @@ def check_model(architecture: str, stock_name: str, *, uses_mla: bool) -> None:
     Raises:
         ValueError: the message says how to serve it.
     """
-    keys = (stock_name, "mla" if uses_mla else "", architecture)
-    if why := next((REFUSED[key] for key in keys if key in REFUSED), None):
+    if why := why_refused(architecture, stock_name, uses_mla=uses_mla):
         raise ValueError(
             f"the attention backend prefix cannot serve {architecture}, which {why}. Start without "
             f"it: SGLang then decodes with {stock_name}"

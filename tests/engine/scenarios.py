@@ -26,6 +26,7 @@ __all__ = [
     "RETRACT",
     "ROLLOUTS",
     "SCENARIOS",
+    "SWITCH",
     "TRAINED",
     "Comparison",
     "Run",
@@ -66,6 +67,8 @@ OURS = {BACKEND_FLAG: "prefix", "max_total_tokens": 20000}
 CROWDED = {"max_total_tokens": 760, "schedule_conservativeness": 0.01}
 RETRACT = {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "4"}
 VERIFY = {"SGLANG_PREFIX_VERIFY": "1"}
+# Ours over whatever SGLang chooses or is told.
+SWITCH = {"SGLANG_PREFIX": "1"}
 # Policy "node" packs every node, however few tokens and requests it has.
 NODES = {"SGLANG_PREFIX_POLICY": "node"}
 # The kernels on the CPU; SGLang's own CPU engine runs no Triton kernel.
@@ -154,6 +157,8 @@ _DEFAULT = {
         | {"chunked_prefill_size": 64, "enable_mixed_chunk": True},
         VERIFY | RETRACT | PAGES_ENV | NODES,
     ),
+    # No name given: our backend stands over the one that SGLang chooses.
+    "switch": Scenario(_compared(FOREST, 0.45), {"max_total_tokens": 20000}, VERIFY | SWITCH),
     # Two labels of graphs, in a model of which some layers are stock's in either; the gate flips.
     "graphs": Scenario(
         (GROVE, *_under(GROVE, "stock", "zeros", "packed")),
@@ -200,7 +205,15 @@ EXTENDED = {
         (*_reads(0.45, FOREST), *_beams(0.6), *_reads(0.45, MIXED)),
         {"prefill_attention_backend": "torch_native", "decode_attention_backend": "prefix"}
         | {"chunked_prefill_size": 64, "enable_mixed_chunk": True, "max_total_tokens": 20000},
-        VERIFY | {"SGLANG_PREFIX_POLICY": "chunk"},
+        VERIFY | SWITCH | {"SGLANG_PREFIX_POLICY": "chunk"},
+    ),
+    "switch named-stock": Scenario(_reads(0.45, FOREST), STOCK, VERIFY | SWITCH),
+    # SGLang's prefill kernel in the interpreter is slow.
+    "switch two backends": Scenario(
+        _compared(GROVE, 0.6),
+        {"prefill_attention_backend": "triton", "decode_attention_backend": "torch_native"}
+        | {"max_total_tokens": 20000},
+        VERIFY | SWITCH | {"TRITON_INTERPRET": "1"},
     ),
     "no-radix-cache": Scenario(_reads(1.001, FOREST), OURS | {"disable_radix_cache": True}, VERIFY),
     "named-stock no-overlap policy-query": Scenario(

@@ -33,6 +33,7 @@ from tests.engine.scenarios import (
     RETRACT,
     ROLLOUTS,
     SCENARIOS,
+    SWITCH,
     TRAINED,
     comparison,
 )
@@ -180,6 +181,20 @@ def test_a_closed_gate_leaves_every_step_to_stock(results: Results) -> None:
     assert ours.counters["stock_steps"] > 50
     assert ours.counters["packed_steps"] == ours.counters["fallback_steps"] == 0
     assert ours.counters["plans"] == 0
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.scenarios(name))
+        for name, scenario in SCENARIOS.items()
+        if scenario.env.items() >= SWITCH.items()
+    ],
+)
+def test_the_switch_builds_one_backend_of_ours(name: str, results: Results) -> None:
+    log = results(name).log
+    assert log.count("prefix attention: settings") == 1
+    assert "stock backend torch_native" in log
 
 
 @pytest.mark.scenarios("no-radix-cache")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,82 @@ def test_a_model_is_refused_by_the_command_before_anything_is_launched(tmp_path:
     assert said.count("prefix cannot serve DeepseekV3ForCausalLM") == 1
     *_, last = said.strip().splitlines()
     assert last.endswith("Start without it: SGLang then decodes with torch_native")
+
+
+# With SGLANG_PREFIX=1.
+
+STOCK_FACTORIES = ("fa3", "triton", "dsa", "torch_native")
+
+
+@pytest.fixture
+def wrapped(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """SGLang's registry with factories that answer with a name, wrapped twice."""
+    from sglang.srt.layers.attention import attention_registry
+
+    from prefix_patches.stock_backend import wrap_factories
+
+    def answering(name: str) -> Callable[[Any], str]:
+        return lambda runner: name
+
+    registry = {name: answering(name) for name in STOCK_FACTORIES}
+    monkeypatch.setattr(attention_registry, "ATTENTION_BACKENDS", registry)
+    for _ in range(2):
+        wrap_factories("prefix", lambda runner, name: f"ours over {name}")
+    return registry
+
+
+@pytest.mark.parametrize(
+    ("flags", "built"),
+    [
+        ("--attention-backend fa3", {"fa3": "ours over fa3"}),
+        (
+            "--prefill-attention-backend fa3 --decode-attention-backend triton",
+            {"fa3": "fa3", "triton": "ours over triton"},
+        ),
+        (
+            "--prefill-attention-backend fa3 --decode-attention-backend prefix",
+            {"fa3": "fa3"},
+        ),
+    ],
+)
+def test_the_switch_wraps_what_decodes_and_once(
+    flags: str, built: dict[str, str], wrapped: dict[str, Any]
+) -> None:
+    from prefix_patches.stock_backend import build_stock
+
+    runner = make_runner(flags=flags)
+    assert {name: wrapped[name](runner) for name in built} == built
+    assert build_stock(runner, "triton", "prefix") == "triton"
+    runner.is_draft_worker = True
+    assert wrapped["fa3"](runner) == "fa3"
+
+
+@pytest.mark.parametrize(
+    ("stock_name", "changes"), [("fa3", {"use_mla_backend": True}), ("dsa", {})]
+)
+def test_the_switch_leaves_a_model_of_which_nothing_can_be_packed(
+    stock_name: str,
+    changes: dict[str, Any],
+    wrapped: dict[str, Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from sglang_prefix.plugin import create_prefix_backend
+
+    runner = make_runner(**changes)
+    runner.model_config.hf_config.architectures = ["DeepseekV3ForCausalLM"]
+    with caplog.at_level("INFO"):
+        assert create_prefix_backend(runner, stock_name) == stock_name
+    assert f"DeepseekV3ForCausalLM is left to {stock_name}: it " in caplog.text
+
+
+def test_the_switch_and_a_stock_backend_for_our_name_contradict(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from sglang_prefix.plugin import create_prefix_backend
+
+    monkeypatch.setenv("SGLANG_PREFIX_STOCK_BACKEND", "triton")
+    with pytest.raises(ValueError, match=r"name the backend to SGLang: --attention-backend"):
+        create_prefix_backend(make_runner(), "fa3")
 
 
 FORWARD_BATCH = "sglang.srt.model_executor.forward_batch_info.ForwardBatch"
