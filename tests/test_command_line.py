@@ -39,6 +39,7 @@ WORK = (
     "sglang_prefix.cli.demo._make_model",
     "sglang_prefix.cli.demo._run_engines",
     "sglang_prefix.cli.doctor._examine",
+    "sglang_prefix.cli.kernel_cache.kernel_cache.collect_launches",
     "sglang_prefix.cli.kernels.compile_report.compile_variants",
     "sglang_prefix.api_key.requests.request",
     "sglang_prefix.explain.sources.load_tokenizer",
@@ -69,6 +70,8 @@ EXPLAINED = {
     "--tokenizer": ["--prompts=prompts"],
     "--api-key": ["--base-url=http://127.0.0.1:1"],
 }
+# Of `kernels`, what goes with a cache alone.
+OF_A_CACHE = ("--model-shape", "--wheel")
 
 
 class ReachedError(Exception):
@@ -117,6 +120,8 @@ def invoke(place: Place, *values: str) -> Outcome:
         options = [one for one in options if not one.startswith(f"{name}=")]
         if words == ("explain",) and name in EXPLAINED:
             options = EXPLAINED[name]
+        if words == ("kernels",) and name in OF_A_CACHE:
+            options = [*options, "--cache=new"]
         options = [*options, *(f"{name}={value}" for value in values)]
     else:
         arguments = list(values)

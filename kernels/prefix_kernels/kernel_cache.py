@@ -292,7 +292,7 @@ def _compile(launch: KernelLaunch) -> CachedKernel:
 
 
 def _without_source(files: list[Path], key: str) -> list[Path]:
-    """Take the first step of compiling out of an entry: it is half of it, and no launch reads it."""
+    """Take the first step of compiling out of an entry: half of it, which no launch reads."""
     from triton.runtime.cache import get_cache_manager
 
     kept = [file for file in files if file.suffix != ".source"]

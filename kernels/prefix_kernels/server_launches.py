@@ -19,11 +19,12 @@ from prefix_kernels.tiles import (
     TABLE,
     TileShape,
     load_tuned_tiles,
+    warm_up_sizes,
 )
 from prefix_kernels.triton_executor import TritonExecutor
 from prefix_kernels.work_list import ITEM_FIELDS
 
-__all__ = ["TORCH_DTYPES", "ServedLayers", "launch_all", "warm_up_sizes"]
+__all__ = ["TORCH_DTYPES", "ServedLayers", "launch_all"]
 
 # By the names that `compile_report` has for them.
 TORCH_DTYPES = {
@@ -77,15 +78,6 @@ class ServedLayers:
             TORCH_DTYPES[self.dtype].itemsize,
             TORCH_DTYPES[self.kv_dtype].itemsize,
         )
-
-
-def warm_up_sizes(group_size: int, most: int) -> set[int]:
-    """Batch sizes, up to ``most``, that between them make a server launch every kernel it has.
-
-    Launches are fixed but for the class of the widest tile, which follows from the batch size: the
-    smallest batch of each class.
-    """
-    return {min(size, most) for size in (1, *(rows // group_size + 1 for rows in ROW_CLASSES))}
 
 
 def launch_all(

@@ -38,6 +38,7 @@ __all__ = [
     "programs_for_registers",
     "programs_for_shared_memory",
     "row_classes",
+    "warm_up_sizes",
     "widest_block",
 ]
 
@@ -245,6 +246,15 @@ def row_classes(shape: TileShape) -> tuple[int, ...]:
     """Rows of the tiles that hold an accumulator of this shape in registers, ascending."""
     dim = next_power_of_two(shape.v_head_dim)
     return tuple(rows for rows in ROW_CLASSES if rows * dim <= _LARGEST_ACCUMULATOR)
+
+
+def warm_up_sizes(group_size: int, most: int) -> set[int]:
+    """Batch sizes, up to ``most``, that between them make a server launch every kernel it has.
+
+    Launches are fixed but for the class of the widest tile, which follows from the batch size: the
+    smallest batch of each class.
+    """
+    return {min(size, most) for size in (1, *(rows // group_size + 1 for rows in ROW_CLASSES))}
 
 
 def formula_tile(block_m: int, shape: TileShape) -> TileConfig:

@@ -166,8 +166,8 @@ class PrefixAttnBackend(DelegatingBackend):
             on_plan=self._last_plan.note if self._last_plan else None,
         )
         if self._layers.workspace is not None:
-            seconds = warm_up(self._planner, self._layers.group_of, self._run, model_runner.dtype)
-            logger.info("prefix attention: kernels compiled and run once in %.1f s", seconds)
+            done = warm_up(self._planner, self._layers.group_of, self._run, model_runner.dtype)
+            logger.info("prefix attention: %s", done)
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Eager entry point: decide who serves the batch, and prepare it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
@@ -9,11 +10,15 @@ from typing import Any
 
 import torch
 
-from prefix_kernels.tiles import ROW_CLASSES
+from prefix_kernels import kernel_cache
+from prefix_kernels.tiles import warm_up_sizes
 from sglang_prefix.backend.decode_batch import DecodeBatch
 from sglang_prefix.backend.decode_planner import DecodePlanner, LayerGroup
+from sglang_prefix.kernel_cache import settle
 
 __all__ = ["warm_up"]
+
+logger = logging.getLogger(__name__)
 
 # Runs one layer: its group, q, the layer.
 RunLayer = Callable[[LayerGroup, torch.Tensor, Any], torch.Tensor]
@@ -25,10 +30,11 @@ def warm_up(
     group_of: Mapping[Any, LayerGroup],
     run: RunLayer,
     q_dtype: torch.dtype,
-) -> float:
+) -> str:
     """Run every layer once for each set of launches, on the slot that belongs to no request.
 
-    Launches are fixed but for the class of the widest tile, which follows from the batch size.
+    What `sglang-prefix kernels --cache` has compiled is found in Triton's cache, even if that was
+    moved since.
 
     Args:
         planner: the planner; without a plan afterwards.
@@ -37,30 +43,43 @@ def warm_up(
         q_dtype: dtype of queries.
 
     Returns:
-        Seconds that it took, compilation included.
+        What it was, with the seconds that it took, compilation included.
     """
     began = time.perf_counter()
     device = planner.req_to_token.device
-    for num_requests in _batch_sizes(planner):
-        batch = _blank_batch(num_requests, device)
-        planner.prepare_private(batch)
-        planner.append(batch)
-        for layer, group in group_of.items():
-            heads = (num_requests, layer.tp_q_head_num, layer.qk_head_dim)
-            run(group, torch.zeros(heads, dtype=q_dtype, device=device), layer)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began
+    _settle_cache()
+    with kernel_cache.counted() as counts:
+        for num_requests in _batch_sizes(planner):
+            batch = _blank_batch(num_requests, device)
+            planner.prepare_private(batch)
+            planner.append(batch)
+            for layer, group in group_of.items():
+                heads = (num_requests, layer.tp_q_head_num, layer.qk_head_dim)
+                run(group, torch.zeros(heads, dtype=q_dtype, device=device), layer)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    seconds = time.perf_counter() - began
+    return (
+        f"kernels compiled and run once in {seconds:.1f} s "
+        f"({counts.compiled} compiled, {counts.found} found in Triton's cache)"
+    )
+
+
+def _settle_cache() -> None:
+    from triton import knobs
+
+    try:
+        settle(knobs.cache.dir)
+    except OSError as error:
+        logger.warning("prefix attention: Triton's cache was filled elsewhere: %s", error)
 
 
 def _batch_sizes(planner: DecodePlanner) -> list[int]:
-    """The smallest batch for each class of the widest tile, for each group size."""
-    sizes = set()
+    """Those that between them make every launch there is, for each group size."""
+    sizes = set[int]()
     for group in planner.groups:
-        group_size = group.planner.costs.shape.group_size
-        smallest = {1, *(rows // group_size + 1 for rows in ROW_CLASSES)}
         most = group.workspace.capacity.batch_rows if group.workspace else 1
-        sizes |= {min(size, most) for size in smallest}
+        sizes |= warm_up_sizes(group.planner.costs.shape.group_size, most)
     return sorted(sizes)
 
 

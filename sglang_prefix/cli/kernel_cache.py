@@ -95,11 +95,11 @@ def find_triton(wheel: Path | None) -> TritonIdentity:
     try:
         other = triton_of_wheel(wheel)
     except OSError as error:
-        fail(f"--triton {wheel}: {error.strerror}; {legal}", 2)
+        fail(f"--wheel {wheel}: {error.strerror}; {legal}", 2)
     except ValueError as error:
-        fail(f"--triton {wheel}: {error}; {legal}", 2)
+        fail(f"--wheel {wheel}: {error}; {legal}", 2)
     if other.version != installed.version:
-        fail(f"--triton {wheel} is Triton {other.version}; {legal}, which is installed", 2)
+        fail(f"--wheel {wheel} is Triton {other.version}; {legal}, which is installed", 2)
     return other
 
 

@@ -35,7 +35,7 @@ _MAX_GROUP, _MAX_JOBS = 256, 256
 
 
 # What goes with `--cache` alone, and what with the report alone.
-_OF_THE_CACHE = ("check", "model_shape", "logit_cap", "triton")
+_OF_THE_CACHE = ("check", "model_shape", "logit_cap", "wheel")
 _OF_THE_REPORT = ("head_dim", "group_size")
 
 
@@ -92,10 +92,10 @@ def kernels(
     logit_cap: Annotated[
         bool, typer.Option("--logit-cap", help="The cache is for layers that cap their logits.")
     ] = False,
-    triton: Annotated[
+    wheel: Annotated[
         Path | None,
         typer.Option(
-            metavar="WHEEL",
+            metavar="FILE",
             help="The cache is for another Python, whose wheel of the same Triton this is.",
             callback=readable_file,
         ),
@@ -125,7 +125,7 @@ def kernels(
             dtypes or DEFAULT_DTYPES[:1],
             merges,
             has_cap=logit_cap,
-            wheel=triton,
+            wheel=wheel,
             check=check,
             jobs=jobs,
             json_file=json_file,

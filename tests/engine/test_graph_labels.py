@@ -111,7 +111,7 @@ class Graphs:
 def captured(monkeypatch: pytest.MonkeyPatch) -> type[FixedGate]:
     """Decode is captured, and the gate says what a test wants."""
     monkeypatch.setattr(backend_module, "captures_decode", lambda runner: True)
-    monkeypatch.setattr(backend_module, "warm_up", lambda *_: 0.0)  # minutes in the interpreter
+    monkeypatch.setattr(backend_module, "warm_up", lambda *_: "")  # minutes in the interpreter
     monkeypatch.setattr("sglang_prefix.backend.fallback.captures_decode", lambda runner: True)
     monkeypatch.setattr(FixedGate, "packs", True)
     monkeypatch.setattr(
