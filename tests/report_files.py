@@ -158,7 +158,7 @@ def check_result() -> Result:
 
 def gpu_result() -> Result:
     """A step that was done and one that was killed."""
-    step = {"group": "", "status": "done", "limit_s": 15.0, "wall_s": 4.0, "compiled": 0}
+    step = {"group": "made-up", "status": "done", "limit_s": 15.0, "wall_s": 4.0, "compiled": 0}
     done = step | {"name": "correct", "says": {"passed": 7, "fastest": "16x64"}, "failed": {}}
     killed = step | {"name": "peers", "status": "overran", "says": {"us": None}}
     cases = [done, killed | {"failed": {"log1": "killed after 15 s"}}]

@@ -218,7 +218,7 @@ class TestOtherKinds:
             (
                 "bench-gpu",
                 "Steps",
-                ["correct", "done", "4.00", "15.0", "0", "passed: 7; fastest: 16x64", "-"],
+                ["correct", "done", "4.00", "15.0", "0", "passed: 7; fastest: 16x64", "made-up"],
             ),
             ("bench-host", "Host time of planning", ["forest", "32.0", "128"]),
         ],

@@ -70,7 +70,7 @@ def gpu(
         Literal["sm_80", "sm_90", "sm_100"],
         typer.Option(help="That the cache is for.", rich_help_panel=_CARRYING),
     ] = "sm_90",
-    triton: Annotated[
+    wheel: Annotated[
         Path | None,
         typer.Option(
             metavar="WHEEL",
@@ -127,7 +127,7 @@ def gpu(
     """
     screen = console(json_file)
     if pack is not None:
-        _pack(pack, screen, arch, triton, cache=cache, kit=kit, fasttree=fasttree)
+        _pack(pack, screen, arch, wheel, cache=cache, kit=kit, fasttree=fasttree)
         return
     if use is not None:
         from sglang_prefix.bench.gpu.use import ROOT, use_results
