@@ -21,9 +21,8 @@ def _profile(**changes: Any) -> dict[str, Any]:
 
 
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
-    # One program of the widest tile on each of 132 multiprocessors; three of the narrowest.
-    "workers-132": _profile(num_workers=132),
-    "workers-396": _profile(num_workers=396),
+    "splits-128": _profile(min_split_tokens=128),
+    "splits-512": _profile(min_split_tokens=512),
 }
 
 
