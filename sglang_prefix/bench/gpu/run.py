@@ -29,6 +29,8 @@ _TESTS = _ROOT / "tests" / "gpu"
 _USUAL = "triton/pat"
 # Left to a step to write its file and to end by itself, before it is killed.
 _MARGIN_S = 4
+# How many times as long a step of a dry run may take, on cores that others may use as well.
+_DRY_PATIENCE = 5
 
 
 class GpuRun(BenchRun):
@@ -73,11 +75,19 @@ class GpuRun(BenchRun):
         self._cache = Path(self._environment.get("TRITON_CACHE_DIR", default))
 
     def cases(self) -> list[Case]:
-        """A step begins only if its whole limit is left."""
+        """A step of a real run begins only if its whole limit is left."""
         return [
-            Case(one.name, one.decides, partial(self._run, one), partial(float, one.limit_s))
-            for one in self.steps
+            Case(
+                step.name,
+                step.decides,
+                partial(self._run, step),
+                None if self.data["dry"] else partial(self._limit_s, step),
+            )
+            for step in self.steps
         ]
+
+    def _limit_s(self, step: Step) -> float:
+        return step.limit_s * (_DRY_PATIENCE if self.data["dry"] else 1)
 
     def _run(self, step: Step) -> dict[str, Any]:
         if self._stopped:
@@ -95,7 +105,7 @@ class GpuRun(BenchRun):
             self._stopped = f"{step.name} failed, which has to hold first"
         return {
             "status": "overran" if overran else "failed" if failed else "done",
-            "limit_s": step.limit_s,
+            "limit_s": self._limit_s(step),
             "compiled": self._num_compiled() - before,
             "says": says,
             "failed": failed,
@@ -103,11 +113,12 @@ class GpuRun(BenchRun):
 
     def _run_commands(self, step: Step, folder: Path) -> tuple[dict[str, str], bool]:
         """Run them side by side; why some failed, by their logs' names, and if one was killed."""
-        budget_s = step.limit_s - _MARGIN_S
+        limit_s = self._limit_s(step)
+        budget_s = limit_s - _MARGIN_S
         meant = {"{folder}": folder, "{tests}": _TESTS, "{budget_s}": budget_s}
         meant["{cache}"] = self._cache
         dry = ("--dry", *step.dry) if self.data["dry"] else ()
-        deadline = time.monotonic() + step.limit_s
+        deadline = time.monotonic() + limit_s
         failed: dict[str, str] = {}
         overran = False
         logs = [folder / f"log{number}.txt" for number, _ in enumerate(step.commands, 1)]
@@ -120,7 +131,7 @@ class GpuRun(BenchRun):
                 try:
                     status = process.wait(max(0.0, deadline - time.monotonic()))
                 except subprocess.TimeoutExpired:
-                    failed[log.stem], overran = f"killed after {step.limit_s:g} s", True
+                    failed[log.stem], overran = f"killed after {limit_s:g} s", True
                 else:
                     if status:
                         failed[log.stem] = f"status {status}: {cause_in(read_tail(log))}"
