@@ -162,14 +162,17 @@ def test_counters_of_ncu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     facts = tmp_path / "facts.json"
     monkeypatch.setenv("PATH", str(tmp_path))
     assert counters.count(facts, dry=True) == {"ncu": "not installed"}
-    head = '"ID","Kernel Name","gpu__time_duration.sum","other","dram__bytes_read.sum"'
-    rows = f'==PROF== 1\n{head}\n"","","us","","%"\n"0","pack_forward_kernel","1,041.5","7","n/a"\n'
+    stalls = [f"smsp__average_warps_issue_stalled_{n}_per_issue_active.ratio" for n in "abcd"]
+    names = ("ID", "Kernel Name", "gpu__time_duration.sum", "other", "dram__bytes_read.sum")
+    values = ("0", "pack_forward_kernel", "1,041.5", "7", "n/a", "1.5", "0.25", "9", "3")
+    table = ((*names, *stalls), ("", "", "us", *6 * ("%",)), values)
+    rows = "==PROF== 1\n" + "".join(",".join(f'"{cell}"' for cell in row) + "\n" for row in table)
     fake = tmp_path / "ncu"
     fake.write_text(f"#!{sys.executable}\nimport sys\nopen(sys.argv[6 + 1], 'w').write({rows!r})\n")
     fake.chmod(0o755)
-    assert counters.count(facts, dry=True) == {
-        "0 pack_forward_kernel gpu__time_duration.sum": 1041.5
-    }
+    counted = counters.count(facts, dry=True)
+    assert list(counted.values()) == [1041.5, 9, 3, 1.5]
+    assert next(iter(counted)) == "0 pack_forward_kernel gpu__time_duration.sum"
     fake.write_text(f"#!{sys.executable}\nimport sys\nsys.exit('==ERROR== LibraryNotLoaded')\n")
     (tmp_path / "facts.csv").unlink()
     with pytest.raises(RuntimeError, match="ncu: ==ERROR== LibraryNotLoaded"):
@@ -242,6 +245,11 @@ def test_what_cannot_be_packed_is_one_line_and_changes_nothing(
     refused = gpu("--dry", "--out", tmp_path / "run", "--carried", tmp_path / "kit")
     assert refused.exit_code == 2
     assert "kit holds no archives; legal: a folder made with --pack" in refused.stderr
+    (folder / "cache.tar.xz").write_bytes(b"damaged")
+    refused = gpu("--dry", "--out", tmp_path / "run", "--carried", folder)
+    assert refused.exit_code == 2
+    assert "cache.tar.xz cannot be unpacked: " in refused.stderr
+    assert refused.stderr.count("\n") == 1
 
 
 # -- what is used ----------------------------------------------------------------------------------

@@ -25,8 +25,9 @@ _LAUNCHES = 8
 # Of the hundreds of counters in these sections: time, memory, issue, tensor pipes, stalls.
 _KEPT = re.compile(
     r"gpu__time_duration\.sum|dram__bytes_read\.sum|dram_throughput\.avg\.pct|"
-    r"issue_active\.avg|inst_issued\.avg\.pct|pipe_tensor.*active\.avg\.pct|issue_stalled.*\.ratio"
+    r"issue_active\.avg|inst_issued\.avg\.pct|pipe_tensor.*active\.avg\.pct"
 )
+_STALL, _MOST_STALLS = re.compile(r"issue_stalled.*\.ratio"), 3
 
 
 def count(file: Path, *, dry: bool) -> dict[str, float | str]:
@@ -60,15 +61,19 @@ def count(file: Path, *, dry: bool) -> dict[str, float | str]:
 
 
 def parse(text: str) -> dict[str, float]:
-    """Counters in the CSV of ncu's raw page, whose second row has the units."""
+    """Counters in the CSV of ncu's raw page, whose second row has the units.
+
+    Of the reasons for which warps wait, the most frequent of each launch.
+    """
     rows = csv.DictReader(line for line in text.splitlines() if line.startswith('"'))
     found: dict[str, float] = {}
     for row in rows:
         launch = f"{row.get('ID') or ''} {row.get('Kernel Name') or ''}"
-        for name, value in row.items():
-            number = (value or "").replace(",", "")
-            if name and _KEPT.search(name) and re.fullmatch(r"-?\d+(\.\d+)?", number):
-                found[f"{launch} {name}"] = float(number)
+        plain = {name: (value or "").replace(",", "") for name, value in row.items() if name}
+        numbers = {n: float(v) for n, v in plain.items() if re.fullmatch(r"-?\d+(\.\d+)?", v)}
+        stalls = sorted(filter(_STALL.search, numbers), key=numbers.__getitem__, reverse=True)
+        kept = [*filter(_KEPT.search, numbers), *stalls[:_MOST_STALLS]]
+        found |= {f"{launch} {name}": numbers[name] for name in kept}
     return found
 
 

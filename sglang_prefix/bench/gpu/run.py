@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from functools import partial
+from lzma import LZMAError
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -37,29 +38,29 @@ class GpuRun(BenchRun):
     """The run of `bench gpu`; its one option is the folder that was carried here, or None.
 
     Raises:
-        ValueError: this is no checkout, whose tests it runs.
+        ValueError: this is no checkout, whose tests it runs, or what was carried cannot be
+            unpacked.
     """
 
     kind, file_name = "bench-gpu", "gpu.json"
     steps: ClassVar[tuple[Step, ...]] = STEPS
 
     def use(self, options: Mapping[str, Any]) -> None:
-        """Look for the tests and for what was carried."""
+        """Look for the tests, and unpack what was carried, in seconds."""
         if not _TESTS.is_dir():
             raise ValueError(f"{_TESTS} is not there; legal: run it in a checkout")
         self._stopped = ""
         carried = options.get("carried")
-        self._carried = carried_files(Path(carried)) if carried else {}
-
-    def prepare(self) -> None:
-        """Unpack what was carried, in seconds."""
         place = Path(tempfile.gettempdir(), f"sglang-prefix-{os.getuid()}")
         paths = [str(_ROOT / part) for part in ("", "kernels", "patches")]
         self._environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-        for name, file in self._carried.items():
+        for name, file in carried_files(Path(carried)).items() if carried else ():
             target = place / (name if name in (CACHE, FASTTREE) else "site")
-            with tarfile.open(file) as archive:
-                archive.extractall(target, filter="data")
+            try:
+                with tarfile.open(file) as archive:
+                    archive.extractall(target, filter="data")
+            except (tarfile.TarError, LZMAError, EOFError) as error:
+                raise ValueError(f"{file} cannot be unpacked: {error}") from None
             if name == CACHE:
                 settle(target)
                 self._environment["TRITON_CACHE_DIR"] = str(target)

@@ -67,7 +67,9 @@ def use_results(folder: Path, root: Path = ROOT) -> list[str]:
     # Nothing is written before this line.
     place.mkdir(parents=True, exist_ok=True)
     said, copies = [], {}
-    for file in sorted(folder.glob("*.json")) + sorted(folder.glob("*/*.json")):
+    # Facts of steps are in gpu.json as well.
+    files = [file for pattern in ("*.json", "*/*.json") for file in sorted(folder.glob(pattern))]
+    for file in (file for file in files if file.stem != "facts"):
         parts = file.relative_to(folder).with_suffix("").parts
         copies[parts] = shutil.copyfile(file, place / f"{stem}-{'-'.join(parts)}.json")
     said.append(f"{place}: {len(copies)} files")

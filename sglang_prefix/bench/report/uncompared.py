@@ -12,6 +12,8 @@ __all__ = ["check_section", "gpu_section", "host_section", "profile_section", "t
 
 Data = Mapping[str, Any]
 
+# Of what a step says, in a cell.
+_MOST_FOUND = 40
 _HOST_TITLES = {
     "planning": "Host time of planning, us, median",
     "engine": "Host time in the real engine, us",
@@ -45,8 +47,9 @@ def gpu_section(data: Data) -> Section:
 
     def found(case: Data) -> str:
         said = case["says"].items()
-        values = {k: number_text(v) if isinstance(v, int | float) else v for k, v in said}
-        return "; ".join(f"{name}: {value}" for name, value in values.items())
+        values = [(k, number_text(v) if isinstance(v, int | float) else v) for k, v in said]
+        more = [f"{len(values) - _MOST_FOUND} more"] if len(values) > _MOST_FOUND else []
+        return "; ".join([*(f"{name}: {value}" for name, value in values[:_MOST_FOUND]), *more])
 
     columns = [
         Column("step", "name"),
