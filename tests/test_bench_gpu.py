@@ -218,7 +218,9 @@ def test_what_is_carried_is_used_on_the_other_side(
         "open(sys.argv[1] + '/facts.json', 'w').write(json.dumps(facts))"
     )
     monkeypatch.setattr(GpuRun, "steps", (python(says),))
-    done = gpu("--dry", "--out", tmp_path / "run", "--carried", folder)
+    words = ("--dry", "--out", tmp_path / "run", "--carried", folder)
+    assert gpu(*words, "--budget-s", "0").exit_code == 0
+    done = gpu(*words, "--resume")
     assert done.exit_code == 0, done.output
     (case,) = read_result(tmp_path / "run" / "gpu.json")["cases"]
     assert case["says"] == {"cache": 1000, "tree": "fasttree.py", "site": 1}

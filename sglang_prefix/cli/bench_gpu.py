@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from sglang_prefix.cli.bench_kernel import (
-    Budget,
     Dry,
     ListCases,
     Out,
@@ -21,7 +20,13 @@ from sglang_prefix.cli.bench_kernel import (
     print_names,
     start_run,
 )
-from sglang_prefix.cli.options import JsonOption, existing_path, folder_to_write, readable_file
+from sglang_prefix.cli.options import (
+    MAX_SECONDS,
+    JsonOption,
+    existing_path,
+    folder_to_write,
+    readable_file,
+)
 from sglang_prefix.cli.output import console, say, track
 
 if TYPE_CHECKING:
@@ -29,7 +34,6 @@ if TYPE_CHECKING:
 
 __all__ = ["gpu"]
 
-_BUDGET_S = 540.0
 _CARRYING, _USING = "What is carried there", "What comes of it"
 
 
@@ -42,7 +46,9 @@ def gpu(
             metavar="FOLDER", help="What --pack made, to be unpacked.", callback=existing_path
         ),
     ] = None,
-    budget_s: Budget = None,
+    budget_s: Annotated[
+        float, typer.Option(min=0, max=MAX_SECONDS, help="Begin no step that may end later.")
+    ] = 540,
     seed: Seed = 0,
     resume: Resume = False,
     dry: Dry = False,
@@ -143,7 +149,7 @@ def gpu(
         print_names([step.name for step in GpuRun.steps])
     options = {"carried": str(carried) if carried else None}
     run = start_run(ctx, GpuRun, out, options, seed=seed, dry=dry, resume=resume)
-    finish(run, _BUDGET_S if budget_s is None else budget_s, screen, json_file)
+    finish(run, budget_s, screen, json_file)
 
 
 def _pack(

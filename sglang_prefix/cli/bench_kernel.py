@@ -326,6 +326,8 @@ def prepare_device(*, dry: bool, needs_gpu: bool = False) -> None:
 def _given(ctx: typer.Context, name: str) -> Any:
     """A parameter as JSON has it."""
     value = ctx.params[name]
+    if isinstance(value, Path):
+        return str(value)
     return list(value) if isinstance(value, tuple) else value
 
 
