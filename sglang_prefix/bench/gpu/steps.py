@@ -26,7 +26,7 @@ class Step:
         decides: what its numbers are for.
         dry: arguments that a dry run adds, beside ``--dry``.
         must_hold: unless its results are right, nothing after it is run.
-        after: a step and a number that it found, without which this one is not needed.
+        after: a step and what it found; if it was done and found none, this one is not needed.
     """
 
     name: str
@@ -66,7 +66,6 @@ STEPS = (
         15,
         (("-m", "sglang_prefix.bench.gpu.layer", "{folder}/facts.json"),),
         "whether kernels were found or compiled",
-        must_hold=True,
     ),
     Step(
         "compile",
