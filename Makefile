@@ -10,7 +10,7 @@ PIP_INSTALL := -W 'ignore:Editable installation' -m pip install -q
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all docs-check compat compat-version lint format
 .PHONY: bench-cpu bench-cpu-peers cpu-profile kernels-audit clean
-.PHONY: gpu-check gpu-bench gpu-tune gpu-serve
+.PHONY: gpu gpu-pack gpu-use gpu-dry gpu-check gpu-bench gpu-tune gpu-serve
 .PHONY: gpu-check-dry gpu-bench-dry gpu-tune-dry gpu-serve-dry
 
 help:  ## Show this list
@@ -117,6 +117,19 @@ GPU_ENTRY := PYTHONPATH="$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/patches$${PYTHONP
 GPU_OUT ?= build/gpu
 GPU_DRY := TRITON_INTERPRET=1 $(GPU_ENTRY)
 
+GPU_RUN := $(GPU_PYTHON) -m sglang_prefix.cli.main bench gpu
+GPU_CARRIED ?= build/gpu-carried
+GPU_MINUTES ?= build/gpu-minutes
+
+gpu:  ## All that matters on this host's GPU in nine minutes (GPU_ARGS=--resume)
+	$(GPU_ENTRY) $(GPU_RUN) --out $(GPU_MINUTES) $(addprefix --carried ,$(wildcard $(GPU_CARRIED))) $(GPU_ARGS)
+
+gpu-pack: install  ## What a GPU host without a network needs (GPU_ARGS="--wheel FILE --kit FOLDER --fasttree FOLDER")
+	$(BIN)/sglang-prefix bench gpu --pack $(GPU_CARRIED) --cache build/gpu-cache $(GPU_ARGS)
+
+gpu-use: install  ## Take the results of `make gpu` into this checkout
+	$(BIN)/sglang-prefix bench gpu --use $(GPU_MINUTES) $(GPU_ARGS)
+
 gpu-check:  ## Compare all kernel variants with the oracle on this host's GPU (GPU_ARGS="--resume FILE")
 	$(GPU_ENTRY) $(GPU_PYTHON) -m pytest -m gpu tests/gpu $(GPU_ARGS)
 
@@ -130,6 +143,9 @@ gpu-tune:  ## Compare tiles of the forward kernel on this host's GPU (GPU_ARGS="
 gpu-serve:  ## Serve a model on this host's GPU, ours against SGLang's own (GPU_ARGS=--resume)
 	$(GPU_ENTRY) $(GPU_PYTHON) -m sglang_prefix.cli.main bench serving --engine \
 		--out build/gpu-serve $(GPU_ARGS)
+
+gpu-dry: install  ## The logic of gpu on tiny shapes, without a GPU; measures nothing
+	$(BIN)/sglang-prefix exec -- $(BIN)/sglang-prefix bench gpu --dry --out build/gpu-dry $(GPU_ARGS)
 
 gpu-check-dry: install  ## The logic of gpu-check on tiny shapes, without a GPU
 	$(GPU_ENTRY) $(BIN)/python -m pytest -m gpu tests/gpu --dry $(GPU_ARGS)

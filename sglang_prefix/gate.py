@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sglang_prefix.files import read_json
 from sglang_prefix.forest import PrefixForest
 from sglang_prefix.packing import AttentionShape
 from sglang_prefix.packing.gpu import H200_BYTES_PER_S, H200_SMS, L2_SPEEDUP
@@ -26,11 +28,13 @@ from sglang_prefix.packing.layout import CostedPlan
 
 __all__ = [
     "H200",
+    "LIMITS_FILE",
     "Decision",
     "DeviceLimits",
     "Gate",
     "SharingGate",
     "limits_of",
+    "load_limits",
     "make_gate",
     "pays",
     "predict_packed",
@@ -67,12 +71,14 @@ class DeviceLimits:
         flop_per_s: rate of the matrix units for 16-bit values.
         l2_bytes: size of the L2 cache.
         num_sms: multiprocessors.
+        launch_us: of a launch inside a graph, with its gap.
     """
 
     read_bytes_per_s: float
     flop_per_s: float
     l2_bytes: int
     num_sms: int
+    launch_us: float = _LAUNCH_US
 
 
 # From NVIDIA's data sheets: dense 16-bit FLOP/s per multiprocessor, by major compute capability, of
@@ -80,7 +86,6 @@ class DeviceLimits:
 _FLOP_PER_SM = {8: 2.9e12, 9: 7.5e12, 10: 15e12}
 # NVIDIA's data sheet for the H200.
 H200 = DeviceLimits(H200_BYTES_PER_S, 990e12, 50 << 20, H200_SMS)
-
 
 # Where the driver does not say: of boards by their names in torch, from NVIDIA's data sheets for
 # A100, L4, L40S, H100, H200 and DGX B200. A MIG slice has a part of it and a name of its own.
@@ -99,16 +104,39 @@ _READ_BYTES_PER_S = {
     "NVIDIA B200": 8.0e12,
 }
 
+# Of devices by name, as torch names them; written by `sglang-prefix bench gpu --use`.
+LIMITS_FILE = Path(__file__).with_name("device_limits.json")
+# What is measured, and what is above any measurement.
+_MEASURED = {"read_bytes_per_s": 1e15, "flop_per_s": 1e18, "launch_us": 1e3}
+
+
+def load_limits(path: Path) -> dict[str, dict[str, float]]:
+    """Read what was measured on devices, by their names.
+
+    Raises:
+        ValueError: the file is no such table; one line.
+    """
+    found: dict[str, dict[str, float]] = {}
+    try:
+        for device, row in read_json(path).items():
+            found[device] = {name: row[name] for name in _MEASURED}
+            for name, value in found[device].items():
+                if type(value) not in (int, float) or not 0 < value <= _MEASURED[name]:
+                    raise ValueError(f"{name} of {device} is {value!r}")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no table of device limits: {error!r}") from error
+    return found
+
 
 def limits_of(device: torch.device) -> DeviceLimits:
-    """Limits of a CUDA device, from its driver and data sheets; those of an H200 elsewhere.
+    """Limits of a CUDA device: as they were measured on one of its name, or else from its driver
+    and data sheets; those of an H200 elsewhere.
 
-    What neither says is taken from an H200, too, and the log says so once.
+    What none of them says is taken from an H200, too, and the log says so once.
     """
     if device.type != "cuda":
         return H200
     found = torch.cuda.get_device_properties(device)
-    sms = found.multi_processor_count
     # kHz, twice per clock, over a bus of so many bits
     bandwidth = 2e3 * getattr(found, "memory_clock_rate", 0)
     bandwidth *= getattr(found, "memory_bus_width", 0) / 8
@@ -121,14 +149,17 @@ def limits_of(device: torch.device) -> DeviceLimits:
         f"{H200.l2_bytes >> 20} MiB of L2 cache": l2_bytes,
     }
     assumed = ", ".join(figure for figure, value in unknown.items() if not value)
-    if assumed:
+    measured: Any = load_limits(LIMITS_FILE).get(found.name, {})
+    if assumed and not measured:
         _say_assumed(found.name, assumed)
-    return DeviceLimits(
+    sms = found.multi_processor_count
+    said = DeviceLimits(
         bandwidth or H200.read_bytes_per_s,
         sms * (flop_per_sm or _FLOP_PER_SM[9]),
         l2_bytes or H200.l2_bytes,
         sms,
     )
+    return replace(said, **measured)
 
 
 @cache
@@ -226,7 +257,8 @@ def predict_packed(plan: CostedPlan, limits: DeviceLimits) -> float:
     flops *= shape.head_dim + shape.v_head_dim
     return max(
         _predict(shape, limits, tokens, rereads, side_bytes, longest, _PACKED_LAUNCHES),
-        1e6 * flops / (limits.flop_per_s * _ATTAINED_FLOP_SHARE) + _PACKED_LAUNCHES * _LAUNCH_US,
+        1e6 * flops / (limits.flop_per_s * _ATTAINED_FLOP_SHARE)
+        + _PACKED_LAUNCHES * limits.launch_us,
     )
 
 
@@ -283,4 +315,4 @@ def _predict(
     read = (tokens + cached_tokens / L2_SPEEDUP) * shape.kv_token_bytes + side_bytes
     per_head = longest_tokens * shape.kv_token_bytes / shape.num_kv_heads
     alone = per_head / (speed / limits.num_sms * _LONE_PROGRAM_SPEEDUP)
-    return 1e6 * max(read / speed, alone) + num_launches * _LAUNCH_US
+    return 1e6 * max(read / speed, alone) + num_launches * limits.launch_us

@@ -39,6 +39,7 @@ from sglang_prefix.explain.record import read_record
 from sglang_prefix.explain.segments import explain
 from sglang_prefix.explain.sources import Setting, plan_of_tree, read_prompts
 from sglang_prefix.explain.text import print_explanation
+from sglang_prefix.gate import load_limits
 from sglang_prefix.packing import AttentionShape
 from sglang_prefix.packing.cost import PROFILES_FILE, load_cpu_profiles
 from tests.replaced_values import paths_of, replace_value
@@ -117,6 +118,7 @@ DOCUMENTS: dict[str, Any] = {
     "workloads": json.loads(REGISTRY.read_text()),
     "tiles": _tile_table(),
     "kernels": kernel_figures(),
+    "limits": {"gpu": {"read_bytes_per_s": 3e12, "flop_per_s": 5e14, "launch_us": 1.5}},
     "profiles": json.loads(PROFILES_FILE.read_text()),
     "server": _server_pages(),
     "stream": {"index": 0, "text": "ab", "output_ids": [1], "meta_info": {"completion_tokens": 1}},
@@ -195,6 +197,7 @@ _READERS: dict[str, Callable[[Path], object]] = {
     "workloads": _read_workloads,
     "tiles": load_tuned_tiles,
     "kernels": _read_kernels,
+    "limits": load_limits,
     "profiles": load_cpu_profiles,
     "server": _read_server,
     "stream": _read_stream,

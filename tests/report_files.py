@@ -156,6 +156,15 @@ def check_result() -> Result:
     return _result("gpu-check", [passed], failed={"graph/fused": "off by 1"})
 
 
+def gpu_result() -> Result:
+    """A step that was done and one that was killed."""
+    step = {"group": "made-up", "status": "done", "limit_s": 15.0, "wall_s": 4.0, "compiled": 0}
+    done = step | {"name": "correct", "says": {"passed": 7, "fastest": "16x64"}, "failed": {}}
+    killed = step | {"name": "peers", "status": "overran", "says": {"us": None}}
+    cases = [done, killed | {"failed": {"log1": "killed after 15 s"}}]
+    return _result("bench-gpu", cases, not_run={"tiles": "interrupted"}, options={"carried": None})
+
+
 def tune_result() -> Result:
     """One shape with a tile that is faster than the formula's."""
     tiles = {tile: {"tile": {}, "kernel_us": us} for tile, us in (("16x64", 3.0), ("32x64", 2.0))}
@@ -193,4 +202,5 @@ MADE_UP: dict[str, Callable[[], Result]] = {
     "bench-profile": profile_result,
     "bench-host": host_result,
     "gpu-check": check_result,
+    "bench-gpu": gpu_result,
 }

@@ -84,6 +84,10 @@ def test_an_interruption_keeps_what_is_there(tmp_path: Path) -> None:
     for key, value in (("seed", 4), ("options.requests", [2]), ("environment.gpu", "another")):
         with pytest.raises(ResultError, match=f"its {key.rpartition('.')[2]} is .*, here it is"):
             check_same(path, found, {key: value})
+    # On another host much differs at once; the card is what is named.
+    other = {**HERE, "cpu": "another", "gpu": "another card", "versions": {}}
+    with pytest.raises(ResultError, match="its gpu is None, here it is 'another card'; legal: "):
+        check_same(path, found, same_environment(other))
 
 
 def test_nothing_runs_after_the_gpu_is_lost(

@@ -50,6 +50,18 @@ def test_the_order_is_fixed_and_the_most_valuable_come_first() -> None:
     assert measurements(STOCK[1:])[0].backends == (OURS, "flashinfer")
 
 
+def test_two_engines_share_80_gb_and_hold_their_loads() -> None:
+    tokens = engine_arguments(Path("m"), OURS, "pair", dry=False)["max_total_tokens"]
+    shape = LLAMA_8B
+    head_dim = shape.hidden_size // shape.num_heads
+    kv_bytes = tokens * shape.num_layers * 2 * shape.num_kv_heads * head_dim * 2
+    assert 2 * (14.5e9 + kv_bytes) < 0.8 * 80e9
+    loads = [one.load for one in measurements(STOCK) if one.group == "pair"]
+    for load in loads:
+        prompts_tokens = sum(nodes * length for nodes, length in load.levels)
+        assert prompts_tokens + load.num_requests * load.output_tokens <= tokens, load.name
+
+
 def test_prompts_form_the_tree_and_are_the_same_everywhere() -> None:
     load = Load("agents", 6, ((1, 5), (2, 3), (6, 2)), 1)
     ids = prompts(load, 100, 1)

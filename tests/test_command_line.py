@@ -29,6 +29,10 @@ Place = tuple[tuple[str, ...], Any, str]
 PASSED_ON = ("command", "server_args")
 # Where the work of a command begins, which is minutes or more.
 WORK = (
+    "sglang_prefix.bench.gpu.pack.pack",
+    "sglang_prefix.bench.gpu.use.use_results",
+    "sglang_prefix.cli.bench_gpu._fill",
+    "sglang_prefix.cli.bench_gpu.finish",
     "sglang_prefix.cli.bench_kernel.finish",
     "sglang_prefix.cli.bench_profile.finish",
     "sglang_prefix.cli.bench_serving.finish",
@@ -47,6 +51,7 @@ RESULTS = Path(__file__).parents[1] / "docs" / "results" / "cpu"
 # What a command needs before a parameter of it matters, options and arguments.
 BASES: dict[tuple[str, ...], tuple[list[str], list[str]]] = {
     ("bench", "kernel"): (["--out=out", "--no-plots", "--quick"], []),
+    ("bench", "gpu"): (["--out=out", "--dry"], []),
     ("bench", "tune"): (["--out=out", "--dry"], []),
     ("bench", "profile"): (["--out=out", "--dry"], []),
     ("bench", "host"): (["--out=out"], []),

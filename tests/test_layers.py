@@ -31,6 +31,7 @@ OF_GPU_HOSTS = OF_KERNELS | {"hypothesis", "jinja2", "numba", "pytest", "rich", 
 # psutil may be missing there, and is imported where it is used.
 ON_GPU_HOSTS = (
     "prefix_kernels.",
+    "sglang_prefix.bench.gpu.",
     "sglang_prefix.bench.workloads.",
     "sglang_prefix.bench.providers.",
 )

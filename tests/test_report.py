@@ -215,6 +215,11 @@ class TestOtherKinds:
                 ["native", "90,000", "3.00", "2.00", "1.00", "0.500", "0.0700"],
             ),
             ("gpu-check", "Checks", ["dim128", "variants", "1", "0.00100"]),
+            (
+                "bench-gpu",
+                "Steps",
+                ["correct", "done", "4.00", "15.0", "0", "passed: 7; fastest: 16x64", "made-up"],
+            ),
             ("bench-host", "Host time of planning", ["forest", "32.0", "128"]),
         ],
     )

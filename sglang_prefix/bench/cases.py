@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from sglang_prefix.bench.settings import chosen_settings
 from sglang_prefix.bench.workloads.registry import (
     Heads,
     KernelCase,
@@ -31,11 +32,14 @@ class KernelOptions:
     """What decides which cases a run has and what their numbers mean, as in the result file.
 
     The options of `bench kernel`, whose help says more. The first of the ``policies`` is "ours" in
-    tables; None is for what fits the host.
+    tables; None is for what fits the host. With ``ours`` no kernels of others are looked for.
+    ``settings`` are names of `settings.SETTINGS`, or "all".
     """
 
     quick: bool = False
     workloads: list[str] = field(default_factory=list)
+    ours: bool = False
+    settings: list[str] = field(default_factory=list)
     trees: list[str] = field(default_factory=list)
     traces: list[str] = field(default_factory=list)
     trace_batches: int = 3
@@ -54,11 +58,13 @@ def kernel_cases(options: KernelOptions) -> list[KernelCase]:
     """The cases of a run in order; names are unique.
 
     Raises:
-        ValueError: a policy, a tree, a trace, heads or a workload are not legal; one line.
+        ValueError: a policy, a setting, a tree, a trace, heads or a workload are not legal; one
+            line.
     """
     for policy in options.policies:
         if policy not in POLICIES:
             raise ValueError(f"--policy is {policy!r}; legal: {', '.join(POLICIES)}")
+    chosen_settings(options.settings)
     cases = _under(options, [*_tree_cases(options), *_trace_cases(options)])
     if options.workloads or not cases:
         cases += _registry_cases(options)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from sglang_prefix.bench.providers.base import ProviderMaker, check_memory
 from sglang_prefix.bench.providers.find import find_providers
 from sglang_prefix.bench.providers.ours import chains, our_providers
 from sglang_prefix.bench.run import BenchRun, Case, NotRunError
+from sglang_prefix.bench.settings import chosen_settings
 from sglang_prefix.bench.targets import evaluate
 from sglang_prefix.bench.timing import (
     Clock,
@@ -49,6 +51,7 @@ class KernelRun(BenchRun):
     """The run of `bench kernel`; its options are :class:`KernelOptions`."""
 
     kind, file_name = "bench-kernel", "kernel.json"
+    _others: Mapping[str, ProviderMaker] = MappingProxyType({})
     _pace = 0.0  # seconds per element of KV, of the case before
 
     def use(self, options: Mapping[str, Any]) -> None:
@@ -70,7 +73,8 @@ class KernelRun(BenchRun):
         """Look for kernels of others, which imports SGLang, and measure the device's limits."""
         self._device = torch.device(self.data["environment"]["device"])
         self._host = "interpreter" if self.options.dry else self._device.type
-        self._others, self.data["absent"] = find_providers(self._host)
+        if not self.options.ours:
+            self._others, self.data["absent"] = find_providers(self._host)
         dtypes = {getattr(torch, case.dtype) for case in self._cases}
         # Compiles it, the first time.
         reason = why_torch(self._device, torch.float32, torch.float32)
@@ -131,6 +135,7 @@ class KernelRun(BenchRun):
             self._host,
             compiled=self._is_compiled,
             all_launches=case.is_of_suite,
+            settings=chosen_settings(self.options.settings),
             dry=dry,
         )
         return {**self._others, **ours}

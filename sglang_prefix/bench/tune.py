@@ -88,6 +88,7 @@ class TileWork:
         pack: which.
         device, seed: of the tensors.
         dry: tiny, and float16 instead of bfloat16.
+        size: packs, and tokens of each; None for what fills the device.
 
     Attributes:
         shape: for which a tile is chosen.
@@ -95,7 +96,15 @@ class TileWork:
         num_packs, tokens, kv_bytes: size of the packs.
     """
 
-    def __init__(self, pack: PackShape, device: torch.device, seed: int, *, dry: bool) -> None:
+    def __init__(
+        self,
+        pack: PackShape,
+        device: torch.device,
+        seed: int,
+        *,
+        dry: bool,
+        size: tuple[int, int] | None = None,
+    ) -> None:
         self._num_sms = 1
         if device.type == "cuda":
             self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
@@ -104,13 +113,14 @@ class TileWork:
         dtype = torch.float16 if dry else torch.bfloat16
         kv_dtype = dtype if pack.kv_dtype == "bf16" else torch.float8_e4m3fn
         # As TritonExecutor has it.
-        major = 9 if dry else torch.cuda.get_device_capability(device)[0]
+        major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
         sizes = (dtype.itemsize, kv_dtype.itemsize)
         self.shape = TileShape(
             heads.dim, heads.dim, *sizes, major in (9, 10), has_tensor_memory=major == 10
         )
         token_bytes = 2 * heads.kv * heads.dim * kv_dtype.itemsize
-        self.num_packs, self.tokens = (2, 33) if dry else _size(self._num_sms, token_bytes)
+        usual = (2, 33) if dry else _size(self._num_sms, token_bytes)
+        self.num_packs, self.tokens = size or usual
         self.kv_bytes = self.num_packs * self.tokens * token_bytes
         inputs = AttentionInputs.lay_out(
             _tree(self.num_packs, self.tokens, pack.rows // _GROUP),

@@ -32,7 +32,16 @@ if TYPE_CHECKING:
 
     from sglang_prefix.bench.run import BenchRun
 
-__all__ = ["finish", "host", "kernel", "make_run", "print_names", "start_run", "tune"]
+__all__ = [
+    "finish",
+    "host",
+    "kernel",
+    "make_run",
+    "prepare_device",
+    "print_names",
+    "start_run",
+    "tune",
+]
 
 T = TypeVar("T")
 R = TypeVar("R", bound="BenchRun")
@@ -116,6 +125,15 @@ def kernel(
     trace_batches: Annotated[
         int, typer.Option(min=1, max=_MAX_MOMENTS, help="Moments of a trace.")
     ] = 3,
+    ours: Annotated[bool, typer.Option("--ours", help="Look for no kernels of others.")] = False,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--setting",
+            help="On a GPU measure ours with a change of its kernels or plans, too: its name, or "
+            "all; may be repeated.",
+        ),
+    ] = None,
     policies: Annotated[
         list[str] | None,
         typer.Option("--policy", help="pat, node, chunk or query; may be repeated. Default: all."),
@@ -174,7 +192,7 @@ def kernel(
     kernel.json, is whole after every case: Ctrl-C keeps what is there, and --resume goes on. At the
     end a page with all tables and plots lies beside it, report.html.
     """
-    _prepare_device(dry=dry)
+    prepare_device(dry=dry)
     from sglang_prefix.bench.cases import KernelOptions, kernel_cases
     from sglang_prefix.bench.plots import has_matplotlib
 
@@ -214,7 +232,7 @@ def tune(
     tune.json, is whole after every shape, and --resume goes on. --write-table then takes what was
     faster into the table that the executor reads.
     """
-    _prepare_device(dry=dry, needs_gpu=not (list_cases or write_table))
+    prepare_device(dry=dry, needs_gpu=not (list_cases or write_table))
     from sglang_prefix.bench import tune as module
 
     if list_cases:
@@ -289,7 +307,7 @@ def start_run(
     return run
 
 
-def _prepare_device(*, dry: bool, needs_gpu: bool = False) -> None:
+def prepare_device(*, dry: bool, needs_gpu: bool = False) -> None:
     """Turn Triton's interpreter on for a dry run; without one, see that there is a GPU."""
     if dry:
         # Triton reads it when a kernel is defined.
@@ -308,6 +326,8 @@ def _prepare_device(*, dry: bool, needs_gpu: bool = False) -> None:
 def _given(ctx: typer.Context, name: str) -> Any:
     """A parameter as JSON has it."""
     value = ctx.params[name]
+    if isinstance(value, Path):
+        return str(value)
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -328,14 +348,14 @@ def print_names(names: list[str]) -> NoReturn:
     raise typer.Exit
 
 
-def make_run(make: Callable[[], T], out: Path | None) -> T:
+def make_run(make: Callable[[], T], out: Path | None, option: str = "--out") -> T:
     """What ``make`` returns; bad input, or no writable ``out``, ends the command with one line."""
     try:
         return make()
     except ValueError as error:
         fail(f"{error}", 2)
     except OSError as error:
-        fail(f"--out {out} cannot be written: {error.strerror}; legal: a folder of yours", 2)
+        fail(f"{option} {out} cannot be written: {error.strerror}; legal: a folder of yours", 2)
 
 
 def finish(

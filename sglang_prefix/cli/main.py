@@ -8,6 +8,7 @@ import sys
 
 import typer
 
+from sglang_prefix.cli.bench_gpu import gpu
 from sglang_prefix.cli.bench_kernel import host, kernel, tune
 from sglang_prefix.cli.bench_profile import profile
 from sglang_prefix.cli.bench_serving import serving
@@ -55,6 +56,7 @@ bench_app.command("kernel", cls=JsonCommand)(kernel)
 bench_app.command("tune", cls=JsonCommand)(tune)
 bench_app.command("profile", cls=JsonCommand)(profile)
 bench_app.command("host", cls=JsonCommand)(host)
+bench_app.command("gpu", cls=JsonCommand)(gpu)
 bench_app.command("serving", cls=JsonCommand)(serving)
 app.add_typer(bench_app, name="bench")
 

@@ -39,13 +39,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--budget-s", type=float, default=540, help="seconds after which no test begins"
     )
+    group.addoption(
+        "--sanitizer-s", type=float, default=150, help="seconds for each tool of compute-sanitizer"
+    )
     group.addoption("--out", type=Path, help=f"result file; {DEFAULT_FILE} if not given")
     group.addoption("--resume", type=Path, help="result file of a run that is to go on")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Run the tests as cases where they are asked for."""
-    config.addinivalue_line("markers", "expected_s(seconds): of a GPU test, for the budget")
+    config.addinivalue_line("markers", "watched: a GPU test that takes all of --sanitizer-s")
     if config.getoption("-m") != "gpu":
         return
     if config.getoption("--dry", None) is None:  # this file was read too late for its options
@@ -114,8 +117,8 @@ class CheckRun:
 
     def _case(self, item: pytest.Item) -> Case:
         name = item.name.partition("[")[2].removesuffix("]") or item.name.removeprefix("test_")
-        marker = item.get_closest_marker("expected_s")
-        seconds = marker.args[0] if marker and not self._data["dry"] else None
+        is_watched = item.get_closest_marker("watched") is not None and not self._data["dry"]
+        seconds = self._config.getoption("--sanitizer-s") if is_watched else None
         group = getattr(item, "originalname", item.name).removeprefix("test_")
         expected_s = None if seconds is None else lambda: float(seconds)
         return Case(name, group, partial(self._run, item), expected_s)

@@ -30,7 +30,6 @@ pytestmark = pytest.mark.gpu
 
 HEADLINE = 6  # variants before the graphs
 TOOLS = ("memcheck", "racecheck")
-SANITIZER_S = 150
 
 
 # Graphs: launch and merge mode, and further options of the executor. The last two are switches
@@ -88,7 +87,10 @@ def test_further_variants(variant: Variant, setting: Setting, record_property: N
 
 
 def test_every_mode_once(setting: Setting) -> None:
-    """A small run of every kernel, which the sanitizers watch; only that outputs are finite."""
+    """A small run of every kernel, which the sanitizers watch; only that outputs are finite.
+
+    On an fp8 cache as well, in the first and the last of the modes.
+    """
     if setting.control:
         pytest.skip("compares nothing, so a control cannot reach it")
     on_gpu = setting.device.type == "cuda"
@@ -96,7 +98,9 @@ def test_every_mode_once(setting: Setting) -> None:
     dim, dtype = (64, torch.bfloat16) if on_gpu else (16, torch.float16)
     small = Variant("small", dim=dim, v_dim=dim, dtype=dtype, modes=ALL_MODES, steps=1)
     variant = replace(small, requests=requests, tokens=tokens)
-    for policy, modes, fixed in variant.runs(few=False):
+    on_fp8 = replace(variant, kv_dtype=torch.float8_e4m3fn, modes=(ALL_MODES[0], ALL_MODES[-1]))
+    runs = [(one, run) for one in (variant, on_fp8) for run in one.runs(few=False)]
+    for variant, (policy, modes, fixed) in runs:
         inputs = variant.inputs(setting.device, seed=0)
         attention = planned(variant, inputs, policy, modes, fixed, breaks=False)
         inputs.grow(0)
@@ -106,10 +110,13 @@ def test_every_mode_once(setting: Setting) -> None:
         assert outputs.out.isfinite().all(), modes
 
 
-@pytest.mark.expected_s(SANITIZER_S)
+@pytest.mark.watched
 @pytest.mark.parametrize("tool", TOOLS, ids=[f"sanitizer/{tool}" for tool in TOOLS])
-def test_sanitizer(tool: str, setting: Setting, tmp_path: Path) -> None:
+def test_sanitizer(
+    tool: str, setting: Setting, tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
     """The test above, watched by a tool of compute-sanitizer."""
+    limit_s = pytestconfig.getoption("--sanitizer-s")
     if setting.device.type != "cuda":
         pytest.skip("no GPU: compute-sanitizer has nothing to watch")
     binary = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
@@ -127,10 +134,10 @@ def test_sanitizer(tool: str, setting: Setting, tmp_path: Path) -> None:
             # Without its cache every tensor is an allocation of its own, with bounds that are
             # watched.
             env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-            timeout=SANITIZER_S,
+            timeout=limit_s,
         )
     except subprocess.TimeoutExpired:
-        pytest.skip(f"not done after {SANITIZER_S} s")
+        pytest.skip(f"not done after {limit_s:g} s")
     tail = (done.stdout + done.stderr)[-2000:]
     if "not supported" in tail:
         pytest.skip(tail)

@@ -13,6 +13,7 @@ from prefix_kernels.launches import AUTO, LAUNCH_MODES, MERGE_MODES
 from prefix_kernels.torch_executor import merge_blocks, merge_partials
 from sglang_prefix.bench.packed_attention import PackedAttention
 from sglang_prefix.bench.providers.base import Provider, ProviderMaker
+from sglang_prefix.bench.settings import SETTINGS
 from sglang_prefix.bench.workloads.inputs import AttentionInputs
 
 __all__ = ["Chain", "NativeOurs", "TorchOurs", "TritonOurs", "chains", "our_providers"]
@@ -99,8 +100,9 @@ class TritonOurs(_Ours):
         policy: str,
         mode: str = _USUAL[0],
         merge: str = _USUAL[1],
+        **options: Any,
     ) -> None:
-        super().__init__(inputs, policy, mode=mode, merge=merge)
+        super().__init__(inputs, policy, mode=mode, merge=merge, **options)
         self.facts |= {"mode": mode, "merge": merge}
         tables, size = (inputs.req_to_token, inputs.req_pool_indices), inputs.batch.batch_size
         self._attention.fix_capacity([self._plan], *tables, padded_batch_size=size)
@@ -140,6 +142,7 @@ def our_providers(
     *,
     compiled: bool = True,
     all_launches: bool = False,
+    settings: Sequence[str] = (),
     dry: bool = False,
 ) -> dict[str, ProviderMaker]:
     """Ours by name, the first policy first.
@@ -151,6 +154,8 @@ def our_providers(
             executor runs the first policy alone, for comparison; else it runs all of them.
         all_launches: on the Triton executor every launch and merge mode of the first policy, too,
             and every launch mode of the others.
+        settings: names of :data:`SETTINGS`, with each of which the Triton executor runs the first
+            policy, too.
         dry: no other policy than the first one in other modes.
     """
     if host == "cpu":
@@ -168,6 +173,8 @@ def our_providers(
         if policy == first or (merge == MERGE_MODES[0] and not dry):
             name = f"triton/{policy}/{mode}/{merge}"
             makers[name] = partial(TritonOurs, policy=policy, mode=mode, merge=merge)
+    for name in settings:
+        makers[f"triton/{first}/{name}"] = partial(TritonOurs, policy=first, **SETTINGS[name])
     return makers
 
 

@@ -17,6 +17,7 @@ from sglang_prefix.bench.report.serving import serving_section
 from sglang_prefix.bench.report.sources import Source, find_sources
 from sglang_prefix.bench.report.uncompared import (
     check_section,
+    gpu_section,
     host_section,
     profile_section,
     tune_section,
@@ -36,6 +37,7 @@ _FOLDER_FILES = (
     "tune.json",
     "profile.json",
     "host.json",
+    "gpu.json",
 )
 _SECTIONS: dict[str, Callable[[Mapping[str, Any]], Section]] = {
     "bench-kernel": kernel_section,
@@ -45,6 +47,7 @@ _SECTIONS: dict[str, Callable[[Mapping[str, Any]], Section]] = {
     "bench-profile": profile_section,
     "bench-host": host_section,
     "gpu-check": check_section,
+    "bench-gpu": gpu_section,
 }
 
 

@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from sglang_prefix.bench.report.section import Section, make_section
-from sglang_prefix.bench.tables import Column, gain, tabulate
+from sglang_prefix.bench.tables import Cell, Column, gain, number_text, tabulate, words
 
-__all__ = ["check_section", "host_section", "profile_section", "tune_section"]
+__all__ = ["check_section", "gpu_section", "host_section", "profile_section", "tune_section"]
 
 Data = Mapping[str, Any]
 
+# Of what a step says, in a cell.
+_MOST_FOUND = 40
 _HOST_TITLES = {
     "planning": "Host time of planning, us, median",
     "engine": "Host time in the real engine, us",
@@ -35,6 +37,31 @@ def check_section(data: Data) -> Section:
     ]
     table = tabulate("Checks that passed", columns, data["cases"])
     return make_section("Checks of the kernels against the oracle", data, [table])
+
+
+def gpu_section(data: Data) -> Section:
+    """The steps of a run of `bench gpu`: how they ended, and what they found."""
+
+    def status(case: Data) -> Cell:
+        return words(case["status"], is_loss=case["status"] != "done")
+
+    def found(case: Data) -> str:
+        said = case["says"].items()
+        values = [(k, number_text(v) if isinstance(v, int | float) else v) for k, v in said]
+        more = [f"{len(values) - _MOST_FOUND} more"] if len(values) > _MOST_FOUND else []
+        return "; ".join([*(f"{name}: {value}" for name, value in values[:_MOST_FOUND]), *more])
+
+    columns = [
+        Column("step", "name"),
+        Column("ended", status),
+        Column("s", "wall_s"),
+        Column("limit s", "limit_s"),
+        Column("compiled", "compiled", "kernels that were not in the cache"),
+        Column("found", found),
+        Column("for", "group", is_detail=True),
+    ]
+    table = tabulate("Steps", columns, data["cases"])
+    return make_section("A GPU's few minutes", data, [table])
 
 
 def tune_section(data: Data) -> Section:
