@@ -69,7 +69,6 @@ DEFAULT_DTYPES = _DTYPES[:3]
 _FP8_DTYPES = {"sm_80": ("fp8_e5m2",), "gfx942": ("fp8_e4m3fnuz", "fp8_e5m2fnuz")}
 _OCP_DTYPES = ("fp8_e4m3", "fp8_e5m2")
 # Those with matrix instructions that take q from shared memory.
-_WGMMA_ARCHS = ("sm_90", "sm_100")
 # Between two of these lengths, the choice of a tile is the same.
 _KV_LENGTHS = tuple(1 << bit for bit in range(12))
 _SIDE_WARPS = 4
@@ -151,10 +150,7 @@ def kernel_variants(
     for head_dim in head_dims:
         for dtype, kv_dtype in pairs:
             q_itemsize, kv_itemsize = (_ITEMSIZES.get(name, 1) for name in (dtype, kv_dtype))
-            shape = TileShape(
-                head_dim, head_dim, q_itemsize, kv_itemsize, arch in _WGMMA_ARCHS,
-                has_tensor_memory=arch == "sm_100",
-            )  # fmt: skip
+            shape = TileShape(head_dim, head_dim, q_itemsize, kv_itemsize).on_arch(arch)
             tiles = list(_forward_tiles(shape, devices, lengths))
             if arch in AMD_ARCHS:
                 tiles = [(name, _for_amd(t), n and _for_amd(n)) for name, t, n in tiles]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
@@ -100,9 +100,7 @@ def _launch_layer(
     for size in sorted(warm_up_sizes(shape.group_size, max(ROW_CLASSES) + 1)):
         executor = TritonExecutor(shape, _CPU, mode=mode, merge=merge, capacity=_capacity(size))
         # On the CPU the executor is one for Hopper, of no name.
-        executor._tile_shape = replace(
-            TileShape.of(shape), has_wgmma=arch != "sm_80", device=device
-        )
+        executor._tile_shape = TileShape.of(shape).on_arch(arch, device)
         for stride, index_dtype in product(_ROW_STRIDES, _INDEX_DTYPES):
             indices = torch.zeros(size, dtype=index_dtype)
             executor.load(_plan(size), torch.zeros(1, stride, dtype=torch.int32), indices)

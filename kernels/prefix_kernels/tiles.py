@@ -103,6 +103,15 @@ class TileShape:
         itemsizes = shape.q_itemsize, shape.kv_itemsize
         return cls(shape.head_dim, shape.v_head_dim, *itemsizes, device=device)
 
+    def on_arch(self, arch: str, device: str | None = None) -> TileShape:
+        """The same on a device of an architecture: "sm_90", for example."""
+        return replace(
+            self,
+            has_wgmma=arch in ("sm_90", "sm_100"),
+            has_tensor_memory=arch == "sm_100",
+            device=device,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class TileConfig:
@@ -334,8 +343,7 @@ def _read_device(name: str, entry: dict[str, Any]) -> TunedDevice:
         if any(type(value) is not int or not 0 < value <= _MAX_FIELD for value in numbers):
             raise ValueError(f"a tile of {name} has a value that is no positive integer: {row}")
         dims = {key: row[key] for key in shape_fields}
-        shape = TileShape(**dims, has_wgmma=arch != "sm_80", device=name)
-        shape = replace(shape, has_tensor_memory=arch == "sm_100")
+        shape = TileShape(**dims).on_arch(arch, name)
         tile = TileConfig(**{key: row[key] for key in TILE_FIELDS})
         candidates = candidate_tiles(tile.block_m, shape)
         if tile.block_m not in row_classes(shape) or tile not in candidates:

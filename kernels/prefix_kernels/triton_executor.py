@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -39,8 +38,7 @@ __all__ = ["LAUNCH_MODES", "MERGE_MODES", "TritonExecutor"]
 
 IntArray = NDArray[np.int64]
 
-# Compute capabilities with wgmma or tcgen05, and the first with programmatic dependent launch.
-_WGMMA_MAJORS = (9, 10)
+# The first compute capability with programmatic dependent launch.
 _DEPENDENT_LAUNCH_MAJOR = 9
 
 
@@ -109,13 +107,7 @@ class TritonExecutor(PlanExecutor):
             )
         major = _major_of(device)
         if device.type == "cuda":
-            gpu = torch.cuda.get_device_name(device)
-            tile_shape = replace(
-                tile_shape,
-                has_wgmma=major in _WGMMA_MAJORS,
-                device=gpu,
-                has_tensor_memory=major == _WGMMA_MAJORS[-1],
-            )
+            tile_shape = tile_shape.on_arch(f"sm_{major}0", torch.cuda.get_device_name(device))
         self._tile_shape = tile_shape
         self._asked_modes = mode, merge
         self.modes = choose_modes(1, shape.group_size, mode, merge)
@@ -141,6 +133,8 @@ class TritonExecutor(PlanExecutor):
     ) -> str | None:
         """Why the kernels cannot run on such tensors; None if they can."""
         if device.type == "cuda":
+            if torch.version.hip is not None:  # register bounds and launches are CUDA's
+                return "the kernels need a GPU of NVIDIA's"
             if kv_dtype == torch.float8_e4m3fn and torch.cuda.get_device_capability(device) < (
                 8,
                 9,

@@ -115,9 +115,7 @@ class TileWork:
         # As TritonExecutor has it.
         major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
         sizes = (dtype.itemsize, kv_dtype.itemsize)
-        self.shape = TileShape(
-            heads.dim, heads.dim, *sizes, major in (9, 10), has_tensor_memory=major == 10
-        )
+        self.shape = TileShape(heads.dim, heads.dim, *sizes).on_arch(f"sm_{major}0")
         token_bytes = 2 * heads.kv * heads.dim * kv_dtype.itemsize
         usual = (2, 33) if dry else _size(self._num_sms, token_bytes)
         self.num_packs, self.tokens = size or usual
