@@ -17,6 +17,7 @@ from prefix_kernels.kernel_report import KernelReport
 from prefix_kernels.tiles import ROW_CLASSES
 from sglang_prefix.cli.kernel_figures import compare_figures, read_figures
 from sglang_prefix.cli.main import app
+from sglang_prefix.packing.gpu import LOOP_INSTRUCTIONS
 from tests.readers import kernel_figures
 
 ROOT = Path(__file__).parents[1]
@@ -104,6 +105,17 @@ def test_committed_files_hold_the_main_variants() -> None:
         assert {row["tile"]["block_m"] for row in forward} == {*ROW_CLASSES}
         assert all(row["tiles"] for row in forward)
     assert listed[0] == listed[1]
+
+
+def test_plans_reckon_with_what_was_counted() -> None:
+    rows = read_figures(COMMITTED / "sm_90-triton-3.6.0.json", "3.6.0", "sm_90")["variants"]
+    main = {"kernel": "pack_forward", "head_dim": 128, "kv_dtype": "bf16", "merge": "launch"}
+    counted = {
+        row["tile"]["block_m"]: row["loop_instructions"]
+        for row in rows
+        if main.items() <= row.items()
+    }
+    assert counted == LOOP_INSTRUCTIONS
 
 
 # -- comparing files -------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ __all__ = ["GPU_PROFILE", "H200_BYTES_PER_S", "H200_SMS", "L2_SPEEDUP", "gpu_pro
 H200_BYTES_PER_S, H200_SMS = 4.8e12, 132
 
 # Counted in the binaries for sm_90 (bfloat16, head dim 128, Triton 3.6.0): instructions of a warp
-# for 64 KV tokens in the loop over tiles, by rows of the tile. That of 32 rows is an estimate.
-_LOOP_INSTRUCTIONS = {16: 297, 32: 410, 64: 434, 128: 412}
+# for 64 KV tokens in the loop over tiles, by rows of the tile (`docs/results/compiled`).
+LOOP_INSTRUCTIONS = {16: 289, 32: 422, 64: 428, 128: 407}
 _COUNTED_TOKENS, _COUNTED_DIMS = 64, 256
 # Estimates: a clock under load, schedulers of a multiprocessor, and the share of their slots that
 # one program of eight warps fills; together some 2,060 clocks for a tile of 128 x 64.
@@ -74,7 +74,7 @@ def gpu_profile(
 
 def _tile_cost(tile: TileConfig, shape: TileShape, sm_share: float) -> TileCost:
     dims = next_power_of_two(shape.head_dim) + next_power_of_two(shape.v_head_dim)
-    instructions = _LOOP_INSTRUCTIONS[tile.block_m] * dims / _COUNTED_DIMS / _COUNTED_TOKENS
+    instructions = LOOP_INSTRUCTIONS[tile.block_m] * dims / _COUNTED_DIMS / _COUNTED_TOKENS
     issued = _SCHEDULERS * _ISSUED_SHARE * _CLOCKS_PER_US
     kv_tile = tile.block_n * dims * shape.kv_itemsize
     return TileCost(
