@@ -33,7 +33,8 @@ def settle(folder: str | os.PathLike[str]) -> int:
 
 def _settle_entry(group: Path) -> bool:
     paths: dict[str, str] = {}
-    with contextlib.suppress(OSError, ValueError, TypeError):  # damaged: Triton compiles anew
+    # Damaged: Triton compiles anew.
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         paths = dict(read_json(group)["child_paths"])
     here = {name: group.with_name(name) for name in paths if name == os.path.basename(name)}
     is_found = all(isinstance(path, str) and os.path.exists(path) for path in paths.values())

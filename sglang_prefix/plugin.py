@@ -65,7 +65,7 @@ def create_prefix_backend(runner: ModelRunner, wrapped: str | None = None) -> At
         wrapped: the stock backend that SGLang was about to build; None where our name was given.
 
     Raises:
-        RuntimeError: SGLang is outside the supported range; `backend/backend.py` raises for
+        RuntimeError: SGLang is outside the supported range; `backend/create.py` raises for
             anything else that is missing.
     """
     from prefix_patches.versions import check_sglang_version
@@ -73,6 +73,6 @@ def create_prefix_backend(runner: ModelRunner, wrapped: str | None = None) -> At
     # Before our backend is imported: on a foreign release that import may fail obscurely.
     check_sglang_version()
 
-    from sglang_prefix.backend.backend import create_backend
+    from sglang_prefix.backend.create import create_backend
 
     return create_backend(runner, wrapped)

@@ -301,6 +301,7 @@ def test_only_what_has_moved_is_changed(tmp_path: Path, monkeypatch: pytest.Monk
     missing.with_name("k.cubin").unlink()
     listed = entry_in(cache, "listed", paths_in=gone)
     listed.write_text('{"child_paths": ["k.json"]}')
+    entry_in(cache, "empty", paths_in=gone).write_text("{}")
     outside = entry_in(cache, "outside", paths_in=gone)
     outside.write_text(json.dumps({"child_paths": {"../whole/k.json": "/nowhere"}}))
     before = {group: group.read_text() for group in cache.rglob("__grp__*")}

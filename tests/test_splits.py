@@ -318,11 +318,10 @@ def test_plans_take_little_more_than_their_work(name: str) -> None:
 
 def one_share_for_all(packs: Packs, seq_lens: IntArray, costs: CostModel) -> IntArray:
     """The rule before: 264 programs for every class and device, and splits of any length."""
-    group_size, blocks = costs.shape.group_size, costs.row_blocks
+    blocks = costs.row_blocks
     lengths = np.append(packs.end - packs.start, seq_lens - packs.tail_start)
     readers = np.append(np.diff(packs.query_indptr), np.ones(len(seq_lens), dtype=np.int64))
     work = sum(int(n) * blocks(int(q)) for n, q in zip(lengths, readers, strict=True))
-    assert group_size > 0
     share = max(256, -(-work * costs.shape.num_kv_heads // 264))
     return np.asarray(np.maximum(1, -(-lengths // share)))
 

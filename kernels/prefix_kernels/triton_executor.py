@@ -55,7 +55,7 @@ class TritonExecutor(PlanExecutor):
             CPU under the interpreter.
         mode: "streams", one launch per tile class, each on its own stream; "fused", one launch
             for the two classes that have the same number of warps; or "auto", what
-            :func:`~prefix_kernels.tiles.choose_modes` says of a batch size.
+            :func:`~prefix_kernels.launches.choose_modes` says of a batch size.
         merge: "launch", a launch of its own; "in_kernel", by the forward program that ends last
             for a request; or "auto", likewise.
         capacity: fixed sizes of the buffers. Launches are fixed then, too: under every plan of the

@@ -86,6 +86,7 @@ class ServerArgs(Protocol):
     dcp_size: int
     decode_attention_backend: str | None
     disaggregation_mode: str
+    elastic_ep_backend: str | None
     enable_deterministic_inference: bool
     enable_dp_attention: Annotated[
         bool, Only("<0.5.22", "resolved to False and soon removed; `attn_dp_size` is the width")

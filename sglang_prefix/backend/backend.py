@@ -12,16 +12,21 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
 from prefix_kernels.executor import AttentionParams
 from prefix_patches.attributes import AttentionLayer, ForwardBatch, ModelRunner, ReplayView
-from prefix_patches.install import check_attributes, install
 from prefix_patches.kv_pool import applies_kv_scales, write_kv
 from prefix_patches.observability import append_with, report_with
 from prefix_patches.schedule_context import ensure_schedule_context
-from prefix_patches.stock_backend import build_stock, default_stock_name, prefill_name
+from prefix_patches.stock_backend import prefill_name
 from sglang_prefix.backend.counters import BackendCounters
 from sglang_prefix.backend.decode_batch import DecodeBatch
 from sglang_prefix.backend.decode_planner import DecodePlanner, LayerGroup
 from sglang_prefix.backend.delegation import DelegatingBackend
-from sglang_prefix.backend.fallback import REASONS, batch_reason, captures_decode, server_reason
+from sglang_prefix.backend.fallback import (
+    REASONS,
+    batch_reason,
+    captures_decode,
+    has_tensor_parallelism,
+    server_reason,
+)
 from sglang_prefix.backend.graph_labels import GraphLabels
 from sglang_prefix.backend.layers import find_layers
 from sglang_prefix.backend.metrics import metrics_of
@@ -32,7 +37,6 @@ from sglang_prefix.backend.step_state import (
     PACKED_REPLAY,
     StepState,
 )
-from sglang_prefix.backend.stock_rules import check_cpu_prefill, check_stock_rules, why_refused
 from sglang_prefix.backend.warm_up import warm_up
 from sglang_prefix.config import BACKEND_NAME, PrefixConfig
 from sglang_prefix.gate import make_gate
@@ -40,45 +44,9 @@ from sglang_prefix.gate import make_gate
 if TYPE_CHECKING:
     from sglang_prefix.explain.last_plan import LastPlan
 
-__all__ = ["PrefixAttnBackend", "create_backend"]
+__all__ = ["PrefixAttnBackend"]
 
 logger = logging.getLogger(__name__)
-
-
-def create_backend(model_runner: ModelRunner, wrapped: str | None = None) -> AttentionBackend:
-    """Build the backend for one model runner: settings, patches, stock backend, ours.
-
-    Args:
-        model_runner: SGLang's.
-        wrapped: the stock backend that SGLang was about to build, with ``SGLANG_PREFIX=1``; None
-            where our name was given. A model of which nothing can be packed then gets that backend
-            alone, since its name breaks nothing.
-
-    Raises:
-        RuntimeError: SGLang is not supported or lacks something that we need.
-        ValueError: a setting is not legal, or does not fit the stock backend.
-    """
-    config = PrefixConfig.from_env()
-    if wrapped is not None:
-        if config.stock_backend is not None:
-            raise ValueError(
-                f"SGLANG_PREFIX_STOCK_BACKEND={config.stock_backend} stands for the name "
-                f"{BACKEND_NAME}, which was not given. With SGLANG_PREFIX=1 name the backend to "
-                "SGLang: --attention-backend"
-            )
-        (architecture, *_) = model_runner.model_config.hf_config.architectures
-        if why := why_refused(architecture, wrapped, uses_mla=model_runner.use_mla_backend):
-            logger.info("prefix attention: %s is left to %s: it %s", architecture, wrapped, why)
-            return build_stock(model_runner, wrapped, BACKEND_NAME)
-    logger.info("prefix attention: settings %s", config)
-    install()
-    check_attributes(model_runner)
-    if wrapped is None:
-        check_cpu_prefill(model_runner, BACKEND_NAME)
-    stock_name = wrapped or config.stock_backend or default_stock_name(model_runner, BACKEND_NAME)
-    check_stock_rules(stock_name, model_runner)
-    stock = build_stock(model_runner, stock_name, BACKEND_NAME)
-    return PrefixAttnBackend(model_runner, stock, stock_name, config)
 
 
 class PrefixAttnBackend(DelegatingBackend):
@@ -148,8 +116,7 @@ class PrefixAttnBackend(DelegatingBackend):
             return
         if captures_decode(model_runner):
             if self._layers.executor_names != ["triton"]:
-                self._server_reason = "cuda-graph"
-                self._layers = replace(self._layers, group_of={}, groups=[])
+                self._stay_out("cuda-graph")
                 return
             self._labels.use(model_runner, config.gate, self._predict)
         req_to_token = self.req_to_token_pool.req_to_token
@@ -167,8 +134,21 @@ class PrefixAttnBackend(DelegatingBackend):
             on_plan=self._last_plan.note if self._last_plan else None,
         )
         if self._layers.workspace is not None:
-            done = warm_up(self._planner, self._layers.group_of, self._run, model_runner.dtype)
+            try:
+                done = warm_up(self._planner, self._layers.group_of, self._run, model_runner.dtype)
+            except Exception:
+                if has_tensor_parallelism(model_runner):  # others may not have failed
+                    raise
+                self._log_failure("the first run of the kernels")
+                self._stay_out("kernels")
+                return
             logger.info("prefix attention: %s", done)
+
+    def _stay_out(self, reason: str) -> None:
+        """Serve no layer after all."""
+        self._server_reason, self._planner = reason, None
+        self._layers = replace(self._layers, group_of={}, groups=[])
+        self._labels.withdraw()
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Eager entry point: decide who serves the batch, and prepare it."""

@@ -59,8 +59,9 @@ class DecodePlanner:
     What the gate decides holds as long as the plan would: a batch that is left to the stock
     backend costs no more per step than one that is packed.
 
-    Where ranks must agree, a step is decided ahead, when it has been scheduled (:meth:`decide`),
-    and prepared as they agreed. A batch then has a plan also where its own rank would not pack it.
+    Where ranks must agree, a step is decided ahead, when it has been scheduled
+    (:meth:`decide_ahead`), and prepared as they agreed. A batch then has a plan also where its own
+    rank would not pack it.
 
     Args:
         schedule: what is known of the batches' requests.
@@ -198,7 +199,8 @@ class DecodePlanner:
         grown = planned.steps * len(planned.lens)
         counters.kv_tokens_read += planned.kv_tokens_read + grown
         counters.kv_tokens_logical += planned.kv_tokens_logical + grown
-        counters.predicted_gain_us += planned.stock_us - planned.packed_us
+        # Below zero where other ranks want the step packed; what is counted only rises.
+        counters.predicted_gain_us += max(0.0, planned.stock_us - planned.packed_us)
 
     def append(self, batch: DecodeBatch) -> None:
         """Let every tail grow by this step's slot. A graph holds the call, other steps make it."""

@@ -33,6 +33,8 @@ REASONS = {
     "unknown-attributes": "this SGLang is newer than this package, and lacks what we read of it",
     "gate-never": "SGLANG_PREFIX_GATE=never",
     "cuda-graph": "the executor cannot run in decode graphs; --disable-cuda-graph packs",
+    "kernels": "our kernels could not be compiled, or run for the first time, on this device; see "
+    "the traceback in the log",
     "dp-attention": "ranks with batches of their own must agree on a graph, and this SGLang, or "
     "SGLANG_SCHEDULER_SKIP_ALL_GATHER, keeps them from it; SGLANG_PREFIX_GATE=always packs",
     "torch-compile": "--enable-torch-compile has not been tried with our kernels",
@@ -97,7 +99,12 @@ def server_reason(model_runner: ModelRunner, gate: str) -> str | None:
         "kv-layout": not is_slot_major(pool) or _is_set("SGLANG_USE_HND_KVCACHE"),
         "kv-dtype": pool.dtype not in KV_DTYPES or model_runner.dtype not in Q_DTYPES,
         "dp-attention": ranks_must_agree(model_runner, gate)
-        and (_is_set("SGLANG_SCHEDULER_SKIP_ALL_GATHER") or why_not() is not None),
+        and (
+            _is_set("SGLANG_SCHEDULER_SKIP_ALL_GATHER")
+            # Ranks may come that vote, to ranks of a server of one replica, which do not.
+            or args.elastic_ep_backend is not None
+            or why_not() is not None
+        ),
         "torch-compile": device != "cpu" and args.enable_torch_compile,
         "two-batch-overlap": args.enable_two_batch_overlap,
         "pd-multiplexing": args.enable_pdmux,

@@ -45,7 +45,7 @@ class GraphLabels:
 
     def __init__(self, schedule: ScheduleContext) -> None:
         self._schedule = schedule
-        self._has_one_label = False
+        self._has_dp_attention = False
         self.agrees = False
         self._captured_size = 0
         self._is_parallel = False
@@ -89,13 +89,17 @@ class GraphLabels:
         self._schedule.graph_labels = (PACKED, STOCK) if gate == "auto" else (PACKED,)
         self._is_parallel = has_tensor_parallelism(model_runner)
         # Ranks with batches of their own, each of which may outgrow its workspace.
-        self._has_one_label = has_dp_attention(model_runner)
+        self._has_dp_attention = has_dp_attention(model_runner)
         self.agrees = ranks_must_agree(model_runner, gate)
         if self.agrees:
             join_exchange()
             agreement = RankAgreement(predict)
             self._schedule.vote = agreement.vote
             self._schedule.agree = lambda votes: PACKED if agreement.agree(votes) else STOCK
+
+    def withdraw(self) -> None:
+        """Capture no graph with our kernels after all. Not where ranks must choose alike."""
+        self._schedule.graph_labels = ()
 
     def begin_captures(self, workspace: Workspace | None, max_batch_size: int) -> None:
         """Begin to capture graphs of up to ``max_batch_size`` requests.
@@ -114,7 +118,7 @@ class GraphLabels:
             return
         ways_out = "SGLANG_PREFIX_WORKSPACE_MIB, --cuda-graph-max-bs-decode or --context-length"
         sure = f"the workspace is sure to hold {held} requests of {max_batch_size}"
-        if self._has_one_label:
+        if self._has_dp_attention:
             raise ValueError(f"{sure}, and ranks must replay one graph; change {ways_out}")
         self._schedule.graph_labels = (PACKED, STOCK)
         logger.warning("prefix attention: %s, so stock is captured too; see %s", sure, ways_out)

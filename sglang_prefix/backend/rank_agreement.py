@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -10,6 +11,8 @@ from sglang_prefix.backend.decode_batch import DecodeBatch
 from sglang_prefix.gate import pays
 
 __all__ = ["Predict", "RankAgreement", "Vote"]
+
+logger = logging.getLogger(__name__)
 
 # What a rank predicts for a step that it cannot pack: 18 minutes.
 _NEVER_NS = 1 << 40
@@ -56,13 +59,12 @@ class RankAgreement:
             return Vote(0, 0, self._packs)
         try:
             predicted = self._predict(DecodeBatch.scheduled(scheduled))
-        except Exception:
-            # Preparing the step will fail in the same way, and say so. Others wait for this vote.
-            predicted = None
-        if predicted is None:
-            return Vote(_NEVER_NS, 0, self._packs)
-        packed_us, stock_us = predicted
-        return Vote(round(1e3 * packed_us), round(1e3 * stock_us), self._packs)
+            votes = [min(round(1e3 * us), _NEVER_NS) for us in predicted or ()]
+        except Exception:  # others wait for this vote, whatever happens
+            logger.exception("prefix attention: a vote failed; the step is stock's")
+            votes = []
+        packed_ns, stock_ns = votes or (_NEVER_NS, 0)
+        return Vote(packed_ns, stock_ns, self._packs)
 
     def agree(self, votes: Sequence[Sequence[int]]) -> bool:
         """Whether all ranks pack the step; the same on every rank."""

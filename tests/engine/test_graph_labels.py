@@ -152,6 +152,18 @@ def fail(*args: Any, **options: Any) -> None:
     raise RuntimeError("raised on purpose by a test")
 
 
+def test_kernels_that_do_not_run_here_leave_everything_to_stock(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(backend_module, "warm_up", fail)
+    graphs = Graphs("auto")
+    assert graphs.labels == []
+    assert graphs.backend._server_reason == "kernels"
+    assert graphs.backend._layers.group_of == {}
+    with pytest.raises(RuntimeError, match="on purpose"):
+        Graphs("auto", flags="--tp-size 2")
+
+
 @pytest.mark.parametrize(
     ("gate", "max_batch_size"), [("auto", MAX_BATCH_SIZE), ("always", 100_000)]
 )

@@ -200,6 +200,7 @@ def test_a_plan_made_ahead_serves_the_steps_that_ranks_agree_to_pack() -> None:
     print(f"seed {seed}")
     reqs: list[Request] = scheduler.prefill(*PROMPTS[:3])
     assert scheduler.decode_agreed(reqs, True) == ((3.0, 2.0), None)
+    assert scheduler.counters.predicted_gain_us == 0.0  # a metric that must not fall
     scheduler.publish(*reqs)
     for step in range(40):
         if step == 20:

@@ -67,6 +67,7 @@ BATCHES: dict[str, tuple[str, Any]] = {
 ELSEWHERE = {
     "unknown-attributes": "test_attributes",
     "late-graph": "test_graph_labels",
+    "kernels": "test_graph_labels",
     "error": "test_kv_write",
     "unknown-argument": "test_kv_write",
     "workspace": "test_graph_labels",
@@ -123,7 +124,7 @@ def test_servers_that_go_to_stock(reason: str) -> None:
         ({"flags": ""}, None),
     ],
 )
-@pytest.mark.parametrize("hindrance", ["a variable", "a release"])
+@pytest.mark.parametrize("hindrance", ["a variable", "ranks that come later", "a release"])
 def test_ranks_that_cannot_agree_on_a_graph_go_to_stock_where_they_would_have_to(
     hindrance: str, changes: dict[str, Any], reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,6 +132,8 @@ def test_ranks_that_cannot_agree_on_a_graph_go_to_stock_where_they_would_have_to
     assert reason_of(server) is None
     if hindrance == "a variable":
         monkeypatch.setenv("SGLANG_SCHEDULER_SKIP_ALL_GATHER", "1")
+    elif hindrance == "ranks that come later":
+        server |= {"flags": f"{server['flags']} --elastic-ep-backend mooncake"}
     else:
         monkeypatch.setattr(rank_agreement, "_INFO", f"{rank_agreement._HOME}:DPSyncInfo")
         monkeypatch.setattr(
