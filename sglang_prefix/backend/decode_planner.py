@@ -105,6 +105,7 @@ class DecodePlanner:
         self._ranks_agree = ranks_agree
         self._verify = verify
         self.paths = PathCache(schedule)
+        self._loaded_padding = 0  # rows of the batch of nothing but padding that is loaded
         self._planned: PlannedBatch | None = None
 
     def prepare(self, batch: DecodeBatch, *, packed: bool | None = None) -> str | None:
@@ -213,9 +214,12 @@ class DecodePlanner:
         For warm-up and capture, which have no requests, and for graphs that hold no stock kernel,
         where :meth:`prepare` cannot serve a batch. Only there, and only if SGLang itself has no
         lengths on the CPU, they are read from the device. A batch of nothing but padding is served
-        as if it had requests, whose answers nobody reads.
+        as if it had requests, whose answers nobody reads; the plan of the last one serves again.
         """
         self.invalidate()
+        padding = 0 if batch.num_requests else batch.padded_batch_size
+        if padding and padding == self._loaded_padding:
+            return
         count = batch.num_requests or batch.padded_batch_size
         lens = batch.host_lengths(count)
         if lens is None:
@@ -223,6 +227,7 @@ class DecodePlanner:
         forest = _private_forest(lens)
         for group in self.groups:
             self._load(group, group.planner.plan(forest, batch.padded_batch_size), batch)
+        self._loaded_padding = padding
 
     def fits(self, batch: DecodeBatch) -> bool:
         """Whether some plan of the batch's size can be served."""
@@ -335,6 +340,7 @@ class DecodePlanner:
         return reason
 
     def _load(self, group: LayerGroup, plan: PackPlan, batch: DecodeBatch) -> None:
+        self._loaded_padding = 0
         group.executor.load(
             plan,
             self.req_to_token,

@@ -234,6 +234,21 @@ def test_an_idle_rank_replays_a_graph_and_counts_nothing(gate: str, label: str) 
     assert graphs.backend.counters.decode_steps == 0
 
 
+def test_an_idle_rank_plans_once_for_each_padded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = Graphs("always")
+    loaded: list[int] = []
+    load = DecodePlanner._load
+
+    def count(planner: DecodePlanner, group: Any, plan: Any, batch: Any) -> None:
+        loaded.append(batch.padded_batch_size)
+        load(planner, group, plan, batch)
+
+    monkeypatch.setattr(DecodePlanner, "_load", count)
+    for num_requests, size in ((0, 4), (0, 4), (0, 2), (0, 2), (2, 2), (0, 2), (0, 2)):
+        graphs.replay(num_requests, size, "DECODE" if num_requests else "IDLE")
+    assert loaded == [4, 2, 2, 2]
+
+
 def test_a_batch_that_nothing_is_known_of_gets_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a schedule batch; on the CPU its rows are compared."""
     monkeypatch.setattr(DecodePlanner, "prepare", lambda self, batch, **_: "no-request-info")
