@@ -308,7 +308,7 @@ def expected_arrivals(executor: TritonExecutor, plan: PackPlan, group: int) -> t
     items, _ = build_work_list(plan, group, classes)
     several = np.diff(plan.request_indptr) > 1
     whole = halves = 0
-    for first_query, _, first_row, rows, *_, tile_class in items.tolist():
+    for first_query, _, first_row, rows, *_, tile_class, _ in items.tolist():
         block = np.arange(first_row, min(first_row + classes[tile_class], rows))
         queries, sizes = np.unique(plan.queries[first_query + block // group], return_counts=True)
         whole += int(several[queries].sum())

@@ -210,6 +210,8 @@ def test_in_a_terminal_ctrl_c_ends_it_with_the_cursor_back() -> None:
             stderr=theirs,
             env=os.environ | {"TERM": "xterm", "COLUMNS": "120", "LINES": "60"},
             start_new_session=True,
+            # A shell lets what it runs in the background ignore Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         os.close(theirs)
         shown = ""

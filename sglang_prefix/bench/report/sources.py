@@ -75,4 +75,5 @@ def _may_be_result(path: Path) -> bool:
         data = read_json(path)
     except (OSError, ValueError):
         return True
-    return isinstance(data, dict) and "kind" in data
+    # "kernels" is what `sglang-prefix kernels --json` writes.
+    return isinstance(data, dict) and "kind" in data and data["kind"] != "kernels"
