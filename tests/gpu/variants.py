@@ -15,7 +15,7 @@ from sglang_prefix.bench.workloads.registry import Heads
 from sglang_prefix.bench.workloads.trees import Tree, random_tree, shared_then_private
 from sglang_prefix.packing import GPU_PROFILE, POLICIES, DeviceProfile, TileCost
 
-__all__ = ["ALL_MODES", "CPU_EXECUTORS", "EAGER", "Modes", "Variant", "variants"]
+__all__ = ["ALL_MODES", "CPU_EXECUTORS", "EAGER", "Modes", "Variant", "small_variants", "variants"]
 
 Modes = tuple[str, str]
 
@@ -170,6 +170,15 @@ def variants(*, dry: bool = False) -> list[Variant]:
         Variant("dims/256x256/e4m3", kv_dtype=fp8, dim=256, v_dim=256),
     ]
     return [_tiny(variant) for variant in found] if dry else found
+
+
+def small_variants(*, dry: bool = False) -> list[Variant]:
+    """Every kernel once, which the sanitizers watch; on an fp8 cache in two of the modes."""
+    small = Variant("small", dim=64, v_dim=64, modes=ALL_MODES, requests=20, tokens=200, steps=1)
+    if dry:
+        sizes = {"dim": 16, "v_dim": 16, "requests": 3, "tokens": 8}
+        small = replace(small, dtype=torch.float16, **sizes)
+    return [small, replace(small, kv_dtype=torch.float8_e4m3fn, modes=_TWO_MODES)]
 
 
 def _tiny(variant: Variant) -> Variant:
