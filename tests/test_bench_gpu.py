@@ -8,6 +8,8 @@ import re
 import shutil
 import sys
 import time
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +17,17 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from prefix_kernels.tiles import TileShape, formula_tile
 from sglang_prefix import gate
-from sglang_prefix.bench.gpu import counters, pack, run, use
+from sglang_prefix.bench.gpu import counters, launches, pack, run, use
 from sglang_prefix.bench.gpu.run import GpuRun
 from sglang_prefix.bench.gpu.steps import STEPS, Step
 from sglang_prefix.bench.results import read_result, write_result
+from sglang_prefix.bench.run import NotRunError
 from sglang_prefix.bench.settings import SETTINGS
 from sglang_prefix.bench.workloads.registry import load_registry
 from sglang_prefix.cli.main import app
-from tests.gpu.test_kernels import MORE_GRAPHS
-from tests.gpu.variants import variants
+from tests.gpu.variants import MORE_GRAPHS, variants
 from tests.report_files import check_result, gpu_result, kernel_result, tune_result
 
 ROOT = Path(__file__).parents[1]
@@ -165,7 +168,7 @@ def test_what_is_wrong_or_proves_nothing_stops_everything(
         right = [python(RIGHT, must_hold=True), python(RIGHT), python(RIGHT)]
         again = run_steps(tmp_path, monkeypatch, *right, more=("--resume",))
         assert (again["cases"], again["not_run"]) == (data["cases"], data["not_run"])
-        assert data["cases"][0]["failed"] == {"check: graph/fused": "off by 1", "check: graph": ""}
+        assert data["cases"][0]["failed"] == {"check: graph": "off by 1"}
 
 
 def test_what_must_hold_and_overran_gets_another_try(
@@ -268,6 +271,11 @@ def test_what_is_carried_is_used_on_the_other_side(
         assert re.search(rf"\d\.\d MiB  {re.escape(name)}\n", done.stdout), done.stdout
 
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    place = tmp_path / f"sglang-prefix-{os.getuid()}"
+    stale = place / "site" / "stale.py"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("")
+    place.chmod(0o777)
     says = (
         "import json, os, sys; from pathlib import Path; import fasttree; "
         "cache = Path(os.environ['TRITON_CACHE_DIR'], 'KEY', 'kernel.cubin').stat().st_size; "
@@ -282,6 +290,31 @@ def test_what_is_carried_is_used_on_the_other_side(
     assert done.exit_code == 0, done.output
     (case,) = read_result(tmp_path / "run" / "gpu.json")["cases"]
     assert case["says"] == {"cache": 1000, "tree": "fasttree.py", "site": 1}
+    assert not stale.exists()
+    assert place.stat().st_mode & 0o777 == 0o700
+    # Python would import from it, so it must be nobody else's.
+    shutil.rmtree(place)
+    place.symlink_to(tmp_path)
+    for uid in (os.getuid(), os.getuid() + 1):
+        monkeypatch.setattr(os, "getuid", lambda uid=uid: uid)
+        tmp_path.joinpath(f"sglang-prefix-{uid}").mkdir(exist_ok=True)
+        refused = gpu("--dry", "--out", tmp_path / "other", "--carried", folder)
+        assert refused.exit_code == 2
+        assert f"sglang-prefix-{uid} is no folder of this user; legal: TMPDIR" in refused.stderr
+        assert refused.stderr.count("\n") == 1
+
+
+def test_what_the_steps_launch_is_recorded() -> None:
+    """Kernels of the first step and of the sanitizers, and the merge that overlaps."""
+    from prefix_kernels.kernel_cache import collect_launches
+
+    works = [work.__name__ for work in launches.WORKS]
+    assert works[0] == "launch_one_layer"
+    assert {"launch_settings", "launch_checks"} <= set(works)
+    settings = collect_launches(partial(launches.launch_settings, "sm_90"))
+    options = [dict(one.arguments) for one in settings]
+    assert any(one.get("launch_pdl") for one in options)
+    assert {one.get("CARRIES_ITEM") for one in options if one.get("BLOCK_M") == 16} == {True, False}
 
 
 def test_what_cannot_be_packed_is_one_line_and_changes_nothing(
@@ -321,12 +354,23 @@ def results(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     kernel = kernel_result() | {"dry": True}
     limits = {"read_bytes_per_s": 4e12, "empty_launch_us": 1.5, "flop_per_s": 7e14}
-    tune = tune_result() | {"dry": True, "device_name": "NVIDIA H200", "arch": "sm_90", "cases": []}
-    write_result(folder / "gpu.json", gpu_result() | {"dry": True})
+    shape = {"head_dim": 128, "v_head_dim": 128, "q_itemsize": 2, "kv_itemsize": 2}
+    formula = formula_tile(16, TileShape(*shape.values()))
+    case = tune_result()["cases"][0] | {
+        "shape": shape,
+        "tiles": {"16x64": {"tile": asdict(formula), "kernel_us": 3.0}},
+    }
+    tune = tune_result() | {"device_name": "NVIDIA H200", "arch": "sm_90", "cases": [case]}
+    run_data = gpu_result() | {"dry": True}
+    done = run_data["cases"][0]
+    run_data["cases"] += [done | {"name": name} for name in ("correct-more", "limits", "tiles")]
+    write_result(folder / "gpu.json", run_data)
     write_result(folder / "correct" / "check.json", check_result() | {"dry": True})
     write_result(folder / "limits" / "kernel.json", kernel | {"limits": limits, "cases": []})
     write_result(folder / "peers" / "kernel.json", kernel | {"limits": limits})
-    write_result(folder / "tiles" / "tune.json", tune)
+    write_result(folder / "tiles" / "tune.json", tune | {"dry": True})
+    # A step that this run has not begun, and an older one had.
+    write_result(folder / "settings" / "kernel.json", kernel)
     return folder
 
 
@@ -349,6 +393,8 @@ def test_results_become_tables_and_pages(results: Path, checkout: Path) -> None:
 
     done = gpu("--use", results, "--into", checkout)
     assert done.exit_code == 0, done.output
+    assert "not proven: sanitizers was not run" in done.output
+    assert "correct-more" not in done.output
     place = checkout / "docs" / "results" / "no-gpu"
     stem = "2026-01-01-0000000"
     assert sorted(path.name for path in place.iterdir()) == [
@@ -370,20 +416,79 @@ def test_results_become_tables_and_pages(results: Path, checkout: Path) -> None:
     assert [(checkout / name).read_text() for name in use.PAGES] == before
 
 
-def test_nothing_is_used_of_a_run_whose_kernels_are_wrong(results: Path, checkout: Path) -> None:
-    before = sorted(checkout.rglob("*"))
-    wrong = gpu_result() | {"dry": True}
-    wrong["cases"][0]["status"] = "failed"
+@pytest.mark.parametrize(
+    ("step", "changes", "complaint"),
+    [
+        ("correct", {"status": "failed"}, "the step 'correct' is not done, so nothing is proven"),
+        ("correct", {"says": {"passed": 7, "not run": 2}}, "'correct' left out 2 checks"),
+        ("correct-more", {"failed": {"check: fp8": "off by 1"}}, "is wrong: check: fp8: off by 1"),
+    ],
+)
+def test_nothing_is_used_of_a_run_whose_kernels_are_wrong(
+    step: str, changes: dict[str, Any], complaint: str, results: Path, checkout: Path
+) -> None:
+    before = contents(checkout)
+    wrong = read_result(results / "gpu.json")
+    next(case for case in wrong["cases"] if case["name"] == step).update(changes)
     write_result(results / "gpu.json", wrong)
     refused = gpu("--use", results, "--into", checkout)
     assert refused.exit_code == 2
-    assert "the step 'correct' is not done, so nothing is proven" in refused.stderr
-    write_result(results / "gpu.json", gpu_result() | {"dry": True})
-    (checkout / "docs" / "performance.md").write_text("no block\n")
+    assert complaint in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    assert contents(checkout) == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"status": "overran", "failed": {"log1": "killed after 70 s"}},
+        {"says": {"memcheck: passed": 0, "memcheck: not run": 1}},
+    ],
+)
+def test_a_check_that_is_not_whole_is_said(
+    changes: dict[str, Any], results: Path, checkout: Path
+) -> None:
+    data = read_result(results / "gpu.json")
+    next(case for case in data["cases"] if case["name"] == "correct-more").update(changes)
+    write_result(results / "gpu.json", data)
+    done = gpu("--use", results, "--into", checkout)
+    assert done.exit_code == 0, done.output
+    assert "not proven: correct-more " in done.output
+
+
+@pytest.mark.parametrize(
+    ("file", "complaint"),
+    [
+        ("page", "performance.md has no block for results; legal: "),
+        ("tiles", "is no table of tuned tiles"),
+        ("limits", "is no table of device limits"),
+        ("check", "check.json is not a result file"),
+    ],
+)
+def test_what_cannot_be_used_changes_nothing(
+    file: str, complaint: str, results: Path, checkout: Path
+) -> None:
+    """Neither a table or a page, nor a copy of a result."""
+    if file == "page":
+        (checkout / "docs" / "performance.md").write_text("no block\n")
+    elif file == "tiles":
+        (checkout / "kernels/prefix_kernels/tuned_tiles.json").write_text('{"x": 1}')
+    elif file == "limits":
+        data = read_result(results / "limits" / "kernel.json")
+        data["limits"]["empty_launch_us"] = 0.0
+        write_result(results / "limits" / "kernel.json", data)
+    else:
+        (results / "correct" / "check.json").write_text("{")
+    before = contents(checkout)
     refused = gpu("--use", results, "--into", checkout)
-    assert refused.exit_code == 2
-    assert "performance.md has no block for results; legal: " in refused.stderr
-    assert sorted(checkout.rglob("*")) == before
+    assert refused.exit_code == 2, refused.output
+    assert complaint in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    assert contents(checkout) == before
+
+
+def contents(folder: Path) -> dict[Path, str]:
+    return {path: path.read_text() for path in folder.rglob("*") if path.is_file()}
 
 
 def blocks(page: Path) -> list[str]:

@@ -8,8 +8,7 @@ import torch
 
 from tests.gpu.checks import GraphServer, planned, run
 from tests.gpu.conftest import Setting
-from tests.gpu.test_kernels import GRAPHS, MORE_GRAPHS
-from tests.gpu.variants import small_variants, variants
+from tests.gpu.variants import GRAPHS, MORE_GRAPHS, small_variants, variants
 
 __all__ = ["launch_checks"]
 

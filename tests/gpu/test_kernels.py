@@ -22,23 +22,12 @@ from tests.gpu.checks import (
     run,
 )
 from tests.gpu.conftest import Setting
-from tests.gpu.variants import ALL_MODES, Modes, Variant, small_variants, variants
+from tests.gpu.variants import GRAPHS, MORE_GRAPHS, Modes, Variant, small_variants, variants
 
 pytestmark = pytest.mark.gpu
 
 HEADLINE = 6  # variants before the graphs
 TOOLS = ("memcheck", "racecheck")
-
-
-# Graphs: launch and merge mode, and further options of the executor. The last two are switches
-# that change nothing in the interpreter, or little.
-GRAPHS: dict[str, tuple[Modes, dict[str, Any]]] = {
-    f"graph/{'/'.join(modes)}": (modes, {}) for modes in ALL_MODES
-}
-MORE_GRAPHS: dict[str, tuple[Modes, dict[str, Any]]] = {
-    "graph/overlap": (("fused", "launch"), {"overlap_merge": True}),
-    "graph/two-classes": (("streams", "launch"), {"graph_rows": (16,), "wide_first": False}),
-}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

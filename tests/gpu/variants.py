@@ -15,13 +15,32 @@ from sglang_prefix.bench.workloads.registry import Heads
 from sglang_prefix.bench.workloads.trees import Tree, random_tree, shared_then_private
 from sglang_prefix.packing import GPU_PROFILE, POLICIES, DeviceProfile, TileCost
 
-__all__ = ["ALL_MODES", "CPU_EXECUTORS", "EAGER", "Modes", "Variant", "small_variants", "variants"]
+__all__ = [
+    "ALL_MODES",
+    "CPU_EXECUTORS",
+    "EAGER",
+    "GRAPHS",
+    "MORE_GRAPHS",
+    "Modes",
+    "Variant",
+    "small_variants",
+    "variants",
+]
 
 Modes = tuple[str, str]
 
 ALL_MODES: tuple[Modes, ...] = tuple(
     (mode, merge) for mode in LAUNCH_MODES for merge in MERGE_MODES
 )
+# Graphs: launch and merge mode, and further options of the executor. The last two are switches
+# that change nothing in the interpreter, or little.
+GRAPHS: dict[str, tuple[Modes, dict[str, Any]]] = {
+    f"graph/{'/'.join(modes)}": (modes, {}) for modes in ALL_MODES
+}
+MORE_GRAPHS: dict[str, tuple[Modes, dict[str, Any]]] = {
+    "graph/overlap": (("fused", "launch"), {"overlap_merge": True}),
+    "graph/two-classes": (("streams", "launch"), {"graph_rows": (16,), "wide_first": False}),
+}
 # In place of a launch and a merge mode: the executors without.
 CPU_EXECUTORS: tuple[Modes, ...] = (("torch", ""), ("native", ""))
 # Each mode once: what the other pairs add is checked where nothing else varies.
