@@ -12,6 +12,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from sglang_prefix.bench.run import NotRunError
 from sglang_prefix.bench.settings import SETTINGS
 from sglang_prefix.bench.workloads.registry import load_registry
 from sglang_prefix.cli.main import app
+from tests.gpu import launches as checks
 from tests.gpu.variants import MORE_GRAPHS, variants
 from tests.report_files import check_result, gpu_result, kernel_result, tune_result
 
@@ -317,6 +319,24 @@ def test_what_the_steps_launch_is_recorded() -> None:
     assert {one.get("CARRIES_ITEM") for one in options if one.get("BLOCK_M") == 16} == {True, False}
 
 
+def test_the_checks_launch_what_sanitizers_watch_and_every_graph(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(checks, "variants", list)
+    monkeypatch.setattr(checks, "run", lambda *arguments: None)
+    monkeypatch.setattr(checks, "GraphServer", lambda *_, **options: seen.append(options))
+
+    def planned(variant: Any, *arguments: Any, **options: Any) -> MagicMock:
+        seen.append((variant.name, variant.kv_dtype))
+        return MagicMock()
+
+    monkeypatch.setattr(checks, "planned", planned)
+    checks.launch_checks()
+    for one in (("small", None), ("small", torch.float8_e4m3fn), {}, {"overlap_merge": True}):
+        assert one in seen
+
+
 def test_what_cannot_be_packed_is_one_line_and_changes_nothing(
     parts: list[str | Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -355,7 +375,7 @@ def results(tmp_path: Path) -> Path:
     kernel = kernel_result() | {"dry": True}
     limits = {"read_bytes_per_s": 4e12, "empty_launch_us": 1.5, "flop_per_s": 7e14}
     shape = {"head_dim": 128, "v_head_dim": 128, "q_itemsize": 2, "kv_itemsize": 2}
-    formula = formula_tile(16, TileShape(*shape.values()))
+    formula = formula_tile(16, TileShape(128, 128, 2, 2))
     case = tune_result()["cases"][0] | {
         "shape": shape,
         "tiles": {"16x64": {"tile": asdict(formula), "kernel_us": 3.0}},

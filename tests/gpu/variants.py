@@ -195,8 +195,7 @@ def small_variants(*, dry: bool = False) -> list[Variant]:
     """Every kernel once, which the sanitizers watch; on an fp8 cache in two of the modes."""
     small = Variant("small", dim=64, v_dim=64, modes=ALL_MODES, requests=20, tokens=200, steps=1)
     if dry:
-        sizes = {"dim": 16, "v_dim": 16, "requests": 3, "tokens": 8}
-        small = replace(small, dtype=torch.float16, **sizes)
+        small = replace(small, dim=16, v_dim=16, dtype=torch.float16, requests=3, tokens=8)
     return [small, replace(small, kv_dtype=torch.float8_e4m3fn, modes=_TWO_MODES)]
 
 
