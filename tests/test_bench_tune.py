@@ -129,6 +129,7 @@ def test_the_fastest_is_taken_where_it_gains_enough(
     [
         ({"kind": "gpu-check"}, "kind is 'gpu-check'; legal: 'bench-tune'"),
         ({"dry": False}, "must stand in the repository"),
+        ({"cases": []}, "has no case that was measured"),
         ({"arch": "sm_89"}, "arch of NVIDIA H200 is 'sm_89'; legal: sm_80, sm_90"),
     ],
 )
@@ -146,6 +147,20 @@ def test_other_devices_stay_in_the_table_and_bad_tiles_leave_it_alone(tmp_path: 
     with pytest.raises(ValueError, match="is not among its candidate_tiles"):
         written(tmp_path, {FORMULA: 2.0, TileConfig(16, 64, 4, 9): 1.0})
     assert table.read_text() == before
+
+
+def test_tiles_of_shapes_that_were_not_measured_again_stay(tmp_path: Path) -> None:
+    table = written(tmp_path, {FORMULA: 2.0, OTHERS[0]: 1.0})
+    content = json.loads(table.read_text())
+    wide = next(iter(candidate_tiles(128, SHAPE)))
+    (row,) = content["NVIDIA H200"]["tiles"]
+    content["NVIDIA H200"]["tiles"].append(row | asdict(wide))
+    table.write_text(json.dumps(content))
+    written(tmp_path, {FORMULA: 2.0, OTHERS[1]: 1.0})
+    found = load_tuned_tiles(table)["NVIDIA H200"].tiles
+    assert found == {(SHAPE, 16): OTHERS[1], (SHAPE, 128): wide}
+    written(tmp_path, {FORMULA: 1.0, OTHERS[1]: 1.0})
+    assert load_tuned_tiles(table)["NVIDIA H200"].tiles == {(SHAPE, 128): wide}
 
 
 def test_every_pack_shape_is_of_a_row_class_of_its_own() -> None:

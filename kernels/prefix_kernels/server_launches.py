@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,6 +80,7 @@ def launch_all(
     *,
     modes: Iterable[str] = LAUNCH_MODES,
     merges: Iterable[str] = MERGE_MODES,
+    **options: Any,
 ) -> None:
     """Make every launch that a server makes for layers; to be recorded, see `kernel_cache`.
 
@@ -86,19 +88,18 @@ def launch_all(
         layers: of all models.
         arch: a key of `tiles.ARCHS`; what was measured on devices of it is launched, too.
         modes, merges: ways to launch and to merge.
+        options: further ones of the executor.
     """
     tuned = load_tuned_tiles(TABLE)
     devices = (None, *(name for name, device in tuned.items() if device.arch == arch))
     for one, mode, merge, device in product(layers, modes, merges, devices):
-        _launch_layer(one, mode, merge, arch, device)
+        _launch_layer(one, arch, device, mode=mode, merge=merge, **options)
 
 
-def _launch_layer(
-    layer: ServedLayers, mode: str, merge: str, arch: str, device: str | None
-) -> None:
+def _launch_layer(layer: ServedLayers, arch: str, device: str | None, **options: Any) -> None:
     shape = layer.shape
     for size in sorted(warm_up_sizes(shape.group_size, max(ROW_CLASSES) + 1)):
-        executor = TritonExecutor(shape, _CPU, mode=mode, merge=merge, capacity=_capacity(size))
+        executor = TritonExecutor(shape, _CPU, capacity=_capacity(size), **options)
         # On the CPU the executor is one for Hopper, of no name.
         executor._tile_shape = TileShape.of(shape).on_arch(arch, device)
         for stride, index_dtype in product(_ROW_STRIDES, _INDEX_DTYPES):

@@ -36,7 +36,7 @@ from sglang_prefix.bench.workloads.trees import Tree, pat_tree, shared_then_priv
 from sglang_prefix.files import read_json
 from sglang_prefix.packing import GPU_PROFILE
 
-__all__ = ["TABLE", "PackShape", "TileWork", "TuneRun", "pack_shapes", "write_table"]
+__all__ = ["TABLE", "PackShape", "TileWork", "TuneRun", "new_table", "pack_shapes", "write_table"]
 
 _SECONDS_PER_CASE = 3.0
 # A choice must be worth its line: the medians of two runs differ by about as much.
@@ -52,6 +52,7 @@ _LEAST_TOKENS = 1024
 _LEAST_KV_BYTES = 256 << 20
 # One split per pack, however long it is.
 _UNSPLIT = replace(GPU_PROFILE, name="unsplit", tiles=())
+_SHAPE_FIELDS = ("head_dim", "v_head_dim", "q_itemsize", "kv_itemsize")  # of a table's tile
 # Every graph launches the class of 16 rows, and most of them that of 64 and that of all rows of
 # their batch, most often 128.
 _ROWS = (16, 128, 64, 32)
@@ -234,9 +235,8 @@ def measure_tiles(work: TileWork, clock: Clock) -> dict[str, Any]:
             "kernel_us": median(seconds) * 1e6,
             "raw_us": [one * 1e6 for one in seconds],
         }
-    fields = ("head_dim", "v_head_dim", "q_itemsize", "kv_itemsize")
     return {
-        "shape": {key: getattr(work.shape, key) for key in fields},
+        "shape": {key: getattr(work.shape, key) for key in _SHAPE_FIELDS},
         "packs": work.num_packs,
         "tokens_per_pack": work.tokens,
         "kv_bytes": work.kv_bytes,
@@ -298,38 +298,65 @@ def write_table(result_file: Path, table: Path = TABLE) -> str:
     Raises:
         ValueError: the file is no result of `bench tune`, a dry run's, for which ``table`` must be
             another file, outside the repository, of an architecture that cannot be audited, or
-            names a tile that is no candidate.
+            names a tile that is no candidate; or it holds no shape that was measured.
         OSError: the table cannot be written.
     """
     data = read_result(result_file, TuneRun.kind)
     source = check_source(result_file, data, table, TABLE)
+    text, said = new_table(result_file, data, source, table)
+    write_checked(table, text, load_tuned_tiles)
+    return said
+
+
+def new_table(
+    result_file: Path, data: Mapping[str, Any], source: str, table: Path
+) -> tuple[str, str]:
+    """What a table becomes with a result; tiles of shapes that it has not measured stay.
+
+    Args:
+        result_file, data: the result.
+        source: its name in the table.
+        table: is not written.
+
+    Returns:
+        The table's text, and what it holds and what to do next, for a reader.
+
+    Raises:
+        ValueError: the result does not name its device, or measured nothing; the table is none.
+    """
     name, arch = data.get("device_name"), data.get("arch")
     if name is None or arch is None:
         raise ValueError(f"{result_file} does not name its device and arch")
-    try:
-        content = read_json(table) if table.exists() else {}
-    except ValueError as error:
-        raise ValueError(f"{table}: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{table} is no table of tuned tiles")
-    tiles = [tile for case in data["cases"] if (tile := _faster_tile(case))]
+    measured = [case for case in data["cases"] if case["formula"] in case["tiles"]]
+    if not measured:
+        raise ValueError(f"{result_file} has no case that was measured; legal: at least one")
+    if table.exists():
+        load_tuned_tiles(table)
+    content = read_json(table) if table.exists() else {}
+    replaced = [_place(case["shape"], case["tiles"][case["formula"]]["tile"]) for case in measured]
+    before = content[name]["tiles"] if name in content else []
+    tiles = [tile for case in measured if (tile := _faster_tile(case))]
+    tiles += [row for row in before if _place(row, row) not in replaced]
     content[name] = {
         "arch": arch,
         "result_file": source,
         "tiles": tiles,
     }
-    write_checked(table, json.dumps(content, indent=1) + "\n", load_tuned_tiles)
-    return (
+    said = (
         f"{table}: {len(tiles)} tiles for {name}. Next: sglang-prefix kernels --arch {arch}, which "
         "says whether all variants with them are free of spills; then commit both files"
     )
+    return json.dumps(content, indent=1) + "\n", said
+
+
+def _place(shape: Mapping[str, int], tile: Mapping[str, int]) -> tuple[int, ...]:
+    """For what a table has one tile."""
+    return (*(shape[field] for field in _SHAPE_FIELDS), tile["block_m"])
 
 
 def _faster_tile(case: dict[str, Any]) -> dict[str, int] | None:
     tiles = case["tiles"]
-    formula = tiles.get(case["formula"])
-    if formula is None:
-        return None
+    formula = tiles[case["formula"]]
     best = min(tiles.values(), key=lambda found: float(found["kernel_us"]))
     if formula["kernel_us"] <= _LEAST_GAIN * best["kernel_us"]:
         return None

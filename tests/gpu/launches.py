@@ -8,18 +8,18 @@ import torch
 
 from tests.gpu.checks import GraphServer, planned, run
 from tests.gpu.conftest import Setting
-from tests.gpu.variants import ALL_MODES, variants
+from tests.gpu.variants import GRAPHS, MORE_GRAPHS, small_variants, variants
 
 __all__ = ["launch_checks"]
 
 
 def launch_checks() -> None:
-    """Launch every variant, and the steps that are captured.
+    """Launch every variant, the steps that are captured, and what the sanitizers watch.
 
     Batches are drawn at random, so a run may need a kernel that this one does not.
     """
     setting = Setting(torch.device("cpu"), 0, dry=False, control=False)
-    for variant in variants():
+    for variant in (*variants(), *small_variants()):
         # Slots far away take much memory and no other kernel.
         near = replace(variant, first_slot=min(variant.first_slot, 1000))
         inputs = near.inputs(setting.device, setting.seed)
@@ -28,5 +28,5 @@ def launch_checks() -> None:
             if near.steps:
                 attention.executor.append(inputs.seq_lens, inputs.newest_slots())
             run(attention, inputs, inputs.outputs())
-    for modes in ALL_MODES:
-        GraphServer(modes, setting)
+    for modes, options in (GRAPHS | MORE_GRAPHS).values():
+        GraphServer(modes, setting, **options)

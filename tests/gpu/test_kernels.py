@@ -6,12 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.gpu.checks import (
     Errors,
@@ -24,23 +22,12 @@ from tests.gpu.checks import (
     run,
 )
 from tests.gpu.conftest import Setting
-from tests.gpu.variants import ALL_MODES, Modes, Variant, variants
+from tests.gpu.variants import GRAPHS, MORE_GRAPHS, Modes, Variant, small_variants, variants
 
 pytestmark = pytest.mark.gpu
 
 HEADLINE = 6  # variants before the graphs
 TOOLS = ("memcheck", "racecheck")
-
-
-# Graphs: launch and merge mode, and further options of the executor. The last two are switches
-# that change nothing in the interpreter, or little.
-GRAPHS: dict[str, tuple[Modes, dict[str, Any]]] = {
-    f"graph/{'/'.join(modes)}": (modes, {}) for modes in ALL_MODES
-}
-MORE_GRAPHS: dict[str, tuple[Modes, dict[str, Any]]] = {
-    "graph/overlap": (("fused", "launch"), {"overlap_merge": True}),
-    "graph/two-classes": (("streams", "launch"), {"graph_rows": (16,), "wide_first": False}),
-}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -89,17 +76,12 @@ def test_further_variants(variant: Variant, setting: Setting, record_property: N
 def test_every_mode_once(setting: Setting) -> None:
     """A small run of every kernel, which the sanitizers watch; only that outputs are finite.
 
-    On an fp8 cache as well, in the first and the last of the modes.
+    On an fp8 cache as well.
     """
     if setting.control:
         pytest.skip("compares nothing, so a control cannot reach it")
-    on_gpu = setting.device.type == "cuda"
-    requests, tokens = (20, 200) if on_gpu else (3, 8)
-    dim, dtype = (64, torch.bfloat16) if on_gpu else (16, torch.float16)
-    small = Variant("small", dim=dim, v_dim=dim, dtype=dtype, modes=ALL_MODES, steps=1)
-    variant = replace(small, requests=requests, tokens=tokens)
-    on_fp8 = replace(variant, kv_dtype=torch.float8_e4m3fn, modes=(ALL_MODES[0], ALL_MODES[-1]))
-    runs = [(one, run) for one in (variant, on_fp8) for run in one.runs(few=False)]
+    small = small_variants(dry=setting.dry)
+    runs = [(one, run) for one in small for run in one.runs(few=False)]
     for variant, (policy, modes, fixed) in runs:
         inputs = variant.inputs(setting.device, seed=0)
         attention = planned(variant, inputs, policy, modes, fixed, breaks=False)

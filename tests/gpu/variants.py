@@ -15,13 +15,32 @@ from sglang_prefix.bench.workloads.registry import Heads
 from sglang_prefix.bench.workloads.trees import Tree, random_tree, shared_then_private
 from sglang_prefix.packing import GPU_PROFILE, POLICIES, DeviceProfile, TileCost
 
-__all__ = ["ALL_MODES", "CPU_EXECUTORS", "EAGER", "Modes", "Variant", "variants"]
+__all__ = [
+    "ALL_MODES",
+    "CPU_EXECUTORS",
+    "EAGER",
+    "GRAPHS",
+    "MORE_GRAPHS",
+    "Modes",
+    "Variant",
+    "small_variants",
+    "variants",
+]
 
 Modes = tuple[str, str]
 
 ALL_MODES: tuple[Modes, ...] = tuple(
     (mode, merge) for mode in LAUNCH_MODES for merge in MERGE_MODES
 )
+# Graphs: launch and merge mode, and further options of the executor. The last two are switches
+# that change nothing in the interpreter, or little.
+GRAPHS: dict[str, tuple[Modes, dict[str, Any]]] = {
+    f"graph/{'/'.join(modes)}": (modes, {}) for modes in ALL_MODES
+}
+MORE_GRAPHS: dict[str, tuple[Modes, dict[str, Any]]] = {
+    "graph/overlap": (("fused", "launch"), {"overlap_merge": True}),
+    "graph/two-classes": (("streams", "launch"), {"graph_rows": (16,), "wide_first": False}),
+}
 # In place of a launch and a merge mode: the executors without.
 CPU_EXECUTORS: tuple[Modes, ...] = (("torch", ""), ("native", ""))
 # Each mode once: what the other pairs add is checked where nothing else varies.
@@ -170,6 +189,14 @@ def variants(*, dry: bool = False) -> list[Variant]:
         Variant("dims/256x256/e4m3", kv_dtype=fp8, dim=256, v_dim=256),
     ]
     return [_tiny(variant) for variant in found] if dry else found
+
+
+def small_variants(*, dry: bool = False) -> list[Variant]:
+    """Every kernel once, which the sanitizers watch; on an fp8 cache in two of the modes."""
+    small = Variant("small", dim=64, v_dim=64, modes=ALL_MODES, requests=20, tokens=200, steps=1)
+    if dry:
+        small = replace(small, dim=16, v_dim=16, dtype=torch.float16, requests=3, tokens=8)
+    return [small, replace(small, kv_dtype=torch.float8_e4m3fn, modes=_TWO_MODES)]
 
 
 def _tiny(variant: Variant) -> Variant:

@@ -5,15 +5,21 @@ Called in a process that records launches and makes none, on tensors of the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
+from unittest.mock import patch
 
 import torch
 
+from prefix_kernels import triton_executor
+from prefix_kernels.launches import AUTO
 from prefix_kernels.server_launches import ServedLayers, launch_all
+from sglang_prefix.bench.gpu.layer import launch_layer
+from sglang_prefix.bench.settings import SETTINGS
 from sglang_prefix.bench.tune import TileWork, pack_shapes
 
-__all__ = ["WORKS", "launch_batches", "launch_tiles"]
+__all__ = ["WORKS", "launch_batches", "launch_one_layer", "launch_settings", "launch_tiles"]
 
 # Of `gpu-minutes.json`; the first of them in the other steps, too.
 _HEADS = ((32, 8), (8, 1))
@@ -25,7 +31,35 @@ _SIZE = (396, 64)
 
 def launch_batches(arch: str) -> None:
     """Launches of batches, as a server makes them."""
-    launch_all([ServedLayers(*heads, 128, 128, "bf16", "bf16") for heads in _HEADS], arch)
+    launch_all([_layers(*heads) for heads in _HEADS], arch)
+
+
+def launch_one_layer(arch: str) -> None:
+    """The layer of the first step and of the counters."""
+    launch_layer()
+
+
+def launch_settings(arch: str) -> None:
+    """Launches that other settings of the executor lead to; other plans lead to none."""
+    with _on_arch(arch):
+        for setting in SETTINGS.values():
+            options = {"mode": AUTO, "merge": AUTO, **setting}
+            options.pop("profile", None)
+            modes, merges = [options.pop("mode")], [options.pop("merge")]
+            if options:
+                launch_all([_layers(*_HEADS[0])], arch, modes=modes, merges=merges, **options)
+
+
+def _layers(num_qo_heads: int, num_kv_heads: int) -> ServedLayers:
+    return ServedLayers(num_qo_heads, num_kv_heads, 128, 128, "bf16", "bf16")
+
+
+@contextmanager
+def _on_arch(arch: str) -> Iterator[None]:
+    """Executors on the CPU launch what one on a device of the architecture would."""
+    major = int(arch.removeprefix("sm_")) // 10
+    with patch.object(triton_executor, "_major_of", lambda device: major):
+        yield
 
 
 def launch_tiles(arch: str) -> None:
@@ -38,7 +72,14 @@ def launch_tiles(arch: str) -> None:
 
 def launch_checks(arch: str) -> None:
     """Launches of the steps that compare kernels with the oracle."""
-    import_module("tests.gpu.launches").launch_checks()
+    with _on_arch(arch):
+        import_module("tests.gpu.launches").launch_checks()
 
 
-WORKS: tuple[Callable[[str], None], ...] = (launch_checks, launch_batches, launch_tiles)
+WORKS: tuple[Callable[[str], None], ...] = (
+    launch_one_layer,
+    launch_checks,
+    launch_batches,
+    launch_settings,
+    launch_tiles,
+)

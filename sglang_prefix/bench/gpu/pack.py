@@ -1,7 +1,9 @@
 """What is carried to a GPU host without a network: archives in one folder, within a bound.
 
-Beside a checkout: Triton's cache, so that nothing is compiled there; a kit of Python packages for
-kernels of others; FastTree's kernels, which are sources.
+Beside a checkout: Triton's cache, so that little is compiled there (batches that are drawn at
+random, plans that differ from those without a GPU, and tiles of further pack shapes may need a
+kernel that was not recorded); a kit of Python packages for kernels of others; FastTree's kernels,
+which are sources.
 """
 
 from __future__ import annotations

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from prefix_kernels.tiles import TABLE
+from prefix_kernels.tiles import TABLE, load_tuned_tiles
 from sglang_prefix.bench.comparison import fastest, our_provider, over, provider_of
-from sglang_prefix.bench.gpu.run import GpuRun
+from sglang_prefix.bench.gpu.run import GpuRun, wrong_results
 from sglang_prefix.bench.results import read_result, write_checked
 from sglang_prefix.bench.tables import number_text, ratio_text
-from sglang_prefix.bench.tune import write_table
+from sglang_prefix.bench.tune import new_table
 from sglang_prefix.files import read_json, read_text, write_file
 from sglang_prefix.gate import LIMITS_FILE, load_limits
 
@@ -23,6 +24,8 @@ __all__ = ["PAGES", "ROOT", "measured_block", "use_results"]
 Data = Mapping[str, Any]
 
 ROOT = Path(__file__).parents[3]
+# Beside "correct", which must be done and whole.
+_CHECKS = ("correct-more", "sanitizers")
 # Pages with a block between these marks, and which groups of cases it has; None for all.
 PAGES: dict[str, tuple[str, ...] | None] = {
     "docs/performance.md": None,
@@ -41,66 +44,103 @@ def use_results(folder: Path, root: Path = ROOT) -> list[str]:
         root: of the checkout.
 
     Returns:
-        What was written, for a reader.
+        What was written, and which checks are not whole, for a reader.
 
     Raises:
         ValueError: the folder holds no whole run; nothing was measured in it, and ``root`` is this
-            checkout; its kernels were wrong; or a file of the checkout cannot take its part.
+            checkout; its kernels were wrong, or not all of "correct" was run; or a file of the
+            checkout cannot take its part. Nothing is written then.
         OSError: a file cannot be written.
     """
     run = read_result(folder / GpuRun.file_name, GpuRun.kind)
     if run["dry"] and root.resolve() == ROOT:
         raise ValueError(f"{folder} is a dry run's: name another --into than {ROOT}")
-    status = {case["name"]: case["status"] for case in run["cases"]}
-    if status.get("correct") != "done":
-        raise ValueError(f"{folder}: the step 'correct' is not done, so nothing is proven")
-    kernel = {s: _read(folder / s / "kernel.json") for s in ("limits", "peers")}
+    cases = {case["name"]: case for case in run["cases"]}
+    said = _check_proven(folder, cases)
+    files = _result_files(folder, cases)
+    results = {parts: read_result(file) for parts, file in files.items()}
+    limits, peers, tune = (
+        results.get(parts)
+        for parts in (("limits", "kernel"), ("peers", "kernel"), ("tiles", "tune"))
+    )
     gpu = run["environment"].get("gpu") or "no GPU"
-    pages = {}
+    texts: dict[Path, tuple[str, str]] = {}
     place = root / "docs" / "results" / re.sub(r"\W+", "-", gpu.lower())
     stem = f"{run['created'][:10]}-{run['environment'].get('commit') or 'unknown'}"
+    copies = {parts: place / f"{stem}-{'-'.join(parts)}.json" for parts in files}
+    sources = {parts: str(copy.relative_to(root)) for parts, copy in copies.items()}
+    if tune and tune["cases"]:
+        table, file = root / TABLE.relative_to(ROOT), files["tiles", "tune"]
+        texts[table] = new_table(file, tune, sources["tiles", "tune"], table)
+        _check_table(table, texts[table][0], load_tuned_tiles)
+    if limits:
+        table = root / LIMITS_FILE.relative_to(ROOT)
+        text = _new_limits(gpu, limits, sources["limits", "kernel"], table)
+        texts[table] = text, f"{table}: limits of {gpu}"
+        _check_table(table, text, load_limits)
     for name, groups in PAGES.items():
-        if kernel["peers"] is not None:
-            source = (place / f"{stem}-peers-kernel.json").relative_to(root)
-            text = measured_block(kernel["peers"], str(source), groups)
-            pages[root / name] = _replaced(root / name, text)
+        if peers:
+            page = root / name
+            text = _replaced(page, measured_block(peers, sources["peers", "kernel"], groups))
+            texts[page] = text, f"{page}: its block"
     # Nothing is written before this line.
     place.mkdir(parents=True, exist_ok=True)
-    said, copies = [], {}
+    for parts, file in files.items():
+        shutil.copyfile(file, copies[parts])
+    for target, (text, _) in texts.items():
+        write_file(target, text)
+    return [*said, f"{place}: {len(copies)} files", *(line for _, line in texts.values())]
+
+
+def _check_proven(folder: Path, cases: Mapping[str, Data]) -> list[str]:
+    """Refuse a run whose kernels are wrong; a line for each further check that is not whole."""
+    correct = cases.get("correct")
+    if correct is None or correct["status"] != "done":
+        raise ValueError(f"{folder}: the step 'correct' is not done, so nothing is proven")
+    if left := correct["says"].get("not run"):
+        raise ValueError(f"{folder}: the step 'correct' left out {left} checks; legal: none")
+    lines = []
+    for name in _CHECKS:
+        if name not in cases:
+            lines.append(f"not proven: {name} was not run")
+            continue
+        case = cases[name]
+        for what, why in wrong_results(case).items():
+            raise ValueError(f"{folder}: the step {name!r} found what is wrong: {what}: {why}")
+        says = case["says"]
+        if case["status"] != "done" or any(says[key] for key in says if key.endswith("not run")):
+            facts = ", ".join(f"{key} {value}" for key, value in says.items())
+            lines.append(f"not proven: {name} {case['status']}: {facts or 'no results'}")
+    return lines
+
+
+def _result_files(folder: Path, steps: Mapping[str, Data]) -> dict[tuple[str, ...], Path]:
+    """The run's own, and those of its steps; an older run may have left others."""
+    files = [folder / GpuRun.file_name]
+    files += [file for step in steps for file in sorted(folder.glob(f"{step}/*.json"))]
     # Facts of steps are in gpu.json as well.
-    files = [file for pattern in ("*.json", "*/*.json") for file in sorted(folder.glob(pattern))]
-    for file in (file for file in files if file.stem != "facts"):
-        parts = file.relative_to(folder).with_suffix("").parts
-        copies[parts] = shutil.copyfile(file, place / f"{stem}-{'-'.join(parts)}.json")
-    said.append(f"{place}: {len(copies)} files")
-    if ("tiles", "tune") in copies:
-        said.append(write_table(copies["tiles", "tune"], root / TABLE.relative_to(ROOT)))
-    if kernel["limits"] is not None:
-        target = root / LIMITS_FILE.relative_to(ROOT)
-        _write_limits(gpu, kernel["limits"], copies["limits", "kernel"].relative_to(root), target)
-        said.append(f"{target}: limits of {gpu}")
-    for page, text in pages.items():
-        write_file(page, text)
-        said.append(f"{page}: its block")
-    return said
+    found = (file for file in files if file.stem != "facts")
+    return {file.relative_to(folder).with_suffix("").parts: file for file in found}
 
 
-def _read(file: Path) -> dict[str, Any] | None:
-    """A result; None if the step left none."""
-    return read_result(file, "bench-kernel") if file.exists() else None
+def _check_table(table: Path, text: str, load: Callable[[Path], object]) -> None:
+    """Check what a table is to become, elsewhere."""
+    with tempfile.TemporaryDirectory() as scratch:
+        write_checked(Path(scratch, table.name), text, load)
 
 
-def _write_limits(gpu: str, data: Data, source: Path, table: Path) -> None:
-    """Set a device's entry in the table that the gate reads."""
-    found = data["limits"]
+def _new_limits(gpu: str, data: Data, source: str, table: Path) -> str:
+    """The table that the gate reads, with another entry for a device."""
+    if table.exists():
+        load_limits(table)
     content = read_json(table) if table.exists() else {}
-    content[gpu] = {
-        "read_bytes_per_s": found["read_bytes_per_s"],
-        "flop_per_s": found["flop_per_s_bfloat16" if not data["dry"] else "flop_per_s"],
-        "launch_us": found["empty_launch_us"],
-        "result_file": str(source),
-    }
-    write_checked(table, json.dumps(content, indent=1) + "\n", load_limits)
+    rate = "flop_per_s" if data["dry"] else "flop_per_s_bfloat16"
+    columns = {"read_bytes_per_s": "read_bytes_per_s", "flop_per_s": rate}
+    columns["launch_us"] = "empty_launch_us"
+    found = data.get("limits") or {}
+    row = {name: found.get(measured) for name, measured in columns.items()}
+    content[gpu] = {**row, "result_file": source}
+    return json.dumps(content, indent=1) + "\n"
 
 
 def _replaced(page: Path, block: str) -> str:
