@@ -37,9 +37,9 @@ from sglang_prefix.packing import (
 from sglang_prefix.packing.gpu import gpu_profile
 from sglang_prefix.packing.layout import CostedPlan
 from sglang_prefix.packing.planner import PackPlanner
-from sglang_prefix.packing.simulate import Simulation, simulate
 from sglang_prefix.packing.splits import choose_num_splits
 from tests.forests import PAT_TREES, Batch, batches
+from tests.simulate import Simulation, simulate
 
 IntArray = NDArray[np.int64]
 

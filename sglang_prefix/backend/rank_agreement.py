@@ -52,6 +52,7 @@ class RankAgreement:
     def __init__(self, predict: Predict) -> None:
         self._predict = predict
         self._packs = False
+        self._failed = False
 
     def vote(self, scheduled: ScheduleBatch | None) -> Vote:
         """The vote of this rank on the step of a batch, None for no batch."""
@@ -61,7 +62,9 @@ class RankAgreement:
             predicted = self._predict(DecodeBatch.scheduled(scheduled))
             votes = [min(round(1e3 * us), _NEVER_NS) for us in predicted or ()]
         except Exception:  # others wait for this vote, whatever happens
-            logger.exception("prefix attention: a vote failed; the step is stock's")
+            message = "prefix attention: a vote failed; the step is stock's"
+            logger.error(message, exc_info=not self._failed)  # the traceback once
+            self._failed = True
             votes = []
         packed_ns, stock_ns = votes or (_NEVER_NS, 0)
         return Vote(packed_ns, stock_ns, self._packs)

@@ -28,7 +28,7 @@ FloatArray = NDArray[np.float64]
 _PARTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
 _ROUNDS_TRIED = 4
 # Of the work of narrower classes, which begins later, what fills the time that a class leaves idle.
-# By simulation (`simulate.py`): of 0 to 0.4, that with the shortest makespans.
+# By simulation (`tests/simulate.py`): of 0 to 0.4, that with the shortest makespans.
 _FILLED_SHARE = 0.1
 
 
