@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import stat
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -63,6 +64,8 @@ def triton_of_wheel(path: str | os.PathLike[str]) -> TritonIdentity:
         OSError: the file cannot be read.
         ValueError: it is no wheel of Triton; without the file's name.
     """
+    if not stat.S_ISREG(os.stat(path).st_mode):  # a device or a pipe may have no end
+        raise ValueError("it is no wheel of Triton: it is no file")
     try:
         with zipfile.ZipFile(path) as wheel:
             version = _version(_source(wheel, "triton/__init__.py"))
