@@ -7,6 +7,9 @@ STAMP := $(VENV)/.installed
 # a project turns it off.
 PIP_INSTALL := -W 'ignore:Editable installation' -m pip install -q
 
+# A worker that dies ends the run: with another in its place, xdist may wait without end.
+PYTEST := -m pytest -n 2 --dist loadfile --max-worker-restart 0
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all docs-check compat compat-version lint format
 .PHONY: bench-cpu bench-cpu-peers cpu-profile kernels-audit clean
@@ -29,7 +32,7 @@ demo: install  ## Compare stock decode with prefix decode in the real engine
 
 # In the order of the files: engines first, so that no long one is left for the end.
 test: install  ## Run the tests; they see the sgl_kernel stand-in where there is no GPU
-	$(BIN)/sglang-prefix exec -- $(BIN)/python -m pytest -n 2 --dist loadfile \
+	$(BIN)/sglang-prefix exec -- $(BIN)/python $(PYTEST) \
 		--no-loadscope-reorder $(PYTEST_ARGS)
 
 docs-check: install  ## Run every command of the documentation, and check what it says
@@ -42,7 +45,7 @@ test-all:  ## As `make test`, with those that repeat on another variant what oth
 COMPAT := .venv-compat-$(VERSION)
 
 compat: compat-version $(COMPAT)/.installed  ## Engine tests with another SGLang (VERSION=0.5.17)
-	$(COMPAT)/bin/sglang-prefix exec -- $(COMPAT)/bin/python -m pytest -n 2 --dist loadfile \
+	$(COMPAT)/bin/sglang-prefix exec -- $(COMPAT)/bin/python $(PYTEST) \
 		tests/engine $(PYTEST_ARGS)
 
 compat-version:
