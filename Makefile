@@ -28,7 +28,8 @@ $(STAMP): pyproject.toml constraints.txt
 install: $(STAMP)  ## Make .venv with SGLang, this package (editable) and all tools
 
 demo: install  ## Compare stock decode with prefix decode in the real engine
-	$(BIN)/sglang-prefix demo --picture build/demo.html
+	@mkdir -p build
+	$(BIN)/sglang-prefix demo --picture build/demo.html --json build/demo.json
 
 # In the order of the files: engines first, so that no long one is left for the end.
 test: install  ## Run the tests; they see the sgl_kernel stand-in where there is no GPU
@@ -71,18 +72,22 @@ format: install  ## Rewrite the sources in the house style
 # What the compilers make of the main kernels: the environment's Triton, and that of the GPU hosts.
 # Both run before a variant that spills ends the target with a status of 1.
 GPU_TRITON := 3.6.0
-AUDIT := $(BIN)/sglang-prefix kernels --arch sm_90 --head-dim 64 --head-dim 128 --head-dim 256 \
-	--kv-length 4096
-AUDITED := docs/results/compiled/sm_90-triton
+AUDIT := $(BIN)/sglang-prefix kernels --arch sm_90 --kv-length 4096
+AUDIT_MAIN := --head-dim 64 --head-dim 128 --head-dim 256 --head-dim 576
+AUDIT_CAUSAL := --head-dim 128 --dtype bf16/bf16 --causal
+AUDITED := docs/results/compiled/sm_90
 
 build/triton-%/triton/__init__.py: | $(STAMP)
 	$(BIN)/python -m pip install -q --no-deps --target build/triton-$* 'triton==$*'
 
 kernels-audit: install build/triton-$(GPU_TRITON)/triton/__init__.py  ## Count the kernels' instructions, with two Tritons, and commit the result
-	status=0; \
-	$(AUDIT) --json $(AUDITED)-$$($(BIN)/python -c 'import triton; print(triton.__version__)').json \
-		|| status=1; \
-	$(AUDIT) --triton build/triton-$(GPU_TRITON) --json $(AUDITED)-$(GPU_TRITON).json || status=1; \
+	status=0; own=$$($(BIN)/python -c 'import triton; print(triton.__version__)'); \
+	audit() { $(AUDIT) "$$@" || status=1; }; \
+	audit $(AUDIT_MAIN) --json $(AUDITED)-triton-$$own.json; \
+	audit $(AUDIT_CAUSAL) --json $(AUDITED)-causal-triton-$$own.json; \
+	other="--triton build/triton-$(GPU_TRITON)"; \
+	audit $(AUDIT_MAIN) $$other --json $(AUDITED)-triton-$(GPU_TRITON).json; \
+	audit $(AUDIT_CAUSAL) $$other --json $(AUDITED)-causal-triton-$(GPU_TRITON).json; \
 	exit $$status
 
 CPU_PROFILE = docs/results/cpu/$(shell date +%F)-$(shell git describe --always --dirty)-profile.json
@@ -111,7 +116,7 @@ $(PEERS)/.installed: .ci/peers.txt pyproject.toml
 
 # Half an hour on two cores; what is left then is measured by a second call with --resume.
 bench-cpu-peers: $(PEERS)/.installed  ## Measure ours against vLLM's attention on this CPU (PEERS_ARGS=--resume)
-	$(PEERS)/bin/sglang-prefix bench kernel --workload cpu-peers \
+	$(PEERS)/bin/sglang-prefix bench kernel --workload cpu-peers --workload extends \
 		--out build/cpu-peers --budget-s 1800 --no-plots $(PEERS_ARGS)
 
 # On a GPU host: its own python3 with what CONTRIBUTING.md lists; nothing is installed.

@@ -23,6 +23,7 @@ __all__ = [
     "Q_DTYPES",
     "check_device",
     "check_dtype",
+    "check_dtypes",
     "check_given_forest",
     "check_index",
     "check_kv_scale",
@@ -35,10 +36,12 @@ __all__ = [
     "check_pool_indices",
     "check_row_span",
     "check_same_sharing",
+    "check_sinks",
     "check_table",
     "check_table_rows",
     "check_tensor",
     "check_unsupported",
+    "check_v_in_k",
     "to_host",
 ]
 
@@ -54,6 +57,25 @@ def check_dtype(name: str, dtype: Any, legal: Sequence[torch.dtype]) -> torch.dt
     if not isinstance(dtype, torch.dtype) or dtype not in legal:
         raise refusal(name, dtype, ", ".join(map(str, legal)))
     return dtype
+
+
+def check_dtypes(
+    dtype: torch.dtype | None, q_dtype: torch.dtype, kv_dtype: torch.dtype | None
+) -> tuple[torch.dtype, torch.dtype]:
+    """The dtypes of q and of the caches, of which ``dtype`` sets both.
+
+    Raises:
+        ValueError: one is not served, or they contradict each other.
+    """
+    q_dtype = check_dtype("q_dtype", q_dtype, Q_DTYPES)
+    if dtype is not None:
+        q_dtype = check_dtype("dtype", dtype, Q_DTYPES)
+    if kv_dtype is None:
+        return q_dtype, q_dtype
+    kv_dtype = check_dtype("kv_dtype", kv_dtype, KV_DTYPES)
+    if dtype not in (None, kv_dtype):
+        raise ValueError(f"dtype={dtype} sets kv_dtype too, but kv_dtype={kv_dtype}; legal: one")
+    return q_dtype, kv_dtype
 
 
 def check_device(device: Any) -> torch.device:
@@ -138,6 +160,15 @@ def check_num_slots(k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
         raise ValueError(f"v_cache has {len(v_cache)} slots; legal: {len(k_cache)}, as k_cache has")
     if len(k_cache) > INT32_MAX:
         raise ValueError(f"k_cache has {len(k_cache)} slots; legal: up to {INT32_MAX}")
+
+
+def check_v_in_k(k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
+    """v_cache is the beginning of every row of k_cache, not a copy of it."""
+    same = v_cache.data_ptr() == k_cache.data_ptr() and v_cache.stride() == k_cache.stride()
+    if not same:
+        raise ValueError(
+            f"v_cache is a tensor of its own; legal with v_in_k: k_cache[..., :{v_cache.shape[2]}]"
+        )
 
 
 def check_output(name: str, tensor: torch.Tensor, **others: object) -> None:
@@ -272,10 +303,23 @@ def check_table_rows(rows: NDArray[np.integer], lens: IntArray) -> None:
     check_slots(rows, lens, "req_to_token")
 
 
-def check_unsupported(sinks: object, window_left: Any) -> None:
+def check_sinks(sinks: Any, num_qo_heads: int, device: torch.device) -> torch.Tensor | None:
+    """Attention sinks: None, or [Hq] contiguous on the device; on the CPU less than infinity."""
+    if sinks is None:
+        return None
+    _check_kind("sinks", sinks, Q_DTYPES, device)
+    if sinks.shape != (num_qo_heads,):
+        raise _shape_error("sinks", sinks, f"[{num_qo_heads}]")
+    if not sinks.is_contiguous():
+        raise ValueError(f"sinks has stride {sinks.stride(0)}; legal: 1")
+    if device.type == "cpu" and not (sinks < torch.inf).all():
+        raise ValueError("sinks holds NaN or infinity; legal: finite numbers, and -inf for no sink")
+    found: torch.Tensor = sinks
+    return found
+
+
+def check_unsupported(window_left: Any) -> None:
     """Refuse what no executor supports yet, instead of ignoring it."""
-    if sinks is not None:
-        raise ValueError("sinks is not supported yet; legal: None")
     if not isinstance(window_left, Integral) or int(window_left) != -1:
         raise refusal("window_left", window_left, "-1 (no window); windows are not supported yet")
 

@@ -6,12 +6,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["BACKEND_NAME", "GATES", "PrefixConfig", "verify_requested", "wrap_requested"]
+__all__ = ["BACKEND_NAME", "EXTENDS", "GATES", "PrefixConfig", "verify_requested", "wrap_requested"]
 
 # Value of SGLang's attention backend flags that chooses our backend.
 BACKEND_NAME = "prefix"
 
 GATES = ("auto", "always", "never")
+EXTENDS = ("auto", "always", "never")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,9 @@ class PrefixConfig:
         gate: ``SGLANG_PREFIX_GATE``: "auto" packs the batches for which that is predicted to be
             faster, "always" every batch it can, "never" none. The CPU executors are faster than the
             stock backend whatever is shared, so there "auto" is "always".
+        extends: ``SGLANG_PREFIX_EXTENDS``: whether extends over cached prefixes are packed where
+            our backend has a part in prefill: "auto" on the CPU, "always" on a GPU as well, where
+            the gate decides and nothing has been measured, "never" nowhere.
         policy: ``SGLANG_PREFIX_POLICY``: name of the packing policy.
         wrap: ``SGLANG_PREFIX``: pack the decode of whatever backend SGLang has chosen or was told,
             without our name.
@@ -40,6 +44,7 @@ class PrefixConfig:
     """
 
     gate: str = "auto"
+    extends: str = "auto"
     policy: str = "pat"
     wrap: bool = False
     stock_backend: str | None = None
@@ -64,6 +69,7 @@ class PrefixConfig:
         env = os.environ if env is None else env
         legal = {
             "gate": GATES,
+            "extends": EXTENDS,
             "policy": tuple(POLICIES),
             "executor": EXECUTORS,
             "launch_mode": (AUTO, *LAUNCH_MODES),

@@ -147,6 +147,27 @@ class PrefixForest:
             for n in range(self.num_nodes)
         }
 
+    def limited_to(self, limits: IntArray) -> PrefixForest:
+        """The forest in which positions at or past ``limits`` [B] are private to their request.
+
+        Nodes are cut where a request ends sooner, so that those of a request end at its limit. That
+        is what queries of several tokens need: see :class:`prefix_kernels.plan.PackPlan`.
+
+        Args:
+            limits: [B] int64, of which nothing is checked.
+        """
+        if (self.shared_lens <= limits).all():
+            return self
+        paths: list[tuple[tuple[int, ...], tuple[int, ...]]] = [((), ())]  # behind it, one a node
+        path_of = np.zeros(self.batch_size, dtype=np.int64)
+        spans = zip(self.node_parent.tolist(), self.node_stop.tolist(), strict=True)
+        for node, (parent, stop) in enumerate(spans):
+            ids, ends = paths[parent + 1]
+            paths.append(((*ids, node), (*ends, stop)))
+            path_of[self.node_requests(node)] = node + 1  # until a node further down has it
+        caps = np.clip(limits, 0, self.shared_lens)
+        return forest_of_table(PathTable.of(paths), path_of, caps, self.seq_lens, page_size=1)
+
     @classmethod
     def from_rows(
         cls,

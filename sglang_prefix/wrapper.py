@@ -10,7 +10,12 @@ import torch
 from numpy.typing import NDArray
 
 from prefix_kernels.arguments import INT64_MAX, check_flag, check_integer, check_number
-from prefix_kernels.executor import AttentionParams, choose_executor, make_executor
+from prefix_kernels.executor import (
+    AttentionParams,
+    choose_executor,
+    make_executor,
+    why_not_shape,
+)
 from prefix_kernels.plan import AttentionShape, verify_plan, verify_slots
 from sglang_prefix import checks
 from sglang_prefix.config import verify_requested
@@ -37,10 +42,15 @@ class PrefixDecodeWrapper:
         w.plan(req_to_token, req_pool_indices, seq_lens)
         out = w.run(q, k_cache, v_cache)
 
+    With ``query_lens`` a request has several query tokens, which are its last ones, as when drafts
+    are verified or a cached prefix is extended: append attention, causal among themselves.
+
     Args:
         num_qo_heads, num_kv_heads: heads; the first must be a multiple of the second.
         head_dim: elements per head of q and k.
         v_head_dim: elements per head of v; None for ``head_dim``.
+        v_in_k: whether v is the first ``v_head_dim`` elements of each row of k, as in absorbed
+            multi-head latent attention; ``run`` then reads them once for both.
         page_size: tokens per KV page; only whole pages are shared.
         sm_scale: factor on the scores; None for ``1 / sqrt(head_dim)``. This and the next, and
             scales of :meth:`run`: from 2**-32 to 2**32, so that float32 holds their products.
@@ -70,6 +80,7 @@ class PrefixDecodeWrapper:
         head_dim: int,
         *,
         v_head_dim: int | None = None,
+        v_in_k: bool = False,
         page_size: int = 1,
         sm_scale: float | None = None,
         logit_cap: float = 0.0,
@@ -88,8 +99,9 @@ class PrefixDecodeWrapper:
         self.head_dim = check_integer("head_dim", head_dim)
         v_head_dim = head_dim if v_head_dim is None else v_head_dim
         self.v_head_dim = check_integer("v_head_dim", v_head_dim)
+        self.v_in_k = check_flag("v_in_k", v_in_k)
         self.page_size = check_integer("page_size", page_size)
-        self.q_dtype, self.kv_dtype = _check_dtypes(dtype, q_dtype, kv_dtype)
+        self.q_dtype, self.kv_dtype = checks.check_dtypes(dtype, q_dtype, kv_dtype)
         self.max_batch_size = _check_bound("max_batch_size", max_batch_size)
         self.max_kv_tokens = _check_bound("max_kv_tokens", max_kv_tokens)
         self.max_partials = _check_bound("max_partials", max_partials)
@@ -104,7 +116,10 @@ class PrefixDecodeWrapper:
         self.device = checks.check_device(device)
         self.executor = choose_executor(executor, self.device, self.q_dtype, self.kv_dtype)
         heads, dims = (self.num_qo_heads, self.num_kv_heads), (self.head_dim, self.v_head_dim)
-        shape = AttentionShape(*heads, *dims, self.q_dtype.itemsize, self.kv_dtype.itemsize)
+        sizes = (self.q_dtype.itemsize, self.kv_dtype.itemsize)
+        shape = AttentionShape(*heads, *dims, *sizes, self.v_in_k)
+        if why_not := why_not_shape(self.executor, shape, self.device):
+            raise ValueError(f"executor={self.executor!r} cannot be used here: {why_not}")
         most = self.max_partials or max(1, _PARTIALS_BYTES // shape.partial_size)
         options = {"max_parts": most} if self.executor == "native" else {}
         self._executor = make_executor(
@@ -145,6 +160,7 @@ class PrefixDecodeWrapper:
         seq_lens: torch.Tensor,
         *,
         forest: PrefixForest | None = None,
+        query_lens: torch.Tensor | None = None,
     ) -> None:
         """Find what the batch shares and lay out its work.
 
@@ -155,9 +171,14 @@ class PrefixDecodeWrapper:
             req_to_token: [rows, context] int32 or int64, slot of every position; on the device.
                 Kept, so that ``run(seq_lens=...)`` sees what is added to it later.
             req_pool_indices: [B] int32 or int64, row of each request.
-            seq_lens: [B] int32 or int64, KV tokens of each request, at least 1.
+            seq_lens: [B] int32 or int64, KV tokens of each request, at least 1. They include its
+                query tokens, whose KV must be in the caches before ``run``.
             forest: what is shared, if the caller knows; trusted, and compared with the rows
                 only under ``SGLANG_PREFIX_VERIFY=1``.
+            query_lens: [B] int32 or int64, query tokens of each request, from 1 to its length; on
+                the CPU, or else reading them synchronises. They are its last tokens: row ``j`` of
+                ``n`` attends to positions up to ``seq_len - n + j``. Of the positions of several
+                nothing is shared, whatever the rows or the forest say. None for one each.
 
         Raises:
             ValueError: an argument is not legal, or the batch is over a bound. The plan that was
@@ -168,6 +189,8 @@ class PrefixDecodeWrapper:
         checks.check_index("req_pool_indices", req_pool_indices, self.device)
         size, why = len(req_pool_indices), ", as req_pool_indices has"
         checks.check_index("seq_lens", seq_lens, self.device, size, why)
+        if query_lens is not None:
+            checks.check_index("query_lens", query_lens, self.device, size, why)
         if self.max_batch_size is not None and len(seq_lens) > self.max_batch_size:
             raise ValueError(
                 f"seq_lens has {len(seq_lens)} entries; legal: up to "
@@ -197,7 +220,8 @@ class PrefixDecodeWrapper:
                 f"seq_lens adds up to {lens.sum()} KV tokens; legal: up to "
                 f"max_kv_tokens={self.max_kv_tokens}"
             )
-        plan = self._planner.plan(forest)
+        num_queries = None if query_lens is None else checks.to_host("query_lens", query_lens)
+        plan = self._planner.plan(forest, query_lens=num_queries)
         if plan.refused_partials and self.max_partials is None:
             raise self._too_many_partials(plan.refused_partials)
         if verify:
@@ -208,13 +232,22 @@ class PrefixDecodeWrapper:
         self._req_to_token, self._req_pool_indices = req_to_token, rows_in_use
         self._plan, self._seq_lens = plan, plan.seq_lens
 
-    def advance(self, seq_lens: torch.Tensor, new_slots: torch.Tensor) -> None:
+    def advance(
+        self, seq_lens: torch.Tensor, new_slots: torch.Tensor, *, rewrite: bool = False
+    ) -> None:
         """Let requests grow without planning again, and without ``req_to_token``.
+
+        Under a plan with ``query_lens`` the query tokens are the last ones of the new lengths.
+        Where drafts were rejected, a request grows by fewer than it has query tokens, and some of
+        these stand where the rejected ones did: in the same slots, or in others with ``rewrite``.
 
         Args:
             seq_lens: [B] int32 or int64, the new lengths; lengths on another device cost a sync.
             new_slots: [sum of growth] int32 or int64, the slots of the new tokens, request after
-                request.
+                request. With ``rewrite`` those of all query tokens, and of the new tokens before
+                them: [sum of the larger of growth and query tokens].
+            rewrite: whether query tokens at positions in use get new slots, too. Every request
+                grows then.
 
         Raises:
             ValueError: lengths shrink, or pass the reserved tail slots ("plan again"), or
@@ -227,11 +260,20 @@ class PrefixDecodeWrapper:
                 f"seq_lens[{b}]={lens[b]} shrinks below {self._seq_lens[b]}; legal: the lengths in "
                 "use or longer. Plan again."
             )
-        num_new = int((lens - self._seq_lens).sum())
-        why = ", one per token by which seq_lens grows"
+        first, why = self._seq_lens, ", one per token by which seq_lens grows"
+        if check_flag("rewrite", rewrite):
+            if (lens == first).any():
+                b = int((lens == first).argmax())
+                raise ValueError(
+                    f"seq_lens[{b}]={lens[b]} does not grow; legal with rewrite=True: more"
+                )
+            query_lens = self.current_plan.query_lens
+            first = np.minimum(first, lens - (1 if query_lens is None else query_lens))
+            why += ", and per query token before"
+        num_new = int((lens - first).sum())
         checks.check_index("new_slots", new_slots, self.device, num_new, why)
         checks.check_new_slots(new_slots)
-        targets = self._slot_targets(*self._new_positions(lens))
+        targets = self._slot_targets(*_positions(first, lens))
         self._executor.write_slots(targets, new_slots.to(self.device))
         self._seq_lens = lens
         self._set_lengths(lens)
@@ -257,11 +299,14 @@ class PrefixDecodeWrapper:
         """Attend one layer's queries under the plan.
 
         Args:
-            q: [B, Hq, D] of ``q_dtype``; like all tensors here dense in its last dimension.
-            k_cache, v_cache: [slots, Hkv, D] and [slots, Hkv, Dv] of ``kv_dtype``.
-            out: [B, Hq, Dv] of ``q_dtype`` to write into; None for a new one. Like ``lse`` it
-                shares memory with no other tensor of the call.
-            lse: [B, Hq] float32 to write the natural-log lse into.
+            q: [B, Hq, D] of ``q_dtype``, or [sum of query_lens, Hq, D], request after request;
+                like all tensors here dense in its last dimension.
+            k_cache, v_cache: [slots, Hkv, D] and [slots, Hkv, Dv] of ``kv_dtype``; with ``v_in_k``
+                the latter is the view ``k_cache[..., :Dv]``.
+            out: [B, Hq, Dv] of ``q_dtype`` to write into, a row for each of q; None for a new one.
+                Like ``lse`` it shares memory with no other tensor of the call.
+            lse: [B, Hq] float32 to write the natural-log lse into, likewise: that of the KV alone,
+                without ``sinks``, so that it merges with partial results over other KV.
             return_lse: also return the lse.
             seq_lens: [B] lengths for this call only, at least the planned ones; the slots of
                 positions past the lengths in use are read from the ``req_to_token`` given to
@@ -270,7 +315,11 @@ class PrefixDecodeWrapper:
             sm_scale, logit_cap: override the wrapper's for this call.
             k_scale, v_scale: dequantisation factors, numbers or device tensors of shape [] or
                 [Hkv]; None for 1. The values of a tensor are checked on the CPU alone.
-            sinks, window_left: not supported; anything but None and -1 is refused.
+            sinks: [Hq] float32, bfloat16 or float16, contiguous: a logit per query head that takes
+                part in the softmax and brings no value, so that the output is what it is without,
+                times ``sigmoid(lse - sinks)``. None for none, and so is -inf. The values are
+                checked on the CPU alone.
+            window_left: not supported; anything but -1 is refused.
 
         Returns:
             The output [B, Hq, Dv], or (output, lse) with ``return_lse``.
@@ -280,8 +329,8 @@ class PrefixDecodeWrapper:
                 not the planned one.
         """
         plan = self.current_plan
-        checks.check_unsupported(sinks, window_left)
-        shape = (plan.batch_size, self.num_qo_heads, self.head_dim)
+        checks.check_unsupported(window_left)
+        shape = (plan.num_rows, self.num_qo_heads, self.head_dim)
         checks.check_tensor("q", q, shape, self.q_dtype, self.device)
         checks.check_row_span("q", q)
         k_shape = (None, self.num_kv_heads, self.head_dim)
@@ -289,15 +338,18 @@ class PrefixDecodeWrapper:
         v_shape = (None, self.num_kv_heads, self.v_head_dim)
         checks.check_tensor("v_cache", v_cache, v_shape, self.kv_dtype, self.device)
         checks.check_num_slots(k_cache, v_cache)
+        if self.v_in_k:
+            checks.check_v_in_k(k_cache, v_cache)
         return_lse = check_flag("return_lse", return_lse)
         scales = {
             name: checks.check_kv_scale(name, scale, self.num_kv_heads, self.device)
             for name, scale in (("k_scale", k_scale), ("v_scale", v_scale))
         }
+        sinks = checks.check_sinks(sinks, self.num_qo_heads, self.device)
         sm_scale = self.sm_scale if sm_scale is None else check_number("sm_scale", sm_scale)
         logit_cap = self.logit_cap if logit_cap is None else checks.check_logit_cap(logit_cap)
-        out_shape = (plan.batch_size, self.num_qo_heads, self.v_head_dim)
-        given = {"q": q, "k_cache": k_cache, "v_cache": v_cache, **scales}
+        out_shape = (plan.num_rows, self.num_qo_heads, self.v_head_dim)
+        given = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "sinks": sinks, **scales}
         if out is not None:
             checks.check_tensor("out", out, out_shape, self.q_dtype, self.device)
             checks.check_output("out", out, **given)
@@ -313,7 +365,7 @@ class PrefixDecodeWrapper:
             out = torch.empty(out_shape, dtype=self.q_dtype, device=self.device)
         if lse is None and return_lse:
             lse = torch.empty(out_shape[:2], dtype=torch.float32, device=self.device)
-        params = AttentionParams(sm_scale, logit_cap, **scales)
+        params = AttentionParams(sm_scale, logit_cap, **scales, sinks=sinks)
         with longer:
             self._executor.run(q, k_cache, v_cache, out, lse, params)
         return (out, lse) if return_lse and lse is not None else out
@@ -343,7 +395,7 @@ class PrefixDecodeWrapper:
         """
         executor = self._executor
         range_in_use = executor.slot_range
-        requests, positions = self._new_positions(seq_lens)
+        requests, positions = _positions(self._seq_lens, seq_lens)
         on_device = (torch.from_numpy(part).to(self.device) for part in (requests, positions))
         request_index, position_index = on_device
         rows = self._req_pool_indices.long()[request_index]
@@ -356,13 +408,6 @@ class PrefixDecodeWrapper:
             executor.slot_range = range_in_use
             self._set_lengths(self._seq_lens)
 
-    def _new_positions(self, seq_lens: IntArray) -> tuple[IntArray, IntArray]:
-        """Request and position of every token between the lengths in use and longer ones."""
-        grown = np.maximum(seq_lens - self._seq_lens, 0)
-        requests = np.repeat(np.arange(len(grown)), grown)
-        within = np.arange(len(requests)) - np.repeat(np.cumsum(grown) - grown, grown)
-        return requests, self._seq_lens[requests] + within
-
     def _slot_targets(self, requests: IntArray, positions: IntArray) -> IntArray:
         """Where the slots of tail positions stand in ``kv_slots``."""
         plan = self.current_plan
@@ -372,23 +417,16 @@ class PrefixDecodeWrapper:
         self._executor.set_tail_lengths(seq_lens - self.current_plan.tail_start)
 
 
+def _positions(first: IntArray, end: IntArray) -> tuple[IntArray, IntArray]:
+    """Request and position of every token from ``first`` [B] to ``end`` [B]."""
+    counts = np.maximum(end - first, 0)
+    requests = np.repeat(np.arange(len(counts)), counts)
+    within = np.arange(len(requests)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return requests, first[requests] + within
+
+
 def _check_bound(name: str, bound: int | None) -> int | None:
     return None if bound is None else check_integer(name, bound, most=INT64_MAX)
-
-
-def _check_dtypes(
-    dtype: torch.dtype | None, q_dtype: torch.dtype, kv_dtype: torch.dtype | None
-) -> tuple[torch.dtype, torch.dtype]:
-    """The dtypes of q and of the caches."""
-    q_dtype = checks.check_dtype("q_dtype", q_dtype, checks.Q_DTYPES)
-    if dtype is not None:
-        q_dtype = checks.check_dtype("dtype", dtype, checks.Q_DTYPES)
-    if kv_dtype is None:
-        return q_dtype, q_dtype
-    kv_dtype = checks.check_dtype("kv_dtype", kv_dtype, checks.KV_DTYPES)
-    if dtype not in (None, kv_dtype):
-        raise ValueError(f"dtype={dtype} sets kv_dtype too, but kv_dtype={kv_dtype}; legal: one")
-    return q_dtype, kv_dtype
 
 
 def _host_rows(

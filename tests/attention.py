@@ -58,7 +58,7 @@ TRITON = [way for way in WAYS if way.startswith("triton")]
 
 @dataclass(slots=True)
 class AttentionCase:
-    """One decode step's tensors: q [B, Hq, D], caches [slots, Hkv, D or Dv], the slot table."""
+    """One step's tensors: q [R, Hq, D], caches [slots, Hkv, D or Dv], the slot table."""
 
     batch: Batch
     q: torch.Tensor
@@ -69,13 +69,16 @@ class AttentionCase:
     seq_lens: torch.Tensor
     sm_scale: float
     options: dict[str, Any] = field(default_factory=dict)
+    query_lens: torch.Tensor | None = None
 
     @property
     def shape(self) -> AttentionShape:
         """Of the layer."""
         heads = self.q.shape[1], self.k_cache.shape[1]
         dims = self.k_cache.shape[2], self.v_cache.shape[2]
-        return AttentionShape(*heads, *dims, self.q.dtype.itemsize, self.k_cache.dtype.itemsize)
+        sizes = self.q.dtype.itemsize, self.k_cache.dtype.itemsize
+        v_in_k = self.v_cache.data_ptr() == self.k_cache.data_ptr()
+        return AttentionShape(*heads, *dims, *sizes, v_in_k)
 
     @property
     def newest_slots(self) -> torch.Tensor:
@@ -92,11 +95,12 @@ class AttentionCase:
             self.req_pool_indices,
             self.seq_lens if seq_lens is None else seq_lens,
             sm_scale=self.sm_scale,
+            query_lens=self.query_lens,
             **self.options,
         )
 
     def poisoned_outputs(self) -> Outputs:
-        """Output [B, Hq, Dv] and lse [B, Hq] full of NaN."""
+        """Output [R, Hq, Dv] and lse [R, Hq] full of NaN."""
         shape = (*self.q.shape[:2], self.v_cache.shape[2])
         return (
             torch.full(shape, torch.nan, dtype=self.q.dtype),
@@ -127,12 +131,20 @@ def make_case(
     group: int = 2,
     head_dim: int = 64,
     v_head_dim: int | None = None,
+    v_in_k: bool = False,
     dtype: torch.dtype = torch.float32,
     kv_dtype: torch.dtype | None = None,
     options: Mapping[str, Any] | None = None,
+    sinks: torch.dtype | None = None,
+    query_lens: Sequence[int] | None = None,
     seed: int = 0,
 ) -> AttentionCase:
-    """Random tensors over a batch; growth slots hold values too, all other unused slots NaN."""
+    """Random tensors over a batch; growth slots hold values too, all other unused slots NaN.
+
+    With ``v_in_k`` V is the first ``v_head_dim`` elements of each row of K.
+    Sinks of a dtype, if one is given, are of the size of a softmax's sum; the first is none, and
+    the last two leave everything and nothing of their heads.
+    """
     generator = torch.Generator().manual_seed(seed)
     kv_dtype = dtype if kv_dtype is None else kv_dtype
     in_use = [row[:n] for row, n in zip(batch.rows, batch.seq_lens, strict=True)]
@@ -143,18 +155,26 @@ def make_case(
         values[used] = torch.randn(len(used), num_kv_heads, dim, generator=generator)
         return values.to(kv_dtype)
 
-    num_requests = len(batch.seq_lens)
-    q = torch.randn(num_requests, num_kv_heads * group, head_dim, generator=generator)
+    options = dict(options or {})
+    if sinks is not None:
+        logits = 3 + 2 * torch.randn(num_kv_heads * group, generator=generator)
+        logits[:1], logits[-2:] = -torch.inf, torch.tensor([-3e4, 3e4])[-len(logits) :]
+        options["sinks"] = logits.to(sinks)
+    num_rows = len(batch.seq_lens) if query_lens is None else sum(query_lens)
+    q = torch.randn(num_rows, num_kv_heads * group, head_dim, generator=generator)
+    k_cache = cache(head_dim)
+    v_head_dim = head_dim if v_head_dim is None else v_head_dim
     return AttentionCase(
         batch,
         q.to(dtype),
-        cache(head_dim),
-        cache(head_dim if v_head_dim is None else v_head_dim),
+        k_cache,
+        k_cache[..., :v_head_dim] if v_in_k else cache(v_head_dim),
         torch.from_numpy(batch.req_to_token.copy()),
         torch.from_numpy(batch.req_pool_indices.copy()),
         torch.from_numpy(batch.seq_lens.copy()),
         head_dim**-0.5,
-        dict(options or {}),
+        options,
+        None if query_lens is None else torch.tensor(query_lens),
     )
 
 
@@ -202,7 +222,8 @@ def load(
 ) -> Loaded:
     """Plan a case and load the plan, which is a partition of the work."""
     planner = PackPlanner(case.shape, profile, policy=policy, reserved_tail_slots=16)
-    plan = planner.plan(case.batch.forest())
+    query_lens = None if case.query_lens is None else case.query_lens.numpy()
+    plan = planner.plan(case.batch.forest(), query_lens=query_lens)
     verify_plan(plan)
     executor = executor or build_executor(case.shape, way)
     executor.load(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 from hypothesis import strategies as st
@@ -60,21 +60,26 @@ def token_bytes(costs: CostModel, lone_rows: int = 0) -> float:
     return elements * (s.kv_itemsize + arithmetic) + 4
 
 
-def lone_bytes(length: int, costs: CostModel) -> float:
-    """Bytes of a segment that one request reads alone."""
-    return length * token_bytes(costs, costs.shape.group_size)
+def lone_bytes(length: int, costs: CostModel, num_queries: int = 1) -> float:
+    """Bytes of a segment that one request reads alone; queries after its first share the read."""
+    others = (num_queries - 1) * length * row_bytes(costs)
+    return length * token_bytes(costs, costs.shape.group_size) + others
+
+
+def row_bytes(costs: CostModel) -> float:
+    """Bytes of a token for one more query of those that read it: its rows' part of the further row
+    blocks that read it, charged evenly, and their arithmetic."""
+    s, device = costs.shape, costs.device
+    elements = s.num_kv_heads * (s.head_dim + s.v_head_dim)
+    rereads = device.reread_cost / device.max_block_rows * (elements * s.kv_itemsize + 4)
+    return s.group_size * (rereads + elements * device.pack_row_cost)
 
 
 def pack_bytes(length: int, readers: int, costs: CostModel) -> float:
-    """Bytes of one shared pack: its fixed cost, its KV once, its rows, queries and partials.
-
-    A query's share of the further row blocks that read the KV is charged evenly.
-    """
+    """Bytes of one shared pack: its fixed cost, its KV once, its rows, queries and partials."""
     s, device = costs.shape, costs.device
     query = s.num_qo_heads * (s.head_dim * s.q_itemsize + 2 * 4 * (s.v_head_dim + 1))
-    elements, rows = s.num_kv_heads * (s.head_dim + s.v_head_dim), readers * s.group_size
-    rereads = device.reread_cost * rows / device.max_block_rows * (elements * s.kv_itemsize + 4)
-    token = token_bytes(costs) + rereads + rows * elements * device.pack_row_cost
+    token = token_bytes(costs) + readers * row_bytes(costs)
     fixed = float(device.pack_bytes)
     if device.tiles:  # an item per KV head, each of which takes a part of a multiprocessor
         tile = device.tiles[0]
@@ -83,12 +88,20 @@ def pack_bytes(length: int, readers: int, costs: CostModel) -> float:
     return fixed + length * token + readers * query * device.query_cost
 
 
-def pack_cost(packs: Packs, seq_lens: NDArray[np.integer], costs: CostModel) -> float:
-    """Bytes of one layer: every shared pack, and the KV of the tails."""
+def pack_cost(
+    packs: Packs,
+    seq_lens: NDArray[np.integer],
+    costs: CostModel,
+    query_lens: Sequence[int] | None = None,
+) -> float:
+    """Bytes of one layer: every shared pack, and the KV of the tails. ``packs`` name requests."""
+    counts = np.ones(len(seq_lens), np.int64) if query_lens is None else np.asarray(query_lens)
     lengths = (packs.end - packs.start).tolist()
-    readers = np.diff(packs.query_indptr).tolist()
-    shared = sum(pack_bytes(n, q, costs) for n, q in zip(lengths, readers, strict=True))
-    return shared + lone_bytes(int((seq_lens - packs.tail_start).sum()), costs)
+    bounds = packs.query_indptr.tolist()
+    readers = [counts[packs.queries[low:high]].sum() for low, high in pairwise(bounds)]
+    shared = sum(pack_bytes(n, int(q), costs) for n, q in zip(lengths, readers, strict=True))
+    tails = zip((seq_lens - packs.tail_start).tolist(), counts.tolist(), strict=True)
+    return shared + sum(lone_bytes(n, costs, q) for n, q in tails)
 
 
 def pack_set(packs: Packs) -> set[tuple[int, int, frozenset[int]]]:
@@ -113,7 +126,9 @@ def tail_requests(forest: PrefixForest, node: int) -> list[int]:
     return [b for b in forest.node_requests(node).tolist() if b not in below]
 
 
-def cheapest_fold(forest: PrefixForest, costs: CostModel) -> float:
+def cheapest_fold(
+    forest: PrefixForest, costs: CostModel, query_lens: Sequence[int] | None = None
+) -> float:
     """Cost of the best of all fold choices, tried one by one.
 
     At every node, and for every place where the KV folded into it may begin, each child and each
@@ -121,23 +136,28 @@ def cheapest_fold(forest: PrefixForest, costs: CostModel) -> float:
     out.
     """
 
+    counts = [1] * forest.batch_size if query_lens is None else [*query_lens]
+
     @cache
     def best(node: int, start: int) -> float:
         stop = int(forest.node_stop[node])
         children, tails = children_of(forest, node), tail_requests(forest, node)
-        sizes = [len(forest.node_requests(child)) for child in children] + [1] * len(tails)
+        parts = [forest.node_requests(child).tolist() for child in children]
+        sizes = [sum(counts[b] for b in part) for part in [*parts, *([b] for b in tails)]]
         options = []
         for folds in product([False, True], repeat=len(sizes)):
             readers = sum(n for n, fold in zip(sizes, folds, strict=True) if not fold)
             cost = pack_bytes(stop - start, readers, costs) if readers else 0.0
-            cost += lone_bytes(sum(folds[len(children) :]) * (stop - start), costs)
+            for b, fold in zip(tails, folds[len(children) :], strict=True):
+                cost += lone_bytes(stop - start, costs, counts[b]) if fold else 0.0
             for child, fold in zip(children, folds, strict=False):
                 cost += best(child, start if fold else stop)
             options.append(cost)
         return min(options)
 
-    private = int((forest.seq_lens - forest.shared_lens).sum())
-    return sum(best(root, 0) for root in children_of(forest, -1)) + lone_bytes(private, costs)
+    own = zip((forest.seq_lens - forest.shared_lens).tolist(), counts, strict=True)
+    private = sum(lone_bytes(n, costs, q) for n, q in own)
+    return sum(best(root, 0) for root in children_of(forest, -1)) + private
 
 
 def pat_published_rule(forest: PrefixForest, costs: CostModel, *, max_rows: int = 64) -> Packs:

@@ -78,7 +78,14 @@ def _kernel_case(
     return dict.fromkeys(schema.KernelCase.__annotations__) | dict(
         **{"name": name, "group": "trees" if tree else "unrelated", "note": "", "batch": batch},
         **{"dtype": "float32", "tokens": tokens, "heads": {"qo": 1, "kv": 1, "dim": 1}},
-        **{"page_size": 1, "layers": 1, "slots": "scattered", "absent": {}, "failed": {}},
+        **{
+            "page_size": 1,
+            "query_tokens": 1,
+            "layers": 1,
+            "slots": "scattered",
+            "absent": {},
+            "failed": {},
+        },
         bytes={key: count * per_token for key, count in tokens.items()},
         flop=4 * 32 * 128 * tokens["logical"],
         bandwidth_gb_s=20.0,
@@ -101,7 +108,7 @@ def serving_result() -> Result:
         not_run={"trace": "interrupted"},
         **{"model": "tiny", "dtype": "float32"},
         stock={"server_args": ["--model-path", "tiny", "--device", "cpu"]},
-        prefix={"server_args": ["--model-path", "tiny", "--attention-backend", "prefix"]},
+        prefix={"server_args": ["--model-path", "tiny"], "variables": {"SGLANG_PREFIX": "1"}},
     )
 
 

@@ -96,6 +96,7 @@ class Scheduler:
         verify: the planner checks every plan and step.
         gate: the planner's.
         ranks_agree: whether :meth:`decode_agreed` may pack against the gate.
+        bigrams: the tree's keys are pairs of tokens, as where EAGLE or MTP drafts.
     """
 
     def __init__(
@@ -106,9 +107,10 @@ class Scheduler:
         verify: bool = True,
         gate: Any = None,
         ranks_agree: bool = False,
+        bigrams: bool = False,
     ) -> None:
-        self.page_size = page_size
-        self.allocator, self.cache = _pools(page_size)
+        self.page_size, self.bigrams = page_size, bigrams
+        self.allocator, self.cache = _pools(page_size, bigrams)
         generator = torch.Generator().manual_seed(0)
         self.caches = [
             torch.randn(2, NUM_SLOTS + page_size, heads, dim, generator=generator)
@@ -173,8 +175,8 @@ class Scheduler:
 
         for req in reqs:
             whole = len(req.tokens) // self.page_size * self.page_size
-            slots = self.table[req.kv.req_pool_idx, :whole].long()
-            key = _radix_key(req.tokens[:whole])
+            key = self._radix_key(req.tokens[:whole])
+            slots = self.table[req.kv.req_pool_idx, : len(key)].long()
             self.cache.insert(InsertParams(key=key, value=slots))
             req.last_node, slots = self._match(req.tokens[:whole])
             self.table[req.kv.req_pool_idx, : len(slots)] = slots.int()
@@ -213,6 +215,24 @@ class Scheduler:
         forward_batch.seq_lens_cpu.add_(1)
         return Step(*(now - then for now, then in zip(self.counted(), before, strict=True)))
 
+    def verify(self, reqs: Sequence[Request], drafts: int, accepted: Sequence[int]) -> Step:
+        """One verify pass over ``drafts`` tokens of every request, compared with the oracle.
+
+        Args:
+            reqs: the requests of the batch.
+            drafts: tokens of each that are checked.
+            accepted: of each, how many of them it keeps; the others' slots are given up.
+        """
+        before = self.counted()
+        for req in reqs:
+            self.grow(req, range(drafts))
+        forward_batch = self._forward_batch("TARGET_VERIFY", reqs, 0, reqs, drafts)
+        assert self.prepare(forward_batch, drafts=drafts) is None
+        self.check_attention(forward_batch, drafts=drafts)
+        for req, kept in zip(reqs, accepted, strict=True):
+            del req.tokens[len(req.tokens) - drafts + kept :]
+        return Step(*(now - then for now, then in zip(self.counted(), before, strict=True)))
+
     def decode_agreed(
         self, reqs: Sequence[Request], packed: bool | None, *, pads: int = 0
     ) -> tuple[tuple[float, float] | None, str | None]:
@@ -249,12 +269,17 @@ class Scheduler:
         return self._forward_batch("DECODE", held, pads, reqs if published else None)
 
     def prepare(
-        self, forward_batch: Any, *, in_graph: bool = False, packed: bool | None = None
+        self,
+        forward_batch: Any,
+        *,
+        in_graph: bool = False,
+        packed: bool | None = None,
+        drafts: int = 0,
     ) -> str | None:
         """What the planner says within the forward pass; counted as the backend counts."""
         previous = self.schedule.push(forward_batch)
         try:
-            batch = DecodeBatch(forward_batch, self.schedule.batch, in_graph)
+            batch = DecodeBatch(forward_batch, self.schedule.batch, in_graph, drafts)
             reason = self.planner.prepare(batch, packed=packed)
         finally:
             self.schedule.pop(previous)
@@ -266,12 +291,18 @@ class Scheduler:
         """A forward pass that our decode has no part in."""
         self.schedule.pop(self.schedule.push(self._forward_batch(mode, reqs, 0, reqs)))
 
-    def check_attention(self, forward_batch: Any, count: int | None = None) -> None:
+    def check_attention(
+        self, forward_batch: Any, count: int | None = None, *, drafts: int = 0
+    ) -> None:
         """Both executors' outputs for this batch are the oracle's, for the first rows or all."""
+        rows, lens = forward_batch.req_pool_indices, forward_batch.seq_lens
+        if drafts:  # each sees what is before it
+            rows, lens = (each.repeat_interleave(drafts) for each in (rows, lens))
+            lens = lens + 1 + torch.arange(len(lens)) % drafts
         for group, (qo_heads, _, dim), (k_cache, v_cache) in zip(
             self.groups, SHAPES, self.caches, strict=True
         ):
-            q = torch.randn(forward_batch.batch_size, qo_heads, dim)
+            q = torch.randn(len(rows), qo_heads, dim)
             out, lse = torch.full_like(q, torch.nan), torch.full(q.shape[:2], torch.nan)
             group.executor.run(q, k_cache, v_cache, out, lse, AttentionParams(dim**-0.5))
             expected = decode_attention_oracle(
@@ -279,8 +310,8 @@ class Scheduler:
                 k_cache,
                 v_cache,
                 self.table,
-                forward_batch.req_pool_indices,
-                forward_batch.seq_lens,
+                rows,
+                lens,
                 sm_scale=dim**-0.5,
             )
             out, lse = out[:count], lse[:count]
@@ -297,8 +328,12 @@ class Scheduler:
 
     def counted(self) -> tuple[int, int, int]:
         """Plans, KV tokens read and KV tokens of all requests so far."""
-        counters = self.counters
-        return counters.plans, counters.kv_tokens_read, counters.kv_tokens_logical
+        kinds = [self.counters.of[kind] for kind in ("decode", "verify")]
+        return (
+            sum(counts.plans for counts in kinds),
+            sum(counts.kv_tokens_read for counts in kinds),
+            sum(counts.kv_tokens_logical for counts in kinds),
+        )
 
     def distinct_slots(self, reqs: Sequence[Request]) -> int:
         """KV tokens of some requests when those that they share count once."""
@@ -313,19 +348,31 @@ class Scheduler:
         """The node that a prefix ends at, and the slots that the tree has for it."""
         from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
 
-        found = self.cache.match_prefix(MatchPrefixParams(key=_radix_key(tokens)))
+        found = self.cache.match_prefix(MatchPrefixParams(key=self._radix_key(tokens)))
         node = found.last_device_node
         return node, self.cache.path_device_indices(node)
 
+    def _radix_key(self, tokens: Sequence[int]) -> Any:
+        from sglang.srt.mem_cache.radix_cache import RadixKey
+
+        return RadixKey(array("q", tokens), is_bigram=self.bigrams)
+
     def _forward_batch(
-        self, mode: str, held: Sequence[Request], pads: int, reqs: Sequence[Request] | None
+        self,
+        mode: str,
+        held: Sequence[Request],
+        pads: int,
+        reqs: Sequence[Request] | None,
+        drafts: int = 0,
     ) -> Any:
         """A forward batch of ``held``; behind it stands a schedule batch of ``reqs``, if any."""
         from sglang.srt.managers.schedule_batch import ScheduleBatch
 
         rows = [req.kv.req_pool_idx for req in held]
-        lens = [len(req.tokens) for req in held]
-        new_slots = [int(self.table[row, n - 1]) for row, n in zip(rows, lens, strict=True)]
+        ends = [len(req.tokens) for req in held]
+        new = [self.table[row, n - (drafts or 1) : n] for row, n in zip(rows, ends, strict=True)]
+        new_slots = torch.cat(new).tolist() if new else []
+        lens = [n - drafts for n in ends]
         forward_batch = make_forward_batch(mode, rows, lens, new_slots, pads)
         if reqs is not None:
             batch: Any = ScheduleBatch(reqs=list(reqs), tree_cache=self.cache)
@@ -337,13 +384,7 @@ class Scheduler:
         return forward_batch
 
 
-def _radix_key(tokens: Sequence[int]) -> Any:
-    from sglang.srt.mem_cache.radix_cache import RadixKey
-
-    return RadixKey(array("q", tokens))
-
-
-def _pools(page_size: int) -> tuple[Any, Any]:
+def _pools(page_size: int, bigrams: bool) -> tuple[Any, Any]:
     """SGLang's slot allocator and radix cache."""
     # Here, because importing SGLang takes ten seconds, and collecting tests should not.
     from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator
@@ -366,6 +407,7 @@ def _pools(page_size: int) -> tuple[Any, Any]:
             token_to_kv_pool_allocator=allocator,
             page_size=page_size,
             tree_components=(ComponentType.FULL,),
+            is_eagle=bigrams,
         )
     )
     return allocator, cache

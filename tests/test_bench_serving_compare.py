@@ -50,7 +50,7 @@ def test_requests_that_begin_with_the_same_ids_begin_with_the_same_tokens() -> N
 def test_the_registry_has_every_group_in_both_sizes() -> None:
     for quick in (False, True):
         groups = {workload.group for workload in load_workloads(quick=quick)}
-        assert groups == {"shared-prefix", "random", "trace", "rollouts", "forks"}
+        assert groups == {"shared-prefix", "random", "trace", "rollouts", "questions", "forks"}
     (one,) = load_workloads(quick=True, names=["trace"], overrides={"requests": 3})
     assert one.parameters["requests"] == 3
 
@@ -99,6 +99,18 @@ def compared(
     }
     compare(case, repeats=1, min_equal=min_equal)
     return case
+
+
+def test_verify_passes_are_steps_and_extends_are_counted_beside_them() -> None:
+    after = COUNTERS | {
+        "packed_steps": 12,
+        "verify": {"packed_steps": 5, "fallback_steps": 2, "fallback_reasons": {"error": 2}},
+        "extend": {"packed_steps": 3, "stock_steps": 1},
+    }
+    found = step_delta(COUNTERS, after)
+    assert found["steps"] == {"packed": 7, "stock": 0, "fallback": 2}
+    assert found["reasons"] == {"error": 2}
+    assert found["extends"] == {"packed": 3, "stock": 1, "fallback": 0}
 
 
 def test_a_comparison_has_ratios_of_prefix_over_stock() -> None:

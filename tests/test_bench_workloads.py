@@ -101,10 +101,24 @@ def test_the_shapes_of_the_promises_over_peers() -> None:
     assert trees.items() <= published.items()
 
 
+def test_several_query_tokens_stand_at_the_end_of_their_request() -> None:
+    cases = cases_of("extends")
+    assert {case.query_tokens for case in cases} == {1, 4, 8, 20, 32, 64, 256}
+    for case in cases:
+        assert (case.tree.seq_lens >= case.query_tokens).all()
+        # What is shared is a prefix that is cached, so the tails hold the queries.
+        *shared, tail = (case.notation or "").split("_")[1].split(",")
+        assert not shared or case.query_tokens <= int(tail)
+
+
 def test_heads_are_read_and_refused() -> None:
     assert Heads.parse("32:8") == Heads(32, 8)
     assert str(Heads.parse("4:2:16")) == "4:2:16"
-    for text in ("", "8", "8:3", "8:0", "8:2:0", "8:2:64:64", "a:b", "-8:2", "8:2 "):
+    latent = Heads.parse("16:1:576:512")
+    assert latent == Heads(16, 1, 576, 512, v_in_k=True)
+    assert str(latent) == "16:1:576:512"
+    assert latent.token_elements == 576
+    for text in ("", "8", "8:3", "8:0", "8:2:0", "8:2:64:65", "8:2:64:0", "a:b", "-8:2", "8:2 "):
         with pytest.raises(ValueError, match=r"heads .*; legal: QO:KV or QO:KV:DIM"):
             Heads.parse(text)
 

@@ -20,13 +20,14 @@ from typer.testing import CliRunner
 from prefix_kernels import compile_report, plan_buffers, triton_executor
 from prefix_kernels.compile_report import (
     ALL_ARCHS,
+    LATENT_DIMS,
     KernelVariant,
     compile_variants,
     kernel_variants,
     triton_version,
 )
 from prefix_kernels.kernel_report import AMD_ARCHS, KernelReport, TileReport, find_problems
-from prefix_kernels.tiles import ARCHS, ROW_CLASSES, TileConfig, TileShape
+from prefix_kernels.tiles import ARCHS, ROW_CLASSES, TileConfig, TileShape, formula_tile
 from sglang_prefix.cli.main import app
 from tests.attention import SPLITS, TRITON, WAYS, load, make_case
 from tests.forests import Fork, build_batch
@@ -40,33 +41,64 @@ DTYPE_NAMES = {
 }
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "sinks", "causal"),
+    [(64, None, False), (64, torch.float32, False), (576, None, False), (64, None, True)],
+)
 @pytest.mark.parametrize("way", TRITON)
-def test_every_launch_is_a_variant(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_launch_is_a_variant(
+    way: str,
+    head_dim: int,
+    sinks: torch.dtype | None,
+    causal: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The report covers what is launched, down to the types of the arguments."""
     mode, merge = WAYS[way].values()
-    variants = list(kernel_variants("sm_90", head_dims=[64], dtypes=[("fp16", "fp16")]))
+    variants = list(kernel_variants("sm_90", head_dims=[head_dim], dtypes=[("fp16", "fp16")]))
+    if causal:
+        theirs = {"head_dims": [head_dim], "dtypes": [("fp16", "fp16")], "causal": True}
+        plain = [one for one in variants if one.kernel in ("merge", "copy_slots")]
+        variants = [*plain, *kernel_variants("sm_90", **theirs)]  # type: ignore[arg-type]
     seen = set()
-    for name, arguments in launches_of(way, monkeypatch):
+    for name, arguments in launches_of(way, head_dim, sinks, causal, monkeypatch):
         variant = variant_of(name, arguments, merge)
-        assert variant in variants
+        assert replace(variant, sinks=None) in variants
+        if variant.head_dim:
+            assert variant.sinks == (sinks and DTYPE_NAMES[sinks])
         seen.add((variant.kernel, variant.tile.block_m))
         _, pointers, constants = compile_report._arguments(variant)
-        assert set(constants) == {key for key in arguments if key.isupper()}
+        absent = {key for key, value in arguments.items() if value is None}
+        assert set(constants) == {key for key in arguments if key.isupper()} | absent
         for key, value in arguments.items():
             if isinstance(value, torch.Tensor):
                 expected = pointers.get(key.removesuffix("_ptr"), "i32")
                 assert DTYPE_NAMES[value.dtype] == expected, key
     launched = {("copy_slots", 1), ("append_slots", 1)}
-    launched |= {("merge", 4)} if merge == "launch" else set()
+    launched |= {("merge", 4 if head_dim == 64 else 16)} if merge == "launch" else set()
     if mode == "streams":
-        launched |= {("pack_forward", rows) for rows in ROW_CLASSES}
+        classes = ROW_CLASSES if head_dim == 64 else (16, 32, 64)
+        launched |= {("pack_forward", rows) for rows in classes}
     else:
         launched |= {("pack_forward_fused", 64)}
     assert seen == launched
 
 
-def launches_of(way: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
-    """What an executor launches, but does not run, for packs of 1 to 60 requests by 4 heads."""
+def launches_of(
+    way: str,
+    head_dim: int,
+    sinks: torch.dtype | None,
+    causal: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> list[tuple[str, dict[str, Any]]]:
+    """What an executor launches, but does not run, for packs of 1 to 60 requests by 4 heads.
+
+    By 16 heads, of one KV head, where v is in k. With ``causal`` the first has two query tokens.
+    """
+    heads: dict[str, Any] = {"num_kv_heads": 8, "group": 4, "head_dim": head_dim}
+    if head_dim in LATENT_DIMS:
+        heads |= {"num_kv_heads": 1, "group": 16, "v_in_k": True}
+        heads["v_head_dim"] = LATENT_DIMS[head_dim]
     launches: list[tuple[str, dict[str, Any]]] = []
     for module in (plan_buffers, triton_executor):
         monkeypatch.setattr(
@@ -76,14 +108,15 @@ def launches_of(way: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, di
         )
     for scale in (1, 10, 100):  # packs of all lengths
         forks = [Fork(0, 0, 8 * scale), *(Fork(0, 4 * scale, 4 * scale) for _ in range(41))]
-        for parent, size in ((1, 6), (2, 12)):
+        for parent, size in ((1, 6), (2, 12), (3, 1)):
             forks += [Fork(parent, 7 * scale, scale)] * size
         batch = build_batch(forks, growth=4)
-        case = make_case(batch, num_kv_heads=8, group=4, head_dim=64, dtype=torch.float16)
+        counts = [2, *[1] * (len(forks) - 1)] if causal else None
+        case = make_case(batch, **heads, dtype=torch.float16, sinks=sinks, query_lens=counts)
         case.req_pool_indices = case.req_pool_indices.long()
         loaded = load(case, way, "node", SPLITS)
         loaded.run()
-        loaded.executor.append(case.seq_lens.long(), case.seq_lens.long())
+        loaded.executor.append(case.seq_lens.long(), torch.zeros(len(case.q), dtype=torch.int64))
     return launches
 
 
@@ -95,17 +128,24 @@ def variant_of(name: str, arguments: dict[str, Any], merge: str) -> KernelVarian
     switches = [arguments[key] for key in TileConfig(1, 1, 1, 1).switches if key in arguments]
     if "BLOCK" in arguments:
         tile = TileConfig(1, arguments["BLOCK"], *options)
-        return KernelVariant(kernel, 0, "int32", "int32", tile)
+        causal = arguments.get("CAUSAL", False)
+        return KernelVariant(kernel, 0, "int32", "int32", tile, causal=causal)
+    given = arguments["sinks_ptr"]
+    group, v_in_k = arguments["GROUP_SIZE"], arguments["V_HEAD_DIM"] == 512
+    layer: dict[str, Any] = {"group_size": group, "v_in_k": v_in_k}
+    layer["sinks"] = None if given is None else DTYPE_NAMES[given.dtype]
+    head_dim = 576 if v_in_k else 64
     if kernel == "merge":
-        tile = TileConfig(arguments["GROUP_SIZE"], 1, *options)
-        return KernelVariant(kernel, 64, "fp16", "fp32", tile)
+        tile = TileConfig(group, 1, *options)
+        return KernelVariant(kernel, head_dim, "fp16", "fp32", tile, **layer)
+    layer["causal"] = arguments["CAUSAL"]
     tile = TileConfig(arguments["BLOCK_M"], arguments["BLOCK_N"], *options, *switches)
     narrow = None
     if arguments["WIDE_BLOCK_M"]:
         kernel, narrow = "pack_forward_fused", tile
         rows, tokens = arguments["WIDE_BLOCK_M"], arguments["WIDE_BLOCK_N"]
         tile = TileConfig(rows, tokens, *options, *switches)
-    return KernelVariant(kernel, 64, "fp16", "fp16", tile, narrow, merge)
+    return KernelVariant(kernel, head_dim, "fp16", "fp16", tile, narrow, merge, **layer)
 
 
 def test_an_architecture_has_the_formats_of_8_bits_that_it_converts() -> None:
@@ -210,6 +250,29 @@ def test_amd_whole(arch: str) -> None:
     assert find_problems(compiled(variants, arch)) == []
 
 
+def test_sinks_are_left_out_of_the_loop() -> None:
+    """As gpt-oss has them: they add to the end of an item, and to no kernel without them."""
+    tile = formula_tile(16, TileShape(64, 64, 2, 2))
+    without = KernelVariant("pack_forward", 64, "bf16", "bf16", tile, group_size=8)
+    plain, sunk = compiled((without, replace(without, sinks="bf16")))
+    assert find_problems([plain, sunk]) == []
+    (before,), (after,) = plain.tiles, sunk.tiles
+    assert sunk.num_instructions > plain.num_instructions
+    assert abs(after.loop_instructions - before.loop_instructions) < 8
+    assert sunk.programs_per_sm == plain.programs_per_sm
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("arch", ["sm_80", "sm_100"])
+def test_latents(arch: str) -> None:
+    """No spills in any mode; sm_90 is among the committed figures."""
+    variants = kernel_variants(arch, head_dims=[576], kv_lengths=[4096])
+    reports = [one for one in compiled(variants, arch) if one.tiles]
+    assert {one.variant.tile.block_m for one in reports} == {16, 32}
+    assert find_problems(reports) == []
+    assert [one.spill_bytes for one in reports] == [0] * len(reports)
+
+
 @pytest.mark.extended
 def test_every_stage_is_in_flight() -> None:
     """Shared memory grows by a KV tile with each stage, so the pipeline is as deep as asked."""
@@ -289,6 +352,18 @@ def test_occupancy_of_amd() -> None:
         changes = {"arch": "gfx942", "shared_limit": 64 * 1024}
         report = report_of(variant, registers=registers, shared_bytes=shared, **changes)
         assert report.programs_per_sm == programs
+
+
+@pytest.mark.parametrize(
+    ("merge", "kind", "is_wrong"),
+    [("launch", "integer", False), ("launch", "local", True), ("in_kernel", "local", False)],
+)
+def test_latents_do_not_spill_within_their_loop(merge: str, kind: str, is_wrong: bool) -> None:
+    variant = forward_variant(TileConfig(64, 64, 8, 2), head_dim=576, v_in_k=True, merge=merge)
+    tiles = (TileReport(64, 64, 73728, 400, {"matrix": 399, kind: 1}, 300),)
+    problems = find_problems([report_of(variant, spill_bytes=16, tiles=tiles)])
+    expected = "pack_forward bf16/bf16 head dim 576 64x64 spills within its KV loop"
+    assert problems == [expected] * is_wrong
 
 
 @pytest.mark.parametrize(

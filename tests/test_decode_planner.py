@@ -39,13 +39,13 @@ def plans_of(scheduler: Scheduler, reqs: list[Request], steps: int = 3) -> list[
 def test_a_plan_is_reused_while_the_same_requests_grow_by_one(page_size: int) -> None:
     scheduler = Scheduler(page_size=page_size)
     reqs = scheduler.start(A, B, C)
-    stats = scheduler.counters.num_packs, scheduler.counters.num_partials
+    stats = scheduler.counters.decode.num_packs, scheduler.counters.decode.num_partials
     for _ in range(20):
         step = scheduler.decode(reqs)
         shared = scheduler.distinct_slots(reqs)
         assert step == (0, shared, sum(len(req.tokens) for req in reqs))
-    counters = scheduler.counters
-    assert (counters.num_packs, counters.num_partials) == stats == (1 + len(reqs), 2 * len(reqs))
+    counters, decode = scheduler.counters, scheduler.counters.decode
+    assert (decode.num_packs, decode.num_partials) == stats == (1 + len(reqs), 2 * len(reqs))
     assert 0 < counters.path_seconds < counters.plan_seconds
 
 
@@ -185,9 +185,9 @@ def test_a_reused_step_asks_torch_for_nothing(monkeypatch: pytest.MonkeyPatch) -
     for module in (decode_planner, decode_batch):
         for name in ("torch", "np"):
             monkeypatch.setattr(module, name, None)
-    plans = scheduler.counters.plans
+    plans = scheduler.counters.decode.plans
     assert scheduler.prepare(second, in_graph=True) is None
-    assert scheduler.counters.plans == plans
+    assert scheduler.counters.decode.plans == plans
 
 
 def test_a_plan_ends_when_a_tail_has_used_up_its_reserved_slots() -> None:
@@ -303,7 +303,7 @@ def test_rows_are_not_compared_on_a_device(published: bool, reason: str) -> None
     scheduler.cache = CannotBeAsked()
     scheduler.run_pass("EXTEND", [])
     counted = scheduler.counted()
-    scheduler.planner.req_to_token = torch.empty(0, device="meta")
+    scheduler.planner.req_to_token = torch.empty_like(scheduler.table, device="meta")
     assert scheduler.prepare(scheduler.decode_batch(reqs, published=published)) == reason
     assert scheduler.counted() == counted
     scheduler.planner.req_to_token = scheduler.table
@@ -351,7 +351,7 @@ def test_no_plan_is_reused_after_only_one_group_got_its_plan(
     reqs = scheduler.start(A, B)
     scheduler.decode(reqs)
 
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **options: Any) -> None:
         raise RuntimeError("raised on purpose by a test")
 
     counted = scheduler.counted()
@@ -362,3 +362,57 @@ def test_no_plan_is_reused_after_only_one_group_got_its_plan(
     assert scheduler.counted() == counted
     # Of the lengths that the new plan of the first group expects, in the order of the old ones.
     assert plans_of(scheduler, reqs) == [1, 0, 0]
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("drafts", [1, 2, 5])
+@pytest.mark.parametrize("bigrams", [False, True])
+def test_a_plan_outlives_passes_that_accept_different_numbers_of_drafts(
+    bigrams: bool, drafts: int, page_size: int
+) -> None:
+    """Rejected positions are written again, on other slots."""
+    seed = int(torch.randint(1 << 30, ()))
+    print(f"seed {seed}")
+    generator = torch.Generator().manual_seed(seed)
+    # Less than the sum of what passes accept at most, so that the exact growth must be known.
+    slots = 9
+    scheduler = Scheduler(page_size=page_size, reserved_tail_slots=slots, bigrams=bigrams)
+    assert scheduler.cache.tree_core.is_eagle == bigrams
+    reqs = scheduler.prefill(A, B, C)
+    scheduler.verify(reqs, drafts, [1, 1, 1])
+    scheduler.publish(*reqs)
+    assert scheduler.verify(reqs, drafts, [drafts, 1, 1]).plans == 1
+    grown = torch.tensor([0, 0, 0])
+    last = torch.tensor([drafts, 1, 1])
+    for _ in range(6):
+        grown += last
+        accepted = torch.randint(1, drafts + 1, (3,), generator=generator)
+        step = scheduler.verify(reqs, drafts, accepted.tolist())
+        assert step.plans == int(grown.max() > slots)
+        if step.plans:
+            grown[:] = 0
+        last = accepted
+        # Pairs of tokens end in one that is not shared.
+        shared = (len(SYSTEM) - bigrams) // page_size * page_size
+        assert step.logical - step.read == 2 * shared
+    assert scheduler.counters.of["verify"].packed_steps == 8
+    assert scheduler.counters.decode.packed_steps == 0
+
+
+def test_a_plan_ends_where_lengths_do_not_follow_or_passes_are_of_another_kind() -> None:
+    scheduler = Scheduler()
+    reqs = scheduler.prefill(A, B)
+    scheduler.verify(reqs, 3, [1, 1])
+    scheduler.publish(*reqs)
+    assert scheduler.verify(reqs, 3, [1, 2]).plans == 1
+    assert scheduler.verify(reqs, 3, [2, 3]).plans == 0
+    scheduler.grow(reqs[0], [7, 7])  # more than were drafted
+    assert scheduler.verify(reqs, 3, [1, 1]).plans == 1
+    assert scheduler.verify(reqs, 2, [1, 1]).plans == 1
+    assert scheduler.decode(reqs).plans == 1
+    assert scheduler.verify(reqs, 2, [1, 1]).plans == 1
+    scheduler.planner.invalidate()
+    assert scheduler.verify(reqs, 2, [1, 1]).plans == 1
+    assert scheduler.verify(reqs[::-1], 2, [1, 0]).plans == 1
+    assert scheduler.verify(reqs[::-1], 2, [1, 1]).plans == 1
+    assert scheduler.verify(reqs[::-1], 2, [1, 1]).plans == 0

@@ -21,6 +21,7 @@ from sglang_prefix.bench.engine import (
     counter_difference,
     engine_environment,
     free_port,
+    sum_of_ranks,
 )
 
 # An engine with one more process, as SGLang's has its scheduler.
@@ -90,7 +91,10 @@ def start(folder: Path, hooks: list[str], **arguments: Any) -> EngineProcess:
 def has_ended(pid: int) -> bool:
     """Whether a process ends within some seconds; a zombie has."""
     for _ in range(100):
-        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+        try:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
             return True
         time.sleep(0.1)
     return False
@@ -169,6 +173,19 @@ def test_counters_are_subtracted_and_the_newest_states_kept() -> None:
         "kv_tokens_logical": 60,
         "kv_read_ratio": 0.5,
     }
+    # So are those of another kind of pass, of which an older release says nothing.
+    assert counter_difference({"extend": before}, {"extend": after}) == {
+        "extend": counter_difference(before, after)
+    }
+    assert counter_difference({}, {"extend": after}) == {"extend": after}
+
+
+def test_counters_of_ranks_are_added_by_kind_and_reason() -> None:
+    one = {"plans": 1, "stock_reasons": {"a": 1}, "num_packs": 7}
+    other = {"plans": 3, "stock_reasons": {"a": 1, "b": 2}, "num_packs": 5}
+    both = {"plans": 4, "stock_reasons": {"a": 2, "b": 2}, "num_packs": 5}
+    states = [{"sglang_prefix": [counts | {"extend": counts}, {}]} for counts in (one, other)]
+    assert sum_of_ranks({"internal_states": [*states, {}]}) == both | {"extend": both}
 
 
 def test_ports_given_out_one_after_the_other_differ() -> None:

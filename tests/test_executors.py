@@ -83,10 +83,29 @@ def test_generated_batches(way: str, data: st.DataObject, batch: Batch, seed: in
         v_head_dim=dims[1],
         dtype=data.draw(st.sampled_from(dtypes_of(way))),
         kv_dtype=data.draw(st.sampled_from([None, torch.float8_e4m3fn, torch.float8_e5m2])),
+        sinks=data.draw(st.sampled_from([None, torch.float32, torch.bfloat16])),
         seed=seed,
     )
     policy, profile = data.draw(st.sampled_from([*POLICIES])), data.draw(st.sampled_from(PROFILES))
     load(case, way, policy, profile).check()
+
+
+@few_ways
+def test_sinks_count_once_per_request(way: str) -> None:
+    """Requests of one partial and of several, sinks of all dtypes; lse is that of the KV alone."""
+    forks = [Fork(0, 0, 40), *(Fork(0, 30, 1 + b) for b in range(5)), Fork(9, 0, 3)]
+    for sinks in (torch.float32, torch.bfloat16, torch.float16):
+        case = make_case(build_batch(forks), group=3, head_dim=16, sinks=sinks)
+        for policy in ("query", "node"):
+            loaded = load(case, way, policy, WHOLE)
+            loaded.check()
+            several = np.diff(loaded.plan.request_indptr) > 1
+            assert several.any() == (policy == "node")
+            assert not several.all()
+        without = load(replace(case, options={}), way, "node", WHOLE)
+        assert torch.equal(without.run()[1], loaded.run()[1])
+        with pytest.raises(AssertionError, match="not close"):  # a control
+            assert_close(without.run(), case.oracle())
 
 
 @few_ways

@@ -55,10 +55,12 @@ def of_forest(
     device: Any = CPU_PROFILE,
     shape: AttentionShape = SMALL,
     room: int | None = None,
+    query_lens: list[int] | None = None,
 ) -> Explanation:
     """An explanation of a forest that comes from nowhere in particular."""
     plans = (ShapePlan(1, policy, room, shape, device),)
-    return explain(PlanRecord("test", 1, Neighbours.of(forest), plans, Answer("always", None)))
+    record = PlanRecord("test", 1, Neighbours.of(forest), plans, Answer("always", None))
+    return explain(replace(record, query_lens=query_lens))
 
 
 def test_tiles_are_those_of_a_graph_of_the_batch_size() -> None:
@@ -126,6 +128,36 @@ class TestSegments:
         packs = sorted(pack.index for segment in segments for pack in segment.packs)
         assert packs == list(range(stats.num_packs))
 
+    @given(batches(), st.sampled_from(list(POLICIES)), st.sampled_from(DEVICES), st.data())
+    def test_query_tokens_are_those_of_the_plan(
+        self, batch: Batch, policy: str, device: Any, data: st.DataObject
+    ) -> None:
+        """Also where they reach into what is shared; who reads a pack are its requests."""
+        forest = batch.forest()
+        lens = forest.seq_lens.tolist()
+        counts = [data.draw(st.integers(1, min(length, 9))) for length in lens]
+        explanation = of_forest(forest, policy, device, query_lens=counts)
+        stats, segments, plan = explanation.stats, explanation.segments, explanation.plan
+        assert sum(segment.tokens_read for segment in segments) == stats.kv_tokens_read
+        for segment in segments:
+            requests = explanation.forest.order[segment.begin : segment.end].tolist()
+            assert segment.num_queries == sum(counts[b] for b in requests)
+            for pack in segment.packs:
+                assert set(pack.requests) <= set(requests)
+                assert pack.num_queries == len(plan.pack_queries(pack.index))
+                assert pack.num_queries == sum(counts[b] for b in pack.requests)
+        # No query's own position is in what several read, where there are several.
+        for b, count in enumerate(counts):
+            if count > 1:
+                assert explanation.forest.shared_lens[b] <= lens[b] - count
+        record = PlanRecord.from_dict(json.loads(json.dumps(explanation.record.as_dict())))
+        assert explain(record).plan.same_as(plan)
+        if policy == "pat":
+            choices = pat_choices(explanation.forest, plan.costs, plan.query_lens)
+            for segment, choice in zip(segments, choices, strict=False):
+                assert bool(segment.packs) == choice.keeps
+                assert not choice.keeps or segment.pack_start == choice.start
+
     @pytest.mark.parametrize("device", DEVICES, ids=lambda d: d.name)
     def test_reasons_are_those_that_decided(self, device: Any) -> None:
         """A node has a pack exactly if the cheaper side says so, and it begins where it says."""
@@ -177,6 +209,13 @@ class TestRows:
         _, tails = rows_of(of_forest(forest))
         assert (tails.depth, tails.what) == (1, "requests 0-3: 1 to 100 tokens each")
 
+    def test_query_tokens_are_said(self) -> None:
+        record = plan_of_tree("1,4_4000,40", Setting(LLAMA, "cpu"), "2,4,4,3")
+        assert [row.what for row in rows_of(explain(record))] == [
+            "node 0: 4,000 tokens, 4 readers, 13 query tokens",
+            "requests 0-3: 40 tokens each, 2 to 4 query tokens each",
+        ]
+
     @pytest.mark.parametrize(
         "batch",
         [random_batch(5, num_requests=400, max_tokens=900), comb_batch(500)],
@@ -219,6 +258,34 @@ class TestPicture:
         assert boxes["pack 0: 8,000 tokens, 8 readers"] == root
         assert boxes["pack 1: 4,000 tokens, 4 readers"] == left
 
+    def test_each_query_token_has_a_row_that_ends_at_its_own_position(self) -> None:
+        """Packs span the rows of all their requests' query tokens."""
+        record = plan_of_tree("1,3_1000,40", Setting(LLAMA, "cpu"), "4,1,2")
+        drawing = draw(explain(record), with_key=False)
+        (pack,) = (
+            box
+            for box in drawing
+            if (box.findtext("title") or "") == "pack 0: 1,000 tokens, 3 readers, 7 query tokens"
+        )
+        (tails,) = drawing.findall("path")
+        top, height = (float(pack.get(name, "")) for name in ("y", "height"))
+        outlines = [re.findall(r"[MHv][^MHvZ]+", path) for path in tails.get("d", "").split("Z")]
+        ends = [[float(step[1:]) for step in path if step[0] == "H"][:-1] for path in outlines[:-1]]
+        assert [*map(len, ends)] == [4, 1, 2]
+        # By the position at which a query token stands, and far enough apart to be seen.
+        assert ends[1:] == [ends[0][3:], ends[0][2:]]
+        assert np.diff(ends[0]).min() > 8
+        rows = [float(step[1:]) for path in outlines for step in path if step[0] == "v"]
+        assert rows == pytest.approx([height / 7] * 7, abs=0.01)
+        begins = [float(path[0].split()[1]) for path in outlines[:-1]]
+        assert begins == pytest.approx([top + n * height / 7 for n in (0, 4, 5)], abs=0.02)
+
+    def test_more_query_tokens_than_pixels_are_a_slope(self) -> None:
+        text = svg_picture(explain(plan_of_tree("1,32_2000,90", Setting(LLAMA, "cpu"), "60")))
+        (drawn,) = re.findall(r' d="([^"]+)"', text)
+        assert drawn.count("L") == 32
+        assert "v" not in drawn
+
     def test_the_page_needs_nothing_else(self) -> None:
         page = html_page(of_tree("1,4,64_512,256,32", device="cpu"))
         assert page.count("<svg") == 1
@@ -233,7 +300,7 @@ class TestRecord:
         [
             ({}, "does not run the attention backend prefix"),
             ({"sglang_prefix": [{"plans": 3}]}, "SGLANG_PREFIX_KEEP_PLAN=1"),
-            ({"sglang_prefix": [{"last_plan": None}]}, "has not planned a decode batch yet"),
+            ({"sglang_prefix": [{"last_plan": None}]}, "has not planned a batch yet"),
             ({"sglang_prefix": [1]}, "there is no plan in it"),
             ({"sglang_prefix": {"last_plan": {}}}, "there is no plan in it"),
             ({"sglang_prefix": [{"last_plan": 5}]}, "there is no plan in it"),
@@ -259,3 +326,20 @@ class TestRecord:
         assert (node.tokens, node.num_readers) == (len(system), 3)
         # What each has of its own in its prompt, and two generated.
         assert sorted((tail.index, tail.tokens) for tail in tails) == [(0, 8), (1, 9), (2, 10)]
+
+    def test_a_server_says_that_its_newest_plan_is_a_verify_pass(self) -> None:
+        scheduler = Scheduler()
+        last = LastPlan(PrefixConfig(keep_plan=True))
+        scheduler.planner.on_plan = last.note
+        reqs = scheduler.start(*([*range(50), 60 + i] for i in range(3)))
+        scheduler.schedule.epoch += 1  # no plan of before serves
+        scheduler.verify(reqs, 4, [1, 2, 4])
+        shown = PlanRecord.from_dict(json.loads(json.dumps(last.as_dict())))
+        assert shown.source == "last plan of a running server, a verify pass"
+        assert shown.query_lens == [4, 4, 4]
+        explanation = explain(shown)
+        assert [segment.num_queries for segment in explanation.segments] == [12, 4, 4, 4]
+        for found, group in zip(shown.plans, scheduler.groups, strict=True):
+            assert group.executor.plan is not None
+            plan = found.plan(explanation.forest, shown.queries)
+            assert plan.same_as(group.executor.plan)

@@ -45,10 +45,13 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("path", "value", "message"),
         [
-            ("schema", 7, "schema 7; legal: 3"),
+            ("schema", 7, "schema 7; legal: 3, 4"),
             ("neighbours", None, "damaged: neighbours: "),
             ("neighbours common", [9000, 9, 9], "its requests do not fit together"),
             ("neighbours seq_lens", [9, 9, "x", 9], "seq_lens.2: Input should be a valid integer"),
+            ("query_lens", [1, 0, 1, 1], "damaged: query_lens.1: Input should be greater than or"),
+            ("query_lens", [1, 1, 1], "damaged: query_lens has shape (3,); legal: [4]"),
+            ("query_lens", [7004, 1, 1, 1], "query_lens[0]=7004; legal: 1 to 7003, the tokens of"),
             ("plans 0 policy", "PAT", "plans.0.policy: String should match pattern '^(pat|node"),
             ("plans 0 shape", {}, "'plans.0.shape.num_qo_heads' is missing"),
             ("plans 0 shape num_kv_heads", 3, "a multiple of num_kv_heads=3"),
@@ -64,11 +67,15 @@ class TestCommand:
         assert str(file) in line
         assert message in line
 
+    @pytest.mark.parametrize("query_lens", [(), ("--query-lens", "5")], ids=["decode", "queries"])
     @pytest.mark.parametrize("device", ["cpu", "h200"])
-    def test_json_can_be_read_again(self, tmp_path: Path, device: str) -> None:
+    def test_json_can_be_read_again(
+        self, tmp_path: Path, device: str, query_lens: tuple[str, ...]
+    ) -> None:
         """As it was written, and out of an answer of a server."""
         first, second, answer = (tmp_path / f"{name}.json" for name in ("first", "second", "info"))
-        made = run("--tree", "1,8,64_512,512,256", "--device", device, "--json", first)
+        tree = "--tree", "1,8,64_512,512,256", *query_lens
+        made = run(*tree, "--device", device, "--json", first)
         assert made.exit_code == 0, made.output
         saved = json.loads(first.read_text())
         states = [{}, {"sglang_prefix": [{"last_plan": saved}]}]
@@ -98,6 +105,15 @@ class TestCommand:
         common = next(i for i, three in enumerate(zip(*ids, strict=False)) if len({*three}) > 1)
         assert min(found.common) == common
         assert found.seq_lens == [len(row) + 1 for row in ids]
+        done = run("--prompts", as_list, "--tokenizer", model, "--query-lens", "4,1,6")
+        assert f"first tokens behind 3 prompts in {as_list}" in done.stdout
+        assert "3 requests, 11 query tokens, " in done.stdout
+        record = plan_of_prompts(as_list, str(model), Setting(SMALL, "cpu"), "4,1,6")
+        lens = [len(row) + n for row, n in zip(ids, (4, 1, 6), strict=True)]
+        assert record.neighbours.seq_lens == lens
+        assert min(record.neighbours.common) == common
+        line = failed("--prompts", as_list, "--tokenizer", model, "--query-lens", "4,1")
+        assert "--query-lens has 2 numbers; legal: 1 for all requests, or 3, as many as" in line
 
     def test_pictures_are_written_whole_or_not_at_all(self, tmp_path: Path) -> None:
         svg, html = tmp_path / "a.svg", tmp_path / "folder" / "a.html"
@@ -129,6 +145,16 @@ class TestCommand:
             ("--tree 1_2 --stock-backend nope", "'--stock-backend': 'nope' is not one of 'fa3', "),
             ("--tree 1_2 --api-key x", "--api-key goes with --base-url"),
             ("--tree 1_2 --page-size 0", "'--page-size': Input should be greater"),
+            (
+                "--tree 1,2_5,4 --query-lens 0",
+                "--query-lens is 0; legal: N for all requests, or N1",
+            ),
+            ("--tree 1,2_5,4 --query-lens=-1", "--query-lens is -1; legal: N for all requests, or"),
+            ("--tree 1,2_5,4 --query-lens 1,x", "--query-lens is 1,x; legal: N for all requests"),
+            ("--tree 1,2_5,4 --query-lens 1,2,3", "--query-lens has 3 numbers; legal: 1 for all "),
+            ("--tree 1,2_5,4 --query-lens 1,10", "--query-lens: query_lens[1]=10; legal: 1 to 9, "),
+            ("--tree 1,2_5,4000000 --query-lens 200000", "too large: 400,000 partial results; leg"),
+            ("--plan /dev/null --query-lens 2", "--query-lens: a plan that was made has its own"),
             ("--tree 1_2 --nonsense", "No such option: --nonsense"),
             ("--tree 1_2 --tokenizer x", "--tokenizer goes with --prompts"),
             ("--prompts /dev/null", "--prompts needs --tokenizer"),

@@ -41,7 +41,7 @@ def report(packed: int, **more: Any) -> dict[str, Any]:
 
 
 def reading(at: float, packed: int, start: str = "", **more: Any) -> Reading:
-    return Reading(at, report(packed, **more), num_packs=3, starts=(start,))
+    return Reading(at, report(packed, **more), packs={"decode": (3, 5)}, starts=(start,))
 
 
 def _state(counters: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,6 +101,30 @@ class TestInterval:
         assert "KV tokens read 1,500, KV tokens logical 5,600, KV read ratio 0.268, pla" in line
         assert line.endswith("; stock gate-no-gain 11 (+10)")
 
+    def test_kinds_of_passes_that_there_were_are_told_apart(self) -> None:
+        looks = []
+        for at, packed in ((0.0, 10), (2.0, 30)):
+            extend = report(2 * packed, stock_steps=5, stock_reasons={"gate-no-gain": 5})
+            looks.append(reading(at, packed, extend=extend, verify=report(0)))
+        line = plain_line(looks[1], since(*looks))
+        last, total, *rest = line.split("; ")
+        decode, extends = last.split(", extends ")
+        assert decode.startswith("last 2.0 s: decode steps 10.0/s, packed 100.0%, ")
+        assert extends.startswith("20.0/s, packed 100.0%, stock 0.0%, ")
+        assert "KV tokens read 200/s, " in extends
+        assert ", extends 65, packed 92.3%, stock 7.7%, " in total
+        assert rest == [
+            "newest plan for decode steps: 3 packs, 5 partial results",
+            "newest plan for extends: 0 packs, 0 partial results",
+            "extend stock gate-no-gain 5",
+        ]
+        assert "verify" not in line
+
+    def test_a_server_that_verifies_drafts_in_place_of_decoding_shows_no_decode_steps(self) -> None:
+        line = plain_line(reading(1.0, 0, verify=report(8)), None)
+        assert line.startswith("total: verify passes 8, packed 100.0%, ")
+        assert "decode" not in line
+
     @pytest.mark.parametrize(("start", "packed"), [("a", 20), ("b", 400)])
     def test_a_restart_is_counted_from_zero(self, start: str, packed: int) -> None:
         """Seen by counters that fell, or by another start that has counted further already."""
@@ -111,6 +135,12 @@ class TestInterval:
         assert found.counters["packed_steps"] == packed
         assert found.counters["kv_tokens_read"] == 10 * packed
         assert found.counters["fallback_reasons"] == {"error": 9}
+
+    def test_a_kind_of_pass_whose_counts_fell_tells_a_restart_too(self) -> None:
+        before, after = (reading(n, n, verify=report(m)) for n, m in ((10, 9), (20, 5)))
+        found = since(before, after)
+        assert found.restarted
+        assert found.counters["verify"]["packed_steps"] == 5
 
     def test_nothing_happened(self) -> None:
         before, after = reading(10.0, 100, "a"), reading(12.0, 100, "a")
@@ -147,10 +177,19 @@ class TestCommand:
         more = [report(104, last_plan=None), report(12, last_plan=None)]
         done = watched([(200, ranks), (200, more)], monkeypatch)
         told, first, second = (line[9:] for line in done.stdout.splitlines())
-        assert told == "the server has not planned a decode batch yet; send requests first"
+        assert told == "the server has not planned a batch yet; send requests first"
         assert first.startswith("total: decode steps 108, ")
         assert second.startswith("last 2.0 s: decode steps 4.0/s, packed 100.0%, ")
         assert second.endswith("; newest plans of 2: 6 packs, 10 partial results")
+
+    def test_packs_are_those_of_each_kind(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        extend = {"num_packs": 2, "num_partials": 4, "packed_steps": 1}
+        done = watched([(200, [report(8, extend=extend)] * 2)], monkeypatch)
+        (line,) = done.stdout.splitlines()[1:]
+        assert line.endswith(
+            "; newest plans of 2 for decode steps: 6 packs, 10 partial results"
+            "; newest plans of 2 for extends: 4 packs, 8 partial results"
+        )
 
     def test_a_server_goes_away_and_comes_back(self, monkeypatch: pytest.MonkeyPatch) -> None:
         answers: list[Answer] = [

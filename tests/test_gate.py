@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -70,6 +71,42 @@ def test_a_prefix_that_fits_the_l2_cache_is_cheap_for_stock_too() -> None:
         dear = predict_stock(forest, LLAMA_8B, without, stock)
         assert cheap < dear
     assert predict_packed(planned(forest), H200) == predict_packed(planned(forest), without)
+
+
+# By NVIDIA's data sheets, as the gate has them.
+DEVICES = {
+    "H100": DeviceLimits(3.35e12, 990e12, 50 << 20, 132),
+    "H200": H200,
+    "B200": DeviceLimits(8e12, 2.25e15, 126 << 20, 148),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_latent_attention_pays_with_few_heads_and_not_with_128(device: str) -> None:
+    """The more heads read a latent, the more of stock's time is arithmetic, which stays."""
+    limits = DEVICES[device]
+
+    def gains(heads: int, batch: int, shared: int) -> float:
+        shape = AttentionShape(heads, 1, 576, 512, 2, 2, v_in_k=True)
+        forest = one_prefix(batch, shared, 256)
+        found = Gate(limits, "fa3").choose([(planned(forest, shape), 61)], forest)
+        gain = found.stock_us / found.packed_us
+        assert found.packs is (gain > 1.06)
+        return gain
+
+    for batch, shared in ((64, 8192), (16, 32768), (256, 2048), (64, 65536)):
+        all_gains = [gains(heads, batch, shared) for heads in (8, 16, 32, 64, 128)]
+        assert all(more > fewer - 0.03 for more, fewer in pairwise(all_gains))
+        assert all_gains[0] > 1.9
+        assert all_gains[1] > 1.1
+        assert all(0.95 < gain < 1.01 for gain in all_gains[3:])  # the same arithmetic
+    # Beyond the L2 cache stock reads from memory, and 32 heads are few where that is slow.
+    assert gains(16, 64, 65536) > 1.25 * gains(16, 64, 8192) or device == "B200"
+    assert (gains(32, 64, 131072) > 1.05) is (device != "B200")
+    if device == "H100":  # docs/compatibility.md
+        assert 1 / gains(16, 64, 8192) == pytest.approx(0.64, abs=0.01)
+        assert 1 / gains(16, 64, 65536) == pytest.approx(0.43, abs=0.01)
+        assert 1 / gains(32, 64, 65536) == pytest.approx(0.86, abs=0.01)
 
 
 def test_it_does_not_flutter_around_the_point_where_both_are_equal() -> None:
@@ -165,3 +202,18 @@ def test_limits_of_a_gpu_and_what_the_log_says_of_an_unknown_one(
     if assumed:
         assert said[0].endswith(assumed)
         assert properties["name"] in said[0]
+
+
+@pytest.mark.parametrize("stock", ["triton", "fa3"])
+def test_several_query_tokens_of_a_request_read_its_kv_once(stock: str) -> None:
+    """On either side; they cost arithmetic, of which sharing saves nothing, and queries."""
+    forest, planner = one_prefix(64, 8192, 256), PackPlanner(LLAMA_8B, GPU_PROFILE)
+    plans = [planner.plan(forest, query_lens=np.full(64, n)) for n in (1, 4)]
+    decode, verify = (predict_packed(plan, H200) for plan in plans)
+    assert decode < verify < 4 * decode
+    one, four = (
+        predict_stock(forest, LLAMA_8B, H200, stock, query_tokens=count) for count in (1, 4)
+    )
+    assert one < four * 1.5
+    assert four < 1.5 * one
+    assert Gate(H200, stock).choose([(plans[1], 32)], forest).stock_us == pytest.approx(32 * four)

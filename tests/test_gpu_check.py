@@ -29,7 +29,7 @@ def test_a_bare_host_without_a_gpu_skips_and_says_what_is_missing(tmp_path: Path
     code, printed = gpu_check("--out", tmp_path / "check.json")
     assert code == 0, printed
     assert "no GPU here; --dry runs tiny shapes without one" in printed
-    assert f"{len(variants()) + 9} skipped" in printed
+    assert f"{len(variants()) + 11} skipped" in printed
     assert not (tmp_path / "check.json").exists()
 
 
@@ -53,6 +53,7 @@ def test_a_control_in_which_nothing_mismatches_fails() -> None:
 
 
 @pytest.mark.extended
+@pytest.mark.timeout(1800)
 def test_a_dry_run_stops_with_its_budget_resumes_and_passes(tmp_path: Path) -> None:
     file = tmp_path / "check.json"
     code, printed = gpu_check("--dry", "--budget-s", "0", "--out", file)
@@ -76,6 +77,7 @@ def test_a_dry_run_stops_with_its_budget_resumes_and_passes(tmp_path: Path) -> N
 
 
 @pytest.mark.extended
+@pytest.mark.timeout(1800)
 def test_control_a_lost_work_item_is_seen_by_every_check(tmp_path: Path) -> None:
     file = tmp_path / "control.json"
     code, printed = gpu_check("--dry", "--control", "--out", file)

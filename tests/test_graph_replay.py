@@ -15,7 +15,7 @@ from sglang_prefix.bench.graphs import launches_of
 from sglang_prefix.bench.workloads.inputs import MismatchError
 from tests.gpu.checks import GraphServer
 from tests.gpu.conftest import Setting
-from tests.gpu.variants import ALL_MODES
+from tests.gpu.variants import ALL_MODES, Modes
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
@@ -65,6 +65,26 @@ def test_one_capture_serves_every_forest(server: GraphServer) -> None:
                 outputs.append(server.outputs.clone())
             assert outputs[0].same_bits(outputs[1])
             inputs.grow(step)
+
+
+@pytest.mark.parametrize("modes", [ALL_MODES[0], ALL_MODES[-1]], ids="/".join)
+def test_verification_of_drafts(modes: Modes, pytestconfig: pytest.Config) -> None:
+    """Three query tokens of a request: uneven lengths, fewer requests, growth, a repeated step."""
+    seed = int(pytestconfig.option.hypothesis_seed)
+    setting = Setting(torch.device("cpu"), seed, dry=True, control=False)
+    server = GraphServer(modes, setting, query_tokens=3)
+    for _, inputs, plan in server.served[1:3]:
+        assert plan.query_lens is not None
+        server.load(plan, inputs)
+        for step in range(2):
+            server.fill(inputs)
+            server.replay()
+            inputs.compare(server.outputs)
+            inputs.grow(step)
+    server.attention.executor.append(server.lens, server.new_slots)
+    server.replay()
+    inputs.seq_lens -= 1  # the lengths are those of the step that was repeated
+    inputs.compare(server.outputs)
 
 
 def test_a_replay_after_an_aborted_one(server: GraphServer) -> None:

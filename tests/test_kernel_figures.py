@@ -17,18 +17,23 @@ from prefix_kernels.kernel_report import KernelReport
 from prefix_kernels.tiles import ROW_CLASSES
 from sglang_prefix.cli.kernel_figures import compare_figures, read_figures
 from sglang_prefix.cli.main import app
-from sglang_prefix.packing.gpu import LOOP_INSTRUCTIONS
+from sglang_prefix.packing.gpu import LATENT_LOOP_INSTRUCTIONS, LOOP_INSTRUCTIONS
 from tests.readers import kernel_figures
 
 ROOT = Path(__file__).parents[1]
 COMMITTED = ROOT / "docs" / "results" / "compiled"
-MAIN = {"head_dims": [128], "dtypes": [("bf16", "bf16")], "merges": ["launch"]}
+MAIN = {"head_dims": [128, 576], "dtypes": [("bf16", "bf16")], "merges": ["launch"]}
+LATENT_ROWS = {16, 32, 64}
+NUM_TILES = len(ROW_CLASSES) + 2 + len(LATENT_ROWS) + 2  # with those of fused kernels
 RENEW = "a kernel changed: look at it, then `make kernels-audit` renews the file"
 
 
 @pytest.fixture(scope="module")
 def main_reports() -> list[KernelReport]:
-    """bf16 at head dim 128 on sm_90, of every row class, by the environment's Triton."""
+    """bf16 at head dim 128, and with v in k, on sm_90, by the environment's Triton.
+
+    Of every row class.
+    """
     variants = kernel_variants("sm_90", kv_lengths=[4096], **MAIN)  # type: ignore[arg-type]
     return list(compile_variants(variants, "sm_90", jobs=2))
 
@@ -45,7 +50,9 @@ def committed() -> list[Any]:
 def test_no_inner_loop_has_grown(main_reports: list[KernelReport], committed: list[Any]) -> None:
     rows = [report.as_dict() for report in main_reports]
     forward = [row for row in rows if row["kernel"].startswith("pack_forward")]
-    assert {row["tile"]["block_m"] for row in forward} == {*ROW_CLASSES}
+    for head_dim, classes in ((128, {*ROW_CLASSES}), (576, LATENT_ROWS)):
+        found_rows = {row["tile"]["block_m"] for row in forward if row["head_dim"] == head_dim}
+        assert found_rows == classes
     assert {row["kernel"] for row in rows} >= {"pack_forward_fused", "merge"}
     found = compare_figures(committed, rows)
     assert not found.added, RENEW
@@ -64,7 +71,7 @@ def test_control_growth_is_caught(
     for tile in tiles:
         tile["loop_instructions"] = int(tile["loop_instructions"] * factor)
     grown = [one for one in compare_figures(before, rows).changes if one.is_loop_growth]
-    assert len(tiles) == len(ROW_CLASSES) + 2
+    assert len(tiles) == NUM_TILES
     assert len(grown) == (len(tiles) if is_caught else 0)
 
 
@@ -74,15 +81,18 @@ def test_a_loop_is_one_iteration(main_reports: list[KernelReport]) -> None:
         for tile in report.tiles:
             by_kind, warps = tile.loop_instructions_by_kind, report.variant.tile.num_warps
             assert sum(by_kind.values()) == tile.loop_instructions
-            assert by_kind["other"] < tile.loop_instructions / 20
+            assert by_kind["other"] < tile.loop_instructions / 10
             # HMMA takes 16 x 8 x 16 per warp, HGMMA 64 x 64 x 16 of K and 64 x 128 x 16 of V per
-            # four warps.
-            products = tile.block_m * tile.block_n * 2 * 128
-            hmma, hgmma = products // (16 * 8 * 16 * warps), 128 // 16 + 64 // 16
+            # four warps; with v in k half as wide of K, and twice of V.
+            latent = report.variant.v_in_k
+            products = tile.block_m * tile.block_n * (576 + 512 if latent else 2 * 128)
+            hmma = products // (16 * 8 * 16 * warps)
+            hgmma = 576 // 16 + 2 * 64 // 16 if latent else 128 // 16 + 64 // 16
             assert by_kind["matrix"] == (hgmma if tile.block_m >= 64 else hmma)
             copies = tile.kv_bytes // (32 * 16 * warps)
-            # Each of K and V is committed once, and waited for together or one by one.
-            assert by_kind["copy"] - copies in (3, 4)
+            # Each of K and V is committed once, and waited for together or one by one. V in k is
+            # not copied a second time: each of the three blocks of k is committed.
+            assert by_kind["copy"] - copies in ((4,) if latent else (3, 4))
             assert tile.first_copy_instructions is not None
             assert 100 < tile.first_copy_instructions < 1000
 
@@ -90,7 +100,8 @@ def test_a_loop_is_one_iteration(main_reports: list[KernelReport]) -> None:
 def test_committed_files_hold_the_main_variants() -> None:
     """Of the environment's Triton and of the GPU hosts', by the same command."""
     versions = {
-        re.findall(r"sm_90-triton-(.*)\.json", file.name)[0] for file in COMMITTED.iterdir()
+        re.findall(r"sm_90-triton-(.*)\.json", file.name)[0]
+        for file in COMMITTED.glob("sm_90-triton-*")
     }
     assert versions == {triton_version(), "3.6.0"}
     listed = []
@@ -100,7 +111,7 @@ def test_committed_files_hold_the_main_variants() -> None:
         ]
         listed.append([{key: row[key] for key in ("kernel", "tile", "merge")} for row in rows])
         forward = [row for row in rows if row["kernel"] == "pack_forward"]
-        assert {row["head_dim"] for row in forward} == {64, 128, 256}
+        assert {row["head_dim"] for row in forward} == {64, 128, 256, 576}
         assert {row["kv_dtype"] for row in forward} == {"bf16", "fp8_e4m3"}
         assert {row["tile"]["block_m"] for row in forward} == {*ROW_CLASSES}
         assert all(row["tiles"] for row in forward)
@@ -109,13 +120,15 @@ def test_committed_files_hold_the_main_variants() -> None:
 
 def test_plans_reckon_with_what_was_counted() -> None:
     rows = read_figures(COMMITTED / "sm_90-triton-3.6.0.json", "3.6.0", "sm_90")["variants"]
-    main = {"kernel": "pack_forward", "head_dim": 128, "kv_dtype": "bf16", "merge": "launch"}
-    counted = {
-        row["tile"]["block_m"]: row["loop_instructions"]
-        for row in rows
-        if main.items() <= row.items()
-    }
-    assert counted == LOOP_INSTRUCTIONS
+    main = {"kernel": "pack_forward", "kv_dtype": "bf16", "merge": "launch"}
+    for head_dim, expected in ((128, LOOP_INSTRUCTIONS), (576, LATENT_LOOP_INSTRUCTIONS)):
+        asked = main | {"head_dim": head_dim}
+        counted = {
+            row["tile"]["block_m"]: row["loop_instructions"]
+            for row in rows
+            if asked.items() <= row.items()
+        }
+        assert counted == expected
 
 
 # -- comparing files -------------------------------------------------------------------------------
@@ -218,7 +231,7 @@ def test_the_command_compares(
     same = total if factor == 1 else total - changed
     assert f"{same} of {total} variants are as they were" in done.stdout
     assert ("loop of 128 rows" in done.stdout) == (factor != 1)
-    assert done.stderr.count("by more than 5%") == (len(ROW_CLASSES) + 2 if status else 0)
+    assert done.stderr.count("by more than 5%") == (NUM_TILES if status else 0)
 
 
 # -- another Triton --------------------------------------------------------------------------------

@@ -185,6 +185,20 @@ def test_threads_end_together(threads: int) -> None:
         assert ends.max() <= 1.1 * costs.sum() / threads
 
 
+@pytest.mark.parametrize("num_requests", [86, 193, 256, 257, 300])
+def test_rows_of_a_pack_are_cut_evenly(num_requests: int) -> None:
+    """No item reads the pack for a few rows that others could have taken, and each costs what its
+    own rows do."""
+    forks = [Fork(0, 0, TILE + 1), *[Fork(0, TILE, 1)] * (num_requests - 1)]
+    case = make_case(build_batch(forks), group=3, head_dim=16)
+    loaded = load(case, "native", "node")
+    loaded.check()
+    assert isinstance(loaded.executor, NativeExecutor)
+    of_pack = [cost for cost in loaded.executor.item_costs if cost >= TILE]
+    assert sum(of_pack) == TILE * (24 * len(of_pack) + 2 * 3 * num_requests)
+    assert min(of_pack) >= 0.5 * max(of_pack)
+
+
 @with_threads(5)
 @pytest.mark.parametrize("spare", [0, 1, 2, 7, 40])
 def test_parts_are_bounded(spare: int, threads: int) -> None:
@@ -290,6 +304,9 @@ def check_compiled(flags: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> Non
             )  # fmt: skip
             for policy, profile in itertools.product(("node", "query"), (WHOLE, SPLITS)):
                 load(case, "native", policy, profile).check()
+        counts = [TILE + 9, TILE + 30, 3, 1]  # of query tokens
+        case = make_case(build_batch(LONG), dtype=dtype, kv_dtype=kv_dtype, query_lens=counts)
+        load(case, "native", "node", SPLITS).check()
 
 
 def test_sixteen_lanes_and_16_bit_products(monkeypatch: pytest.MonkeyPatch) -> None:

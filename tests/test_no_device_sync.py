@@ -90,10 +90,10 @@ def requests_come_and_go(scheduler: DeviceScheduler, in_graph: bool) -> list[str
 def test_steps_with_joins_and_leaves_do_not_wait(in_graph: bool, launches: list[str]) -> None:
     scheduler = DeviceScheduler()
     assert set(requests_come_and_go(scheduler, in_graph)) == {None}
-    assert 8 < scheduler.counters.plans < 24
-    assert launches.count("copy_slots_kernel") == len(SHAPES) * scheduler.counters.plans
+    assert 8 < scheduler.counters.decode.plans < 24
+    assert launches.count("copy_slots_kernel") == len(SHAPES) * scheduler.counters.decode.plans
     scheduler.planner.count_step()
-    assert scheduler.counters.kv_tokens_read < scheduler.counters.kv_tokens_logical
+    assert scheduler.counters.decode.kv_tokens_read < scheduler.counters.decode.kv_tokens_logical
 
 
 def test_the_gate_does_not_wait_either() -> None:

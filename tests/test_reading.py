@@ -180,7 +180,9 @@ def test_a_trace_may_not_expand_without_end(tmp_path: Path) -> None:
     [
         (3, {"prompts": 10**5, "samples": 10}, "1,000,000 answers in all; legal: up to 65,536"),
         (3, {"prompts": 10**4, "samples": 1, "prompt_tokens": 10**5}, "1,000,000,000 tokens"),
-        (4, {"documents": 10**3, "sections": 10**3}, "answers in all"),
+        (4, {"documents": 10**3, "questions": 10**3}, "1,000,000 answers in all"),
+        (4, {"documents": 10**3, "document_tokens": 10**5}, "3,200,640,000 tokens in all"),
+        (5, {"documents": 10**3, "sections": 10**3}, "answers in all"),
         (1, {"num-prompts": 10**4, "random-input-len": 10**6}, "10,000,000,000 tokens in all"),
         (1, {"num-prompts": "1000000000"}, "num-prompts"),
         (2, {"requests": 60_000, "max_prompt_tokens": 10**6}, "60,000,000,000 tokens in all"),

@@ -316,7 +316,9 @@ def test_plans_take_little_more_than_their_work(name: str) -> None:
     assert len(over) <= allowed * len(found), "\n".join(over)
 
 
-def one_share_for_all(packs: Packs, seq_lens: IntArray, costs: CostModel) -> IntArray:
+def one_share_for_all(
+    packs: Packs, seq_lens: IntArray, costs: CostModel, query_lens: IntArray | None = None
+) -> IntArray:
     """The rule before: 264 programs for every class and device, and splits of any length."""
     blocks = costs.row_blocks
     lengths = np.append(packs.end - packs.start, seq_lens - packs.tail_start)

@@ -77,12 +77,16 @@ def test_blocks_of_scores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def merged(
-    values: torch.Tensor, logs: torch.Tensor, counts: list[int], dtype: torch.dtype
+    values: torch.Tensor,
+    logs: torch.Tensor,
+    counts: list[int],
+    dtype: torch.dtype,
+    sinks: torch.Tensor | None = None,
 ) -> Outputs:
     indptr = np.asarray([0, *np.cumsum(counts)])
     out = torch.full((len(counts), *values.shape[1:]), torch.nan, dtype=dtype)
     lse = torch.full((len(counts), values.shape[1]), torch.nan)
-    merge_partials(values, logs, merge_blocks(indptr, values.device), out, lse)
+    merge_partials(values, logs, merge_blocks(indptr, values.device), out, lse, sinks)
     return out, lse
 
 
@@ -111,8 +115,11 @@ def test_merge(
         ((torch.softmax(log, dim=0)[..., None] * part).sum(dim=0), torch.logsumexp(log, dim=0))
         for part, log in parts
     ]
-    outs, lses = zip(*expected, strict=True)
-    assert_close(merged(values, logs, counts, dtype), (torch.stack(outs), torch.stack(lses)))
+    outs, lses = (torch.stack(some) for some in zip(*expected, strict=True))
+    assert_close(merged(values, logs, counts, dtype), (outs, lses))
+    sinks = torch.randn(3, generator=generator) * spread
+    kept = lses.exp() / (lses.exp() + sinks.double().exp())
+    assert_close(merged(values, logs, counts, dtype, sinks), (outs * kept[..., None], lses))
 
 
 @given(

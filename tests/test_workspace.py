@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 
 from prefix_kernels.launches import FUSED_ROWS
@@ -63,20 +64,24 @@ def test_the_default_budget_holds_256_requests_of_llama_3_for_sure_and_more_by_c
 
 @pytest.mark.parametrize("classes", [ROW_CLASSES, FUSED_ROWS], ids=["streams", "fused"])
 @pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("drafts", [1, 2, 4])
 @pytest.mark.parametrize("seed", range(3))
-def test_every_plan_of_a_sure_batch_fits(classes: tuple[int, ...], policy: str, seed: int) -> None:
+def test_every_plan_of_a_sure_batch_fits(
+    classes: tuple[int, ...], policy: str, drafts: int, seed: int
+) -> None:
     """At any sharing, up to the context length; splits are lowered where partials run out."""
-    rows, context_len, room = 12, 96, 8
+    size, context_len, room = 12, 96, 8
     for shape in (AttentionShape(6, 2, 16, 16, 4, 4), AttentionShape(160, 1, 16, 16, 4, 4)):
         workspace = size_workspace(
             shape,
-            max_batch_size=rows,
+            max_batch_size=size,
             context_len=context_len,
             reserved_tail_slots=room,
             max_block_rows=classes[-1],
-            budget=MIB // 8 if shape.num_kv_heads > 1 else MIB,
+            budget=drafts * (MIB // 8 if shape.num_kv_heads > 1 else MIB),
+            query_tokens=drafts,
         )
-        assert workspace.sure_batch_size == rows
+        assert workspace.sure_batch_size == size
         planner = PackPlanner(
             shape,
             GPU_PROFILE.narrowed_to(classes[-1]),
@@ -84,12 +89,14 @@ def test_every_plan_of_a_sure_batch_fits(classes: tuple[int, ...], policy: str, 
             max_partials=workspace.max_partials,
             reserved_tail_slots=room,
         )
-        for num_requests in (rows, 3):
+        for num_requests in (size, 3):
             batch = random_batch(seed, num_requests=num_requests, max_tokens=context_len)
-            plan = planner.plan(batch.forest())
+            forest = batch.forest()
+            query_lens = np.minimum(forest.seq_lens, drafts)
+            plan = planner.plan(forest, query_lens=query_lens)
             items, partials = build_work_list(plan, shape.group_size, list(classes))
-            packed = serialize_plan(plan, [items], partials, rows)
-            need = PlanCapacity(rows, len(packed), plan.num_slots, plan.num_partials)
+            packed = serialize_plan(plan, [items], partials, size * drafts)
+            need = PlanCapacity(size * drafts, len(packed), plan.num_slots, plan.num_partials)
             assert workspace.capacity.holds(need)
 
 

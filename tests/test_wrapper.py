@@ -6,6 +6,7 @@ import inspect
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -84,18 +85,18 @@ def test_the_signature_is_the_contract() -> None:
         return str(inspect.Signature(plain))
 
     assert signature(PrefixDecodeWrapper) == (
-        "(num_qo_heads, num_kv_heads, head_dim, *, v_head_dim=None, page_size=1, sm_scale=None, "
-        "logit_cap=0.0, policy='pat', q_dtype=torch.bfloat16, kv_dtype=None, dtype=None, "
-        "max_batch_size=None, max_kv_tokens=None, max_partials=None, device='cpu', "
+        "(num_qo_heads, num_kv_heads, head_dim, *, v_head_dim=None, v_in_k=False, page_size=1, "
+        "sm_scale=None, logit_cap=0.0, policy='pat', q_dtype=torch.bfloat16, kv_dtype=None, "
+        "dtype=None, max_batch_size=None, max_kv_tokens=None, max_partials=None, device='cpu', "
         "executor='auto')"
     )
-    plan = "(req_to_token, req_pool_indices, seq_lens, *, forest=None)"
+    plan = "(req_to_token, req_pool_indices, seq_lens, *, forest=None, query_lens=None)"
     assert signature(PrefixDecodeWrapper.plan) == plan
     assert signature(PrefixDecodeWrapper.run) == (
         "(q, k_cache, v_cache, *, out=None, lse=None, return_lse=False, seq_lens=None, "
         "sm_scale=None, logit_cap=None, k_scale=None, v_scale=None, sinks=None, window_left=-1)"
     )
-    assert signature(PrefixDecodeWrapper.advance) == "(seq_lens, new_slots)"
+    assert signature(PrefixDecodeWrapper.advance) == "(seq_lens, new_slots, *, rewrite=False)"
 
 
 def test_the_wrapper_imports_no_sglang() -> None:
@@ -174,6 +175,19 @@ def test_what_run_returns(wrapper: PrefixDecodeWrapper, case: AttentionCase) -> 
         inputs, (case.q, case.k_cache, case.v_cache, case.req_to_token), strict=True
     ):
         torch.testing.assert_close(after, before, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sinks(wrapper: PrefixDecodeWrapper, case: AttentionCase, dtype: torch.dtype) -> None:
+    """A parameter of a model; what it leaves follows from the lse, which it does not change."""
+    layer = case.q, case.k_cache, case.v_cache
+    sinks = torch.nn.Parameter((4 + torch.randn(case.q.shape[1])).to(dtype))
+    found = wrapper.run(*layer, sinks=sinks, return_lse=True)
+    assert isinstance(found, tuple)
+    assert_close(found, replace(case, options={"sinks": sinks.detach()}).oracle())
+    out, lse = wrapper.run(*layer, return_lse=True)
+    assert torch.equal(lse, found[1])
+    torch.testing.assert_close(found[0], out * torch.sigmoid(lse - sinks.detach())[..., None])
 
 
 def test_dtype_sets_both() -> None:

@@ -226,7 +226,7 @@ def test_a_forest_that_was_written_to(wrapper: PrefixDecodeWrapper, case: Attent
     ("options", "says"),
     [
         ({"max_batch_size": 3}, "4 entries; legal: up to max_batch_size=3"),
-        ({"max_partials": 3}, "max_partials=3 is below the batch size 4; legal"),
+        ({"max_partials": 3}, "max_partials=3 is below the 4 queries of the batch; legal"),
         ({"max_kv_tokens": 2615}, "2616 KV tokens; legal: up to max_kv_tokens=2615"),
     ],
 )
@@ -294,7 +294,14 @@ def test_before_plan(case: AttentionCase) -> None:
         ("v_cache", torch.zeros(SLOTS + 1, HKV, DV), "v_cache has .* slots; legal: .* k_cache has"),
         ("v_scale", torch.ones(HKV).int(), "v_scale has .*torch.int32; legal"),
         ("v_scale", torch.ones(HKV, device="meta"), "v_scale is on meta; legal: cpu"),
-        ("sinks", torch.zeros(HQ), "sinks is not supported yet; legal: None"),
+        ("sinks", [0.0] * HQ, "sinks is a list; legal: a torch.Tensor"),
+        ("sinks", torch.zeros(HKV), r"sinks has shape \(2,\); legal: \[8\]"),
+        ("sinks", torch.zeros(1, HQ), r"sinks has shape \(1, 8\); legal: \[8\]"),
+        ("sinks", torch.zeros(HQ).double(), "sinks has dtype torch.float64; legal: torch.float32"),
+        ("sinks", torch.zeros(HQ, device="meta"), "sinks is on meta; legal: cpu"),
+        ("sinks", torch.zeros(2 * HQ)[::2], "sinks has stride 2; legal: 1"),
+        ("sinks", torch.full((HQ,), INF), "sinks holds NaN or infinity; legal: finite.*-inf"),
+        ("sinks", torch.full((HQ,), NAN), "sinks holds NaN or infinity; legal: finite.*-inf"),
         ("window_left", 128, "window_left=128; legal: -1"),
     ],
 )
@@ -305,13 +312,21 @@ def test_run(
     refused(wrapper, case, says, lambda: wrapper.run(**{**arguments, argument: value}))
 
 
-@pytest.mark.parametrize("names", [("out", "q"), ("out", "v_cache"), ("lse", "k_scale")])
+@pytest.mark.parametrize(
+    "names", [("out", "q"), ("out", "v_cache"), ("lse", "k_scale"), ("lse", "sinks")]
+)
 def test_outputs_over_inputs(
     wrapper: PrefixDecodeWrapper, case: AttentionCase, names: tuple[str, str]
 ) -> None:
     """Whoever reads later would read what has been written."""
     memory = torch.zeros(max(case.v_cache.numel(), B * HQ * max(D, DV)))
-    shapes = {"out": (B, HQ, DV), "lse": (B, HQ), "q": (B, HQ, D), "k_scale": (HKV,)}
+    shapes = {
+        "out": (B, HQ, DV),
+        "lse": (B, HQ),
+        "q": (B, HQ, D),
+        "k_scale": (HKV,),
+        "sinks": (HQ,),
+    }
     shapes["v_cache"] = tuple(case.v_cache.shape)
     arguments: dict[str, Any] = {"q": case.q, "k_cache": case.k_cache, "v_cache": case.v_cache}
     arguments |= {
@@ -341,8 +356,8 @@ def test_a_load_that_fails_leaves_the_plan(
     wrapper.plan(*indices)
     plan = PackPlanner.plan
 
-    def too_large(self: PackPlanner, forest: PrefixForest) -> CostedPlan:
-        made = plan(self, forest)
+    def too_large(self: PackPlanner, forest: PrefixForest, **options: Any) -> CostedPlan:
+        made = plan(self, forest, **options)
         made.slot_offset[-1] = 1 << 50
         return made
 

@@ -29,7 +29,6 @@ from prefix_kernels.tiles import (
     TileConfig,
     TileShape,
     load_tuned_tiles,
-    next_power_of_two,
     row_classes,
 )
 
@@ -37,6 +36,7 @@ __all__ = [
     "ALL_ARCHS",
     "DEFAULT_DTYPES",
     "HEAD_DIMS",
+    "LATENT_DIMS",
     "KernelVariant",
     "compile_variants",
     "kernel_variants",
@@ -48,6 +48,8 @@ __all__ = [
 ALL_ARCHS = ARCHS | AMD_ARCHS
 
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+# Of k where v is in it, and of v: the latent and the part with RoPE of DeepSeek's models.
+LATENT_DIMS = {576: 512}
 
 _ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4}  # all others have one byte
 # Dtypes of q, which is the output's, and of the caches.
@@ -85,6 +87,8 @@ _TRITON_DTYPES = {
 }
 _FLOATS = ("sm_scale", "v_factor", "logit_cap")
 _NUM_KV_HEADS = 8
+# Query heads of a rank where v is in k, of one KV head: DeepSeek-V3's 128 on eight ranks, or more.
+_LATENT_GROUP = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +97,7 @@ class KernelVariant:
 
     Attributes:
         kernel: "pack_forward", "pack_forward_fused", "merge", "copy_slots" or "append_slots".
-        head_dim: elements per head of q, k and v; 0 where the kernel has none.
+        head_dim: elements per head of q and k; 0 where the kernel has none.
         dtype, kv_dtype: of q and the output, and of the caches; of a slot kernel, both "int32".
         tile: the tile, of a fused kernel its wide one; else rows and elements taken at once.
         narrow_tile: the other tile of a fused kernel.
@@ -102,6 +106,10 @@ class KernelVariant:
         group_size: query heads per KV head.
         overlaps_merge: whether the launch of the merge begins before that of the forward stage
             ends, see `TritonExecutor`.
+        v_in_k: as of `AttentionShape`; v has the elements of :data:`LATENT_DIMS` then, else those
+            of k.
+        sinks: dtype of attention sinks, "bf16" or "fp32"; None for none.
+        causal: whether requests have several query tokens, as in a plan with ``query_lens``.
     """
 
     kernel: str
@@ -113,6 +121,26 @@ class KernelVariant:
     merge: str = "launch"
     group_size: int = 4
     overlaps_merge: bool = False
+    v_in_k: bool = False
+
+    @property
+    def v_head_dim(self) -> int:
+        """Elements per head of v."""
+        return LATENT_DIMS[self.head_dim] if self.v_in_k else self.head_dim
+
+    @property
+    def num_kv_heads(self) -> int:
+        """KV heads of the layer."""
+        return 1 if self.v_in_k else _NUM_KV_HEADS
+
+    @property
+    def shape(self) -> TileShape:
+        """What its tiles are chosen by, but for the device."""
+        q_size, kv_size = (_ITEMSIZES.get(name, 1) for name in (self.dtype, self.kv_dtype))
+        return TileShape(self.head_dim, self.v_head_dim, q_size, kv_size, v_in_k=self.v_in_k)
+
+    sinks: str | None = None
+    causal: bool = False
 
 
 def legal_dtypes(arch: str) -> tuple[tuple[str, str], ...]:
@@ -124,11 +152,12 @@ def legal_dtypes(arch: str) -> tuple[tuple[str, str], ...]:
 def kernel_variants(
     arch: str,
     *,
-    head_dims: Iterable[int] = HEAD_DIMS,
+    head_dims: Iterable[int] | None = None,
     dtypes: Iterable[tuple[str, str]] | None = None,
     merges: Iterable[str] = MERGE_MODES,
     kv_lengths: Iterable[int] = _KV_LENGTHS,
     group_size: int = 4,
+    causal: bool = False,
 ) -> Iterator[KernelVariant]:
     """List what `TritonExecutor` launches in all of its modes, on all devices of an architecture.
 
@@ -136,37 +165,43 @@ def kernel_variants(
 
     Args:
         arch: a key of :data:`ALL_ARCHS`.
-        head_dims: elements per head.
+        head_dims: of q and k; those of :data:`LATENT_DIMS` have v in k, without 8-bit caches. None
+            for all, without the latter for AMD's, whose shared memory is too small.
         dtypes: of q and the caches; None for those of :data:`DEFAULT_DTYPES` that the arch has.
         merges: of :data:`MERGE_MODES`.
         kv_lengths: tokens of the packs.
-        group_size: query heads per KV head.
+        group_size: query heads per KV head; no less than 16 with v in k.
+        causal: those of plans with ``query_lens`` instead; the merge and `copy_slots` are the same.
     """
+    if head_dims is None:
+        head_dims = HEAD_DIMS if arch in AMD_ARCHS else (*HEAD_DIMS, *LATENT_DIMS)
     if dtypes is None:
         dtypes = [pair for pair in legal_dtypes(arch) if pair in DEFAULT_DTYPES]
     pairs, merges, lengths = tuple(dtypes), tuple(merges), tuple(kv_lengths)
     tuned = load_tuned_tiles(TABLE)
     devices = (None, *(name for name, device in tuned.items() if device.arch == arch))
     for head_dim in head_dims:
+        v_in_k = head_dim in LATENT_DIMS
+        group = max(group_size, _LATENT_GROUP) if v_in_k else group_size
+        tile = TileConfig(group, 1, _SIDE_WARPS, _DEFAULT_STAGES, 0)
+        one = KernelVariant("merge", head_dim, "", "fp32", tile, group_size=group, v_in_k=v_in_k)
         for dtype, kv_dtype in pairs:
-            q_itemsize, kv_itemsize = (_ITEMSIZES.get(name, 1) for name in (dtype, kv_dtype))
-            shape = TileShape(head_dim, head_dim, q_itemsize, kv_itemsize).on_arch(arch)
-            tiles = list(_forward_tiles(shape, devices, lengths))
+            forward = replace(one, dtype=dtype, kv_dtype=kv_dtype, causal=causal)
+            tiles = list(_forward_tiles(forward.shape.on_arch(arch), devices, lengths))
             if arch in AMD_ARCHS:
                 tiles = [(name, _for_amd(t), n and _for_amd(n)) for name, t, n in tiles]
             for merge in merges:
                 for kernel, tile, narrow in tiles:
                     tile = tile.merging() if merge == "in_kernel" else tile
-                    yield KernelVariant(
-                        kernel, head_dim, dtype, kv_dtype, tile, narrow, merge, group_size
+                    yield replace(
+                        forward, kernel=kernel, tile=tile, narrow_tile=narrow, merge=merge
                     )
-        if "launch" in merges:
-            tile = TileConfig(group_size, 1, _SIDE_WARPS, _DEFAULT_STAGES, 0)
+        if "launch" in merges and not causal:
             for dtype in dict.fromkeys(dtype for dtype, _ in pairs):
-                yield KernelVariant("merge", head_dim, dtype, "fp32", tile, group_size=group_size)
-    for name, block in (("copy_slots", 1024), ("append_slots", 128)):
+                yield replace(one, dtype=dtype)
+    for name, block in (("copy_slots", 1024), ("append_slots", 128))[causal:]:
         tile = TileConfig(1, block, _SIDE_WARPS, _DEFAULT_STAGES, 0)
-        yield KernelVariant(name, 0, "int32", "int32", tile)
+        yield KernelVariant(name, 0, "int32", "int32", tile, causal=causal)
 
 
 def _for_amd(tile: TileConfig) -> TileConfig:
@@ -192,7 +227,7 @@ def _forward_tiles(
             PlanFacts((rows,), length), replace(shape, device=device), "streams"
         )
     ]
-    for length in kv_lengths:
+    for length in kv_lengths if row_classes(shape) else ():
         launches += choose_launches(PlanFacts((FUSED_ROWS[-1],), length), shape, "fused")
     for narrow, wide in dict.fromkeys((one.tile, one.wide_tile) for one in launches):
         if wide is None:
@@ -322,7 +357,8 @@ def _tile_reports(variant: KernelVariant, binary: MachineCode) -> tuple[TileRepo
     loops = find_kv_loops(binary.code)
     if len(loops) != len(tiles):
         return ()
-    token_bytes = 2 * variant.head_dim * _ITEMSIZES.get(variant.kv_dtype, 1)
+    elements = variant.head_dim + (0 if variant.v_in_k else variant.v_head_dim)
+    token_bytes = elements * _ITEMSIZES.get(variant.kv_dtype, 1)
     return tuple(
         TileReport(
             tile.block_m,
@@ -342,44 +378,53 @@ def _arguments(variant: KernelVariant) -> tuple[Any, dict[str, str], dict[str, A
     from prefix_kernels.merge import merge_kernel
     from prefix_kernels.plan_buffers import append_slots_kernel, copy_slots_kernel
 
-    heads = {"NUM_KV_HEADS": _NUM_KV_HEADS}
-    block = {"BLOCK": variant.tile.block_n}
+    heads = {"NUM_KV_HEADS": variant.num_kv_heads}
+    block, causal = {"BLOCK": variant.tile.block_n}, {"CAUSAL": variant.causal}
     # SGLang's table is int32, what it passes per request is int64.
     if variant.kernel == "copy_slots":
         return copy_slots_kernel, {"req_pool_indices": "i64"}, block
     if variant.kernel == "append_slots":
         pointers = {"seq_lens": "i64", "new_slots": "i64"}
-        return append_slots_kernel, pointers, heads | block
+        return append_slots_kernel, pointers, heads | block | causal
     q, kv = (_TRITON_DTYPES.get(name, name) for name in (variant.dtype, variant.kv_dtype))
     pointers = {"out": q, "lse": "fp32", "partial_out": "fp32", "partial_lse": "fp32"}
+    if variant.sinks is not None:
+        pointers["sinks"] = variant.sinks
     outputs = heads | {
         "GROUP_SIZE": variant.group_size,
-        "V_HEAD_DIM": variant.head_dim,
-        "BLOCK_DV": next_power_of_two(variant.head_dim),
+        "V_HEAD_DIM": variant.v_head_dim,
+        "BLOCK_DV": variant.shape.v_block,
         "WRITES_LSE": False,
         "OVERLAPS_MERGE": variant.overlaps_merge,
+        **({} if variant.sinks else {"sinks_ptr": None}),
     }
     if variant.kernel == "merge":
         return merge_kernel, pointers, outputs
     pointers |= {"q": q, "k": kv, "v": kv, "k_scale": "fp32", "v_scale": "fp32"}
     narrow = variant.narrow_tile
     tile, wide = (narrow, variant.tile) if narrow else (variant.tile, None)
-    stride = _NUM_KV_HEADS * variant.head_dim
-    constants = outputs | {
-        "K_STRIDE": stride,
-        "K_HEAD_STRIDE": variant.head_dim,
-        "V_STRIDE": stride,
-        "V_HEAD_STRIDE": variant.head_dim,
-        "HEAD_DIM": variant.head_dim,
-        "BLOCK_D": next_power_of_two(variant.head_dim),
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "WIDE_BLOCK_M": wide.block_m if wide else 0,
-        "WIDE_BLOCK_N": wide.block_n if wide else 0,
-        "LIST": 0,
-        "HAS_CAP": False,
-        "HAS_SCALES": kv.startswith("fp8"),
-        "MERGES": variant.merge == "in_kernel",
-        **tile.switches,
-    }
+    k_strides = variant.num_kv_heads * variant.head_dim, variant.head_dim
+    v_strides = (0, 0) if variant.v_in_k else k_strides
+    constants = (
+        outputs
+        | causal
+        | {
+            "K_STRIDE": k_strides[0],
+            "K_HEAD_STRIDE": k_strides[1],
+            "V_STRIDE": v_strides[0],
+            "V_HEAD_STRIDE": v_strides[1],
+            "HEAD_DIM": variant.head_dim,
+            "BLOCK_D": variant.shape.k_block,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "WIDE_BLOCK_M": wide.block_m if wide else 0,
+            "WIDE_BLOCK_N": wide.block_n if wide else 0,
+            "LIST": 0,
+            "V_IN_K": variant.v_in_k,
+            "HAS_CAP": False,
+            "HAS_SCALES": kv.startswith("fp8"),
+            "MERGES": variant.merge == "in_kernel",
+            **tile.switches,
+        }
+    )
     return pack_forward_kernel, pointers, constants

@@ -19,8 +19,10 @@ __all__ = [
     "EXECUTORS",
     "AttentionParams",
     "PlanExecutor",
+    "check_num_new",
     "choose_executor",
     "make_executor",
+    "why_not_shape",
     "why_torch",
 ]
 
@@ -45,12 +47,15 @@ class AttentionParams:
         logit_cap: scores become ``cap * tanh(score / cap)``; 0 for none.
         k_scale, v_scale: dequantisation factors, numbers or float32 device tensors of shape [] or
             [Hkv].
+        sinks: a logit per query head that takes part in the softmax and brings no value; [Hq]
+            float32, bfloat16 or float16 on the device, contiguous. None for none, and so is -inf.
     """
 
     sm_scale: float
     logit_cap: float = 0.0
     k_scale: float | torch.Tensor = 1.0
     v_scale: float | torch.Tensor = 1.0
+    sinks: torch.Tensor | None = None
 
 
 class PlanExecutor(ABC):
@@ -68,7 +73,7 @@ class PlanExecutor(ABC):
     Attributes:
         name: "torch", "native" or "triton".
         plan: the plan in use; None before the first.
-        padded_batch_size: batch rows of q and the outputs under the plan in use.
+        padded_batch_size: rows of q and the outputs under the plan in use.
         slot_range: the smallest and the largest slot in use, where slots are checked.
     """
 
@@ -89,6 +94,11 @@ class PlanExecutor(ABC):
         cls, device: torch.device, q_dtype: torch.dtype, kv_dtype: torch.dtype
     ) -> str | None:
         """Why this executor cannot run on such tensors; None if it can."""
+        return None
+
+    @classmethod
+    def why_not_shape(cls, shape: AttentionShape, device: torch.device) -> str | None:
+        """Why this executor cannot run layers of a shape on a device; None if it can."""
         return None
 
     @property
@@ -121,33 +131,54 @@ class PlanExecutor(ABC):
             req_to_token: [rows, context] int32 or int64 on the device, dense in its second
                 dimension.
             req_pool_indices: [B] int32 or int64 on the device.
-            padded_batch_size: batch rows of q and the outputs. Those past the plan's requests are
-                padding and get zeros. None for as many as there are requests.
+            padded_batch_size: rows of q and the outputs. Those past the plan's queries are padding
+                and get zeros. None for as many as there are queries.
 
         Raises:
             ValueError: the plan is larger than the executor's fixed capacity.
         """
-        size = plan.batch_size if padded_batch_size is None else padded_batch_size
+        size = plan.num_rows if padded_batch_size is None else padded_batch_size
         self._load(plan, req_to_token, req_pool_indices, size)
         self.plan, self.padded_batch_size = plan, size
         if self._checks_slots:
             self.slot_range = self._find_slot_range()
 
-    def append(self, seq_lens: torch.Tensor, new_slots: torch.Tensor) -> None:
-        """Let every tail grow by one token, without a device sync.
+    def append(
+        self,
+        seq_lens: torch.Tensor,
+        new_slots: torch.Tensor,
+        *,
+        num_new: IntArray | None = None,
+    ) -> None:
+        """Let every tail grow by a token, or by ``num_new``, without a device sync.
 
-        The Triton executor takes the lengths from the device, so a graph may hold the call and a
-        repeated step does no harm. The others count the steps on the host.
+        Under a plan with ``query_lens`` this is a step of as many query tokens, which stand at the
+        end: a request's last ones, whose slots are all written. Where some drafts of the step
+        before were rejected, tails have grown by fewer, and positions are written again.
+
+        The Triton executor takes the lengths from the device, so a graph may hold the call and,
+        without ``num_new``, a repeated step does no harm. It knows of growth only what that says;
+        without it, as where the device alone knows what was accepted, the caller sees to it that no
+        tail outgrows its reserved slots. The others count the steps on the host.
 
         Args:
-            seq_lens: [B] int32 or int64 on the device: the lengths with the new token. Padding rows
-                may follow.
-            new_slots: [B] int32 or int64 on the device: the slots of the new tokens, likewise.
+            seq_lens: [B] int32 or int64 on the device: the lengths with the new tokens. Padding
+                rows may follow.
+            new_slots: [R] int32 or int64 on the device: the slots of the step's query tokens,
+                request after request, likewise.
+            num_new: [B] int64 on the host: tokens by which each tail grows, from 1 to the query
+                tokens of its request. None for one each, or for the Triton executor, unknown.
+
+        Raises:
+            ValueError: ``num_new`` is none of these.
+            RuntimeError: a tail has used up its reserved slots, as far as the executor knows.
         """
+        assert self.plan is not None
+        if num_new is not None:
+            check_num_new(num_new, self.plan)
+        self._append(seq_lens, new_slots, num_new)
         if self._checks_slots and not _is_capturing(self.device):
-            assert self.plan is not None
-            self._widen_slot_range(new_slots[: self.plan.batch_size])
-        self._append(seq_lens, new_slots)
+            self._widen_slot_range(new_slots[: self.plan.num_rows])
 
     def run(
         self,
@@ -161,11 +192,14 @@ class PlanExecutor(ABC):
         """Attend one layer's queries to their KV. Synchronises nothing.
 
         Args:
-            q: [B, Hq, D], padding rows included; this and the next three dense in their last
+            q: [R, Hq, D], padding rows included; this and the next three dense in their last
                 dimension.
-            k_cache, v_cache: [slots, Hkv, D] and [slots, Hkv, Dv].
-            out: [B, Hq, Dv], written.
-            lse: [B, Hq] float32, natural log; written where given.
+            k_cache, v_cache: [slots, Hkv, D] and [slots, Hkv, Dv]; with ``shape.v_in_k`` the
+                latter is the view ``k_cache[..., :Dv]``. Every position of a request holds KV,
+                those of its query tokens included.
+            out: [R, Hq, Dv], written.
+            lse: [R, Hq] float32, natural log; written where given. It is that of the KV alone,
+                without the sinks, so that it merges with partial results over other KV.
             params: the layer's numbers.
 
         Raises:
@@ -197,7 +231,9 @@ class PlanExecutor(ABC):
     ) -> None: ...
 
     @abstractmethod
-    def _append(self, seq_lens: torch.Tensor, new_slots: torch.Tensor) -> None: ...
+    def _append(
+        self, seq_lens: torch.Tensor, new_slots: torch.Tensor, num_new: IntArray | None
+    ) -> None: ...
 
     @abstractmethod
     def _run(
@@ -264,6 +300,11 @@ def _fastest(device: torch.device) -> str:
     return "triton" if device.type == "cuda" else "native"
 
 
+def why_not_shape(name: str, shape: AttentionShape, device: torch.device) -> str | None:
+    """Why the executor of that name cannot run layers of a shape on a device; None if it can."""
+    return _class_of(name).why_not_shape(shape, device)
+
+
 def make_executor(
     name: str, shape: AttentionShape, device: torch.device, **options: Any
 ) -> PlanExecutor:
@@ -282,6 +323,22 @@ def _class_of(name: str) -> type[PlanExecutor]:
     module, cls = _CLASSES[name]
     found: type[PlanExecutor] = getattr(import_module(module), cls)
     return found
+
+
+def check_num_new(num_new: IntArray, plan: PackPlan) -> None:
+    """Raise ValueError for a growth that would leave positions without a slot, or repeat a step."""
+    most = np.ones(plan.batch_size, np.int64) if plan.query_lens is None else plan.query_lens
+    if num_new.shape != most.shape or num_new.dtype != np.int64:
+        raise ValueError(
+            f"num_new has shape {num_new.shape} and dtype {num_new.dtype}; legal: "
+            f"[{len(most)}] of int64, as the plan has requests"
+        )
+    bad = np.flatnonzero((num_new < 1) | (num_new > most))
+    if len(bad):
+        b = bad[0]
+        raise ValueError(
+            f"num_new[{b}]={num_new[b]}; legal: 1 to {most[b]}, the query tokens of the request"
+        )
 
 
 def _bounds(slots: torch.Tensor) -> tuple[int, int]:

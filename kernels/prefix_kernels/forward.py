@@ -18,13 +18,12 @@ import triton
 import triton.language as tl
 
 from prefix_kernels import plan_buffers, work_list
-from prefix_kernels.merge import last_block_merge, merge_heads
+from prefix_kernels.kv_loop import attend_kv
+from prefix_kernels.merge import kept_of_sinks, last_block_merge, merge_heads
 
 __all__ = ["pack_forward_kernel"]
 
-LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-SMALLEST = tl.constexpr(2.0**-126)  # normal number of float32
 ITEM_FIELDS = tl.constexpr(work_list.ITEM_FIELDS)
 TO_OUT = tl.constexpr(work_list.TO_OUT)
 TO_PARTIALS = tl.constexpr(work_list.TO_PARTIALS)
@@ -33,7 +32,7 @@ HEADER_ITEMS = tl.constexpr(plan_buffers.HEADER_ITEMS)
 HEADER_QUERIES = tl.constexpr(plan_buffers.HEADER_QUERIES)
 HEADER_PARTIALS = tl.constexpr(plan_buffers.HEADER_PARTIALS)
 HEADER_REQUEST_INDPTR = tl.constexpr(plan_buffers.HEADER_REQUEST_INDPTR)
-HEADER_NUM_REQUESTS = tl.constexpr(plan_buffers.HEADER_NUM_REQUESTS)
+HEADER_NUM_ROWS = tl.constexpr(plan_buffers.HEADER_NUM_ROWS)
 
 
 @triton.jit(
@@ -50,6 +49,7 @@ def pack_forward_kernel(
     partial_lse_ptr,  # [partials, Hq] float32, natural log
     k_scale_ptr,  # float32, one per KV head at their strides
     v_scale_ptr,
+    sinks_ptr,  # [Hq], or None: a kernel without sinks has no such parameter
     # The plan, laid out as `plan_buffers.py` says; fields of an item in `work_list.py`.
     plan_ptr,  # int32
     kv_slots_ptr,  # [kv slots] int32
@@ -85,6 +85,8 @@ def pack_forward_kernel(
     WIDE_BLOCK_M: tl.constexpr,  # the second tile class of a fused launch, 0 for none
     WIDE_BLOCK_N: tl.constexpr,
     LIST: tl.constexpr,  # which of the plan's work lists
+    V_IN_K: tl.constexpr,  # whether v is the first elements of k; v_ptr is not read then
+    CAUSAL: tl.constexpr,  # whether requests have several queries, each with its own bound
     HAS_CAP: tl.constexpr,
     HAS_SCALES: tl.constexpr,
     WRITES_LSE: tl.constexpr,
@@ -123,40 +125,40 @@ def pack_forward_kernel(
             if WIDE_BLOCK_M > 0:  # a constant: not compiled without a second class
                 length = _attend_item(
                     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr,
-                    k_scale_ptr, v_scale_ptr, kv_slots_ptr, queries_ptr, partials_ptr,
+                    k_scale_ptr, v_scale_ptr, sinks_ptr, kv_slots_ptr, queries_ptr, partials_ptr,
                     tail_lengths_ptr, arrivals_ptr, request_indptr_ptr,
                     item, item_ptr, following, length, kv_head, sm_scale, v_factor, logit_cap,
                     q_stride, q_head_stride, out_stride, out_head_stride,
                     lse_stride, lse_head_stride, k_scale_stride, v_scale_stride,
                     K_STRIDE, K_HEAD_STRIDE, V_STRIDE, V_HEAD_STRIDE,
                     NUM_KV_HEADS, GROUP_SIZE, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV,
-                    WIDE_BLOCK_M, WIDE_BLOCK_N, HAS_CAP, HAS_SCALES, WRITES_LSE, MERGES,
-                    CARRIES_ITEM, BRANCHES_FOR_TAIL, HALF_PRODUCTS,
+                    WIDE_BLOCK_M, WIDE_BLOCK_N, V_IN_K, CAUSAL, HAS_CAP, HAS_SCALES, WRITES_LSE,
+                    MERGES, CARRIES_ITEM, BRANCHES_FOR_TAIL, HALF_PRODUCTS,
                 )  # fmt: skip
         else:
             length = _attend_item(
                 q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr,
-                k_scale_ptr, v_scale_ptr, kv_slots_ptr, queries_ptr, partials_ptr,
+                k_scale_ptr, v_scale_ptr, sinks_ptr, kv_slots_ptr, queries_ptr, partials_ptr,
                 tail_lengths_ptr, arrivals_ptr, request_indptr_ptr,
                 item, item_ptr, following, length, kv_head, sm_scale, v_factor, logit_cap,
                 q_stride, q_head_stride, out_stride, out_head_stride, lse_stride, lse_head_stride,
                 k_scale_stride, v_scale_stride, K_STRIDE, K_HEAD_STRIDE, V_STRIDE, V_HEAD_STRIDE,
                 NUM_KV_HEADS, GROUP_SIZE, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV,
-                BLOCK_M, BLOCK_N, HAS_CAP, HAS_SCALES, WRITES_LSE, MERGES,
+                BLOCK_M, BLOCK_N, V_IN_K, CAUSAL, HAS_CAP, HAS_SCALES, WRITES_LSE, MERGES,
                 CARRIES_ITEM, BRANCHES_FOR_TAIL, HALF_PRODUCTS,
             )  # fmt: skip
         item = following
     if MERGES and LIST == 0:
         # Padding rows have no partials, so no program completes them. Merging none gives zeros.
         for row in range(
-            tl.load(plan_ptr + HEADER_NUM_REQUESTS) + tl.program_id(0),
+            tl.load(plan_ptr + HEADER_NUM_ROWS) + tl.program_id(0),
             padded_batch_size,
             tl.num_programs(0),
         ):
             for kv_head in range(NUM_KV_HEADS):
                 merge_heads(
-                    partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr, row, kv_head, 0, 0,
-                    out_stride, out_head_stride, lse_stride, lse_head_stride,
+                    partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr, sinks_ptr,
+                    row, kv_head, 0, 0, out_stride, out_head_stride, lse_stride, lse_head_stride,
                     NUM_KV_HEADS, GROUP_SIZE, V_HEAD_DIM, BLOCK_DV, WRITES_LSE,
                 )  # fmt: skip
 
@@ -185,7 +187,7 @@ def _load_length(item, tail_lengths_ptr):
 @triton.jit
 def _attend_item(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr,
-    k_scale_ptr, v_scale_ptr, kv_slots_ptr, queries_ptr, partials_ptr,
+    k_scale_ptr, v_scale_ptr, sinks_ptr, kv_slots_ptr, queries_ptr, partials_ptr,
     tail_lengths_ptr, arrivals_ptr, request_indptr_ptr,
     item, item_ptr, following, length, kv_head, sm_scale, v_factor, logit_cap,
     q_stride, q_head_stride, out_stride, out_head_stride, lse_stride, lse_head_stride,
@@ -196,152 +198,43 @@ def _attend_item(
     HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_CAP: tl.constexpr, HAS_SCALES: tl.constexpr, WRITES_LSE: tl.constexpr,
-    MERGES: tl.constexpr, CARRIES_ITEM: tl.constexpr,
+    V_IN_K: tl.constexpr, CAUSAL: tl.constexpr, HAS_CAP: tl.constexpr, HAS_SCALES: tl.constexpr,
+    WRITES_LSE: tl.constexpr, MERGES: tl.constexpr, CARRIES_ITEM: tl.constexpr,
     BRANCHES_FOR_TAIL: tl.constexpr, HALF_PRODUCTS: tl.constexpr,
 ):  # fmt: skip
     """Compute one item for one KV head; returns the length of the following item's pack."""
-    peak, total, values = _attend_kv(
+    peak, total, values, high = attend_kv(
         q_ptr, k_ptr, v_ptr, k_scale_ptr, kv_slots_ptr, queries_ptr,
         item, length, kv_head, sm_scale, logit_cap,
         q_stride, q_head_stride, k_scale_stride,
         K_STRIDE, K_HEAD_STRIDE, V_STRIDE, V_HEAD_STRIDE,
         GROUP_SIZE, HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV,
-        BLOCK_M, BLOCK_N, HAS_CAP, HAS_SCALES,
+        BLOCK_M, BLOCK_N, V_IN_K, CAUSAL, HAS_CAP, HAS_SCALES,
         BRANCHES_FOR_TAIL, HALF_PRODUCTS,
     )  # fmt: skip
     if CARRIES_ITEM:  # what it says has arrived by now
         length = _load_length(following, tail_lengths_ptr)
     _write_item(
-        out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr, v_scale_ptr, item_ptr,
+        out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr, v_scale_ptr, sinks_ptr, item_ptr,
         queries_ptr, partials_ptr, arrivals_ptr, request_indptr_ptr,
-        peak, total, values, kv_head, v_factor,
+        peak, total, values, high, kv_head, v_factor,
         out_stride, out_head_stride, lse_stride, lse_head_stride, v_scale_stride,
         NUM_KV_HEADS, GROUP_SIZE, V_HEAD_DIM, BLOCK_DV, BLOCK_M,
-        HAS_SCALES, WRITES_LSE, MERGES, CARRIES_ITEM,
+        V_IN_K, HAS_SCALES, WRITES_LSE, MERGES, CARRIES_ITEM,
     )  # fmt: skip
     return length
 
 
 @triton.jit
-def _attend_kv(
-    q_ptr, k_ptr, v_ptr, k_scale_ptr, kv_slots_ptr, queries_ptr,
-    item, length, kv_head, sm_scale, logit_cap,
-    q_stride, q_head_stride, k_scale_stride,
-    K_STRIDE: tl.constexpr, K_HEAD_STRIDE: tl.constexpr,
-    V_STRIDE: tl.constexpr, V_HEAD_STRIDE: tl.constexpr,
-    GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_CAP: tl.constexpr, HAS_SCALES: tl.constexpr,
-    BRANCHES_FOR_TAIL: tl.constexpr, HALF_PRODUCTS: tl.constexpr,
-):  # fmt: skip
-    first_query, first_head, num_rows, first_slot, _, split, num_splits, _ = item
-    slots_ptr = kv_slots_ptr + first_slot
-    # The rule of `plan.split_bounds`.
-    chunk = ((length + num_splits - 1).to(tl.uint32) // num_splits.to(tl.uint32)).to(tl.int32)
-    begin = tl.minimum(split * chunk, length)
-    end = tl.minimum(begin + chunk, length)
-    last = tl.maximum(end - 1, 0)
-    tokens = tl.arange(0, BLOCK_N)
-    slots = tl.load(slots_ptr + tl.minimum(begin + tokens, last))
-
-    rows = first_head + tl.arange(0, BLOCK_M)
-    row_exists = rows < num_rows
-    query = tl.load(queries_ptr + first_query + rows // GROUP_SIZE, mask=row_exists, other=0)
-    dims = tl.arange(0, BLOCK_D)
-    v_dims = tl.arange(0, BLOCK_DV)
-    q_head = kv_head * GROUP_SIZE + rows % GROUP_SIZE
-    q_row = query.to(tl.int64) * q_stride + q_head * q_head_stride
-    q = tl.load(
-        q_ptr + q_row[:, None] + dims[None, :],
-        mask=row_exists[:, None] & (dims < HEAD_DIM)[None, :],
-        other=0.0,
-    )
-    # Rows of q have the sign of their scale, so that the maximum of a row stays one when scaled.
-    scale = tl.full([BLOCK_M], 1.0, tl.float32) * sm_scale
-    if HAS_SCALES:
-        scale *= tl.load(k_scale_ptr + kv_head * k_scale_stride)
-    if HALF_PRODUCTS and q.dtype == tl.bfloat16 and k_ptr.dtype.element_ty.is_fp8():
-        q, undo = _half_rows(q, scale)
-        scale = tl.abs(scale) * undo
-    elif HAS_SCALES:
-        q = tl.where((scale < 0)[:, None], -q, q)
-        scale = tl.abs(scale)
-    # Factor on scores in the exponent. At least a number above 0, since -inf times 0 is NaN.
-    to_base_2 = tl.full([BLOCK_M], 1.0, tl.float32)
-    if not HAS_CAP:
-        to_base_2 = scale * LOG2E
-        if HAS_SCALES or q.dtype == tl.float16:
-            to_base_2 = tl.maximum(to_base_2, SMALLEST, propagate_nan=tl.PropagateNan.ALL)
-    # Weights in float16 are up to 2**15 instead of 1, so that those of 2**-39 still count.
-    LIFT: tl.constexpr = 15.0 if q.dtype == tl.float16 else 0.0
-
-    k_ptr += kv_head.to(tl.int64) * K_HEAD_STRIDE
-    v_ptr += kv_head.to(tl.int64) * V_HEAD_STRIDE
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    values = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    for start in range(begin, end, BLOCK_N):
-        slot = slots.to(tl.int64)
-        slots = tl.load(slots_ptr + tl.minimum(start + BLOCK_N + tokens, last))
-        k = tl.load(
-            k_ptr + slot[:, None] * K_STRIDE + dims[None, :],
-            mask=(dims < HEAD_DIM)[None, :],
-            other=0.0,
-        )
-        scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
-        if HAS_CAP:
-            # cap * tanh(x / cap), and from here on in base 2. Near 0 by the series: the quotient
-            # would lose the digits that a cap far above the scores leaves.
-            ratio = scores * (scale / logit_cap)[:, None]
-            square = ratio * ratio
-            series = ratio * (1 - square * (1 / 3 - square * (2 / 15 - square * (17 / 315))))
-            quotient = 1 - 2 / (tl.exp2(ratio * (2 * LOG2E)) + 1)
-            scores = tl.where(square < 1 / 16, series, quotient) * (logit_cap * LOG2E)
-        if not BRANCHES_FOR_TAIL or end - start < BLOCK_N:
-            scores = tl.where((tokens < end - start)[None, :], scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, 1) * to_base_2 - LIFT)
-        shrink = tl.exp2(peak - new_peak)
-        weights = tl.exp2(scores * to_base_2[:, None] - new_peak[:, None])
-        total = total * shrink + tl.sum(weights, 1)
-        v = tl.load(
-            v_ptr + slot[:, None] * V_STRIDE + v_dims[None, :],
-            mask=(v_dims < V_HEAD_DIM)[None, :],
-            other=0.0,
-        )
-        values = tl.dot(
-            weights.to(q.dtype), v.to(q.dtype), values * shrink[:, None], input_precision="ieee"
-        )
-        peak = new_peak
-    return peak, total, values
-
-
-@triton.jit
-def _half_rows(q, scale):
-    """Rows of q in float16, each times a power of two, and what undoes that.
-
-    The largest value of a row comes to lie below 2**15, which leaves the most room for the others:
-    values down to 2**-31 of it keep all of their bits, those below 2**-40 of it are lost.
-    """
-    largest = tl.max(tl.abs(q.to(tl.float32)), 1)
-    shift = tl.minimum(141 - (largest.to(tl.int32, bitcast=True) >> 23), 126)
-    factor = ((127 + shift) << 23).to(tl.float32, bitcast=True)
-    undo = ((127 - shift) << 23).to(tl.float32, bitcast=True)
-    factor = tl.where(scale < 0, -factor, factor)
-    return (q.to(tl.float32) * factor[:, None]).to(tl.float16), undo
-
-
-@triton.jit
 def _write_item(
-    out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr, v_scale_ptr, item_ptr,
+    out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr, v_scale_ptr, sinks_ptr, item_ptr,
     queries_ptr, partials_ptr, arrivals_ptr, request_indptr_ptr,
-    peak, total, values, kv_head, v_factor,
+    peak, total, values, high, kv_head, v_factor,
     out_stride, out_head_stride, lse_stride, lse_head_stride, v_scale_stride,
     NUM_KV_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr,
     V_HEAD_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    HAS_SCALES: tl.constexpr, WRITES_LSE: tl.constexpr, MERGES: tl.constexpr,
-    CARRIES_ITEM: tl.constexpr,
+    V_IN_K: tl.constexpr, HAS_SCALES: tl.constexpr, WRITES_LSE: tl.constexpr,
+    MERGES: tl.constexpr, CARRIES_ITEM: tl.constexpr,
 ):  # fmt: skip
     # An empty split has no peak; its result is zeros with an lse of -inf.
     divisor = tl.where(total > 0, total, 1.0)
@@ -350,6 +243,9 @@ def _write_item(
     if HAS_SCALES:
         factor *= tl.load(v_scale_ptr + kv_head * v_scale_stride)
     values *= (factor / divisor)[:, None]
+    if V_IN_K:
+        high *= (factor / divisor)[:, None]
+    HALF: tl.constexpr = BLOCK_DV // 2 if V_IN_K else BLOCK_DV
 
     # The item is read again instead of kept, since what follows from it would take registers during
     # the loop, once for every layout that uses it. Volatile, else the compiler keeps it.
@@ -359,8 +255,9 @@ def _write_item(
     block_queries_ptr = queries_ptr + tl.load(item_ptr, volatile=True)
     block_partials_ptr = partials_ptr + tl.load(item_ptr + 1)
     targets = tl.load(item_ptr + 9)
-    v_dims = tl.arange(0, BLOCK_DV)
+    v_dims = tl.arange(0, HALF)
     is_dim = (v_dims < V_HEAD_DIM)[None, :]
+    is_high_dim = (HALF + v_dims < V_HEAD_DIM)[None, :]
     # One store after the other, the narrower type first, and `partial` loaded for each: this order
     # keeps the fewest values in the layout of a store at any time.
     if not CARRIES_ITEM or targets & TO_OUT != 0:
@@ -368,11 +265,23 @@ def _write_item(
         query = tl.load(block_queries_ptr + rows // GROUP_SIZE, mask=row_exists, other=0)
         goes_to_out = row_exists & (partial < 0)
         out_row = query.to(tl.int64) * out_stride + head * out_head_stride
+        merged, merged_high = values, high
+        if sinks_ptr is not None:  # partials get theirs when they have been merged
+            kept = kept_of_sinks(sinks_ptr, head, row_exists, lse)[:, None]
+            merged *= kept
+            if V_IN_K:
+                merged_high *= kept
         tl.store(
             out_ptr + out_row[:, None] + v_dims[None, :],
-            values.to(out_ptr.dtype.element_ty),
+            merged.to(out_ptr.dtype.element_ty),
             mask=goes_to_out[:, None] & is_dim,
         )
+        if V_IN_K:
+            tl.store(
+                out_ptr + out_row[:, None] + (HALF + v_dims)[None, :],
+                merged_high.to(out_ptr.dtype.element_ty),
+                mask=goes_to_out[:, None] & is_high_dim,
+            )
         if WRITES_LSE:
             lse_row = query.to(tl.int64) * lse_stride + head * lse_head_stride
             tl.store(lse_ptr + lse_row, lse, mask=goes_to_out)
@@ -385,11 +294,17 @@ def _write_item(
             values,
             mask=goes_to_partial[:, None] & is_dim,
         )
+        if V_IN_K:
+            tl.store(
+                partial_out_ptr + partial_row[:, None] * V_HEAD_DIM + (HALF + v_dims)[None, :],
+                high,
+                mask=goes_to_partial[:, None] & is_high_dim,
+            )
         tl.store(partial_lse_ptr + partial_row, lse, mask=goes_to_partial)
         if MERGES:
             query = tl.load(block_queries_ptr + rows // GROUP_SIZE, mask=row_exists, other=0)
             last_block_merge(
-                partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr, arrivals_ptr,
+                partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr, sinks_ptr, arrivals_ptr,
                 request_indptr_ptr, rows, query, goes_to_partial, kv_head,
                 out_stride, out_head_stride, lse_stride, lse_head_stride,
                 NUM_KV_HEADS, GROUP_SIZE, V_HEAD_DIM, BLOCK_M, BLOCK_DV, WRITES_LSE,

@@ -139,6 +139,11 @@ def find_problems(reports: Iterable[KernelReport]) -> list[str]:
         name = f"{variant.kernel} {variant.dtype}/{variant.kv_dtype} head dim {variant.head_dim}"
         if report.spill_bytes and variant.head_dim <= SPILL_FREE_HEAD_DIM:
             problems.append(f"{name} {tile} spills {report.spill_bytes} bytes")
+        # Beside the large accumulators, what is needed once per item may lie in memory, but what
+        # every KV tile needs may not. Merging in the kernel, too, is left to who asks for it.
+        kinds = {kind for one in report.tiles for kind in one.loop_instructions_by_kind}
+        if variant.v_in_k and variant.merge == "launch" and "local" in kinds:
+            problems.append(f"{name} {tile} spills within its KV loop")
         if report.shared_bytes > report.shared_limit:
             size = f"{report.shared_bytes} bytes of shared memory, over {report.shared_limit}"
             problems.append(f"{name} {tile} uses {size}")

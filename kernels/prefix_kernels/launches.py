@@ -153,7 +153,8 @@ class LaunchSetting(NamedTuple):
         if padded_batch_size is None:
             mode = "streams" if self.mode == AUTO else self.mode
             return choose_launches(PlanFacts(row_classes(self.shape), None), self.shape, mode)
-        mode, _ = choose_modes(padded_batch_size, self.group_size, self.mode)
+        v_in_k = self.shape.v_in_k
+        mode, _ = choose_modes(padded_batch_size, self.group_size, self.mode, v_in_k=v_in_k)
         rows = self.graph_rows if self.is_fixed else ROW_CLASSES
         facts = PlanFacts.of_every_plan(padded_batch_size, self.group_size, rows)
         return choose_launches(facts, self.shape, mode)
@@ -186,22 +187,31 @@ def choose_launches(facts: PlanFacts, shape: TileShape, mode: str) -> list[Launc
 
 
 def choose_modes(
-    padded_batch_size: int, group_size: int, mode: str = AUTO, merge: str = AUTO
+    padded_batch_size: int,
+    group_size: int,
+    mode: str = AUTO,
+    merge: str = AUTO,
+    *,
+    v_in_k: bool = False,
 ) -> tuple[str, str]:
     """Choose how the plans of a batch size are launched and merged.
 
     It depends on what a graph knows, the size of the batch, and not on the plan.
 
     Args:
-        padded_batch_size: requests, padding included.
+        padded_batch_size: rows of q, which are requests where each has one query token, padding
+            included.
         group_size: query heads per KV head.
         mode: one of :data:`LAUNCH_MODES`, which wins, or :data:`AUTO`.
         merge: one of :data:`MERGE_MODES`, which wins, or :data:`AUTO`.
+        v_in_k: as of :class:`~prefix_kernels.plan.AttentionShape`. Beside the accumulator of the
+            wide tile there are no registers then for what a fused launch and a merge add, so a
+            batch is small if the narrow tile holds its rows.
 
     Returns:
         One of :data:`LAUNCH_MODES` and one of :data:`MERGE_MODES`.
     """
-    fits_fused = padded_batch_size * group_size <= FUSED_ROWS[-1]
+    fits_fused = padded_batch_size * group_size <= FUSED_ROWS[0 if v_in_k else -1]
     is_small = fits_fused and padded_batch_size <= SMALL_BATCH
     chosen = ("fused", "in_kernel") if is_small else ("streams", "launch")
     return (chosen[0] if mode == AUTO else mode), (chosen[1] if merge == AUTO else merge)
@@ -219,7 +229,7 @@ def warm_up_sizes(group_size: int, most: int) -> set[int]:
 
 def widest_block(mode: str, shape: TileShape) -> int:
     """Rows of the widest tile that a launch mode, or "auto", has for head dims."""
-    return FUSED_ROWS[-1] if mode == "fused" else row_classes(shape)[-1]
+    return _row_class(FUSED_ROWS[-1], shape) if mode == "fused" else row_classes(shape)[-1]
 
 
 def _row_class(qo_rows: int, shape: TileShape) -> int:

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from prefix_kernels import plan_buffers
 
-__all__ = ["last_block_merge", "merge_heads", "merge_kernel"]
+__all__ = ["kept_of_sinks", "last_block_merge", "merge_heads", "merge_kernel"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -25,6 +25,7 @@ def merge_kernel(
     plan_ptr,
     out_ptr,  # [rows, Hq, Dv]
     lse_ptr,  # [rows, Hq] float32
+    sinks_ptr,  # [Hq], or None: a kernel without sinks has no such parameter
     out_stride,  # elements from row to row, and from head to head
     out_head_stride,
     lse_stride,
@@ -52,15 +53,26 @@ def merge_kernel(
         tl.extra.cuda.gdc_wait()
     if end - begin != 1:
         merge_heads(
-            partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr, request, tl.program_id(1),
-            begin, end, out_stride, out_head_stride, lse_stride, lse_head_stride,
+            partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr, sinks_ptr, request,
+            tl.program_id(1), begin, end, out_stride, out_head_stride, lse_stride, lse_head_stride,
             NUM_KV_HEADS, GROUP_SIZE, V_HEAD_DIM, BLOCK_DV, WRITES_LSE,
         )  # fmt: skip
 
 
 @triton.jit
+def kept_of_sinks(sinks_ptr, head, head_exists, lse):
+    """What sinks leave of the outputs of heads: exp(lse) / (exp(lse) + exp(sink)).
+
+    All of nothing, whose lse is -inf: padding stays zeros.
+    """
+    sinks = tl.load(sinks_ptr + head, mask=head_exists, other=0.0).to(tl.float32)
+    kept = 1 / (1 + tl.exp2((sinks - lse) * LOG2E))
+    return tl.where(lse > float("-inf"), kept, 1.0)
+
+
+@triton.jit
 def merge_heads(
-    partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr, request, kv_head, begin, end,
+    partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr, sinks_ptr, request, kv_head, begin, end,
     out_stride, out_head_stride, lse_stride, lse_head_stride,
     NUM_KV_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr,
     V_HEAD_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, WRITES_LSE: tl.constexpr,
@@ -102,6 +114,9 @@ def merge_heads(
             peak = new_peak
         divisor = tl.where(total > 0, total, 1.0)
         values /= divisor[:, None]
+        lse = (peak + tl.log2(divisor)) * LN2
+        if sinks_ptr is not None:
+            values *= kept_of_sinks(sinks_ptr, head, head_exists, lse)[:, None]
         row_ptr = out_ptr + tl.cast(request, tl.int64) * out_stride
         tl.store(
             row_ptr + head[:, None] * out_head_stride + dims[None, :],
@@ -109,15 +124,14 @@ def merge_heads(
             mask=head_exists[:, None] & (dims < V_HEAD_DIM)[None, :],
         )
         if WRITES_LSE:
-            lse = (peak + tl.log2(divisor)) * LN2
             lse_row_ptr = lse_ptr + tl.cast(request, tl.int64) * lse_stride
             tl.store(lse_row_ptr + head * lse_head_stride, lse, mask=head_exists)
 
 
 @triton.jit
 def last_block_merge(
-    partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr, arrivals_ptr, request_indptr_ptr,
-    rows, query, goes_to_partial, kv_head,
+    partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr, sinks_ptr, arrivals_ptr,
+    request_indptr_ptr, rows, query, goes_to_partial, kv_head,
     out_stride, out_head_stride, lse_stride, lse_head_stride,
     NUM_KV_HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr,
     V_HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -152,7 +166,7 @@ def last_block_merge(
         request = tl.max(waiting, 0)
         waiting = tl.where(waiting == request, -1, waiting)
         merge_heads(
-            partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr, request, kv_head,
+            partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr, sinks_ptr, request, kv_head,
             tl.load(request_indptr_ptr + request), tl.load(request_indptr_ptr + request + 1),
             out_stride, out_head_stride, lse_stride, lse_head_stride,
             NUM_KV_HEADS, GROUP_SIZE, V_HEAD_DIM, BLOCK_DV, WRITES_LSE,

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from prefix_kernels import native_library
-from prefix_kernels.executor import AttentionParams, PlanExecutor
+from prefix_kernels.executor import AttentionParams, PlanExecutor, check_num_new
 from prefix_kernels.plan import AttentionShape, PackPlan
 
 __all__ = ["NativeExecutor"]
@@ -45,7 +45,7 @@ def _members(kind: Any, names: str) -> list[tuple[str, Any]]:
 
 class _Plan(ctypes.Structure):  # as in native/work.h
     _fields_ = (
-        *_members(ctypes.c_int64, "num_packs num_requests num_partials"),
+        *_members(ctypes.c_int64, "num_packs num_requests num_rows num_partials"),
         *_members(ctypes.c_void_p, "query_indptr queries num_splits slot_offset lengths"),
         *_members(ctypes.c_void_p, "partial_indptr partial_index request_indptr slots"),
         *_members(ctypes.c_int64, "num_qo_heads num_kv_heads head_dim v_head_dim"),
@@ -54,7 +54,7 @@ class _Plan(ctypes.Structure):  # as in native/work.h
 
 # `Layer` of native/work.h: pointers, whole numbers, real ones. It is packed in one call: to set its
 # members one by one takes longer than the compiled code does for a small layer.
-_LAYER = struct.Struct("9P14q3d")
+_LAYER = struct.Struct("10P15q3d")
 
 
 class NativeExecutor(PlanExecutor):
@@ -175,6 +175,7 @@ class NativeExecutor(PlanExecutor):
         self._plan = _Plan(
             num_packs=plan.num_packs,
             num_requests=plan.batch_size,
+            num_rows=plan.num_rows,
             num_partials=plan.num_partials,
             slots=self._kv_slots.data_ptr(),
             num_qo_heads=shape.num_qo_heads,
@@ -184,6 +185,8 @@ class NativeExecutor(PlanExecutor):
             **addresses,
         )
         rows = req_pool_indices.long().contiguous()
+        if plan.query_lens is not None:  # by query, as the packs name them
+            rows = rows[torch.from_numpy(plan.request_of_row)]
         slot_range = (ctypes.c_int64 * 2)()
         self._library.prefix_copy_slots(
             ctypes.byref(self._plan),
@@ -204,28 +207,42 @@ class NativeExecutor(PlanExecutor):
     def _write_slots(self, target: IntArray, slots: torch.Tensor) -> None:
         self._kv_slots.numpy()[target] = slots.numpy()
 
-    def append(self, seq_lens: torch.Tensor, new_slots: torch.Tensor) -> None:
-        """Let every tail grow by one token; see :meth:`PlanExecutor.append`.
+    def append(
+        self,
+        seq_lens: torch.Tensor,
+        new_slots: torch.Tensor,
+        *,
+        num_new: IntArray | None = None,
+    ) -> None:
+        """Let every tail grow; see :meth:`PlanExecutor.append`.
 
         Raises:
             RuntimeError: a tail has used up its reserved slots.
-            ValueError: there are fewer slots than requests.
+            ValueError: there are fewer slots than queries, or ``num_new`` is not legal.
         """
-        if len(new_slots) < self._plan.num_requests:
+        if len(new_slots) < self._plan.num_rows:
             raise ValueError(
-                f"new_slots has {len(new_slots)} elements; legal: {self._plan.num_requests} or more"
+                f"new_slots has {len(new_slots)} elements; legal: {self._plan.num_rows} or more"
             )
-        self._append(seq_lens, new_slots)  # which widens the range of slots, too
+        if num_new is not None:
+            assert self.plan is not None
+            check_num_new(num_new, self.plan)
+        self._append(seq_lens, new_slots, num_new)  # which widens the range of slots, too
 
-    def _append(self, seq_lens: torch.Tensor, new_slots: torch.Tensor) -> None:
-        del seq_lens  # one token more for each, as for the torch executor
+    def _append(
+        self, seq_lens: torch.Tensor, new_slots: torch.Tensor, num_new: IntArray | None
+    ) -> None:
+        del seq_lens  # tokens are counted here, as by the torch executor
         new_slots = new_slots.contiguous()
+        if num_new is not None:
+            num_new = np.ascontiguousarray(num_new)
         slot_range = (ctypes.c_int64 * 2)(*self.slot_range)
         has_no_room = self._library.prefix_append(
             self._work,
             ctypes.byref(self._plan),
             ctypes.c_void_p(self._plan.slots),
             ctypes.c_void_p(self._plan.lengths),
+            None if num_new is None else ctypes.c_void_p(num_new.ctypes.data),
             ctypes.c_void_p(new_slots.data_ptr()),
             ctypes.c_int64(new_slots.dtype == torch.int64),
             slot_range,
@@ -233,8 +250,8 @@ class NativeExecutor(PlanExecutor):
         if has_no_room:
             raise RuntimeError("a tail has used up its reserved slots: plan again")
         self.slot_range = (slot_range[0], slot_range[1])
-        self._grown += 1
-        if self._grown == _MAX_GROWN:
+        self._grown += 1 if num_new is None else int(num_new.max())
+        if self._grown >= _MAX_GROWN:
             self._num_threads = 0
 
     def _run(
@@ -248,13 +265,14 @@ class NativeExecutor(PlanExecutor):
     ) -> None:
         if self._num_threads != torch.get_num_threads():
             self.cut()
-        batch = self._plan.num_requests
+        batch = self._plan.num_rows
         if out.shape[0] > batch:
             out[batch:].zero_()
             if lse is not None:
                 lse[batch:].fill_(-torch.inf)
         k_factor, k_scales, k_scale_stride = _split_scale(params.k_scale)
         v_factor, v_scales, v_scale_stride = _split_scale(params.v_scale)
+        sinks = params.sinks
         _LAYER.pack_into(
             self._layer,
             0,
@@ -266,8 +284,10 @@ class NativeExecutor(PlanExecutor):
             *self._partials,
             k_scales,
             v_scales,
+            0 if sinks is None else sinks.data_ptr(),
             _TYPES[q.dtype],
             _TYPES[k_cache.dtype],
+            0 if sinks is None else _TYPES[sinks.dtype],
             *q.stride()[:2],
             *k_cache.stride()[:2],
             *v_cache.stride()[:2],
@@ -287,6 +307,7 @@ class NativeExecutor(PlanExecutor):
 
     def cut(self) -> None:
         """Cut the work for the lengths and threads of now; the first layer to run does it."""
+        assert self.plan is not None, "load a plan before run"
         most = ctypes.c_int64(_MOST_PARTS if self.max_parts is None else self.max_parts)
         self.num_parts = _call(
             self._library, "prefix_cut", ctypes.c_int64, self._work, ctypes.byref(self._plan), most

@@ -47,21 +47,27 @@ def decode_attention_oracle(
     logit_cap: float = 0.0,
     k_scale: float | torch.Tensor = 1.0,
     v_scale: float | torch.Tensor = 1.0,
+    sinks: torch.Tensor | None = None,
+    query_lens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend each request's query to the KV that its row names. Knows nothing of packs.
+    """Attend each request's queries to the KV that its row names. Knows nothing of packs.
 
     Args:
-        q: [B, Hq, D].
+        q: [R, Hq, D], one row per query, request after request.
         k_cache, v_cache: [slots, Hkv, D] and [slots, Hkv, Dv].
         req_to_token: [rows, context] slot of every position.
         req_pool_indices: [B] row of each request.
-        seq_lens: [B] positions to attend to.
+        seq_lens: [B] KV tokens of each request, query tokens included.
         sm_scale: factor on the scores.
         logit_cap: scores become ``cap * tanh(score / cap)``; 0 for none.
         k_scale, v_scale: dequantisation factors, a number or a tensor of shape [] or [Hkv].
+        sinks: [Hq] a logit more for the softmax of each head, whose value is 0; None for none.
+        query_lens: [B] query tokens of each request, its last positions; each attends to the
+            positions up to its own. None for one each.
 
     Returns:
-        Output [B, Hq, Dv] and natural-log lse [B, Hq], both float64, on the device of q.
+        Output [R, Hq, Dv] and natural-log lse [R, Hq] of the KV, without the sinks, both float64,
+        on the device of q.
     """
     num_kv_heads = k_cache.shape[1]
     group = q.shape[1] // num_kv_heads
@@ -69,17 +75,24 @@ def decode_attention_oracle(
     v_factor = _per_head(v_scale, num_kv_heads, q.device)
     out = torch.empty(*q.shape[:2], v_cache.shape[2], dtype=torch.float64, device=q.device)
     lse = torch.empty(*q.shape[:2], dtype=torch.float64, device=q.device)
-    for b, (row, length) in enumerate(
-        zip(req_pool_indices.tolist(), seq_lens.tolist(), strict=True)
+    counts = [1] * len(seq_lens) if query_lens is None else query_lens.tolist()
+    r = 0
+    for row, length, count in zip(
+        req_pool_indices.tolist(), seq_lens.tolist(), counts, strict=True
     ):
         slots = req_to_token[row, :length].long()
-        k = (k_cache[slots].double() * k_factor).repeat_interleave(group, dim=1)
-        v = (v_cache[slots].double() * v_factor).repeat_interleave(group, dim=1)
-        scores = torch.einsum("hd,thd->ht", q[b].double(), k) * sm_scale
-        if logit_cap > 0:
-            scores = logit_cap * torch.tanh(scores / logit_cap)
-        lse[b] = torch.logsumexp(scores, dim=-1)
-        out[b] = torch.einsum("ht,thd->hd", torch.softmax(scores, dim=-1), v)
+        keys = (k_cache[slots].double() * k_factor).repeat_interleave(group, dim=1)
+        values = (v_cache[slots].double() * v_factor).repeat_interleave(group, dim=1)
+        for sees in range(length - count + 1, length + 1):
+            scores = torch.einsum("hd,thd->ht", q[r].double(), keys[:sees]) * sm_scale
+            if logit_cap > 0:
+                scores = logit_cap * torch.tanh(scores / logit_cap)
+            lse[r] = torch.logsumexp(scores, dim=-1)
+            if sinks is not None:
+                scores = torch.cat((scores, sinks.double()[:, None]), dim=-1)
+            weights = torch.softmax(scores, dim=-1)[:, :sees]
+            out[r] = torch.einsum("ht,thd->hd", weights, values[:sees])
+            r += 1
     return out, lse
 
 

@@ -25,7 +25,7 @@ from prefix_kernels.work_list import ITEM_FIELDS
 __all__ = [
     "HEADER_ITEMS",
     "HEADER_NUM_ITEMS",
-    "HEADER_NUM_REQUESTS",
+    "HEADER_NUM_ROWS",
     "HEADER_PARTIALS",
     "HEADER_QUERIES",
     "HEADER_REQUEST_INDPTR",
@@ -42,16 +42,18 @@ Int32Array = NDArray[np.int32]
 
 MAX_LISTS = 4  # work lists, one per launch of the forward stage
 
-HEADER_NUM_REQUESTS = 0
+HEADER_NUM_ROWS = 0  # queries, padding left out
 HEADER_NUM_ITEMS = 1  # one per list
 HEADER_ITEMS = HEADER_NUM_ITEMS + MAX_LISTS  # one per list: where its items begin
 HEADER_QUERIES = HEADER_ITEMS + MAX_LISTS
 HEADER_PARTIALS = HEADER_QUERIES + 1
-HEADER_REQUEST_INDPTR = HEADER_PARTIALS + 1  # [rows + 1], rows past the batch included
+HEADER_REQUEST_INDPTR = HEADER_PARTIALS + 1  # [rows + 1], padding rows included
 HEADER_TAIL_START = HEADER_REQUEST_INDPTR + 1  # [B]
 HEADER_TAIL_OFFSET = HEADER_TAIL_START + 1  # [B] index in kv_slots
 HEADER_SOURCES = HEADER_TAIL_OFFSET + 1  # [packs, 4], see `copy_slots_kernel`
-HEADER_SIZE = 16
+# Under a plan with `query_lens`, [queries, 2]: the request, and how many of its queries follow.
+HEADER_ROWS = HEADER_SOURCES + 1
+HEADER_SIZE = HEADER_ROWS + 1
 
 # Under overlap scheduling a plan may be copied while the one before is still on its way.
 _NUM_BUFFERS = 3
@@ -63,7 +65,7 @@ class PlanCapacity(NamedTuple):
     """What the buffers hold.
 
     Attributes:
-        batch_rows: requests, padding included.
+        batch_rows: rows of q, which are requests where each has one query, padding included.
         plan_size: int32 values of a serialised plan.
         slots: entries of ``kv_slots``.
         partials: partial results.
@@ -93,7 +95,7 @@ def serialize_plan(
         plan: the plan.
         lists: work items, [n, ITEM_FIELDS] each, one list per launch of the forward stage.
         partials: where each (pack split, query) writes, see `work_list.py`.
-        padded_batch_size: rows of the batch; those past the plan's requests have no partial.
+        padded_batch_size: rows of q; those past the plan's queries have no partial.
 
     Raises:
         ValueError: an index does not fit into 32 bits.
@@ -101,16 +103,22 @@ def serialize_plan(
     num_items = sum(map(len, lists))
     num_values = HEADER_SIZE + len(plan.queries) + len(partials) + num_items * ITEM_FIELDS
     num_values += padded_batch_size + 1 + 2 * plan.batch_size + 4 * plan.num_packs
+    request_of = plan.request_of_row
+    rows = np.zeros((0, 2), dtype=np.int64)
+    if plan.query_lens is not None:
+        behind = np.cumsum(plan.query_lens)[request_of] - 1 - np.arange(plan.num_rows)
+        rows = np.stack((request_of, behind), axis=1)
+    num_values += rows.size
     if max(plan.num_slots, num_values) > INT32_MAX:
         raise ValueError(
             f"the plan has {plan.num_slots} kv_slots, {len(partials)} partials and {num_items} "
             f"work items; legal: up to {INT32_MAX} kv_slots, and as many 32-bit values in all"
         )
     request_indptr = np.full(padded_batch_size + 1, plan.num_partials)
-    request_indptr[: plan.batch_size + 1] = plan.request_indptr
+    request_indptr[: plan.num_rows + 1] = plan.request_indptr
     lengths = plan.pack_end - plan.pack_start
-    first_query = plan.queries[plan.query_indptr[:-1]]
-    sources = np.stack((first_query, plan.pack_start, lengths, plan.slot_offset[:-1]), axis=1)
+    reader = request_of[plan.queries[plan.query_indptr[:-1]]]
+    sources = np.stack((reader, plan.pack_start, lengths, plan.slot_offset[:-1]), axis=1)
     head = np.zeros(HEADER_SIZE, dtype=np.int32)
     parts = [head]
     size = len(head)
@@ -127,10 +135,11 @@ def serialize_plan(
     add(HEADER_TAIL_START, plan.tail_start)
     add(HEADER_TAIL_OFFSET, plan.tail_offset)
     add(HEADER_SOURCES, sources)
+    add(HEADER_ROWS, rows)
     for i, items in enumerate(lists):
         add(HEADER_ITEMS + i, items)
         head[HEADER_NUM_ITEMS + i] = len(items)
-    head[HEADER_NUM_REQUESTS] = plan.batch_size
+    head[HEADER_NUM_ROWS] = plan.num_rows
     return np.concatenate(parts)
 
 
@@ -187,7 +196,7 @@ class PlanBuffers:
             packed: the same from :func:`serialize_plan`.
             req_to_token: [rows, context] int32 or int64, dense in its second dimension.
             req_pool_indices: [B] int32 or int64.
-            padded_batch_size: rows of the batch, padding included.
+            padded_batch_size: rows of q, padding included.
 
         Raises:
             ValueError: the plan is larger than the capacity.
@@ -216,14 +225,16 @@ class PlanBuffers:
             BLOCK=_COPY_BLOCK,
         )
 
-    def append(self, seq_lens: torch.Tensor, new_slots: torch.Tensor) -> None:
-        """Let every tail grow to its request's length by one slot; device values only.
+    def append(self, seq_lens: torch.Tensor, new_slots: torch.Tensor, *, causal: bool) -> None:
+        """Let every tail grow to its request's length; device values only.
 
         Args:
-            seq_lens: [rows] int32 or int64 on the device, padding rows included.
-            new_slots: [rows] int32 or int64 on the device.
+            seq_lens: [B] int32 or int64 on the device; padding may follow.
+            new_slots: [rows] int32 or int64 on the device, of the last positions of each request,
+                as many as it has queries; padding rows included.
+            causal: whether the plan has ``query_lens``; else rows are requests.
         """
-        rows = len(seq_lens)
+        rows = len(new_slots)
         launch(
             append_slots_kernel,
             (-(-rows // _APPEND_BLOCK),),
@@ -235,6 +246,7 @@ class PlanBuffers:
             arrivals_ptr=self.arrivals,
             padded_batch_size=rows,
             NUM_KV_HEADS=self._num_kv_heads,
+            CAUSAL=causal,
             BLOCK=_APPEND_BLOCK,
         )
 
@@ -275,10 +287,11 @@ class _Staging:
         copied.record()
 
 
-_NUM_REQUESTS = tl.constexpr(HEADER_NUM_REQUESTS)
+_NUM_ROWS = tl.constexpr(HEADER_NUM_ROWS)
 _TAIL_START = tl.constexpr(HEADER_TAIL_START)
 _TAIL_OFFSET = tl.constexpr(HEADER_TAIL_OFFSET)
 _SOURCES = tl.constexpr(HEADER_SOURCES)
+_ROWS = tl.constexpr(HEADER_ROWS)
 _NO_SLOT = tl.constexpr(INT32_MAX)
 
 
@@ -308,7 +321,7 @@ def copy_slots_kernel(
 ):
     """Copy ``BLOCK`` slots of one pack; grid (packs, blocks of the longest pack).
 
-    A source is four int32: batch row, first position, tokens, index in ``kv_slots``.
+    A source is four int32: request, first position, tokens, index in ``kv_slots``.
     """
     pack = tl.program_id(0)
     source_ptr = plan_ptr + tl.load(plan_ptr + _SOURCES) + pack * 4
@@ -329,31 +342,39 @@ def copy_slots_kernel(
 )
 def append_slots_kernel(
     plan_ptr,
-    seq_lens_ptr,  # [rows] int32 or int64, lengths with the new token
-    new_slots_ptr,  # [rows] int32 or int64, slot of the new token
+    seq_lens_ptr,  # [B] int32 or int64, lengths with the new tokens
+    new_slots_ptr,  # [rows] int32 or int64, slot of each query token
     kv_slots_ptr,  # [kv slots] int32, written
-    tail_lengths_ptr,  # [rows] int32, written
+    tail_lengths_ptr,  # [B] int32, written
     arrivals_ptr,  # [rows, Hkv] int32, zeroed
     padded_batch_size,
     NUM_KV_HEADS: tl.constexpr,
+    CAUSAL: tl.constexpr,  # whether requests have several query tokens, else rows are requests
     BLOCK: tl.constexpr,
 ):
-    """Write this step's slots behind the tails, and the lengths of the tails.
+    """Write this step's slots at the ends of the tails, and the lengths of the tails.
 
     Lengths are written, not counted up, so a step that is repeated or given up does no harm. The
-    arrivals that such a step may have left are reset. Rows at or past the number of requests are
-    padding and have no tail.
+    arrivals that such a step may have left are reset. Rows at or past the number of queries are
+    padding and have no tail. Where a request has several queries, each writes the tail's length.
     """
-    request = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    exists = (request < padded_batch_size) & (request < tl.load(plan_ptr + _NUM_REQUESTS))
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    exists = (row < padded_batch_size) & (row < tl.load(plan_ptr + _NUM_ROWS))
+    request = row
+    if CAUSAL:
+        rows_ptr = plan_ptr + tl.load(plan_ptr + _ROWS) + 2 * row
+        request = tl.load(rows_ptr, mask=exists, other=0)
     start_ptr = plan_ptr + tl.load(plan_ptr + _TAIL_START) + request
     offset_ptr = plan_ptr + tl.load(plan_ptr + _TAIL_OFFSET) + request
     length = tl.load(seq_lens_ptr + request, mask=exists, other=0).to(tl.int32)
     tail_length = length - tl.load(start_ptr, mask=exists, other=0)
-    target = tl.load(offset_ptr, mask=exists, other=0) + tail_length - 1
-    slot = _as_int32(tl.load(new_slots_ptr + request, mask=exists, other=0))
-    tl.store(kv_slots_ptr + target, slot, mask=exists & (tail_length > 0))
+    seen = tail_length  # of the tail, by this row
+    if CAUSAL:
+        seen -= tl.load(rows_ptr + 1, mask=exists, other=0)
+    target = tl.load(offset_ptr, mask=exists, other=0) + seen - 1
+    slot = _as_int32(tl.load(new_slots_ptr + row, mask=exists, other=0))
+    tl.store(kv_slots_ptr + target, slot, mask=exists & (seen > 0))
     tl.store(tail_lengths_ptr + request, tail_length, mask=exists)
     for kv_head in range(NUM_KV_HEADS):
-        arrival_ptr = arrivals_ptr + request * NUM_KV_HEADS + kv_head
-        tl.store(arrival_ptr, 0, mask=request < padded_batch_size)
+        arrival_ptr = arrivals_ptr + row * NUM_KV_HEADS + kv_head
+        tl.store(arrival_ptr, 0, mask=row < padded_batch_size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -47,6 +47,9 @@ class ServedLayers:
         head_dim, v_head_dim: elements per head of q and k, and of v.
         dtype, kv_dtype: of q and the caches, keys of :data:`TORCH_DTYPES`.
         has_cap: whether logits are capped.
+        v_in_k: as of `AttentionShape`.
+        sinks: dtype of attention sinks, a key of :data:`TORCH_DTYPES`; None for none.
+        causal: whether requests have several query tokens in some passes, as many as there may be.
     """
 
     num_qo_heads: int
@@ -56,6 +59,9 @@ class ServedLayers:
     dtype: str
     kv_dtype: str
     has_cap: bool = False
+    v_in_k: bool = False
+    sinks: str | None = None
+    causal: bool = False
 
     @property
     def shape(self) -> AttentionShape:
@@ -71,6 +77,7 @@ class ServedLayers:
             self.v_head_dim,
             TORCH_DTYPES[self.dtype].itemsize,
             TORCH_DTYPES[self.kv_dtype].itemsize,
+            self.v_in_k,
         )
 
 
@@ -102,30 +109,40 @@ def _launch_layer(layer: ServedLayers, arch: str, device: str | None, **options:
         executor = TritonExecutor(shape, _CPU, capacity=_capacity(size), **options)
         # On the CPU the executor is one for Hopper, of no name.
         executor._tile_shape = TileShape.of(shape).on_arch(arch, device)
-        for stride, index_dtype in product(_ROW_STRIDES, _INDEX_DTYPES):
-            indices = torch.zeros(size, dtype=index_dtype)
-            executor.load(_plan(size), torch.zeros(1, stride, dtype=torch.int32), indices)
-            executor.append(torch.ones_like(indices), torch.zeros(size, dtype=torch.int64))
-        dtype, kv_dtype = TORCH_DTYPES[layer.dtype], TORCH_DTYPES[layer.kv_dtype]
-        q = torch.zeros(size, layer.num_qo_heads, layer.head_dim, dtype=dtype)
-        out = torch.zeros(size, layer.num_qo_heads, layer.v_head_dim, dtype=dtype)
-        k = torch.zeros(2, layer.num_kv_heads, layer.head_dim, dtype=kv_dtype)
-        v = torch.zeros(2, layer.num_kv_heads, layer.v_head_dim, dtype=kv_dtype)
-        cap = float(layer.has_cap)
-        executor.run(q, k, v, out, None, AttentionParams(1.0, cap))
-        if kv_dtype.itemsize == 1:  # as with a checkpoint that brings scales, which is a tensor
-            scale = torch.ones(())
-            executor.run(q, k, v, out, None, AttentionParams(1.0, cap, scale, scale))
+        for causal in (False, True) if layer.causal else (False,):
+            _launch_step(executor, layer, size, causal)
+
+
+def _launch_step(executor: TritonExecutor, layer: ServedLayers, size: int, causal: bool) -> None:
+    for stride, index_dtype in product(_ROW_STRIDES, _INDEX_DTYPES):
+        indices = torch.zeros(size, dtype=index_dtype)
+        executor.load(_plan(size, causal), torch.zeros(1, stride, dtype=torch.int32), indices)
+        executor.append(torch.ones_like(indices), torch.zeros(size, dtype=torch.int64))
+    dtype, kv_dtype = TORCH_DTYPES[layer.dtype], TORCH_DTYPES[layer.kv_dtype]
+    q = torch.zeros(size, layer.num_qo_heads, layer.head_dim, dtype=dtype)
+    out = torch.zeros(size, layer.num_qo_heads, layer.v_head_dim, dtype=dtype)
+    k = torch.zeros(2, layer.num_kv_heads, layer.head_dim, dtype=kv_dtype)
+    v = torch.zeros(2, layer.num_kv_heads, layer.v_head_dim, dtype=kv_dtype)
+    if layer.v_in_k:
+        v = k[..., : layer.v_head_dim]
+    params = AttentionParams(1.0, float(layer.has_cap))
+    if layer.sinks is not None:
+        sinks = torch.zeros(layer.num_qo_heads, dtype=TORCH_DTYPES[layer.sinks])
+        params = replace(params, sinks=sinks)
+    executor.run(q, k, v, out, None, params)
+    if kv_dtype.itemsize == 1:  # as with a checkpoint that brings scales, which is a tensor
+        scale = torch.ones(())
+        executor.run(q, k, v, out, None, replace(params, k_scale=scale, v_scale=scale))
 
 
 def _capacity(size: int) -> PlanCapacity:
     """For a plan of ``size`` requests of one token each."""
-    values = HEADER_SIZE + 1 + size * (3 + _MAX_PARTS * (6 + ITEM_FIELDS * max(ROW_CLASSES)))
+    values = HEADER_SIZE + 1 + size * (5 + _MAX_PARTS * (6 + ITEM_FIELDS * max(ROW_CLASSES)))
     return PlanCapacity(size, values, size, size)
 
 
-def _plan(size: int) -> PackPlan:
-    """Requests of one token each, which share nothing."""
+def _plan(size: int, causal: bool) -> PackPlan:
+    """Requests of one token each, which share nothing; the kernels are those of several."""
     steps, ones = np.arange(size + 1), np.ones(size, dtype=np.int64)
     return PackPlan(
         seq_lens=ones,
@@ -139,4 +156,5 @@ def _plan(size: int) -> PackPlan:
         partial_index=steps[:-1],
         request_indptr=steps,
         reserved_tail_slots=0,
+        query_lens=ones if causal else None,
     )

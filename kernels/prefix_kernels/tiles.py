@@ -49,6 +49,10 @@ ROW_CLASSES = (16, 32, 64, 128)
 # without spilling, as `sglang-prefix kernels` shows. 128 x 256 spills, with 16 warps as well.
 _FOUR_WARPS = 64 * 128
 _LARGEST_ACCUMULATOR = 128 * 128
+# With v in k, eight warps of sm_90 hold twice as much: q is in shared memory, and v in halves.
+# Elsewhere q takes registers, or the accumulator all of the tensor memory. More rows than 64 would
+# be no fewer reads: a program could hold half of v's columns, and would multiply q with k again.
+_LATENT_ACCUMULATOR, _LATENT_ROWS = 64 * 512, 64
 # Registers per thread. Within 168, three programs of four warps share an SM, or one of them and one
 # of eight: enough for 16 rows up to head dim 128, and for 128 rows with wgmma.
 _MAX_REGISTERS = 255
@@ -63,6 +67,9 @@ _LEAST_AHEAD_BYTES = 36 * 1024
 # KV bytes that one program keeps in flight or in use. Three such programs fit the shared memory of
 # an SM of sm_90 and sm_100, two fit that of sm_80; with the rows of q, any tile stays below it.
 _KV_BYTES_IN_FLIGHT = 64 * 1024
+# With v in k, a tile of 64 tokens with 512 + 64 elements of 16 bits: one in use and one in flight,
+# with 64 rows of q, are what sm_90 has; of 16 rows, two programs fit beside each other.
+_LATENT_TILE_BYTES = 72 * 1024
 MIN_BLOCK_N = 16
 _MAX_BLOCK_N = 64  # 128 compiles without spilling, too; whether it is faster must be measured
 
@@ -87,6 +94,7 @@ class TileShape:
             another of its chip; None for the formula.
         has_tensor_memory: whether that is tcgen05, whose results go to tensor memory and come from
             there through registers.
+        v_in_k: as of :class:`~prefix_kernels.plan.AttentionShape`.
     """
 
     head_dim: int
@@ -96,12 +104,14 @@ class TileShape:
     has_wgmma: bool = True
     device: str | None = None
     has_tensor_memory: bool = False
+    v_in_k: bool = False
 
     @classmethod
     def of(cls, shape: AttentionShape, device: str | None = None) -> TileShape:
         """What matters of an attention shape, on a device that has wgmma."""
         itemsizes = shape.q_itemsize, shape.kv_itemsize
-        return cls(shape.head_dim, shape.v_head_dim, *itemsizes, device=device)
+        dims = shape.head_dim, shape.v_head_dim
+        return cls(*dims, *itemsizes, device=device, v_in_k=shape.v_in_k)
 
     def on_arch(self, arch: str, device: str | None = None) -> TileShape:
         """The same on a device of an architecture: "sm_90", for example."""
@@ -111,6 +121,30 @@ class TileShape:
             has_tensor_memory=arch == "sm_100",
             device=device,
         )
+
+    @property
+    def has_narrow_wgmma(self) -> bool:
+        """Whether products of 16-bit values are wgmma, whose results are in registers."""
+        is_narrow = self.q_itemsize == self.kv_itemsize == 2
+        return is_narrow and self.has_wgmma and not self.has_tensor_memory
+
+    @property
+    def v_block(self) -> int:
+        """Elements of a row of v as a tile has them: a power of two, or the sum of two halves."""
+        return max(32 if self.v_in_k else 16, next_power_of_two(self.v_head_dim))
+
+    @property
+    def k_block(self) -> int:
+        """The same of k and q; with v in k, v and the rest are powers of two of their own."""
+        if not self.v_in_k:
+            return max(16, next_power_of_two(self.head_dim))
+        rest = self.head_dim - self.v_head_dim
+        return self.v_block + (max(16, next_power_of_two(rest)) if rest else 0)
+
+    @property
+    def kv_block(self) -> int:
+        """Elements of K and V that a tile has of a token."""
+        return self.k_block + (0 if self.v_in_k else self.v_block)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,12 +210,12 @@ class TileConfig:
 
     def shared_bytes(self, shape: TileShape) -> int:
         """Shared memory of a program: what `compile_report` finds, or up to a few KiB more."""
-        dim, v_dim = next_power_of_two(shape.head_dim), next_power_of_two(shape.v_head_dim)
-        kv_tile = self.block_n * (dim + v_dim) * shape.kv_itemsize
-        q = self.block_m * dim * shape.q_itemsize
-        if shape.has_wgmma and self.block_m >= 64:  # reads K and V from there, also those in use
-            return self.num_stages * kv_tile + q + _SCRATCH_BYTES
+        kv_tile = self.block_n * shape.kv_block * shape.kv_itemsize
+        q = self.block_m * shape.k_block * shape.q_itemsize
         weights = self.block_m * self.block_n * shape.q_itemsize
+        if shape.has_wgmma and self.block_m >= 64:  # reads K and V from there, also those in use
+            passed_on = weights if shape.v_in_k else 0  # from the warps of some columns to all
+            return self.num_stages * kv_tile + q + passed_on + _SCRATCH_BYTES
         return (self.num_stages - 1) * kv_tile + q + weights + _SCRATCH_BYTES
 
 
@@ -190,8 +224,14 @@ TILE_FIELDS = tuple(field.name for field in fields(TileConfig))
 
 def row_classes(shape: TileShape) -> tuple[int, ...]:
     """Rows of the tiles that hold an accumulator of this shape in registers, ascending."""
-    dim = next_power_of_two(shape.v_head_dim)
-    return tuple(rows for rows in ROW_CLASSES if rows * dim <= _LARGEST_ACCUMULATOR)
+    fitting = [rows for rows in ROW_CLASSES if rows * shape.v_block <= _LARGEST_ACCUMULATOR]
+    if not shape.v_in_k:
+        return tuple(fitting)
+    if shape.kv_itemsize == 1:  # converted on the way, a tile would be in shared memory twice
+        return ()
+    if shape.has_narrow_wgmma and _LATENT_ROWS * shape.v_block <= _LATENT_ACCUMULATOR:
+        fitting = [rows for rows in ROW_CLASSES if rows <= _LATENT_ROWS]
+    return tuple(rows for rows in fitting if rows <= _LATENT_ROWS)
 
 
 def formula_tile(block_m: int, shape: TileShape) -> TileConfig:
@@ -200,20 +240,20 @@ def formula_tile(block_m: int, shape: TileShape) -> TileConfig:
     The KV tile is as wide as registers allow; the number of stages follows from the bytes to keep
     in flight.
     """
-    dims = next_power_of_two(shape.head_dim) + next_power_of_two(shape.v_head_dim)
-    token_bytes = dims * max(shape.kv_itemsize, shape.q_itemsize)
+    token_bytes = shape.kv_block * max(shape.kv_itemsize, shape.q_itemsize)
     block_n = _MAX_BLOCK_N if shape.has_wgmma or block_m < 128 else _MAX_BLOCK_N // 2
-    while block_n > MIN_BLOCK_N and 2 * block_n * token_bytes > _KV_BYTES_IN_FLIGHT:
+    tile_bytes = _LATENT_TILE_BYTES if shape.v_in_k else _KV_BYTES_IN_FLIGHT // 2
+    while block_n > MIN_BLOCK_N and block_n * token_bytes > tile_bytes:
         block_n //= 2
-    accumulator = block_m * next_power_of_two(shape.v_head_dim)
+    accumulator = block_m * shape.v_block
     # Elsewhere, and where KV or q are converted on the way, 128 rows spill within that bound.
-    by_wgmma = shape.has_wgmma and not shape.has_tensor_memory
-    by_wgmma &= shape.q_itemsize == shape.kv_itemsize == 2
-    shares = accumulator <= _NARROW_TILE or (by_wgmma and block_m == ROW_CLASSES[-1])
+    shares = accumulator <= _NARROW_TILE or (shape.has_narrow_wgmma and block_m == ROW_CLASSES[-1])
+    # With v in k four warps spill on sm_100, and sm_80 has shared memory for one program only.
+    four_warps = _FOUR_WARPS // (2 if shape.v_in_k and not shape.has_narrow_wgmma else 1)
     return TileConfig(
         block_m,
         block_n,
-        num_warps=4 if block_m <= 64 and accumulator <= _FOUR_WARPS else 8,
+        num_warps=4 if block_m <= 64 and accumulator <= four_warps else 8,
         num_stages=max(2, min(4, _KV_BYTES_IN_FLIGHT // (block_n * token_bytes) + 1)),
         max_registers=_SHARING_REGISTERS if shares else _MAX_REGISTERS,
         carries_item=block_m <= _CARRYING_ROWS,
@@ -227,15 +267,15 @@ def candidate_tiles(block_m: int, shape: TileShape) -> Iterator[TileConfig]:
     grid has as many, and those left over would run alone, after the others. Together they must
     load enough ahead. The compiler has the last word on which of these spill.
     """
-    dim, v_dim = next_power_of_two(shape.head_dim), next_power_of_two(shape.v_head_dim)
     # Warps of a program and registers of a thread, so that one to four programs share an SM.
     warps_registers = ((4, 128), (4, 168), (4, 255), (8, 128), (8, 168), (8, 255))
     for (warps, registers), block_n, stages in product(warps_registers, (32, 64, 128), (2, 3, 4)):
         carries = block_m <= _CARRYING_ROWS
         tile = TileConfig(block_m, block_n, warps, stages, registers, carries_item=carries)
         programs = tile.programs_per_sm
-        kv_tile = block_n * (dim + v_dim) * shape.kv_itemsize
-        floats = block_m * (v_dim + block_n) // (32 * warps)  # accumulators and scores of a thread
+        kv_tile = block_n * shape.kv_block * shape.kv_itemsize
+        # Accumulators and scores of a thread.
+        floats = block_m * (shape.v_block + block_n) // (32 * warps)
         if (
             2 * floats <= registers + 1
             and programs * (stages - 1) * kv_tile >= _LEAST_AHEAD_BYTES

@@ -33,7 +33,7 @@ class TorchExecutor(PlanExecutor):
     """Runs plans with torch operations; arguments as of :class:`PlanExecutor`.
 
     It cuts packs into blocks on the host, so it keeps the lengths of the tails there: those of the
-    plan, and one token more for each step since.
+    plan, and what each step since has added.
     """
 
     name = "torch"
@@ -50,7 +50,8 @@ class TorchExecutor(PlanExecutor):
         self._tail_lengths = np.zeros(0, dtype=np.int64)
         self._tails_are_cut = True
         self._num_partials = 0
-        self._batch_size = 0
+        self._num_rows = 0
+        self._query_lens: IntArray | None = None
         self._merges: list[MergeBlock] = []
         self._partial_out = torch.empty(0, device=device)
         self._partial_lse = torch.empty(0, device=device)
@@ -83,7 +84,7 @@ class TorchExecutor(PlanExecutor):
             pack.cut(pack.planned_length, self.shape.num_qo_heads)
         self._tail_offset = plan.tail_offset
         self.set_tail_lengths(plan.seq_lens - plan.tail_start)
-        self._batch_size = plan.batch_size
+        self._num_rows, self._query_lens = plan.num_rows, plan.query_lens
         self._merges = merge_blocks(plan.request_indptr, self.device)
 
     def _reserve(self, plan: PackPlan) -> None:
@@ -98,11 +99,21 @@ class TorchExecutor(PlanExecutor):
                 self._partial_out = torch.empty(*shape, self.shape.v_head_dim, device=self.device)
                 self._partial_lse = torch.empty(shape, device=self.device)
 
-    def _append(self, seq_lens: torch.Tensor, new_slots: torch.Tensor) -> None:
+    def _append(
+        self, seq_lens: torch.Tensor, new_slots: torch.Tensor, num_new: IntArray | None
+    ) -> None:
         del seq_lens  # on the device, where reading them would wait
-        target = self._tail_offset + self._tail_lengths
+        lengths = self._tail_lengths + (1 if num_new is None else num_new)
+        assert self.plan is not None
+        room = self.plan.seq_lens - self.plan.tail_start + self.plan.reserved_tail_slots
+        if (lengths > room).any():
+            raise RuntimeError("a tail has used up its reserved slots: plan again")
+        target = self._tail_offset + lengths - 1
+        if self._query_lens is not None:  # a request's last positions, one per query
+            behind = np.repeat(np.cumsum(self._query_lens), self._query_lens)
+            target = np.repeat(target + 1, self._query_lens) - behind + np.arange(len(behind))
         self._write_slots(target, new_slots[: len(target)])
-        self.set_tail_lengths(self._tail_lengths + 1)
+        self.set_tail_lengths(lengths)
 
     def _run(
         self,
@@ -114,7 +125,7 @@ class TorchExecutor(PlanExecutor):
         params: AttentionParams,
     ) -> None:
         self._cut_tails()
-        batch, caches = self._batch_size, (k_cache, v_cache)
+        batch, caches = self._num_rows, (k_cache, v_cache)
         heads, v_head_dim = self.shape.num_kv_heads, self.shape.v_head_dim
         out[batch:].zero_()
         q, out = q[:batch], out[:batch]
@@ -144,7 +155,7 @@ class TorchExecutor(PlanExecutor):
         v_scale = params.v_scale
         if isinstance(v_scale, torch.Tensor) or v_scale != 1.0:
             out_by_head.mul_(_per_head(v_scale))
-        merge_partials(partial_out, partial_lse, self._merges, out, lse)
+        merge_partials(partial_out, partial_lse, self._merges, out, lse, params.sinks)
 
     def _cut_tails(self) -> None:
         """Cut the tails whose lengths have been set since the last run: once for all layers."""
@@ -175,7 +186,13 @@ class TorchExecutor(PlanExecutor):
             scores = torch.bmm(rows, k.permute(1, 2, 0))
             if logit_cap > 0:
                 scores.div_(logit_cap).tanh_().mul_(logit_cap)
+            hidden = pack.hidden(block, scores.device)
+            if hidden is not None:
+                by_query = scores.view(heads, pack.num_queries, -1, scores.shape[2])
+                by_query.masked_fill_(hidden[:, None], -torch.inf)
             block_peak = scores.amax(dim=-1, keepdim=True)
+            if hidden is not None:  # a row that sees nothing of the block must not become NaN
+                block_peak.clamp_(min=torch.finfo(torch.float32).min)
             if peak is None or total is None or values is None:
                 peak = block_peak
                 total = scores.sub_(peak).exp_().sum(dim=-1, keepdim=True)
@@ -200,11 +217,14 @@ class TorchExecutor(PlanExecutor):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of a block in float32, in place where that is possible."""
         low, high, first_slot = block
+        caches = (k_cache,) if self.shape.v_in_k else (k_cache, v_cache)
         if first_slot >= 0:
             part = slice(first_slot, first_slot + high - low)
-            return k_cache[part].float(), v_cache[part].float()
-        index = self.kv_slots[pack.slot_offset + low : pack.slot_offset + high]
-        return _gather(k_cache, index).float(), _gather(v_cache, index).float()
+            k, *v = [cache[part].float() for cache in caches]
+        else:
+            index = self.kv_slots[pack.slot_offset + low : pack.slot_offset + high]
+            k, *v = [_gather(cache, index).float() for cache in caches]
+        return k, v[0] if v else k[..., : self.shape.v_head_dim]
 
 
 def _gather(cache: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -281,6 +301,7 @@ def merge_partials(
     blocks: Sequence[MergeBlock],
     out: torch.Tensor,
     lse: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Combine each request's partials into its attention output.
 
@@ -288,16 +309,21 @@ def merge_partials(
     (PAT, arXiv 2511.22333, section 4; the online softmax of arXiv 1805.02867). A partial over no
     tokens has lse = -inf, weighs nothing, and its output is not looked at.
 
+    A sink adds ``exp(sink)`` to a softmax sum of ``exp(lse)``, so all that it does to the output is
+    a factor ``exp(lse) / (exp(lse) + exp(sink))``: once, when all partials have been merged.
+
     Args:
         partial_out: [num_partials, Hq, Dv] float32, each normalised by its own softmax sum.
         partial_lse: [num_partials, Hq] float32, natural log.
         blocks: of :func:`merge_blocks`; every request has a partial with lse > -inf.
         out: [B, Hq, Dv], any float dtype; written.
-        lse: [B, Hq] float32; written where given.
+        lse: [B, Hq] float32, without the sinks; written where given.
+        sinks: [Hq], any float dtype; None for none.
     """
     for block in blocks:
         own = slice(block.begin, block.end)
-        _merge_block(partial_out, partial_lse, block, out[own], None if lse is None else lse[own])
+        own_lse = None if lse is None else lse[own]
+        _merge_block(partial_out, partial_lse, block, out[own], own_lse, sinks)
 
 
 def _merge_block(
@@ -306,13 +332,12 @@ def _merge_block(
     block: MergeBlock,
     out: torch.Tensor,
     lse: torch.Tensor | None,
+    sinks: torch.Tensor | None,
 ) -> None:
     """:func:`merge_partials` of one block, whose rows ``out`` and ``lse`` are."""
     own, batch = slice(block.first, block.last), block.end - block.begin
     if block.last - block.first == batch:
-        out.copy_(partial_out[own])
-        if lse is not None:
-            lse.copy_(partial_lse[own])
+        _write_merged(partial_out[own], partial_lse[own], out, lse, sinks)
         return
     if block.numbers is None or block.missing is None:  # as many each: nothing to gather
         values = partial_out[own].view(batch, -1, *out.shape[1:])
@@ -324,6 +349,19 @@ def _merge_block(
     weights = torch.exp(logs - total[:, None])
     # Not a plain product: an unused partial may hold anything, and 0 * nan is nan.
     values = torch.where(weights[..., None] > 0, values, 0)
-    out.copy_((weights[..., None] * values).sum(dim=1))
+    _write_merged((weights[..., None] * values).sum(dim=1), total, out, lse, sinks)
+
+
+def _write_merged(
+    values: torch.Tensor,
+    total: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+) -> None:
+    """Write merged values [n, Hq, Dv] and their lse [n, Hq]; the values less what sinks take."""
+    if sinks is not None:
+        values = values * torch.sigmoid(total - sinks)[..., None]
+    out.copy_(values)
     if lse is not None:
         lse.copy_(total)

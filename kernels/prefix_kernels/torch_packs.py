@@ -42,12 +42,15 @@ class TorchPack:
     """One pack, ready to run.
 
     Attributes:
-        queries: [n] int64 on the device; the batch row itself for one query.
+        queries: [n] int64 on the device, rows of q; the row itself for one query.
         num_queries: n.
         slot_offset: where its slots begin in ``kv_slots``.
         num_splits: splits of the pack.
-        planned_length: tokens when the plan was made.
+        planned_length: tokens when the plan was made; of a tail of several queries those whose
+            slots stay, which are all but the queries' own, the first excepted.
         partials: per split, the partials of its queries, like ``queries``.
+        is_causal: whether it is a tail of several queries, of which each sees up to its own token.
+        length: tokens that it holds now.
         runs: spans of the planned tokens whose slots are consecutive, or scattered.
         blocks: per split, spans taken in one go, of the tokens that the pack holds now.
     """
@@ -58,13 +61,28 @@ class TorchPack:
     num_splits: int
     planned_length: int
     partials: Sequence[torch.Tensor | int]
+    is_causal: bool = False
+    length: int = 0
     runs: list[Span] = field(default_factory=list)
     blocks: list[list[Span]] = field(default_factory=list)
+
+    def hidden(self, block: Span, device: torch.device) -> torch.Tensor | None:
+        """[n, tokens] which tokens of a block a query of a tail does not see; None for none.
+
+        Query ``j`` of ``n`` sees all of a tail but its last ``n - j - 1`` tokens.
+        """
+        first = self.length - self.num_queries + 1  # that some query does not see
+        if not self.is_causal or block.end <= first:
+            return None
+        tokens = torch.arange(block.begin, block.end, device=device)
+        sees = torch.arange(first, self.length + 1, device=device)
+        return tokens >= sees[:, None]
 
     def cut(self, length: int, num_qo_heads: int) -> None:
         """Cut the pack, of ``length`` tokens now, into its splits, and those into blocks."""
         num_rows = self.num_queries * num_qo_heads
         size = max(MIN_BLOCK_TOKENS, SCORE_BLOCK_ELEMENTS // num_rows)
+        self.length = length
         runs = self._grown_runs(length)
         self.blocks = [
             _blocks(runs, *split_bounds(length, self.num_splits, split), size)
@@ -97,7 +115,7 @@ def prepare_packs(plan: PackPlan, kv_slots: torch.Tensor) -> list[TorchPack]:
     sizes = [n for n, splits in zip(counts, num_splits, strict=True) for _ in range(splits)]
     partials = torch.from_numpy(plan.partial_index).to(device).split(sizes)
     single_partials = plan.partial_index[np.cumsum([0, *sizes[:-1]])].tolist()
-    offsets, lengths = plan.slot_offset.tolist(), (plan.pack_end - plan.pack_start).tolist()
+    offsets, lengths = plan.slot_offset.tolist(), _settled_lengths(plan).tolist()
     packs = []
     at = 0
     for p, (count, splits) in enumerate(zip(counts, num_splits, strict=True)):
@@ -111,6 +129,7 @@ def prepare_packs(plan: PackPlan, kv_slots: torch.Tensor) -> list[TorchPack]:
                 splits,
                 lengths[p],
                 partials[own] if count > 1 else single_partials[own],
+                count > 1 and p >= plan.num_shared_packs,
             )
         )
     if device.type == "cpu":
@@ -121,10 +140,18 @@ def prepare_packs(plan: PackPlan, kv_slots: torch.Tensor) -> list[TorchPack]:
     return packs
 
 
+def _settled_lengths(plan: PackPlan) -> IntArray:
+    """[P] tokens of each pack whose slots stay while the plan does: see `PlanExecutor.append`."""
+    lengths = plan.pack_end - plan.pack_start
+    if plan.query_lens is not None:
+        lengths[plan.num_shared_packs :] -= plan.query_lens - 1
+    return lengths
+
+
 def _find_runs(packs: list[TorchPack], plan: PackPlan, slots: IntArray) -> None:
     """Find the segments of consecutive slots in every pack."""
     breaks = np.flatnonzero(slots[1:] != slots[:-1] + 1) + 1
-    lengths = plan.pack_end - plan.pack_start
+    lengths = _settled_lengths(plan)
     offsets = plan.slot_offset[:-1]
     first_break = np.searchsorted(breaks, offsets, side="right").tolist()
     last_break = np.searchsorted(breaks, offsets + lengths, side="left").tolist()
@@ -180,6 +207,8 @@ def copy_slots(
     """
     kv_slots.zero_()
     first_query = plan.queries[plan.query_indptr[:-1]]
+    if plan.query_lens is not None:
+        first_query = plan.request_of_row[first_query]
     starts, ends, offsets = plan.pack_start, plan.pack_end, plan.slot_offset[:-1]
     if kv_slots.device.type == "cpu":  # row by row, which is faster here than one indexed copy
         table, target = req_to_token.numpy(), kv_slots.numpy()

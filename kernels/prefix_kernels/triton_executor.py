@@ -31,7 +31,7 @@ from prefix_kernels.merge import merge_kernel
 from prefix_kernels.plan import AttentionShape, PackPlan
 from prefix_kernels.plan_buffers import PlanBuffers, PlanCapacity, serialize_plan
 from prefix_kernels.streams import LaunchStreams
-from prefix_kernels.tiles import ROW_CLASSES, TILE_FIELDS, TileShape, next_power_of_two, row_classes
+from prefix_kernels.tiles import ROW_CLASSES, TILE_FIELDS, TileShape, formula_tile, row_classes
 from prefix_kernels.work_list import TILE_CLASS_FIELD, build_work_list
 
 __all__ = ["LAUNCH_MODES", "MERGE_MODES", "TritonExecutor"]
@@ -45,6 +45,13 @@ _DEPENDENT_LAUNCH_MAJOR = 9
 def _major_of(device: torch.device) -> int:
     """Major compute capability; 0 in the interpreter."""
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+
+
+def _tile_shape(shape: AttentionShape, device: torch.device) -> TileShape:
+    found = TileShape.of(shape)
+    if device.type != "cuda":
+        return found
+    return found.on_arch(f"sm_{_major_of(device)}0", torch.cuda.get_device_name(device))
 
 
 class TritonExecutor(PlanExecutor):
@@ -61,7 +68,8 @@ class TritonExecutor(PlanExecutor):
         capacity: fixed sizes of the buffers. Launches are fixed then, too: under every plan of the
             same padded batch size, ``append`` and ``run`` launch the same kernels on the same
             addresses, so that a captured graph replays under all of them. None to let the buffers
-            grow and to fit the launches to each plan.
+            grow and to fit the launches to each plan. Plans with ``query_lens`` have kernels of
+            their own, so a graph is captured under one and replayed under such.
         graph_rows: of fixed launches, rows of the tiles beside the one that holds a whole batch.
         wide_first: whether launches of wider tiles have streams of higher priority.
         overlap_merge: whether the launch of the merge begins before the forward stage ends, where
@@ -99,25 +107,20 @@ class TritonExecutor(PlanExecutor):
         for field in tile_changes or ():
             if field not in TILE_FIELDS:
                 raise refusal("tile_changes", field, ", ".join(TILE_FIELDS))
-        tile_shape = TileShape.of(shape)
-        if not row_classes(tile_shape):
-            raise ValueError(
-                f"v_head_dim={shape.v_head_dim} has no tile of the Triton kernels; legal: less, or "
-                "the executor 'torch'"
-            )
-        major = _major_of(device)
-        if device.type == "cuda":
-            tile_shape = tile_shape.on_arch(f"sm_{major}0", torch.cuda.get_device_name(device))
-        self._tile_shape = tile_shape
+        if why_not := self.why_not_shape(shape, device):
+            raise ValueError(why_not)
+        self._tile_shape = _tile_shape(shape, device)
         self._asked_modes = mode, merge
-        self.modes = choose_modes(1, shape.group_size, mode, merge)
+        self.modes = choose_modes(1, shape.group_size, mode, merge, v_in_k=shape.v_in_k)
         self._graph_rows = graph_rows
         self._tile_changes = dict(tile_changes or {})
         self._launches_are_fixed = capacity is not None
-        self._overlaps_merge = overlap_merge and major >= _DEPENDENT_LAUNCH_MAJOR
+        self._overlaps_merge = overlap_merge and _major_of(device) >= _DEPENDENT_LAUNCH_MAJOR
         self._buffers = PlanBuffers(shape, device, capacity)
         self._launches: list[tuple[LaunchConfig, int]] = []  # each with its number of programs
         self._num_slots = 0
+        self._is_causal = False  # whether the plan in use has `query_lens`
+        self._room: IntArray = np.zeros(0, dtype=np.int64)
         self._needs_merge = False
         with torch.inference_mode(False):
             self._one = torch.ones(1, device=device)
@@ -148,6 +151,31 @@ class TritonExecutor(PlanExecutor):
             return "Triton's interpreter computes bfloat16 products wrongly; use float16 or float32"
         return None
 
+    @classmethod
+    def why_not_shape(cls, shape: AttentionShape, device: torch.device) -> str | None:
+        """Why the kernels have no tile for layers of a shape on a device; None if they have."""
+        tile_shape = _tile_shape(shape, device)
+        rows = row_classes(tile_shape)
+        if not rows:
+            what, legal = f"v_head_dim={shape.v_head_dim}", "less"
+            if shape.v_in_k and shape.kv_itemsize == 1:
+                what, legal = "kv_itemsize=1 with v_in_k", "2 or 4"
+            what += " has no tile of the Triton kernels"
+        elif shape.v_in_k and device.type == "cuda":
+            # Of one major version, some have less: 99 KiB on an L40S.
+            properties: Any = torch.cuda.get_device_properties(device)  # stubs lack the next
+            most = properties.shared_memory_per_block_optin
+            needed = max(formula_tile(n, tile_shape).shared_bytes(tile_shape) for n in rows)
+            if needed <= most:
+                return None
+            what = (
+                f"v_head_dim={shape.v_head_dim} with v_in_k needs {needed} bytes of shared memory"
+            )
+            legal = f"up to {most} on this GPU"
+        else:
+            return None
+        return f"{what}; legal: {legal}, or the executor 'torch'"
+
     @property
     def max_block_rows(self) -> int:
         """Query rows (requests times group size) that read KV in one pass."""
@@ -177,6 +205,9 @@ class TritonExecutor(PlanExecutor):
 
     def set_tail_lengths(self, tail_lengths: IntArray) -> None:
         """Set the tokens [B] in each request's tail, on the device."""
+        plan = self.plan
+        assert plan is not None
+        self._room = plan.seq_lens - plan.tail_start + plan.reserved_tail_slots - tail_lengths
         lengths = torch.from_numpy(tail_lengths.astype(np.int32))
         self._buffers.tail_lengths[: len(lengths)].copy_(lengths, non_blocking=True)
 
@@ -188,7 +219,8 @@ class TritonExecutor(PlanExecutor):
         padded_batch_size: int,
     ) -> None:
         group_size, is_fixed = self.shape.group_size, self._launches_are_fixed
-        modes = choose_modes(padded_batch_size, group_size, *self._asked_modes)
+        v_in_k = self.shape.v_in_k
+        modes = choose_modes(padded_batch_size, group_size, *self._asked_modes, v_in_k=v_in_k)
         if is_fixed:
             facts = PlanFacts.of_every_plan(padded_batch_size, group_size, self._graph_rows)
         else:
@@ -212,15 +244,22 @@ class TritonExecutor(PlanExecutor):
             num_tiles = None if is_fixed else len(own) * self.shape.num_kv_heads
             num_programs = one.num_programs(self._tile_shape, self._num_sms, num_tiles)
             self._launches.append((one, num_programs))
-        self._num_slots = plan.num_slots
+        self._num_slots, self._is_causal = plan.num_slots, plan.query_lens is not None
+        self._room = np.full(plan.batch_size, plan.reserved_tail_slots)
         self._needs_merge = (
             self._launches_are_fixed
-            or padded_batch_size > plan.batch_size
+            or padded_batch_size > plan.num_rows
             or bool((np.diff(plan.request_indptr) > 1).any())
         )
 
-    def _append(self, seq_lens: torch.Tensor, new_slots: torch.Tensor) -> None:
-        self._buffers.append(seq_lens, new_slots)
+    def _append(
+        self, seq_lens: torch.Tensor, new_slots: torch.Tensor, num_new: IntArray | None
+    ) -> None:
+        if num_new is not None:  # lengths are read on the device, but growth is bounded here
+            if (num_new > self._room).any():
+                raise RuntimeError("a tail has used up its reserved slots: plan again")
+            self._room = self._room - num_new
+        self._buffers.append(seq_lens, new_slots, causal=self._is_causal)
 
     def _run(
         self,
@@ -242,6 +281,7 @@ class TritonExecutor(PlanExecutor):
         outputs: dict[str, Any] = dict(  # noqa: C408
             out_ptr=out,
             lse_ptr=lse_or_none,
+            sinks_ptr=params.sinks,
             out_stride=out.stride(0),
             out_head_stride=out.stride(1),
             lse_stride=lse_or_none.stride(0),
@@ -252,7 +292,7 @@ class TritonExecutor(PlanExecutor):
             NUM_KV_HEADS=shape.num_kv_heads,
             GROUP_SIZE=shape.group_size,
             V_HEAD_DIM=shape.v_head_dim,
-            BLOCK_DV=max(16, next_power_of_two(shape.v_head_dim)),
+            BLOCK_DV=self._tile_shape.v_block,
             WRITES_LSE=lse is not None,
             OVERLAPS_MERGE=overlaps_merge,
         )
@@ -274,13 +314,16 @@ class TritonExecutor(PlanExecutor):
             q_head_stride=q.stride(1),
             K_STRIDE=k_cache.stride(0),
             K_HEAD_STRIDE=k_cache.stride(1),
-            V_STRIDE=v_cache.stride(0),
-            V_HEAD_STRIDE=v_cache.stride(1),
+            # What is not read must make no other kernel.
+            V_STRIDE=0 if shape.v_in_k else v_cache.stride(0),
+            V_HEAD_STRIDE=0 if shape.v_in_k else v_cache.stride(1),
             **outputs,
             k_scale_stride=k_scale_stride,
             v_scale_stride=v_scale_stride,
             HEAD_DIM=shape.head_dim,
-            BLOCK_D=max(16, next_power_of_two(shape.head_dim)),
+            BLOCK_D=self._tile_shape.k_block,
+            V_IN_K=shape.v_in_k,
+            CAUSAL=self._is_causal,
             HAS_CAP=params.logit_cap > 0,
             # A scale that is not above 0 needs what those from a tensor get.
             HAS_SCALES=k_scales is not self._one

@@ -29,6 +29,7 @@ __all__ = [
     "ForwardBatch",
     "ForwardMode",
     "KVPool",
+    "LatentPool",
     "ModelConfig",
     "ModelRunner",
     "Only",
@@ -40,6 +41,7 @@ __all__ = [
     "ScheduleBatch",
     "ServerArgs",
     "TreeNode",
+    "VerifyInput",
     "WrappingPool",
 ]
 
@@ -101,8 +103,12 @@ class ServerArgs(Protocol):
     kv_cache_dtype: str
     prefill_attention_backend: str | None
     served_model_name: str
+    speculative_adaptive: Annotated[bool, Only("", "such releases have a fixed number of drafts")]
     speculative_algorithm: str | None
+    speculative_attention_mode: str
     speculative_draft_attention_backend: str | None
+    speculative_eagle_topk: int | None  # with n-grams their breadth
+    speculative_num_draft_tokens: int | None
     tp_size: int
 
 
@@ -139,6 +145,15 @@ class KVPool(Protocol):
     def get_key_buffer(self, layer_id: int) -> torch.Tensor: ...
     def get_value_buffer(self, layer_id: int) -> torch.Tensor: ...
     def set_kv_buffer(self, layer: Any, location: Any, *tensors: Any) -> None: ...
+
+
+class LatentPool(Protocol):
+    """Keys of multi-head latent attention, whose first elements are the values."""
+
+    kv_lora_rank: Annotated[int, Only("", "another pool, which holds K and V apart")]
+    qk_rope_head_dim: int
+
+    def set_mla_kv_buffer(self, layer: Any, location: Any, *tensors: Any) -> None: ...
 
 
 class KVWriteLocation(Protocol):
@@ -206,8 +221,11 @@ class AttentionLayer(Protocol):
 class ForwardMode(Protocol):
     """What a forward pass does."""
 
+    name: str  # of the member of the enumeration
+
     def is_decode(self) -> bool: ...
     def is_idle(self) -> bool: ...
+    def is_target_verify(self) -> bool: ...
 
 
 class Backend(Protocol):
@@ -219,6 +237,10 @@ class Backend(Protocol):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any: ...
     def forward_decode(self, *args: Any, **kwargs: Any) -> Any: ...
+    def forward_extend(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    needs_cpu_seq_lens: bool
+
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None: ...
     def init_forward_metadata(self, forward_batch: Any) -> None: ...
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None: ...
@@ -250,6 +272,8 @@ class _Rows(Protocol):
 class ForwardBatch(_Rows, Protocol):
     """A batch as it comes to an eager step, and to a capture."""
 
+    extend_prefix_lens_cpu: list[int] | None  # None in decode
+    extend_seq_lens_cpu: list[int] | None
     tbo_children: Annotated[Any, Only("", "views have none; their server has no overlap either")]
     tbo_parent_token_range: Annotated[Any, Only("", "as `tbo_children`")]
 
@@ -259,6 +283,16 @@ class ReplayView(_Rows, Protocol):
 
     actual_forward_mode: Annotated[ForwardMode, Only("", "a forward batch says it in its mode")]
     num_padding: Annotated[int, Only("", "a forward batch is not padded for a graph")]
+
+
+class VerifyInput(Protocol):
+    """What a verify pass of speculative decoding checks: SGLang's ``EagleVerifyInput``.
+
+    That of n-grams has the first of these.
+    """
+
+    draft_token_num: Annotated[int, Only("", "an idle rank's pass checks nothing")]
+    topk: int
 
 
 class KVInfo(Protocol):
@@ -335,6 +369,7 @@ HOMES: dict[type, str] = {
     PhaseConfig: "sglang.srt.model_executor.cuda_graph_config:PhaseConfig",
     ModelConfig: "sglang.srt.configs.model_config:ModelConfig",
     KVPool: "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool",
+    LatentPool: "sglang.srt.mem_cache.memory_pool:MLATokenToKVPool",
     KVWriteLocation: "sglang.srt.mem_cache.memory_pool:KVWriteLoc",
     WrappingPool: "sglang.srt.mem_cache.swa_memory_pool:SWAKVPool",
     ReqToTokenPool: "sglang.srt.mem_cache.memory_pool:ReqToTokenPool",
@@ -347,6 +382,7 @@ HOMES: dict[type, str] = {
     ForwardMode: "sglang.srt.model_executor.forward_batch_info:ForwardMode",
     ForwardBatch: "sglang.srt.model_executor.forward_batch_info:ForwardBatch",
     ReplayView: ("sglang.srt.model_executor.runner.decode_cuda_graph_runner:build_replay_fb_view"),
+    VerifyInput: "sglang.srt.speculative.eagle_info:EagleVerifyInput",
     KVInfo: "sglang.srt.managers.schedule_batch:ReqKvInfo",
     Request: "sglang.srt.managers.schedule_batch:Req",
     ScheduleBatch: "sglang.srt.managers.schedule_batch:ScheduleBatch",

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from prefix_patches.patch import RELEASES, Touch
-from prefix_patches.schedule_context import schedule_context_of
+from prefix_patches.schedule_context import ScheduleContext, schedule_context_of
 
 __all__ = ["TOUCHED", "labelled"]
 
@@ -52,11 +52,10 @@ def labelled(runner_class: type) -> type:
                 )
 
         def capture_one_shape(self, *args: Any, **kwargs: Any) -> None:
-            if not self.capture_forward_mode.is_decode():
+            schedule = self._labelling_schedule()
+            if schedule is None:
                 super().capture_one_shape(*args, **kwargs)
                 return
-            schedule = schedule_context_of(self.model_runner)
-            assert schedule is not None
             for label in schedule.graph_labels:
                 schedule.graph_label = label
                 began, free = time.perf_counter(), _free_bytes()
@@ -67,12 +66,27 @@ def labelled(runner_class: type) -> type:
 
         def _make_graph_key(self, *args: Any, **kwargs: Any) -> Any:
             key = super()._make_graph_key(*args, **kwargs)
-            if not self.capture_forward_mode.is_decode():
+            schedule = self._labelling_schedule()
+            if schedule is None:
                 return key
-            schedule = schedule_context_of(self.model_runner)
-            assert schedule is not None
             name = f"{key.variant_label or ''}/{schedule.graph_label}"
             return dataclasses.replace(key, variant_label=name)
+
+        def load_batch(self, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
+            # Verify passes of EAGLE are loaded before the forward pass that replays them.
+            schedule = schedule_context_of(self.model_runner)
+            assert schedule is not None
+            previous = schedule.publish(forward_batch)
+            try:
+                return super().load_batch(forward_batch, *args, **kwargs)
+            finally:
+                schedule.pop(previous)
+
+        def _labelling_schedule(self) -> ScheduleContext | None:
+            """What knows the labels; None where this runner captures another kind of pass."""
+            schedule = schedule_context_of(self.model_runner)
+            assert schedule is not None
+            return schedule if self.capture_forward_mode.name in schedule.graph_modes else None
 
     LabelledGraphRunner.__name__ = f"Labelled{runner_class.__name__}"
     return LabelledGraphRunner
@@ -93,6 +107,11 @@ TOUCHED = (
         f"{_RUNNER}.capture_one_shape",
         why="captures one batch size",
         releases=f"{RELEASES}, called once per batch size",
+    ),
+    Touch(
+        f"{_RUNNER}.load_batch",
+        why="prepares a replay, for verify passes before the forward pass begins",
+        parameters=("self", "forward_batch"),
     ),
     Touch(
         f"{_RUNNER}._make_graph_key",

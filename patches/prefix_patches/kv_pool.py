@@ -5,14 +5,21 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from prefix_patches.attributes import AttentionLayer, ForwardBatch, KVPool
+from prefix_patches.attributes import AttentionLayer, ForwardBatch, KVPool, LatentPool
 from prefix_patches.patch import RELEASES, Touch
 
-__all__ = ["TOUCHED", "applies_kv_scales", "is_block_quantized", "is_slot_major", "write_kv"]
+__all__ = [
+    "TOUCHED",
+    "applies_kv_scales",
+    "is_block_quantized",
+    "is_slot_major",
+    "latent_dims",
+    "write_kv",
+]
 
 _POOLS = "sglang.srt.mem_cache.memory_pool"
 
@@ -41,8 +48,16 @@ def _has_block_scales(pool: KVPool) -> bool:
 
 
 def is_slot_major(pool: KVPool) -> bool:
-    """Whether K and V are laid out as [slot, head, dim]; a pool without ``kv_cache_layout`` is."""
-    return all(getattr(inner, "kv_cache_layout", "nhd") == "nhd" for inner in _inner_pools(pool))
+    """Whether K and V are laid out as [slot, head, dim], at the slots that ``req_to_token`` names.
+
+    A pool without ``kv_cache_layout`` is. Those of ``--enable-unified-memory`` are not, whatever
+    they say: slots are translated at every access (`unified_memory_pool.py`, 0.5.17 to 0.5.23).
+    """
+    return all(
+        getattr(inner, "kv_cache_layout", "nhd") == "nhd"
+        and not type(inner).__module__.endswith(".unified_memory_pool")
+        for inner in _inner_pools(pool)
+    )
 
 
 def _inner_pools(pool: KVPool) -> list[KVPool]:
@@ -50,9 +65,21 @@ def _inner_pools(pool: KVPool) -> list[KVPool]:
     return [pool, *(found for found in inner if found is not None)]
 
 
+def latent_dims(pool: KVPool) -> tuple[int, int] | None:
+    """Of a pool for multi-head latent attention: elements of the latent, and of the part with RoPE.
+
+    Such a pool (``MLATokenToKVPool``) has one row per token, K of the one KV head, and V is the
+    latent at its beginning. None for other pools.
+    """
+    for inner in _inner_pools(pool):
+        if (rank := getattr(inner, "kv_lora_rank", None)) is not None:
+            return int(rank), cast(LatentPool, inner).qk_rope_head_dim
+    return None
+
+
 def applies_kv_scales(pool: KVPool) -> bool:
-    """Whether the pool holds k and v divided by the layer's scales."""
-    return pool.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
+    """Whether the pool holds k and v divided by the layer's scales; one of latents never does."""
+    return pool.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) and latent_dims(pool) is None
 
 
 def write_kv(
@@ -61,14 +88,23 @@ def write_kv(
     forward_batch: ForwardBatch,
     k: torch.Tensor,
     v: torch.Tensor,
+    k_rope: torch.Tensor | None = None,
 ) -> None:
     """Write the new tokens' K and V of one layer.
 
     The scales are handed over only where the pool stores 8-bit floats, as stock backends do: the
     pool then divides k and v by them, in place, so a second write of the same tensors would be
     wrong.
+
+    With ``k_rope`` k is the latent alone, as models hand it to the stock backends that are on
+    SGLang's list ``FORWARD_ABSORB_CORE_ATTENTION_BACKENDS``. ``set_mla_kv_buffer``, which takes
+    both, does not know a ``KVWriteLoc`` before 0.5.22.
     """
     location = _write_location()(forward_batch, layer)
+    if k_rope is not None:
+        place = location if _takes_location() else forward_batch.out_cache_loc
+        cast(LatentPool, pool).set_mla_kv_buffer(layer, place, k, k_rope)
+        return
     k = k.view(-1, layer.tp_k_head_num, layer.qk_head_dim)
     v = v.view(-1, layer.tp_v_head_num, layer.v_head_dim)
     if applies_kv_scales(pool):
@@ -81,6 +117,12 @@ def write_kv(
 def _write_location() -> Callable[[ForwardBatch, AttentionLayer], Any]:
     """What makes a ``KVWriteLoc`` of a forward batch and a layer."""
     location_class: Any = import_module(_POOLS).KVWriteLoc
-    if hasattr(location_class, "for_layer"):
+    if _takes_location():
         return location_class.for_layer  # type: ignore[no-any-return]
     return lambda forward_batch, layer: location_class(forward_batch.out_cache_loc)
+
+
+@functools.cache
+def _takes_location() -> bool:
+    """Whether every write takes a ``KVWriteLoc`` (from 0.5.22 on)."""
+    return hasattr(import_module(_POOLS).KVWriteLoc, "for_layer")

@@ -29,7 +29,7 @@ __all__ = [
 # Of a forward batch: its schedule batch.
 BATCH_ATTRIBUTE = "_sglang_prefix_schedule_batch"
 # Passes that generate tokens and are no decode, by SGLang's name of their mode: under the decode
-# flag they never reach our backend.
+# flag alone they never reach our backend.
 PASSED_BY = {"TARGET_VERIFY": "speculative-verify", "DLLM_EXTEND": "diffusion"}
 # Of a request: its number of retractions when it last decoded.
 _SETTLED_ATTRIBUTE = "_sglang_prefix_settled"
@@ -47,10 +47,11 @@ class ScheduleContext:
     Attributes:
         batch: SGLang's ``ScheduleBatch`` of the pass under way; None outside a pass, and in
             passes that no schedule batch stands behind (warm-up, capture).
-        epoch: grows with every pass that is not plain decode, and whenever a request is retracted.
-            Rows and tree may have changed then.
+        epoch: grows with every pass that neither decodes nor verifies drafts, and whenever a
+            request is retracted. Rows and tree may have changed then.
         graph_labels: the labels under which each decode graph is captured, see
             `graph_labels.py`; none where graphs hold nothing of ours.
+        graph_modes: SGLang's names of the modes whose graphs are.
         graph_label: the label being captured, or chosen for the step under way.
         vote, agree: where ranks with batches of their own must replay the same label, see
             `rank_agreement.py`, else None. The first gives the numbers of this rank before a step,
@@ -69,6 +70,7 @@ class ScheduleContext:
         self.batch: ScheduleBatch | None = None
         self.epoch = 0
         self.graph_labels: tuple[str, ...] = ()
+        self.graph_modes: tuple[str, ...] = ("DECODE",)
         self.graph_label = ""
         self.vote: Callable[[ScheduleBatch | None], tuple[int, ...]] | None = None
         self.agree: Callable[[Sequence[Sequence[int]]], str] | None = None
@@ -87,16 +89,23 @@ class ScheduleContext:
     def push(self, forward_batch: Any) -> Any:
         """Publish the batch behind ``forward_batch``; return what was published before."""
         began = time.perf_counter()
-        previous = self.batch
-        self.batch = vars(forward_batch).get(BATCH_ATTRIBUTE)
+        previous = self.publish(forward_batch)
         mode = forward_batch.forward_mode
         if not mode.is_decode():
-            self.epoch += 1
             if self.on_passed_by is not None and mode.name in PASSED_BY:
                 self.on_passed_by(PASSED_BY[mode.name])
-            if self.batch is not None:
-                _unsettle(self.batch)
+            # A verify pass decodes: requests keep their rows and what the tree has of them.
+            if not mode.is_target_verify():
+                self.epoch += 1
+                if self.batch is not None:
+                    _unsettle(self.batch)
         self.seconds.append(time.perf_counter() - began)
+        return previous
+
+    def publish(self, forward_batch: Any) -> Any:
+        """As :meth:`push`, for a pass that is prepared before it begins."""
+        previous = self.batch
+        self.batch = vars(forward_batch).get(BATCH_ATTRIBUTE)
         return previous
 
     def settled(self, reqs: Sequence[Request]) -> list[bool]:

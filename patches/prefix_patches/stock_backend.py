@@ -22,7 +22,7 @@ __all__ = [
     "prefill_name",
     "resolved_args",
     "runs_dp_attention",
-    "torch_native_decode",
+    "torch_native_attention",
     "wrap_factories",
 ]
 
@@ -169,24 +169,26 @@ class _Wrapping:
         return self.create(model_runner, self.name)
 
 
-def torch_native_decode() -> Callable[..., None]:
-    """SGLang's decode attention on a CPU, alone, which benchmarks compare with layer by layer.
+def torch_native_attention() -> Callable[..., None]:
+    """SGLang's attention on a CPU, alone, which benchmarks compare with layer by layer.
 
-    It is ``TorchNativeAttnBackend._run_sdpa_forward_decode`` of 0.5.17 to 0.5.23, a method that
-    uses nothing of its instance, which needs a model to build. When it is gone, the import or the
-    first call fails, and benchmarks name the stock side as absent. Imports SGLang, which takes
-    seconds.
+    They are ``_run_sdpa_forward_decode`` and ``_run_sdpa_forward_extend`` of
+    ``TorchNativeAttnBackend`` of 0.5.17 to 0.5.23, methods that use nothing of their instance,
+    which needs a model to build. When they are gone, the import or the first call fails, and
+    benchmarks name the stock side as absent. Imports SGLang, which takes seconds.
 
     Returns:
-        ``(q, out, k, v, req_to_token, req_pool_indices, seq_lens, scaling)``: q and out are
-        [B, Hq, D], k and v [slots, Hkv, D], the rest as SGLang has them.
+        ``(q, out, k, v, req_to_token, req_pool_indices, seq_lens, scaling, query_lens)``: q and out
+        are [R, Hq, D], k and v [slots, Hkv, D], the query tokens of each request [B], None for one
+        each, the rest as SGLang has them.
     """
     with warnings.catch_warnings():  # of quantisation kernels that a CPU does not have
         warnings.simplefilter("ignore")
         from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
-    run = object.__new__(TorchNativeAttnBackend)._run_sdpa_forward_decode
+    backend = object.__new__(TorchNativeAttnBackend)
+    decode, extend = backend._run_sdpa_forward_decode, backend._run_sdpa_forward_extend
 
-    def decode(
+    def attend(
         q: torch.Tensor,
         out: torch.Tensor,
         k: torch.Tensor,
@@ -195,8 +197,14 @@ def torch_native_decode() -> Callable[..., None]:
         req_pool_indices: torch.Tensor,
         seq_lens: torch.Tensor,
         scaling: float,
+        query_lens: torch.Tensor | None,
     ) -> None:
-        table = (req_to_token, req_pool_indices, seq_lens, None)
-        run(q, out, k, v, *table, scaling=scaling, enable_gqa=q.shape[1] != k.shape[1])
+        table = (req_to_token, req_pool_indices, seq_lens)
+        options: dict[str, Any] = {"scaling": scaling, "enable_gqa": q.shape[1] != k.shape[1]}
+        if query_lens is None:
+            decode(q, out, k, v, *table, None, **options)
+        else:
+            cached = seq_lens - query_lens
+            extend(q, out, k, v, *table, cached, query_lens, causal=True, **options)
 
-    return decode
+    return attend

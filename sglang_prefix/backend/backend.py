@@ -3,59 +3,49 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
-from statistics import median
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
-from prefix_kernels.executor import AttentionParams
+from prefix_patches.attention_layers import attention_sinks
 from prefix_patches.attributes import AttentionLayer, ForwardBatch, ModelRunner, ReplayView
-from prefix_patches.kv_pool import applies_kv_scales, write_kv
+from prefix_patches.kv_pool import write_kv
+from prefix_patches.latent_attention import join_rope
 from prefix_patches.observability import append_with, report_with
-from prefix_patches.schedule_context import ensure_schedule_context
 from prefix_patches.stock_backend import prefill_name
-from sglang_prefix.backend.counters import BackendCounters
-from sglang_prefix.backend.decode_batch import DecodeBatch
 from sglang_prefix.backend.decode_planner import DecodePlanner, LayerGroup
-from sglang_prefix.backend.delegation import DelegatingBackend
+from sglang_prefix.backend.extend_planner import EXTENDED_STOCK, LEAST_SAVED, ExtendPlanner
 from sglang_prefix.backend.fallback import (
     REASONS,
-    batch_reason,
+    argument_reason,
     captures_decode,
     has_tensor_parallelism,
-    server_reason,
 )
-from sglang_prefix.backend.graph_labels import GraphLabels
-from sglang_prefix.backend.layers import find_layers
-from sglang_prefix.backend.metrics import metrics_of
-from sglang_prefix.backend.step_state import (
-    NO_STEP,
-    OTHER_GRAPH,
-    PACKED,
-    PACKED_REPLAY,
-    StepState,
-)
+from sglang_prefix.backend.layers import run_layer
+from sglang_prefix.backend.step_state import NO_STEP, OTHER_GRAPH
+from sglang_prefix.backend.steps import SteppingBackend
 from sglang_prefix.backend.warm_up import warm_up
 from sglang_prefix.config import BACKEND_NAME, PrefixConfig
 from sglang_prefix.gate import make_gate
 
 if TYPE_CHECKING:
-    from sglang_prefix.explain.last_plan import LastPlan
+    pass
 
 __all__ = ["PrefixAttnBackend"]
 
 logger = logging.getLogger(__name__)
 
 
-class PrefixAttnBackend(DelegatingBackend):
-    """Owns a stock backend and takes plain decode of full-attention layers off it.
+class PrefixAttnBackend(SteppingBackend):
+    """Owns a stock backend and takes decode of full-attention layers off it.
 
-    Which layers are taken is decided here, once. A decode step then goes this way:
+    Which layers are taken is decided here, once. A decode step, and a verify pass of speculative
+    decoding, then goes this way:
 
     1. One of three entry points turns SGLang's batch into a :class:`DecodeBatch`, has the planner
-       prepare it, and notes in a :class:`StepState` who serves the step:
+       prepare it, and notes in a :class:`StepState` who serves the step (:class:`SteppingBackend`):
 
        =============================================  =============================================
        ``init_forward_metadata``                      eager: packed if no reason speaks against it
@@ -83,32 +73,18 @@ class PrefixAttnBackend(DelegatingBackend):
         stock_name: str,
         config: PrefixConfig,
     ) -> None:
-        super().__init__(stock)
+        self._stock_names = {stock_name, prefill_name(model_runner, BACKEND_NAME) or stock_name}
+        super().__init__(model_runner, stock, sorted(self._stock_names), config)
         self.token_to_kv_pool = model_runner.token_to_kv_pool
         self.req_to_token_pool = model_runner.req_to_token_pool
-        self._schedule = ensure_schedule_context(model_runner)
-        self._labels = GraphLabels(self._schedule)
-        self._server_reason = server_reason(model_runner, config.gate)
-        self._layers = find_layers(
-            model_runner,
-            {stock_name, prefill_name(model_runner, BACKEND_NAME) or stock_name},
-            config,
-            serve=self._server_reason is None,
-        )
-        self.counters = BackendCounters(delegated_layers=self._layers.delegated)
-        self._metrics = metrics_of(model_runner, self._layers.executor_text)
-        self._last_plan = _last_plan_of(config)
-        self._verify = config.verify
-        self._planner: DecodePlanner | None = None
-        self._step = NO_STEP
         self._stock_is_ready = False  # the stock backend has prepared this step
-        self._failed = False  # a failure has been logged with its traceback
         report_with(self._report)
         self._schedule.on_passed_by = self._count_passed_by
         if self._server_reason is None:
             self._serve(model_runner, stock_name, config)
             append_with(self._log_text)
-        self._layers.log_startup(config, stock_name, self._labels.names, self._server_reason)
+        labels, hint = self._labels.names, self._verification.hint
+        self._layers.log_startup(config, stock_name, labels, self._server_reason, hint)
 
     def _serve(self, model_runner: ModelRunner, stock_name: str, config: PrefixConfig) -> None:
         if not self._layers.groups:
@@ -118,7 +94,10 @@ class PrefixAttnBackend(DelegatingBackend):
             if self._layers.executor_names != ["triton"]:
                 self._stay_out("cuda-graph")
                 return
-            self._labels.use(model_runner, config.gate, self._predict)
+            # A verify pass that turns out to be no chain needs a graph, too.
+            spare_stock = self._verification.drafts > 0
+            self._labels.use(model_runner, config.gate, self._predict, spare_stock=spare_stock)
+            self._schedule.graph_modes = ("TARGET_VERIFY",) if spare_stock else ("DECODE",)
         req_to_token = self.req_to_token_pool.req_to_token
         self._planner = DecodePlanner(
             self._schedule,
@@ -133,33 +112,70 @@ class PrefixAttnBackend(DelegatingBackend):
             verify=config.verify,
             on_plan=self._last_plan.note if self._last_plan else None,
         )
+        self._extends = self._extend_planner(self._planner, stock_name, config)
         if self._layers.workspace is not None:
+            # Of extends, two tokens of a request stand for any number.
+            kinds = {self._verification.drafts, 2 if self._extends else 0}
             try:
-                done = warm_up(self._planner, self._layers.group_of, self._run, model_runner.dtype)
+                for drafts in sorted(kinds):
+                    done = warm_up(
+                        self._planner,
+                        self._layers.group_of,
+                        attention_sinks(model_runner.model),
+                        partial(run_layer, self.token_to_kv_pool),
+                        model_runner.dtype,
+                        drafts,
+                    )
+                    logger.info("prefix attention: %s", done)
             except Exception:
                 if has_tensor_parallelism(model_runner):  # others may not have failed
                     raise
                 self._log_failure("the first run of the kernels")
                 self._stay_out("kernels")
-                return
-            logger.info("prefix attention: %s", done)
 
-    def _stay_out(self, reason: str) -> None:
-        """Serve no layer after all."""
-        self._server_reason, self._planner = reason, None
-        self._layers = replace(self._layers, group_of={}, groups=[])
-        self._labels.withdraw()
+    def _extend_planner(
+        self, planner: DecodePlanner, stock_name: str, config: PrefixConfig
+    ) -> ExtendPlanner | None:
+        """What plans extends; None where they are all the stock backend's."""
+        names, device = self._layers.executor_names, planner.req_to_token.device
+        name = names[0] if len(names) == 1 else ""
+        serves = config.extends != "never" and device.type == "cpu" and name in LEAST_SAVED
+        serves &= stock_name in EXTENDED_STOCK
+        from_paths = config.extends == "always" and names == ["triton"]
+        if from_paths:  # latents are prefilled as heads with K and V, in other layers
+            serves = not any(group.executor.shape.v_in_k for group in planner.groups)
+        if not serves:
+            return None
+        return ExtendPlanner(
+            planner,
+            self._schedule,
+            self.counters,
+            least_saved=LEAST_SAVED.get(name, 0),
+            from_paths=from_paths,
+            gate=make_gate(config.gate, device, stock_name, names) if from_paths else None,
+            verify=config.verify,
+        )
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Eager entry point: decide who serves the batch, and prepare it."""
         self._end_step()
         self._step, self._stock_is_ready = NO_STEP, False
-        if forward_batch.forward_mode.is_decode():
-            batch = DecodeBatch(forward_batch, self._schedule.batch)
-            reason = self._plan(batch)
-            self._step = StepState(reason=reason, counts=True) if reason else PACKED
+        batch = self._batch_of(forward_batch)
+        if batch is not None:
+            self._step = self._begin_eager(batch)
+        elif self._extends is not None:
+            self._step = self._extends.prepare(forward_batch) or NO_STEP
         if self._needs_stock():
             self._prepare_stock(forward_batch)
+
+    @property
+    def needs_cpu_seq_lens(self) -> bool:
+        """Whether SGLang is to copy the lengths of verify passes to the CPU, where plans are made.
+
+        Those of decode are there anyway.
+        """
+        plans_them = self._planner is not None and self._verification.drafts > 0
+        return plans_them or self.stock.needs_cpu_seq_lens
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Buffers for graphs of up to ``max_bs`` requests: ours exist, so this only checks them.
@@ -176,18 +192,19 @@ class PrefixAttnBackend(DelegatingBackend):
         """Outside the graph, before it is captured or replayed: choose the graph, fill buffers."""
         self._end_step()
         self._step, self._stock_is_ready = NO_STEP, False
-        if forward_batch.forward_mode.is_decode():
-            batch = DecodeBatch(forward_batch, self._schedule.batch, in_graph=True)
-            self._step = self._begin_capture(batch) if in_capture else self._begin_replay(batch)
-        else:
+        batch = self._batch_of(forward_batch, in_graph=True)
+        if batch is None:
             self._step = OTHER_GRAPH
+        else:
+            self._step = self._begin_capture(batch) if in_capture else self._begin_replay(batch)
         if self._needs_stock():
             self._prepare_stock(forward_batch, in_capture=in_capture)
 
     def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
         """Inside the graph, before the model: tails grow by this step's slots."""
-        if self._step.packed and self._planner is not None:
-            self._planner.append(DecodeBatch(forward_batch, None, in_graph=True))
+        batch = self._batch_of(forward_batch, in_graph=True)
+        if self._step.packed and self._planner is not None and batch is not None:
+            self._planner.append(batch)
         if self._needs_stock():
             self.stock.init_forward_metadata_in_graph(forward_batch)
 
@@ -201,10 +218,37 @@ class PrefixAttnBackend(DelegatingBackend):
         save_kv_cache: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """Attention of one layer: ours for decode, the stock backend's for every other mode."""
-        if forward_batch.forward_mode.is_decode():
+        """Attention of one layer: ours for decode, and for other passes that were planned."""
+        mode = forward_batch.forward_mode
+        if mode.is_decode():
             return self.forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+        if (self._extends is not None or self._step.kind == "verify") and not mode.is_idle():
+            return self.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
         return self.stock.forward(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+
+    def forward_extend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        layer: AttentionLayer,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """Run a layer of an extend or a verify pass. Backends of several backends call this one."""
+        if self._serves(forward_batch):
+            return self.forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+        if self._step.packed and self._step.kind != "decode":  # another pass was planned
+            self._give_up_step("other-batch")
+            self._prepare_stock(forward_batch)
+        return self.stock.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+
+    def _serves(self, forward_batch: ForwardBatch) -> bool:
+        """Whether a pass that is no decode step was planned."""
+        if forward_batch.forward_mode.is_target_verify():
+            return self._step.kind == "verify"
+        return self._extends is not None and self._extends.serves(forward_batch)
 
     def forward_decode(
         self,
@@ -216,15 +260,21 @@ class PrefixAttnBackend(DelegatingBackend):
         save_kv_cache: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """Decode one layer; see :class:`AttentionBackend`. Writes KV exactly once per call."""
-        group = self._group_for(q, layer, kwargs)
+        """Run a layer of a step or another pass that is planned; see :class:`AttentionBackend`.
+
+        Writes KV exactly once per call.
+        """
+        whole_q, others = join_rope(q, layer, kwargs, joins=self._step.packed)
+        group = self._group_for(whole_q, layer, others)
         if group is None:
             self._prepare_stock(forward_batch)
             return self.stock.forward(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
         if save_kv_cache and k is not None and v is not None:
-            write_kv(self.token_to_kv_pool, layer, forward_batch, k, v)
+            k_rope = kwargs.get("k_rope")
+            write_kv(self.token_to_kv_pool, layer, forward_batch, k, v, k_rope)
         try:
-            return self._run(group, q, layer)
+            sinks = kwargs.get("sinks")
+            return run_layer(self.token_to_kv_pool, group, whole_q, layer, sinks)
         except Exception:
             if self._verify or self._step.in_graph:
                 raise
@@ -234,143 +284,43 @@ class PrefixAttnBackend(DelegatingBackend):
             # k and v have been written, and perhaps scaled in place: not a second time.
             return self.stock.forward(q, k, v, layer, forward_batch, False, **kwargs)
 
-    def _predict(self, batch: DecodeBatch) -> tuple[float, float] | None:
-        """Plan a batch that has been scheduled; the gate's predictions, None if it is stock's."""
-        self._end_step()
-        if self._planner is None or self._server_reason or batch_reason(batch.forward_batch):
-            return None
-        return self._planner.decide_ahead(batch)
-
-    def _plan(self, batch: DecodeBatch, *, packed: bool | None = None) -> str | None:
-        """Prepare a batch, as ranks agreed; why it is the stock backend's, None if it is packed."""
-        reason = self._server_reason or batch_reason(batch.forward_batch)
-        if reason is None and batch.in_graph and not self._labels.names:
-            # After a switch of PD roles SGLang captures what it was started not to capture.
-            reason = "late-graph"
-        if reason is None:
-            assert self._planner is not None
-            try:
-                reason = self._planner.prepare(batch, packed=packed)
-            except Exception:
-                self._planner.forget()
-                alone = batch.in_graph and packed is None and self._labels.ranks_must_agree
-                if self._verify or alone:
-                    raise
-                self._log_failure("planning")
-                reason = "error"
-        if reason is not None:
-            self.counters.say(reason)
-        return reason
-
-    def _begin_capture(self, batch: DecodeBatch) -> StepState:
-        """Capture our kernels under their label, unless no plan of this size would ever fit."""
-        planner = self._planner
-        if planner is None or self._server_reason or not self._labels.captures_packed:
-            return OTHER_GRAPH
-        if not planner.fits(batch):
-            return OTHER_GRAPH
-        planner.prepare_private(batch)
-        return StepState(packed=True, in_graph=True)
-
-    def _begin_replay(self, batch: DecodeBatch) -> StepState:
-        """Plan the batch, and choose the graph that serves it."""
-        agreed = self._labels.agreed
-        if agreed and self._planner is not None:
-            # As on every other rank: workspaces are of one size, and batches are padded to one.
-            # Where they are not, SGLang itself lets ranks replay graphs of different sizes.
-            agreed = self._planner.fits(batch)
-        counts = not batch.is_idle
-        reason = self._plan(batch, packed=agreed) if counts else None
-        if counts and reason is None:
-            self._labels.choose(packed=True)
-            return PACKED_REPLAY
-        packed = self._labels.without_stock or bool(agreed)
-        if packed:
-            assert self._planner is not None
-            self._planner.prepare_private(batch)
-        self._labels.choose(packed=packed)
-        return StepState(packed, reason, in_graph=True, counts=counts)
-
-    def _end_step(self) -> None:
-        """Count the step under way, once: packed, or under the reason why it was not."""
-        step = self._step
-        if not step.counts:
-            return
-        self._step = NO_STEP
-        if step.reason is not None:
-            self.counters.count_stock_step(step.reason)
-        elif self._planner is not None:
-            self._planner.count_step()
-        if self._metrics is not None:
-            self._metrics.update(self.counters)
-
-    def _count_passed_by(self, reason: str) -> None:
-        """Count a pass that generates tokens on the stock backend and is no decode step."""
-        self._end_step()
-        self.counters.say(reason)
-        self._step = StepState(reason=reason, counts=True)
-        self._end_step()
-
-    def _give_up_step(self, reason: str) -> None:
-        """Leave the rest of this step to the stock backend, and count it there."""
-        if self._planner is not None:
-            self._planner.invalidate()
-        if self._step.reason is None:
-            self._step = self._step._replace(packed=False, reason=reason)
-            self.counters.say(reason)
-
     def _group_for(
         self, q: torch.Tensor, layer: AttentionLayer, kwargs: dict[str, Any]
     ) -> LayerGroup | None:
         """What runs a layer in this step; None if the stock backend does."""
         group = self._layers.group_of.get(layer)
-        unknown = [name for name, value in kwargs.items() if value is not None]
-        if group is not None and unknown:
-            self._delegate(layer, unknown)
-        if group is None or unknown or not self._step.packed:
+        if group is None:
             return None
-        size = group.executor.padded_batch_size
-        if q.numel() != size * layer.tp_q_head_num * layer.qk_head_dim:
+        if reason := argument_reason(layer, kwargs, self._stock_names):
+            self._delegate(layer, reason, kwargs)
+            return None
+        if not self._step.packed:
+            return None
+        size, shape = group.executor.padded_batch_size, group.executor.shape
+        if q.numel() != size * shape.num_qo_heads * shape.head_dim:
             if self._step.in_graph:
-                raise RuntimeError(f"a graph of {size} requests got {len(q)} queries")
+                raise RuntimeError(f"a graph of {size} queries got {len(q)} queries")
             self._give_up_step("other-batch")
             return None
         return group
 
-    def _delegate(self, layer: AttentionLayer, unknown: list[str]) -> None:
+    def _delegate(self, layer: AttentionLayer, reason: str, kwargs: dict[str, Any]) -> None:
         """Leave a layer to the stock backend for good: the model will pass this at every step.
 
         Found out in the first decode step, or in a warm-up before the first graph is captured.
         """
         del self._layers.group_of[layer]
-        self._layers.delegated[layer.layer_id] = "unknown-argument"
+        self._layers.delegated[layer.layer_id] = reason
         logger.warning(
             "prefix attention: layer %d is stock's (%s: %s)",
             layer.layer_id,
-            REASONS["unknown-argument"],
-            ", ".join(unknown),
+            REASONS[reason],
+            ", ".join(name for name, value in kwargs.items() if value is not None),
         )
         if not self._layers.group_of:
-            self._server_reason = "no-layer"
-
-    def _run(self, group: LayerGroup, q: torch.Tensor, layer: AttentionLayer) -> torch.Tensor:
-        q = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        out = q.new_empty(q.shape[0], layer.tp_q_head_num, layer.v_head_dim)
-        scaled = applies_kv_scales(self.token_to_kv_pool)
-        group.executor.run(
-            q,
-            self.token_to_kv_pool.get_key_buffer(layer.layer_id),
-            self.token_to_kv_pool.get_value_buffer(layer.layer_id),
-            out,
-            None,
-            AttentionParams(
-                layer.scaling,
-                layer.logit_cap or 0.0,
-                layer.k_scale if scaled and layer.k_scale is not None else 1.0,
-                layer.v_scale if scaled and layer.v_scale is not None else 1.0,
-            ),
-        )
-        return out.view(q.shape[0], -1)
+            self._server_reason, self._extends = "no-layer", None
+            if self._step.kind == "extend":
+                self._give_up_step("no-layer")
 
     def _needs_stock(self) -> bool:
         """Whether the stock backend has a part in this step."""
@@ -393,38 +343,5 @@ class PrefixAttnBackend(DelegatingBackend):
             self.stock.init_forward_metadata(forward_batch)
         elif in_capture is False:
             self.stock.init_forward_metadata_out_graph(forward_batch)
-        elif self._labels.note_stock_capture(forward_batch.batch_size):
+        elif self._labels.note_stock_capture(forward_batch):
             self.stock.init_forward_metadata_out_graph(forward_batch, in_capture=True)
-
-    def _log_failure(self, what: str) -> None:
-        """Log the exception at hand, with its traceback the first time only."""
-        logger.error("prefix attention: %s failed", what, exc_info=not self._failed)
-        self._failed = True
-
-    def _log_text(self) -> str:
-        """What is appended to SGLang's line about decode batches."""
-        self._end_step()
-        return self.counters.log_text()
-
-    def _report(self) -> dict[str, Any]:
-        """All counters as plain values, for who asks the server; metrics then are up to date."""
-        self._end_step()
-        if self._metrics is not None:
-            self._metrics.update(self.counters, now=True)
-        seconds = self._schedule.seconds
-        report = self.counters.as_dict() | {
-            "hook_us": 1e6 * median(seconds) if seconds else None,
-            "executor": self._layers.executor_text,
-        }
-        if self._last_plan is not None:
-            report["last_plan"] = self._last_plan.as_dict()
-        return report
-
-
-def _last_plan_of(config: PrefixConfig) -> LastPlan | None:
-    """Where the newest plan is kept, if the settings ask for that."""
-    if not config.keep_plan:
-        return None
-    from sglang_prefix.explain.last_plan import LastPlan
-
-    return LastPlan(config)

@@ -40,7 +40,7 @@ def create_backend(model_runner: ModelRunner, wrapped: str | None = None) -> Att
                 "SGLang: --attention-backend"
             )
         (architecture, *_) = model_runner.model_config.hf_config.architectures
-        if why := why_refused(architecture, wrapped, uses_mla=model_runner.use_mla_backend):
+        if why := why_refused(architecture, wrapped):
             logger.info("prefix attention: %s is left to %s: it %s", architecture, wrapped, why)
             return build_stock(model_runner, wrapped, BACKEND_NAME)
     logger.info("prefix attention: settings %s", config)

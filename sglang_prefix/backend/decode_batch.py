@@ -1,4 +1,4 @@
-"""A decode batch as SGLang handed it over: what planning reads of it, and nothing of it before."""
+"""A decode batch or verify pass as SGLang handed it over: what planning reads of it, alone."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from prefix_patches.attributes import ForwardBatch, ReplayView, Request, Schedul
 __all__ = ["DecodeBatch", "ScheduledRows"]
 
 IntArray = NDArray[np.int64]
+
+_INT64 = np.dtype(np.int64)
 
 
 class ScheduledRows(NamedTuple):
@@ -31,18 +33,24 @@ class DecodeBatch(NamedTuple):
     """A view of one decode batch. Copies nothing, and reads an attribute when it is asked for it.
 
     SGLang's objects are not typed, and differ between releases; what they are ends here.
-    No property reads a device. Rows at the end of a batch may be padding of a graph.
+    No property reads a device. Requests at the end of a batch may be padding of a graph.
+
+    In a verify pass of speculative decoding each request has several query tokens, the drafts, of
+    which the first is the token that was accepted last. SGLang's lengths leave them out, a decode
+    batch's count its new token; lengths here count all of them.
 
     Attributes:
         forward_batch: SGLang's ``ForwardBatch``, or what its graph runner hands over instead; rows
             where a batch has been scheduled, and nothing more.
         schedule_batch: SGLang's ``ScheduleBatch`` behind it; None where none is known.
         in_graph: the step is a graph's, so its tails grow inside the graph.
+        drafts: tokens of each request that a verify pass checks; 0 in decode.
     """
 
     forward_batch: ForwardBatch | ReplayView | ScheduledRows
     schedule_batch: ScheduleBatch | None
     in_graph: bool = False
+    drafts: int = 0
 
     @classmethod
     def scheduled(cls, batch: ScheduleBatch) -> DecodeBatch:
@@ -59,13 +67,23 @@ class DecodeBatch(NamedTuple):
         return cls(rows, batch)
 
     @property
+    def kind(self) -> str:
+        """What kind of pass it is, as a `StepState` says it."""
+        return "verify" if self.drafts else "decode"
+
+    @property
     def padded_batch_size(self) -> int:
-        """Rows of q and of the outputs, padding included."""
+        """Requests, padding included."""
         return self.forward_batch.batch_size
 
     @property
+    def num_rows(self) -> int:
+        """Rows of q and of the outputs, padding included."""
+        return self.forward_batch.batch_size * (self.drafts or 1)
+
+    @property
     def num_requests(self) -> int:
-        """Rows that are not padding of a graph."""
+        """Requests that are not padding of a graph."""
         batch = self.forward_batch
         return batch.batch_size - int(getattr(batch, "num_padding", 0))
 
@@ -93,12 +111,12 @@ class DecodeBatch(NamedTuple):
 
     @property
     def seq_lens(self) -> torch.Tensor:
-        """[padded_batch_size] lengths, the new token included, on the device."""
+        """[padded_batch_size] lengths as SGLang has them, on the device: without drafts."""
         return self.forward_batch.seq_lens
 
     @property
     def new_slots(self) -> torch.Tensor:
-        """[padded_batch_size] slots of the new tokens, on the device."""
+        """[num_rows] slots of the new tokens, on the device; a replay's may lack the padding."""
         return self.forward_batch.out_cache_loc
 
     @property
@@ -120,32 +138,41 @@ class DecodeBatch(NamedTuple):
         """Sum of all lengths, padding included; -1 where the CPU knows none."""
         total = self.forward_batch.seq_lens_sum
         if isinstance(total, int):
-            return total
+            return total + self.drafts * self.padded_batch_size
         lens = self.host_lengths(self.padded_batch_size)
         return -1 if lens is None else int(lens.sum())
 
-    def is_of(self, reqs: list[Request], padded_batch_size: int, sum_of_lengths: int) -> bool:
-        """Whether it is a batch of these requests, in this order, with lengths of this sum."""
+    def is_of(self, reqs: list[Request], padded_batch_size: int, drafts: int) -> bool:
+        """Whether it is a batch of these requests, in this order, with as many drafts each."""
         return (
             self.schedule_batch is not None
+            and self.drafts == drafts
             and self.forward_batch.batch_size == padded_batch_size
             and self.schedule_batch.reqs == reqs
-            and self.sum_of_lengths == sum_of_lengths
         )
 
-    def host_lengths(self, num_requests: int) -> IntArray | None:
-        """Lengths [num_requests] where the CPU knows them, else None."""
+    def counted_lengths(self) -> IntArray | None:
+        """Lengths [padded_batch_size] as SGLang has them, where the CPU knows them: without drafts.
+
+        No copy, and SGLang may add to them in place.
+        """
         lens = self.forward_batch.seq_lens_cpu
         if lens is None:
             lens = self.forward_batch.seq_lens
-        if lens.device.type != "cpu":
+        if not lens.is_cpu:
             return None
-        # A copy: SGLang adds to the lengths in place.
-        return np.array(lens.numpy()[:num_requests], dtype=np.int64)
+        found: IntArray = lens.numpy()
+        return found if found.dtype is _INT64 else found.astype(np.int64)
+
+    def host_lengths(self, num_requests: int) -> IntArray | None:
+        """Lengths [num_requests] where the CPU knows them, else None."""
+        lens = self.counted_lengths()
+        return None if lens is None else lens[:num_requests] + self.drafts
 
     def device_lengths(self, num_requests: int) -> IntArray:
         """Lengths [num_requests], read from the device, for which the CPU waits."""
-        return np.asarray(self.seq_lens[:num_requests].cpu().numpy(), dtype=np.int64)
+        lens = np.asarray(self.seq_lens[:num_requests].cpu().numpy(), dtype=np.int64)
+        return lens + self.drafts
 
     def kv_states(self) -> list[Any]:
         """What changes when a request's KV moves although the same requests decode."""

@@ -1,5 +1,9 @@
 """From SGLang's decode batch to plans in use: from what to plan, and when to reuse a plan.
 
+Verify passes of speculative decoding are batches of the same requests with several query tokens
+each, the drafts. They grow by as many tokens as are accepted, and the positions of those that are
+not are written again. No draft is ever shared.
+
 No device is read here: lengths, requests and radix paths are on the CPU. Only
 ``SGLANG_PREFIX_VERIFY=1`` looks at slot rows, and so do batches on the CPU engine whose tree
 cannot be asked.
@@ -24,7 +28,7 @@ from prefix_patches.schedule_context import ScheduleContext
 from sglang_prefix.backend.counters import BackendCounters
 from sglang_prefix.backend.decode_batch import DecodeBatch
 from sglang_prefix.backend.path_cache import FoundPaths, PathCache
-from sglang_prefix.backend.planned_batch import PlannedBatch, grown
+from sglang_prefix.backend.planned_batch import PlannedBatch, advance, grown
 from sglang_prefix.backend.workspace import Workspace
 from sglang_prefix.checks import check_same_sharing
 from sglang_prefix.forest import PrefixForest, forest_of_neighbours, forest_of_table
@@ -46,7 +50,7 @@ class LayerGroup(NamedTuple):
 
 
 class DecodePlanner:
-    """Keeps the plans of a model runner's decode batches.
+    """Keeps the plans of a model runner's decode batches and verify passes.
 
     A plan is reused from step to step while the same requests decode, each in the row that it had,
     and nothing but decode has run in between. A new one is made when a request joins or leaves,
@@ -75,7 +79,8 @@ class DecodePlanner:
         on_plan: told of every batch that was planned, with the arguments of `LastPlan.note`.
 
     Attributes:
-        max_batch_size: of the largest batch that can be served, padding included; None for any.
+        max_batch_size: rows of the largest batch that can be served, padding included; None for
+            any.
     """
 
     def __init__(
@@ -96,9 +101,12 @@ class DecodePlanner:
         self.groups = groups
         self.on_plan = on_plan
         sizes = [group.workspace.capacity.batch_rows for group in groups if group.workspace]
-        # Each request has a partial.
+        # Each row has a partial.
         sizes += [most for group in groups if (most := group.planner.max_partials) is not None]
         self.max_batch_size = min(sizes, default=None)
+        # Lengths with drafts: a graph reads them where it did when it was captured.
+        most = max(self.max_batch_size or 0, len(req_to_token))
+        self._lens = torch.empty(most, dtype=torch.int64, device=req_to_token.device)
         self._schedule = schedule
         self._counters = counters
         self._gate = gate
@@ -107,6 +115,8 @@ class DecodePlanner:
         self.paths = PathCache(schedule)
         self._loaded_padding = 0  # rows of the batch of nothing but padding that is loaded
         self._planned: PlannedBatch | None = None
+        nothing = np.zeros(1, dtype=np.int64)
+        advance(nothing, 0, nothing.copy(), nothing.copy())  # compiled here, not in a verify pass
 
     def prepare(self, batch: DecodeBatch, *, packed: bool | None = None) -> str | None:
         """Make the executors ready for a decode batch: by the plan in use, or by a new one.
@@ -125,7 +135,7 @@ class DecodePlanner:
             RuntimeError: ``verify`` found a difference.
         """
         planned = self._planned
-        if planned is None or not planned.is_decided(batch):
+        if planned is None or planned.decided_ahead is None or not planned.is_decided(batch):
             reason = self.decide(batch)
             planned = self._planned
             if planned is None:
@@ -146,8 +156,7 @@ class DecodePlanner:
         """
         began = time.perf_counter()
         planned = self._planned
-        if planned is not None and self.can_reuse(batch):
-            planned.steps += 1
+        if planned is not None and self._follow(planned, batch):
             self._counters.count_reused_step(time.perf_counter() - began)
             return planned.reason
         self._planned = None
@@ -180,33 +189,44 @@ class DecodePlanner:
         planned.ready = size, planned.steps
         if before == (size, planned.steps - 1):
             if not batch.in_graph:
-                self.append(batch)
+                self.append(batch, planned.num_new)
+                if self._verify:
+                    self._verify_tails(planned, batch)
             return
         began = time.perf_counter()
         for group, plan in zip(self.groups, planned.plans, strict=True):
             # Padding may have changed, or a step have been stock's, since the plan was made.
-            self._load(group, grown(plan, planned.steps), batch)
+            self._load(group, grown(plan, planned.growth), batch)
         if before is None:
-            self._counters.count_plan(plan.num_packs, plan.num_partials)
+            self._counters.count_plan(plan.num_packs, plan.num_partials, batch.kind)
         self._counters.plan_seconds += time.perf_counter() - began
 
     def count_step(self) -> None:
         """Count the step prepared last as packed, with what it read. Called when it has ended."""
         planned, counters = self._planned, self._counters
-        counters.packed_steps += 1
         if planned is None:
+            counters.count_packed("decode")
             return
-        # Tails are read by their own request alone: one token more, read and logical.
-        grown = planned.steps * len(planned.lens)
-        counters.kv_tokens_read += planned.kv_tokens_read + grown
-        counters.kv_tokens_logical += planned.kv_tokens_logical + grown
+        # Tails are read by their own request alone: what they have grown by, read and logical.
+        grown, kind = planned.num_grown, "verify" if planned.drafts else "decode"
+        read, logical = planned.kv_tokens_read + grown, planned.kv_tokens_logical + grown
+        counters.count_packed(kind, read, logical)
         # Below zero where other ranks want the step packed; what is counted only rises.
         counters.predicted_gain_us += max(0.0, planned.stock_us - planned.packed_us)
 
-    def append(self, batch: DecodeBatch) -> None:
-        """Let every tail grow by this step's slot. A graph holds the call, other steps make it."""
+    def append(self, batch: DecodeBatch, num_new: IntArray | None = None) -> None:
+        """Let every tail grow by this step's slots. A graph holds the call, other steps make it.
+
+        Args:
+            batch: the batch.
+            num_new: [B] tokens by which each grows; None for one each, and in a graph, where
+                executors read the lengths on the device.
+        """
+        lens, slots = batch.seq_lens, batch.new_slots
+        if batch.drafts:
+            lens = torch.add(lens, batch.drafts, out=self._lens[: len(lens)])
         for group in self.groups:
-            group.executor.append(batch.seq_lens, batch.new_slots)
+            group.executor.append(lens, slots, num_new=num_new)
 
     def prepare_private(self, batch: DecodeBatch) -> None:
         """Make the executors ready for a batch of which nothing is known to be shared.
@@ -224,14 +244,20 @@ class DecodePlanner:
         lens = batch.host_lengths(count)
         if lens is None:
             lens = batch.device_lengths(count)
-        forest = _private_forest(lens)
+        forest, query_lens = _private_forest(lens), _query_lens(batch, count)
         for group in self.groups:
-            self._load(group, group.planner.plan(forest, batch.padded_batch_size), batch)
+            plan = group.planner.plan(forest, batch.num_rows, query_lens=query_lens)
+            self._load(group, plan, batch)
         self._loaded_padding = padding
 
     def fits(self, batch: DecodeBatch) -> bool:
         """Whether some plan of the batch's size can be served."""
-        return self.max_batch_size is None or batch.padded_batch_size <= self.max_batch_size
+        return self.max_batch_size is None or batch.num_rows <= self.max_batch_size
+
+    def give_up_executors(self) -> None:
+        """Let no later step use what is loaded: other plans will be."""
+        self.invalidate()
+        self._loaded_padding = 0
 
     def invalidate(self) -> None:
         """Let no later step reuse the plan."""
@@ -243,32 +269,29 @@ class DecodePlanner:
         self.invalidate()
         self.paths.forget()
 
-    def can_reuse(self, batch: DecodeBatch) -> bool:
-        """Whether the plan in use serves this step too: same requests, same rows, same tree.
+    def _follow(self, planned: PlannedBatch, batch: DecodeBatch) -> bool:
+        """Go on under a plan, if it serves this step too: same requests, same rows, same tree.
 
-        Each step of the same requests adds a token to each, so the sum of the lengths, which SGLang
-        hands over, tells whether a step was left out. Nothing here asks torch or NumPy for
-        anything: with the processor's caches full of other things, that alone takes longer than all
-        the rest.
+        In decode, nothing here asks torch or NumPy for anything: with the processor's caches full
+        of other things, that alone takes longer than all the rest.
         """
-        planned = self._planned
-        if planned is None or planned.reqs is None:
-            return False
-        steps = planned.steps + 1
-        total = planned.sum_of_lengths + steps * len(planned.lens)
         if (
-            steps > planned.max_steps
+            planned.reqs is None
             or planned.epoch != self._schedule.epoch
-            or not batch.is_of(planned.reqs, planned.padded_batch_size, total)
-            or not _has_same_pool_indices(planned, batch)
+            or not batch.is_of(planned.reqs, planned.padded_batch_size, planned.drafts)
+            or not planned.has_same_rows(batch)
+            or not planned.follow(batch)
         ):
             return False
         if self._verify:
-            _verify_step(planned, batch)
+            planned.verify_step(batch)
         return True
 
     def replan(self, batch: DecodeBatch, lens: IntArray) -> str | None:
         """Plan a batch of lengths ``lens`` [B]; returns as :meth:`prepare` does."""
+        room = self.req_to_token.shape[1] - int(lens.max())
+        if room < 0:
+            return "query-lengths"
         reqs = list(batch.reqs)
         complete = len(reqs) == len(lens)
         found = self._look_up(batch, reqs) if complete else None
@@ -283,11 +306,15 @@ class DecodePlanner:
                 self._slot_rows(batch, lens), lens, page_size=self.page_size, prefix_closed=True
             )
         planned = PlannedBatch(lens, batch.sum_of_lengths, batch.padded_batch_size)
+        if batch.drafts:
+            planned.drafts = batch.drafts
+            planned.newest_lens, planned.num_new = lens.copy(), np.zeros_like(lens)
         planned.reason = self._plan_forest(planned, forest, batch)
         if self.on_plan is not None:
             predicted = self._counters.predicted_packed_us, self._counters.predicted_stock_us
-            arguments = self.groups, planned.reason, predicted, self.page_size
-            self.on_plan(forest, *arguments, planned.padded_batch_size)
+            told = forest, self.groups, planned.reason, predicted, self.page_size
+            query_lens = _query_lens(batch, len(lens))
+            self.on_plan(*told, batch.num_rows, kind=batch.kind, query_lens=query_lens)
         if complete:
             # Their rows hold the tree's slots from the next step on, so that step plans again.
             self._schedule.settle(newcomers)
@@ -295,7 +322,8 @@ class DecodePlanner:
             planned.reqs, planned.epoch = reqs, self._schedule.epoch
             planned.pool_indices = batch.pool_indices
             planned.states = batch.kv_states() if self._verify else ()
-            planned.max_steps = min(group.planner.reserved_tail_slots for group in self.groups)
+            slots = [group.planner.reserved_tail_slots for group in self.groups]
+            planned.max_growth = min(room, *slots)
         self._planned = planned
         return planned.reason
 
@@ -309,8 +337,11 @@ class DecodePlanner:
             return "gate-nothing-shared"
         if not self.fits(batch):
             return "workspace"
-        size = planned.padded_batch_size
-        plans = [group.planner.plan(forest, size) for group in self.groups]
+        query_lens = _query_lens(batch, len(planned.lens))
+        plans = [
+            group.planner.plan(forest, batch.num_rows, query_lens=query_lens)
+            for group in self.groups
+        ]
         if any(plan.refused_partials for plan in plans):
             return "workspace"
         reason = None
@@ -345,7 +376,7 @@ class DecodePlanner:
             plan,
             self.req_to_token,
             batch.req_pool_indices,
-            padded_batch_size=batch.padded_batch_size,
+            padded_batch_size=batch.num_rows,
         )
 
     def _look_up(self, batch: DecodeBatch, reqs: list[Request]) -> FoundPaths | None:
@@ -367,6 +398,17 @@ class DecodePlanner:
             )
         return forest
 
+    def _verify_tails(self, planned: PlannedBatch, batch: DecodeBatch) -> None:
+        """Compare the slots of tails that have grown with the slot rows."""
+        lens = planned.lens + planned.growth
+        rows = self._slot_rows(batch, lens)
+        for group, plan in zip(self.groups, planned.plans, strict=True):
+            slots = group.executor.kv_slots.cpu().numpy()
+            tails = zip(rows, plan.tail_start, lens, plan.tail_offset, strict=True)
+            for row, start, end, offset in tails:
+                if not np.array_equal(slots[offset : offset + end - start], row[start:end]):
+                    raise RuntimeError("SGLANG_PREFIX_VERIFY: a tail does not have its row's slots")
+
     def _slot_rows(self, batch: DecodeBatch, lens: IntArray) -> NDArray[np.integer]:
         indices = batch.req_pool_indices[: len(lens)]
         return np.asarray(self.req_to_token[indices, : int(lens.max())].cpu().numpy())
@@ -378,23 +420,6 @@ def _private_forest(lens: IntArray) -> PrefixForest:
     return forest_of_neighbours(np.arange(len(lens)), nothing, lens)
 
 
-def _has_same_pool_indices(planned: PlannedBatch, batch: DecodeBatch) -> bool:
-    """Whether requests have kept their rows of ``req_to_token``, as far as the CPU knows."""
-    found, known = batch.pool_indices, planned.pool_indices
-    if found is known:
-        return True
-    if found is None or known is None or not torch.equal(found, known):
-        return False
-    planned.pool_indices = found
-    return True
-
-
-def _verify_step(planned: PlannedBatch, batch: DecodeBatch) -> None:
-    if batch.kv_states() != planned.states:
-        raise RuntimeError(
-            "SGLANG_PREFIX_VERIFY: a request moved in the radix tree or to another row, or was "
-            "retracted, without a prefill"
-        )
-    lens = batch.host_lengths(len(planned.lens))
-    if lens is not None and not np.array_equal(lens, planned.lens + planned.steps + 1):
-        raise RuntimeError("SGLANG_PREFIX_VERIFY: a step did not add one token to each request")
+def _query_lens(batch: DecodeBatch, num_requests: int) -> IntArray | None:
+    """[num_requests] query tokens of each request; None for one each."""
+    return np.full(num_requests, batch.drafts, dtype=np.int64) if batch.drafts else None

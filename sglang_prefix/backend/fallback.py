@@ -6,7 +6,8 @@ A batch or layer that has one of these goes to stock, is counted under its name,
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from prefix_patches.attributes import AttentionLayer, ForwardBatch, ModelRunner, ReplayView
 from prefix_patches.install import lacks_attributes
@@ -19,6 +20,7 @@ from sglang_prefix.checks import KV_DTYPES, Q_DTYPES
 __all__ = [
     "GATE_REASONS",
     "REASONS",
+    "argument_reason",
     "batch_reason",
     "captures_decode",
     "has_dp_attention",
@@ -39,6 +41,7 @@ REASONS = {
     "SGLANG_SCHEDULER_SKIP_ALL_GATHER, keeps them from it; SGLANG_PREFIX_GATE=always packs",
     "torch-compile": "--enable-torch-compile has not been tried with our kernels",
     "pd-multiplexing": "--enable-pdmux shares the GPU between prefill and decode",
+    "adaptive-drafts": "--speculative-adaptive changes the number of drafts meanwhile",
     "draft-model": "this is the draft model of speculative decoding",
     "encoder-decoder": "the model is an encoder-decoder",
     "deterministic": "--enable-deterministic-inference needs results that no other request affects",
@@ -59,15 +62,22 @@ REASONS = {
     "its prefill ignores the cap",
     "kv-scales": "the backend that serves the layer's prefill applies the KV scales otherwise",
     "unknown-argument": "the model passes an attention argument that the executors do not know",
+    "latent-attention": "the executor has no kernel for multi-head latent attention of this shape",
+    "attention-sinks": "the backend that serves the layer's prefill ignores attention sinks",
     "head-groups": "query heads do not come in whole groups per KV head",
     # One batch.
     "no-request-info": "the batch came without its requests (warm-up, or a row without a request)",
     "no-radix-paths": "this tree cannot be read on the CPU; "
     "SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND=python can",
     "two-batch-overlap": "two-batch overlap splits the batch in two",
-    "speculative": "the batch carries speculative state",
+    "speculative": "the decode batch carries speculative state",
+    "speculative-tree": "the drafts of a request are a tree, or not known to be a chain",
+    "query-lengths": "drafts reach past the context, or there are more or fewer query tokens than "
+    "the lengths of the pass say",
     # One pass that stock takes before it could come to us.
-    "speculative-verify": "the target model checks the tokens of a draft, several per request",
+    "speculative-verify": "another backend than ours checks drafts; the line about the start says "
+    "what brings them here",
+    "speculative-ranks": "ranks with batches of their own agree on graphs for decode alone",
     "diffusion": "a diffusion model denoises a block of tokens per request",
     # One call.
     "late-graph": "SGLang has captured its graphs after the start, without our kernels",
@@ -90,6 +100,8 @@ def server_reason(model_runner: ModelRunner, gate: str) -> str | None:
     device = str(model_runner.device)
     found = {
         "gate-never": gate == "never",
+        # SGLang builds a backend for each number, and graphs that know no labels.
+        "adaptive-drafts": getattr(args, "speculative_adaptive", False),
         "draft-model": model_runner.is_draft_worker,
         "encoder-decoder": model_runner.model_config.is_encoder_decoder,
         "deterministic": args.enable_deterministic_inference,
@@ -113,9 +125,16 @@ def server_reason(model_runner: ModelRunner, gate: str) -> str | None:
     return next((reason for reason, holds in found.items() if holds), None)
 
 
-def batch_reason(forward_batch: ForwardBatch | ReplayView | ScheduledRows) -> str | None:
-    """Why a decode batch is left to the stock backend unseen; None to plan it."""
-    if forward_batch.spec_info is not None:
+def batch_reason(
+    forward_batch: ForwardBatch | ReplayView | ScheduledRows, *, verifies: bool = False
+) -> str | None:
+    """Why a batch is left to the stock backend unseen; None to plan it.
+
+    Args:
+        forward_batch: SGLang's.
+        verifies: whether it is a verify pass, whose speculative state is looked at elsewhere.
+    """
+    if forward_batch.spec_info is not None and not verifies:
         return "speculative"
     # The halves come to backends of their own, with the schedule batch of the whole (to 0.5.23).
     is_half = getattr(forward_batch, "tbo_parent_token_range", None)
@@ -156,10 +175,18 @@ _IGNORE_LOGIT_CAP = {"torch_native", "flex_attention", "trtllm_mha"}
 # These write and read KV without the layer's scales; the others apply them wherever the cache has
 # another dtype than the model.
 _IGNORE_KV_SCALES = {"torch_native", "flex_attention"}
+# These take any argument and use none; `trtllm_mha` takes any and uses sinks, others know them or
+# raise (0.5.17 to 0.5.23).
+_IGNORE_SINKS = {"hpc_ops"}
 
 
 def layer_reason(
-    layer: AttentionLayer, stock_names: Collection[str], *, kv_is_8_bit: bool, same_dtype: bool
+    layer: AttentionLayer,
+    stock_names: Collection[str],
+    *,
+    kv_is_8_bit: bool,
+    same_dtype: bool,
+    v_in_k: bool = False,
 ) -> str | None:
     """Why a ``RadixAttention`` layer is left to the stock backend; None if it is packed.
 
@@ -168,6 +195,7 @@ def layer_reason(
         stock_names: the backends that run its prefill, and its decode when we do not.
         kv_is_8_bit: whether the KV cache holds 8-bit floats.
         same_dtype: whether the KV cache has the model's dtype.
+        v_in_k: whether it is the absorbed form of multi-head latent attention.
     """
     window = layer.sliding_window_size
     attn_type = getattr(layer.attn_type, "value", layer.attn_type)
@@ -177,6 +205,10 @@ def layer_reason(
     scaled = layer.k_scale is not None or layer.v_scale is not None
     unscaled = [name in _IGNORE_KV_SCALES for name in stock_names]
     other_scales = any(unscaled) if kv_is_8_bit else not same_dtype and not all(unscaled)
+    if v_in_k:  # stock backends do not agree on whether, and where, they apply them
+        other_scales = any(
+            scale is not None and float(scale) != 1 for scale in (layer.k_scale, layer.v_scale)
+        )
     found = {
         "sliding-window": window is not None and window > -1,
         "cross-attention": layer.is_cross_attention,
@@ -189,6 +221,29 @@ def layer_reason(
         "head-groups": layer.tp_q_head_num % layer.tp_k_head_num != 0,
     }
     return next((reason for reason, holds in found.items() if holds), None)
+
+
+def argument_reason(
+    layer: AttentionLayer, arguments: Mapping[str, Any], stock_names: Collection[str]
+) -> str | None:
+    """Why what a model passes to a layer beside q, k and v leaves it to stock; None to run it.
+
+    Args:
+        layer: the layer.
+        arguments: what it was given, by name; None counts as not given.
+        stock_names: as of :func:`layer_reason`.
+    """
+    if not arguments:
+        return None
+    sinks = arguments.get("sinks")
+    if sinks is not None:
+        if not _IGNORE_SINKS.isdisjoint(stock_names):
+            return "attention-sinks"
+        one_per_head = sinks.shape == (layer.tp_q_head_num,) and sinks.is_contiguous()
+        if sinks.dtype not in Q_DTYPES or not one_per_head:
+            return "unknown-argument"
+    others = any(value is not None and name != "sinks" for name, value in arguments.items())
+    return "unknown-argument" if others else None
 
 
 def _is_set(name: str) -> bool:

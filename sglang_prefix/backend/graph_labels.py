@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from prefix_patches.attributes import ModelRunner
+from prefix_patches.attributes import ForwardBatch, ModelRunner, ReplayView
 from prefix_patches.rank_agreement import install as join_exchange
 from prefix_patches.schedule_context import ScheduleContext
 from sglang_prefix.backend.fallback import (
@@ -56,12 +56,12 @@ class GraphLabels:
         return self._is_parallel and len(self.names) > 1
 
     @property
-    def agreed(self) -> bool | None:
-        """Whether ranks agreed to pack the step under way; None where they need not agree.
+    def agreed(self) -> bool:
+        """Whether ranks agreed to pack the step under way, where they agree.
 
         A pass that no exchange preceded, a warm-up, is stock's on every rank.
         """
-        return self._schedule.agreed_label == PACKED if self.agrees else None
+        return self._schedule.agreed_label == PACKED
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -78,15 +78,19 @@ class GraphLabels:
         """Whether the graph being captured is to hold our kernels."""
         return self._schedule.graph_label == PACKED
 
-    def use(self, model_runner: ModelRunner, gate: str, predict: Predict) -> None:
+    def use(
+        self, model_runner: ModelRunner, gate: str, predict: Predict, *, spare_stock: bool = False
+    ) -> None:
         """Capture decode graphs with our kernels, and also without if the gate may choose stock.
 
         Args:
             model_runner: whose graphs.
             gate: the setting.
             predict: as of :class:`RankAgreement`.
+            spare_stock: capture them without our kernels, too, whatever the gate is.
         """
-        self._schedule.graph_labels = (PACKED, STOCK) if gate == "auto" else (PACKED,)
+        both = gate == "auto" or spare_stock
+        self._schedule.graph_labels = (PACKED, STOCK) if both else (PACKED,)
         self._is_parallel = has_tensor_parallelism(model_runner)
         # Ranks with batches of their own, each of which may outgrow its workspace.
         self._has_dp_attention = has_dp_attention(model_runner)
@@ -123,14 +127,18 @@ class GraphLabels:
         self._schedule.graph_labels = (PACKED, STOCK)
         logger.warning("prefix attention: %s, so stock is captured too; see %s", sure, ways_out)
 
-    def note_stock_capture(self, batch_size: int) -> bool:
+    def note_stock_capture(self, forward_batch: ForwardBatch | ReplayView) -> bool:
         """Note that stock kernels are about to be captured; False if stock is ready for that.
 
         It prepares once for both labels: FlashInfer's makes new buffers each time, and would forget
-        those that the graph of the other label reads.
+        those that the graph of the other label reads. Graphs of prefill have no labels, and each
+        is of as many requests.
         """
-        is_ready = len(self.names) > 1 and self._captured_size == batch_size
-        self._captured_size = batch_size
+        if forward_batch.forward_mode.name not in self._schedule.graph_modes:
+            return True
+        size = forward_batch.batch_size
+        is_ready = len(self.names) > 1 and self._captured_size == size
+        self._captured_size = size
         return not is_ready
 
     def choose(self, *, packed: bool) -> None:

@@ -38,22 +38,29 @@ class PrefixMetrics:
         def counter(name: str, text: str, *more: str) -> Counter:
             return Counter(f"sglang_prefix_{name}", text, (*names, *more))
 
-        self._plans = counter("plans_total", "Plans made.")
-        self._steps = counter("steps_total", "Decode steps, by who served them.", "path")
+        self._plans = counter("plans_total", "Plans made, by kind of pass.", "kind")
+        self._steps = counter(
+            "steps_total",
+            "Passes of the model, by kind (decode, verify, extend) and who served them.",
+            *("kind", "path"),
+        )
         self._reasons = counter(
-            "unpacked_steps_total", "Decode steps that were not packed, by reason.", "reason"
+            "unpacked_steps_total",
+            "Passes that were not packed, by kind and reason.",
+            *("kind", "reason"),
         )
         self._read = counter(
-            "kv_tokens_read_total", "KV tokens read by packed decode steps, for one layer."
+            "kv_tokens_read_total", "KV tokens read by packed passes, for one layer.", "kind"
         )
         self._logical = counter(
             "kv_tokens_logical_total",
-            "KV tokens of all requests of packed decode steps, for one layer.",
+            "KV tokens of all requests of packed passes, for one layer.",
+            "kind",
         )
         self._plan_seconds = counter("plan_seconds_total", "Host time spent on making plans.")
         self._gain = counter(
             "predicted_gain_seconds_total",
-            "Time that the gate expects packed decode steps to have saved.",
+            "Time that the gate expects packed steps to have saved.",
         )
         used = Gauge(
             "sglang_prefix_executor_info",
@@ -62,7 +69,7 @@ class PrefixMetrics:
             multiprocess_mode="max",
         )
         used.labels(**self._labels, executor=executor).set(1)
-        self._shown: dict[str, float] = {}
+        self._shown: dict[tuple[Any, ...], float] = {}  # by counter and our labels
         self._next = 0.0
 
     def update(self, counters: BackendCounters, *, now: bool = False) -> None:
@@ -71,18 +78,20 @@ class PrefixMetrics:
         if clock < self._next and not now:
             return
         self._next = clock + _INTERVAL_S
-        self._add(self._plans, "plans", counters.plans)
-        self._add(self._read, "read", counters.kv_tokens_read)
-        self._add(self._logical, "logical", counters.kv_tokens_logical)
-        self._add(self._plan_seconds, "plan_seconds", counters.plan_seconds)
-        self._add(self._gain, "gain", counters.predicted_gain_us / 1e6)
-        for path in ("packed", "stock", "fallback"):
-            self._add(self._steps, path, getattr(counters, f"{path}_steps"), path=path)
-        for reasons in (counters.stock_reasons, counters.fallback_reasons):
-            for reason, count in reasons.items():
-                self._add(self._reasons, f"reason {reason}", count, reason=reason)
+        self._add(self._plan_seconds, counters.plan_seconds)
+        self._add(self._gain, counters.predicted_gain_us / 1e6)
+        for kind, counts in counters.of.items():
+            self._add(self._plans, counts.plans, kind=kind)
+            self._add(self._read, counts.kv_tokens_read, kind=kind)
+            self._add(self._logical, counts.kv_tokens_logical, kind=kind)
+            for path in ("packed", "stock", "fallback"):
+                self._add(self._steps, getattr(counts, f"{path}_steps"), kind=kind, path=path)
+            for reasons in (counts.stock_reasons, counts.fallback_reasons):
+                for reason, count in reasons.items():
+                    self._add(self._reasons, count, kind=kind, reason=reason)
 
-    def _add(self, counter: Any, key: str, value: float, **labels: str) -> None:
+    def _add(self, counter: Any, value: float, **labels: str) -> None:
+        key = (counter, *labels.values())
         added = value - self._shown.get(key, 0)
         if added > 0 or key not in self._shown:
             counter.labels(**self._labels, **labels).inc(added)

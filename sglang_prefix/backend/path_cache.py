@@ -20,7 +20,7 @@ from prefix_patches.radix_paths import (
 from prefix_patches.schedule_context import ScheduleContext
 from sglang_prefix.forest import PathTable
 
-__all__ = ["FoundPaths", "PathCache"]
+__all__ = ["FoundPaths", "PathCache", "limits_of"]
 
 IntArray = NDArray[np.int64]
 
@@ -117,7 +117,7 @@ class PathCache:
         path_of, limits = self._path_of[at], self._limits[at]
         if new:
             found = np.asarray([self._row_of.get(node, -1) for node in nodes])
-            path_of[rows], limits[rows] = found, _limits_of(new, self._table, found)
+            path_of[rows], limits[rows] = found, limits_of(new, self._table, found)
         self._remember(reqs, path_of, limits)
         newcomers = list(compress(reqs, map(not_, settled)))
         return FoundPaths(self._table, path_of, limits, newcomers)
@@ -167,12 +167,12 @@ class PathCache:
         table = PathTable.of(read(known))
         path_of, limits = np.full(len(reqs), -1), np.zeros(len(reqs), dtype=np.int64)
         path_of[settled] = every = np.arange(len(known))
-        limits[settled] = _limits_of(known, table, every)
+        limits[settled] = limits_of(known, table, every)
         newcomers = list(compress(reqs, map(not_, settled)))
         return FoundPaths(table, path_of, limits, newcomers)
 
 
-def _limits_of(reqs: Sequence[Request], table: PathTable, path_of: IntArray) -> IntArray:
+def limits_of(reqs: Sequence[Request], table: PathTable, path_of: IntArray) -> IntArray:
     """Tokens that the tree owns, but no more than the path has: a session's row may hold more."""
     owned = np.fromiter(owned_lengths(reqs), np.int64, len(reqs))
     lengths = np.append(table.lengths, 0)  # of path -1, which is empty

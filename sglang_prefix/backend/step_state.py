@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["NO_STEP", "OTHER_GRAPH", "PACKED", "PACKED_REPLAY", "StepState"]
+__all__ = ["EXTEND", "NO_STEP", "OTHER_GRAPH", "PACKED_REPLAYS", "StepState"]
 
 
 class StepState(NamedTuple):
@@ -16,16 +16,23 @@ class StepState(NamedTuple):
             graphs without stock kernels may have a reason and be packed all the same, with nothing
             taken to be shared.
         in_graph: its kernels are a graph's.
-        counts: it is a decode step, and not a prefill, a capture or another rank's.
+        counts: it is a decode step or a verify pass, or an extend that should be packed, and not
+            another prefill, a capture or another rank's.
+        kind: what kind of pass it is: "decode", "verify" or "extend". Counted by it.
     """
 
     packed: bool = False
     reason: str | None = None
     in_graph: bool = False
     counts: bool = False
+    kind: str = "decode"
 
 
 NO_STEP = StepState()
 OTHER_GRAPH = StepState(in_graph=True)  # that counts no step and holds no kernel of ours
-PACKED = StepState(packed=True, counts=True)
-PACKED_REPLAY = StepState(packed=True, in_graph=True, counts=True)
+EXTEND = StepState(packed=True, counts=True, kind="extend")
+# Replays of graphs with our kernels, by kind of pass: made once, since most steps are one.
+PACKED_REPLAYS = {
+    kind: StepState(packed=True, in_graph=True, counts=True, kind=kind)
+    for kind in ("decode", "verify")
+}

@@ -13,11 +13,10 @@ from prefix_patches.stock_backend import prefill_name, resolved_args
 __all__ = ["REFUSED", "check_cpu_prefill", "check_model", "check_stock_rules", "why_refused"]
 
 # Models of which nothing could be packed. Most ask for the backend's name themselves, and hand over
-# what only the backends that they know understand: 0.5.23, models/deepseek_v2.py and
-# deepseek_common/attention_backend_handler.py, inkling_common/attn.py. By the stock backend that
-# SGLang chooses, by architecture, and "mla". docs/compatibility.md has the families.
+# what only the backends that they know understand: 0.5.23, models/deepseek_v2.py,
+# inkling_common/attn.py. By the stock backend that SGLang chooses, and by architecture.
+# docs/compatibility.md has the families.
 REFUSED = {
-    "mla": "has multi-head latent attention, whose code path follows the backend's name",
     "dsa": "picks the tokens that it attends to",
     "nsa": "picks the tokens that it attends to",
     "dsv4": "picks the tokens that it attends to",
@@ -25,6 +24,8 @@ REFUSED = {
     "minicpm_flashattn": "picks the tokens that it attends to",
     "minicpm_flashinfer": "picks the tokens that it attends to",
     "InklingForConditionalGeneration": "accepts the backends fa4 and triton only",
+    # By the class of the backend (0.5.19 to 0.5.23, models/dots3_common/modeling.py).
+    "Dots3NoteForCausalLM": "goes by the class of the backend, of which it knows SGLang's own",
 }
 
 # From SGLang's argument resolution (arg_groups/overrides.py, 0.5.23): page sizes to which it
@@ -62,14 +63,18 @@ def check_cpu_prefill(model_runner: ModelRunner, own_name: str) -> None:
         )
 
 
-def why_refused(architecture: str, stock_name: str, *, uses_mla: bool) -> str | None:
+def why_refused(architecture: str, stock_name: str) -> str | None:
     """Why nothing of a model could be packed, as the end of a sentence; None if something can."""
-    keys = (stock_name, "mla" if uses_mla else "", architecture)
-    return next((REFUSED[key] for key in keys if key in REFUSED), None)
+    return next((REFUSED[key] for key in (stock_name, architecture) if key in REFUSED), None)
 
 
 def check_model(architecture: str, stock_name: str, *, uses_mla: bool) -> None:
-    """Refuse a model of which nothing could be packed, and which our name would break.
+    """Refuse a model of which nothing could be packed, or which our name would break.
+
+    Those with multi-head latent attention choose their code path by the backend's name (0.5.17 to
+    0.5.23, models/deepseek_common/attention_backend_handler.py): how they prefill, whether queries
+    come in two parts, whether RoPE is left to the kernel. With our name they would take another
+    path than with the stock backend's; without it, under SGLANG_PREFIX=1, all of that holds.
 
     Args:
         architecture: as the model's configuration names it.
@@ -79,10 +84,15 @@ def check_model(architecture: str, stock_name: str, *, uses_mla: bool) -> None:
     Raises:
         ValueError: the message says how to serve it.
     """
-    if why := why_refused(architecture, stock_name, uses_mla=uses_mla):
+    refused = f"the attention backend prefix cannot serve {architecture}, which"
+    if why := why_refused(architecture, stock_name):
         raise ValueError(
-            f"the attention backend prefix cannot serve {architecture}, which {why}. Start without "
-            f"it: SGLang then decodes with {stock_name}"
+            f"{refused} {why}. Start without it: SGLang then decodes with {stock_name}"
+        )
+    if uses_mla:
+        raise ValueError(
+            f"{refused} has multi-head latent attention and goes by the backend's name. Start "
+            f"with SGLANG_PREFIX=1 instead of the name: our decode then stands over {stock_name}"
         )
 
 

@@ -20,16 +20,18 @@ __all__ = ["warm_up"]
 
 logger = logging.getLogger(__name__)
 
-# Runs one layer: its group, q, the layer.
-RunLayer = Callable[[LayerGroup, torch.Tensor, Any], torch.Tensor]
+# Runs one layer: its group, q, the layer, its sinks.
+RunLayer = Callable[[LayerGroup, torch.Tensor, Any, torch.Tensor | None], torch.Tensor]
 
 
 @torch.no_grad()
 def warm_up(
     planner: DecodePlanner,
     group_of: Mapping[Any, LayerGroup],
+    sinks_of: Mapping[Any, torch.Tensor],
     run: RunLayer,
     q_dtype: torch.dtype,
+    drafts: int = 0,
 ) -> str:
     """Run every layer once for each set of launches, on the slot that belongs to no request.
 
@@ -39,8 +41,10 @@ def warm_up(
     Args:
         planner: the planner; without a plan afterwards.
         group_of: the group of each layer.
+        sinks_of: the attention sinks of each layer that has some.
         run: runs a layer.
         q_dtype: dtype of queries.
+        drafts: tokens of each request that are verified; 0 where requests decode.
 
     Returns:
         What it was, with the seconds that it took, compilation included.
@@ -49,13 +53,15 @@ def warm_up(
     device = planner.req_to_token.device
     _settle_cache()
     with kernel_cache.counted() as counts:
-        for num_requests in _batch_sizes(planner):
-            batch = _blank_batch(num_requests, device)
+        for num_rows in _batch_sizes(planner):
+            count, most = -(-num_rows // (drafts or 1)), planner.max_batch_size or num_rows
+            batch = _blank_batch(max(1, min(count, most // (drafts or 1))), device, drafts)
             planner.prepare_private(batch)
             planner.append(batch)
             for layer, group in group_of.items():
-                heads = (num_requests, layer.tp_q_head_num, layer.qk_head_dim)
-                run(group, torch.zeros(heads, dtype=q_dtype, device=device), layer)
+                heads = (batch.num_rows, layer.tp_q_head_num, layer.qk_head_dim)
+                q = torch.zeros(heads, dtype=q_dtype, device=device)
+                run(group, q, layer, sinks_of.get(layer))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     seconds = time.perf_counter() - began
@@ -83,15 +89,15 @@ def _batch_sizes(planner: DecodePlanner) -> list[int]:
     return sorted(sizes)
 
 
-def _blank_batch(num_requests: int, device: torch.device) -> DecodeBatch:
-    """Requests of one token, all in the row of SGLang's padding."""
+def _blank_batch(num_requests: int, device: torch.device, drafts: int) -> DecodeBatch:
+    """Requests of one token, and of drafts behind it, all in the row of SGLang's padding."""
     ones = torch.ones(num_requests, dtype=torch.int64)
-    zeros = torch.zeros(num_requests, dtype=torch.int64, device=device)
+    zeros = torch.zeros(num_requests * (drafts or 1), dtype=torch.int64, device=device)
     forward_batch = SimpleNamespace(
         batch_size=num_requests,
-        req_pool_indices=zeros,
+        req_pool_indices=zeros[:num_requests],
         seq_lens=ones.to(device),
         seq_lens_cpu=ones,
         out_cache_loc=zeros,
     )
-    return DecodeBatch(forward_batch, None, in_graph=True)
+    return DecodeBatch(forward_batch, None, in_graph=True, drafts=drafts)

@@ -13,8 +13,10 @@ __all__ = ["Workspace", "size_workspace"]
 _INT32 = 4
 # Beside its items: its place in `queries` and in `partials`, and the source of its pack.
 _INTS_PER_PARTIAL = 2 + 4
-# Beside those: bounds of its partials, start and offset of its tail.
-_INTS_PER_REQUEST = 3
+# Beside those, of each row of q: bounds of its partials, start and offset of its tail. With several
+# rows of a request, it and its place for each row, and less than one of the tail's.
+_INTS_PER_ROW = 3
+_INTS_PER_CAUSAL_ROW = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,7 @@ def size_workspace(
     reserved_tail_slots: int,
     max_block_rows: int,
     budget: int,
+    query_tokens: int = 1,
 ) -> Workspace:
     """Divide a budget between the slots and the partials of plans.
 
@@ -60,6 +63,7 @@ def size_workspace(
         reserved_tail_slots: tokens that each tail may grow by.
         max_block_rows: rows of the widest tile.
         budget: bytes for all buffers.
+        query_tokens: of each request, each of which has a row and partials of its own.
 
     Raises:
         ValueError: the budget does not even hold one request of ``context_len`` tokens; the
@@ -68,10 +72,12 @@ def size_workspace(
     blocks = -(-shape.group_size // max_block_rows)
     partial_ints = _INTS_PER_PARTIAL + ITEM_FIELDS * blocks
     partial_bytes = shape.partial_size + partial_ints * _INT32
-    row_bytes = (_INTS_PER_REQUEST + 1 + shape.num_kv_heads) * _INT32
+    row_ints = _INTS_PER_ROW if query_tokens == 1 else _INTS_PER_CAUSAL_ROW
+    row_bytes = (row_ints + 1 + shape.num_kv_heads) * _INT32
     request_slots = context_len + reserved_tail_slots
     # Half the budget is enough for partials; twice as many as rows let one pack be split.
-    batch_rows = min(max_batch_size, budget // 4 // partial_bytes)
+    batch_rows = min(max_batch_size * query_tokens, budget // 4 // partial_bytes)
+    batch_rows -= batch_rows % query_tokens
     fixed = (HEADER_SIZE + 1) * _INT32 + batch_rows * row_bytes
     left = budget - fixed - min(2 * batch_rows * partial_bytes, budget // 2)
     if batch_rows < 1 or left < request_slots * _INT32:
@@ -80,18 +86,18 @@ def size_workspace(
             f"a workspace of {budget} bytes is too small for requests of {context_len} tokens; "
             f"legal: at least {least} bytes"
         )
-    slots = min(batch_rows * request_slots, left // _INT32)
+    slots = min(batch_rows // query_tokens * request_slots, left // _INT32)
     # What slots leave goes to partials, with which packs can be cut into more splits.
     max_partials = (budget - fixed - slots * _INT32) // partial_bytes
     capacity = PlanCapacity(
         batch_rows=batch_rows,
-        plan_size=HEADER_SIZE + 1 + batch_rows * _INTS_PER_REQUEST + max_partials * partial_ints,
+        plan_size=HEADER_SIZE + 1 + batch_rows * row_ints + max_partials * partial_ints,
         slots=slots,
         partials=max_partials,
     )
     return Workspace(
         capacity,
         max_partials,
-        min(batch_rows, slots // request_slots),
+        min(batch_rows // query_tokens, slots // request_slots),
         fixed + slots * _INT32 + max_partials * partial_bytes,
     )

@@ -97,13 +97,19 @@ def _dry(cases: Sequence[KernelCase]) -> list[KernelCase]:
     return [
         replace(
             case,
-            heads=Heads(case.heads.qo // case.heads.kv, 1, 16, 16),
+            heads=_tiny(case.heads),
             tree=case.tree.shrunk(case.page_size),
+            query_tokens=min(case.query_tokens, 2),
             dtype="float32",
             target=None,
         )
         for case in first.values()
     ]
+
+
+def _tiny(heads: Heads) -> Heads:
+    group = heads.qo // heads.kv
+    return Heads(group, 1, 40, 32, v_in_k=True) if heads.v_in_k else Heads(group, 1, 16, 16)
 
 
 def _tree_cases(options: KernelOptions) -> Iterator[KernelCase]:

@@ -11,7 +11,6 @@ import random
 import socket
 import time
 import tomllib
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -103,7 +102,7 @@ def engine_environment(
             backend, so that the backend runs as it comes.
     """
     if base is None:
-        base = {k: v for k, v in os.environ.items() if not k.startswith("SGLANG_PREFIX_")}
+        base = {k: v for k, v in os.environ.items() if not k.startswith("SGLANG_PREFIX")}
     found = sglang_environment(find_sgl_kernel(), base)
     is_checkout = (ROOT / "kernels").is_dir()
     roots = (ROOT, ROOT / "kernels", ROOT / "patches") if is_checkout else ()
@@ -143,8 +142,10 @@ def free_port() -> int:
 
     With DP attention the processes of an engine talk on ports from 233 above it on. Ports that the
     system hands out for connections, from 32768 on, may be taken between the choice and their use.
+    So may others: two processes that choose at the same time mostly choose different ones, though
+    ports of DP attention may meet.
     """
-    ports = list(range(10_000, 32_000, 275))
+    ports = list(range(10_000 + 2 * (os.getpid() % 115), 32_000, 275))
     random.SystemRandom().shuffle(ports)
     for port in ports:
         needed = (port, port + 1, *range(port + 233, port + 243))
@@ -182,13 +183,20 @@ def sum_of_ranks(info: Mapping[str, Any]) -> dict[str, Any]:
     for state in info["internal_states"]:
         # A rank has one for each model runner; the first is the target model's.
         first, *_ = state.get("sglang_prefix") or [{}]
-        for name, value in first.items():
-            if name in _NEWEST or name not in found:
-                found[name] = value
-            elif isinstance(value, Mapping):  # counts by reason
-                found[name] = dict(Counter(found[name]) + Counter(value))
-            else:
-                found[name] += value
+        found = _sum(found, first)
+    return found
+
+
+def _sum(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Counters added up, in mappings by reason and by kind of pass too."""
+    found = dict(one)
+    for name, value in other.items():
+        if name in _NEWEST or name not in found:
+            found[name] = value
+        elif isinstance(value, Mapping):
+            found[name] = _sum(found[name], value)
+        else:
+            found[name] += value
     return found
 
 
@@ -198,9 +206,11 @@ def counter_difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> d
     for name, value in after.items():
         if name in _NEWEST:
             found[name] = value
-        elif isinstance(value, Mapping):  # counts by reason
+        elif name.endswith("_reasons"):
             old = before.get(name, {})
             found[name] = {k: n - old.get(k, 0) for k, n in value.items() if n > old.get(k, 0)}
+        elif isinstance(value, Mapping):  # of another kind of pass
+            found[name] = counter_difference(before.get(name, {}), value)
         else:
             found[name] = value - before.get(name, 0)
     if found.get("kv_tokens_logical"):

@@ -39,6 +39,7 @@ TARGETS_US = {
         "native_load": 300,
         "native_step": 20,
         "reused_step": 20,
+        "reused_verify_step": 30,
         "native_layers": 300,
     },
     ("planning", 1024): {"plan_batch": 1000, "plan_batch_newcomers": 1000},

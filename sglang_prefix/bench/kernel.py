@@ -249,6 +249,7 @@ def measure_case(
         dtype=dtype,
         page_size=case.page_size,
         scattered=case.scattered,
+        query_tokens=case.query_tokens,
         max_layers=_GPU_LAYERS if on_gpu and not case.is_chain else 1,
         max_kv_bytes=_GPU_KV_BYTES,
     )
@@ -278,6 +279,7 @@ def measure_case(
         "tree": case.notation,
         "note": case.note,
         "batch": inputs.batch.batch_size,
+        "query_tokens": case.query_tokens,
         "heads": asdict(case.heads),
         "dtype": case.dtype,
         "page_size": case.page_size,

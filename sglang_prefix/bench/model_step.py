@@ -12,6 +12,7 @@ from typing import Any
 from sglang_prefix.bench.engine import EngineProcess, engine_environment
 from sglang_prefix.bench.hooks import decode_watch
 from sglang_prefix.bench.run import NotRunError
+from sglang_prefix.files import write_file
 from sglang_prefix.smollm2 import build_smollm2
 
 __all__ = ["NUM_REQUESTS", "measure_model"]
@@ -93,7 +94,7 @@ def _measure(
     folder: Path, engine: EngineProcess, mode: str, prompts: list[list[int]]
 ) -> dict[str, Any]:
     """Steps of one mode."""
-    decode_watch.mode_file(folder).write_text(mode)
+    write_file(decode_watch.mode_file(folder), mode)
     answered: Mapping[str, Any] = engine.ask(
         f"{_LOAD}:ask", prompts=prompts, num_greedy=_QUESTIONS, tokens=_ANSWER_TOKENS
     )

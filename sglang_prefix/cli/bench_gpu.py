@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from sglang_prefix.cli.bench_kernel import (
+from sglang_prefix.cli.bench_run import (
     Dry,
     ListCases,
     Out,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sglang_prefix.cli.bench_kernel import (
+from sglang_prefix.cli.bench_run import (
     Budget,
     ListCases,
     Out,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from sglang_prefix.cli.bench_kernel import finish, make_run
+from sglang_prefix.cli.bench_run import finish, make_run
 from sglang_prefix.cli.command import typed_command
 from sglang_prefix.cli.options import (
     MAX_REPEATS,

@@ -1,4 +1,4 @@
-"""`sglang-prefix demo`: the same questions through stock decode and through ours."""
+"""`sglang-prefix demo`: the same questions through SGLang's own attention and through ours."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from sglang_prefix.cli.demo_report import (
 )
 from sglang_prefix.cli.options import JsonOption, loadable_model, picture_to_write
 from sglang_prefix.cli.output import console, fail, say, write_json
+from sglang_prefix.files import write_file
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,7 +40,7 @@ _PICTURES = (".html", ".svg")
 _MAX_DOCUMENT, _MAX_BATCH_TOKENS, _QUESTION_TOKENS = 1 << 15, 1 << 20, 256
 _RANDOM = "tiny random model"
 _QUESTIONS = "sglang_prefix.bench.serving.questions"
-_SAID = {"stock": "stock decode", "prefix": "prefix decode", "zeros": "control"}
+_SAID = {"stock": "stock", "prefix": "prefix", "zeros": "control"}
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ def demo(
     ] = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Compare stock decode with prefix decode in the real engine: answers, KV read, time.
+    """Compare stock attention with ours in the real engine: answers, KV read, times to the first
+    token and per token.
 
     Ends with a tree of the last batch: what it shares, and how it was packed.
     """
@@ -104,6 +106,7 @@ def demo(
     began = time.monotonic()
     import torch
 
+    from sglang_prefix.bench.results import environment
     from sglang_prefix.explain.sources import load_tokenizer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -122,7 +125,7 @@ def demo(
             fail(str(error))
         loads: list[Load] = []
         for one in dict.fromkeys(dtypes):
-            # Prefill is most of the time on a CPU, where half of the questions tell enough.
+            # Stock prefill is most of the time on a CPU, where half of the questions tell enough.
             part = 2 if device == "cpu" and loads else 1
             num_greedy = requests // part
             asked = questions(num_greedy) + [SAMPLED] * max(samples // part, 2)
@@ -139,7 +142,8 @@ def demo(
         )
     problems = [f"{run['dtype']}: {problem}" for run in runs for problem in problems_of(run)]
     seconds = time.monotonic() - began
-    report = {"device": device, "backend": "prefix", "model": name, "runs": runs, "wall_s": seconds}
+    report: dict[str, Any] = {"environment": environment(device), "model": name}
+    report |= {"backend": "prefix", "runs": runs, "wall_s": seconds}
     show_answers(runs[0], questions(requests) + [SAMPLED] * samples, tokenizer, out)
     print_table(report, out)
     problems += show_last_plan(runs[-1], picture, out)
@@ -177,13 +181,12 @@ def _arguments(
     arguments: dict[str, Any] = {
         "model_path": model,
         "device": device,
-        "decode_attention_backend": "prefix",
         "random_seed": 0,
         "log_level": "warning",
     }
     if device != "cpu":
-        # This release packs on the GPU without graphs only; both sides run alike.
-        return arguments | {"disable_cuda_graph": True}
+        # Graphs would hide layers from the clock, and the switch between stock's and ours.
+        return arguments | {"decode_attention_backend": "prefix", "disable_cuda_graph": True}
     # The document once, and what each request has for itself; two engines have to fit.
     room = max(map(len, prompts)) + len(prompts) * (_QUESTION_TOKENS + new_tokens) + 4096
     fitting = {"mem_fraction_static": 0.7, "max_total_tokens": room}
@@ -226,6 +229,9 @@ def _start(root: Path, arguments: dict[str, Any]) -> EngineProcess:
     folder = root / arguments["dtype"]
     folder.mkdir()
     settings = {"SGLANG_PREFIX_KEEP_PLAN": "1", decode_watch.FOLDER_VARIABLE: str(folder)}
+    if arguments["device"] == "cpu":
+        # There we serve extends as well, and in every release where the backend has no name.
+        settings["SGLANG_PREFIX"] = "1"
     environment = engine_environment(settings, hooks=[decode_watch.__name__])
     return EngineProcess(arguments, environment=environment, log=folder / "log")
 
@@ -233,18 +239,22 @@ def _start(root: Path, arguments: dict[str, Any]) -> EngineProcess:
 def _ask_all(
     folder: Path, engine: EngineProcess, load: Load, new_tokens: int, out: Console
 ) -> dict[str, dict[str, Any]]:
-    """What was answered in each mode, and "document", seconds to read it."""
+    """What was answered in each mode, and "document", seconds to read it each time."""
     mode, found = decode_watch.mode_file(folder), {}
-    num_control = load.num_greedy // _CONTROL_PART
-    with out.status(f"{load.dtype}: reads the document") as status:
-        document_s = _wait(engine.ask, f"{_QUESTIONS}:read_document", prompt=load.prompts[0])
+    num_control, document_s = load.num_greedy // _CONTROL_PART, 0.0
+    with out.status(load.dtype) as status:
         for name, prompts, num_greedy, tokens in (
             ("stock", load.prompts, load.num_greedy, new_tokens),
             ("prefix", load.prompts, load.num_greedy, new_tokens),
             ("zeros", load.prompts[:num_control], num_control, _CONTROL_TOKENS),
         ):
+            write_file(mode, name)
+            if name != "zeros":  # with the same in the cache, so that times can be compared
+                status.update(f"{load.dtype}: reads the document")
+                document_s += _wait(
+                    engine.ask, f"{_QUESTIONS}:read_document", prompt=load.prompts[0]
+                )
             status.update(f"{load.dtype}: {_SAID[name]}")
-            mode.write_text(name)
             asked = {"prompts": prompts, "num_greedy": num_greedy, "tokens": tokens}
             one = found[name] = _wait(engine.ask, f"{_QUESTIONS}:ask", **asked)
             if name != "zeros" and not one["step_us"]:

@@ -27,7 +27,10 @@ __all__ = ["explain", "write_picture"]
 
 _SOURCES = ("--tree", "--prompts", "--base-url", "--plan")
 _OF_A_WATCH = ("--watch", "--base-url", "--api-key", "--interval")
-_OF_A_NEW_PLAN = ("--heads", "--dtype", "--page-size", "--policy", "--device", "--stock-backend")
+_OF_A_NEW_PLAN = (
+    *("--heads", "--dtype", "--query-lens", "--page-size", "--policy", "--device"),
+    "--stock-backend",
+)
 
 
 def explain(
@@ -88,6 +91,15 @@ def explain(
         Literal["float32", "bfloat16", "float16"],
         typer.Option(help="Of q and of the KV cache."),
     ] = "bfloat16",
+    query_lens: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N[,N..]",
+            help="Query tokens of each request, its newest, as of drafts that are verified or of "
+            "an extend: a number for all, or one for each. With --prompts they follow the prompt. "
+            "Default: 1.",
+        ),
+    ] = None,
     page_size: Annotated[int, typer.Option(min=1, max=MAX_PAGE, help="Tokens per KV page.")] = 1,
     policy: Annotated[
         Literal["pat", "node", "chunk", "query"], typer.Option(help="How requests are packed.")
@@ -160,9 +172,9 @@ def explain(
             shape = parse_heads(heads, dtype)
             setting = Setting(shape, device, policy, page_size, stock_backend)
             if prompts is not None:
-                record = plan_of_prompts(prompts, str(tokenizer), setting)
+                record = plan_of_prompts(prompts, str(tokenizer), setting, query_lens)
             else:
-                record = plan_of_tree(str(tree), setting)
+                record = plan_of_tree(str(tree), setting, query_lens)
         explanation = explain_record(record)
     except ValueError as error:
         # A tree that was read may still make no batch; files are named by what reads them.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefix_kernels import kernel_cache
+from prefix_kernels.compile_report import LATENT_DIMS
 from prefix_kernels.kernel_cache import KernelLaunch
 from prefix_kernels.triton_identity import TritonIdentity, installed_triton, triton_of_wheel
 from sglang_prefix.cli.output import console, fail, say, track, write_json
@@ -25,7 +26,7 @@ _MAX_HEADS, _MAX_HEAD_DIM = 1024, 256
 
 
 def check_shape(text: str) -> tuple[int, int, int, int]:
-    """Read ``QO:KV:DIM`` or ``QO:KV:DIM:VDIM``, as in ``32:8:128``.
+    """Read ``QO:KV:DIM`` or ``QO:KV:DIM:VDIM``, as in ``32:8:128``; of latents ``16:1:576:512``.
 
     Raises:
         ValueError: it is something else; the message says what is legal.
@@ -34,13 +35,20 @@ def check_shape(text: str) -> tuple[int, int, int, int]:
     is_number = all(word.isascii() and word.isdigit() and len(word) < 5 for word in words)
     numbers = [int(word) for word in words] if is_number and len(words) in (3, 4) else [0] * 3
     heads, dims = numbers[:2], numbers[2:]
-    is_legal = all(0 < n <= _MAX_HEADS for n in heads) and all(0 < n <= _MAX_HEAD_DIM for n in dims)
+    is_legal = all(0 < n <= _MAX_HEADS for n in heads)
+    is_legal &= _has_latent(dims) or all(0 < n <= _MAX_HEAD_DIM for n in dims)
     if not is_legal or heads[0] % heads[1]:
         raise ValueError(
             f"it is {text!r}; legal: QO:KV:DIM or QO:KV:DIM:VDIM, heads up to {_MAX_HEADS} of "
-            f"which QO are a multiple of KV, and dims up to {_MAX_HEAD_DIM}, as in '32:8:128'"
+            f"which QO are a multiple of KV, and dims up to {_MAX_HEAD_DIM}, as in '32:8:128', or "
+            f"{' or '.join(f'{k}:{v}' for k, v in LATENT_DIMS.items())}, where v is in k"
         )
     return heads[0], heads[1], dims[0], dims[-1]
+
+
+def _has_latent(dims: Sequence[int]) -> bool:
+    """Whether these are the head dims of k and v where v is the first elements of k."""
+    return len(dims) == 2 and LATENT_DIMS.get(dims[0]) == dims[1]
 
 
 def run(
@@ -51,6 +59,8 @@ def run(
     merges: tuple[str, ...],
     *,
     has_cap: bool,
+    sinks: Sequence[str],
+    causal: bool,
     wheel: Path | None,
     check: bool,
     jobs: int | None,
@@ -61,7 +71,9 @@ def run(
     Args:
         folder: the cache.
         arch: such as "sm_90".
-        shapes, dtypes, has_cap: of the layers; names of dtypes of q and the caches.
+        shapes, dtypes, has_cap, sinks: of the layers; names of dtypes of q and the caches, and of
+            attention sinks; no such names for layers without.
+        causal: whether requests have several query tokens in some of their passes.
         merges: of `tiles.MERGE_MODES`.
         wheel: of the Triton whose cache it is; None for the one that is installed.
         check: whether only to look.
@@ -72,7 +84,7 @@ def run(
         fail(f"--cache {folder} is no folder; legal: one that this command has filled", 2)
     triton = find_triton(wheel)
     out = console(json_file)
-    launches = _launches(shapes, tuple(dtypes), arch, merges, has_cap, out)
+    launches = _launches(shapes, tuple(dtypes), arch, merges, has_cap, sinks, out, causal=causal)
     report: dict[str, object] = {
         "folder": os.path.abspath(folder),
         "arch": arch,
@@ -109,14 +121,21 @@ def _launches(
     arch: str,
     merges: tuple[str, ...],
     has_cap: bool,
+    sinks: Sequence[str],
     out: Console,
+    *,
+    causal: bool = False,
 ) -> list[KernelLaunch]:
     from prefix_kernels.server_launches import ServedLayers, launch_all
 
+    sink_dtypes: list[str | None] = [*dict.fromkeys(sinks)] or [None]
     layers = [
-        ServedLayers(*check_shape(shape), *pair, has_cap=has_cap)
-        for shape in dict.fromkeys(shapes)
+        ServedLayers(
+            *shape, *pair, has_cap, v_in_k=_has_latent(shape[2:]), sinks=name, causal=causal
+        )
+        for shape in map(check_shape, dict.fromkeys(shapes))
         for pair in dtypes
+        for name in sink_dtypes
     ]
     with out.status("asking the executor what it launches"):
         return kernel_cache.collect_launches(partial(launch_all, layers, arch, merges=merges))

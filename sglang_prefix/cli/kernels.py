@@ -13,6 +13,7 @@ from prefix_kernels.compile_report import (
     ALL_ARCHS,
     DEFAULT_DTYPES,
     HEAD_DIMS,
+    LATENT_DIMS,
     KernelVariant,
     kernel_variants,
     legal_dtypes,
@@ -46,10 +47,15 @@ __all__ = ["kernels", "print_changes"]
 _FILE_WIDTH = 140
 # Heads per KV head of any model, rounded up; a compiler takes some 500 MB.
 _MAX_GROUP, _MAX_JOBS = 256, 256
+_HEAD_DIMS = (*HEAD_DIMS, *LATENT_DIMS)
+_LATENTS = " and ".join(map(str, LATENT_DIMS))
 _TARGETS = ("kernel", "dtypes", "merge", "dim", "tile")
 
 # What goes with `--cache` alone, and what with the report alone.
-_OF_THE_CACHE = ("check", "model_shape", "logit_cap", "wheel")
+_OF_THE_CACHE = ("check", "model_shape", "logit_cap", "sinks", "wheel")
+# What SGLang keeps attention sinks in: float32 for its backend trtllm_mha, bfloat16 for others;
+# MiMo-V2's have the model's dtype.
+_SINK_DTYPES = ("bf16", "fp16", "fp32")
 _OF_THE_REPORT = ("head_dim", "group_size", "kv_length", "triton", "compare")
 
 
@@ -59,9 +65,10 @@ def kernels(
     head_dim: Annotated[
         list[int] | None,
         typer.Option(
-            min=min(HEAD_DIMS),
-            max=max(HEAD_DIMS),
-            help=f"May be repeated. Default: {', '.join(map(str, HEAD_DIMS))}.",
+            min=min(_HEAD_DIMS),
+            max=max(_HEAD_DIMS),
+            help=f"Of q and k; may be repeated. Default: {', '.join(map(str, _HEAD_DIMS))}. With "
+            f"{_LATENTS} v is the first elements of k.",
         ),
     ] = None,
     dtype: Annotated[
@@ -83,8 +90,19 @@ def kernels(
         ),
     ] = None,
     group_size: Annotated[
-        int, typer.Option(min=1, max=_MAX_GROUP, help="Query heads per KV head.")
+        int,
+        typer.Option(
+            min=1, max=_MAX_GROUP, help=f"Query heads per KV head; with {_LATENTS} at least 16."
+        ),
     ] = 4,
+    causal: Annotated[
+        bool,
+        typer.Option(
+            "--causal",
+            help="Those for several query tokens of a request, as where drafts are verified; for "
+            "the cache beside the others.",
+        ),
+    ] = False,
     jobs: Annotated[
         int | None,
         typer.Option(min=1, max=_MAX_JOBS, help="Compilers at work. Default: one per CPU."),
@@ -128,6 +146,14 @@ def kernels(
     logit_cap: Annotated[
         bool, typer.Option("--logit-cap", help="The cache is for layers that cap their logits.")
     ] = False,
+    sinks: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DTYPE",
+            help="The cache is for layers with attention sinks of this dtype, "
+            f"{' or '.join(_SINK_DTYPES)}; may be repeated.",
+        ),
+    ] = None,
     wheel: Annotated[
         Path | None,
         typer.Option(
@@ -149,9 +175,10 @@ def kernels(
     """
     _check_given(context, cache)
     _check("arch", [arch], list(ALL_ARCHS if cache is None else ARCHS))
-    _check("head-dim", head_dim or [], list(HEAD_DIMS))
+    _check("head-dim", head_dim or [], list(_HEAD_DIMS))
     _check("merge", merge or [], list(MERGE_MODES))
     legal = {"/".join(pair): pair for pair in legal_dtypes(arch)}
+    _check("sinks", sinks or [], list(_SINK_DTYPES))
     _check("dtype", dtype or [], list(legal), f" with --arch {arch}")
     dtypes = [legal[name] for name in dict.fromkeys(dtype)] if dtype else None
     merges = tuple(dict.fromkeys(merge or MERGE_MODES))
@@ -163,6 +190,8 @@ def kernels(
             dtypes or DEFAULT_DTYPES[:1],
             merges,
             has_cap=logit_cap,
+            sinks=sinks or (),
+            causal=causal,
             wheel=wheel,
             check=check,
             jobs=jobs,
@@ -172,10 +201,11 @@ def kernels(
     lengths = {"kv_lengths": dict.fromkeys(kv_length)} if kv_length else {}
     variants = kernel_variants(
         arch,
-        head_dims=dict.fromkeys(head_dim or HEAD_DIMS),
+        head_dims=dict.fromkeys(head_dim) if head_dim else None,
         dtypes=dtypes,
         merges=merges,
         group_size=group_size,
+        causal=causal,
         **lengths,
     )
     _report(list(variants), arch, jobs, triton, compare, json_file)
@@ -320,7 +350,7 @@ def _target(variant: Variant) -> tuple[str, ...]:
     """What names a variant, in the columns of :data:`_TARGETS`."""
     tiles = [tile for tile in (variant["narrow_tile"], variant["tile"]) if tile]
     return (
-        variant["kernel"],
+        variant["kernel"] + (" causal" if variant.get("causal") else ""),
         f"{variant['dtype']}/{variant['kv_dtype']}",
         variant["merge"] if variant["kernel"].startswith("pack_forward") else "",
         str(variant["head_dim"] or ""),

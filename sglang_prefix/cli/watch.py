@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
 from typing import TYPE_CHECKING, Annotated, Any, NotRequired, Protocol
 
 from pydantic import Field
 from typing_extensions import TypedDict
 
 from sglang_prefix.api_key import ApiKey
+from sglang_prefix.backend.counters import KINDS
 from sglang_prefix.backend.fallback import REASONS
 from sglang_prefix.bench.engine import counter_difference, sum_of_ranks
-from sglang_prefix.bench.serving.servers import Count, Name, Report, RunningServer, ServerError
+from sglang_prefix.bench.serving.servers import Count, KindReport, Name, RunningServer, ServerError
 from sglang_prefix.cli.output import console, fail, say
 from sglang_prefix.explain.format import plural
 from sglang_prefix.explain.record import PlanRecord, find_plan
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["Interval", "Reading", "plain_line", "read_server", "since", "view", "watch"]
 
 _CALL_S = 10.0
-# What only grows while a server runs.
+# What only grows while a server runs, for each kind of pass.
 _COUNTS = (
     *("packed_steps", "stock_steps", "fallback_steps"),
     *("kv_tokens_read", "kv_tokens_logical", "plans"),
@@ -38,10 +40,15 @@ _COUNTS = (
 _MAX_REASONS = 8
 
 
-class _Report(Report):
+class _KindReport(KindReport):
     plans: NotRequired[Count]
     num_packs: NotRequired[Count]
     num_partials: NotRequired[Count]
+
+
+class _Report(_KindReport):
+    verify: NotRequired[_KindReport]
+    extend: NotRequired[_KindReport]
     executor: NotRequired[Name]
     last_plan: NotRequired[Any]
 
@@ -63,7 +70,7 @@ class Reading:
         at: when, in seconds of a clock that nobody sets.
         counters: the backend's, added up over ranks with batches of their own.
         num_ranks: those ranks. An answer does not say which is which.
-        num_packs, num_partials: of the newest plans of all ranks together.
+        packs: packs and partial results of the newest plans of all ranks together, by kind of pass.
         starts: what tells a start of the server from another; empty where SGLang does not say.
         record: the newest plan of one rank; None if there is none.
         note: why there is none.
@@ -72,8 +79,7 @@ class Reading:
     at: float
     counters: dict[str, Any]
     num_ranks: int = 1
-    num_packs: int = 0
-    num_partials: int = 0
+    packs: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     starts: tuple[str, ...] = ()
     record: PlanRecord | None = None
     note: str = ""
@@ -116,8 +122,10 @@ def read_server(server: RunningServer) -> Reading:
         at,
         counters,
         num_ranks=len(reports),
-        num_packs=sum(report.get("num_packs", 0) for report in reports),
-        num_partials=sum(report.get("num_partials", 0) for report in reports),
+        packs={
+            kind: (_total(reports, kind, "num_packs"), _total(reports, kind, "num_partials"))
+            for kind in KINDS
+        },
         # How long each rank took to start, to the nanosecond.
         starts=tuple(sorted(str(t.get("scheduler_e2e")) for t in times if isinstance(t, dict))),
         record=record,
@@ -125,11 +133,30 @@ def read_server(server: RunningServer) -> Reading:
     )
 
 
+def _total(reports: Sequence[Mapping[str, Any]], kind: str, name: str) -> int:
+    return sum(_of_kind(report, kind).get(name, 0) for report in reports)
+
+
+def _of_kind(counters: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
+    """What a report counts of a kind of pass; it has those of decode steps without a name."""
+    return counters if kind == "decode" else counters.get(kind, {})
+
+
+def _kinds(counters: Mapping[str, Any]) -> list[str]:
+    """Of what passes there were any; decode steps where there were none at all."""
+    return [kind for kind in KINDS if any(_counts(counters, kind)[:3])] or ["decode"]
+
+
+def _counts(counters: Mapping[str, Any], kind: str) -> list[int]:
+    return [_of_kind(counters, kind).get(name, 0) for name in _COUNTS]
+
+
 def since(before: Reading, after: Reading) -> Interval:
     """What happened between two readings of a server that may have been restarted."""
     old, new = before.counters, after.counters
     restarted = before.starts != after.starts
-    restarted |= any(new.get(name, 0) < old.get(name, 0) for name in _COUNTS)
+    for kind in KINDS:
+        restarted |= any(map(int.__lt__, _counts(new, kind), _counts(old, kind)))
     difference = counter_difference({} if restarted else old, new)
     return Interval(after.at - before.at, difference, restarted)
 
@@ -234,8 +261,11 @@ def _clock() -> str:
 def plain_line(reading: Reading, interval: Interval | None) -> str:
     """A reading in one line: the interval, totals, packs and reasons."""
 
+    kinds = _kinds(reading.counters)
+
     def text(name: str, counters: Mapping[str, Any], seconds: float | None) -> str:
-        return f"{name}: {', '.join(' '.join(cell) for cell in _cells(counters, seconds).items())}"
+        cells = [cell for kind in kinds for cell in _cells(counters, kind, seconds).items()]
+        return f"{name}: {', '.join(map(' '.join, cells))}"
 
     parts = [text("total", reading.counters, None), _packs(reading), *_reasons(reading, interval)]
     if interval:
@@ -255,10 +285,11 @@ def view(reading: Reading, interval: Interval | None) -> list[RenderableType]:
     last = f"last {interval.seconds:.1f} s" if interval else "last"
     table.add_column(last, justify="right", min_width=12)
     table.add_column("total", justify="right", min_width=16)
-    totals = _cells(reading.counters, None)
-    rates = _cells(interval.counters, interval.seconds) if interval else {}
-    for name, cell in totals.items():
-        table.add_row(name, rates.get(name, "-"), cell)
+    for kind in _kinds(reading.counters):
+        rates = _cells(interval.counters, kind, interval.seconds) if interval else {}
+        for name, cell in _cells(reading.counters, kind, None).items():
+            table.add_row(name, rates.get(name, "-"), cell)
+        table.add_section()
     lines = [_RESTARTED] if interval and interval.restarted else []
     lines += [_packs(reading), *_reasons(reading, interval, explained=True)]
     return [table, *map(Text, lines)]
@@ -277,9 +308,9 @@ def _plan(reading: Reading) -> list[RenderableType]:
     return [Text(gate_line(explanation)), tree_of(explanation)]
 
 
-def _cells(counters: Mapping[str, Any], seconds: float | None) -> dict[str, str]:
+def _cells(counters: Mapping[str, Any], kind: str, seconds: float | None) -> dict[str, str]:
     """Counts by what they are called, as rates if the seconds are known, and their ratios."""
-    packed, stock, fallback, read, logical, plans = (counters.get(name, 0) for name in _COUNTS)
+    packed, stock, fallback, read, logical, plans = _counts(counters, kind)
     steps = packed + stock + fallback
 
     def amount(number: int, digits: int = 0) -> str:
@@ -289,7 +320,7 @@ def _cells(counters: Mapping[str, Any], seconds: float | None) -> dict[str, str]
         return format(part / whole, form) if whole else "-"
 
     return {
-        "decode steps": amount(steps, 1),
+        KINDS[kind]: amount(steps, 1),
         "packed": ratio(packed, steps),
         "stock": ratio(stock, steps),
         "fallback": ratio(fallback, steps),
@@ -302,20 +333,25 @@ def _cells(counters: Mapping[str, Any], seconds: float | None) -> dict[str, str]
 
 def _packs(reading: Reading) -> str:
     newest = "newest plan" if reading.num_ranks == 1 else f"newest plans of {reading.num_ranks}"
-    packs, partials = reading.num_packs, reading.num_partials
-    return f"{newest}: {plural(packs, 'pack')}, {plural(partials, 'partial result')}"
+    kinds, texts = _kinds(reading.counters), []
+    for kind in kinds:
+        packs, partials = reading.packs.get(kind, (0, 0))
+        of = "" if kinds == ["decode"] else f" for {KINDS[kind]}"
+        texts.append(f"{newest}{of}: {plural(packs, 'pack')}, {plural(partials, 'partial result')}")
+    return "; ".join(texts)
 
 
 def _reasons(reading: Reading, interval: Interval | None, *, explained: bool = False) -> list[str]:
-    """Why steps were not packed: total, added in the interval, perhaps with the text."""
+    """Why passes were not packed: total, added in the interval, perhaps with the text."""
     found = []
-    for kind in ("stock", "fallback"):
-        name = f"{kind}_reasons"
-        added = interval.counters.get(name, {}) if interval else {}
-        for reason, count in reading.counters.get(name, {}).items():
+    for kind, path in product(KINDS, ("stock", "fallback")):
+        name = f"{path}_reasons"
+        added = _of_kind(interval.counters, kind).get(name, {}) if interval else {}
+        who = path if kind == "decode" else f"{kind} {path}"
+        for reason, count in _of_kind(reading.counters, kind).get(name, {}).items():
             text = f": {REASONS[reason]}" if explained and reason in REASONS else ""
             more = f" (+{added[reason]:,})" if reason in added else ""
-            found.append((count, f"{kind} {one_line(reason)[:64]} {count:,}{more}{text}"))
+            found.append((count, f"{who} {one_line(reason)[:64]} {count:,}{more}{text}"))
     found.sort(reverse=True)
     rest = [f"{plural(len(found) - _MAX_REASONS, 'more reason')}"] * (len(found) > _MAX_REASONS)
     return [line for _, line in found[:_MAX_REASONS]] + rest

@@ -1,1 +1,1 @@
-"""What was decided about a decode batch, as data, as text and as a picture."""
+"""What was decided about a batch, as data, as text and as a picture."""

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from sglang_prefix.config import PrefixConfig
 from sglang_prefix.explain.record import Answer, Neighbours, PlanRecord, ShapePlan
 
@@ -18,9 +21,13 @@ if TYPE_CHECKING:
 
 __all__ = ["LastPlan"]
 
+IntArray = NDArray[np.int64]
+
+_OF_A_KIND = {"decode": "", "verify": ", a verify pass", "extend": ", an extend"}
+
 
 class LastPlan:
-    """Keeps what was decided about the newest batch that was planned.
+    """Keeps what was decided about the newest batch that was planned, of any kind of pass.
 
     Args:
         config: settings of the backend.
@@ -38,6 +45,9 @@ class LastPlan:
         predicted_us: tuple[float | None, float | None],
         page_size: int,
         padded_batch_size: int,
+        *,
+        kind: str = "decode",
+        query_lens: IntArray | None = None,
     ) -> None:
         """Keep a batch; copies nothing.
 
@@ -47,20 +57,24 @@ class LastPlan:
             reason: why the stock backend serves it; None if it is packed.
             predicted_us: the gate's newest predictions, packed and stock.
             page_size: tokens per KV page.
-            padded_batch_size: requests of the batch, padding included.
+            padded_batch_size: rows of q, which in decode are requests, padding included.
+            kind: of the pass, one of `counters.KINDS`.
+            query_lens: [B] query tokens of each request, not changed afterwards; None for one each.
         """
-        self._kept = (forest, groups, reason, predicted_us, page_size, padded_batch_size)
+        batch = page_size, padded_batch_size, kind, query_lens
+        self._kept = (forest, groups, reason, predicted_us, *batch)
 
     def as_dict(self) -> dict[str, Any] | None:
         """The record of what was kept; None if nothing was."""
         if self._kept is None:
             return None
-        forest, groups, reason, predicted_us, page_size, padded_batch_size = self._kept
+        forest, groups, reason, predicted_us, *batch = self._kept
+        page_size, padded_batch_size, kind, query_lens = batch
         # In other cases the newest prediction may be an earlier batch's.
         predicted = predicted_us if reason in (None, "gate-no-gain") else (None, None)
         on_gpu = any(group.workspace is not None for group in groups)
         return PlanRecord(
-            source="last plan of a running server",
+            source=f"last plan of a running server{_OF_A_KIND[kind]}",
             page_size=page_size,
             neighbours=Neighbours.of(forest),
             plans=tuple(_plan_of(group, padded_batch_size) for group in groups),
@@ -68,6 +82,7 @@ class LastPlan:
             launch_mode=self._config.launch_mode,
             graph_rows=padded_batch_size if on_gpu else None,
             gpu=_gpu_name() if on_gpu else None,
+            query_lens=None if query_lens is None else query_lens.tolist(),
         ).as_dict()
 
 

@@ -1,4 +1,4 @@
-"""A batch as a picture: one row per request, KV positions from left to right.
+"""A batch as a picture: one row per query token of a request, KV positions from left to right.
 
 The whole area is what stock kernels read. What has one colour is one pack, read once for all rows
 that it spans. :func:`svg_picture` draws it with a key, :func:`html_page` with tables beside it.
@@ -77,6 +77,7 @@ def html_page(explanation: Explanation) -> str:
         colour=_row_colour,
         totals=totals(explanation),
         counts=counts_line(explanation),
+        row_is=_row_is(explanation),
     )
     return page
 
@@ -130,7 +131,11 @@ class _Canvas:
         )
         _title(self._svg, f"{explanation.record.source}: packs of a batch")
         self._y = 0.0
-        self._row = min(_MAX_ROW, _ROWS_HEIGHT / self._forest.batch_size)
+        plan, order = explanation.plan, self._forest.order
+        counts = np.ones_like(order) if plan.query_lens is None else plan.query_lens[order]
+        # Rows of query tokens above each request, in their order here.
+        self._rows_above = np.append(0, np.cumsum(counts)).tolist()
+        self._row = min(_MAX_ROW, _ROWS_HEIGHT / self._rows_above[-1])
         self._nodes = explanation.segments[: self._forest.num_nodes]
         self._tails = explanation.segments[self._forest.num_nodes :]
         self._breaks, self._at, self._is_stretched = self._scale()
@@ -148,6 +153,9 @@ class _Canvas:
     def _scale(self) -> tuple[list[int], list[float], bool]:
         """Positions and where they are drawn: in proportion, but nothing too thin to see."""
         ends = [int(self._forest.seq_lens.max()), *self._forest.node_stop.tolist()]
+        for tail in self._tails:  # where its first query sees less than its last
+            if tail.num_queries > 1:
+                ends += [tail.stop - tail.num_queries + 1, tail.stop]
         breaks = sorted({0, *ends})
         lengths = np.diff(breaks)
         width = _WIDTH - _MARGIN - 8
@@ -160,6 +168,10 @@ class _Canvas:
 
     def _x(self, position: int) -> float:
         return float(np.interp(position, self._breaks, self._at))
+
+    def _top(self, place: int) -> float:
+        """Where the rows of the request at a place of ``forest.order`` begin."""
+        return float(self._y + self._rows_above[place] * self._row)
 
     def _add(self, tag: str, **style: str | float) -> ET.Element:
         """An element; numbers get two digits."""
@@ -184,9 +196,9 @@ class _Canvas:
         self._text(x, self._y, text, **style)
 
     def _box(self, start: int, stop: int, begin: int, end: int, **style: str) -> ET.Element:
-        """Positions ``[start, stop)`` of the rows ``[begin, end)``."""
-        x, y = self._x(start), self._y + begin * self._row
-        width, height = max(self._x(stop) - x, 0.5), (end - begin) * self._row
+        """Positions ``[start, stop)`` of the requests ``[begin, end)``."""
+        x, y = self._x(start), self._top(begin)
+        width, height = max(self._x(stop) - x, 0.5), self._top(end) - y
         if min(width, height) < _MIN_OUTLINED:
             style.pop("stroke", None)
         return self._add("rect", x=x, y=y, width=width, height=height, **style)
@@ -203,19 +215,31 @@ class _Canvas:
         self._y += _LINE_HEIGHT
 
     def tails(self) -> None:
-        """What requests hold alone, and what they read for themselves: pale, by their parents."""
+        """What requests hold alone, and what they read for themselves: pale, by their parents.
+
+        Of several query tokens each sees a position more than the one before it.
+        """
         style = {"stroke": _LINE} if self._row >= _MIN_OUTLINED else {}
         self._num_boxes = 0
         groups = (list(found) for _, found in groupby(self._tails, key=lambda tail: tail.parent))
         for tails in self._shown(groups):
             path = ""
             for tail in tails:
-                left, top = self._x(tail.pack_start), self._y + tail.begin * self._row
-                path += (
-                    f"M{left:.1f} {top:.2f}H{self._x(tail.stop):.1f}v{self._row:.2f}H{left:.1f}Z"
-                )
+                path += self._outline(tail)
             shape = self._add("path", d=path, fill=_PALE, **style)
             _title(shape, "\n".join(row_of(tails).lines))
+
+    def _outline(self, tail: Segment) -> str:
+        """The path around a tail; a slope where the steps of its queries could not be seen."""
+        left, top, stop = self._x(tail.pack_start), self._top(tail.begin), tail.stop
+        first = stop - tail.num_queries + 1
+        path = f"M{left:.1f} {top:.2f}"
+        if self._row >= _MIN_OUTLINED:
+            rights = (self._x(end) for end in range(first, stop + 1))
+            path += "".join(f"H{right:.1f}v{self._row:.2f}" for right in rights)
+        else:
+            path += f"H{self._x(first):.1f}L{self._x(stop):.1f} {self._top(tail.end):.2f}"
+        return path + f"H{left:.1f}Z"
 
     def packs(self) -> None:
         """Shared packs, a colour for each; broken lines where one is cut into splits."""
@@ -224,6 +248,8 @@ class _Canvas:
         for pack in self._shown(pack for node in self._nodes for pack in node.packs):
             length, rows = pack.end - pack.start, np.sort(place[pack.requests])
             said = f"pack {pack.index}: {plural(length, 'token')}, {len(rows)} readers"
+            if pack.num_queries > len(rows):
+                said += f", {plural(pack.num_queries, 'query token')}"
             style = {"fill": _pack_colour(pack), "stroke": "white"}
             for run in self._shown(np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)):
                 begin, end = int(run[0]), int(run[-1]) + 1
@@ -245,11 +271,11 @@ class _Canvas:
 
     def _label(self, node: Segment) -> None:
         left, right = self._x(node.start), self._x(node.stop)
-        height = node.num_readers * self._row
+        height = self._top(node.end) - self._top(node.begin)
         long = f"{plural(node.tokens, 'token')}, {plural(node.num_readers, 'reader')}"
         for text in (long, f"{node.tokens:,} x {node.num_readers}"):
             if len(text) * _LETTER + 6 < right - left and height >= 13:
-                middle = self._y + node.begin * self._row + height / 2 + 4
+                middle = self._top(node.begin) + height / 2 + 4
                 style = {"text_anchor": "middle", "pointer_events": "none"}
                 self._text((left + right) / 2, middle, text, **style)
                 return
@@ -257,14 +283,14 @@ class _Canvas:
     def axis(self) -> None:
         """Batch rows on the left, positions below."""
         order = self._forest.order.tolist()
-        if self._row >= 10:
+        if self._row * np.diff(self._rows_above).min() >= 10:
             for place, request in enumerate(order):
-                y = self._y + (place + 0.5) * self._row + 4
+                y = (self._top(place) + self._top(place + 1)) / 2 + 4
                 self._text(_MARGIN - 6, y, f"req {request}", text_anchor="end")
         else:
             self._text(8, self._y + 12, f"{len(order):,}")
             self._text(8, self._y + 25, "requests")
-        self._y += len(order) * self._row + 14
+        self._y = self._top(len(order)) + 14
         last = -1e9
         for position, x in zip(self._breaks, self._at, strict=True):
             if x - last > 52:
@@ -272,8 +298,8 @@ class _Canvas:
                 self._text(x, self._y, f"{position:,}", text_anchor=anchor)
                 last = x
         self._line(
-            "KV position; a row is a request, a colour is a pack that is read once for its rows, "
-            "grey is read by one request alone",
+            f"KV position; a row is {_row_is(self._explanation)}, a colour is a pack that is read "
+            "once for its rows, grey is read by one request alone",
             _MARGIN,
         )
         if self._is_stretched:
@@ -298,6 +324,12 @@ class _Canvas:
         self._svg.set("viewBox", f"0 0 {_WIDTH} {self._y + 14:.0f}")
         self._svg.set("width", str(_WIDTH))
         return self._svg
+
+
+def _row_is(explanation: Explanation) -> str:
+    """What a row of the picture is."""
+    one_each = explanation.plan.query_lens is None
+    return "a request" if one_each else "a query token of a request"
 
 
 def _title(element: ET.Element, text: str) -> None:

@@ -17,10 +17,12 @@ from sglang_prefix.explain.record import PlanRecord, ShapePlan
 from sglang_prefix.forest import PrefixForest
 from sglang_prefix.packing import CostModel
 from sglang_prefix.packing.layout import CostedPlan
-from sglang_prefix.packing.pat import bytes_of
+from sglang_prefix.packing.pat import bytes_of, queries_of_nodes
 from sglang_prefix.packing.pat_jit import candidate_from, candidate_starts, cheapest_choices
 
 __all__ = ["NodeChoice", "leaves", "notes_of", "pat_choices", "reasons_of"]
+
+IntArray = NDArray[np.int64]
 
 _OTHER_POLICIES = {
     "node": "policy node: a pack for every node, a pass for every tail",
@@ -40,7 +42,7 @@ class NodeChoice(NamedTuple):
         own_bytes, join_bytes: if the node reads the tokens from ``start`` on itself, or joins its
             parent's pack over them; NaN where the parent has none.
         tail_own_bytes, tail_join_bytes: the same for one request that ends here, and the pack from
-            ``start`` on.
+            ``start`` on; the mean of those that do, where they have several query tokens.
     """
 
     start: int
@@ -62,9 +64,13 @@ class NodeChoice(NamedTuple):
         return self.own_bytes < self.join_bytes
 
 
-def pat_choices(forest: PrefixForest, costs: CostModel) -> list[NodeChoice]:
-    """The choice for every node of a forest, as :func:`pack_pat` makes it."""
-    tree = (forest.node_begin, forest.node_end)
+def pat_choices(
+    forest: PrefixForest, costs: CostModel, query_lens: IntArray | None = None
+) -> list[NodeChoice]:
+    """The choice for every node of a forest, as :func:`pack_pat` makes it from the same."""
+    num_queries = queries_of_nodes(forest, query_lens)
+    queries_here = _mean_queries(forest, query_lens)
+    tree = (forest.node_begin, forest.node_end, num_queries)
     model = bytes_of(costs)
     lone_token, _, query_token, query, _ = model
     candidates = candidate_starts(*tree, forest.node_start, forest.node_parent, *model)
@@ -86,12 +92,26 @@ def pat_choices(forest: PrefixForest, costs: CostModel) -> list[NodeChoice]:
         i = int(chosen[node])
         length = int(forest.node_stop[node] - position[i])
         pack = float(pack_bytes[i]), float(fold_bytes[i])
-        tail = length * lone_token, query + length * query_token
+        here = queries_here[node]
+        tail = (
+            length * (lone_token + (here - 1) * query_token),
+            here * (query + length * query_token),
+        )
         found.append(NodeChoice(int(position[i]), *pack, own, join, *tail))
     return found
 
 
-def leaves(forest: PrefixForest) -> NDArray[np.int64]:
+def _mean_queries(forest: PrefixForest, query_lens: IntArray | None) -> list[float]:
+    """[N] query tokens of a request that ends in the node, in the mean; 1 where none does."""
+    if query_lens is None:
+        return [1.0] * forest.num_nodes
+    leaf = leaves(forest) + 1
+    total, count = (np.bincount(leaf, w, forest.num_nodes + 1)[1:] for w in (query_lens, None))
+    found: list[float] = np.where(count > 0, total / np.maximum(count, 1), 1.0).tolist()
+    return found
+
+
+def leaves(forest: PrefixForest) -> IntArray:
     """[B] the deepest node of each request, -1 for none."""
     leaf = np.full(forest.batch_size, -1, dtype=np.int64)
     for node in range(forest.num_nodes):
@@ -114,7 +134,7 @@ def reasons_of(forest: PrefixForest, policy: str, plan: CostedPlan, ample: Coste
     elif policy in _OTHER_POLICIES:
         same = _OTHER_POLICIES[policy]
     else:
-        choices = pat_choices(forest, plan.costs)
+        choices = pat_choices(forest, plan.costs, plan.query_lens)
         below = np.bincount(np.append(forest.node_parent, leaf) + 1, minlength=len(choices) + 1)
         above = (forest.node_start - [choice.start for choice in choices]).tolist()
         reasons = list(map(_why_node, choices, above, below[1:].tolist()))
@@ -180,6 +200,11 @@ def notes_of(
             f"tiles of {load.rows} rows: {plural(load.num_items, 'work item')} on "
             f"{load.num_workers:,} programs, {load.waves:.2f} waves, "
             f"balance {load.even_us / load.fullest_us:.2f}"
+        )
+    if plan.query_lens is not None:
+        notes.append(
+            "query tokens are the newest of their request: all of them see all of a shared pack, "
+            "which needs no mask, and in a tail each sees the positions up to its own"
         )
     most = plan.costs.row_blocks(int(np.diff(plan.query_indptr).max()))
     if most > 1:

@@ -1,4 +1,4 @@
-"""What decided how a decode batch is packed, as plain values: what files and servers carry.
+"""What decided how a batch is packed, as plain values: what files and servers carry.
 
 Counts of tokens only, no token and no text. Planners are pure functions, so a record holds what
 goes into them, and the plan is made from it again.
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from prefix_kernels.launches import AUTO, LAUNCH_MODES
@@ -29,7 +30,7 @@ from sglang_prefix.packing import (
 )
 from sglang_prefix.packing.cost import FITTED
 from sglang_prefix.packing.layout import CostedPlan
-from sglang_prefix.packing.planner import PackPlanner
+from sglang_prefix.packing.planner import PackPlanner, check_query_lens
 from sglang_prefix.packing.policies import CHUNK_TOKENS
 from sglang_prefix.packing.splits import choose_num_splits
 
@@ -43,7 +44,8 @@ __all__ = [
     "read_record",
 ]
 
-SCHEMA = 3
+SCHEMA = 4
+IntArray = NDArray[np.int64]
 _KIND = "plan"
 _DAMAGED = "it is damaged: "
 
@@ -55,14 +57,20 @@ _MAX_TOKENS = 1 << 40
 _MAX_PARTIALS = 1 << 18
 _MOST: dict[str, float] = {
     **dict.fromkeys(("num_qo_heads", "num_kv_heads", "head_dim", "v_head_dim"), 1 << 16),
-    **{"q_itemsize": 16, "kv_itemsize": 16},
+    **{"q_itemsize": 16, "kv_itemsize": 16, "v_in_k": True},
     **{"max_block_rows": 1 << 20, "min_split_tokens": 1 << 20, "num_sms": 1 << 12},
     **{"read_bytes_per_us": 1e9, "rows": 1 << 20, "tokens": 1 << 20, "sm_share": 1.0},
     **dict.fromkeys(("item_us", "token_us"), 1e6),
     **{"lone_bytes_per_us": 1e9},
     **{"reread_cost": 1.0, **FITTED, "pack_bytes": _LIMIT},
 }
-_LEAST = {"pack_bytes": 0, "read_bytes_per_us": 1e-3, "lone_bytes_per_us": 1e-3, "sm_share": 1 / 64}
+_LEAST = {
+    "v_in_k": False,
+    "pack_bytes": 0,
+    "read_bytes_per_us": 1e-3,
+    "lone_bytes_per_us": 1e-3,
+    "sm_share": 1 / 64,
+}
 _MAX_TEXT, _MAX_TEXTS, _MAX_TILES = 4096, 64, 8
 
 
@@ -134,7 +142,7 @@ class Neighbours:
             lens = [self.seq_lens[row] for row in self.order]
             fits = all(map(int.__le__, self.common, map(min, pairwise(lens))))
         if not fits:
-            raise ValueError(f"{_DAMAGED}its requests do not fit together")
+            raise ValueError("its requests do not fit together")
         return PrefixForest.from_neighbours(
             np.array(self.order), np.array(self.common), np.array(self.seq_lens)
         )
@@ -157,20 +165,26 @@ class ShapePlan:
     shape: Annotated[AttentionShape, AfterValidator(_amounts)]
     device: Annotated[DeviceProfile, AfterValidator(_amounts)]
 
-    def plan(self, forest: PrefixForest) -> CostedPlan:
+    def plan(self, forest: PrefixForest, query_lens: IntArray | None = None) -> CostedPlan:
         """The plan.
 
+        Args:
+            forest: who shares what, of :meth:`PlanRecord.forest`.
+            query_lens: [B] query tokens of each request; None for one each.
+
         Raises:
-            ValueError: the workspace has no room for so many requests, or the batch is larger than
+            ValueError: the workspace has no room for so many queries, or the batch is larger than
                 any that is explained.
         """
         planner = PackPlanner(
             self.shape, self.device, policy=self.policy, max_partials=self.max_partials
         )
-        self._check_size(forest, planner.costs)
-        return planner.plan(forest)
+        self._check_size(forest, planner.costs, query_lens)
+        return planner.plan(forest, query_lens=query_lens)
 
-    def _check_size(self, forest: PrefixForest, costs: CostModel) -> None:
+    def _check_size(
+        self, forest: PrefixForest, costs: CostModel, query_lens: IntArray | None
+    ) -> None:
         """Raise ValueError if planning would take much memory, before it does."""
         _check_most("requests", forest.batch_size, _MAX_REQUESTS)
         _check_most("KV tokens of all requests", int(forest.seq_lens.sum()), _MAX_TOKENS)
@@ -179,9 +193,15 @@ class ShapePlan:
         if self.policy == "chunk":
             readers *= forest.node_stop // CHUNK_TOKENS - forest.node_start // CHUNK_TOKENS
         _check_most("requests in packs", int(readers.sum()), _MAX_PARTIALS)
-        packs = policy_named(self.policy)(forest, costs)
-        num_splits = choose_num_splits(packs, forest.seq_lens, costs)
-        readers = np.append(np.diff(packs.query_indptr), np.ones(forest.batch_size, np.int64))
+        packs = policy_named(self.policy)(forest, costs, query_lens)
+        queries = np.ones(forest.batch_size, np.int64) if query_lens is None else query_lens
+        before = np.append(0, np.cumsum(queries[packs.queries]))
+        readers = np.append(np.diff(before[packs.query_indptr]), queries)
+        # Of which each has one at least, before there is a row for each.
+        _check_most("partial results", int(readers.sum()), _MAX_PARTIALS)
+        if query_lens is not None:
+            packs = packs.of_rows(query_lens)
+        num_splits = choose_num_splits(packs, forest.seq_lens, costs, query_lens)
         _check_most("partial results", int(num_splits @ readers), _MAX_PARTIALS)
 
 
@@ -207,7 +227,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class PlanRecord:
-    """One decode batch. Its fields are those of the file.
+    """One batch of a pass. Its fields are those of the file.
 
     Attributes:
         source: where this comes from, for people.
@@ -219,6 +239,8 @@ class PlanRecord:
         graph_rows: rows of the decode graph, padding included; None outside graphs.
         gpu: the GPU's name, by which tuned tiles are found; None for none.
         notes: what was assumed, for people.
+        query_lens: [B] query tokens of each request, its newest, as when drafts are verified or a
+            cached prefix is extended; None for one each, as in decode.
     """
 
     source: Text
@@ -230,6 +252,24 @@ class PlanRecord:
     graph_rows: Count | None = None
     gpu: Text | None = None
     notes: Annotated[tuple[Text, ...], Field(max_length=_MAX_TEXTS)] = ()
+    query_lens: Annotated[list[Count], Field(max_length=_MAX_REQUESTS)] | None = None
+
+    @property
+    def queries(self) -> IntArray | None:
+        """``query_lens`` as planners take them."""
+        return None if self.query_lens is None else np.array(self.query_lens, dtype=np.int64)
+
+    def forest(self) -> PrefixForest:
+        """Who shares what, query tokens aside, which nobody shares where there are several.
+
+        Raises:
+            ValueError: its requests do not fit together, or have not so many tokens.
+        """
+        forest = self.neighbours.forest()
+        if self.query_lens is None:
+            return forest
+        counts = check_query_lens(self.query_lens, forest.seq_lens)
+        return forest.limited_to(forest.seq_lens - counts * (counts > 1))
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as values that JSON has."""
@@ -245,8 +285,8 @@ class PlanRecord:
         """
         if not isinstance(data, Mapping) or data.get("kind") != _KIND:
             raise ValueError("there is no plan in it")
-        if data.get("schema") != SCHEMA:
-            raise ValueError(f"schema {data.get('schema')!r}; legal: {SCHEMA}")
+        if data.get("schema") not in (3, SCHEMA):  # 3: of one query token for each request
+            raise ValueError(f"schema {data.get('schema')!r}; legal: 3, {SCHEMA}")
         try:
             # Of JSON text, strict validation makes dataclasses and tuples. What else a file holds,
             # as the explanation, is much.
@@ -256,7 +296,10 @@ class PlanRecord:
             raise ValueError(_line(error)) from None
         except RecursionError:
             raise ValueError(f"{_DAMAGED}it is nested too deep") from None
-        record.neighbours.forest()
+        try:
+            record.forest()
+        except ValueError as error:
+            raise ValueError(f"{_DAMAGED}{error}") from None
         return record
 
 
@@ -315,5 +358,5 @@ def find_plan(data: Any) -> PlanRecord:
         )
     found = next((plan for report in reports if (plan := report.get("last_plan"))), None)
     if found is None:
-        raise ValueError("the server has not planned a decode batch yet; send requests first")
+        raise ValueError("the server has not planned a batch yet; send requests first")
     return PlanRecord.from_dict(found)

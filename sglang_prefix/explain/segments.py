@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from prefix_kernels.launches import PlanFacts, choose_launches, choose_modes
 from prefix_kernels.plan import AttentionShape
@@ -15,8 +16,11 @@ from sglang_prefix.explain.reasons import leaves, notes_of, reasons_of
 from sglang_prefix.explain.record import PlanRecord, ShapePlan
 from sglang_prefix.forest import PrefixForest
 from sglang_prefix.packing.layout import CostedPlan, PlanStats
+from sglang_prefix.packing.pat import queries_of_nodes
 
 __all__ = ["Explanation", "Pack", "Segment", "explain", "tile_shape"]
+
+IntArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +31,7 @@ class Pack:
         index: its number there.
         start, end: the positions that it reads.
         requests: batch rows that read them together.
+        num_queries: query tokens of these requests.
         num_splits: splits that it is cut into.
         tile: rows and KV tokens of the tile that computes it; None where there are no tiles.
     """
@@ -35,6 +40,7 @@ class Pack:
     start: int
     end: int
     requests: list[int]
+    num_queries: int
     num_splits: int
     tile: tuple[int, int] | None
 
@@ -49,6 +55,7 @@ class Segment:
         parent: the node above it, -1 for none.
         start, stop: its positions.
         begin, end: its requests are ``forest.order[begin:end]``.
+        num_queries: query tokens of these requests.
         packs: those that end in it; empty if others below read its tokens.
         tokens_read: reads of the tokens of this segment, by all packs.
         bytes_read, bytes_saved: of K, V and slot indices in one layer; saved against every
@@ -63,6 +70,7 @@ class Segment:
     stop: int
     begin: int
     end: int
+    num_queries: int
     packs: list[Pack] = field(default_factory=list)
     tokens_read: int = 0
     bytes_read: int = 0
@@ -96,7 +104,7 @@ class Explanation:
 
     Attributes:
         record: the record.
-        forest: who shares what.
+        forest: who shares what; query tokens nobody, where requests have several.
         shape_plan: of its plans, the one that is shown: that of the most layers.
         plan: that plan.
         segments: nodes, parents first, then tails in the order of ``forest.order``.
@@ -129,14 +137,16 @@ def explain(record: PlanRecord) -> Explanation:
         ValueError: it was not planned, because the workspace has no room for so many requests.
     """
     shape_plan = max(record.plans, key=lambda plan: plan.num_layers)
-    forest = record.neighbours.forest()
+    forest, query_lens = record.forest(), record.queries
     try:
-        plan = shape_plan.plan(forest)
+        plan = shape_plan.plan(forest, query_lens)
     except ValueError as error:
         raise ValueError(f"the batch cannot be planned: {error}") from None
     has_bound = shape_plan.max_partials is not None
-    ample = replace(shape_plan, max_partials=None).plan(forest) if has_bound else plan
-    segments = _segments(forest)
+    ample = plan
+    if has_bound:
+        ample = replace(shape_plan, max_partials=None).plan(forest, query_lens)
+    segments = _segments(forest, plan.query_lens)
     _add_packs(segments, forest, plan, _packs(record, plan))
     token_bytes = plan.costs.shape.kv_token_bytes
     reasons = reasons_of(forest, shape_plan.policy, plan, ample)
@@ -149,9 +159,10 @@ def explain(record: PlanRecord) -> Explanation:
     return Explanation(record, forest, shape_plan, plan, segments, plan.stats(), notes)
 
 
-def _segments(forest: PrefixForest) -> list[Segment]:
+def _segments(forest: PrefixForest, query_lens: IntArray | None) -> list[Segment]:
     """Every node, then every tail, as yet without packs."""
     order, place = forest.order, np.arange(forest.batch_size)
+    queries = np.ones_like(order) if query_lens is None else query_lens[order]
     columns = (
         (np.arange(forest.num_nodes), order),
         (forest.node_parent, leaves(forest)[order]),
@@ -159,12 +170,13 @@ def _segments(forest: PrefixForest) -> list[Segment]:
         (forest.node_stop, forest.seq_lens[order]),
         (forest.node_begin, place),
         (forest.node_end, place + 1),
+        (queries_of_nodes(forest, query_lens), queries),
     )
     rows: list[list[int]] = np.stack([*map(np.concatenate, columns)], axis=1).tolist()
     segments = []
-    for number, (index, parent, start, stop, begin, end) in enumerate(rows):
+    for number, (index, parent, start, stop, begin, end, num_queries) in enumerate(rows):
         is_node = number < forest.num_nodes
-        segments.append(Segment(is_node, index, parent, start, stop, begin, end))
+        segments.append(Segment(is_node, index, parent, start, stop, begin, end, num_queries))
     return segments
 
 
@@ -180,7 +192,7 @@ def _add_packs(
             while segments[number].start >= pack.end:
                 number = segments[number].parent
         segments[number].packs.append(pack)
-        blocks = plan.costs.row_blocks(len(pack.requests))
+        blocks = plan.costs.row_blocks(pack.num_queries)
         while number >= 0 and pack.start < segments[number].stop:
             segment = segments[number]
             read = min(pack.end, segment.stop) - max(pack.start, segment.start)
@@ -205,8 +217,15 @@ def _packs(record: PlanRecord, plan: CostedPlan) -> list[Pack]:
     numbers = range(plan.num_packs)
     columns = (plan.pack_start, plan.pack_end, plan.num_splits)
     starts, ends, splits = (column.tolist() for column in columns)
-    requests = [plan.pack_queries(pack).tolist() for pack in numbers]
-    return [*map(Pack, numbers, starts, ends, requests, splits, _tiles(record, plan))]
+    queries = [plan.pack_queries(pack) for pack in numbers]
+    rows = [*map(len, queries)]
+    if plan.query_lens is not None:  # those of a request stand together
+        request_of = np.repeat(np.arange(plan.batch_size), plan.query_lens)
+        queries = [
+            found[np.diff(found, prepend=-1) != 0] for found in map(request_of.take, queries)
+        ]
+    requests = [found.tolist() for found in queries]
+    return [*map(Pack, numbers, starts, ends, requests, rows, splits, _tiles(record, plan))]
 
 
 def _tiles(record: PlanRecord, plan: CostedPlan) -> list[tuple[int, int] | None]:
@@ -218,8 +237,8 @@ def _tiles(record: PlanRecord, plan: CostedPlan) -> list[tuple[int, int] | None]
         facts = PlanFacts.of(plan, group_size)
     else:
         facts = PlanFacts.of_every_plan(record.graph_rows, group_size)
-    batch_size = record.graph_rows or plan.batch_size
-    mode, _ = choose_modes(batch_size, group_size, record.launch_mode)
+    num_rows = record.graph_rows or plan.num_rows
+    mode, _ = choose_modes(num_rows, group_size, record.launch_mode, v_in_k=shape.v_in_k)
     launches = choose_launches(facts, shape, mode)
     tiles = [tile for launch in launches for tile in launch.tiles]
     qo_rows = np.diff(plan.query_indptr) * group_size

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import requests
+from numpy.typing import NDArray
 
 from sglang_prefix.api_key import ApiKey, ask_json, why_failed
 from sglang_prefix.explain.record import Answer, Neighbours, PlanRecord, ShapePlan, find_plan
@@ -23,10 +24,13 @@ __all__ = [
     "forest_of_prompts",
     "load_tokenizer",
     "parse_heads",
+    "parse_query_lens",
     "plan_of_prompts",
     "plan_of_server",
     "plan_of_tree",
 ]
+
+IntArray = NDArray[np.int64]
 
 _MAX_HEADS = 1 << 16
 _ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -75,11 +79,38 @@ def parse_heads(heads: str, dtype: str) -> AttentionShape:
     return AttentionShape(num_qo_heads, num_kv_heads, head_dim, numbers[-1], itemsize, itemsize)
 
 
-def plan_of_tree(text: str, setting: Setting) -> PlanRecord:
-    """Plan a tree ``n1,n2,.._l1,l2,..``: level k has ``n_k`` nodes of ``l_k`` tokens.
+def parse_query_lens(text: str, num_requests: int) -> list[int]:
+    """Query tokens of each request behind ``N`` for all of them, or ``N1,N2,..``.
 
     Raises:
-        ValueError: the tree is malformed.
+        ValueError: it is something else, or of another batch; the message says what is legal.
+    """
+    words = text.split(",")
+    numbers = [int(n) if n.isascii() and n.isdigit() and len(n) < 9 else 0 for n in words]
+    if 0 in numbers:
+        raise ValueError(
+            f"--query-lens is {text}; legal: N for all requests, or N1,N2,.., one for each; each "
+            "at least 1, and at most the tokens of its request"
+        )
+    if len(numbers) not in (1, num_requests):
+        raise ValueError(
+            f"--query-lens has {len(numbers)} numbers; legal: 1 for all requests, or "
+            f"{num_requests:,}, as many as there are requests"
+        )
+    return numbers * num_requests if len(numbers) == 1 else numbers
+
+
+def plan_of_tree(text: str, setting: Setting, query_lens: str | None = None) -> PlanRecord:
+    """Plan a tree ``n1,n2,.._l1,l2,..``: level k has ``n_k`` nodes of ``l_k`` tokens.
+
+    Args:
+        text: the tree.
+        setting: what the plan is made for.
+        query_lens: as of :func:`parse_query_lens`, the newest tokens of the last level; None for
+            one of each request.
+
+    Raises:
+        ValueError: the tree is malformed, or its requests have not so many tokens.
     """
     from sglang_prefix.bench.workloads.trees import pat_tree
 
@@ -91,16 +122,27 @@ def plan_of_tree(text: str, setting: Setting) -> PlanRecord:
         paths.append(RadixPath(tuple(nodes), tuple(ends)))
     lens = [path.ends[-1] for path in paths]
     forest = PrefixForest.from_paths(paths, lens, lens, page_size=setting.page_size)
-    return _plan(forest, f"tree {text}", setting)
+    counts = None if query_lens is None else parse_query_lens(query_lens, len(lens))
+    return _plan(forest, f"tree {text}", setting, counts)
 
 
-def plan_of_prompts(path: Path, tokenizer: str, setting: Setting) -> PlanRecord:
+def plan_of_prompts(
+    path: Path, tokenizer: str, setting: Setting, query_lens: str | None = None
+) -> PlanRecord:
     """Plan the first decode step of prompts, one per line or a JSON list of texts.
 
-    Every request then holds its prompt and one token more, which nobody shares.
+    Every request then holds its prompt and one token more, which nobody shares, or as many as it
+    has query tokens: the prompt is what is cached.
+
+    Args:
+        path: the file.
+        tokenizer: of the model.
+        setting: what the plan is made for.
+        query_lens: as of :func:`parse_query_lens`; None for one of each request.
 
     Raises:
-        ValueError: the file holds no prompts, or the tokenizer cannot be loaded.
+        ValueError: the file holds no prompts, the tokenizer cannot be loaded, or ``query_lens`` is
+            of another batch.
         OSError: the file cannot be read.
     """
     prompts = read_prompts(path)
@@ -113,9 +155,12 @@ def plan_of_prompts(path: Path, tokenizer: str, setting: Setting) -> PlanRecord:
             f"{path} has {len(lens):,} prompts of up to {max(lens):,} tokens; legal: up to "
             f"{_MAX_TABLE:,} in number times length"
         )
-    forest = forest_of_prompts(ids, 1, page_size=setting.page_size)
-    source = one_line(f"first decode step of {len(ids)} prompts in {path}")
-    return _plan(forest, source, setting)
+    counts = None if query_lens is None else parse_query_lens(query_lens, len(ids))
+    new_tokens = 1 if counts is None else np.array(counts)
+    forest = forest_of_prompts(ids, new_tokens, page_size=setting.page_size)
+    step = "first decode step of" if counts is None else "first tokens behind"
+    source = one_line(f"{step} {len(ids)} prompts in {path}")
+    return _plan(forest, source, setting, counts)
 
 
 def load_tokenizer(name: str) -> Any:
@@ -134,9 +179,15 @@ def load_tokenizer(name: str) -> Any:
 
 
 def forest_of_prompts(
-    prompts: Sequence[Sequence[int]], new_tokens: int, *, page_size: int = 1
+    prompts: Sequence[Sequence[int]], new_tokens: int | IntArray, *, page_size: int = 1
 ) -> PrefixForest:
-    """What prompts, as token ids, share when each has tokens more that nobody shares."""
+    """What prompts, as token ids, share when each has tokens more that nobody shares.
+
+    Args:
+        prompts: [B] the token ids of each.
+        new_tokens: how many more all have, or each of them has, [B].
+        page_size: tokens per KV page.
+    """
     lens = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
     # Equal tokens from the start on stand in the same slots, so they serve as rows here.
     rows = np.full((len(prompts), int(lens.max())), -1, dtype=np.int64)
@@ -191,7 +242,9 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _plan(forest: PrefixForest, source: str, setting: Setting) -> PlanRecord:
+def _plan(
+    forest: PrefixForest, source: str, setting: Setting, query_lens: list[int] | None
+) -> PlanRecord:
     import torch
 
     from prefix_kernels.launches import LaunchSetting
@@ -211,6 +264,7 @@ def _plan(forest: PrefixForest, source: str, setting: Setting) -> PlanRecord:
     if setting.device is None:
         others = ", ".join(f"--device {name}" for name in where if name != device)
         note += f", as this machine has it; others: {others}"
+    num_rows = sum(query_lens or []) or forest.batch_size
     if device == "cpu":
         profile, answer = CPU_PROFILE, Answer("auto", None)
     else:
@@ -218,31 +272,36 @@ def _plan(forest: PrefixForest, source: str, setting: Setting) -> PlanRecord:
         shape = setting.shape
         launches = LaunchSetting(tile_shape(shape, gpu), shape.group_size, limits.num_sms)
         # As in a decode graph of that size.
-        profile = gpu_profile(
-            launches, limits.read_bytes_per_s, padded_batch_size=forest.batch_size
-        )
+        profile = gpu_profile(launches, limits.read_bytes_per_s, padded_batch_size=num_rows)
         answer = Answer("auto", "gate-nothing-shared")
     plan = ShapePlan(1, setting.policy, None, setting.shape, profile)
-    if device != "cpu" and forest.num_nodes:
-        answer = _ask_gate(forest, plan, device, setting.stock_backend)
-    return PlanRecord(
+    record = PlanRecord(
         source=source,
         page_size=setting.page_size,
         neighbours=Neighbours.of(forest),
         plans=(plan,),
         answer=answer,
-        graph_rows=forest.batch_size if device != "cpu" else None,
+        graph_rows=num_rows if device != "cpu" else None,
         gpu=gpu,
         notes=(note,),
+        query_lens=query_lens,
     )
+    try:
+        forest = record.forest()
+    except ValueError as error:
+        raise ValueError(f"--query-lens: {error}") from None
+    if device != "cpu" and forest.num_nodes:
+        return replace(record, answer=_ask_gate(record, forest, device, setting.stock_backend))
+    return record
 
 
-def _ask_gate(forest: PrefixForest, plan: ShapePlan, device: str, stock_backend: str) -> Answer:
+def _ask_gate(record: PlanRecord, forest: PrefixForest, device: str, stock_backend: str) -> Answer:
     """The answer for a batch that comes after one that was not packed."""
     import torch
 
     from sglang_prefix.gate import H200, Gate, limits_of
 
     limits = H200 if device == "h200" else limits_of(torch.device("cuda"))
-    decision = Gate(limits, stock_backend).choose([(plan.plan(forest), 1)], forest)
+    plan = record.plans[0].plan(forest, record.queries)
+    decision = Gate(limits, stock_backend).choose([(plan, 1)], forest)
     return Answer("auto", *decision[1:], stock_backend)

@@ -65,7 +65,7 @@ class Row:
     def saves(self) -> str:
         """Bytes saved, of all of them together; empty if none are."""
         saved = sum(segment.bytes_saved for segment in self.segments)
-        return size(saved) if saved else ""
+        return size(saved) if saved > 0 else ""
 
     @property
     def lines(self) -> list[str]:
@@ -83,6 +83,9 @@ def row_of(segments: list[Segment], depth: int = 0) -> Row:
     what = f"{_name(segments)}: {_count(tokens, 'token')}{each}"
     if first.is_node:
         what += f", {plural(first.num_readers, 'reader')}{each}"
+    queries = [segment.num_queries for segment in segments]
+    if any(segment.num_queries > segment.num_readers for segment in segments):
+        what += f", {_count(queries, 'query token')}{each}"
     how = _how(segments) if first.packs else "read below"
     return Row(what, depth, tuple(segments), how)
 
@@ -174,7 +177,8 @@ def _forms(segments: list[Segment], below: dict[int, list[int]]) -> tuple[list[i
         if segment.is_node:
             children = Counter(forms[child] for child in below[index])
             packed = first and (len(first.requests), first.num_splits)
-            form = (segment.tokens, segment.num_readers, packed, form, frozenset(children.items()))
+            readers = segment.num_readers, segment.num_queries
+            form = (segment.tokens, readers, packed, form, frozenset(children.items()))
             num_nodes[index] = 1 + sum(num_nodes[child] for child in below[index])
         forms[index] = number_of.setdefault(form, len(number_of))
     return forms, num_nodes
@@ -187,9 +191,11 @@ def batch_line(explanation: Explanation) -> str:
     dims = f"{shape.head_dim}"
     if shape.v_head_dim != shape.head_dim:
         dims += f"/{shape.v_head_dim}"
+    queries = "" if plan.query_lens is None else f", {plural(plan.num_rows, 'query token')}"
     return (
-        f"{plural(plan.batch_size, 'request')}, {explanation.stats.kv_tokens_logical:,} KV "
-        f"tokens; policy {explanation.shape_plan.policy} for {device.name}, "
+        f"{plural(plan.batch_size, 'request')}{queries}, "
+        f"{explanation.stats.kv_tokens_logical:,} KV tokens; "
+        f"policy {explanation.shape_plan.policy} for {device.name}, "
         f"{shape.num_qo_heads} query and {shape.num_kv_heads} KV heads of {dims}, "
         f"{8 * shape.kv_itemsize}-bit KV, page size {record.page_size}"
     )
@@ -210,7 +216,8 @@ def gate_line(explanation: Explanation) -> str:
             f"{plural(layers, 'layer')}"
         )
     elif answer.reason is None and explanation.plan.costs.device.name == "cpu":
-        text += "; on a CPU every batch is, without a prediction"
+        each = "every batch is, " if explanation.plan.query_lens is None else ""
+        text += f"; on a CPU {each}without a prediction"
     return text
 
 

@@ -8,7 +8,7 @@ replaced by measurements.
 from __future__ import annotations
 
 from prefix_kernels.launches import LaunchSetting
-from prefix_kernels.tiles import TileConfig, TileShape, next_power_of_two
+from prefix_kernels.tiles import TileConfig, TileShape
 from sglang_prefix.packing.cost import DeviceProfile, TileCost
 
 __all__ = ["GPU_PROFILE", "H200_BYTES_PER_S", "H200_SMS", "L2_SPEEDUP", "gpu_profile"]
@@ -20,6 +20,9 @@ H200_BYTES_PER_S, H200_SMS = 4.8e12, 132
 # for 64 KV tokens in the loop over tiles, by rows of the tile (`docs/results/compiled`).
 LOOP_INSTRUCTIONS = {16: 289, 32: 422, 64: 428, 128: 407}
 _COUNTED_TOKENS, _COUNTED_DIMS = 64, 256
+# The same where v is in k, of 512 + 64 elements; the tile of 16 rows has four warps.
+LATENT_LOOP_INSTRUCTIONS = {16: 712, 32: 606, 64: 652}
+_COUNTED_LATENT_DIMS = 576
 # Estimates: a clock under load, schedulers of a multiprocessor, and the share of their slots that
 # one program of eight warps fills; together some 2,060 clocks for a tile of 128 x 64.
 _CLOCKS_PER_US = 1900.0
@@ -56,7 +59,8 @@ def gpu_profile(
     for launch in setting.launches(padded_batch_size):
         share = launch.tiles[-1].sm_share(shape)
         tiles += [_tile_cost(tile, shape, share) for tile in launch.tiles]
-    token_bytes = (shape.head_dim + shape.v_head_dim) * shape.kv_itemsize
+    elements = shape.head_dim + (0 if shape.v_in_k else shape.v_head_dim)
+    token_bytes = elements * shape.kv_itemsize
     # A further row block finds the KV in the L2 cache, and its instructions take their time.
     reread = tiles[-1].token_us / (token_bytes / sm_bytes_per_us)
     return DeviceProfile(
@@ -73,8 +77,11 @@ def gpu_profile(
 
 
 def _tile_cost(tile: TileConfig, shape: TileShape, sm_share: float) -> TileCost:
-    dims = next_power_of_two(shape.head_dim) + next_power_of_two(shape.v_head_dim)
-    instructions = LOOP_INSTRUCTIONS[tile.block_m] * dims / _COUNTED_DIMS / _COUNTED_TOKENS
+    dims = shape.kv_block
+    if shape.v_in_k:
+        instructions = LATENT_LOOP_INSTRUCTIONS[tile.block_m] / _COUNTED_LATENT_DIMS
+    else:
+        instructions = LOOP_INSTRUCTIONS[tile.block_m] / _COUNTED_DIMS
     issued = _SCHEDULERS * _ISSUED_SHARE * _CLOCKS_PER_US
     kv_tile = tile.block_n * dims * shape.kv_itemsize
     return TileCost(
@@ -82,7 +89,7 @@ def _tile_cost(tile: TileConfig, shape: TileShape, sm_share: float) -> TileCost:
         tokens=tile.block_n,
         sm_share=sm_share,
         item_us=_ITEM_US[tile.block_m],
-        token_us=instructions * tile.num_warps / issued,
+        token_us=instructions * dims / _COUNTED_TOKENS * tile.num_warps / issued,
         lone_bytes_per_us=(tile.num_stages - 1) * kv_tile / _LATENCY_US,
     )
 

@@ -17,6 +17,8 @@ __all__ = ["CostedPlan", "PlanStats"]
 
 IntArray = NDArray[np.int64]
 
+_ONE_EACH = np.zeros(0, dtype=np.int64)  # query tokens, to compiled loops
+
 
 @dataclass(frozen=True, slots=True)
 class PlanStats:
@@ -76,17 +78,19 @@ class CostedPlan(PackPlan):
         kv_tokens_unique: int,
         costs: CostModel,
         refused_partials: int = 0,
+        query_lens: IntArray | None = None,
     ) -> CostedPlan:
         """Lay packs out: tails behind the shared packs, slots and partials by prefix sums.
 
         Args:
-            packs: shared packs and tail starts.
+            packs: shared packs, of rows of q, and tail starts.
             seq_lens: [B] KV tokens of each request.
             num_splits: [S + B] splits of each shared pack, then of each tail.
             reserved_tail_slots: tokens that each tail may grow by before a new plan is needed.
             kv_tokens_unique: the forest's unique tokens, for the statistics.
             costs: shape and device that the plan was made for.
             refused_partials: of the plan that this one stands in for; 0 for none.
+            query_lens: [B] query tokens of each request; None for one each.
         """
         laid_out = lay_out(
             packs.start,
@@ -97,9 +101,16 @@ class CostedPlan(PackPlan):
             seq_lens,
             num_splits,
             reserved_tail_slots,
+            _ONE_EACH if query_lens is None else query_lens,
         )
         return cls(
-            seq_lens, *laid_out, reserved_tail_slots, kv_tokens_unique, costs, refused_partials
+            seq_lens,
+            *laid_out,
+            reserved_tail_slots,
+            kv_tokens_unique,
+            costs,
+            refused_partials,
+            query_lens=query_lens,
         )
 
     @property
@@ -125,11 +136,11 @@ class CostedPlan(PackPlan):
         read = self.kv_tokens_read + grown_tokens
         logical = int(self.seq_lens.sum()) + grown_tokens
         unique = self.kv_tokens_unique + grown_tokens
-        # A request with one partial needs no merge: its output is written straight away, as stock
+        # A query with one partial needs no merge: its output is written straight away, as stock
         # kernels write theirs.
         partials = np.diff(self.request_indptr)
         merged = int(partials[partials > 1].sum())
-        output_bytes = self.batch_size * shape.num_qo_heads * shape.v_head_dim * shape.q_itemsize
+        output_bytes = self.num_rows * shape.num_qo_heads * shape.v_head_dim * shape.q_itemsize
         moved = read * shape.kv_token_bytes + self.num_partials * shape.query_bytes + output_bytes
         moved += merged * shape.partial_bytes
         waves = balance = None
@@ -137,7 +148,7 @@ class CostedPlan(PackPlan):
             waves = max(loads, key=lambda load: load.even_us).waves
             fullest_us = sum(load.fullest_us for load in loads)
             balance = sum(load.even_us for load in loads) / fullest_us
-        stock = logical * shape.kv_token_bytes + self.batch_size * shape.query_bytes + output_bytes
+        stock = logical * shape.kv_token_bytes + self.num_rows * shape.query_bytes + output_bytes
         return PlanStats(
             read,
             logical,
@@ -162,6 +173,7 @@ def lay_out(
     seq_lens: IntArray,
     num_splits: IntArray,
     reserved_tail_slots: int,
+    query_lens: IntArray,
 ) -> tuple[
     IntArray, IntArray, IntArray, IntArray, IntArray, IntArray, IntArray, IntArray, IntArray
 ]:
@@ -173,18 +185,22 @@ def lay_out(
     Args:
         start, end, query_indptr, queries, tail_start: of the shared packs, see :class:`Packs`.
         seq_lens, num_splits, reserved_tail_slots: as in :meth:`CostedPlan.build`.
+        query_lens: likewise, empty for one each.
 
     Returns:
         The fields of :class:`PackPlan` from ``pack_start`` to ``request_indptr``.
     """
     shared, batch, readers = len(start), len(seq_lens), len(queries)
+    num_rows = query_lens.sum() if len(query_lens) else batch
     pack_start = np.empty(shared + batch, dtype=np.int64)
     pack_end = np.empty(shared + batch, dtype=np.int64)
     indptr = np.empty(shared + batch + 1, dtype=np.int64)
-    all_queries = np.empty(readers + batch, dtype=np.int64)
+    all_queries = np.empty(readers + num_rows, dtype=np.int64)
     slot_offset = np.zeros(shared + batch + 1, dtype=np.int64)
     partial_indptr = np.zeros(shared + batch + 1, dtype=np.int64)
     all_queries[:readers] = queries
+    for row in range(num_rows):
+        all_queries[readers + row] = row
     indptr[0] = 0
     for pack in range(shared + batch):
         if pack < shared:
@@ -194,13 +210,12 @@ def lay_out(
         else:
             request = pack - shared
             pack_start[pack], pack_end[pack] = tail_start[request], seq_lens[request]
-            all_queries[readers + request] = request
-            indptr[pack + 1] = indptr[pack] + 1
+            indptr[pack + 1] = indptr[pack] + (query_lens[request] if len(query_lens) else 1)
             room = reserved_tail_slots
         slot_offset[pack + 1] = slot_offset[pack] + pack_end[pack] - pack_start[pack] + room
         num_partials = num_splits[pack] * (indptr[pack + 1] - indptr[pack])
         partial_indptr[pack + 1] = partial_indptr[pack] + num_partials
-    partial_index, request_indptr = number_partials(all_queries, indptr, num_splits, batch)
+    partial_index, request_indptr = number_partials(all_queries, indptr, num_splits, num_rows)
     return (
         pack_start,
         pack_end,
@@ -232,25 +247,25 @@ def tokens_read(
 
 @jit
 def number_partials(
-    queries: IntArray, query_indptr: IntArray, num_splits: IntArray, batch_size: int
+    queries: IntArray, query_indptr: IntArray, num_splits: IntArray, num_rows: int
 ) -> tuple[IntArray, IntArray]:
-    """Number the partials request by request, by counting; within a request, pack by pack.
+    """Number the partials query by query, by counting; within a query, pack by pack.
 
     Args:
         queries, query_indptr, num_splits: as in :class:`PackPlan`.
-        batch_size: number of requests.
+        num_rows: number of queries.
 
     Returns:
         ``partial_index`` and ``request_indptr``.
     """
-    request_indptr = np.zeros(batch_size + 1, dtype=np.int64)
+    request_indptr = np.zeros(num_rows + 1, dtype=np.int64)
     for pack in range(len(num_splits)):
         for i in range(query_indptr[pack], query_indptr[pack + 1]):
             request_indptr[queries[i] + 1] += num_splits[pack]
-    for request in range(batch_size):
-        request_indptr[request + 1] += request_indptr[request]
+    for row in range(num_rows):
+        request_indptr[row + 1] += request_indptr[row]
     following = request_indptr.copy()
-    partial_index = np.empty(request_indptr[batch_size], dtype=np.int64)
+    partial_index = np.empty(request_indptr[num_rows], dtype=np.int64)
     count = 0
     for pack in range(len(num_splits)):
         for _ in range(num_splits[pack]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,8 @@ class Packs:
     Attributes:
         start, end: [S] positions of each shared pack.
         query_indptr: [S + 1] bounds of each shared pack in ``queries``.
-        queries: batch rows of the shared packs' requests, pack after pack.
+        queries: batch rows of the shared packs' requests, pack after pack; after :meth:`of_rows`
+            rows of q.
         tail_start: [B] first position of each request's tail.
     """
 
@@ -31,6 +32,14 @@ class Packs:
     query_indptr: IntArray
     queries: IntArray
     tail_start: IntArray
+
+    def of_rows(self, query_lens: IntArray) -> Packs:
+        """The same read by each of a request's ``query_lens`` [B] queries, named by rows of q."""
+        counts = query_lens[self.queries]
+        behind = np.append(0, np.cumsum(counts))
+        first = (np.cumsum(query_lens) - query_lens)[self.queries]
+        rows = np.arange(behind[-1]) + np.repeat(first - behind[:-1], counts)
+        return replace(self, query_indptr=behind[self.query_indptr], queries=rows)
 
 
 class PacksBuilder:

@@ -3,6 +3,10 @@
 Nodes are in preorder, parents before children, with their requests at ``order[begin:end]``. Every
 node has candidates: positions where the KV that its requests read together may begin. They stand
 in flat arrays, node after node, a node's own start first.
+
+``num_queries`` are the query tokens of each node's requests, one each unless a batch has more: a
+pack's rows. Where a request reads KV alone, its first query is charged as one that does, and the
+others as rows of a pack, which share what is read.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ FloatArray = NDArray[np.float64]
 def candidate_starts(
     begin: IntArray,
     end: IntArray,
+    num_queries: IntArray,
     start: IntArray,
     parent: IntArray,
     lone_token_bytes: float,
@@ -64,7 +69,7 @@ def candidate_starts(
         position[count], origin[count], depth[count] = start[node], -1, own_depth
         count += 1
         if above >= 0:
-            here, both = end[node] - begin[node], end[above] - begin[above]
+            here, both = num_queries[node], num_queries[above]
             longest = max(
                 _break_even(here * query_bytes, least_bytes - here * query_token_bytes),
                 _break_even(
@@ -113,6 +118,7 @@ def _break_even(gain: float, loss_per_token: float) -> float:
 def cheapest_choices(
     begin: IntArray,
     end: IntArray,
+    num_queries: IntArray,
     stop: IntArray,
     parent: IntArray,
     indptr: IntArray,
@@ -139,6 +145,10 @@ def cheapest_choices(
     """
     num_nodes = len(parent)
     first_child, next_child, num_own = _children(begin, end, parent)
+    own_queries = num_queries.copy()  # of requests whose tails hang on the node
+    for node in range(num_nodes):
+        if parent[node] >= 0:
+            own_queries[parent[node]] -= num_queries[node]
     cost, pack_costs, fold_costs, join_costs = (
         np.empty(len(position)),
         np.empty(len(position)),
@@ -152,8 +162,9 @@ def cheapest_choices(
             length = stop[node] - position[i]
             kept_query_bytes = query_bytes + length * query_token_bytes
             tails_kept, tails_folded = (
-                num_own[node] * kept_query_bytes,
-                num_own[node] * length * lone_token_bytes,
+                own_queries[node] * kept_query_bytes,
+                num_own[node] * length * lone_token_bytes
+                + (own_queries[node] - num_own[node]) * length * query_token_bytes,
             )
             split_cost = pack_bytes + length * pack_token_bytes + min(tails_kept, tails_folded)
             fold_cost = tails_folded
@@ -161,7 +172,7 @@ def cheapest_choices(
             child = first_child[node]
             while child >= 0:
                 own = indptr[child]
-                kept = cost[own] + (end[child] - begin[child]) * kept_query_bytes
+                kept = cost[own] + num_queries[child] * kept_query_bytes
                 same = candidate_from(i, own + 1, indptr[child + 1], origin)
                 if same < 0:
                     all_can_fold = False

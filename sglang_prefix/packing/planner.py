@@ -7,8 +7,9 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from prefix_kernels.arguments import INT64_MAX, check_integer, refusal
+from prefix_kernels.arguments import INT64_MAX, check_integer, check_integers, refusal
 from sglang_prefix.forest import PrefixForest, RadixPath
 from sglang_prefix.packing import (
     CPU_PROFILES,
@@ -26,7 +27,9 @@ from sglang_prefix.packing.splits import choose_num_splits
 if TYPE_CHECKING:
     from prefix_kernels.executor import PlanExecutor
 
-__all__ = ["RESERVED_TAIL_SLOTS", "PackPlanner", "planner_for", "warm_up"]
+__all__ = ["RESERVED_TAIL_SLOTS", "PackPlanner", "check_query_lens", "planner_for", "warm_up"]
+
+IntArray = NDArray[np.int64]
 
 # Tokens that a tail may grow by before its slots need a new plan. At 8 bytes a slot, 256 requests
 # cost 0.5 MB; at one token a step a plan lives for at most this many steps.
@@ -134,34 +137,54 @@ class PackPlanner:
             self._batch_costs[padded_batch_size] = found
         return found
 
-    def plan(self, forest: PrefixForest, padded_batch_size: int | None = None) -> CostedPlan:
+    def plan(
+        self,
+        forest: PrefixForest,
+        padded_batch_size: int | None = None,
+        *,
+        query_lens: IntArray | None = None,
+    ) -> CostedPlan:
         """Pack a forest and lay the plan out, within the bound on partials.
 
         Args:
-            forest: what the batch shares.
-            padded_batch_size: requests with the padding behind them; None where that is no matter.
+            forest: what the batch shares. What it says of positions of query tokens counts as
+                private where a request may have several: ``query_lens``.
+            padded_batch_size: rows of q, which are requests where each has one query token, with
+                the padding behind them; None where that is no matter.
+            query_lens: [B] int64, query tokens of each request, its last ones; None for one each,
+                which a plan for ones everywhere says, too.
 
         Raises:
-            ValueError: the batch has more requests than partials are allowed, or an argument is
+            ValueError: the batch has more queries than partials are allowed, or an argument is
                 none that it can be.
         """
         if not isinstance(forest, PrefixForest):
             raise refusal("forest", forest, "a PrefixForest")
-        if self.max_partials is not None and forest.batch_size > self.max_partials:
+        num_rows = forest.batch_size
+        if query_lens is not None:
+            query_lens = check_query_lens(query_lens, forest.seq_lens)
+            num_rows = int(query_lens.sum())
+            forest = forest.limited_to(forest.seq_lens - query_lens * (query_lens > 1))
+            query_lens = query_lens if num_rows > forest.batch_size else None
+        if self.max_partials is not None and num_rows > self.max_partials:
             raise ValueError(
-                f"max_partials={self.max_partials} is below the batch size {forest.batch_size}; "
-                "legal: at least one partial per request"
+                f"max_partials={self.max_partials} is below the {num_rows} queries of the batch; "
+                "legal: at least one partial per request, or per query token if it has several"
             )
         costs = self.costs_of(padded_batch_size)
-        packs = self._policy(forest, costs)
-        least = len(packs.queries) + forest.batch_size  # without splits: one per pack and query
+        packs = self._policy(forest, costs, query_lens)
+        if query_lens is not None:
+            packs = packs.of_rows(query_lens)
+        least = len(packs.queries) + num_rows  # without splits: one per pack and query
         if not self._allows(least):
-            private = self._query_policy(forest, costs)
-            return self._lay_out(private, forest, costs, split=False, refused_partials=least)
-        plan = self._lay_out(packs, forest, costs, split=True)
+            private = self._query_policy(forest, costs, query_lens)
+            return self._lay_out(
+                private, forest, costs, query_lens, split=False, refused_partials=least
+            )
+        plan = self._lay_out(packs, forest, costs, query_lens, split=True)
         if self._allows(plan.num_partials):
             return plan
-        return self._lay_out(packs, forest, costs, split=False)
+        return self._lay_out(packs, forest, costs, query_lens, split=False)
 
     def _allows(self, num_partials: int) -> bool:
         return self.max_partials is None or num_partials <= self.max_partials
@@ -171,12 +194,13 @@ class PackPlanner:
         packs: Packs,
         forest: PrefixForest,
         costs: CostModel,
+        query_lens: IntArray | None,
         *,
         split: bool,
         refused_partials: int = 0,
     ) -> CostedPlan:
         if split:
-            num_splits = choose_num_splits(packs, forest.seq_lens, costs)
+            num_splits = choose_num_splits(packs, forest.seq_lens, costs, query_lens)
         else:
             num_splits = np.ones(len(packs.start) + forest.batch_size, dtype=np.int64)
         return CostedPlan.build(
@@ -187,4 +211,21 @@ class PackPlanner:
             kv_tokens_unique=forest.unique_tokens,
             costs=costs,
             refused_partials=refused_partials,
+            query_lens=query_lens,
         )
+
+
+def check_query_lens(query_lens: Any, seq_lens: IntArray) -> IntArray:
+    """Query tokens of each request: at least one, and no more than it has tokens.
+
+    Raises:
+        ValueError: they are none of these; the message names ``query_lens``.
+    """
+    found = check_integers("query_lens", query_lens, -INT64_MAX, INT64_MAX, size=len(seq_lens))
+    bad = np.flatnonzero((found < 1) | (found > seq_lens))
+    if len(bad):
+        b = bad[0]
+        raise ValueError(
+            f"query_lens[{b}]={found[b]}; legal: 1 to {seq_lens[b]}, the tokens of the request"
+        )
+    return np.array(found)

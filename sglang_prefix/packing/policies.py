@@ -7,7 +7,10 @@ kernels: ``node`` is the naive prefix-aware baseline, ``chunk`` is ChunkAttentio
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from prefix_kernels.arguments import check_choice
 from sglang_prefix.forest import PrefixForest
@@ -17,21 +20,31 @@ from sglang_prefix.packing.pat import pack_pat
 
 __all__ = ["POLICIES", "PackPolicy", "pack_chunk", "pack_node", "pack_query", "policy_named"]
 
-PackPolicy = Callable[[PrefixForest, CostModel], Packs]
+IntArray = NDArray[np.int64]
+
+
+class PackPolicy(Protocol):
+    """From a forest to packs, with the query tokens [B] of each request, or None for one each."""
+
+    def __call__(
+        self, forest: PrefixForest, costs: CostModel, query_lens: IntArray | None = None
+    ) -> Packs:
+        """Pack the forest; the packs' queries are requests."""
+
 
 # Tokens per chunk in ChunkAttention's benchmark (microsoft/chunk-attention).
 CHUNK_TOKENS = 64
 
 
-def pack_query(forest: PrefixForest, costs: CostModel) -> Packs:
+def pack_query(forest: PrefixForest, costs: CostModel, query_lens: IntArray | None = None) -> Packs:
     """One pack per request, nothing shared: what stock kernels do."""
-    del costs
+    del costs, query_lens
     return PacksBuilder(forest.batch_size).build()
 
 
-def pack_node(forest: PrefixForest, costs: CostModel) -> Packs:
+def pack_node(forest: PrefixForest, costs: CostModel, query_lens: IntArray | None = None) -> Packs:
     """One pack per node, one tail per request: the naive prefix-aware baseline."""
-    del costs
+    del costs, query_lens
     builder = PacksBuilder(forest.batch_size)
     for node in range(forest.num_nodes):
         builder.add(
@@ -41,7 +54,7 @@ def pack_node(forest: PrefixForest, costs: CostModel) -> Packs:
     return builder.build()
 
 
-def pack_chunk(forest: PrefixForest, costs: CostModel) -> Packs:
+def pack_chunk(forest: PrefixForest, costs: CostModel, query_lens: IntArray | None = None) -> Packs:
     """ChunkAttention's two-phase partition (arXiv 2402.15220, section 3.2).
 
     Positions are cut at multiples of :data:`CHUNK_TOKENS`. A full chunk that at least two
@@ -49,7 +62,7 @@ def pack_chunk(forest: PrefixForest, costs: CostModel) -> Packs:
     shared chunk is one pass of that request (sequence first). Ours differs in that partials are
     float32 and normalised, and that chunks are of slots, not of token ids.
     """
-    del costs
+    del costs, query_lens
     builder = PacksBuilder(forest.batch_size)
     for node in range(forest.num_nodes):
         first = int(forest.node_start[node]) // CHUNK_TOKENS

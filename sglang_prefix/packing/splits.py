@@ -30,9 +30,12 @@ _ROUNDS_TRIED = 4
 # Of the work of narrower classes, which begins later, what fills the time that a class leaves idle.
 # By simulation (`tests/simulate.py`): of 0 to 0.4, that with the shortest makespans.
 _FILLED_SHARE = 0.1
+_ONE_EACH = np.zeros(0, dtype=np.int64)  # query tokens, to compiled loops
 
 
-def choose_num_splits(packs: Packs, seq_lens: IntArray, costs: CostModel) -> IntArray:
+def choose_num_splits(
+    packs: Packs, seq_lens: IntArray, costs: CostModel, query_lens: IntArray | None = None
+) -> IntArray:
     """Cut packs so that each tile class takes the least time, in whole tiles of KV.
 
     Of each class the longest split is chosen, in tiles; a pack gets the fewest splits that are no
@@ -44,9 +47,10 @@ def choose_num_splits(packs: Packs, seq_lens: IntArray, costs: CostModel) -> Int
     items, two rounds of 15 tiles; eight of 1,024 are 128 items, one round of 16 tiles, and chosen.
 
     Args:
-        packs: shared packs and tail starts.
+        packs: shared packs, of rows of q, and tail starts.
         seq_lens: [B] KV tokens of each request.
         costs: shape and device.
+        query_lens: [B] query tokens of each request; None for one each.
 
     Returns:
         [S + B] splits of each shared pack, then of each tail; at least 1.
@@ -59,6 +63,7 @@ def choose_num_splits(packs: Packs, seq_lens: IntArray, costs: CostModel) -> Int
         packs.query_indptr,
         packs.tail_start,
         seq_lens,
+        _ONE_EACH if query_lens is None else query_lens,
         costs.shape.group_size,
         costs.shape.num_kv_heads,
         costs.device.min_split_tokens,
@@ -157,12 +162,16 @@ def count_splits(
     query_indptr: IntArray,
     tail_start: IntArray,
     seq_lens: IntArray,
+    query_lens: IntArray,
     group_size: int,
     num_kv_heads: int,
     min_split_tokens: int,
     table: FloatArray,
 ) -> IntArray:
-    """The loop behind :func:`choose_num_splits`, class by class, the narrowest first."""
+    """The loop behind :func:`choose_num_splits`, class by class, the narrowest first.
+
+    ``query_lens`` is empty for one query token of each request.
+    """
     shared, size, widest = len(start), len(start) + len(seq_lens), len(table) - 1
     num_splits, tile_class = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.int64)
     tiles, items = np.empty(size), np.empty(size)  # of KV of each pack; of it without splits
@@ -172,7 +181,10 @@ def count_splits(
             rows = (query_indptr[pack + 1] - query_indptr[pack]) * group_size
             length = end[pack] - start[pack]
         else:
-            rows, length = group_size, seq_lens[pack - shared] - tail_start[pack - shared]
+            request = pack - shared
+            rows, length = group_size, seq_lens[request] - tail_start[request]
+            if len(query_lens):
+                rows *= query_lens[request]
         number = 0
         while number < widest and table[number, 0] < rows:
             number += 1

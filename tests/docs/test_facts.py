@@ -7,7 +7,9 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
+import numpy as np
 import pytest
 
 from sglang_prefix.backend.fallback import REASONS
@@ -190,6 +192,39 @@ def test_the_numbers_of_the_drawing(forest: PrefixForest) -> None:
     assert f"every different token once {stats.kv_tokens_unique:,}" in texts
     partials = [t for t in texts if t in ("sys", "A", "B", "tail")]
     assert len(partials) == stats.num_partials
+
+
+# In docs/how-it-works.md, which prints the plans: tokens of a shared document and of each request's
+# own before its query tokens, and their numbers.
+DRAWN_QUERIES = {"extend": (1000, (0, 0, 0), (4, 2, 3)), "verify": (1000, (40, 32), (3, 3))}
+
+
+@pytest.mark.parametrize("name", DRAWN_QUERIES)
+def test_the_drawing_of_query_tokens_is_of_their_plan(name: str) -> None:
+    """Each row of q has as many cells filled as it sees of its request's query tokens."""
+    shared, own, counts = DRAWN_QUERIES[name]
+    lens = [shared + mine + count for mine, count in zip(own, counts, strict=True)]
+    path = RadixPath((1,), (shared,))
+    forest = PrefixForest.from_paths([path] * len(lens), [shared] * len(lens), lens)
+    plan = PackPlanner(SHAPE, CPU_PROFILE).plan(forest, query_lens=np.array(counts))
+    assert plan.pack_end.tolist() == [shared, *lens]
+    assert plan.pack_start.tolist() == [0, *[shared] * len(lens)]
+    svg = ET.fromstring((ROOT / "docs/images/query-tokens.svg").read_text())
+    (group,) = (part for part in svg if part.get("id") == name)
+    texts = [text.text for text in group.findall("{*}text")]
+    assert f"document {shared}" in texts
+    assert f"{len(plan.pack_queries(0))} rows read it once" in texts
+    assert [text for text in texts if str(text).startswith("own")] == [f"own {n}" for n in own if n]
+    sees = [shared + mine + j + 1 for mine, n in zip(own, counts, strict=True) for j in range(n)]
+    assert [text for text in texts if " sees " in str(text)] == [
+        f"row {row} sees {number}" for row, number in enumerate(sees)
+    ]
+    cells: dict[str, list[bool]] = {}
+    for box in group.findall("{*}rect"):
+        if box.get("width") == box.get("height"):
+            cells.setdefault(str(box.get("y")), []).append(box.get("fill") != "#ffffff")
+    drawn = [[True] * (j + 1) + [False] * (n - j - 1) for n in counts for j in range(n)]
+    assert [*cells.values()] == drawn
 
 
 def test_the_numbers_of_the_readme_drawing(forest: PrefixForest) -> None:

@@ -138,7 +138,9 @@ class Bench:
             k, v = torch.randn(2, len(LENGTHS), NUM_KV_HEADS, HEAD_DIM)
         return q, self.backend.forward(q, k, v, layer, self.batch, **kwargs)
 
-    def expected(self, q: torch.Tensor, layer: Any, k_scale: Any, v_scale: Any) -> torch.Tensor:
+    def expected(
+        self, q: torch.Tensor, layer: Any, k_scale: Any, v_scale: Any, sinks: Any = None
+    ) -> torch.Tensor:
         """The oracle's answer on what the pool holds."""
         out, _ = decode_attention_oracle(
             q.view(-1, NUM_QO_HEADS, HEAD_DIM),
@@ -150,5 +152,6 @@ class Bench:
             sm_scale=layer.scaling,
             k_scale=k_scale,
             v_scale=v_scale,
+            sinks=sinks,
         )
         return out.flatten(1)

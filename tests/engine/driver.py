@@ -16,6 +16,7 @@ from sglang_prefix.bench.engine import (
     engine_environment,
     flush,
 )
+from sglang_prefix.files import write_file
 from tests.engine.trainer import Step, take_steps
 
 MODE_FILE = "SGLANG_PREFIX_TEST_MODE_FILE"
@@ -61,7 +62,8 @@ class Section:
         one_batch: send all at once behind a prefill that keeps the scheduler busy, so that they
             are prefilled in one batch.
         logprobs: ask for them; SGLang then mixes no prefill into a decode batch.
-        input_logprobs: ask for those of the prompt too.
+        input_logprobs: ask for those of the prompt too, from this token on. SGLang computes it
+            from there on anew, whatever is cached.
         hold: the decode pass before which the scheduler is held until the first of ``steps`` has
             reached it; all engines then do the steps at the same tokens. Needs the hooks. 0 takes
             the steps before the requests are sent.
@@ -76,7 +78,7 @@ class Section:
     like: str = ""
     one_batch: bool = False
     logprobs: bool = True
-    input_logprobs: bool = False
+    input_logprobs: int | None = None
     hold: int = 0
     steps: tuple[Step, ...] = ()
 
@@ -87,7 +89,7 @@ class Scenario:
 
     Attributes:
         sections: run one after the other.
-        engine: keyword arguments of ``sglang.Engine``.
+        engine: keyword arguments of ``sglang.Engine``; a draft model is named as ``model`` is.
         env: environment variables.
         hooks: modules of ``tests.engine.hooks`` that are loaded in the engine's processes.
         model: one of ``models.py``.
@@ -154,6 +156,8 @@ def run_scenario(scenario: Scenario, models: Mapping[str, str], folder: Path) ->
         "log_level": "info",
         **scenario.engine,
     }
+    if (draft := options.get("speculative_draft_model_path")) is not None:
+        options["speculative_draft_model_path"] = models[draft]
     if adapters := {r.lora for section in scenario.sections for r in section.requests if r.lora}:
         options["lora_paths"] = {name: models[name] for name in sorted(adapters)}
     deadline = time.monotonic() + TIMEOUT_S
@@ -164,7 +168,7 @@ def run_scenario(scenario: Scenario, models: Mapping[str, str], folder: Path) ->
         assert engine.description["load_format"] == "auto"
         sections = {}
         for section in scenario.sections:
-            mode.write_text(section.mode)
+            write_file(mode, section.mode)
             steps = tuple(tuple(models.get(word, word) for word in step) for step in section.steps)
             stepping = replace(section, steps=steps)
             found = engine.ask(f"{__name__}:run_section", deadline, section=stepping, hold=hold)
@@ -224,7 +228,7 @@ async def _generate(engine: Any, request: Request, section: Section) -> dict[str
         input_ids=list(request.prompt),
         sampling_params=sampling | ({} if width is None else {"beam_width": width, "n": width}),
         return_logprob=section.logprobs and width is None,  # SGLang refuses the two together
-        logprob_start_len=0 if section.input_logprobs else None,
+        logprob_start_len=section.input_logprobs,
         stream=True,
         rid=request.rid,
         lora_path=request.lora,

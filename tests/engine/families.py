@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MODELS", "UNSERVED", "write_config"]
+__all__ = ["LATENT", "MODELS", "UNSERVED", "write_config"]
 
 BASE = {
     "hidden_size": 64,
@@ -88,12 +88,15 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # Whose decode is not ours to take.
 UNSERVED = (
-    "DeepseekV3ForCausalLM",
     "DeepseekV32ForCausalLM",
     "DeepseekV4ForCausalLM",
+    "GlmMoeDsaForCausalLM",
+)
+# With multi-head latent attention, which follows the backend's name: SGLANG_PREFIX=1 leaves it.
+LATENT = (
+    "DeepseekV3ForCausalLM",
     "KimiK25ForConditionalGeneration",
     "Glm4MoeLiteForCausalLM",
-    "GlmMoeDsaForCausalLM",
     "MistralLarge3ForCausalLM",
 )
 

@@ -18,6 +18,9 @@ _SINCE = {
     "flush-while-paused": ("0.5.21", "flushing the cache while retracted requests wait"),
     "pages-on-cpu": ("0.5.22", "a page size above 1 on the CPU"),
     "attn-dp-size": ("0.5.22", "--attn-dp-size"),
+    "located-latents": ("0.5.22", "a KVWriteLoc for every write of latents"),
+    "latents": ("0.5.22", "a DeepSeek as its Transformers write it,"),
+    "sinks": ("0.5.22", "Granite with attention sinks, in its Transformers,"),
     "any-name-on-cpu": ("0.5.22", "--attention-backend prefix on the CPU"),
 }
 

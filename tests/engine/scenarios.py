@@ -20,11 +20,15 @@ __all__ = [
     "CONTROLS",
     "ERRORS",
     "EXTENDED",
+    "FEW_QUESTIONS",
+    "GROVE",
     "HOLD",
     "IDENTICAL",
     "POLICIES",
+    "QUESTIONS",
     "RETRACT",
     "ROLLOUTS",
+    "SAMPLES",
     "SCENARIOS",
     "SWITCH",
     "TRAINED",
@@ -43,8 +47,14 @@ IDENTICAL = (64, 60, 9)
 FOREST = Section("forest", workloads.forest())
 GROVE = Section("grove", workloads.grove())
 CROWD = Section("crowd", workloads.crowd())
+SAMPLES = Section("samples", workloads.samples())
+REPEATS = Section("repeats", workloads.repeats(), logprobs=False)
 ALIKE = Section("identical", workloads.identical(*IDENTICAL), one_batch=True)
 BEAMS = Section("beams", workloads.beams(), one_batch=True)
+# Of a document that is cached; the one token of an answer comes from the extend.
+QUESTIONS = Section("questions", workloads.questions(600), input_logprobs=600)
+# For kernels in the interpreter, where our backend asks SGLang's tree what is cached.
+FEW_QUESTIONS = Section("questions", workloads.questions(96)[:6], input_logprobs=96)
 # The forest without logprobs, for which prefill and decode share a batch when the engine mixes.
 MIXED = replace(FOREST, name="mixed", like="forest", logprobs=False)
 
@@ -63,6 +73,8 @@ RETRACT_ALL, IN_PLACE, CONTINUE = ("pause", "retract"), ("pause", "in_place"), (
 
 STOCK = {"attention_backend": "torch_native", "max_total_tokens": 20000}
 OURS = {BACKEND_FLAG: "prefix", "max_total_tokens": 20000}
+# The only backend that knows attention sinks on a CPU without AMX; in Triton's interpreter.
+TRITON = {"attention_backend": "triton", "max_total_tokens": 20000}
 # So small that requests are retracted: SGLang admits as if they were to generate four tokens.
 CROWDED = {"max_total_tokens": 760, "schedule_conservativeness": 0.01}
 RETRACT = {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "4"}
@@ -73,6 +85,10 @@ SWITCH = {"SGLANG_PREFIX": "1"}
 NODES = {"SGLANG_PREFIX_POLICY": "node"}
 # The kernels on the CPU; SGLang's own CPU engine runs no Triton kernel.
 INTERPRETED = {"TRITON_INTERPRET": "1", "SGLANG_PREFIX_EXECUTOR": "triton"}
+# SGLang's drafts that need no model; with a breadth of 1 a chain where a match is long enough.
+N_GRAMS = {"speculative_algorithm": "NGRAM", "speculative_ngram_max_bfs_breadth": 1} | {
+    "speculative_attention_mode": "decode"
+}
 # Tensor parallelism on a CPU without NUMA nodes.
 TWO_RANKS = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", "SGLANG_NCCL_SO_PATH": "/nonexistent.so"}
 
@@ -107,7 +123,8 @@ def _main_sections() -> tuple[Section, ...]:
     )
     others = (*_reads(0.2, ALIKE), *_beams(0.6))
     controls = (s for section in (*others, CROWD) for s in _under(section, "zeros"))
-    return (*forest, *others, *controls)
+    questions = (QUESTIONS, *_under(QUESTIONS, "stock", "zeros", "run-error"))
+    return (*forest, *others, *controls, *questions)
 
 
 def _trained_sections() -> tuple[Section, ...]:
@@ -125,7 +142,7 @@ def _trained_sections() -> tuple[Section, ...]:
 
     found = [
         ROLLOUTS,
-        replace(rollouts, name="all logprobs", input_logprobs=True),
+        replace(rollouts, name="all logprobs", input_logprobs=0),
         stepping("paused in place", IN_PLACE, CONTINUE),
         stepping("paused and retracted", RETRACT_ALL, CONTINUE),
         replace(stepping("sample aborted", ("abort", "r2 aborted")), requests=with_aborted),
@@ -147,7 +164,9 @@ _RELOAD = Section("reload", (), steps=(("disk", "llama", "flush"),))
 
 # In `make test`.
 _DEFAULT = {
-    "stock": Scenario((FOREST, ALIKE, *((BEAMS,) if has("beams") else ()), CROWD), STOCK, hooks=()),
+    "stock": Scenario(
+        (FOREST, ALIKE, *((BEAMS,) if has("beams") else ()), CROWD, REPEATS), STOCK, hooks=()
+    ),
     "main": Scenario(_main_sections(), OURS),
     "pages": Scenario(
         (*_reads(0.7, FOREST, MIXED), *_reads(0.8, CROWD)),
@@ -159,6 +178,24 @@ _DEFAULT = {
     ),
     # No name given: our backend stands over the one that SGLang chooses.
     "switch": Scenario(_compared(FOREST, 0.45), {"max_total_tokens": 20000}, VERIFY | SWITCH),
+    # Absorbed multi-head latent attention, which goes by the name of the stock backend. "triton" is
+    # for the experts: on the CPU, torch runs them.
+    "latent": Scenario(
+        _compared(GROVE, 0.6),
+        STOCK | {"moe_runner_backend": "triton"},
+        VERIFY | SWITCH | NODES,
+        ("controls", "latent"),
+        model="latent",
+        needs="latents",
+    ),
+    # Without its flag SGLang insists on a layer with a window.
+    "sinks": Scenario(
+        (*_reads(0.5, SAMPLES), *_under(SAMPLES, "stock", "sinkless")),
+        TRITON | {"disable_hybrid_swa_memory": True},
+        VERIFY | SWITCH | {"TRITON_INTERPRET": "1"},
+        model="sinks",
+        needs="sinks",
+    ),
     # Two labels of graphs, in a model of which some layers are stock's in either; the gate flips.
     "graphs": Scenario(
         (GROVE, *_under(GROVE, "stock", "zeros", "packed")),
@@ -179,6 +216,13 @@ _DEFAULT = {
         model="qwen3",
         needs="any-name-on-cpu",
     ),
+    # Drafts of n-grams, three behind each token: chains where the tables know as many.
+    "drafts": Scenario(
+        (REPEATS, *_under(REPEATS, "stock", "causal")),
+        OURS | N_GRAMS | {"speculative_num_draft_tokens": 4},
+        VERIFY,
+        ("controls", "drafts"),
+    ),
     "trainer": Scenario(
         (*_under(ROLLOUTS, "zeros"), *_TRAINED_STOCK, _RELOAD, *TRAINED),
         OURS,
@@ -189,6 +233,26 @@ _DEFAULT = {
 
 # In `make test-all` only: they repeat what the others show, or show it of a rarer set-up.
 EXTENDED = {
+    # A draft model, the target itself, and SGLang's worker of EAGLE and its kin. On a CPU without
+    # AMX it drafts in Triton's interpreter.
+    "drafts of a model": Scenario(
+        (SAMPLES, *_under(SAMPLES, "stock")),
+        OURS
+        | {"speculative_algorithm": "STANDALONE", "speculative_draft_model_path": "llama"}
+        | {"speculative_num_steps": 3, "speculative_num_draft_tokens": 4}
+        | {"speculative_eagle_topk": 1, "speculative_attention_mode": "decode"}
+        | {"speculative_draft_attention_backend": "triton"},
+        VERIFY | NODES | {"TRITON_INTERPRET": "1"},
+        ("controls", "drafts"),
+        needs="any-name-on-cpu",
+    ),
+    # Graphs of verify passes, of both labels. Two drafts are a chain whatever the tables say.
+    "drafts graphs": Scenario(
+        (GROVE, *_under(GROVE, "stock", "zeros")),
+        OURS | N_GRAMS | {"speculative_num_draft_tokens": 2},
+        VERIFY | INTERPRETED,
+        ("controls", "graphs", "drafts"),
+    ),
     "attention-backend small-pool": Scenario(
         (*_reads(0.6, FOREST), *_reads(0.8, CROWD)),
         OURS | CROWDED,
@@ -215,6 +279,14 @@ EXTENDED = {
         | {"max_total_tokens": 20000},
         VERIFY | SWITCH | {"TRITON_INTERPRET": "1"},
     ),
+    # "triton" is for the experts: on the CPU, torch runs them.
+    "gpt-oss": Scenario(
+        (*_reads(0.5, SAMPLES), *_under(SAMPLES, "stock", "sinkless")),
+        TRITON | {"moe_runner_backend": "triton"},
+        VERIFY | SWITCH | NODES | {"TRITON_INTERPRET": "1"},
+        model="gpt-oss",
+        needs="sinks",
+    ),
     "no-radix-cache": Scenario(_reads(1.001, FOREST), OURS | {"disable_radix_cache": True}, VERIFY),
     "named-stock no-overlap policy-query": Scenario(
         (*_reads(1.001, FOREST), *_beams(1.001)),
@@ -228,6 +300,12 @@ EXTENDED = {
     ),
     "gate-never": Scenario((FOREST,), OURS, {"SGLANG_PREFIX_GATE": "never"}),
     "triton": Scenario(_compared(GROVE, 0.6), OURS, VERIFY | INTERPRETED),
+    # As on a GPU, over a stock backend of a GPU.
+    "extends by kernels": Scenario(
+        (FEW_QUESTIONS, *_under(FEW_QUESTIONS, "stock", "zeros")),
+        TRITON,
+        VERIFY | SWITCH | INTERPRETED | {"SGLANG_PREFIX_EXTENDS": "always"},
+    ),
     "graphs of one kind": Scenario(
         _compared(GROVE, 0.6),
         OURS,
@@ -300,6 +378,10 @@ def comparison(engine: str, section: Section) -> Comparison:
     return Comparison(
         ours=Run(engine, section.name),
         stock=first(Run(engine, f"{section.name} stock"), uncontrolled),
-        control=first(Run(engine, f"{like} zeros"), Run("main", f"{like} zeros")),
+        control=first(
+            Run(engine, f"{like} sinkless"),
+            Run(engine, f"{like} zeros"),
+            Run("main", f"{like} zeros"),
+        ),
         uncontrolled=uncontrolled,
     )

@@ -30,14 +30,14 @@ def test_the_demo_compares_and_tells(tmp_path: Path) -> None:
         pytest.skip(str(error))
     target, picture = tmp_path / "demo.json", tmp_path / "demo.html"
     command = [sys.executable, "-m", "sglang_prefix.cli.main", "demo"]
-    # A shorter document than by default: stock's prefill takes most of the time.
+    # A shorter document than by default: stock's extends take most of the time.
     command += ["--document-tokens", "600"]
     run = subprocess.run(
         [*command, "--json", str(target), "--picture", str(picture)],
         capture_output=True,
         text=True,
         timeout=1500,
-        env=os.environ | {"COLUMNS": "140"},
+        env=os.environ | {"COLUMNS": "140", "OMP_NUM_THREADS": "1"},
     )
     assert run.returncode == 0, run.stdout + run.stderr
     report = json.loads(target.read_text())
@@ -50,10 +50,16 @@ def test_the_demo_compares_and_tells(tmp_path: Path) -> None:
         assert one["kv_read_ratio"] < 0.25
         assert one["control_num_requests_changed"] >= one["control_num_requests"] / 2
         assert one["decode_speedup"] > 0
+        # Both read the questions behind a document that was cached: ours with its own extends.
+        assert one["packed_extends"] == one["num_extends"] > 0
+        assert one["extend_kv_read_ratio"] < 0.4
+        assert one["ttft_speedup"] > 1
+        assert len(one["stock_ttft_s"]) == len(one["prefix_ttft_s"]) == one["num_requests"]
         assert 0 < one["prefix_attention_share"] < 1
     assert [one["dtype"] for one in report["runs"]] == ["float32", "bfloat16"]
     assert report["runs"][0]["num_requests_equal"] == 16
-    assert f"of {report['wall_s']:.0f} s. It is SGLang's own on both sides" in run.stdout
+    assert f" of {report['wall_s']:.0f} s, " in run.stdout
+    assert "time to first token" in run.stdout
     assert "What is the capital of France? -> The capital of France is Paris." in run.stdout
     assert_the_picture_shows_the_last_batch(report["runs"][-1], run.stdout, picture.read_text())
 
@@ -70,11 +76,15 @@ def test_16_bit_answers_are_held_to_stocks_where_float32_was_not_run() -> None:
         "control_num_requests_changed": 2,
         "kv_read_ratio": 0.1,
         "kv_unique_ratio_ideal": 0.1,
+        "packed_extends": 2,
+        "num_extends": 2,
         "new_tokens": 16,
         "logprobs": {"mean": 0.06},
         "logprobs_from_float32": {"prefix": None, "stock": None},
     }
     assert demo_report.problems_of(run) == []
+    (problem,) = demo_report.problems_of(run | {"packed_extends": 1})
+    assert problem == "only 1 of 2 extends were packed"
     (problem,) = demo_report.problems_of(run | {"logprobs": {"mean": 0.5}})
     assert "0.500 from stock's" in problem
     distances = {"prefix": 0.07, "stock": 0.04}
@@ -110,9 +120,12 @@ def test_the_demo_names_all_that_keeps_its_numbers_from_being_evidence(
     tokens = [[request] * 16 for request in range(18)]
     counters: dict[str, Any] = dict.fromkeys(("num_packs", "fallback_steps"), 0)
     counters |= {"packed_steps": 10, "stock_steps": 10, "kv_read_ratio": 0.9}
-    counters |= {"fallback_reasons": {}, "last_plan": {}}
+    counters |= {"fallback_reasons": {}, "last_plan": {}, "executor": "native"}
+    counters["extend"] = {"packed_steps": 1, "stock_steps": 0, "fallback_steps": 1}
+    counters["extend"] |= {"kv_read_ratio": 0.2}
     times = ("first_s", "rest_s", "step_ms", "attention_ms")
-    said = dict.fromkeys(times, 1.0) | {"step_us": [1.0], "counters": counters}
+    said: dict[str, Any] = dict.fromkeys(times, 1.0)
+    said |= {"ttft_s": [1.0], "step_us": [1.0], "counters": counters}
     answers: dict[str, dict[str, Any]] = {
         "document": said,
         "stock": {"tokens": tokens, "logprobs": [[{"1": -1.0}, {"1": -1.0}]], **said},
@@ -135,11 +148,12 @@ def test_the_demo_names_all_that_keeps_its_numbers_from_being_evidence(
     for problem in (
         "float32: tokens differ from stock in 1 of 16 requests",
         "bfloat16: log probabilities are 0.500 from float32's in the mean, and stock's 0.000",
-        "10 steps of stock decode were packed",
+        "11 passes of stock were packed",
         "only 50% of the decode steps were packed",
+        "only 1 of 2 extends were packed",
         "kv_read_ratio 0.900 is over",
         "broken attention changed only 1 of 4 requests",
         "the last plan cannot be shown",
     ):
         assert problem in shown.output
-    assert len(json.loads(target.read_text())["problems"]) == 11
+    assert len(json.loads(target.read_text())["problems"]) == 13

@@ -18,7 +18,7 @@ from prefix_patches.stock_backend import build_stock
 from sglang_prefix.plugin import register
 from tests.docs.pages import ROOT
 from tests.engine.bare_backend import make_runner
-from tests.engine.families import MODELS, UNSERVED, write_config
+from tests.engine.families import LATENT, MODELS, UNSERVED, write_config
 from tests.engine.releases import needs
 
 CUDA = {"is_cuda": True, "has_flashinfer": True}
@@ -85,7 +85,7 @@ class Resolved:
 
 
 @pytest.mark.parametrize("hardware", HARDWARE)
-@pytest.mark.parametrize("model", [name for name in MODELS if name not in UNSERVED])
+@pytest.mark.parametrize("model", [name for name in MODELS if name not in UNSERVED + LATENT])
 def test_with_our_name_sglang_chooses_what_it_chooses_without_it(
     model: str, hardware: str, folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,16 +104,20 @@ def test_with_our_name_sglang_chooses_what_it_chooses_without_it(
 
 
 @pytest.mark.parametrize("hardware", ["sm80", "sm90", "sm100"])
-@pytest.mark.parametrize("model", UNSERVED)
-def test_models_of_which_nothing_can_be_packed_are_refused_in_one_line(
+@pytest.mark.parametrize("model", UNSERVED + LATENT)
+def test_models_that_our_name_would_break_are_refused_in_one_line(
     model: str, hardware: str, folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stock = Resolved(folders[model], hardware, monkeypatch).names[1]
     for flag in ("attention_backend", "decode_attention_backend"):
         with pytest.raises(ValueError, match=f"cannot serve {model}, which ") as failure:
             Resolved(folders[model], hardware, monkeypatch, **{flag: "prefix"})
-        assert str(failure.value).endswith(f"SGLang then decodes with {stock}")
-        assert "\n" not in str(failure.value)
+        said, served = str(failure.value), model in LATENT
+        with_the_switch = (
+            "Start with SGLANG_PREFIX=1 instead of the name: our decode then stands over"
+        )
+        assert said.endswith(f"{with_the_switch if served else 'SGLang then decodes with'} {stock}")
+        assert "\n" not in said
 
 
 def test_what_the_user_names_is_kept(
@@ -206,7 +210,13 @@ def test_a_page_says_of_every_family_whether_it_is_served() -> None:
     _, _, text = page.partition("## Model families")
     text, _, _ = text.partition("\n## ")
     rows = re.findall(r"^\| [^|]+ \| ([^|]*`\w+`[^|]*) \| (\w+)", text, re.MULTILINE)
-    assert {word for _, word in rows} == {"packed", "partly", "stock", "refused"}
+    assert {word for _, word in rows} == {"packed", "partly", "refused", "switch"}
     said = {name: word for names, word in rows for name in re.findall(r"`(\w+)`", names)}
     assert said.keys() == MODELS.keys()
     assert {name for name, word in said.items() if word == "refused"} == set(UNSERVED)
+    assert {name for name, word in said.items() if word == "switch"} == set(LATENT)
+    families = re.findall(r"^\| ([^|]+) \| [^|]*`\w+`[^|]* \| (\w+)", text, re.MULTILINE)
+    short = (ROOT / "README.md").read_text()
+    for word in {word for _, word in families}:
+        (row,) = re.findall(rf"^\| {word} \| ([^|]+;[^|]+) \|", short, re.MULTILINE)
+        assert row.split("; ") == [family for family, found in families if found == word]

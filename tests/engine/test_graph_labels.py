@@ -231,7 +231,7 @@ def test_steps_are_counted_under_the_graph_that_they_replay() -> None:
 def test_an_idle_rank_replays_a_graph_and_counts_nothing(gate: str, label: str) -> None:
     graphs = Graphs(gate)
     assert graphs.replay(0, 4, "IDLE") == label
-    assert graphs.backend.counters.decode_steps == 0
+    assert graphs.backend.counters.decode.steps == 0
 
 
 def test_an_idle_rank_plans_once_for_each_padded_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +274,16 @@ def test_a_capture_counts_nothing_and_prepares_stock_once_per_size() -> None:
     graphs.capture("packed", 2)
     assert graphs.prepared[2:] == [("capture", 2)]
     assert graphs.counted["delegated_layers"] == {"0": "sliding-window"}
-    assert graphs.backend.counters.decode_steps == 0
+    assert graphs.backend.counters.decode.steps == 0
+
+
+def test_stock_is_prepared_for_every_graph_of_prefill() -> None:
+    """They have no labels, and are of as many requests whatever their tokens."""
+    graphs = Graphs()
+    for tokens in (16, 8):
+        batch = make_forward_batch("EXTEND", [0] * 4, [tokens] * 4, [0] * 4)
+        graphs.backend.init_forward_metadata_out_graph(batch, in_capture=True)
+    assert graphs.prepared == [("capture", 4)] * 2
 
 
 def test_without_a_second_label_stock_is_prepared_as_sglang_asks() -> None:
@@ -302,13 +311,13 @@ def test_arguments_found_in_a_warm_up_delegate_their_layers_and_nothing_else() -
     graphs.capture("packed", 2)
     assert graphs.prepared == []
     first, second = graphs.layers
-    graphs.decode(first, 2, sinks=torch.zeros(NUM_QO_HEADS))
+    graphs.decode(first, 2, aux=torch.zeros(NUM_QO_HEADS))
     # As for capture, not as for an eager step: the graph will read those buffers.
     assert graphs.prepared == [("capture", 2)]
     assert graphs.decode(second, 2).shape == (2, NUM_QO_HEADS * 64)
     counted = graphs.counted
     assert counted["delegated_layers"] == {"0": "unknown-argument"}
-    assert graphs.backend.counters.decode_steps == 0
+    assert graphs.backend.counters.decode.steps == 0
     assert graphs.backend._step.packed
 
 

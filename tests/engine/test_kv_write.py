@@ -98,16 +98,58 @@ def test_an_unknown_argument_hands_the_layer_to_stock() -> None:
     bench = Bench()
     first, second = bench.layers
     with bench.step():
-        with pytest.raises(TypeError, match="sinks"):  # torch_native does not know them either
-            bench.decode(first, sinks=torch.zeros(NUM_QO_HEADS))
+        with pytest.raises(TypeError, match="unexpected"):  # torch_native knows neither
+            bench.decode(first, sinks=torch.zeros(NUM_QO_HEADS), aux=1)
         # That layer from now on, and no other; the step goes on.
         bench.decode(second)
     assert bench.counted["delegated_layers"] == {"0": "unknown-argument"}
     assert bench.counted["packed_steps"] == 1
     assert bench.counted["fallback_reasons"] == {}
     # With the last layer goes the server.
-    with bench.step(), pytest.raises(TypeError, match="sinks"):
-        bench.decode(second, sinks=torch.zeros(NUM_QO_HEADS))
+    with bench.step(), pytest.raises(TypeError, match="aux"):
+        bench.decode(second, aux=1)
     with bench.step():
         bench.decode(first)
     assert bench.counted["fallback_reasons"] == {"no-layer": 1}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sinks_are_served(dtype: torch.dtype) -> None:
+    """As a parameter of the model's, in its dtype or in bfloat16, as SGLang has them."""
+    bench = Bench()
+    sinks = torch.nn.Parameter((5 + torch.randn(NUM_QO_HEADS)).to(dtype), requires_grad=False)
+    for layer in bench.layers:
+        layer.k_scale = layer.v_scale = None
+    with bench.step():
+        for layer, given in zip(bench.layers, (sinks, None), strict=True):
+            q, out = bench.decode(layer, sinks=given)
+            expected = bench.expected(q, layer, 1.0, 1.0, sinks=given)
+            torch.testing.assert_close(out.double(), expected, rtol=0, atol=TOLERANCE)
+    assert bench.counted["packed_steps"] == 1
+    assert bench.counted["delegated_layers"] == {}
+
+
+def test_after_an_exception_stock_gets_the_sinks(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, sinks = Bench(), torch.zeros(NUM_QO_HEADS)
+    monkeypatch.setattr(PlanExecutor, "run", fail)
+    with bench.step(), pytest.raises(TypeError, match="sinks"):  # torch_native refuses them
+        bench.decode(bench.layers[0], sinks=sinks)
+    assert bench.counted["fallback_reasons"] == {"error": 1}
+    assert bench.counted["delegated_layers"] == {}
+
+
+@pytest.mark.parametrize(
+    "sinks",
+    [
+        torch.zeros(NUM_QO_HEADS + 1),
+        torch.zeros(1, NUM_QO_HEADS),
+        torch.zeros(NUM_QO_HEADS, dtype=torch.float64),
+        torch.zeros(2 * NUM_QO_HEADS)[::2],
+    ],
+    ids=["heads", "dims", "dtype", "stride"],
+)
+def test_other_sinks_are_left_to_stock(sinks: torch.Tensor) -> None:
+    bench = Bench()
+    with bench.step(), pytest.raises(TypeError, match="sinks"):
+        bench.decode(bench.layers[0], sinks=sinks)
+    assert bench.counted["delegated_layers"] == {"0": "unknown-argument"}

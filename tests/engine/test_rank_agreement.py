@@ -257,9 +257,9 @@ def test_a_step_that_was_decided_ahead_and_is_eager_after_all_is_planned_once(
     monkeypatch.setattr(scheduler.planner, "replan", watched)
     reqs = scheduler.prefill(*PROMPTS[:2])
     assert scheduler.decode_agreed(reqs, None, pads=1) == ((0.0, 1.0), None)
-    assert scheduler.counters.kv_tokens_read == scheduler.counters.kv_tokens_logical
+    assert scheduler.counters.decode.kv_tokens_read == scheduler.counters.decode.kv_tokens_logical
     scheduler.publish(*reqs)
     for _ in range(3):
         assert scheduler.decode_agreed(reqs, None, pads=1) == ((0.0, 1.0), None)
     assert planned == [2, 2]
-    assert scheduler.counters.kv_tokens_read < scheduler.counters.kv_tokens_logical
+    assert scheduler.counters.decode.kv_tokens_read < scheduler.counters.decode.kv_tokens_logical

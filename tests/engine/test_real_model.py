@@ -16,6 +16,7 @@ from sglang_prefix.bench.hooks import decode_watch
 from sglang_prefix.bench.serving.compare import compare_logprobs
 from sglang_prefix.bench.serving.questions import document_prompts, questions
 from sglang_prefix.explain.sources import load_tokenizer
+from sglang_prefix.files import write_file
 from sglang_prefix.smollm2 import build_smollm2
 from tests.engine.comparisons import LOGPROB_TOLERANCE
 from tests.engine.releases import BACKEND_FLAG
@@ -47,7 +48,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
             engine.ask(f"{LOAD}:read_document", prompt=prompts[0])
         found["alone"] = engine_answers(alone, load)
         for mode in ("stock", "prefix", "zeros"):
-            decode_watch.mode_file(root / "ours").write_text(mode)
+            write_file(decode_watch.mode_file(root / "ours"), mode)
             found[mode] = engine_answers(ours, load)
         times = {mode: decode_watch.step_times(root / "ours", mode) for mode in ("stock", "prefix")}
     for mode, measured in times.items():
@@ -60,8 +61,9 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
 def start(folder: Path, model: Path, **arguments: Any) -> EngineProcess:
     """An engine, watched if our backend decodes in it."""
     folder.mkdir()
-    settings = {decode_watch.FOLDER_VARIABLE: str(folder)}
+    settings = {decode_watch.FOLDER_VARIABLE: str(folder), "OMP_NUM_THREADS": "1"}
     given = {"model_path": str(model), "device": "cpu", "dtype": "float32", "random_seed": 0}
+    given["sleep_on_idle"] = True  # the other engine needs the core
     return EngineProcess(
         {**given, "max_total_tokens": 8000, "mem_fraction_static": 0.7, **arguments},
         environment=engine_environment(settings, hooks=[decode_watch.__name__]),

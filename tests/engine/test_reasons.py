@@ -9,15 +9,23 @@ from typing import Any
 import pytest
 import torch
 
-from prefix_kernels import native_library
+from prefix_kernels import launch, native_library
 from prefix_kernels.executor import PlanExecutor
 from prefix_patches import rank_agreement
-from prefix_patches.attention_layers import attention_layers
+from prefix_patches.attention_layers import attention_layers, attention_sinks
+from prefix_patches.kv_pool import is_slot_major
 from prefix_patches.schedule_context import PASSED_BY
 from sglang_prefix.backend import backend as backend_module
-from sglang_prefix.backend.fallback import GATE_REASONS, REASONS, layer_reason, server_reason
+from sglang_prefix.backend.fallback import (
+    GATE_REASONS,
+    REASONS,
+    argument_reason,
+    layer_reason,
+    server_reason,
+)
 from sglang_prefix.config import PrefixConfig
-from tests.engine.bare_backend import Bench, make_layer, make_runner
+from tests.engine.bare_backend import NUM_QO_HEADS, Bench, make_layer, make_runner
+from tests.engine.server_args import model_folder
 from tests.scheduling import make_forward_batch
 
 # What differs from a server that packs, from a layer that is packed, from a batch that is.
@@ -36,6 +44,10 @@ SERVERS: dict[str, dict[str, Any]] = {
     "torch-compile": {"device": "cuda", "flags": "--enable-torch-compile"},
     "two-batch-overlap": {"flags": "--enable-two-batch-overlap"},
     "pd-multiplexing": {"flags": "--enable-pdmux"},
+    "adaptive-drafts": {
+        "flags": "--attention-backend prefix --speculative-algorithm EAGLE --speculative-adaptive "
+        f"--speculative-draft-model-path {model_folder()}"
+    },
     "gate-never": {"gate": "never"},
 }
 VARIABLES = {
@@ -70,14 +82,21 @@ ELSEWHERE = {
     "kernels": "test_graph_labels",
     "error": "test_kv_write",
     "unknown-argument": "test_kv_write",
+    "latent-attention": "test_latent_attention",
     "workspace": "test_graph_labels",
     "gate-no-gain": "test_gate",
     "gate-other-ranks": "test_rank_agreement",
     "gate-nothing-shared": "test_no_device_sync",
     "no-request-info": "test_decode_planner",
     "no-radix-paths": "test_decode_planner",
+    "speculative-tree": "test_speculation",
+    "speculative-ranks": "test_speculation",
+    "query-lengths": "test_speculation",
 }
-HERE = {"no-layer", "no-attention", "cuda-graph", "other-batch", *PASSED_BY.values()}
+HERE = {
+    *("no-layer", "no-attention", "cuda-graph", "other-batch", "attention-sinks"),
+    *PASSED_BY.values(),
+}
 
 
 def reason_of(changes: dict[str, Any]) -> str | None:
@@ -112,6 +131,15 @@ def test_every_reason_has_a_test() -> None:
 def test_servers_that_go_to_stock(reason: str) -> None:
     assert reason_of({}) is None
     assert reason_of(SERVERS[reason]) == reason
+
+
+@pytest.mark.parametrize("name", ["UnifiedMHATokenToKVPool", "UnifiedMLATokenToKVPool"])
+def test_pools_whose_slots_are_translated_are_another_layout(name: str) -> None:
+    from sglang.srt.mem_cache import unified_memory_pool
+
+    cls = getattr(unified_memory_pool, name)
+    assert not is_slot_major(object.__new__(cls))
+    assert is_slot_major(object.__new__(cls.__base__))
 
 
 @pytest.mark.parametrize(
@@ -167,6 +195,14 @@ def test_layers_that_go_to_stock(reason: str | None) -> None:
         setattr(layer, name, type(layer.attn_type)[value] if name == "attn_type" else value)
     found = layer_reason(layer, {"torch_native"}, kv_is_8_bit=is_8_bit, same_dtype=True)
     assert found == reason
+
+
+def test_sinks_that_prefill_would_ignore_are_left_to_stock() -> None:
+    layer, sinks = make_layer(0), torch.zeros(NUM_QO_HEADS)
+    for names, reason in (({"triton"}, None), ({"triton", "hpc_ops"}, "attention-sinks")):
+        assert argument_reason(layer, {"sinks": sinks}, names) == reason
+        assert argument_reason(layer, {"sinks": None}, names) is None
+    assert argument_reason(layer, {"sinks": sinks, "other": 1}, {"triton"}) == "unknown-argument"
 
 
 def build(layers: list[Any]) -> Any:
@@ -226,6 +262,33 @@ def test_layers_that_stand_beside_a_models_modules_are_found() -> None:
     assert sorted(layer.layer_id for layer in attention_layers(model)) == [0, 1]
 
 
+def test_sinks_are_found_beside_their_layer_so_that_kernels_are_compiled_for_them() -> None:
+    layers = [make_layer(i) for i in range(3)]
+    model = torch.nn.ModuleList(torch.nn.Module() for _ in layers)
+    for module, layer, name in zip(
+        model, layers, ("sinks", "attention_sink_bias", "q"), strict=True
+    ):
+        module.attn = layer
+        setattr(module, name, torch.nn.Parameter(torch.zeros(NUM_QO_HEADS)))
+    found = attention_sinks(model)
+    assert list(found) == layers[:2]
+    assert found[layers[0]] is model[0].sinks
+    given: list[Any] = []
+
+    def record(kernel: Any, grid: Any, arguments: dict[str, Any]) -> None:
+        if kernel.__name__ == "pack_forward_kernel":
+            given.append(arguments["sinks_ptr"])
+
+    runner = make_runner(layers, model=model)
+    config = PrefixConfig(executor="triton", gate="always")
+    with launch.recorded(record, run=False):
+        backend_module.PrefixAttnBackend(runner, object(), "triton", config)
+    assert {None if sinks is None else id(sinks) for sinks in given} == {
+        None,
+        *(id(sinks) for sinks in found.values()),
+    }
+
+
 @pytest.mark.parametrize("mode", PASSED_BY)
 def test_passes_that_go_by_us_are_counted(mode: str, caplog: pytest.LogCaptureFixture) -> None:
     bench = Bench()
@@ -236,8 +299,9 @@ def test_passes_that_go_by_us_are_counted(mode: str, caplog: pytest.LogCaptureFi
         batch = make_forward_batch(passing, [1, 2], [5, 6], [4, 5])
         schedule.pop(schedule.push(batch))
     counted = bench.backend._report()
-    assert counted["fallback_reasons"] == {PASSED_BY[mode]: 2}
-    assert counted["packed_steps"] == 1
+    kind = "verify" if mode == "TARGET_VERIFY" else "extend"
+    assert counted[kind]["fallback_reasons"] == {PASSED_BY[mode]: 2}
+    assert (counted["packed_steps"], counted["fallback_reasons"]) == (1, {})
     assert caplog.text.count(REASONS[PASSED_BY[mode]]) == 1
 
 
@@ -280,4 +344,4 @@ def test_idle_batches_are_no_decode_steps() -> None:
     kv, q = torch.empty(0, 2, 64), torch.empty(0, 8 * 64)
     out = bench.backend.forward(q, kv, kv, bench.layers[0], bench.batch)
     assert out.shape == q.shape
-    assert bench.backend.counters.decode_steps == 0
+    assert bench.backend.counters.decode.steps == 0

@@ -163,6 +163,8 @@ def test_a_model_can_be_refused_by_its_architecture() -> None:
     check_model("LlamaForCausalLM", "fa4", uses_mla=False)
     with pytest.raises(ValueError, match=r"Inkling.* accepts the backends fa4 and triton only"):
         check_model("InklingForConditionalGeneration", "fa4", uses_mla=False)
+    with pytest.raises(ValueError, match=r"Dots3.* goes by the class of the backend"):
+        check_model("Dots3NoteForCausalLM", "fa3", uses_mla=True)
 
 
 def test_a_model_is_refused_by_the_command_before_anything_is_launched(tmp_path: Path) -> None:
@@ -175,7 +177,9 @@ def test_a_model_is_refused_by_the_command_before_anything_is_launched(tmp_path:
     said = ended.stdout + ended.stderr
     assert said.count("prefix cannot serve DeepseekV3ForCausalLM") == 1
     *_, last = said.strip().splitlines()
-    assert last.endswith("Start without it: SGLang then decodes with torch_native")
+    assert last.endswith(
+        "SGLANG_PREFIX=1 instead of the name: our decode then stands over torch_native"
+    )
 
 
 # With SGLANG_PREFIX=1.
@@ -226,22 +230,16 @@ def test_the_switch_wraps_what_decodes_and_once(
     assert wrapped["fa3"](runner) == "fa3"
 
 
-@pytest.mark.parametrize(
-    ("stock_name", "changes"), [("fa3", {"use_mla_backend": True}), ("dsa", {})]
-)
 def test_the_switch_leaves_a_model_of_which_nothing_can_be_packed(
-    stock_name: str,
-    changes: dict[str, Any],
-    wrapped: dict[str, Any],
-    caplog: pytest.LogCaptureFixture,
+    wrapped: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     from sglang_prefix.plugin import create_prefix_backend
 
-    runner = make_runner(**changes)
-    runner.model_config.hf_config.architectures = ["DeepseekV3ForCausalLM"]
+    runner = make_runner(use_mla_backend=True)
+    runner.model_config.hf_config.architectures = ["DeepseekV32ForCausalLM"]
     with caplog.at_level("INFO"):
-        assert create_prefix_backend(runner, stock_name) == stock_name
-    assert f"DeepseekV3ForCausalLM is left to {stock_name}: it " in caplog.text
+        assert create_prefix_backend(runner, "dsa") == "dsa"
+    assert "DeepseekV32ForCausalLM is left to dsa: it " in caplog.text
 
 
 def test_the_switch_and_a_stock_backend_for_our_name_contradict(

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from tests.engine.driver import Request
 
-__all__ = ["beams", "crowd", "forest", "grove", "identical", "rollouts"]
+__all__ = ["beams", "crowd", "forest", "grove", "identical", "repeats", "rollouts", "samples"]
 
 
 def _tokens(rng: random.Random, count: int) -> tuple[int, ...]:
@@ -65,7 +65,7 @@ def crowd(count: int = 240) -> tuple[Request, ...]:
         if i % 11 == 0:
             prompt = _tokens(rng, 20 + rng.randrange(60))
         requests.append(Request(f"m{i:03}", prompt, 6 + rng.randrange(28), after=max(0, i - 24)))
-    cut = [replace(r, max_new_tokens=50, abort_after=4) for r in requests[::7]]
+    cut = [replace(r, max_new_tokens=200, abort_after=4) for r in requests[::7]]
     return (*cut, *requests)
 
 
@@ -85,6 +85,34 @@ def beams() -> tuple[Request, ...]:
         Request(f"j{i}", p, 24 + 3 * i, beam_width=3 + i) for i, p in enumerate(prompts[:4])
     ]
     return (*searches, *(Request(f"k{i}", p, 12 + i) for i, p in enumerate(prompts[4:])))
+
+
+def repeats() -> tuple[Request, ...]:
+    """Requests, and twice the same, of which tables of n-grams then know the answers."""
+    rng = random.Random(9)
+    system = _tokens(rng, 200)
+    branches = [system + _tokens(rng, 40) for _ in range(2)]
+    prompts = list(enumerate(branches[i % 2] + _tokens(rng, 3 + 4 * i) for i in range(6)))
+    first = [Request(f"e{i}", p, 24 + 2 * i) for i, p in prompts]
+    # Shorter, so that what the tables know does not end before they do.
+    second = [Request(f"f{i}", p, 12 + 2 * i, after=6) for i, p in prompts]
+    third = [Request(f"h{i}", p, 12 + 2 * i, after=12) for i, p in prompts]
+    return (*first, *second, *third)
+
+
+def samples() -> tuple[Request, ...]:
+    """Four requests over one prefix: the smallest batch that is worth packing, for slow kernels."""
+    rng = random.Random(8)
+    system = _tokens(rng, 96)
+    return tuple(Request(f"s{i}", system + _tokens(rng, 2 + i), 10 + 2 * i) for i in range(4))
+
+
+def questions(document_tokens: int) -> tuple[Request, ...]:
+    """Questions of some tokens about one document, which the first brings into the cache."""
+    rng = random.Random(7)
+    document = _tokens(rng, document_tokens)
+    prompts = [document + _tokens(rng, 3 + 4 * i) for i in range(12)]
+    return tuple(Request(f"d{i}", p, 1, after=int(i > 0)) for i, p in enumerate(prompts))
 
 
 def rollouts() -> tuple[Request, ...]:

@@ -111,7 +111,7 @@ def planned(
         reserved_tail_slots=16,
         **options,
     )
-    plan = attention.plan(inputs.batch.forest())
+    plan = attention.plan(inputs.batch.forest(), query_lens=inputs.query_lens)
     tables, size = (inputs.req_to_token, inputs.req_pool_indices), len(inputs.q)
     if fixed:
         attention.fix_capacity([plan], *tables, padded_batch_size=size)
@@ -129,8 +129,10 @@ def assert_same_bits(again: Callable[[], object], outputs: Outputs, repeats: int
         assert before.same_bits(outputs), f"run {number} differs from the first in some bit"
 
 
-def lay_out(tree: Tree, setting: Setting, size: int, number: int = 0) -> AttentionInputs:
-    """Inputs of a batch that is served under the capture."""
+def lay_out(
+    tree: Tree, setting: Setting, size: int, number: int = 0, query_tokens: int = 1
+) -> AttentionInputs:
+    """Inputs of a batch of up to ``size`` requests that is served under the capture."""
     return AttentionInputs.lay_out(
         tree,
         # Rows of a whole batch fill the tile of 128; queries straddle row blocks of 16 and 64.
@@ -139,7 +141,8 @@ def lay_out(tree: Tree, setting: Setting, size: int, number: int = 0) -> Attenti
         setting.seed + number,
         dtype=torch.float32 if setting.dry else torch.bfloat16,
         growth=GROWTH,
-        padded_batch_size=size,
+        padded_batch_size=size * query_tokens,
+        query_tokens=query_tokens,
         poison=True,
     )
 
@@ -167,6 +170,7 @@ class GraphServer:
     Args:
         modes: launch and merge mode.
         setting: where.
+        query_tokens: of each request.
         options: further ones of the Triton executor.
 
     Attributes:
@@ -175,25 +179,29 @@ class GraphServer:
         outputs: what it writes.
     """
 
-    def __init__(self, modes: Modes, setting: Setting, **options: Any) -> None:
-        size = 7 if setting.dry else 24
-        first = lay_out(shared_then_private(size, 0, 1), setting, size)
+    def __init__(
+        self, modes: Modes, setting: Setting, *, query_tokens: int = 1, **options: Any
+    ) -> None:
+        size, rows = (n * (7 if setting.dry else 24) for n in (1, query_tokens))
+        tree = shared_then_private(size, 0, query_tokens)
+        first = lay_out(tree, setting, size, query_tokens=query_tokens)
         options |= {"mode": modes[0], "merge": modes[1], "reserved_tail_slots": GROWTH}
         shape = first.heads.shape(first.q.dtype, first.k.dtype)
         self.attention = PackedAttention(shape, setting.device, **options)
         self.served: list[tuple[str, AttentionInputs, PackPlan]] = []
         for name, tree, policy, profile in forests_to_serve(setting, size):
-            inputs = lay_out(tree, setting, size, number=len(self.served))
+            inputs = lay_out(tree, setting, size, len(self.served), query_tokens)
             planner = PackedAttention(
                 shape, setting.device, policy=policy, profile=profile, **options
             )
-            self.served.append((name, inputs, planner.plan(inputs.batch.forest())))
+            plan = planner.plan(inputs.batch.forest(), query_lens=inputs.query_lens)
+            self.served.append((name, inputs, plan))
         # Fixed for all of them; the slots that this reads mean nothing yet.
         context = max(inputs.req_to_token.shape[1] for _, inputs, _ in self.served)
         table = torch.zeros(size, context, dtype=torch.int32, device=setting.device)
-        rows = torch.arange(size, device=setting.device)
+        pool = torch.arange(size, device=setting.device)
         plans = [plan for *_, plan in self.served]
-        self.attention.fix_capacity(plans, table, rows, padded_batch_size=size)
+        self.attention.fix_capacity(plans, table, pool, padded_batch_size=rows)
         num_slots = max(inputs.batch.num_slots for _, inputs, _ in self.served)
         self._params = first.params
         self._q = torch.zeros_like(first.q)
@@ -202,10 +210,11 @@ class GraphServer:
             for cache in (first.k, first.v)
         )
         self.lens, self.new_slots = (
-            torch.ones(size, dtype=torch.int64, device=setting.device) for _ in range(2)
+            torch.ones(n, dtype=torch.int64, device=setting.device) for n in (size, rows)
         )
         self.outputs = first.outputs()
-        self.load(self.attention.plan(first.batch.forest()), first)
+        plan = self.attention.plan(first.batch.forest(), query_lens=first.query_lens)
+        self.load(plan, first)
         self.fill(first)
         self.replay = capture(self.step, setting.device)
         self.attention.breaks = setting.control
@@ -232,7 +241,7 @@ class GraphServer:
         for tensor, values in ((self._k, inputs.k[0]), (self._v, inputs.v[0])):
             tensor.fill_(torch.nan)
             tensor[: len(values)] = values
-        size = inputs.batch.batch_size
-        for static, lens in ((self.lens, inputs.seq_lens), (self.new_slots, inputs.newest_slots())):
+        steps = ((self.lens, inputs.seq_lens), (self.new_slots, inputs.newest_slots()))
+        for static, values in steps:
             static.fill_(FAR_AWAY)
-            static[:size] = lens
+            static[: len(values)] = values

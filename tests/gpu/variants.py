@@ -32,14 +32,16 @@ Modes = tuple[str, str]
 ALL_MODES: tuple[Modes, ...] = tuple(
     (mode, merge) for mode in LAUNCH_MODES for merge in MERGE_MODES
 )
-# Graphs: launch and merge mode, and further options of the executor. The last two are switches
-# that change nothing in the interpreter, or little.
+# Graphs: launch and merge mode, and further options of `GraphServer`. Two are switches that change
+# nothing in the interpreter, or little.
 GRAPHS: dict[str, tuple[Modes, dict[str, Any]]] = {
     f"graph/{'/'.join(modes)}": (modes, {}) for modes in ALL_MODES
 }
 MORE_GRAPHS: dict[str, tuple[Modes, dict[str, Any]]] = {
     "graph/overlap": (("fused", "launch"), {"overlap_merge": True}),
     "graph/two-classes": (("streams", "launch"), {"graph_rows": (16,), "wide_first": False}),
+    "graph/verify": (("streams", "launch"), {"query_tokens": 4}),
+    "graph/verify-in-kernel": (("fused", "in_kernel"), {"query_tokens": 4}),
 }
 # In place of a launch and a merge mode: the executors without.
 CPU_EXECUTORS: tuple[Modes, ...] = (("torch", ""), ("native", ""))
@@ -75,12 +77,15 @@ class Variant:
     Attributes:
         name: unique.
         group, kv, dim, v_dim: query heads per KV head, KV heads, elements per head.
+        v_in_k: as of `AttentionShape`.
         dtype, kv_dtype: of q, and of the caches where it differs.
         options: logit_cap, k_scale, v_scale; lists stand for one value per KV head, tensors for
             one that the device holds.
+        sinks: dtype of attention sinks; None for none.
         make_tree: from a seed, requests, tokens and page size.
         requests, tokens: size, for ``make_tree``.
         page_size: tokens per page.
+        query_tokens: of each request.
         policies, modes: what is run on these inputs; launch and merge mode.
         profile: what the planner believes of the device.
         padding: rows past the batch.
@@ -94,13 +99,16 @@ class Variant:
     kv: int = 2
     dim: int = 128
     v_dim: int = 128
+    v_in_k: bool = False
     dtype: torch.dtype = torch.bfloat16
     kv_dtype: torch.dtype | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    sinks: torch.dtype | None = None
     make_tree: Callable[[int, int, int, int], Tree] = _uneven
     requests: int = 24
     tokens: int = 600
     page_size: int = 1
+    query_tokens: int = 1
     policies: tuple[str, ...] = ("node",)
     modes: tuple[Modes, ...] = _TWO_MODES
     profile: DeviceProfile = EAGER
@@ -115,9 +123,14 @@ class Variant:
             name: value if isinstance(value, float) else torch.as_tensor(value, device=device)
             for name, value in self.options.items()
         }
+        if self.sinks is not None:
+            generator = torch.Generator().manual_seed(seed)
+            drawn = 4 + 2 * torch.randn(self.kv * self.group, generator=generator)
+            drawn[0] = -torch.inf  # none; padding rows must stay zeros with it, too
+            options["sinks"] = drawn.to(device, self.sinks)
         return AttentionInputs.lay_out(
             self.make_tree(seed, self.requests, self.tokens, self.page_size),
-            Heads(self.kv * self.group, self.kv, self.dim, self.v_dim),
+            Heads(self.kv * self.group, self.kv, self.dim, self.v_dim, self.v_in_k),
             device,
             seed,
             dtype=self.dtype,
@@ -125,7 +138,10 @@ class Variant:
             page_size=self.page_size,
             growth=self.steps,
             first_slot=self.first_slot,
-            padded_batch_size=self.requests + self.padding if self.padding else None,
+            query_tokens=self.query_tokens,
+            padded_batch_size=(
+                self.requests * self.query_tokens + self.padding if self.padding else None
+            ),
             poison=True,
             options=options,
         )
@@ -147,6 +163,8 @@ def variants(*, dry: bool = False) -> list[Variant]:
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     fp8 = torch.float8_e4m3fn
     per_head = {"k_scale": [0.4, 1.7], "v_scale": [3.0, 0.2]}
+    cap = {"logit_cap": 30.0}
+    capped = cap | per_head
     on_device = {"k_scale": torch.tensor(0.6), "v_scale": 1.5}
     found = [
         Variant("policies-and-modes", policies=tuple(POLICIES), modes=ALL_MODES),
@@ -163,8 +181,15 @@ def variants(*, dry: bool = False) -> list[Variant]:
         Variant("fp8/e4m3-scale-per-head", kv_dtype=fp8, options=per_head),
         Variant("fp8/e4m3-float16", dtype=fp16, kv_dtype=fp8, options=per_head),
         Variant("fp8/e5m2", kv_dtype=torch.float8_e5m2, options=on_device),
-        Variant("logit-cap/30", options={"logit_cap": 30.0}),
+        Variant("logit-cap/30", options=cap),
         Variant("logit-cap/0.5-scales", options={"logit_cap": 0.5, **per_head}),
+        Variant("sinks", group=8, dim=64, v_dim=64, sinks=bf16, padding=5, modes=ALL_MODES),
+        Variant("sinks/float32-cap-e4m3", kv_dtype=fp8, sinks=fp32, options=capped, steps=3),
+        # Drafts that are verified, one of several accepted; their rows fill tiles of 64 and 128.
+        Variant("verify/4", query_tokens=4, padding=5, steps=3, modes=ALL_MODES),
+        Variant("verify/3-cap-e4m3", 3, query_tokens=3, kv_dtype=fp8, sinks=bf16, options=capped),
+        Variant("extend/70", query_tokens=70, requests=9, policies=("pat", "node")),
+        Variant("latent/verify-2", 16, 1, 576, 512, v_in_k=True, requests=9, query_tokens=2),
         Variant("1024-requests", requests=1024, tokens=200, dim=64, v_dim=64, modes=ALL_MODES),
         # The first slot that a 32-bit offset in elements cannot reach.
         Variant("far-slots", kv=8, first_slot=_INT32 // (8 * 128), modes=ALL_MODES),
@@ -184,6 +209,11 @@ def variants(*, dry: bool = False) -> list[Variant]:
         for group in (_GROUPS[::2] if dry else _GROUPS)
     ]
     found += [
+        *(
+            Variant(f"latent/{group}", group, 1, 576, 512, v_in_k=True, requests=9, modes=modes)
+            for group, modes in ((16, ALL_MODES), (32, _TWO_MODES), (128, _TWO_MODES))
+        ),
+        Variant("latent/16-growing-cap", 16, 1, 576, 512, v_in_k=True, steps=3, options=cap),
         Variant("group/128", 128, kv=1, dim=64, v_dim=64, requests=9),
         Variant("dims/256x256/float32", dtype=fp32, dim=256, v_dim=256),
         Variant("dims/256x256/e4m3", kv_dtype=fp8, dim=256, v_dim=256),
@@ -202,9 +232,12 @@ def small_variants(*, dry: bool = False) -> list[Variant]:
 def _tiny(variant: Variant) -> Variant:
     """For the interpreter: few and small, and no bfloat16, whose products are wrong there."""
     per_head = any(isinstance(value, list) for value in variant.options.values())
+    if variant.v_in_k:
+        variant = replace(variant, dim=40, v_dim=32)
     return replace(
         variant,
         kv=2 if per_head else 1,
+        query_tokens=min(variant.query_tokens, 7),
         dtype=torch.float16 if variant.dtype == torch.bfloat16 else variant.dtype,
         requests=3 if variant.requests < 100 else 9,
         tokens=10,

@@ -80,10 +80,11 @@ void add_values(const float* weights, int64_t stride, const Rows<T>& v, float* o
   for (; d < stride; d += LANES) add(std::integral_constant<int, 1>(), d);
 }
 
-// One row of a tile: scores become weights, and the state of the row moves on.
-void softmax_row(float* scores, int64_t n, float scale, float cap, float* out, int64_t dim,
-                 float& peak, float& sum) {
-  const int64_t padded = round_up(n, std::max(LANES, TOKENS));
+// One row of a tile of `size` tokens, of which it sees the first `n`: scores become weights, and the
+// state of the row moves on.
+void softmax_row(float* scores, int64_t n, int64_t size, float scale, float cap, float* out,
+                 int64_t dim, float& peak, float& sum) {
+  const int64_t padded = round_up(size, std::max(LANES, TOKENS));
   std::fill(scores + n, scores + padded, -INF);
   if (must_transform(scale, cap)) {
     for (int64_t t = 0; t < n; t += LANES)
@@ -135,10 +136,11 @@ template <class T> void attend_few(const Run& run, const Item& item) {
     for (int64_t head = 0; head < plan.num_qo_heads; head++) {
       float* row = q + row_of(j, head) * q_stride;
       std::fill(row + dim, row + q_stride, 0.f);
-      to_float(layer.query(run.request(item, j), head), row, dim);
+      to_float(layer.query(run.row(item, j), head), row, dim);
     }
   const int32_t* slots = run.slots(item);
-  const int64_t length = item.end - item.begin;
+  const int64_t length = run.end(item) - item.begin;
+  const bool all_see_all = run.seen(item, 0) >= length;
   const Convert convert = converter_from<T>(layer.kv_type);
   // The rows of one head from token `t` on: `place` says where a token's is. Those that follow the
   // last token are `past`.
@@ -167,9 +169,16 @@ template <class T> void attend_few(const Run& run, const Item& item) {
           DOTS[std::min<int64_t>(rows - j, ROWS) - 1](q + r * q_stride, q_stride, k,
                                                       scores + r * FEW_TILE + t);
       }
-    for (int64_t r = 0; r < heads * rows; r++)
-      softmax_row(scores + r * FEW_TILE, n, layer.k_scale(r / rows), float(layer.logit_cap),
+    for (int64_t r = 0; r < heads * rows; r++) {
+      int64_t seen = n;
+      if (!all_see_all) {
+        seen = run.seen(item, r % rows / group);
+        if (seen <= 0) continue;  // what becomes of the row is not written
+        seen = std::clamp<int64_t>(seen - first, 0, n);
+      }
+      softmax_row(scores + r * FEW_TILE, seen, n, layer.k_scale(r / rows), float(layer.logit_cap),
                   out + r * out_stride, v_dim, peak[r], sum[r]);
+    }
     for (int64_t t = 0; t < n; t += TOKENS)
       for (int64_t h = 0; h < heads; h++) {
         auto value = [&](int64_t slot) { return layer.value(slot, h); };

@@ -22,6 +22,10 @@ constexpr int64_t UNIT = 64;   // tokens of a last tile are padded to this: few 
 constexpr int64_t CLOSE_BYTES = 1024;
 constexpr int64_t AHEAD = 8;  // rows that are fetched before they are copied
 
+void fetch(const char* row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i);
+}
+
 // 16-bit right operands hold two rows interleaved ("VNNI"): [k / 2, n, 2].
 template <class C> constexpr int64_t PAIR = 4 / sizeof(C);
 
@@ -91,14 +95,17 @@ void interleave(const uint16_t* a, const uint16_t* b, uint16_t* to, int64_t n) {
   for (; i < n; i++) to[2 * i] = a[i], to[2 * i + 1] = b[i];
 }
 
-// Scores [n, rows] become weights [rows, TILE], 0 from n on, and the state of the rows moves on.
+// Scores [n, rows] become weights [rows, TILE], 0 from n on, and the state of the rows moves on. Of
+// the tokens each row sees the first `seen` [rows], or all where that is null.
 template <class C>
 void softmax_columns(float* scores, int64_t rows, int64_t n, int64_t padded, float scale, float cap,
-                     float* peak, float* sum, float* shrink, C* weights) {
+                     const int64_t* seen, float* peak, float* sum, float* shrink, C* weights) {
   if (must_transform(scale, cap)) {
     for (int64_t i = 0; i < n * rows; i += LANES)
       put(scores + i, transformed(get<F>(scores + i), scale, cap));
   }
+  for (int64_t r = 0; seen && r < rows; r++)
+    for (int64_t t = seen[r]; t < n; t++) scores[t * rows + r] = -INF;
   scale = softmax_scale(scale, cap);
   for (int64_t r = 0; r < rows; r += LANES) {
     const float* column = scores + r;
@@ -139,9 +146,6 @@ template <class C> struct Tile {
   static bool is_close(int64_t stride) { return stride * int64_t(sizeof(C)) <= CLOSE_BYTES; }
   const char* key(int64_t t) const { return layer.key(slots[t], head); }
   const char* value(int64_t t) const { return layer.value(slots[t], head); }
-  void fetch(const char* row, int64_t dim) const {
-    for (int64_t i = 0; i < dim * ITEMSIZE[layer.kv_type]; i += 64) __builtin_prefetch(row + i);
-  }
   const C* row(const char* from, C* buffer, int64_t dim) const {
     if (layer.kv_type == type_of<C>) return (const C*)from;
     converter_from<C>(layer.kv_type)(from, buffer, dim);
@@ -155,32 +159,42 @@ template <class C> struct Tile {
     C* to = scratch.k.at_least<C>(TILE * stride);
     const Convert convert = converter_from<C>(layer.kv_type);
     for (int64_t t = 0; t < num_tokens; t++) {
-      fetch(key(std::min(t + AHEAD, num_tokens - 1)), dim);
+      fetch(key(std::min(t + AHEAD, num_tokens - 1)), dim * ITEMSIZE[layer.kv_type]);
       convert(key(t), to + t * stride, dim);
       std::fill(to + t * stride + dim, to + (t + 1) * stride, C(0.f));
     }
     return {to, stride};
   }
-  // [tokens, Dv] or in pairs of tokens; 0 from the last token to `padded`.
-  Operand<C> values(int64_t dim, bool in_place, int64_t padded) const {
+  // [tokens, Dv] or in pairs of tokens; 0 from the last token to `padded`. `k` has the same tokens,
+  // and V if it is `in_k`.
+  Operand<C> values(int64_t dim, bool in_place, int64_t padded, Operand<C> k, bool in_k) const {
     if (in_place && PAIR<C> == 1 && is_close(layer.v_stride))
       return {(const C*)value(0), layer.v_stride};
+    if (in_k && PAIR<C> == 1) {  // not in place: K is a copy, with room for a whole tile
+      C* copy = scratch.k.at_least<C>(TILE * k.stride);
+      std::fill(copy + num_tokens * k.stride, copy + padded * k.stride, C(0.f));
+      return k;
+    }
     C* to = scratch.v.at_least<C>(TILE * dim);
     std::fill(to + num_tokens / 2 * 2 * dim, to + padded * dim, C(0.f));
     if constexpr (PAIR<C> == 1) {
       const Convert convert = converter_from<C>(layer.kv_type);
       for (int64_t t = 0; t < num_tokens; t++) {
-        fetch(value(std::min(t + AHEAD, num_tokens - 1)), dim);
+        fetch(value(std::min(t + AHEAD, num_tokens - 1)), dim * ITEMSIZE[layer.kv_type]);
         convert(value(t), to + t * dim, dim);
       }
     } else {
       C* rows = scratch.row.at_least<C>(3 * dim);
       std::fill(rows + 2 * dim, rows + 3 * dim, C(0.f));
+      auto read = [&](int64_t t, C* buffer) {
+        return in_k ? k.data + t * k.stride : row(value(t), buffer, dim);
+      };
       for (int64_t t = 0; t < num_tokens; t += 2) {
-        for (int64_t i = t; i < t + 2; i++) fetch(value(std::min(i + AHEAD, num_tokens - 1)), dim);
-        const C* a = row(value(t), rows, dim);
+        for (int64_t i = t; !in_k && i < t + 2; i++)
+          fetch(value(std::min(i + AHEAD, num_tokens - 1)), dim * ITEMSIZE[layer.kv_type]);
+        const C* a = read(t, rows);
         const C* b = rows + 2 * dim;
-        if (t + 1 < num_tokens) b = row(value(t + 1), rows + dim, dim);
+        if (t + 1 < num_tokens) b = read(t + 1, rows + dim);
         interleave((const uint16_t*)a, (const uint16_t*)b, (uint16_t*)(to + t * dim), dim);
       }
     }
@@ -197,19 +211,37 @@ template <class C> const C* transposed_queries(const Run& run, const Item& item,
   std::fill(to, to + padded * words, 0);
   row[words - 1] = 0;
   const Convert convert = converter_from<C>(run.layer.q_type);
-  for (int64_t r = 0; r < item.num_queries * group; r++) {
+  const int64_t rows = item.num_queries * group;
+  auto query = [&](int64_t r) {
+    return run.layer.query(run.row(item, r / group), item.kv_head * group + r % group);
+  };
+  for (int64_t r = 0; r < rows; r++) {
     const int64_t block = r / BLOCK * BLOCK, width = std::min(BLOCK, padded - block);
-    convert(run.layer.query(run.request(item, r / group), item.kv_head * group + r % group), row,
-            dim);
+    fetch(query(std::min(r + AHEAD, rows - 1)), dim * ITEMSIZE[run.layer.q_type]);
+    convert(query(r), row, dim);
     for (int64_t w = 0; w < words; w++) to[block * words + w * width + r - block] = row[w];
   }
   return (const C*)to;
 }
 
+// How many of `n` tokens, from `first` on of an item's pack, each of `width` rows from `row` on sees;
+// all where it sees none of the item, since such a row is not written. Null where all see all.
+const int64_t* seen_by_rows(const Run& run, const Item& item, int64_t row, int64_t width,
+                            int64_t first, int64_t n, int64_t* seen) {
+  const int64_t before = first - item.begin, group = run.plan.group();
+  if (run.seen(item, row / group) >= before + n) return nullptr;
+  for (int64_t r = 0; r < width; r++) {
+    const int64_t query = std::min((row + r) / group, item.num_queries - 1);
+    const int64_t of_item = run.seen(item, query);
+    seen[r] = of_item <= 0 ? n : std::clamp<int64_t>(of_item - before, 0, n);
+  }
+  return seen;
+}
+
 template <class C> void attend_many(const Run& run, const Item& item) {
   const Plan& plan = run.plan;
   const int64_t group = plan.group(), dim = plan.head_dim, v_dim = plan.v_head_dim;
-  const int64_t rows = item.num_queries * group, padded_rows = round_up(rows, 16);
+  const int64_t rows = item.num_queries * group, padded_rows = round_up(rows, COLUMNS);
   const int64_t k_dim = round_up(dim, PAIR<C>);
   const C* q = transposed_queries<C>(run, item, padded_rows);
   float* out = scratch.out.at_least<float>(padded_rows * v_dim);
@@ -221,15 +253,21 @@ template <class C> void attend_many(const Run& run, const Item& item) {
   C* weights = scratch.weights.at_least<C>(BLOCK * TILE);
   const float scale = run.layer.k_scale(item.kv_head), cap = float(run.layer.logit_cap);
   const int32_t* slots = run.slots(item);
-  for (int64_t first = item.begin; first < item.end; first += TILE, slots += TILE) {
-    const int64_t n = std::min(TILE, item.end - first), padded = round_up(n, UNIT);
+  const int64_t last = run.end(item);
+  int64_t seen[BLOCK];
+  for (int64_t first = item.begin; first < last; first += TILE, slots += TILE) {
+    const int64_t n = std::min(TILE, last - first), padded = round_up(n, UNIT);
     const Tile<C> tile{run.layer, slots, item.kv_head, n};
     const bool in_place = tile.is_an_operand(), is_first = first == item.begin;
-    const Operand<C> k = tile.keys(dim, in_place), v = tile.values(v_dim, in_place, padded);
+    const Operand<C> k = tile.keys(dim, in_place);
+    const bool in_k = tile.layer.v_in_k() && v_dim <= dim;
+    const Operand<C> v = tile.values(v_dim, in_place, padded, k, in_k);
     for (int64_t r = 0; r < padded_rows; r += BLOCK) {
       const int64_t width = std::min(BLOCK, padded_rows - r);
       multiply(padded, width, k_dim, k.data, k.stride, q + r * k_dim, width, scores, width, false);
-      softmax_columns(scores, width, n, padded, scale, cap, peak + r, sum + r, shrink, weights);
+      softmax_columns(scores, width, n, padded, scale, cap,
+                      seen_by_rows(run, item, r, width, first, n, seen), peak + r, sum + r, shrink,
+                      weights);
       for (int64_t i = 0; !is_first && i < width; i++) {
         const float factor = shrink[i];
         float* row = out + (r + i) * v_dim;

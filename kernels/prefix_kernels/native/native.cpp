@@ -1,9 +1,9 @@
 // The native executor: one call runs a whole pack plan of one layer on the CPU.
 //
 // A plan is cut into items (work.h), which threads take from one list, the largest first. Packs of
-// many rows (requests times group size) are matrix products by torch's `brgemm` (many_rows.h), that
+// many rows (queries times group size) are matrix products by torch's `brgemm` (many_rows.h), that
 // is oneDNN with AVX2, AVX-512 or AMX; packs of few rows are vector products in place (few_rows.h).
-// Every item writes partials, and whoever finishes the last item of a request merges them.
+// Every item writes partials, and whoever finishes the last item of a query merges them.
 //
 // No Python and no tensors in here: native_library.py compiles this in a few seconds, and
 // native_executor.py calls the functions at the end through ctypes.
@@ -18,10 +18,10 @@
 
 namespace {
 
-// A request's output: its parts, weighted by exp(lse of the part - lse of all).
-void merge(const Run& run, int64_t request) {
+// A query's output: its parts, weighted by exp(lse of the part - lse of all).
+void merge(const Run& run, int64_t row) {
   const int64_t heads = run.plan.num_qo_heads, dim = run.plan.v_head_dim;
-  const auto [first, last] = run.parts(request);
+  const auto [first, last] = run.parts(row);
   float* sum = scratch.row.at_least<float>(dim);
   for (int64_t head = 0; head < heads; head++) {
     const float* lse = run.layer.partial_lse + head;
@@ -36,7 +36,7 @@ void merge(const Run& run, int64_t request) {
       total += weight;
     }
     for (int64_t d = 0; d < dim; d++) sum[d] /= total;
-    run.write_output(request, head, sum, peak + std::log(total));
+    run.write_output(row, head, sum, peak + std::log(total));
   }
 }
 
@@ -54,10 +54,10 @@ void take_items(void* argument) {
       const Item& item = run.work.items[i];
       (item.kv_head < 0 ? few[run.layer.kv_type] : many[type])(run, item);
       for (int64_t j = 0; j < item.num_queries; j++) {
-        const int64_t request = run.request(item, j);
-        const auto [first, last] = run.parts(request);
-        if (run.work.open[request].fetch_sub(1, std::memory_order_acq_rel) == 1 && last - first > 1)
-          merge(run, request);
+        const int64_t row = run.row(item, j);
+        const auto [first, last] = run.parts(row);
+        if (run.work.open[row].fetch_sub(1, std::memory_order_acq_rel) == 1 && last - first > 1)
+          merge(run, row);
       }
     }
 #if !defined(PREFIX_PLAIN_PRODUCTS)
@@ -123,26 +123,34 @@ void prefix_copy_slots(const Plan* plan, int32_t* slots, int64_t num_slots, cons
   range[0] = low, range[1] = high;
 }
 
-// Let every tail grow by the slot of a new token, and the items of a cut with them; widen `range` by
-// the slots. Returns 0, or 1 and does nothing where a tail has no room left.
+// Let every tail grow by a token, or by `num_new`, and the items of a cut with them; write the slots
+// of a step's query tokens, which are the last of each tail, and widen `range` by them. Returns 0,
+// or 1 and does nothing where a tail has no room left.
 int64_t prefix_append(Work* work, const Plan* plan, int32_t* slots, int64_t* lengths,
-                      const void* new_slots, int64_t are_64_bit, int64_t* range) {
+                      const int64_t* num_new, const void* new_slots, int64_t are_64_bit,
+                      int64_t* range) {
   const int64_t first = plan->num_packs - plan->num_requests;
+  auto growth = [=](int64_t p) { return num_new ? num_new[p - first] : 1; };
   for (int64_t p = first; p < plan->num_packs; p++)
-    if (plan->slot_offset[p] + lengths[p] >= plan->slot_offset[p + 1]) return 1;
+    if (plan->slot_offset[p] + lengths[p] + growth(p) > plan->slot_offset[p + 1]) return 1;
+  int64_t row = 0;
   for (int64_t p = first; p < plan->num_packs; p++) {
-    const int64_t slot = are_64_bit ? ((const int64_t*)new_slots)[p - first]
-                                    : ((const int32_t*)new_slots)[p - first];
-    slots[plan->slot_offset[p] + lengths[p]++] = int32_t(slot);
-    range[0] = std::min(range[0], slot), range[1] = std::max(range[1], slot);
+    lengths[p] += growth(p);
+    int32_t* end = slots + plan->slot_offset[p] + lengths[p];
+    for (int64_t left = plan->num_queries(p); left > 0; left--, row++) {
+      const int64_t slot = are_64_bit ? ((const int64_t*)new_slots)[row]
+                                      : ((const int32_t*)new_slots)[row];
+      end[-left] = int32_t(slot);
+      range[0] = std::min(range[0], slot), range[1] = std::max(range[1], slot);
+    }
   }
-  for (size_t i : work->growing) work->items[i].end++;
+  for (size_t i : work->growing) work->items[i].end += growth(work->items[i].pack);
   return 0;
 }
 
 // Run one layer. Returns 0, or 1 with the reason in `message`.
 int64_t prefix_run(Work* work, const Plan* plan, const Layer* layer, char* message, int64_t size) {
-  for (int64_t b = 0; b < plan->num_requests; b++) work->open[b] = work->contributions[b];
+  for (int64_t b = 0; b < plan->num_rows; b++) work->open[b] = work->contributions[b];
   Run run{*plan, *layer, *work, message, size};
   at::internal::lazy_init_num_threads();
   if (at::get_num_threads() == 1 || at::in_parallel_region() || work->items.size() == 1)

@@ -22,7 +22,11 @@ from sglang_prefix.bench.tune import TileWork, pack_shapes
 __all__ = ["WORKS", "launch_batches", "launch_one_layer", "launch_settings", "launch_tiles"]
 
 # Of `gpu-minutes.json`; the first of them in the other steps, too.
-_HEADS = ((32, 8), (8, 1))
+_LAYERS = (
+    ServedLayers(32, 8, 128, 128, "bf16", "bf16"),
+    ServedLayers(8, 1, 128, 128, "bf16", "bf16"),
+    ServedLayers(16, 1, 576, 512, "bf16", "bf16", v_in_k=True),
+)
 # Of `bench tune`, which does the most valuable first: as many as there is time for.
 _PACK_SHAPES = 4
 # Packs as on 132 multiprocessors, short since nothing is computed.
@@ -31,7 +35,7 @@ _SIZE = (396, 64)
 
 def launch_batches(arch: str) -> None:
     """Launches of batches, as a server makes them."""
-    launch_all([_layers(*heads) for heads in _HEADS], arch)
+    launch_all(_LAYERS, arch)
 
 
 def launch_one_layer(arch: str) -> None:
@@ -47,11 +51,7 @@ def launch_settings(arch: str) -> None:
             options.pop("profile", None)
             modes, merges = [options.pop("mode")], [options.pop("merge")]
             if options:
-                launch_all([_layers(*_HEADS[0])], arch, modes=modes, merges=merges, **options)
-
-
-def _layers(num_qo_heads: int, num_kv_heads: int) -> ServedLayers:
-    return ServedLayers(num_qo_heads, num_kv_heads, 128, 128, "bf16", "bf16")
+                launch_all(_LAYERS[:1], arch, modes=modes, merges=merges, **options)
 
 
 @contextmanager

@@ -79,6 +79,7 @@ STEPS = (
             (
                 *("-m", "sglang_prefix.cli.main", "kernels", "--cache", "{cache}"),
                 *("--arch", "sm_90", "--model-shape", "32:8:128", "--model-shape", "8:1:128"),
+                *("--model-shape", "16:1:576:512"),
             ),
         ),
         "nothing: all cores compile what was not carried",
@@ -100,7 +101,7 @@ STEPS = (
         (
             _check(
                 "padding or growing or empty or far-slots or fp8 or cap or 1024-requests "
-                "or group/5 or group/8 or group/16 or overlap"
+                "or group/5 or group/8 or group/16 or overlap or latent"
             ),
         ),
         "what else is right",

@@ -1,10 +1,10 @@
-"""Says what decodes in an engine that runs, and clocks the attention of each decode step.
+"""Says who runs the passes of an engine, and clocks the attention of each decode step.
 
-``SGLANG_PREFIX_DECODE_WATCH`` names a folder. A file ``mode`` in it says who decodes from the next
-step on; without it, our backend does:
+``SGLANG_PREFIX_DECODE_WATCH`` names a folder. A file ``mode`` in it says who runs passes from the
+next one on; without it, our backend does:
 
 ========  ==================================================================================
-stock     the backend hands every step to SGLang's own, as its gate does with what gains nothing
+stock     the backend hands every pass to SGLang's own, as its gate does with what gains nothing
 zeros     packed decode gives zeros: whoever claims that equal tokens show a correct attention
           must show that a broken one changes them
 ========  ==================================================================================
@@ -73,8 +73,7 @@ class DecodeWatch:
         def begin(self_: Any, forward_batch: Any) -> Any:
             decodes = forward_batch.forward_mode.is_decode()
             self._batch_size = forward_batch.batch_size if decodes else 0
-            if decodes:
-                self._mode = self._read_mode()
+            self._mode = self._read_mode()
             self._attention_s, self._began = 0.0, time.perf_counter()
             return push(self_, forward_batch)
 
@@ -89,13 +88,22 @@ class DecodeWatch:
         schedule.push, schedule.pop = begin, end
 
     def choose_stock(self, module: ModuleType) -> None:
-        """Mode "stock"."""
+        """Mode "stock", for decode steps."""
         prepare = module.DecodePlanner.prepare
 
         def prepare_or_not(self_: Any, batch: Any, **options: Any) -> Any:
             return "gate-no-gain" if self._mode == "stock" else prepare(self_, batch, **options)
 
         module.DecodePlanner.prepare = prepare_or_not
+
+    def choose_stock_extends(self, module: ModuleType) -> None:
+        """Mode "stock", for extends."""
+        prepare = module.ExtendPlanner.prepare
+
+        def prepare_or_not(self_: Any, batch: Any) -> Any:
+            return None if self._mode == "stock" else prepare(self_, batch)
+
+        module.ExtendPlanner.prepare = prepare_or_not
 
     def break_run(self, module: ModuleType) -> None:
         """Mode "zeros"."""
@@ -105,7 +113,7 @@ class DecodeWatch:
             self_: Any, q: Any, k_cache: Any, v_cache: Any, out: Any, *args: Any, **kwargs: Any
         ) -> None:
             run(self_, q, k_cache, v_cache, out, *args, **kwargs)
-            if self._mode == "zeros":
+            if self._mode == "zeros" and self._batch_size:
                 out.zero_()
 
         module.PlanExecutor.run = broken
@@ -136,6 +144,7 @@ if FOLDER_VARIABLE in os.environ:
         {
             "sglang_prefix.backend.backend": watch.clock_backend,
             "sglang_prefix.backend.decode_planner": watch.choose_stock,
+            "sglang_prefix.backend.extend_planner": watch.choose_stock_extends,
             "prefix_patches.schedule_context": watch.clock_step,
             "prefix_kernels.executor": watch.break_run,
         }

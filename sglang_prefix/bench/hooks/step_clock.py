@@ -89,7 +89,8 @@ class StepClock:
 
         def end(self_: Any, previous: Any) -> None:
             pop(self_, previous)
-            if self._is_decode and self._counters is not None:
+            # Within a pass its batch is published once more, while the graph runner loads it.
+            if self._is_decode and previous is None and self._counters is not None:
                 reused = self._counters.reused_plan_steps > self._reused_before
                 self._steps["reused" if reused else "planned"].append(self._seconds)
                 if len(self._steps["reused"]) % _WRITE_EVERY == 1:

@@ -60,6 +60,8 @@ class Provider(ABC):
         hosts: where it can run: "cpu", "interpreter" (Triton's, in dry runs), "cuda".
         modules: what it imports.
         executor: what runs it; empty for one of its own.
+        takes_latents: whether v may be in k.
+        takes_queries: whether a request may have several query tokens.
         step_parts: methods that are called once per step before the layers, and timed.
         parts_alone: methods that are timed alone, after the step, and are no part of it.
         facts: what the result says of ours: "policy", "mode" and "merge" of our executors,
@@ -73,11 +75,17 @@ class Provider(ABC):
     hosts: ClassVar[tuple[str, ...]] = ("cuda",)
     modules: ClassVar[tuple[str, ...]] = ()
     executor: ClassVar[str] = ""
+    takes_latents: ClassVar[bool] = False
+    takes_queries: ClassVar[bool] = False
     step_parts: ClassVar[Sequence[str]] = ("plan",)
     parts_alone: ClassVar[Sequence[str]] = ()
     layers: int | None = None
 
     def __init__(self, inputs: AttentionInputs) -> None:
+        if inputs.heads.v_in_k and not self.takes_latents:
+            raise NotRunError("it reads a V of its own")
+        if inputs.query_lens is not None and not self.takes_queries:
+            raise NotRunError("it takes one query token of a request")
         self.inputs = inputs
         self.page_size = inputs.batch.page_size
         self.kv_tokens_read = inputs.logical_tokens
@@ -90,7 +98,7 @@ class Provider(ABC):
 
     @abstractmethod
     def run(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """One layer on caches [slots, Hkv, D or Dv]; returns the output [B, Hq, Dv]."""
+        """One layer on caches [slots, Hkv, D or Dv]; returns the output [R, Hq, Dv]."""
 
     def run_layers(self) -> None:
         """All layers of a step."""

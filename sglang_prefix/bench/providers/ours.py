@@ -30,6 +30,7 @@ class _Ours(Provider):
     """A policy on an executor: forest, packs and plan; slots; every layer."""
 
     kind = "ours"
+    takes_latents = takes_queries = True
     step_parts = ("plan", "copy")
 
     def __init__(self, inputs: AttentionInputs, policy: str, **options: Any) -> None:
@@ -44,7 +45,8 @@ class _Ours(Provider):
 
     def plan(self) -> None:
         """Pack the batch anew, as the backend does when it changes."""
-        self._plan = self._attention.plan(self.inputs.batch.forest())
+        w = self.inputs
+        self._plan = self._attention.plan(w.batch.forest(), query_lens=w.query_lens)
 
     def copy(self) -> None:
         """Take the plan into use: copy it, and the slots of its positions."""
@@ -104,9 +106,9 @@ class TritonOurs(_Ours):
     ) -> None:
         super().__init__(inputs, policy, mode=mode, merge=merge, **options)
         self.facts |= {"mode": mode, "merge": merge}
-        tables, size = (inputs.req_to_token, inputs.req_pool_indices), inputs.batch.batch_size
+        tables, size = (inputs.req_to_token, inputs.req_pool_indices), inputs.num_queries
         self._attention.fix_capacity([self._plan], *tables, padded_batch_size=size)
-        # The newest token again: the same lengths, the same slots.
+        # The newest tokens again: the same lengths, the same slots.
         self._newest = inputs.newest_slots()
 
     def append(self) -> None:

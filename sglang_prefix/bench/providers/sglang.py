@@ -23,12 +23,16 @@ _MAX_KV_SPLITS = 8
 
 
 class SglangTorchNative(Provider):
-    """SGLang's ``torch_native`` decode: a loop over requests; it keeps nothing between layers."""
+    """SGLang's ``torch_native``: a loop over requests; it keeps nothing between layers.
+
+    Several query tokens are an extend, for which it computes the whole request.
+    """
 
     name = "sglang-torch-native"
     kind = "stock"
     hosts = ("cpu",)
     executor = "torch"
+    takes_queries = True
     step_parts = ()
 
     @classmethod
@@ -42,15 +46,16 @@ class SglangTorchNative(Provider):
     def run(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         w = self.inputs
         caches = (k, v, w.req_to_token, w.req_pool_indices, w.seq_lens)
-        _torch_native()(w.q, w.out, *caches, w.sm_scale)
+        query_lens = None if w.query_lens is None else torch.from_numpy(w.query_lens)
+        _torch_native()(w.q, w.out, *caches, w.sm_scale, query_lens)
         return w.out
 
 
 @cache
 def _torch_native() -> Any:
-    from prefix_patches.stock_backend import torch_native_decode
+    from prefix_patches.stock_backend import torch_native_attention
 
-    return torch_native_decode()
+    return torch_native_attention()
 
 
 class SglangTriton(Provider):
@@ -59,6 +64,7 @@ class SglangTriton(Provider):
     name = "sglang-triton"
     kind = "stock"
     hosts = ("cuda", "interpreter")
+    takes_latents = True
 
     @classmethod
     def unavailable(cls) -> str | None:

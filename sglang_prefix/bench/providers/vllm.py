@@ -28,7 +28,7 @@ _COPIED_TOKENS = 1 << 16
 
 
 class VllmCpu(Provider):
-    """vLLM's decode over a paged cache of its own, which holds the same KV.
+    """vLLM's attention over a paged cache of its own, which holds the same KV.
 
     Requests with a prefix in common share its whole blocks, as vLLM's prefix caching lets them, so
     what all of them read may stay in the processor's caches. Its scheduler metadata is its plan.
@@ -37,6 +37,7 @@ class VllmCpu(Provider):
     name = "vllm-cpu"
     kind = "peer"
     hosts = ("cpu",)
+    takes_queries = True
 
     @classmethod
     def unavailable(cls) -> str | None:
@@ -66,7 +67,8 @@ class VllmCpu(Provider):
             )
         self._table = torch.from_numpy(table)
         self._lens = inputs.seq_lens.int()
-        self._starts = torch.arange(size + 1, dtype=torch.int32)
+        self._starts = torch.zeros(size + 1, dtype=torch.int32)
+        self._starts[1:] = torch.from_numpy(inputs.counts).cumsum(0)
         self._metadata: Any = None
 
     def plan(self) -> None:

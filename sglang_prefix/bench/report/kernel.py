@@ -1,4 +1,4 @@
-"""Section of a `bench-kernel` file: one decode step of attention, ours against all others."""
+"""Section of a `bench-kernel` file: one step of attention, ours against all others."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def _step_table(
         over_baseline("over query", "query", "the same executor without sharing"),
         *(over_baseline(f"over {peer}", peer, "kernels alone") for peer in peers),
         Column("stock ms", "stock.ms"),
-        Column("ours ms", our_time, "median of plan, copy and run of one decode step"),
+        Column("ours ms", our_time, "median of plan, copy and run of one step"),
         Column("read", "ours.kv_read_ratio", "share of the KV tokens that ours reads"),
         Column("ideal", "ideal", "share of them if every shared token is read once"),
         Column(

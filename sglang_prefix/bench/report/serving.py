@@ -28,7 +28,6 @@ _BUSY = 2.0
 
 def serving_section(data: Data) -> Section:
     """What the file says."""
-    arguments = {side: (data.get(side) or {}).get("server_args", []) for side in _SIDES}
     return make_section(
         "Serving",
         data,
@@ -39,11 +38,18 @@ def serving_section(data: Data) -> Section:
             "model dtype": data.get("dtype"),
             "servers": data.get("method", {}).get("servers"),
             "runs": data["options"].get("repeats"),
-            **{f"{side} server": shlex.join(given) for side, given in arguments.items()},
+            **{f"{side} server": _command(data, side) for side in _SIDES},
         },
         warnings=_busy(data["cases"]),
         absent="Workloads not run",
     )
+
+
+def _command(data: Data, side: str) -> str:
+    """Variables and arguments that a server was started with; of one that ran, nothing is known."""
+    server = data.get(side) or {}
+    variables = [f"{name}={value}" for name, value in server.get("variables", {}).items()]
+    return shlex.join(variables + server.get("server_args", []))
 
 
 def _gain(case: Data, metric: str) -> float | None:
@@ -114,7 +120,11 @@ def _ratio_table(cases: list[Data]) -> Table:
         *map(gain_of, _METRICS),
         Column("answers equal", _answers_equal, equal),
         Column("tokens equal", _tokens_equal, "share of them before the first that differs"),
-        Column("packed", "sides.prefix.packed_share", "share of steps that read a prefix once"),
+        Column(
+            "packed",
+            "sides.prefix.packed_share",
+            "share of decode steps and verify passes that read a prefix once",
+        ),
         Column("KV read", "sides.prefix.kv_read_ratio", read),
         Column("group", "group", is_detail=True),
         Column("requests", "requests", is_detail=True),
@@ -156,6 +166,8 @@ def _value_table(cases: list[Data]) -> Table:
         Column("packed", "steps.packed", "decode steps"),
         Column("stock", "steps.stock", "decode steps left to stock"),
         Column("fallback", "steps.fallback", "decode steps fallen back", is_detail=True),
+        Column("extends packed", "extends.packed", "prefills behind cached prefixes"),
+        Column("extends stock", "extends.stock", is_detail=True),
         Column("reasons", reasons, "of steps that were not packed", is_detail=True),
     ]
     items = [

@@ -58,16 +58,24 @@ def step_delta(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None
     """What a run added to the backend's counters, None for stock.
 
     Returns:
-        "steps" (decode steps by path), "kv_tokens_read" and "kv_tokens_logical" of the packed ones
-        for one layer, "reasons" for steps that were not packed.
+        "steps" by path: decode steps, and verify passes, which decode where drafts are checked;
+        "kv_tokens_read" and "kv_tokens_logical" of the packed ones for one layer; "reasons" for
+        those that were not packed; "extends" by path.
     """
     if before is None or after is None:
         return None
     added = counter_difference(before, after)
+    kinds = added, added.get("verify", {})
+    reasons = [kind.get(f"{path}_reasons", {}) for kind in kinds for path in ("stock", "fallback")]
+
+    def total(name: str) -> int:
+        return sum(kind.get(name, 0) for kind in kinds)
+
     return {
-        "steps": {path: added.get(f"{path}_steps", 0) for path in _PATHS},
-        **{f"kv_tokens_{name}": added.get(f"kv_tokens_{name}", 0) for name in _KV_TOKENS},
-        "reasons": added.get("stock_reasons", {}) | added.get("fallback_reasons", {}),
+        "steps": {path: total(f"{path}_steps") for path in _PATHS},
+        **{f"kv_tokens_{name}": total(f"kv_tokens_{name}") for name in _KV_TOKENS},
+        "reasons": dict(sum(map(Counter, reasons), Counter())),
+        "extends": {path: added.get("extend", {}).get(f"{path}_steps", 0) for path in _PATHS},
     }
 
 
@@ -87,12 +95,21 @@ def aggregate(raw: Mapping[str, Any]) -> dict[str, Any]:
         side[name] = {k: median(one[k] for one in found) for k in keys} if found else None
     for name in _RATES:
         side[name] = median(run[name] for run in runs)
-    side |= {"steps": None, "packed_share": None, "kv_read_ratio": None, "reasons": {}, "raw": raw}
+    side |= {
+        "steps": None,
+        "extends": None,
+        "packed_share": None,
+        "kv_read_ratio": None,
+        "reasons": {},
+        "raw": raw,
+    }
     deltas = [run["counters"] for run in runs]
     if all(delta is not None for delta in deltas):
         steps = {p: sum(delta["steps"][p] for delta in deltas) for p in _PATHS}
         read, logical = (sum(d[f"kv_tokens_{name}"] for d in deltas) for name in _KV_TOKENS)
         side["steps"] = steps
+        if all("extends" in delta for delta in deltas):  # files of before have none
+            side["extends"] = {p: sum(delta["extends"][p] for delta in deltas) for p in _PATHS}
         side["packed_share"] = steps["packed"] / max(sum(steps.values()), 1)
         side["kv_read_ratio"] = read / logical if logical else None
         side["reasons"] = dict(sum((Counter(d["reasons"]) for d in deltas), Counter()))

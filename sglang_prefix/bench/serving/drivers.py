@@ -26,7 +26,14 @@ import requests
 from prefix_patches import load_generator
 from sglang_prefix.api_key import ApiKey, ask, why_failed
 from sglang_prefix.bench.serving.stream import Answer, add_chunk
-from sglang_prefix.bench.serving.workloads import Forks, Rollouts, Trace, Workload, scale_trace
+from sglang_prefix.bench.serving.workloads import (
+    Forks,
+    Questions,
+    Rollouts,
+    Trace,
+    Workload,
+    scale_trace,
+)
 from sglang_prefix.bench.workloads.traces import read_trace
 
 __all__ = ["Answer", "BenchServing", "Client", "Driver", "ForkDriver", "start_client", "summarize"]
@@ -81,14 +88,18 @@ class Client:
         return {"fingerprint": hashed, "replay_s": driver.replay_s}
 
     def check(self, name: str, url: str) -> list[list[int]]:
-        """Send a workload on an empty cache; the token ids of its answers, in order."""
-        _flush(url)
-        return [answer.ids for answer in self._drivers[name].ask(url)]
+        """Send a workload on a fresh cache; the token ids of its answers, in order."""
+        return [answer.ids for answer in self._ready(name, url).ask(url)]
 
     def measure(self, name: str, url: str) -> dict[str, Any]:
-        """Send a workload for its times, on an empty cache; see :func:`summarize`."""
+        """Send a workload for its times, on a fresh cache; see :func:`summarize`."""
+        return self._ready(name, url).measure(url)
+
+    def _ready(self, name: str, url: str) -> Driver:
+        """The driver of a workload, when the cache holds what it shall and nothing else."""
         _flush(url)
-        return self._drivers[name].measure(url)
+        self._drivers[name].fill_cache(url)
+        return self._drivers[name]
 
 
 def start_client(**settings: Any) -> tuple[Client, dict[str, Any]]:
@@ -162,6 +173,7 @@ class Driver:
     Args:
         requests: plain values, equal for equal requests; here bodies of ``/generate``.
         concurrency: of them in flight at most; None for all at once.
+        before: bodies that are answered first, and not timed.
 
     Attributes:
         replay_s: seconds over which they are sent.
@@ -169,13 +181,20 @@ class Driver:
 
     replay_s = 0.0
 
-    def __init__(self, requests: list[Any], concurrency: int | None = None) -> None:
+    def __init__(
+        self, requests: list[Any], concurrency: int | None = None, before: Sequence[Any] = ()
+    ) -> None:
         self.requests = requests
         self._concurrency = concurrency
+        self._before = before
 
     def ask(self, url: str) -> list[Answer]:
         """All answers, in the order of the requests."""
         return asyncio.run(_ask_all(url, self.requests, self._concurrency))
+
+    def fill_cache(self, url: str) -> None:
+        """Send what is answered first."""
+        asyncio.run(_ask_all(url, self._before, None))
 
     def measure(self, url: str) -> dict[str, Any]:
         """What :func:`summarize` returns."""
@@ -249,6 +268,24 @@ def _rollouts(client: Client, shape: Rollouts) -> Driver:
     size = (shape["prompts"], shape["prompt_tokens"])
     prompts = ids[rng.integers(len(ids), size=size)].tolist()
     return Driver([_body(p, shape["output_tokens"], shape["samples"]) for p in prompts])
+
+
+def _questions(client: Client, shape: Questions) -> Driver:
+    """Random questions about random documents; all at once, when the documents are cached."""
+    rng, ids = np.random.default_rng(client.flags["seed"]), np.asarray(client.token_ids)
+
+    def draw(*size: int) -> list[list[int]]:
+        found: list[list[int]] = ids[rng.integers(len(ids), size=size)].tolist()
+        return found
+
+    documents = draw(shape["documents"], shape["document_tokens"])
+    prompts = [
+        document + question
+        for document in documents
+        for question in draw(shape["questions"], shape["question_tokens"])
+    ]
+    bodies = [_body(prompt, shape["output_tokens"]) for prompt in prompts]
+    return Driver(bodies, before=[_body(document, 1) for document in documents])
 
 
 class ForkDriver(Driver):
@@ -325,6 +362,7 @@ _DRIVERS: dict[str, Any] = {
     "bench_serving": BenchServing,
     "trace": _trace,
     "rollouts": _rollouts,
+    "questions": _questions,
     "forks": ForkDriver,
 }
 

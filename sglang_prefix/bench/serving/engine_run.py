@@ -235,7 +235,7 @@ class EngineRun(BenchRun):
 
     def _engine(self, backend: str) -> EngineProcess:
         self._starts += 1
-        settings = {"HF_HUB_OFFLINE": "1"}
+        settings = {"HF_HUB_OFFLINE": "1", "SGLANG_PREFIX": "0"}  # the name says which is ours
         hooks = []
         if self._dry:
             settings["OMP_NUM_THREADS"] = "1"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from sglang_prefix.bench.engine import counter_difference, counters, greedy
+from sglang_prefix.bench.engine import counter_difference, counters, flush, greedy
 from sglang_prefix.bench.serving.engine_calls import full_batch, top_logprobs
 
 __all__ = ["SAMPLED", "ask", "document_prompts", "questions", "read_document"]
@@ -113,9 +113,9 @@ def ask(engine: Any, prompts: list[list[int]], num_greedy: int, tokens: int) -> 
         tokens: length of every answer.
 
     Returns:
-        "tokens": ids by request. "logprobs": of the greedy ones, see `top_logprobs`. "first_s" and
-        "rest_s": seconds until all have their first token, and from there on. "step_us": see
-        `full_batch`. "counters": what was added to them.
+        "tokens": ids by request. "logprobs": of the greedy ones, see `top_logprobs`. "ttft_s":
+        seconds until each request has its first token. "first_s" and "rest_s": until all have it,
+        and from there on. "step_us": see `full_batch`. "counters": what was added to them.
     """
     before = counters(engine)
     sampling = [
@@ -137,19 +137,21 @@ def ask(engine: Any, prompts: list[list[int]], num_greedy: int, tokens: int) -> 
         newest[index] = chunk
     done = [newest[index] for index in range(len(prompts))]
     finished = [times[index][-1][0] for index in range(len(prompts))]
-    first = max(chunks[0][0] for chunks in times.values())
+    firsts = [times[index][0][0] for index in range(len(prompts))]
     return {
         "tokens": [one["output_ids"] for one in done],
         "logprobs": [top_logprobs(one["meta_info"]) for one in done[:num_greedy]],
-        "first_s": first - began,
-        "rest_s": max(finished) - first,
+        "ttft_s": [first - began for first in firsts],
+        "first_s": max(firsts) - began,
+        "rest_s": max(finished) - max(firsts),
         "step_us": full_batch(times[len(prompts) - 1], finished),
         "counters": counter_difference(before, counters(engine)),
     }
 
 
 def read_document(engine: Any, prompt: list[int]) -> float:
-    """Seconds to prefill a prompt, whose document is cached from there on; in that process, too."""
+    """Seconds to prefill a prompt, with which the cache begins anew; in that process, too."""
+    flush(engine)
     began = time.perf_counter()
     engine.generate(input_ids=[prompt], sampling_params=greedy(1))
     return time.perf_counter() - began

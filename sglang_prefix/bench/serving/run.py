@@ -41,6 +41,8 @@ _MAX_POOL_DIFFERENCE = 0.01
 # As the demo's. Of more tokens, few are halves of characters: SGLang's tool takes the first text
 # for the first token.
 _TINY = TinyModelConfig(num_layers=2, num_heads=8, num_kv_heads=2, head_dim=64, vocab_size=4096)
+# Both get the same arguments, so that ours stands over the backend that stock decodes with.
+_SWITCH = {"stock": {"SGLANG_PREFIX": "0"}, "prefix": {"SGLANG_PREFIX": "1"}}
 # Arguments of a server for which this command has options, or that it chooses.
 _SET_HERE = ("--model-path", "--model", "--tokenizer-path", "--host", "--port")
 # A server that is started here listens to this host alone; a key would stand in the result file.
@@ -73,8 +75,7 @@ class ServingRun(BenchRun):
         self._workloads, absent = _choose_workloads(given)
         model = given.model_path or _choose_model(given.out, self._urls, self._key)
         both = _server_arguments(model, given)
-        sides = {"stock": both, "prefix": [*both, "--decode-attention-backend", "prefix"]}
-        arguments = {side: [] if self._urls[side] else sides[side] for side in SIDES}
+        arguments = {side: [] if self._urls[side] else both for side in SIDES}
         # What a resumed run must have in common with its beginning.
         options = {
             "model": model,
@@ -104,16 +105,19 @@ class ServingRun(BenchRun):
             for case in self.data["cases"]:
                 measured = {(side, case["name"]): one["raw"] for side, one in case["sides"].items()}
                 self._raw |= {key: raw for key, raw in measured.items() if key in self._raw}
+        for_cpu = {} if self.data["environment"].get("gpu") else cpu_environment()
+        given_settings = {k: v for k, v in os.environ.items() if k.startswith("SGLANG_PREFIX_")}
         for side in SIDES:
-            self.data[side] = (self.data.get(side) or {}) | {"server_args": arguments[side]}
-        has_gpu = self.data["environment"].get("gpu")
+            self.data[side] = (self.data.get(side) or {}) | {
+                "server_args": arguments[side],
+                "variables": {} if self._urls[side] else for_cpu | given_settings | _SWITCH[side],
+            }
         self.data |= {
             "absent": absent,
             "model": model,
             "dtype": self.data.get("dtype"),
             "method": {
                 "servers": "taking turns" if all(self._urls.values()) else "one after the other",
-                "server_environment": {} if has_gpu else cpu_environment(),
             },
         }
         self.conclude()
@@ -234,7 +238,7 @@ class ServingRun(BenchRun):
             self._stop_servers()
             self.progress("server: starting")
             log = self.path.with_name(f"{side}-server.log")
-            variables = self.data["method"]["server_environment"]
+            variables = self.data[side]["variables"]
             arguments = self.data[side]["server_args"]
             server = launch(side, arguments, self._chosen.port, log, variables)
             self._servers[side] = server

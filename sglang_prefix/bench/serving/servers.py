@@ -25,6 +25,7 @@ from sglang_prefix.files import read_tail
 
 __all__ = [
     "Count",
+    "KindReport",
     "Name",
     "Report",
     "RunningServer",
@@ -48,8 +49,8 @@ _Counts = Annotated[dict[str, Count], Field(max_length=1000)]
 Name = Annotated[str, Field(max_length=4096)]
 
 
-class Report(TypedDict):
-    """Counters of one model runner, of which a run takes the difference."""
+class KindReport(TypedDict):
+    """What one model runner counted of a kind of pass, and of which a run takes the difference."""
 
     packed_steps: NotRequired[Count]
     stock_steps: NotRequired[Count]
@@ -58,6 +59,13 @@ class Report(TypedDict):
     kv_tokens_logical: NotRequired[Count]
     stock_reasons: NotRequired[_Counts]
     fallback_reasons: NotRequired[_Counts]
+
+
+class Report(KindReport):
+    """Counters of one model runner: those of decode steps, and of other kinds by their names."""
+
+    verify: NotRequired[KindReport]
+    extend: NotRequired[KindReport]
 
 
 class _State(TypedDict):

@@ -24,6 +24,7 @@ from sglang_prefix.files import read_json
 __all__ = [
     "REGISTRY",
     "Forks",
+    "Questions",
     "Rollouts",
     "Trace",
     "Workload",
@@ -70,6 +71,20 @@ class Rollouts(TypedDict):
 
 
 @_closed
+class Questions(TypedDict):
+    """``questions`` of random tokens about each of ``documents``, which are cached before.
+
+    Lengths in tokens.
+    """
+
+    documents: _Count
+    questions: _Count
+    document_tokens: _Count
+    question_tokens: _Count
+    output_tokens: _Count
+
+
+@_closed
 class Forks(TypedDict):
     """A tree of text: ``documents``, ``sections`` of each, ``questions`` to each section.
 
@@ -97,6 +112,7 @@ _PARAMETERS: dict[str, Any] = {
     "bench_serving": dict[_FlagName, _Flag],
     "trace": Trace,
     "rollouts": Rollouts,
+    "questions": Questions,
     "forks": Forks,
 }
 
@@ -105,8 +121,8 @@ class _Entry(TypedDict):
     """A workload in both sizes."""
 
     name: Annotated[str, Field(min_length=1, max_length=256)]
-    group: Literal["shared-prefix", "random", "trace", "rollouts", "forks"]
-    driver: Literal["bench_serving", "trace", "rollouts", "forks"]
+    group: Literal["shared-prefix", "random", "trace", "rollouts", "questions", "forks"]
+    driver: Literal["bench_serving", "trace", "rollouts", "questions", "forks"]
     about: str
     full: dict[str, Any]
     quick: dict[str, Any]
@@ -180,12 +196,15 @@ def _check_size(where: str, driver: str, parameters: Mapping[str, Any]) -> None:
     answers = {
         "trace": product("requests"),
         "rollouts": product("prompts", "samples"),
+        "questions": product("documents", "questions"),
         "forks": product(*tree),
         "bench_serving": product("num-prompts") + product(*groups),
     }[driver]
     tokens = {
         "trace": product("requests", "max_prompt_tokens"),
         "rollouts": product("prompts", "prompt_tokens"),
+        "questions": product("documents", "questions", "question_tokens")
+        + product("documents", "questions", "document_tokens"),
         "forks": product("documents", "document_tokens") + product(*tree[:2], "section_tokens"),
         "bench_serving": product("num-prompts", "random-input-len")
         + product("gsp-num-groups", "gsp-system-prompt-len")

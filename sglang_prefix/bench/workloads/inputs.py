@@ -1,4 +1,4 @@
-"""Tensors of one decode step, the outputs that they ask for, and the comparison with the oracle.
+"""Tensors of one step, the outputs that they ask for, and the comparison with the oracle.
 
 The one set of inputs of all kernel benchmarks, of the GPU checks and of tests: a tree laid out on
 a KV pool, with random queries and caches.
@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from prefix_kernels.executor import AttentionParams, PlanExecutor
 from prefix_kernels.oracle import (
@@ -27,7 +28,7 @@ __all__ = ["AttentionInputs", "MismatchError", "OutputCheck", "Outputs", "relati
 
 # Slots whose values are drawn at once, in float32.
 _DRAWN_SLOTS = 1 << 16
-_CHECKED_REQUESTS = 8
+_CHECKED_QUERIES = 8
 
 
 class MismatchError(Exception):
@@ -36,7 +37,7 @@ class MismatchError(Exception):
 
 @dataclass(slots=True)
 class Outputs:
-    """Output [padded B, Hq, Dv] and lse [padded B, Hq] float32."""
+    """Output [padded R, Hq, Dv] and lse [padded R, Hq] float32."""
 
     out: torch.Tensor
     lse: torch.Tensor
@@ -62,13 +63,14 @@ class AttentionInputs:
     Attributes:
         heads: of the layers.
         batch: slot rows and what is shared.
-        q: [padded B, Hq, D]; rows past the batch hold NaN.
-        k, v: [layers, slots, Hkv, D or Dv].
+        q: [padded R, Hq, D], a row per query, request after request; those past the batch hold NaN.
+        k, v: [layers, slots, Hkv, D or Dv]; v may be a view of k, as the heads say.
         req_to_token: [B, context] int32.
         req_pool_indices: [B] int64, the row of each request.
         seq_lens: [B] int64, lengths in use.
-        out: [padded B, Hq, Dv], for whoever needs no lse.
-        options: logit_cap, k_scale, v_scale where they are not the defaults.
+        out: [padded R, Hq, Dv], for whoever needs no lse.
+        query_lens: [B] query tokens of each request, its newest; None for one each.
+        options: logit_cap, k_scale, v_scale, sinks where they are not the defaults.
         unique_tokens: KV tokens of the batch with every shared one counted once.
     """
 
@@ -81,6 +83,7 @@ class AttentionInputs:
     req_pool_indices: torch.Tensor
     seq_lens: torch.Tensor
     out: torch.Tensor
+    query_lens: NDArray[np.int64] | None = None
     options: dict[str, Any] = field(default_factory=dict)
     unique_tokens: int = field(init=False)
 
@@ -98,6 +101,7 @@ class AttentionInputs:
         dtype: torch.dtype,
         kv_dtype: torch.dtype | None = None,
         padded_batch_size: int | None = None,
+        query_tokens: int = 1,
         max_layers: int = 1,
         max_kv_bytes: int = 0,
         poison: bool = False,
@@ -111,6 +115,7 @@ class AttentionInputs:
             heads, device, seed: how wide, where, and of what.
             dtype, kv_dtype: of q and the outputs, and of the caches where it differs.
             padded_batch_size: rows of q and of the outputs; None for no padding.
+            query_tokens: of each request, or as many as it has tokens.
             max_layers: layers with KV of their own, as many as ``max_kv_bytes`` hold, at least 1.
             max_kv_bytes: bytes of the caches of all layers.
             poison: all other slots hold NaN, so that what is read by mistake shows; else zeros, as
@@ -139,20 +144,23 @@ class AttentionInputs:
                     layer[some] = drawn.to(kv_dtype).view(bits.dtype)
             return values
 
-        size = batch.batch_size
-        rows = padded_batch_size or size
+        size, query_lens = batch.batch_size, np.minimum(batch.seq_lens, query_tokens)
+        num_queries = int(query_lens.sum())
+        rows = padded_batch_size or num_queries
         q = torch.full((rows, heads.qo, heads.dim), torch.nan, device=device)
-        q[:size].normal_(generator=generator)
+        q[:num_queries].normal_(generator=generator)
+        k = cache(heads.dim)
         return cls(
             heads=heads,
             batch=batch,
             q=q.to(dtype),
-            k=cache(heads.dim),
-            v=cache(heads.v_dim),
+            k=k,
+            v=k[..., : heads.v_dim] if heads.v_in_k else cache(heads.v_dim),
             req_to_token=torch.from_numpy(batch.table).to(device),
             req_pool_indices=torch.arange(size, device=device),
             seq_lens=torch.from_numpy(batch.seq_lens).to(device),
             out=torch.empty(rows, heads.qo, heads.v_dim, dtype=dtype, device=device),
+            query_lens=query_lens if query_tokens > 1 else None,
             options=dict(options or {}),
         )
 
@@ -177,10 +185,22 @@ class AttentionInputs:
         return int(self.batch.seq_lens.sum())
 
     @property
+    def num_queries(self) -> int:
+        """Rows of q that are not padding."""
+        return int(self.counts.sum())
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """[B] query tokens of each request."""
+        lens = self.query_lens
+        return np.ones(self.batch.batch_size, dtype=np.int64) if lens is None else lens
+
+    @property
     def flop(self) -> int:
-        """Operations of a layer: both products, of every request with all its KV."""
-        group = self.heads.qo // self.heads.kv
-        return 2 * group * self.heads.token_elements * self.logical_tokens
+        """Operations of a layer: both products, of every query with all the KV that it sees."""
+        heads, counts = self.heads, self.counts
+        pairs = counts * self.batch.seq_lens - counts * (counts - 1) // 2
+        return 2 * heads.qo * (heads.dim + heads.v_dim) * int(pairs.sum())
 
     @property
     def params(self) -> AttentionParams:
@@ -201,8 +221,17 @@ class AttentionInputs:
         )
 
     def newest_slots(self) -> torch.Tensor:
-        """[B] int64, the slot of each request's newest token."""
-        return self.req_to_token[self.req_pool_indices, self.seq_lens - 1].long()
+        """[R] int64, the slots of each request's query tokens."""
+        request, sees = self._what_queries_see()
+        return self.req_to_token[self.req_pool_indices[request], sees - 1].long()
+
+    def _what_queries_see(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """[R] int64 the request of each query, and the tokens up to its own."""
+        counts = torch.from_numpy(self.counts)
+        request = torch.repeat_interleave(torch.arange(len(counts)), counts)
+        behind = counts.cumsum(0)[request] - 1 - torch.arange(len(request))
+        request = request.to(self.seq_lens.device)
+        return request, self.seq_lens[request] - behind.to(self.seq_lens.device)
 
     def grow(self, step: int) -> None:
         """Give every request one more token, the ``step``-th of the batch's growth."""
@@ -211,33 +240,34 @@ class AttentionInputs:
         self.req_to_token[self.req_pool_indices, self.seq_lens] = slots.to(device, torch.int32)
         self.seq_lens += 1
 
-    def oracle(self, requests: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def oracle(self, queries: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Output [n, Hq, Dv] and natural-log lse [n, Hq] of the first layer, float64.
 
         Args:
-            requests: [n] int64, which; None for all.
+            queries: [n] int64, rows of q; None for all.
         """
-        some = torch.arange(self.batch.batch_size, device=self.q.device)
-        some = some if requests is None else requests
+        some = torch.arange(self.num_queries, device=self.q.device)
+        some = some if queries is None else queries
+        request, sees = (each[some] for each in self._what_queries_see())
         return decode_attention_oracle(
             self.q[some],
             self.k[0],
             self.v[0],
             self.req_to_token,
-            self.req_pool_indices[some],
-            self.seq_lens[some],
+            self.req_pool_indices[request],
+            sees,
             sm_scale=self.sm_scale,
             **self.options,
         )
 
     def compare(self, outputs: Outputs) -> float:
-        """The largest relative error of a head's output, all requests against the oracle.
+        """The largest relative error of a head's output, all queries against the oracle.
 
         Raises:
             MismatchError: an element, a head's norm or an lse is over its tolerance or not finite,
                 or a padding row is not zero with an lse of minus infinity.
         """
-        size = self.batch.batch_size
+        size = self.num_queries
         expected, expected_lse = self.oracle()
         dtype = self.q.dtype
         scale = float(torch.as_tensor(self.options.get("v_scale", 1.0)).abs().max())
@@ -256,29 +286,29 @@ class AttentionInputs:
 class OutputCheck:
     """The check before every timing: outputs of the first layer, of one provider after another.
 
-    The oracle is slow, so it sees a few requests: the first, the last, the longest, the shortest
-    and some drawn from the seed. The others are compared with the first output that the oracle
-    accepted.
+    The oracle is slow, so it sees a few queries: the first, the last, one of the longest and one of
+    the shortest request, and some drawn from the seed. The others are compared with the first
+    output that the oracle accepted.
 
     Args:
         inputs: of the layer.
-        seed: decides which requests the oracle sees.
+        seed: decides which queries the oracle sees.
     """
 
     def __init__(self, inputs: AttentionInputs, seed: int) -> None:
-        size = inputs.batch.batch_size
-        lens = inputs.batch.seq_lens
-        drawn = np.random.default_rng(seed).permutation(size)[:_CHECKED_REQUESTS]
-        some = np.unique([0, size - 1, int(lens.argmax()), int(lens.argmin()), *drawn])
+        size, lens = inputs.num_queries, inputs.batch.seq_lens
+        extremes = (np.cumsum(inputs.counts) - 1)[[lens.argmax(), lens.argmin()]]
+        drawn = np.random.default_rng(seed).permutation(size)[:_CHECKED_QUERIES]
+        some = np.unique([0, size - 1, *extremes, *drawn])
         self._some = torch.from_numpy(some).to(inputs.q.device)
         self._expected, _ = inputs.oracle(self._some)
         self._all: torch.Tensor | None = None
 
     def __call__(self, out: torch.Tensor) -> float:
-        """The largest absolute error of an element, over the requests that the oracle sees.
+        """The largest absolute error of an element, over the queries that the oracle sees.
 
         Args:
-            out: [B, Hq, Dv].
+            out: [R, Hq, Dv].
 
         Raises:
             MismatchError: the relative error of a head is over the tolerance, or an output is not
@@ -290,7 +320,7 @@ class OutputCheck:
             raise MismatchError(f"off by {error}, more than {tolerance}")
         if self._all is None:
             if not out.isfinite().all():
-                raise MismatchError("a request's output is not finite")
+                raise MismatchError("a query's output is not finite")
             self._all = out.clone()
         among = relative_error(out, self._all.double())
         if not among <= 2 * tolerance:

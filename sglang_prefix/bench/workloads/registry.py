@@ -29,46 +29,53 @@ _HEAD_DIM = 128
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """Heads of a layer: ``kv`` KV heads, ``qo`` query heads, ``dim`` and ``v_dim`` elements."""
+    """Heads of a layer: ``kv`` KV heads, ``qo`` query heads, ``dim`` and ``v_dim`` elements.
+
+    With ``v_in_k`` v is the first elements of k, see `AttentionShape`.
+    """
 
     qo: int
     kv: int
     dim: int = _HEAD_DIM
     v_dim: int = _HEAD_DIM
+    v_in_k: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Heads:
-        """Read ``QO:KV`` or ``QO:KV:DIM``, as in ``32:8:128``.
+        """Read ``QO:KV`` or ``QO:KV:DIM``, as in ``32:8:128``; ``QO:KV:DIM:VDIM`` has v in k.
 
         Raises:
             ValueError: the text is malformed, or the heads do not divide.
         """
         words = text.split(":")
-        good = len(words) in (2, 3) and all(
+        good = len(words) in (2, 3, 4) and all(
             w.isascii() and w.isdigit() and len(w) < 9 for w in words
         )
         numbers = [int(word) for word in words] if good else [0]
-        if not all(0 < number < 1 << 16 for number in numbers) or numbers[0] % numbers[1]:
+        good = all(0 < number < 1 << 16 for number in numbers) and numbers[0] % numbers[1] == 0
+        if not good or (len(numbers) == 4 and numbers[3] > numbers[2]):
             raise ValueError(
                 f"--heads is {text!r}; legal: QO:KV or QO:KV:DIM, with QO a multiple of KV, as in "
-                "'32:8:128'"
+                "'32:8:128', or QO:KV:DIM:VDIM where v is the first VDIM elements of k"
             )
+        has_latent = len(numbers) == 4
         qo, kv, dim = (*numbers, _HEAD_DIM)[:3]
-        return cls(qo, kv, dim, dim)
+        return cls(qo, kv, dim, numbers[3] if has_latent else dim, has_latent)
 
     def __str__(self) -> str:
+        if self.v_in_k:
+            return f"{self.qo}:{self.kv}:{self.dim}:{self.v_dim}"
         return f"{self.qo}:{self.kv}" + (f":{self.dim}" if self.dim != _HEAD_DIM else "")
 
     @property
     def token_elements(self) -> int:
         """Elements of K and V of one token."""
-        return self.kv * (self.dim + self.v_dim)
+        return self.kv * (self.dim + (0 if self.v_in_k else self.v_dim))
 
     def shape(self, q_dtype: torch.dtype, kv_dtype: torch.dtype) -> AttentionShape:
         """The same with item sizes."""
-        return AttentionShape(
-            self.qo, self.kv, self.dim, self.v_dim, q_dtype.itemsize, kv_dtype.itemsize
-        )
+        sizes = q_dtype.itemsize, kv_dtype.itemsize
+        return AttentionShape(self.qo, self.kv, self.dim, self.v_dim, *sizes, self.v_in_k)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +95,7 @@ class KernelCase:
         note: what else a reader should know; empty for nothing.
         rank: cases of a lower one are run before; of the same rank, the smaller ones.
         target: least speed-up over stock that the project promises; None for none.
+        query_tokens: of each request, its newest: 1 for decode.
         is_chain: layers of launches are measured on it, not attention.
         is_of_suite: its rank is its own, and ours is measured in all its launch modes.
     """
@@ -104,6 +112,7 @@ class KernelCase:
     note: str = ""
     rank: int = 0
     target: float | None = None
+    query_tokens: int = 1
     is_chain: bool = False
     is_of_suite: bool = False
 
@@ -160,6 +169,7 @@ def _cases(data: dict[str, Any], name: str) -> Iterator[KernelCase]:
                 rank=rank,
                 # A promise is about slots as a fresh engine hands them out.
                 target=batch.get("targets", {}).get(dtype) if slots != "scattered" else None,
+                query_tokens=batch.get("query_tokens", 1),
                 is_chain=batch.get("chain", False),
             )
 

@@ -1,14 +1,16 @@
 """Modes: what a test breaks, or decides, in the processes of an engine that runs.
 
 ``SGLANG_PREFIX_TEST_MODE_FILE`` names a file that holds the mode of the moment, so that one engine
-serves all controls. Only public functions are replaced: ``PlanExecutor.run``,
-``DecodePlanner.prepare`` and ``decide_ahead``, ``PackPlanner.plan``, ``ScheduleContext.push`` and
-``launch``.
+serves all controls. Replaced are, among others, ``PlanExecutor.run``, ``DecodePlanner.prepare`` and
+``decide_ahead``, ``PackPlanner.plan``, ``ScheduleContext.push`` and ``launch``; all are public but
+``Client._ready``, which comes before each workload of ``bench serving``.
 
 ===================  =========================================================================
 zeros                packed decode gives zeros
 newest               packed decode sees zeros in place of the newest token's KV
+sinkless             packed decode knows no attention sinks
 page                 packed decode sees a wrong page in the widest shared pack
+causal               packed drafts see those behind them, too
 run-error            packed decode raises
 plan-error           planning raises
 stock                every step is stock's
@@ -24,12 +26,13 @@ import functools
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from sglang_prefix.bench.hooks import patch_after_import
+from sglang_prefix.files import write_file
 
 __all__ = ["mode", "say"]
 
@@ -44,8 +47,8 @@ def mode() -> str:
 
 
 def say(what: str) -> None:
-    """Tell the test, by way of the log."""
-    print(f"test hook: {what}", flush=True)
+    """Tell the test, by way of the log: in one write, since other processes write there, too."""
+    os.write(1, f"test hook: {what}\n".encode())
 
 
 @dataclass
@@ -53,6 +56,7 @@ class Step:
     """The step under way, as far as one hook needs to know of another."""
 
     schedule: Any = None
+    verifies: bool = False
     newest_slots: Any = None
     plans: list[tuple[Any, Any, Any]] = field(default_factory=list)  # planner, forest, plan
 
@@ -61,31 +65,48 @@ STEP = Step()
 
 
 def break_run(module: ModuleType) -> None:
-    """Modes zeros, newest, page, run-error."""
+    """Modes zeros, newest, page, causal, sinkless, run-error."""
     run = module.PlanExecutor.run
 
     def broken(
-        self: Any, q: Any, k_cache: Any, v_cache: Any, out: Any, *args: Any, **kwargs: Any
+        self: Any, q: Any, k_cache: Any, v_cache: Any, out: Any, lse: Any, params: Any
     ) -> None:
         now = mode()
+        if now == "sinkless":
+            params = replace(params, sinks=None)
         if now == "run-error":
             raise RuntimeError("raised on purpose by a test")
+        if now == "causal" and STEP.verifies:
+            run_without_bound(self, run, q, k_cache, v_cache, out, lse, params)
+            return
         if now == "newest":
             target, k, v = STEP.newest_slots, 0.0, 0.0
         elif now == "page" and self.plan.num_shared_packs:
             target, source = widest_pages(self)
             k, v = k_cache[source], v_cache[source]
         else:
-            run(self, q, k_cache, v_cache, out, *args, **kwargs)
+            run(self, q, k_cache, v_cache, out, lse, params)
             if now == "zeros":
                 out.zero_()
             return
         saved = k_cache[target].clone(), v_cache[target].clone()
         k_cache[target], v_cache[target] = k, v
-        run(self, q, k_cache, v_cache, out, *args, **kwargs)
+        run(self, q, k_cache, v_cache, out, lse, params)
         k_cache[target], v_cache[target] = saved
 
     module.PlanExecutor.run = broken
+
+
+def run_without_bound(executor: Any, run: Any, q: Any, *others: Any) -> None:
+    """Run every draft as the last one of its request, which sees all of them."""
+    k_cache, v_cache, out, lse, params = others
+    drafts = int(executor.plan.query_lens[0])
+    found = out.clone()
+    for j in range(drafts):
+        each = q.view(-1, drafts, *q.shape[1:])[:, j].repeat_interleave(drafts, 0)
+        run(executor, each, k_cache, v_cache, out, lse, params)
+        found[j::drafts] = out[drafts - 1 :: drafts]
+    out.copy_(found)
 
 
 def widest_pages(executor: Any) -> tuple[Any, Any]:
@@ -130,6 +151,12 @@ def watch_prepare(module: ModuleType) -> None:
     module.DecodePlanner.prepare, module.DecodePlanner.decide_ahead = watched, ahead
 
 
+def watch_extends(module: ModuleType) -> None:
+    """Mode stock, of extends."""
+    prepare = module.ExtendPlanner.prepare
+    module.ExtendPlanner.prepare = lambda self, batch: mode() != "stock" and prepare(self, batch)
+
+
 def compare_plans(planner: Any, forest: Any, plan: Any, batch: Any) -> None:
     """Let the wrapper plan a batch: from the forest, and from the slot rows."""
     import torch
@@ -154,7 +181,9 @@ def watch_plan(module: ModuleType) -> None:
     planner_class = module.PackPlanner
     plan = planner_class.plan
 
-    def watched(self: Any, forest: Any, padded_batch_size: int | None = None) -> Any:
+    def watched(
+        self: Any, forest: Any, padded_batch_size: int | None = None, **options: Any
+    ) -> Any:
         now, planner = mode(), self
         if now in POLICIES:
             planner = planner_class(
@@ -164,7 +193,7 @@ def watch_plan(module: ModuleType) -> None:
                 max_partials=self.max_partials,
                 reserved_tail_slots=self.reserved_tail_slots,
             )
-        made = plan(planner, forest, padded_batch_size)
+        made = plan(planner, forest, padded_batch_size, **options)
         STEP.plans.append((planner, forest, made))
         return made
 
@@ -177,6 +206,7 @@ def watch_push(module: ModuleType) -> None:
 
     def watched(self: Any, forward_batch: Any) -> Any:
         STEP.schedule, STEP.plans = self, []
+        STEP.verifies = forward_batch.forward_mode.is_target_verify()
         if forward_batch.forward_mode.is_mixed():
             say("mixed pass")
         return push(self, forward_batch)
@@ -236,14 +266,27 @@ def hold_decode(module: ModuleType) -> None:
     module.ModelRunner.forward = holding
 
 
+def name_modes(module: ModuleType) -> None:
+    """A workload of ``bench serving`` that is named ``zeros`` runs in that mode, others in none."""
+    ready = module.Client._ready
+
+    def told(self: Any, name: str, url: str) -> Any:
+        write_file(MODE_FILE, name if name == "zeros" else "none")
+        return ready(self, name, url)
+
+    module.Client._ready = told
+
+
 patch_after_import(
     {
         "prefix_kernels.executor": break_run,
         "prefix_kernels.launch": watch_launch,
         "prefix_patches.schedule_context": watch_push,
         "sglang.srt.model_executor.model_runner": hold_decode,
-        "sglang_prefix.backend.backend": apply_scales,
         "sglang_prefix.backend.decode_planner": watch_prepare,
+        "sglang_prefix.backend.extend_planner": watch_extends,
+        "sglang_prefix.backend.layers": apply_scales,
+        "sglang_prefix.bench.serving.drivers": name_modes,
         "sglang_prefix.packing.planner": watch_plan,
     }
 )
