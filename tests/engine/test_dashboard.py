@@ -85,7 +85,8 @@ def test_a_query_has_an_answer(prometheus: str, panel: str, query: str) -> None:
         assert all(0 < share < 1 for share in legend.values())
     elif panel == "KV read ratio":
         assert legend.keys() == {("decode",), ("extend",)}
-        assert all(0.05 < ratio < 0.6 for ratio in legend.values())
+        # One is reached where no two samples are in time for one batch.
+        assert all(0.05 < ratio <= 1 for ratio in legend.values())
     elif panel == "Passes by path":
         assert legend.keys() == {(k, p) for k in ("decode", "extend") for p in ("packed", "stock")}
     elif panel == "Why passes were not packed":

@@ -424,7 +424,9 @@ def test_ranks_with_batches_of_their_own_replay_the_same_label(results: Results)
     assert changes_half(sections["grove zeros"], stock)
     assert stock.counters["packed_steps"] == 0
     packing = sections["grove packed"].counters
-    assert (packing["stock_steps"], packing["kv_read_ratio"] < 0.75) == (0, True)
+    assert packing["packed_steps"] >= 10 and packing["kv_read_ratio"] < 0.75
+    # While another rank prefills, a step has no graph, and its rank alone decides.
+    assert packing["stock_reasons"].keys() <= {"gate-nothing-shared"}
     flipping = sections["grove"].counters
     assert flipping["packed_steps"] >= 3
     assert flipping["stock_reasons"].keys() >= {"gate-no-gain", "gate-other-ranks"}
