@@ -75,7 +75,7 @@ def test_checks_and_batches_that_steps_name_are_there() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_dry_run_from_the_first_step_to_the_last(tmp_path: Path) -> None:
-    done = gpu("--dry", "--out", tmp_path)
+    done = gpu("--dry", "--budget-s", "1700", "--out", tmp_path)
     assert done.exit_code == 0, done.output
     data = read_result(tmp_path / "gpu.json", "bench-gpu")
     assert {case["name"]: case["status"] for case in data["cases"]} == {

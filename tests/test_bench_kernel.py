@@ -373,7 +373,7 @@ def test_a_gpu_host_needs_neither_pydantic_nor_sglang(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_dry_run_has_every_field(tmp_path: Path) -> None:
-    done = bench(tmp_path, "--dry", "--no-plots")
+    done = bench(tmp_path, "--dry", "--budget-s", "1700", "--no-plots")
     assert done.exit_code == 0, done.output
     data = read_result(tmp_path / "kernel.json")
     assert data["dry"] is True

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from inspect import signature
-from math import inf
+from math import ceil, inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
@@ -57,7 +57,7 @@ class FakeClient:
         order = function.rpartition(".")[2]
         url = arguments.get("url", "")
         what = f"{order} {url} {arguments.get('name')}"
-        self.limits[what] = round(deadline - time.monotonic())
+        self.limits[what] = ceil(deadline - time.monotonic())
         if what in self.fails_with:
             raise self.fails_with[what]
         if order == "prepare":

@@ -38,7 +38,7 @@ def test_a_dry_run_from_budget_to_table(tmp_path: Path) -> None:
     assert stopped.exit_code == 0, stopped.output
     names = [pack.name for pack in pack_shapes(dry=True)]
     assert list(read_result(file)["not_run"]) == names
-    resumed = tune("--dry", "--resume", "--out", tmp_path)
+    resumed = tune("--dry", "--resume", "--budget-s", "1700", "--out", tmp_path)
     assert resumed.exit_code == 0, resumed.output
     data = read_result(file, "bench-tune")
     assert [case["name"] for case in data["cases"]] == names

@@ -64,7 +64,7 @@ def test_a_dry_run_stops_with_its_budget_resumes_and_passes(tmp_path: Path) -> N
     code, printed = gpu_check("--dry", "--control", "--resume", file)
     assert code == 4
     assert "cannot be resumed: its options is {'control': False}" in printed
-    code, printed = gpu_check("--dry", "--resume", file)
+    code, printed = gpu_check("--dry", "--resume", "--budget-s", "1700", file)
     assert code == 0, printed
     done = read_result(file, "gpu-check")
     assert done["seed"] == stopped["seed"]
@@ -80,7 +80,7 @@ def test_a_dry_run_stops_with_its_budget_resumes_and_passes(tmp_path: Path) -> N
 @pytest.mark.timeout(1800)
 def test_control_a_lost_work_item_is_seen_by_every_check(tmp_path: Path) -> None:
     file = tmp_path / "control.json"
-    code, printed = gpu_check("--dry", "--control", "--out", file)
+    code, printed = gpu_check("--dry", "--control", "--budget-s", "1700", "--out", file)
     assert code == 0, printed
     data = json.loads(file.read_text())
     assert data["options"] == {"control": True}

@@ -38,7 +38,7 @@ def test_requests_of_one_prefix_meet_on_one_worker(tmp_path: Path) -> None:
     options = ["--dtype", "float32", "--mem-fraction-static", "0.3", "--max-total-tokens", "20000"]
     # Long answers: the first prefix must still be running when the router places the second,
     # however busy this machine is.
-    options += ["--new-tokens", "96"]
+    options += ["--new-tokens", "200"]
     printed = run_example("router_workers.py", "--model-path", "model", *options, cwd=tmp_path)
     homes = []
     for line in (line for line in printed.splitlines() if "%" in line):

@@ -22,7 +22,7 @@ from tests.engine.trainer import Step, take_steps
 MODE_FILE = "SGLANG_PREFIX_TEST_MODE_FILE"
 HOLD_FILE = "SGLANG_PREFIX_TEST_HOLD_FILE"
 # Most engines are up within 30 s and done within two minutes on two cores.
-TIMEOUT_S = 800
+TIMEOUT_S = 1700
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class Section:
         max_ratio: the share of the KV tokens that our decode may read at most. Such a section is
             compared with stock and with a control, see ``comparison`` in ``scenarios.py``.
         like: the section whose stock answers and control are this one's, too; itself if empty.
-        one_batch: send all at once behind a prefill that keeps the scheduler busy, so that they
-            are prefilled in one batch.
+        one_batch: send all in one message, so that they are prefilled in one batch. SGLang
+            does so for no beams, and not with DP attention.
         logprobs: ask for them; SGLang then mixes no prefill into a decode batch.
         input_logprobs: ask for those of the prompt too, from this token on. SGLang computes it
             from there on anew, whatever is cached.
@@ -205,16 +205,18 @@ async def _run_requests(engine: Any, section: Section, hold: Path) -> dict[str, 
             finished += 1
             progress.notify_all()
 
+    async def serve_all() -> None:
+        results.update(await _generate_together(engine, section))
+
     tasks: list[asyncio.Task[Any]] = []
     if section.hold:
         hold.write_text(str(section.hold))
     elif section.steps:
         await take_steps(engine, section.steps, hold)
     if section.one_batch:
-        plug = Request("plug", (3,) * 4000, 1)
-        tasks.append(asyncio.create_task(_generate(engine, plug, section)))
-        await asyncio.sleep(0.25)  # its prefill takes about a second
-    tasks += [asyncio.create_task(serve(request)) for request in section.requests]
+        tasks.append(asyncio.create_task(serve_all()))
+    else:
+        tasks += [asyncio.create_task(serve(request)) for request in section.requests]
     if section.hold:
         tasks.append(asyncio.create_task(take_steps(engine, section.steps, hold)))
     await asyncio.gather(*tasks)
@@ -223,10 +225,10 @@ async def _run_requests(engine: Any, section: Section, hold: Path) -> dict[str, 
 
 async def _generate(engine: Any, request: Request, section: Section) -> dict[str, Any]:
     width, abort_after = request.beam_width, request.abort_after
-    sampling = {"temperature": 0, "max_new_tokens": request.max_new_tokens, "ignore_eos": True}
+    several = {} if width is None else {"beam_width": width, "n": width}
     stream = await engine.async_generate(
         input_ids=list(request.prompt),
-        sampling_params=sampling | ({} if width is None else {"beam_width": width, "n": width}),
+        sampling_params=_sampling(request) | several,
         return_logprob=section.logprobs and width is None,  # SGLang refuses the two together
         logprob_start_len=section.input_logprobs,
         stream=True,
@@ -238,14 +240,39 @@ async def _generate(engine: Any, request: Request, section: Section) -> dict[str
         if abort_after is not None and len(chunk["output_ids"]) >= abort_after:
             engine.tokenizer_manager.abort_request(request.rid)
             abort_after = None
+    return _result(chunk, beams=width is not None)
+
+
+async def _generate_together(engine: Any, section: Section) -> dict[str, Any]:
+    """Results by id. SGLang sends token ids of several requests on in one message."""
+    requests = section.requests
+    adapters = [request.lora for request in requests]
+    stream = await engine.async_generate(
+        input_ids=[list(request.prompt) for request in requests],
+        sampling_params=[_sampling(request) for request in requests],
+        return_logprob=section.logprobs,
+        logprob_start_len=section.input_logprobs,
+        stream=True,
+        rid=[request.rid for request in requests],
+        lora_path=adapters if any(adapters) else None,
+    )
+    newest = {chunk["index"]: chunk async for chunk in stream}
+    return {request.rid: _result(newest[i]) for i, request in enumerate(requests)}
+
+
+def _sampling(request: Request) -> dict[str, Any]:
+    return {"temperature": 0, "max_new_tokens": request.max_new_tokens, "ignore_eos": True}
+
+
+def _result(chunk: dict[str, Any], *, beams: bool = False) -> dict[str, Any]:
+    """What came of a request, by the last that was heard of it."""
     meta = chunk["meta_info"]
-    if width is None:
+    if beams:
+        output_ids = [token for beam in meta["beam_results"] for token in beam["output_ids"]]
+        logprobs = [beam["meta_info"]["sequence_score"] for beam in meta["beam_results"]]
+    else:
         output_ids = chunk["output_ids"]
         logprobs = [entry[0] for entry in meta.get("output_token_logprobs", ())]
-    else:
-        beams = meta["beam_results"]
-        output_ids = [token for beam in beams for token in beam["output_ids"]]
-        logprobs = [beam["meta_info"]["sequence_score"] for beam in beams]
     return {
         "output_ids": output_ids,
         "logprobs": logprobs,

@@ -47,10 +47,10 @@ IDENTICAL = (64, 60, 9)
 FOREST = Section("forest", workloads.forest())
 GROVE = Section("grove", workloads.grove())
 CROWD = Section("crowd", workloads.crowd())
-SAMPLES = Section("samples", workloads.samples())
+SAMPLES = Section("samples", workloads.samples(), one_batch=True)
 REPEATS = Section("repeats", workloads.repeats(), logprobs=False)
 ALIKE = Section("identical", workloads.identical(*IDENTICAL), one_batch=True)
-BEAMS = Section("beams", workloads.beams(), one_batch=True)
+BEAMS = Section("beams", workloads.beams())
 # Of a document that is cached; the one token of an answer comes from the extend.
 QUESTIONS = Section("questions", workloads.questions(600), input_logprobs=600)
 # For kernels in the interpreter, where our backend asks SGLang's tree what is cached.

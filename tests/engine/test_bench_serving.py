@@ -98,12 +98,12 @@ def result(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("name", "requests", "least_read", "most_read"),
     [
-        ("shared-prefix", 16, 0, 0.3),
+        ("shared-prefix", 16, 0, 0.6),
         ("random", 8, 1, 1),
         ("trace", len(TURNS), 0, 0.9),
-        ("rollouts", 16, 0, 0.3),
-        ("questions", 16, 0, 0.3),
-        ("forks", 16, 0, 0.5),
+        ("rollouts", 16, 0, 0.6),
+        ("questions", 16, 0, 0.6),
+        ("forks", 16, 0, 0.6),
     ],
 )
 def test_a_workload_is_a_comparison_with_equal_tokens(
@@ -120,7 +120,7 @@ def test_a_workload_is_a_comparison_with_equal_tokens(
     assert case["requests_equal"] == case["requests"] == requests
     assert case["tokens_compared"] >= 2 * case["requests"]
     assert all(ratio > 0 for ratio in case["ratios"].values())
-    # What was read follows what was shared.
+    # What was read follows what was shared: by half or more, the less the more are in time.
     stock, ours = case["sides"]["stock"], case["sides"]["prefix"]
     assert stock["steps"] is None
     assert least_read <= ours["kv_read_ratio"] <= most_read
@@ -181,7 +181,7 @@ def dry(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A dry run with no time for anything, resumed."""
     folder = tmp_path_factory.mktemp("engines")
     stopped, _ = run_engines(folder, "--budget-s", "0")
-    result, printed = run_engines(folder, "--resume")
+    result, printed = run_engines(folder, "--resume", "--budget-s", str(RUN_S))
     names = [one.name for one in measurements(dry=True)]
     assert stopped["cases"] == []
     assert list(stopped["not_run"]) == names

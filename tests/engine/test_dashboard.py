@@ -46,8 +46,10 @@ def server(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def prometheus(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Prometheus that has scraped the server before, between and after requests."""
+def prometheus(
+    server: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, float]]:
+    """A Prometheus that has scraped the server before, between and after requests, and when."""
     folder, port = tmp_path_factory.mktemp("prometheus"), free_port()
     target = {"targets": [server.removeprefix("http://")]}
     scraped = {"job_name": "sglang", "scrape_interval": f"{SCRAPE_S}s", "static_configs": [target]}
@@ -62,16 +64,16 @@ def prometheus(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         for _ in range(2):  # histograms have no zero to rise from
             _wait_for_scrapes(url, process, folder / "log")
             _send_requests(server)
-        _wait_for_scrapes(url, process, folder / "log")
-        yield url
+        yield url, _wait_for_scrapes(url, process, folder / "log")
     finally:
         process.kill()
         process.wait(30)
 
 
 @pytest.mark.parametrize(("panel", "query"), queries())
-def test_a_query_has_an_answer(prometheus: str, panel: str, query: str) -> None:
-    series = _ask(prometheus, "query", query=query)["result"]
+def test_a_query_has_an_answer(prometheus: tuple[str, float], panel: str, query: str) -> None:
+    url, at = prometheus
+    series = _ask(url, "query", query=query, time=str(at))["result"]
     assert series, query
     values = [float(one["value"][1]) for one in series]
     assert all(math.isfinite(value) and value >= 0 for value in values)
@@ -95,10 +97,12 @@ def test_a_query_has_an_answer(prometheus: str, panel: str, query: str) -> None:
         assert values[0] > 0
 
 
-def test_variables_have_values(prometheus: str, server: str, models: dict[str, str]) -> None:
+def test_variables_have_values(
+    prometheus: tuple[str, float], server: str, models: dict[str, str]
+) -> None:
     expected = {"model": [models["llama"]], "instance": [server.removeprefix("http://")]}
     for name, (selector, label) in variables().items():
-        assert _ask(prometheus, f"label/{label}/values", match=selector) == expected[name]
+        assert _ask(prometheus[0], f"label/{label}/values", match=selector) == expected[name]
 
 
 def _ask(url: str, page: str, match: str | None = None, **arguments: str) -> Any:
@@ -108,8 +112,8 @@ def _ask(url: str, page: str, match: str | None = None, **arguments: str) -> Any
     return answer["data"]
 
 
-def _wait_for_scrapes(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Until two scrapes have succeeded from now on."""
+def _wait_for_scrapes(url: str, process: subprocess.Popen[bytes], log: Path) -> float:
+    """Until two scrapes have succeeded from now on; the time of the last."""
     began, query = time.time(), "timestamp(up == 1)"
     while time.time() < began + 60:
         assert process.poll() is None, log.read_text()[-2000:]
@@ -118,8 +122,8 @@ def _wait_for_scrapes(url: str, process: subprocess.Popen[bytes], log: Path) -> 
             found = _ask(url, "query", query=query)["result"]
         except (requests.ConnectionError, ValueError):  # not ready yet
             continue
-        if found and float(found[0]["value"][1]) > began + 2 * SCRAPE_S:
-            return
+        if found and (newest := float(found[0]["value"][1])) > began + 2 * SCRAPE_S:
+            return newest
     raise AssertionError(f"no scrape: {log.read_text()[-2000:]}")
 
 

@@ -40,7 +40,8 @@ async def take_steps(engine: Any, steps: Sequence[Step], hold: Path) -> None:
     caller = copy.copy(engine)
     caller.loop = _LoopOfAnotherThread(engine.loop)
     first = asyncio.create_task(asyncio.to_thread(_take, caller, steps[0]))
-    await asyncio.sleep(ARRIVAL_S)
+    # One that came too late would be taken at another token than in the engine beside it.
+    await asyncio.sleep(5 * ARRIVAL_S)
     hold.unlink(missing_ok=True)
     await first
     for step in steps[1:]:

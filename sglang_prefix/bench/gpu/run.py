@@ -36,7 +36,7 @@ _USUAL = "triton/pat"
 _LEFT = {".json", ".txt", ".csv"}
 _LOG = re.compile(r"log\d+")
 # How many times as long a step of a dry run may take, on cores that others may use as well.
-_DRY_PATIENCE = 5
+_DRY_PATIENCE = 20
 
 
 class GpuRun(BenchRun):

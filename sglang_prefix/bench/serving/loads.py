@@ -147,10 +147,11 @@ def measurements(
 
 def _dry_measurements() -> list[Measurement]:
     both = (OURS, DRY_STOCK)
-    agents = Load("agents", 6, ((1, 256), (2, 128), (6, 8)), 8)
+    # Long enough for a busy machine: steps are timed if the client hears of two of them.
+    agents = Load("agents", 6, ((1, 256), (2, 128), (6, 8)), 64)
     return [
-        Measurement("decode", PAIR, both, Load("rollouts-64x8k", 8, ((1, 512),), 12)),
-        Measurement("alternate", PAIR, both, Load("unrelated", 3, ((3, 40),), 6), rounds=2),
+        Measurement("decode", PAIR, both, Load("rollouts-64x8k", 8, ((1, 512),), 64)),
+        Measurement("alternate", PAIR, both, Load("unrelated", 3, ((3, 40),), 64), rounds=2),
         Measurement("decode", PAIR, both, agents),
         Measurement("logprobs", PAIR, both, Load("logprobs", 4, ((1, 64), (2, 16), (4, 4)), 8)),
         Measurement("churn", PAIR, (OURS,), Load("no-device-sync", 4, ((1, 64), (4, 8)), 6)),

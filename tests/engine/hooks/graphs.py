@@ -7,7 +7,7 @@ each run, are taken from the run. So a launch that depends on the plan shows, as
 
 More modes: "packed" packs every batch that shares anything; without a mode the gate packs every
 second one, so that the graphs of both kinds are replayed. In mode "alone" ranks that should agree
-choose each for itself, which on a GPU would be wrong.
+choose each for itself, the first to pack and others not to, which on a GPU would be wrong.
 """
 
 from __future__ import annotations
@@ -76,16 +76,20 @@ class FrozenGraphs(GraphBackend):
 
 
 class FlippingGate:
-    """Packs every second batch that shares anything, or, in mode "packed", all of them."""
+    """Packs every second batch that shares anything, but see the modes."""
 
     def __init__(self) -> None:
         self._packs = False
 
     def choose(self, plans: Any, forest: Any) -> Any:
         """The other way than the last time."""
+        import torch
+
         from sglang_prefix.gate import Decision
 
-        self._packs = mode() == "packed" or not self._packs
+        now, flipped = mode(), not self._packs
+        alone = now == "alone" and torch.distributed.get_rank() == 0
+        self._packs = alone or now == "packed" or (now != "alone" and flipped)
         packed_us, stock_us = (1.0, 2.0) if self._packs else (2.0, 1.0)
         return Decision(self._packs, None if self._packs else "gate-no-gain", packed_us, stock_us)
 
