@@ -67,10 +67,15 @@ def test_tails_grow_behind_runs(planned: int, order: str, profile: DeviceProfile
         loaded.check()
 
 
-def test_blocks_of_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "sizes",
+    [{"SCORE_BLOCK_ELEMENTS": 1, "MIN_BLOCK_TOKENS": 7}, {"MAX_SCORE_ELEMENTS": 100}],
+    ids=["least", "most"],
+)
+def test_blocks_of_scores(sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Packs longer than one block of scores go through the running maximum."""
-    monkeypatch.setattr(torch_packs, "SCORE_BLOCK_ELEMENTS", 1)
-    monkeypatch.setattr(torch_packs, "MIN_BLOCK_TOKENS", 7)
+    for name, size in sizes.items():
+        monkeypatch.setattr(torch_packs, name, size)
     batch = random_batch(7, num_requests=12, max_tokens=200)
     for policy in POLICIES:
         load(make_case(batch, group=3), "torch", policy, SPLITS).check()

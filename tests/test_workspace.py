@@ -118,9 +118,16 @@ def test_the_torch_executor_keeps_to_the_budget_with_its_partials() -> None:
         layers.append(make_layer(1))
 
 
-def test_one_request_of_full_length_must_fit() -> None:
-    with pytest.raises(ValueError, match="too small for requests of 131072 tokens") as refused:
-        size(budget=MIB // 2)
+@pytest.mark.parametrize("query_tokens", [1, 2, 5, 16])
+@pytest.mark.parametrize("context_len", [4096, 131072])
+@pytest.mark.parametrize("num_heads", [(32, 8), (128, 1)])
+def test_one_request_of_full_length_must_fit(
+    num_heads: tuple[int, int], context_len: int, query_tokens: int
+) -> None:
+    shape = AttentionShape(*num_heads, 128, 128, 2, 2)
+    options = {"context_len": context_len, "query_tokens": query_tokens}
+    with pytest.raises(ValueError, match=f"too small for requests of {context_len}") as refused:
+        size(shape, budget=16384, **options)
     least = re.search(r"legal: at least (\d+) bytes", str(refused.value))
     assert least is not None
-    assert size(budget=int(least[1])).sure_batch_size >= 1
+    assert size(shape, budget=int(least[1]), **options).sure_batch_size >= 1

@@ -24,6 +24,8 @@ IntArray = NDArray[np.int64]
 # products, large enough to amortise a torch call.
 SCORE_BLOCK_ELEMENTS = 1 << 19
 MIN_BLOCK_TOKENS = 256
+# The rows of many query tokens may be far more; 64 MiB then bound the memory, in shorter blocks.
+MAX_SCORE_ELEMENTS = 1 << 24
 # Consecutive slots are read in place from this length on. A shorter run costs more in calls than
 # gathering it together with its neighbours does.
 MIN_RUN_TOKENS = 256
@@ -82,6 +84,7 @@ class TorchPack:
         """Cut the pack, of ``length`` tokens now, into its splits, and those into blocks."""
         num_rows = self.num_queries * num_qo_heads
         size = max(MIN_BLOCK_TOKENS, SCORE_BLOCK_ELEMENTS // num_rows)
+        size = min(size, max(1, MAX_SCORE_ELEMENTS // num_rows))
         self.length = length
         runs = self._grown_runs(length)
         self.blocks = [

@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
 from prefix_patches.attributes import ModelRunner, ScheduleBatch
 from prefix_patches.patch import RELEASES, Touch, resolve
 from prefix_patches.stock_backend import resolved_args
 
-__all__ = ["TOUCHED", "Speculation", "are_chains", "install", "speculation_of"]
+__all__ = ["TOUCHED", "Speculation", "are_chains", "can_verify", "install", "speculation_of"]
 
 # Those that draft chains, by SGLang's names for `--speculative-algorithm` once it is resolved:
 # NEXTN is EAGLE, or FROZEN_KV_MTP. Others check blocks of their own kinds.
@@ -72,6 +73,16 @@ def speculation_of(model_runner: ModelRunner) -> Speculation | None:
         name == _NGRAM,
         name in (*_DRAFTING, _NGRAM),
     )
+
+
+def can_verify(stock: AttentionBackend) -> bool:
+    """Whether a stock backend checks drafts: ``torch_native`` does not (0.5.17 to 0.5.23).
+
+    It takes the pass for an extend and reads lengths that the pass does not have, which ends the
+    server.
+    """
+    home = "sglang.srt.layers.attention.torch_native_backend"
+    return stock.forward_extend.__module__ != home
 
 
 def are_chains(

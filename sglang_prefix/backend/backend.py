@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
@@ -29,9 +29,6 @@ from sglang_prefix.backend.steps import SteppingBackend
 from sglang_prefix.backend.warm_up import warm_up
 from sglang_prefix.config import BACKEND_NAME, PrefixConfig
 from sglang_prefix.gate import make_gate
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["PrefixAttnBackend"]
 
@@ -115,7 +112,7 @@ class PrefixAttnBackend(SteppingBackend):
         self._extends = self._extend_planner(self._planner, stock_name, config)
         if self._layers.workspace is not None:
             # Of extends, two tokens of a request stand for any number.
-            kinds = {self._verification.drafts, 2 if self._extends else 0}
+            kinds = {self._verification.drafts} | ({2} if self._extends else set())
             try:
                 for drafts in sorted(kinds):
                     done = warm_up(

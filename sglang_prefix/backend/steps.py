@@ -58,7 +58,9 @@ class SteppingBackend(DelegatingBackend):
         self._schedule = ensure_schedule_context(model_runner)
         self._labels = GraphLabels(self._schedule)
         self._server_reason = server_reason(model_runner, config.gate)
-        self._verification = Verification(model_runner, serves=self._server_reason is None)
+        self._verification = Verification(model_runner, stock, serves=self._server_reason is None)
+        if self._server_reason is None and not self._may_pack(config):
+            self._server_reason = self._verification.passed_by_reason
         self._layers = find_layers(
             model_runner,
             set(stock_names),
@@ -78,6 +80,13 @@ class SteppingBackend(DelegatingBackend):
         self._extends: ExtendPlanner | None = None
         self._step = NO_STEP
         self._failed = False  # a failure has been logged with its traceback
+
+    def _may_pack(self, config: PrefixConfig) -> bool:
+        """Whether any kind of pass may be packed: verify passes may all be another backend's."""
+        verification = self._verification
+        if verification.drafts or not verification.is_all_there_is:
+            return True
+        return config.extends == "always" or (config.extends == "auto" and verification.is_on_cpu)
 
     def _stay_out(self, reason: str) -> None:
         """Serve no layer after all."""

@@ -81,7 +81,8 @@ def size_workspace(
     fixed = (HEADER_SIZE + 1) * _INT32 + batch_rows * row_bytes
     left = budget - fixed - min(2 * batch_rows * partial_bytes, budget // 2)
     if batch_rows < 1 or left < request_slots * _INT32:
-        least = 4 * (partial_bytes + row_bytes + HEADER_SIZE * _INT32 + request_slots * _INT32)
+        per_request = query_tokens * (partial_bytes + row_bytes) + request_slots * _INT32
+        least = 4 * (per_request + HEADER_SIZE * _INT32)
         raise ValueError(
             f"a workspace of {budget} bytes is too small for requests of {context_len} tokens; "
             f"legal: at least {least} bytes"

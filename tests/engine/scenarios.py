@@ -246,7 +246,11 @@ EXTENDED = {
         ("controls", "drafts"),
         needs="any-name-on-cpu",
     ),
-    # Graphs of verify passes, of both labels. Two drafts are a chain whatever the tables say.
+    # As users have it: torch_native checks nothing. Two drafts are a chain whatever tables say.
+    "drafts of two": Scenario(
+        (REPEATS,), OURS | N_GRAMS | {"speculative_num_draft_tokens": 2}, VERIFY
+    ),
+    # Graphs of verify passes, of both labels.
     "drafts graphs": Scenario(
         (GROVE, *_under(GROVE, "stock", "zeros")),
         OURS | N_GRAMS | {"speculative_num_draft_tokens": 2},

@@ -209,6 +209,17 @@ def test_drafts_of_n_grams_give_the_answers_of_plain_decode(mode: str, results: 
         assert passes < 34 + 22 + 22
 
 
+@pytest.mark.scenarios("stock", "drafts of two")
+def test_drafts_that_are_always_chains_need_no_stock_backend_that_checks_any(
+    results: Results,
+) -> None:
+    found = results("drafts of two").sections["repeats"]
+    assert_same(found, results("stock").sections["repeats"])
+    verify = found.counters["verify"]
+    assert verify["packed_steps"] > 20
+    assert (verify["stock_steps"], verify["fallback_steps"]) == (0, 0)
+
+
 @needs("any-name-on-cpu")
 @pytest.mark.scenarios("drafts of a model")
 def test_drafts_of_a_model_are_packed_and_checked_as_by_stock(results: Results) -> None:

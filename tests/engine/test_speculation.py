@@ -222,10 +222,9 @@ def test_a_failure_goes_to_stock_and_is_raised_under_verify(
 
 def test_ranks_with_batches_of_their_own_check_drafts_on_stock() -> None:
     ranks = " --tp-size 2 --dp-size 2 --enable-dp-attention"
-    found = Verification(
-        make_runner(device="cuda", flags=eagle().replace("STANDALONE", "EAGLE") + ranks),
-        serves=True,
-    )
+    flags = eagle().replace("STANDALONE", "EAGLE") + ranks
+    stock: Any = None  # which of n-grams alone is asked
+    found = Verification(make_runner(device="cuda", flags=flags), stock, serves=True)
     assert (found.drafts, found.passed_by_reason) == (0, "speculative-ranks")
 
 
@@ -244,7 +243,7 @@ def test_lengths_are_copied_for_passes_that_may_be_packed_alone() -> None:
         (eagle(backends=TORCH), 0, "speculative-verify", "--speculative-attention-mode decode"),
         (f"{eagle(backends=TORCH)} --speculative-attention-mode decode", DRAFTS, None, None),
         (eagle(topk=2), 0, "speculative-tree", "--speculative-eagle-topk 1"),
-        (f"{WHOLE}{NGRAM}--speculative-num-draft-tokens 5", 5, None, None),
+        (f"{WHOLE}{NGRAM}--speculative-num-draft-tokens 2", 2, None, None),
         (f"{TORCH}{NGRAM}", 0, "speculative-verify", "checked by torch_native"),
         (
             f"{WHOLE}--speculative-algorithm NGRAM",
@@ -277,6 +276,37 @@ def test_the_flags_say_which_passes_come_here_and_the_start_says_what_would_brin
     backend._schedule.pop(backend._schedule.push(batch))
     if reason is not None:
         assert backend._report()["verify"]["fallback_reasons"] == {reason: 1}
+
+
+def test_drafts_that_may_be_no_chain_are_refused_where_stock_checks_none() -> None:
+    """SGLang's torch_native would end the server at the first match that is short."""
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+
+    runner = make_runner([make_layer(0)], flags=f"{WHOLE}{NGRAM}--speculative-num-draft-tokens 5")
+    stock = TorchNativeAttnBackend(runner)
+    with pytest.raises(ValueError, match=r"--speculative-num-draft-tokens 5: .*; legal: 2$"):
+        Verification(runner, stock, serves=True)
+    assert Verification(runner, stock, serves=False).drafts == 5  # stock's own server
+    vars(stock)["forward_extend"] = lambda: None
+    assert Verification(runner, stock, serves=True).drafts == 5
+
+
+@pytest.mark.parametrize("flags", [eagle(topk=2), eagle(backends=TORCH)])
+def test_a_server_whose_every_pass_is_another_backends_takes_nothing(
+    flags: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+
+    from sglang_prefix.backend.backend import PrefixAttnBackend
+
+    runner = make_runner([make_layer(0)], flags=flags)
+    stock, config = TorchNativeAttnBackend(runner), PrefixConfig(extends="never")
+    with caplog.at_level("INFO"):
+        backend: Any = PrefixAttnBackend(runner, stock, "torch_native", config)
+    assert backend._planner is None
+    (start,) = (line for line in caplog.messages if "0 of 1 layers" in line)
+    assert "inactive: " in start
+    assert backend._verification.hint in start
 
 
 # Tokens, and which of those before it each draft attends to.
