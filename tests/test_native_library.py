@@ -185,7 +185,7 @@ def test_several_at_once_compile_once(
     fails: bool, tmp_path: Path, real: Path, compiler: Compiler
 ) -> None:
     """The locks of three files are those of three processes. All of them get the one answer."""
-    compiler("sleep 0.5; " + ("echo error: no; exit 1" if fails else f'cp {real} "$out"'))
+    compiler("sleep 2; " + ("echo error: no; exit 1" if fails else f'cp {real} "$out"'))
     with ThreadPoolExecutor(3) as pool:
         waiting = [pool.submit(obtain, tmp_path / "root") for _ in range(3)]
         errors = [str(one.exception(timeout=60)) for one in waiting]

@@ -44,7 +44,7 @@ from tests.engine.scenarios import (
 )
 from tests.engine.transformers_answers import transformers_answers
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
 
 def compared_sections() -> list[Any]:
