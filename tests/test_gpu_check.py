@@ -64,7 +64,7 @@ def test_a_dry_run_stops_with_its_budget_resumes_and_passes(tmp_path: Path) -> N
     code, printed = gpu_check("--dry", "--control", "--resume", file)
     assert code == 4
     assert "cannot be resumed: its options is {'control': False}" in printed
-    code, printed = gpu_check("--dry", "--resume", "--budget-s", "1700", file)
+    code, printed = gpu_check("--dry", "--budget-s", "1700", "--resume", file)
     assert code == 0, printed
     done = read_result(file, "gpu-check")
     assert done["seed"] == stopped["seed"]
