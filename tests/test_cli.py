@@ -141,7 +141,7 @@ class TestExec:
 class TestStandIn:
     """The stand-in `sgl_kernel`: enough for SGLang's imports and for chains of drafts.
 
-    What those need is tested in engine/test_speculation.py.
+    What those need is tested in engine/test_stand_in.py.
     """
 
     @pytest.fixture

@@ -82,7 +82,7 @@ def can_verify(stock: AttentionBackend) -> bool:
     server.
     """
     home = "sglang.srt.layers.attention.torch_native_backend"
-    return stock.forward_extend.__module__ != home
+    return bool(stock.forward_extend.__module__ != home)
 
 
 def are_chains(
