@@ -172,9 +172,8 @@ def test_layers_that_only_prefill_are_not_counted(caplog: pytest.LogCaptureFixtu
     assert f"{NUM_LAYERS} of {NUM_LAYERS} layers, executor native" in caplog.text
 
 
-def test_a_stock_step_gets_the_parts_as_they_came(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = LatentBench()
-    monkeypatch.setattr(bench.backend._planner, "prepare", lambda *args, **kwargs: "gate-no-gain")
+def given_to_stock(bench: LatentBench, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...]:
+    """Run a layer in parts, which stock gets as they came; its arguments by position."""
     seen: list[Any] = []
     monkeypatch.setattr(bench.stock, "forward", lambda *args, **kwargs: seen.append((args, kwargs)))
     (q, k), layer = random_inputs(), bench.layers[0]
@@ -185,6 +184,13 @@ def test_a_stock_step_gets_the_parts_as_they_came(monkeypatch: pytest.MonkeyPatc
     ((args, kwargs),) = seen
     assert args[0] is given[0]
     assert kwargs == parts
+    return tuple(args)
+
+
+def test_a_stock_step_gets_the_parts_as_they_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = LatentBench()
+    monkeypatch.setattr(bench.backend._planner, "prepare", lambda *args, **kwargs: "gate-no-gain")
+    given_to_stock(bench, monkeypatch)
     assert bench.counted["stock_reasons"] == {"gate-no-gain": 1}
     assert bench.counted["delegated_layers"] == {}
 
@@ -193,18 +199,8 @@ def test_after_a_failure_stock_gets_the_parts_as_they_came(monkeypatch: pytest.M
     """And writes no KV: that has been done."""
     bench = LatentBench()
     writes = write_with_torch(bench.pool, monkeypatch)
-    seen: list[Any] = []
-    monkeypatch.setattr(bench.stock, "forward", lambda *args, **kwargs: seen.append((args, kwargs)))
     monkeypatch.setattr(NativeExecutor, "run", lambda *args: 1 / 0)
-    (q, k), layer = random_inputs(), bench.layers[0]
-    parts: dict[str, Any] = {"q_rope": q[..., RANK:], "k_rope": k[..., RANK:]}
-    with bench.step():
-        given = (q[..., :RANK], k[..., :RANK], k[..., :RANK])
-        bench.backend.forward(*given, layer, bench.batch, **parts)
-    ((args, kwargs),) = seen
-    assert args[0] is given[0]
-    assert args[-1] is False
-    assert kwargs == parts
+    assert given_to_stock(bench, monkeypatch)[-1] is False
     assert writes == [0]
     assert bench.counted["fallback_reasons"] == {"error": 1}
 

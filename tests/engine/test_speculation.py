@@ -234,6 +234,17 @@ def test_lengths_are_copied_for_passes_that_may_be_packed_alone() -> None:
     assert not stock.backend.needs_cpu_seq_lens
 
 
+def started(flags: str, **settings: Any) -> Any:
+    """Our backend of a server with those flags, over SGLang's torch_native."""
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+
+    from sglang_prefix.backend.backend import PrefixAttnBackend
+
+    runner = make_runner([make_layer(0)], flags=flags)
+    stock = TorchNativeAttnBackend(runner)
+    return PrefixAttnBackend(runner, stock, "torch_native", PrefixConfig(**settings))
+
+
 @pytest.mark.parametrize(
     ("flags", "drafts", "reason", "hint"),
     [
@@ -260,14 +271,8 @@ def test_the_flags_say_which_passes_come_here_and_the_start_says_what_would_brin
     hint: str | None,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
-
-    from sglang_prefix.backend.backend import PrefixAttnBackend
-
-    runner = make_runner([make_layer(0)], flags=flags)
     with caplog.at_level("INFO"):
-        stock = TorchNativeAttnBackend(runner)
-        backend: Any = PrefixAttnBackend(runner, stock, "torch_native", PrefixConfig())
+        backend = started(flags)
     assert backend._verification.drafts == drafts
     (start,) = (line for line in caplog.messages if "1 of 1 layers" in line)
     assert (hint in start) if hint else start.endswith("graph labels none")
@@ -294,14 +299,8 @@ def test_drafts_that_may_be_no_chain_are_refused_where_stock_checks_none() -> No
 def test_a_server_whose_every_pass_is_another_backends_takes_nothing(
     flags: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
-
-    from sglang_prefix.backend.backend import PrefixAttnBackend
-
-    runner = make_runner([make_layer(0)], flags=flags)
-    stock, config = TorchNativeAttnBackend(runner), PrefixConfig(extends="never")
     with caplog.at_level("INFO"):
-        backend: Any = PrefixAttnBackend(runner, stock, "torch_native", config)
+        backend = started(flags, extends="never")
     assert backend._planner is None
     (start,) = (line for line in caplog.messages if "0 of 1 layers" in line)
     assert "inactive: " in start
